@@ -1,0 +1,27 @@
+# Every verb sets up what it needs. VENV and PYTHON may be overridden.
+PYTHON ?= python3
+VENV ?= .venv
+INSTALLED := $(VENV)/.installed
+
+.PHONY: demo test lanes lint clean
+
+demo: $(INSTALLED)  ## one action from a real LIBERO frame, as a table and as demo.png
+	$(VENV)/bin/openvla predict --plot demo.png
+
+test: $(INSTALLED)  ## the default tests
+	$(VENV)/bin/python -m pytest
+
+lanes:  ## parity, remote code and processors on every supported transformers, and the towers against timm
+	PYTHON=$(PYTHON) bash ci/lanes.sh
+
+lint: $(INSTALLED)  ## style
+	$(VENV)/bin/pip install --quiet ruff
+	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .
+
+clean:  ## remove what the other verbs made
+	rm -rf $(VENV) .lanes demo.png openvla.egg-info build
+
+$(INSTALLED): pyproject.toml ci/constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install --quiet -c ci/constraints.txt -e ".[test]"
+	touch $@

@@ -1,0 +1,37 @@
+"""OpenVLA on every transformers from 4.40.1 on: load a checkpoint, see the image, get the action.
+
+Importing this package teaches transformers' Auto classes the model types "openvla" and "prismatic", so that published
+checkpoints load without ``trust_remote_code``.
+"""
+
+from .actions_openvla import ActionTokenizer, NormalizationStatistics
+from .configuration_openvla import OpenVLAConfig, PrismaticConfig
+from .loading import AutoModelForVision2Seq, AutoProcessor, register_auto_classes
+from .modeling_openvla import ActionOutput, OpenVLAForActionPrediction
+from .prismatic_openvla import PrismaticForConditionalGeneration
+from .processing_openvla import (
+    OpenVLAImageProcessor,
+    OpenVLAProcessor,
+    PrismaticImageProcessor,
+    PrismaticProcessor,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ActionOutput",
+    "ActionTokenizer",
+    "AutoModelForVision2Seq",
+    "AutoProcessor",
+    "NormalizationStatistics",
+    "OpenVLAConfig",
+    "OpenVLAForActionPrediction",
+    "OpenVLAImageProcessor",
+    "OpenVLAProcessor",
+    "PrismaticConfig",
+    "PrismaticForConditionalGeneration",
+    "PrismaticImageProcessor",
+    "PrismaticProcessor",
+]
+
+register_auto_classes()

@@ -1,0 +1,233 @@
+"""Action bins and action statistics: the arithmetic between tokens and robot units. numpy only.
+
+A continuous action in [-1, 1] falls into one of ``n_bins - 1`` intervals; interval i is written as the token
+``vocab_size - 1 - i``, so actions live in the last ``n_bins`` ids of the (unpadded) vocabulary. De-tokenised values
+are interval centres in [-1, 1]; per-dataset quantiles stretch them back to robot units.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+# Added to (q99 - q01) when training data is normalised, so that a constant dimension does not divide by zero
+# (octo/dlimp normalize_action_and_proprio, as used by OpenVLA's RLDS pipeline).
+NORMALIZATION_EPSILON = 1e-8
+
+# What the seven numbers of an end-effector policy are, in order, and their units in the Open X-Embodiment datasets
+# that OpenVLA was trained on (and in the fine-tuning sets that follow them).
+END_EFFECTOR_DIMENSIONS = ("dx", "dy", "dz", "droll", "dpitch", "dyaw", "gripper")
+OPEN_X_UNITS = ("m", "m", "m", "rad", "rad", "rad", "0 closed to 1 open")
+OPEN_X_DATASETS = frozenset(
+    [
+        "fractal20220817_data",
+        "kuka",
+        "bridge",
+        "bridge_orig",
+        "bridge_oxe",
+        "taco_play",
+        "jaco_play",
+        "berkeley_cable_routing",
+        "roboturk",
+        "viola",
+        "berkeley_autolab_ur5",
+        "toto",
+        "stanford_hydra_dataset_converted_externally_to_rlds",
+        "austin_buds_dataset_converted_externally_to_rlds",
+        "nyu_franka_play_dataset_converted_externally_to_rlds",
+        "furniture_bench_dataset_converted_externally_to_rlds",
+        "ucsd_kitchen_dataset_converted_externally_to_rlds",
+        "austin_sailor_dataset_converted_externally_to_rlds",
+        "austin_sirius_dataset_converted_externally_to_rlds",
+        "dlr_edan_shared_control_converted_externally_to_rlds",
+        "iamlab_cmu_pickup_insert_converted_externally_to_rlds",
+        "utaustin_mutex",
+        "berkeley_fanuc_manipulation",
+        "cmu_stretch",
+        "bc_z",
+        "fmb_dataset",
+        "dobbe",
+        "droid",
+    ]
+)
+
+
+class ActionTokenizer:
+    """Maps continuous actions to token ids and back, bit for bit as OpenVLA was trained.
+
+    ``n_bins`` equally spaced *edges* span [min_action, max_action] and enclose ``n_bins - 1`` *centres*. The top edge
+    itself has a token of its own (``vocab_size - n_bins``), which decodes like the one below it.
+
+    Args:
+        vocab_size: Size of the *unpadded* vocabulary: 32000 for Llama-2, never the padded 32064.
+        n_bins: Number of bin edges, at least 2.
+        min_action: Lowest edge.
+        max_action: Highest edge.
+
+    Attributes:
+        bins: float64 ``(n_bins,)``, the edges.
+        bin_centers: float64 ``(n_bins - 1,)``, the values that tokens decode to.
+    """
+
+    def __init__(self, vocab_size: int, n_bins: int = 256, min_action: float = -1.0, max_action: float = 1.0) -> None:
+        if n_bins < 2:
+            raise ValueError(f"n_bins must be at least 2 (two edges enclose one bin), got {n_bins}.")
+        if vocab_size < n_bins:
+            raise ValueError(f"A vocabulary of {vocab_size} ids has no room for {n_bins} action tokens.")
+        if not min_action < max_action:
+            raise ValueError(f"min_action must be below max_action, got {min_action} and {max_action}.")
+        self.vocab_size = int(vocab_size)
+        self.n_bins = int(n_bins)
+        self.min_action, self.max_action = float(min_action), float(max_action)
+        self.bins = np.linspace(min_action, max_action, n_bins)
+        self.bin_centers = (self.bins[:-1] + self.bins[1:]) / 2.0
+
+    @property
+    def first_token_id(self) -> int:
+        """Lowest action token id: ``vocab_size - n_bins`` (31744 for Llama-2). The highest is ``vocab_size - 1``."""
+        return self.vocab_size - self.n_bins
+
+    def encode(self, actions: np.ndarray | Sequence[float]) -> np.ndarray:
+        """Token ids of normalised actions.
+
+        Args:
+            actions: Floats of any shape; values beyond the range are clipped to it, infinities included.
+
+        Returns:
+            int64 array of the same shape, in [first_token_id, vocab_size - 1].
+
+        Raises:
+            ValueError: An action is NaN (the reference silently makes it the token of +1).
+        """
+        actions = np.asarray(actions)
+        if np.isnan(actions).any():
+            raise ValueError(f"Cannot tokenise NaN: {int(np.isnan(actions).sum())} of {actions.size} values are NaN.")
+        clipped = np.clip(actions, self.min_action, self.max_action)
+        return (self.vocab_size - np.digitize(clipped, self.bins)).astype(np.int64)
+
+    def bin_indices(self, token_ids: np.ndarray | Sequence[int]) -> np.ndarray:
+        """Index into ``bin_centers`` of each token id: int64, same shape, ids outside the action range clipped."""
+        token_ids = np.asarray(token_ids)
+        if not np.issubdtype(token_ids.dtype, np.integer):
+            raise TypeError(f"Token ids must be integers, got dtype {token_ids.dtype}.")
+        return np.clip(self.vocab_size - token_ids.astype(np.int64) - 1, 0, self.n_bins - 2)
+
+    def decode(self, token_ids: np.ndarray | Sequence[int]) -> np.ndarray:
+        """Normalised actions of token ids: float64 of the same shape, each a bin centre strictly inside the range.
+
+        Ids above the action tokens decode to the lowest centre and ids below them to the highest, as in the reference.
+        """
+        return self.bin_centers[self.bin_indices(token_ids)]
+
+
+class NormalizationStatistics:
+    """The quantiles of one dataset's actions, checked, with the two maps that they define.
+
+    Args:
+        action: The ``"action"`` entry of a dataset's statistics: ``q01`` and ``q99`` (equal-length lists), optionally
+            ``mask`` (true where a dimension was normalised; the gripper usually was not) and ``mean``, ``std``,
+            ``min``, ``max`` of the same length.
+        name: Whose statistics these are, for error messages.
+
+    Raises:
+        ValueError: A list is missing, empty, not finite, of another length, or q01 exceeds q99.
+    """
+
+    def __init__(self, action: Mapping[str, Any], name: str = "action statistics") -> None:
+        missing = [field for field in ("q01", "q99") if field not in action]
+        if missing:
+            raise ValueError(f"{name}: {missing} missing; statistics need q01 and q99, got {sorted(action)}.")
+        dimension = np.size(action["q01"])
+        for field in ("q01", "q99", "mask", "mean", "std", "min", "max"):
+            if action.get(field) is not None:
+                _check_statistic(field, action[field], dimension, name)
+        self.low = np.array(action["q01"])
+        self.high = np.array(action["q99"])
+        if (self.low > self.high).any():
+            worst = int(np.argmax(self.low > self.high))
+            raise ValueError(
+                f"{name}: q01 exceeds q99 in dimension {worst} ({self.low[worst]} > {self.high[worst]}); "
+                "the lower quantile must not be above the upper one."
+            )
+        mask = action.get("mask")
+        self.mask = np.ones_like(action["q01"], dtype=bool) if mask is None else np.array(mask, dtype=bool)
+
+    @property
+    def dimension(self) -> int:
+        """Number of action dimensions."""
+        return len(self.low)
+
+    def unnormalize(self, normalized: np.ndarray) -> np.ndarray:
+        """Robot units of normalised actions, float64 ``(..., dimension)``; unmasked dimensions pass unchanged.
+
+        ``0.5 * (x + 1) * (q99 - q01) + q01``, in the reference's order of operations (modeling_prismatic.py,
+        ``predict_action``), so that results are equal in every bit.
+        """
+        return np.where(self.mask, 0.5 * (normalized + 1) * (self.high - self.low) + self.low, normalized)
+
+    def normalize(self, actions: np.ndarray) -> np.ndarray:
+        """Normalised actions of robot units, float64 ``(..., dimension)`` in [-1, 1], as training data was made.
+
+        ``clip(2 * (a - q01) / (q99 - q01 + 1e-8) - 1, -1, 1)``, zero in a constant dimension (OpenVLA's RLDS
+        pipeline, BOUNDS_Q99); unmasked dimensions pass unchanged.
+
+        Raises:
+            ValueError: The last dimension disagrees with the statistics, or a value is not finite.
+        """
+        actions = np.asarray(actions, dtype=np.float64)
+        if actions.shape[-1:] != (self.dimension,):
+            raise ValueError(f"Expected actions of {self.dimension} dimensions, got shape {actions.shape}.")
+        if not np.isfinite(actions).all():
+            raise ValueError("Actions must be finite, got NaN or infinity.")
+        scaled = np.clip(2 * (actions - self.low) / (self.high - self.low + NORMALIZATION_EPSILON) - 1, -1, 1)
+        scaled = np.where(self.low == self.high, 0.0, scaled)
+        return np.where(self.mask, scaled, actions)
+
+
+def _check_statistic(field: str, values: Any, dimension: int, name: str) -> None:
+    values = np.asarray(values)
+    if values.ndim != 1 or values.size == 0:
+        raise ValueError(f"{name}: {field} must be a non-empty flat list, got shape {values.shape}.")
+    if len(values) != dimension:
+        raise ValueError(f"{name}: {field} has {len(values)} entries but q01 has {dimension}; lengths must agree.")
+    if values.dtype.kind not in "biuf" or not np.isfinite(values).all():
+        raise ValueError(f"{name}: {field} must hold finite numbers, got {values.tolist()}.")
+
+
+def validate_norm_stats(norm_stats: Mapping[str, Any]) -> None:
+    """Check the statistics of every dataset: ``{key: {"action": {...}, ...}}``.
+
+    Raises:
+        ValueError: Anything that would un-normalise wrongly; the message names the dataset and the field.
+    """
+    if not isinstance(norm_stats, Mapping):
+        raise ValueError(f"norm_stats must map dataset keys to statistics, got {type(norm_stats).__name__}.")
+    for key, statistics in norm_stats.items():
+        if not isinstance(statistics, Mapping) or not isinstance(statistics.get("action"), Mapping):
+            raise ValueError(f"norm_stats[{key!r}] needs an 'action' entry with q01 and q99.")
+        NormalizationStatistics(statistics["action"], name=f"norm_stats[{key!r}]['action']")
+
+
+def nearest_name(name: str, known: Sequence[str]) -> str | None:
+    """The known name that ``name`` was probably meant to be, or None."""
+    containing = sorted((k for k in known if name and name in k), key=len)
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return next(iter(containing + close), None)
+
+
+def dimension_labels(action_dim: int, unnorm_key: str) -> list[tuple[str, str]]:
+    """Name and unit of every action dimension.
+
+    Args:
+        action_dim: Seven is an end effector; any other number of dimensions is only numbered.
+        unnorm_key: The dataset; units other than Open X-Embodiment's are the dataset's own and not known here.
+    """
+    if action_dim != len(END_EFFECTOR_DIMENSIONS):
+        return [(f"action[{index}]", "dataset units") for index in range(action_dim)]
+    if unnorm_key in OPEN_X_DATASETS:
+        return list(zip(END_EFFECTOR_DIMENSIONS, OPEN_X_UNITS))
+    units = "controller units" if unnorm_key.startswith("libero") else "dataset units"
+    return [(name, units) for name in END_EFFECTOR_DIMENSIONS]

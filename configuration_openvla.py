@@ -1,0 +1,324 @@
+"""Configuration of Prismatic vision-language models and of OpenVLA: every fact that a checkpoint carries as data."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import transformers
+from transformers import PretrainedConfig
+from transformers.models.auto import CONFIG_MAPPING
+
+from .actions_openvla import nearest_name, validate_norm_stats
+
+# The vision backbones of the reference's registry: per tower its timm id, input size in pixels and activation override
+# (None keeps timm's GELU).
+VISION_BACKBONES: dict[str, list[tuple[str, int, str | None]]] = {
+    "clip-vit-l": [("vit_large_patch14_clip_224.openai", 224, "quick_gelu")],
+    "clip-vit-l-336px": [("vit_large_patch14_clip_336.openai", 336, "quick_gelu")],
+    "dinov2-vit-l": [("vit_large_patch14_reg4_dinov2.lvd142m", 224, None)],
+    "in1k-vit-l": [("vit_large_patch16_224.augreg_in21k_ft_in1k", 224, None)],
+    "siglip-vit-so400m": [("vit_so400m_patch14_siglip_224", 224, None)],
+    "siglip-vit-so400m-384px": [("vit_so400m_patch14_siglip_384", 384, None)],
+    "dinoclip-vit-l-336px": [
+        ("vit_large_patch14_reg4_dinov2.lvd142m", 336, None),
+        ("vit_large_patch14_clip_336.openai", 336, "quick_gelu"),
+    ],
+    "dinosiglip-vit-so-224px": [
+        ("vit_large_patch14_reg4_dinov2.lvd142m", 224, None),
+        ("vit_so400m_patch14_siglip_224", 224, None),
+    ],
+    "dinosiglip-vit-so-384px": [
+        ("vit_large_patch14_reg4_dinov2.lvd142m", 384, None),
+        ("vit_so400m_patch14_siglip_384", 384, None),
+    ],
+}
+
+# The language models of the reference's registry (and of openvla-mini): Hub id and transformers model type.
+LLM_BACKBONES: dict[str, tuple[str, str]] = {
+    "llama2-7b-pure": ("meta-llama/Llama-2-7b-hf", "llama"),
+    "llama2-13b-pure": ("meta-llama/Llama-2-13b-hf", "llama"),
+    "llama2-7b-chat": ("meta-llama/Llama-2-7b-chat-hf", "llama"),
+    "llama2-13b-chat": ("meta-llama/Llama-2-13b-chat-hf", "llama"),
+    "vicuna-v15-7b": ("lmsys/vicuna-7b-v1.5", "llama"),
+    "vicuna-v15-13b": ("lmsys/vicuna-13b-v1.5", "llama"),
+    "mistral-v0.1-7b-pure": ("mistralai/Mistral-7B-v0.1", "mistral"),
+    "mistral-v0.1-7b-instruct": ("mistralai/Mistral-7B-Instruct-v0.1", "mistral"),
+    "phi-2-3b": ("microsoft/phi-2", "phi"),
+    "qwen25-0_5b-pure": ("Qwen/Qwen2.5-0.5B", "qwen2"),
+    "qwen25-0_5b-extra": ("Qwen/Qwen2.5-0.5B", "qwen2"),
+}
+LLM_MODEL_TYPES = ("llama", "mistral", "phi", "qwen2")
+
+# How an instruction becomes the prompt that the model was trained on. "openvla" is OpenVLA-7B's; "openvla-v01" is the
+# Vicuna chat prompt of OpenVLA v0.1. The empty token (below) is appended to the ids, not written here.
+PROMPTS = {
+    "openvla": "In: What action should the robot take to {instruction}?\nOut:",
+    "openvla-v01": (
+        "A chat between a curious user and an artificial intelligence assistant. "
+        "The assistant gives helpful, detailed, and polite answers to the user's questions. "
+        "USER: What action should the robot take to {instruction}? ASSISTANT:"
+    ),
+}
+
+# Llama-2's "▁", which follows the prompt in every training example because "Out: " ends with a space. Without it the
+# model sees a prompt that it was never trained on.
+LLAMA_EMPTY_TOKEN_ID = 29871
+
+IMAGE_RESIZE_STRATEGIES = ("resize-naive", "resize-crop", "letterbox")
+
+AUTO = "auto"
+
+# Keywords of from_pretrained that say where files come from.
+HUB_KEYWORDS = ("cache_dir", "force_download", "proxies", "token", "revision", "local_files_only", "subfolder")
+
+# transformers 5 removed load_in_8bit= and load_in_4bit=, and infers a processor's parts where 4.x needs them declared.
+TRANSFORMERS_4 = int(transformers.__version__.split(".")[0]) < 5
+
+# transformers 4.56 renamed a configuration's torch_dtype to dtype and warns about the old name. Files carry both.
+DTYPE_FIELD = "dtype" if "dtype" in inspect.signature(PretrainedConfig.__init__).parameters else "torch_dtype"
+
+
+class PrismaticConfig(PretrainedConfig):
+    """Configuration of a Prismatic vision-language model: one or two vision towers, a projector, a language model.
+
+    Every field of published ``config.json`` files is read. What is not given follows from ``vision_backbone_id`` and
+    ``llm_backbone_id``.
+
+    Args:
+        vision_backbone_id: A key of the reference's table ("dinosiglip-vit-so-224px"), or any name when
+            ``timm_model_ids`` and ``image_sizes`` are given.
+        llm_backbone_id: A key of the reference's table ("llama2-7b-pure"), or any name when ``text_config`` says its
+            ``model_type``.
+        arch_specifier: Kept as published; the projector's shape follows ``use_fused_vision_backbone``.
+        use_fused_vision_backbone: Two towers whose features are concatenated. None: as the backbone says.
+        image_resize_strategy: "resize-naive", "resize-crop" or "letterbox".
+        text_config: Configuration of the language model (Llama, Mistral, Phi or Qwen2), as dict or config.
+        llm_max_length: Longest sequence trained on, in tokens.
+        pad_token_id: Padding id; also the one that ``image_token_index`` defaults to.
+        pad_to_multiple_of: How many rows padding added to the vocabulary: bins count from
+            ``text_config.vocab_size - pad_to_multiple_of``.
+        output_projector_states: Kept as published.
+        timm_model_ids: Per tower, the timm architecture.
+        timm_override_act_layers: Per tower, None or "quick_gelu".
+        image_sizes: Per tower, the input size in pixels.
+        timm_model_kwargs: Per tower, overrides of the architecture as ``timm.create_model`` would take them (depth,
+            embed_dim, num_heads, mlp_ratio, patch_size, ...), for models of other sizes.
+        hf_llm_id: Hub id of the language model.
+        image_token_index: Placeholder id that other engines (vLLM) expand; this model inserts patches by itself.
+        prompt_style: "openvla" or "openvla-v01"; "auto" takes the latter for Vicuna models.
+        empty_token_id: Id appended to every prompt, or None for none; "auto" is Llama-2's 29871 for Llama models
+            whose vocabulary has it, else None.
+        **kwargs: Fields of ``PretrainedConfig``.
+
+    Raises:
+        ValueError: A field is unknown, contradicts another, or has the wrong number of entries.
+    """
+
+    model_type = "prismatic"
+    is_composition = False
+    # Where a saved folder's code holds the model class; every key that some transformers version looks for.
+    model_reference = "prismatic_openvla.PrismaticForConditionalGeneration"
+
+    def __init__(
+        self,
+        vision_backbone_id: str = "siglip-vit-so400m",
+        llm_backbone_id: str = "vicuna-v15-7b",
+        arch_specifier: str = "no-align+gelu-mlp",
+        use_fused_vision_backbone: bool | None = None,
+        image_resize_strategy: str = "letterbox",
+        text_config: dict[str, Any] | PretrainedConfig | None = None,
+        llm_max_length: int = 2048,
+        pad_token_id: int = 32000,
+        pad_to_multiple_of: int = 64,
+        output_projector_states: bool = False,
+        timm_model_ids: list[str] | None = None,
+        timm_override_act_layers: list[str | None] | None = None,
+        image_sizes: list[int] | None = None,
+        timm_model_kwargs: list[dict[str, Any]] | None = None,
+        hf_llm_id: str | None = None,
+        image_token_index: int | None = None,
+        prompt_style: str = AUTO,
+        empty_token_id: int | str | None = AUTO,
+        **kwargs: Any,
+    ) -> None:
+        towers = VISION_BACKBONES.get(vision_backbone_id)
+        if towers is None and (timm_model_ids is None or image_sizes is None):
+            raise ValueError(_unknown("vision_backbone_id", vision_backbone_id, list(VISION_BACKBONES)))
+        if image_resize_strategy not in IMAGE_RESIZE_STRATEGIES:
+            raise ValueError(_unknown("image_resize_strategy", image_resize_strategy, IMAGE_RESIZE_STRATEGIES))
+        self.vision_backbone_id = vision_backbone_id
+        self.llm_backbone_id = llm_backbone_id
+        self.arch_specifier = arch_specifier
+        self.output_projector_states = output_projector_states
+        self.timm_model_ids = timm_model_ids or [timm_id for timm_id, _, _ in towers]
+        self.image_sizes = image_sizes or [size for _, size, _ in towers]
+        self.timm_override_act_layers = timm_override_act_layers or (
+            [activation for _, _, activation in towers] if towers else [None] * len(self.timm_model_ids)
+        )
+        self.timm_model_kwargs = timm_model_kwargs or [{} for _ in self.timm_model_ids]
+        fused = len(self.timm_model_ids) == 2
+        self.use_fused_vision_backbone = fused if use_fused_vision_backbone is None else use_fused_vision_backbone
+        self._validate_towers()
+        self.image_sizes = [kw.get("img_size", size) for kw, size in zip(self.timm_model_kwargs, self.image_sizes)]
+        if len(set(self.image_sizes)) > 1:
+            raise ValueError(f"Both vision towers see one image, so their image_sizes must agree: {self.image_sizes}.")
+        self.image_resize_strategy = image_resize_strategy
+
+        self.text_config = _build_text_config(text_config, llm_backbone_id)
+        self.hf_llm_id = hf_llm_id or LLM_BACKBONES.get(llm_backbone_id, (None,))[0]
+        self.llm_max_length = llm_max_length
+        self.pad_to_multiple_of = pad_to_multiple_of
+        self.image_token_index = pad_token_id if image_token_index is None else image_token_index
+
+        if prompt_style == AUTO:
+            prompt_style = "openvla-v01" if llm_backbone_id.startswith("vicuna") else "openvla"
+        if prompt_style not in PROMPTS:
+            raise ValueError(_unknown("prompt_style", prompt_style, list(PROMPTS)))
+        self.prompt_style = prompt_style
+        if empty_token_id == AUTO:
+            has_empty_token = self.text_config.model_type == "llama" and self.vocab_size > LLAMA_EMPTY_TOKEN_ID
+            empty_token_id = LLAMA_EMPTY_TOKEN_ID if has_empty_token else None
+        if empty_token_id is not None and not 0 <= empty_token_id < self.vocab_size:
+            raise ValueError(f"empty_token_id {empty_token_id} is outside the vocabulary of {self.vocab_size} ids.")
+        self.empty_token_id = empty_token_id
+
+        # Ours always: a published file names its own old code here, which must not come back when it is saved again.
+        kwargs.pop("auto_map", None)
+        # The language model alone decides. transformers 4.x defaults this to True and would tie Llama's head.
+        kwargs.pop("tie_word_embeddings", None)
+        super().__init__(
+            pad_token_id=pad_token_id,
+            tie_word_embeddings=bool(self.text_config.tie_word_embeddings),
+            **_with_one_dtype(kwargs),
+        )
+        self.auto_map = self._auto_map()
+
+    @property
+    def vocab_size(self) -> int:
+        """Size of the unpadded vocabulary, from whose end the action tokens count (32000 for Llama-2, not 32064)."""
+        return self.text_config.vocab_size - self.pad_to_multiple_of
+
+    @classmethod
+    def _auto_map(cls) -> dict[str, str]:
+        return {
+            "AutoConfig": f"configuration_openvla.{cls.__name__}",
+            "AutoModel": cls.model_reference,
+            "AutoModelForVision2Seq": cls.model_reference,  # transformers 4.x
+            "AutoModelForImageTextToText": cls.model_reference,  # transformers 4.46 and later
+        }
+
+    def _validate_towers(self) -> None:
+        count = 2 if self.use_fused_vision_backbone else 1
+        for field in ("timm_model_ids", "image_sizes", "timm_override_act_layers", "timm_model_kwargs"):
+            values = getattr(self, field)
+            if not isinstance(values, (list, tuple)) or len(values) != count:
+                raise ValueError(
+                    f"{field} needs one entry for each of the {count} vision towers "
+                    f"(use_fused_vision_backbone={self.use_fused_vision_backbone}), got {values!r}."
+                )
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """What is written to config.json, under the names that transformers 4.40 and 5.x read alike.
+
+        The language model is described against its own class alone: transformers compares nested values with *our*
+        default language model (a Llama), and would drop, say, a Qwen field that happens to equal Llama's default.
+        """
+        output = super().to_diff_dict()
+        output["text_config"] = _for_every_version(
+            {**self.text_config.to_diff_dict(), "model_type": self.text_config.model_type}
+        )
+        output["text_config"].pop("transformers_version", None)
+        output["tie_word_embeddings"] = self.tie_word_embeddings
+        return _for_every_version(output)
+
+
+class OpenVLAConfig(PrismaticConfig):
+    """Configuration of OpenVLA: a Prismatic model whose last vocabulary ids are action bins.
+
+    Args:
+        norm_stats: Action statistics of every dataset, ``{key: {"action": {"q01": [...], "q99": [...], ...}}}``.
+        n_action_bins: Number of bin edges.
+        default_unnorm_key: The dataset whose statistics are used when ``predict_action`` is given no key.
+        **kwargs: Fields of :class:`PrismaticConfig`.
+
+    Raises:
+        ValueError: Statistics are inconsistent, not finite or inverted; the message names dataset and field.
+    """
+
+    model_type = "openvla"
+    model_reference = "modeling_openvla.OpenVLAForActionPrediction"
+
+    def __init__(
+        self,
+        norm_stats: dict[str, dict[str, Any]] | None = None,
+        n_action_bins: int = 256,
+        default_unnorm_key: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if norm_stats is not None:
+            validate_norm_stats(norm_stats)
+        if default_unnorm_key is not None and default_unnorm_key not in (norm_stats or {}):
+            raise ValueError(_unknown("default_unnorm_key", default_unnorm_key, list(norm_stats or {})))
+        self.norm_stats = norm_stats
+        self.n_action_bins = n_action_bins
+        self.default_unnorm_key = default_unnorm_key
+        super().__init__(**kwargs)
+        if not 2 <= n_action_bins <= self.vocab_size:
+            raise ValueError(f"n_action_bins must be between 2 and {self.vocab_size}, got {n_action_bins}.")
+
+
+def _build_text_config(text_config: dict[str, Any] | PretrainedConfig | None, llm_backbone_id: str) -> PretrainedConfig:
+    """The language model's configuration, of the class that its model type, or else the backbone's id, names."""
+    if isinstance(text_config, PretrainedConfig):
+        text_config = text_config.to_dict()
+    fields = dict(text_config or {})
+    registered_type = LLM_BACKBONES.get(llm_backbone_id, (None, None))[1]
+    model_type = fields.pop("model_type", None) or registered_type
+    if model_type is None:
+        raise ValueError(_unknown("llm_backbone_id", llm_backbone_id, list(LLM_BACKBONES)))
+    if model_type not in LLM_MODEL_TYPES:
+        raise ValueError(_unknown("text_config.model_type", model_type, LLM_MODEL_TYPES))
+    if registered_type is not None and model_type != registered_type:
+        raise ValueError(
+            f"llm_backbone_id {llm_backbone_id!r} is a {registered_type} model but text_config.model_type is "
+            f"{model_type!r}; change one of them (any other name is allowed as llm_backbone_id)."
+        )
+    return CONFIG_MAPPING[model_type](**_with_one_dtype(fields))
+
+
+def _with_one_dtype(fields: dict[str, Any]) -> dict[str, Any]:
+    """Read dtype and torch_dtype alike, under the name that this transformers uses."""
+    dtypes = [fields.pop(name, None) for name in ("dtype", "torch_dtype")]
+    return {**fields, DTYPE_FIELD: dtypes[0] if dtypes[0] is not None else dtypes[1]}
+
+
+def _for_every_version(fields: dict[str, Any]) -> dict[str, Any]:
+    """Repeat what transformers 5 renamed under its old name, and the reverse: dtype and rotary base.
+
+    Without this a Qwen model saved on 5.x (``rope_parameters``) would run on 4.x with Llama's rotary base, silently.
+    """
+    if fields.get(DTYPE_FIELD) is not None:
+        fields["dtype"] = fields["torch_dtype"] = fields[DTYPE_FIELD]
+    rope = fields.get("rope_parameters")
+    if isinstance(rope, dict) and "rope_theta" in rope:
+        fields.setdefault("rope_theta", rope["rope_theta"])
+        if rope.get("rope_type", "default") != "default":
+            fields.setdefault("rope_scaling", {k: v for k, v in rope.items() if k != "rope_theta"})
+    return fields
+
+
+def _unknown(field: str, value: Any, known: Any) -> str:
+    nearest = nearest_name(str(value), [str(k) for k in known])
+    hint = f" Did you mean {nearest!r}?" if nearest else ""
+    return f"Unknown {field} {value!r}.{hint} Allowed: {list(known)}."
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write a JSON file whole or not at all: to a temporary name first, then renamed."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(temporary, path)

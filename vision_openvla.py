@@ -1,0 +1,296 @@
+"""Vision towers (ViTs under timm's parameter names) and the projector into the language model's embedding space.
+
+The towers give the patch features of their *second-to-last* block; the last block, the final norm and the pooling head
+are never run, but they are part of every published checkpoint, so their weights are held and saved.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .configuration_openvla import PrismaticConfig
+
+
+@dataclass(frozen=True)
+class TowerArchitecture:
+    """What ``timm.create_model`` builds for one id; field names are timm's arguments."""
+
+    patch_size: int = 14
+    embed_dim: int = 1024
+    depth: int = 24
+    num_heads: int = 16
+    mlp_ratio: float = 4.0
+    class_token: bool = True
+    reg_tokens: int = 0
+    no_embed_class: bool = False  # position embeddings for patches only, prefix tokens are put in front afterwards
+    pre_norm: bool = False  # CLIP: norm before the blocks, patch embedding without bias
+    layer_scale: bool = False
+    attention_pool: bool = False  # SigLIP's pooling head
+    norm_eps: float = 1e-6
+
+
+_DINOV2 = TowerArchitecture(reg_tokens=4, no_embed_class=True, layer_scale=True)
+_SIGLIP = TowerArchitecture(
+    embed_dim=1152, depth=27, mlp_ratio=3.7362, class_token=False, no_embed_class=True, attention_pool=True
+)
+_CLIP = TowerArchitecture(pre_norm=True, norm_eps=1e-5)
+
+ARCHITECTURES: dict[str, TowerArchitecture] = {
+    "vit_large_patch14_reg4_dinov2.lvd142m": _DINOV2,
+    "vit_so400m_patch14_siglip_224": _SIGLIP,
+    "vit_so400m_patch14_siglip_384": _SIGLIP,
+    "vit_large_patch14_clip_224.openai": _CLIP,
+    "vit_large_patch14_clip_336.openai": _CLIP,
+    "vit_large_patch16_224.augreg_in21k_ft_in1k": TowerArchitecture(patch_size=16),
+}
+
+
+class QuickGELU(nn.Module):
+    """OpenAI CLIP's approximation of GELU, ``x * sigmoid(1.702 x)``."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * torch.sigmoid(1.702 * x)
+
+
+ACTIVATIONS = {None: nn.GELU, "gelu": nn.GELU, "quick_gelu": QuickGELU}
+
+
+class LayerScale(nn.Module):
+    """Learned scale per channel. Named ``scale_factor`` as published: old loaders rename any ``gamma``."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.scale_factor = nn.Parameter(torch.full((dim,), 1e-5))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.scale_factor
+
+
+class Mlp(nn.Module):
+    """Two linear layers around an activation."""
+
+    def __init__(self, dim: int, hidden_dim: int, activation: str | None) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden_dim)
+        self.act = ACTIVATIONS[activation]()
+        self.fc2 = nn.Linear(hidden_dim, dim)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc2(self.act(self.fc1(x)))
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention with one fused projection for queries, keys and values."""
+
+    def __init__(self, dim: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        batch, length, dim = x.shape
+        qkv = self.qkv(x).reshape(batch, length, 3, self.num_heads, dim // self.num_heads)
+        query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        x = F.scaled_dot_product_attention(query, key, value)
+        return self.proj(x.transpose(1, 2).reshape(batch, length, dim))
+
+
+class VisionBlock(nn.Module):
+    """Pre-norm transformer block."""
+
+    def __init__(self, arch: TowerArchitecture, activation: str | None) -> None:
+        super().__init__()
+        dim = arch.embed_dim
+        self.norm1 = nn.LayerNorm(dim, eps=arch.norm_eps)
+        self.attn = Attention(dim, arch.num_heads)
+        self.ls1 = LayerScale(dim) if arch.layer_scale else nn.Identity()
+        self.norm2 = nn.LayerNorm(dim, eps=arch.norm_eps)
+        self.mlp = Mlp(dim, int(dim * arch.mlp_ratio), activation)
+        self.ls2 = LayerScale(dim) if arch.layer_scale else nn.Identity()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x + self.ls1(self.attn(self.norm1(x)))
+        return x + self.ls2(self.mlp(self.norm2(x)))
+
+
+class PatchEmbed(nn.Module):
+    """Non-overlapping patches through one convolution."""
+
+    def __init__(self, arch: TowerArchitecture) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(3, arch.embed_dim, arch.patch_size, stride=arch.patch_size, bias=not arch.pre_norm)
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        return self.proj(pixel_values).flatten(2).transpose(1, 2)
+
+
+class AttentionPool(nn.Module):
+    """SigLIP's pooling head: weights of the checkpoint that patch features do not need. Never run."""
+
+    def __init__(self, arch: TowerArchitecture, activation: str | None) -> None:
+        super().__init__()
+        dim = arch.embed_dim
+        self.latent = nn.Parameter(torch.zeros(1, 1, dim))
+        self.q = nn.Linear(dim, dim)
+        self.kv = nn.Linear(dim, 2 * dim)
+        self.proj = nn.Linear(dim, dim)
+        self.norm = nn.LayerNorm(dim, eps=arch.norm_eps)
+        self.mlp = Mlp(dim, int(dim * arch.mlp_ratio), activation)
+
+
+class VisionTower(nn.Module):
+    """A ViT that returns the patch features of its second-to-last block.
+
+    Args:
+        timm_id: A key of ``ARCHITECTURES``.
+        image_size: Input height and width in pixels.
+        activation: None (GELU) or "quick_gelu".
+        overrides: Fields of ``TowerArchitecture`` that differ from the id's (depth, embed_dim, ...).
+
+    Raises:
+        ValueError: The id, an override or the activation is unknown, or the sizes do not fit each other.
+    """
+
+    def __init__(self, timm_id: str, image_size: int, activation: str | None, overrides: dict[str, Any]) -> None:
+        super().__init__()
+        arch = _architecture(timm_id, image_size, activation, overrides)
+        self.image_size = image_size
+        self.embed_dim = arch.embed_dim
+        self.no_embed_class = arch.no_embed_class
+        self.num_patches = (image_size // arch.patch_size) ** 2
+        self.num_prefix_tokens = int(arch.class_token) + arch.reg_tokens
+        positions = self.num_patches + (0 if arch.no_embed_class else self.num_prefix_tokens)
+
+        self.patch_embed = PatchEmbed(arch)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, arch.embed_dim)) if arch.class_token else None
+        self.reg_token = nn.Parameter(torch.zeros(1, arch.reg_tokens, arch.embed_dim)) if arch.reg_tokens else None
+        self.pos_embed = nn.Parameter(torch.randn(1, positions, arch.embed_dim) * 0.02)
+        self.norm_pre = nn.LayerNorm(arch.embed_dim, eps=arch.norm_eps) if arch.pre_norm else nn.Identity()
+        self.blocks = nn.ModuleList(VisionBlock(arch, activation) for _ in range(arch.depth))
+        self.norm = nn.LayerNorm(arch.embed_dim, eps=arch.norm_eps)
+        if arch.attention_pool:
+            self.attn_pool = AttentionPool(arch, activation)
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Patch features ``(batch, num_patches, embed_dim)`` of normalised images ``(batch, 3, size, size)``."""
+        x = self._with_position(self.patch_embed(pixel_values))
+        x = self.norm_pre(x)
+        for block in self.blocks[:-1]:
+            x = block(x)
+        return x[:, self.num_prefix_tokens :]
+
+    def _with_position(self, patches: torch.Tensor) -> torch.Tensor:
+        prefix = [token.expand(len(patches), -1, -1) for token in (self.cls_token, self.reg_token) if token is not None]
+        if self.no_embed_class:
+            return torch.cat([*prefix, patches + self.pos_embed], dim=1)
+        return torch.cat([*prefix, patches], dim=1) + self.pos_embed
+
+
+class PrismaticVisionBackbone(nn.Module):
+    """One tower (``featurizer``), or two whose features are concatenated channel by channel (``fused_featurizer``)."""
+
+    def __init__(self, config: PrismaticConfig) -> None:
+        super().__init__()
+        towers = [
+            VisionTower(*arguments)
+            for arguments in zip(
+                config.timm_model_ids,
+                config.image_sizes,
+                config.timm_override_act_layers,
+                config.timm_model_kwargs,
+            )
+        ]
+        self.featurizer = towers[0]
+        self.fused_featurizer = towers[1] if len(towers) == 2 else None
+        self.embed_dim = sum(tower.embed_dim for tower in towers)
+        if len({tower.num_patches for tower in towers}) > 1:
+            raise ValueError(
+                "Both vision towers must give the same number of patches, got "
+                f"{[tower.num_patches for tower in towers]} from {config.timm_model_ids}."
+            )
+
+    @property
+    def num_channels(self) -> int:
+        """Channels of ``pixel_values``: three a tower."""
+        return 3 if self.fused_featurizer is None else 6
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Floating-point type that the towers compute in."""
+        return self.featurizer.patch_embed.proj.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where images must be."""
+        return self.featurizer.patch_embed.proj.weight.device
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Patch features ``(batch, num_patches, embed_dim)``.
+
+        Args:
+            pixel_values: Normalised images ``(batch, 3 or 6, height, width)``; with two towers channels 0-2 are
+                normalised for the first and 3-5 for the second.
+
+        Raises:
+            ValueError: Rank, channels or size are not what the towers take.
+        """
+        size = self.featurizer.image_size
+        if pixel_values.ndim != 4 or tuple(pixel_values.shape[1:]) != (self.num_channels, size, size):
+            raise ValueError(
+                f"pixel_values must have shape (batch, {self.num_channels}, {size}, {size}), "
+                f"got {tuple(pixel_values.shape)}; make them with the checkpoint's own processor."
+            )
+        if self.fused_featurizer is None:
+            return self.featurizer(pixel_values)
+        first, second = torch.split(pixel_values, [3, 3], dim=1)
+        return torch.cat([self.featurizer(first), self.fused_featurizer(second)], dim=2)
+
+
+class PrismaticProjector(nn.Module):
+    """MLP from vision features ``(..., vision_dim)`` to language-model embeddings ``(..., llm_dim)``."""
+
+    def __init__(self, fused: bool, vision_dim: int, llm_dim: int) -> None:
+        super().__init__()
+        hidden_dim = 4 * vision_dim if fused else llm_dim
+        self.fc1 = nn.Linear(vision_dim, hidden_dim)
+        self.act_fn1 = nn.GELU()
+        self.fc2 = nn.Linear(hidden_dim, llm_dim)
+        if fused:
+            self.act_fn2 = nn.GELU()
+            self.fc3 = nn.Linear(llm_dim, llm_dim)
+        self.fused = fused
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        hidden = self.fc2(self.act_fn1(self.fc1(features)))
+        return self.fc3(self.act_fn2(hidden)) if self.fused else hidden
+
+
+def _architecture(
+    timm_id: str, image_size: int, activation: str | None, overrides: dict[str, Any]
+) -> TowerArchitecture:
+    """The tower's architecture with its overrides applied, checked. ``img_size`` is already in ``image_size``."""
+    if timm_id not in ARCHITECTURES:
+        raise ValueError(f"Unknown timm_model_ids entry {timm_id!r}. Allowed: {sorted(ARCHITECTURES)}.")
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"Unknown activation {activation!r}. Allowed: {list(ACTIVATIONS)}.")
+    overrides = {name: value for name, value in overrides.items() if name != "img_size"}
+    known = {field.name for field in fields(TowerArchitecture)}
+    if not set(overrides) <= known:
+        raise ValueError(
+            f"Unknown timm_model_kwargs {sorted(set(overrides) - known)} for {timm_id}. "
+            f"Allowed: {sorted(known | {'img_size'})}."
+        )
+    arch = replace(ARCHITECTURES[timm_id], **overrides)
+    if arch.embed_dim % arch.num_heads:
+        raise ValueError(f"{timm_id}: embed_dim {arch.embed_dim} is not a multiple of num_heads {arch.num_heads}.")
+    if arch.depth < 2:
+        raise ValueError(f"{timm_id}: depth must be at least 2 to have a second-to-last block, got {arch.depth}.")
+    if image_size < arch.patch_size:
+        raise ValueError(f"{timm_id}: image size {image_size} is smaller than one patch of {arch.patch_size} pixels.")
+    return arch
