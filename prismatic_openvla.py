@@ -133,8 +133,8 @@ class PrismaticForConditionalGeneration(PrismaticPreTrainedModel, GenerationMixi
 
     def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> nn.Module:
         """Resize the language model's vocabulary; the new rows count as padding, so action tokens stay in place."""
-        embeddings = self.language_model.resize_token_embeddings(new_num_tokens, *args, **kwargs)
         unpadded = self.config.vocab_size
+        embeddings = self.language_model.resize_token_embeddings(new_num_tokens, *args, **kwargs)
         self.config.text_config.vocab_size = embeddings.num_embeddings
         self.config.pad_to_multiple_of = embeddings.num_embeddings - unpadded
         return embeddings
@@ -255,19 +255,16 @@ class PrismaticForConditionalGeneration(PrismaticPreTrainedModel, GenerationMixi
             output_hidden_states=output_hidden_states,
             return_dict=True,
         )
+        as_tuple = return_dict is False or (return_dict is None and getattr(self.config, "return_dict", True) is False)
         output = PrismaticCausalLMOutputWithPast(
             loss=output.loss,
             logits=output.logits,
             past_key_values=output.past_key_values,
             hidden_states=output.hidden_states,
             attentions=output.attentions,
-            projector_features=patches,
+            projector_features=patches if output_projector_features or not as_tuple else None,
         )
-        if return_dict is False or (return_dict is None and getattr(self.config, "return_dict", True) is False):
-            if not output_projector_features:
-                output.projector_features = None
-            return tuple(value for value in output.values() if value is not None)
-        return output
+        return output.to_tuple() if as_tuple else output
 
     @torch.no_grad()
     def generate(

@@ -325,7 +325,7 @@ class OpenVLAProcessor(ProcessorMixin):
                 raise ValueError(
                     f"A prompt starts with token {first} instead of BOS ({bos}), behind which the model puts the "
                     "image. This tokenizer does not add BOS by itself: its files were probably re-saved by another "
-                    "transformers version; use the checkpoint's original ones, or put tokenizer.bos_token in front of the text."
+                    "transformers version; use the checkpoint's original ones, or put tokenizer.bos_token in front."
                 )
 
     def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> list[str]:

@@ -1,0 +1,66 @@
+"""The rules of the house that a machine can check (CONTRIBUTING.md)."""
+
+import ast
+import re
+import sys
+
+import pytest
+from transformers.dynamic_module_utils import check_imports
+
+from tests.conftest import REPOSITORY
+
+SHIPPED = sorted(REPOSITORY.glob("*_openvla.py"))
+ENTRIES = ("configuration_openvla", "modeling_openvla", "prismatic_openvla", "processing_openvla")
+ALLOWED = {"torch", "numpy", "PIL", "transformers", "safetensors", "huggingface_hub"}
+INSTALLED_ONLY = sorted(set(REPOSITORY.glob("*.py")) - set(SHIPPED))
+
+
+def imports(path):
+    """Absolute top-level packages and relative modules that a file imports, at any depth."""
+    absolute, relative = set(), set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            absolute |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            (relative if node.level else absolute).add((node.module or "").split(".")[0])
+    return absolute - set(sys.stdlib_module_names), relative
+
+
+@pytest.mark.lane
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
+def test_shipped_files_need_nothing_but_the_core(path):
+    check_imports(path)  # what transformers runs on every file that it fetches
+    absolute, relative = imports(path)
+    assert absolute <= ALLOWED
+    assert relative <= {shipped.stem for shipped in SHIPPED}
+
+
+@pytest.mark.parametrize("entry", ENTRIES)
+def test_an_entry_names_every_file_that_it_needs(entry):
+    """Transformers up to 5.8 copies only the direct imports of the file that it loads from a local folder."""
+    direct = imports(REPOSITORY / f"{entry}.py")[1]
+    needed, left = set(), [entry]
+    while left:
+        for module in imports(REPOSITORY / f"{left.pop()}.py")[1] - needed:
+            needed.add(module)
+            left.append(module)
+    assert direct == needed
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
+def test_shipped_files_neither_assert_nor_print(path):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        assert not isinstance(node, ast.Assert)
+        assert not (isinstance(node, ast.Call) and getattr(node.func, "id", "") == "print")
+
+
+@pytest.mark.parametrize("path", [*SHIPPED, *INSTALLED_ONLY], ids=lambda path: path.name)
+def test_files_fit_in_the_head(path):
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= 500
+
+
+@pytest.mark.parametrize("path", [*SHIPPED, *INSTALLED_ONLY], ids=lambda path: path.name)
+def test_nothing_is_unpickled(path):
+    text = path.read_text(encoding="utf-8")
+    assert not re.search(r"\bpickle\b", text)
+    assert all("weights_only=True" in call for call in re.findall(r"torch\.load\([^)]*\)", text))

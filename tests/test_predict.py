@@ -1,0 +1,74 @@
+"""The ``openvla`` command as a user runs it."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from openvla import __version__
+from openvla.__main__ import main
+from PIL import Image
+
+
+def test_the_embedded_default_announces_itself(capsys):
+    assert main(["predict"]) == 0
+    out = capsys.readouterr().out
+    assert "UNTRAINED" in out
+    for name in ("dx", "dy", "dz", "droll", "dpitch", "dyaw", "gripper"):
+        assert f"  {name} " in out
+    assert "s to load" in out
+
+
+def test_json_is_one_object(capsys):
+    assert main(["predict", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert len(report["action"]) == len(report["dimensions"]) == len(report["units"]) == 7
+    assert report["unnorm_key"] == "untrained"
+    assert report["seconds"]["predict"] > 0
+
+
+def test_a_saved_model_predicts_the_same_and_is_drawn(tiny, tmp_path, capsys):
+    tiny.model.save_pretrained(tmp_path / "model")
+    tiny.processor.save_pretrained(tmp_path / "model")
+    main(["predict", "--json"])
+    image, instruction = (json.loads(capsys.readouterr().out)[name] for name in ("image", "instruction"))
+    arguments = ["--model", str(tmp_path / "model"), "--image", image, "--instruction", instruction]
+    picture = tmp_path / "pictures" / "out.png"
+    assert main(["predict", *arguments, "--json", "--plot", str(picture)]) == 0
+    report = json.loads(capsys.readouterr().out)
+    inputs = tiny.processor(instruction=instruction, images=image)
+    assert report["action"] == tiny.model.predict_action(**inputs).tolist()
+    with Image.open(picture) as drawn:
+        assert drawn.size[0] > 1000
+        assert len(drawn.convert("RGB").getcolors(maxcolors=1 << 24)) > 100
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model", "somewhere"], "give --image and --instruction"),
+        (["--image", "nowhere.png"], "No image at nowhere.png"),
+        (["--unnorm-key", "bridge_orig"], "Unknown unnorm_key 'bridge_orig'"),
+        (["--instruction", " "], "must say something"),
+    ],
+)
+def test_mistakes_are_one_line(arguments, message, capsys):
+    assert main(["predict", *arguments]) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert captured.err.count("\n") == 1
+    assert not captured.out
+
+
+def test_a_folder_without_a_model_is_one_line(tmp_path, capsys):
+    Image.new("RGB", (8, 8)).save(tmp_path / "image.png")
+    arguments = ["--model", str(tmp_path), "--image", str(tmp_path / "image.png"), "--instruction", "go"]
+    assert main(["predict", *arguments]) == 2
+    assert str(tmp_path) in capsys.readouterr().err
+
+
+def test_python_dash_m(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "openvla", "--version"], capture_output=True, text=True, cwd=tmp_path, check=True
+    )
+    assert done.stdout.strip() == f"openvla {__version__}"

@@ -1,0 +1,254 @@
+"""Images and prompts, against the reference's processor."""
+
+import hashlib
+import json
+
+import numpy as np
+import PIL
+import pytest
+import torch
+from openvla import OpenVLAImageProcessor, OpenVLAProcessor
+from PIL import Image
+
+from tests.conftest import GOLDEN
+
+pytestmark = pytest.mark.lane
+
+FOLDER = GOLDEN / "processor"
+CASES = json.loads((FOLDER / "cases.json").read_text())["cases"]
+# Pillow 13 resizes some (tall) images in another order of passes than all versions before it.
+PILLOW = "13.0.0" if int(PIL.__version__.split(".")[0]) >= 13 else "10.4.0"
+
+
+def configuration(name):
+    return json.loads((FOLDER / f"preprocessor_{name}.json").read_text())
+
+
+def processor_of(case):
+    fields = configuration(case.split("/")[0])
+    fields.pop("image_processor_type")
+    return OpenVLAImageProcessor(**fields)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case["case"])
+def test_golden_pixels(case):
+    pixels = processor_of(case["case"])(Image.open(FOLDER / case["file"]))["pixel_values"]
+    assert pixels.dtype == np.float32
+    assert list(pixels.shape[1:]) == case["shape"]
+    assert hashlib.sha256(np.ascontiguousarray(pixels[0]).tobytes()).hexdigest() == case["sha256_by_pillow"][PILLOW]
+
+
+@pytest.mark.parametrize(
+    "name", sorted({case["case"].split("/")[0] for case in CASES if "published" not in case["case"]})
+)
+def test_configuration_equals_the_reference_s(name, tmp_path):
+    published = configuration(name)
+    derived = OpenVLAImageProcessor(
+        **{k: v for k, v in published.items() if not k.startswith("tvf_") and k != "image_processor_type"}
+    )
+    written = json.loads(derived.to_json_string())
+    assert {key: written.get(key) for key in published if key != "image_processor_type"} == {
+        key: value for key, value in published.items() if key != "image_processor_type"
+    }
+
+
+def test_saved_statistics_win():
+    published = processor_of("published_fused_resize-naive_224/x")
+    assert published.tvf_normalize_params[0]["mean"] == [0.484375, 0.455078125, 0.40625]
+    assert (
+        published.means[0] == [0.485, 0.456, 0.406] or published.means[0] != published.tvf_normalize_params[0]["mean"]
+    )
+
+
+def test_model_inputs_equal_the_reference_s(golden):
+    processor = OpenVLAProcessor.from_pretrained(golden.folder)
+    pixels = processor.image_processor(list(golden.images), return_tensors="pt")["pixel_values"]
+    assert torch.equal(pixels, golden.pixel_values)
+
+
+def test_every_kind_of_image_gives_the_same_pixels(tiny, tmp_path):
+    array = np.random.RandomState(0).randint(0, 256, (60, 80, 3), dtype=np.uint8)
+    file = tmp_path / "image.png"
+    Image.fromarray(array).save(file)
+    kinds = {
+        "PIL": Image.fromarray(array),
+        "numpy": array,
+        "float": array.astype(np.float32) / 255,
+        "double": array / 255,
+        "torch HWC": torch.from_numpy(array),
+        "torch CHW": torch.from_numpy(array).permute(2, 0, 1),
+        "torch float": torch.from_numpy(array).permute(2, 0, 1).float() / 255,
+        "path": file,
+        "str": str(file),
+        "RGBA": Image.fromarray(array).convert("RGBA"),
+    }
+    expected = tiny.processor.image_processor(array)["pixel_values"]
+    assert expected.shape == (1, 6, 224, 224)
+    for name, image in kinds.items():
+        assert np.array_equal(tiny.processor.image_processor(image)["pixel_values"], expected), name
+    batch = tiny.processor.image_processor([array, kinds["PIL"]], return_tensors="pt")["pixel_values"]
+    assert torch.equal(batch, torch.from_numpy(expected).expand(2, -1, -1, -1))
+    stacked = tiny.processor.image_processor(np.stack([array, array]))["pixel_values"]
+    assert stacked.shape[0] == 2
+    grey = tiny.processor.image_processor(array[..., 0])["pixel_values"]
+    assert np.array_equal(grey, tiny.processor.image_processor(array[..., :1])["pixel_values"])
+
+
+@pytest.mark.parametrize(
+    ("image", "error", "message"),
+    [
+        (np.zeros((4, 4, 5), np.uint8), ValueError, r"\(height, width, 3\)"),
+        (np.zeros((4,), np.uint8), ValueError, r"\(height, width, 3\)"),
+        (np.zeros((0, 4, 3), np.uint8), ValueError, r"\(height, width, 3\)"),
+        (np.zeros((4, 4, 3), np.int64), ValueError, "dtype int64"),
+        (np.full((4, 4, 3), 200.0), ValueError, r"\[0, 1\], got values from 200"),
+        (np.full((4, 4, 3), -0.5), ValueError, r"\[0, 1\]"),
+        (np.full((4, 4, 3), np.nan), ValueError, r"\[0, 1\]"),
+        (7, TypeError, "must be a PIL image"),
+        ([], ValueError, "no image"),
+        ("nowhere.png", FileNotFoundError, "nowhere.png"),
+    ],
+)
+def test_bad_images_are_refused(tiny, image, error, message):
+    with pytest.raises(error, match=message):
+        tiny.processor.image_processor(image)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"image_resize_strategy": "stretch"}, "'stretch' is not supported"),
+        ({"interpolations": ["cubic"]}, "interpolations"),
+        ({"means": [(0, 0, 0), (0, 0, 0)]}, "one entry a tower"),
+    ],
+)
+def test_bad_configurations_are_refused(fields, message):
+    with pytest.raises(ValueError, match=message):
+        OpenVLAImageProcessor(**fields)
+
+
+def test_an_instruction_becomes_the_trained_prompt(tiny, frames):
+    processor = tiny.processor
+    assert processor.prompt(" Pick up the RED block ") == (
+        "In: What action should the robot take to pick up the red block?\nOut:"
+    )
+    inputs = processor(instruction="Pick up the RED block", images=frames["noise"])
+    assert set(inputs) == {"input_ids", "attention_mask", "pixel_values"}
+    expected = processor.tokenizer(processor.prompt("pick up the red block"))["input_ids"]
+    assert inputs["input_ids"].tolist() == [[*expected, processor.empty_token_id]]
+    assert inputs["attention_mask"].tolist() == [[1] * (len(expected) + 1)]
+    assert inputs["pixel_values"].dtype == torch.float32
+    as_published = processor(processor.prompt("pick up the red block"), Image.fromarray(frames["noise"]))
+    assert as_published["input_ids"].tolist() == [expected]
+    assert torch.equal(as_published["pixel_values"], inputs["pixel_values"])
+    assert tiny.model.predict_action(**as_published).tolist() == tiny.model.predict_action(**inputs).tolist()
+
+
+def test_the_vicuna_prompt():
+    from openvla.tiny import build_tiny
+
+    _, processor = build_tiny(prompt_style="openvla-v01", empty_token_id=None)
+    text = processor.prompt("Open the drawer")
+    assert text.startswith("A chat between a curious user and an artificial intelligence assistant.")
+    assert text.endswith("USER: What action should the robot take to open the drawer? ASSISTANT:")
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_batch_of_instructions_is_padded_around_the_empty_token(tiny, frames, side):
+    processor = tiny.processor
+    before, processor.tokenizer.padding_side = processor.tokenizer.padding_side, side
+    try:
+        batch = processor(instruction=["open it", "pick up the red block"], images=[frames["noise"], frames["white"]])
+        alone = processor(instruction="open it", images=frames["noise"])
+        actions = tiny.model.predict_action(**batch, constrain_actions=True)
+        with pytest.raises(ValueError, match="need padding=True"):
+            processor(instruction=["open it", "go"], images=[frames["noise"]] * 2, padding=False)
+        longest = batch["input_ids"].shape[1]
+        padded = processor(instruction="open it", images=frames["noise"], padding="max_length", max_length=longest)
+    finally:
+        processor.tokenizer.padding_side = before
+    row, mask = batch["input_ids"][0], batch["attention_mask"][0].bool()
+    assert row[mask].tolist() == alone["input_ids"][0].tolist()
+    assert row[mask][-1] == processor.empty_token_id
+    assert (row[~mask] == processor.tokenizer.pad_token_id).all()
+    assert bool(mask[0]) == (side == "right")
+    assert actions[0].tolist() == tiny.model.predict_action(**alone, constrain_actions=True).tolist()
+    assert padded["input_ids"].tolist() == [row.tolist()]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"instruction": "  "}, "must say something"),
+        ({"instruction": ""}, "must say something"),
+        ({"instruction": None}, "exactly one of text"),
+        ({"instruction": []}, "empty list"),
+        ({"instruction": "go", "text": "go"}, "exactly one of text"),
+        ({"instruction": "go", "images": None}, "needs an image"),
+        ({"instruction": ["go", "stop"]}, "2 prompts but 1 images"),
+        ({"instruction": "go", "images": [np.zeros((4, 4, 3), np.uint8)] * 2}, "1 prompts but 2 images"),
+        ({"instruction": "go " * 50, "max_length": 32}, "more than max_length=32"),
+    ],
+)
+def test_malformed_calls_are_refused(tiny, arguments, message):
+    arguments = {"images": np.zeros((4, 4, 3), np.uint8), **arguments}
+    with pytest.raises(ValueError, match=message):
+        tiny.processor(**arguments)
+
+
+def test_a_tokenizer_without_bos_is_refused(tiny, frames):
+    class NoBos:
+        """The tokenizer, as a re-save by another version leaves it."""
+
+        def __getattr__(self, name):
+            return getattr(tiny.processor.tokenizer, name)
+
+        def __call__(self, text, **kwargs):
+            return tiny.processor.tokenizer(text, add_special_tokens=False, **kwargs)
+
+    processor = OpenVLAProcessor.__new__(OpenVLAProcessor)
+    processor.__dict__.update(tiny.processor.__dict__)
+    processor.tokenizer = NoBos()
+    with pytest.raises(ValueError, match="instead of BOS"):
+        processor("In: go\nOut:", frames["noise"])
+    with pytest.raises(ValueError, match="instead of BOS"):
+        processor(instruction="go", images=frames["noise"])
+
+
+def test_a_processor_alone_asks_for_the_prompt_style(tiny, frames, tmp_path):
+    OpenVLAProcessor(tiny.processor.image_processor, tiny.processor.tokenizer).save_pretrained(tmp_path)
+    alone = OpenVLAProcessor.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="set processor.prompt_style"):
+        alone(instruction="go", images=frames["noise"])
+    with pytest.raises(ValueError, match="Unknown prompt_style"):
+        OpenVLAProcessor(tiny.processor.image_processor, tiny.processor.tokenizer, prompt_style="v01")
+
+
+def test_saved_in_the_layout_of_every_version(tiny, tmp_path):
+    tiny.processor.save_pretrained(tmp_path)
+    image, own, tokenizer = (
+        json.loads((tmp_path / name).read_text())
+        for name in ("preprocessor_config.json", "processor_config.json", "tokenizer.json")
+    )
+    assert image["image_processor_type"] == "OpenVLAImageProcessor"
+    assert own["processor_class"] == image["processor_class"] == "OpenVLAProcessor"
+    assert own["auto_map"] == image["auto_map"]
+    assert own["prompt_style"] == "openvla"
+    assert "image_processor" not in own
+    assert all(isinstance(merge, str) for merge in tokenizer["model"]["merges"])
+    assert json.loads((tmp_path / "tokenizer_config.json").read_text())["tokenizer_class"] == "PreTrainedTokenizerFast"
+    again = OpenVLAProcessor.from_pretrained(tmp_path)
+    assert again.prompt_style == "openvla"
+    assert again.empty_token_id == tiny.processor.empty_token_id
+    assert again.decode([300]) == tiny.processor.tokenizer.decode([300])
+    assert again.batch_decode([[300]]) == [again.decode([300])]
+
+
+def test_merges_are_written_so_that_old_tokenizers_read_them(tmp_path):
+    from openvla.processing_openvla import _make_tokenizer_readable
+
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"model": {"merges": [["a", "b"], ["ab", "é"]]}}))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "TokenizersBackend"}))
+    _make_tokenizer_readable(tmp_path)
+    assert json.loads((tmp_path / "tokenizer.json").read_text())["model"]["merges"] == ["a b", "ab é"]
+    assert json.loads((tmp_path / "tokenizer_config.json").read_text())["tokenizer_class"] == "PreTrainedTokenizerFast"
