@@ -80,10 +80,15 @@ class PrismaticPreTrainedModel(PreTrainedModel):
         _refuse_removed_keywords(kwargs)
         _replace_missing_flash_attention(kwargs)
         with_info = kwargs.pop("output_loading_info", False)
+        ignore_mismatched_sizes = kwargs.pop("ignore_mismatched_sizes", False)
         model, info = super().from_pretrained(
-            pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
+            pretrained_model_name_or_path,
+            *model_args,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are listed below, with everything else that does not fit
+            **kwargs,
         )
-        _require_complete(info, pretrained_model_name_or_path, kwargs.get("ignore_mismatched_sizes", False))
+        _require_complete(info, pretrained_model_name_or_path, ignore_mismatched_sizes)
         return (model, info) if with_info else model
 
     @classmethod

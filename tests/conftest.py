@@ -1,68 +1,15 @@
 """Fixtures: the golden checkpoints laid out as published folders, and tiny models of our own."""
 
-import bz2
 import json
 import os
-import shutil
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-
-REPOSITORY = Path(__file__).parent.parent
-GOLDEN = Path(__file__).parent / "golden"
-
-# The golden numbers come from a CPU with AVX-512. On one with AVX2 only, the unmodified reference itself differs from
-# them by up to 1.8e-4 in logits and 8e-5 in features (which reach 21), and this package equals that reference in every
-# bit (PARITY.md). Token ids and actions are compared exactly everywhere.
-LOGIT_ATOL = 5e-4
-FEATURE_ATOL = 5e-4
-LOSS_ATOL = 1e-5
-GRADIENT_ATOL = 1e-4
-
-try:
-    import openvla  # noqa: F401  installed, as a user has it
-except ImportError:  # a lane without the package: the repository is the package
-    package_parent = REPOSITORY / ".lanes" / "package"
-    package_parent.mkdir(parents=True, exist_ok=True)
-    link = package_parent / "openvla"
-    if not link.exists():
-        link.symlink_to(REPOSITORY, target_is_directory=True)
-    sys.path.insert(0, str(package_parent))
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(package_parent), os.environ.get("PYTHONPATH")]))
+from reference import GOLDEN, published_folder
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-
-
-def write_json(path, content):
-    path.write_text(json.dumps(content, indent=2))
-
-
-def published_folder(name, folder):
-    """A golden checkpoint as it would lie on the Hub: old auto_map, old names, and a tokenizer."""
-    from openvla.tiny import build_tokenizer
-
-    folder.mkdir(parents=True, exist_ok=True)
-    source = GOLDEN / name
-    config = json.loads((source / "config_automap.json").read_text())
-    sizes = json.loads((source / "tiny_timm_overrides.json").read_text())
-    config["timm_model_kwargs"] = [sizes[timm_id] for timm_id in config["timm_model_ids"]]
-    write_json(folder / "config.json", config)
-    (folder / "model.safetensors").write_bytes(bz2.decompress((source / "model.safetensors.bz2").read_bytes()))
-    shutil.copy(source / "generation_config.json", folder)
-    shutil.copy(source / "dataset_statistics.json", folder)
-    preprocessor = json.loads((source / "preprocessor_config.json").read_text())
-    preprocessor["processor_class"] = "PrismaticProcessor"
-    preprocessor["auto_map"] = {
-        "AutoImageProcessor": "processing_prismatic.PrismaticImageProcessor",
-        "AutoProcessor": "processing_prismatic.PrismaticProcessor",
-    }
-    write_json(folder / "preprocessor_config.json", preprocessor)
-    build_tokenizer().save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="session", params=["fused", "siglip"])

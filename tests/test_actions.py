@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 from openvla import ActionTokenizer, NormalizationStatistics
 from openvla.actions_openvla import dimension_labels, nearest_name, validate_norm_stats
-
-from tests.conftest import GOLDEN
+from reference import GOLDEN
 
 TABLES = np.load(GOLDEN / "action_tokenizer" / "tables.npz")
 NOTES = json.loads((GOLDEN / "action_tokenizer" / "notes.json").read_text())

@@ -5,8 +5,7 @@ import json
 import pytest
 from openvla import OpenVLAConfig, PrismaticConfig
 from openvla.configuration_openvla import VISION_BACKBONES
-
-from tests.conftest import GOLDEN
+from reference import GOLDEN
 
 pytestmark = pytest.mark.lane
 

@@ -5,9 +5,8 @@ import re
 import sys
 
 import pytest
+from reference import REPOSITORY
 from transformers.dynamic_module_utils import check_imports
-
-from tests.conftest import REPOSITORY
 
 SHIPPED = sorted(REPOSITORY.glob("*_openvla.py"))
 ENTRIES = ("configuration_openvla", "modeling_openvla", "prismatic_openvla", "processing_openvla")

@@ -13,10 +13,9 @@ import torch
 import transformers
 from openvla import AutoModelForVision2Seq, AutoProcessor, OpenVLAForActionPrediction, PrismaticForConditionalGeneration
 from openvla.tiny import build_tiny
+from reference import GOLDEN
 from safetensors.torch import load_file, save_file
 from transformers.utils import is_flash_attn_2_available
-
-from tests.conftest import GOLDEN
 
 pytestmark = pytest.mark.lane
 
@@ -156,7 +155,7 @@ def test_a_checkpoint_that_does_not_fit_is_an_error(fused_folder, tmp_path, low_
     assert all(name in str(caught.value) for name in lost)
     with pytest.raises(ValueError, match=r"1 unexpected: \['projector.fc9.weight'\]"):
         load({**tensors, "projector.fc9.weight": torch.zeros(2)})
-    with pytest.raises((ValueError, RuntimeError), match="projector.fc1.bias"):
+    with pytest.raises(ValueError, match="1 of another shape: .*projector.fc1.bias"):
         load({**tensors, "projector.fc1.bias": torch.zeros(3)})
     assert isinstance(load(tensors), OpenVLAForActionPrediction)
 

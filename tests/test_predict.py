@@ -31,7 +31,8 @@ def test_a_saved_model_predicts_the_same_and_is_drawn(tiny, tmp_path, capsys):
     tiny.model.save_pretrained(tmp_path / "model")
     tiny.processor.save_pretrained(tmp_path / "model")
     main(["predict", "--json"])
-    image, instruction = (json.loads(capsys.readouterr().out)[name] for name in ("image", "instruction"))
+    report = json.loads(capsys.readouterr().out)
+    image, instruction = report["image"], report["instruction"]
     arguments = ["--model", str(tmp_path / "model"), "--image", image, "--instruction", instruction]
     picture = tmp_path / "pictures" / "out.png"
     assert main(["predict", *arguments, "--json", "--plot", str(picture)]) == 0

@@ -5,8 +5,7 @@ import pytest
 import torch
 from openvla import PrismaticConfig, PrismaticForConditionalGeneration
 from openvla.tiny import build_tokenizer
-
-from tests.conftest import GRADIENT_ATOL, LOGIT_ATOL, LOSS_ATOL
+from reference import GRADIENT_ATOL, LOGIT_ATOL, LOSS_ATOL
 
 pytestmark = pytest.mark.lane
 CASES = ["mm0", "mm1", "mm2", "mm0_nomask", "mm0_masked5", "text_only"]

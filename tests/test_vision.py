@@ -6,8 +6,7 @@ import torch
 from openvla import PrismaticConfig
 from openvla.configuration_openvla import VISION_BACKBONES
 from openvla.vision_openvla import ARCHITECTURES, PrismaticVisionBackbone, VisionTower
-
-from tests.conftest import FEATURE_ATOL
+from reference import FEATURE_ATOL
 
 SMALL = {"depth": 3, "embed_dim": 48, "num_heads": 3}
 

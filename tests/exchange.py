@@ -1,0 +1,70 @@
+"""Folders that one transformers version writes must load in every other: run by ci/lanes.sh in each lane.
+
+    python exchange.py write DIR     save a model and its processor, with the action that it predicts
+    python exchange.py read DIR...   load each folder by trust_remote_code in this version, and predict the same
+"""
+
+import json
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import transformers
+
+INSTRUCTION = "Pick up the red block"
+ODD_TEXT = "héllo, wörld: 42\nOut:"
+
+
+def predicted(model, processor):
+    """Everything that must not depend on the version."""
+    frame = np.random.RandomState(0).randint(0, 256, (240, 320, 3), dtype=np.uint8)
+    inputs = processor(instruction=INSTRUCTION, images=frame)
+    output = model.predict_action(**inputs, constrain_actions=True, return_dict=True)
+    return {
+        "input_ids": inputs["input_ids"].tolist(),
+        "odd_ids": processor.tokenizer(ODD_TEXT)["input_ids"],
+        "pixel_sum": float(inputs["pixel_values"].double().sum()),
+        "token_ids": output.token_ids.tolist(),
+        "actions": output.actions.tolist(),
+    }
+
+
+def write(folder):
+    """Two models: a Llama with an untied head, and a Qwen with a tied one and a rotary base that is not Llama's."""
+    from openvla.tiny import PADDED_ROWS, build_tiny, build_tokenizer
+
+    vocabulary = build_tokenizer().pad_token_id
+    qwen = {"model_type": "qwen2", "vocab_size": vocabulary + PADDED_ROWS, "rope_theta": 1e6, "hidden_size": 64}
+    qwen |= {"intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    qwen |= {"tie_word_embeddings": True, "bos_token_id": 1, "eos_token_id": 2}
+    for name, overrides in (("llama", {}), ("qwen2", {"text_config": qwen, "empty_token_id": None})):
+        model, processor = build_tiny(**overrides)
+        model.save_pretrained(folder / name)
+        processor.save_pretrained(folder / name)
+        (folder / name / "expected.json").write_text(json.dumps(predicted(model, processor)))
+
+
+def read(folder):
+    """Without the package: the folder's own code."""
+    expected = json.loads((folder / "expected.json").read_text())
+    processor = transformers.AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+    door = getattr(transformers, "AutoModelForImageTextToText", None) or transformers.AutoModelForVision2Seq
+    model = door.from_pretrained(folder, trust_remote_code=True).eval()
+    got = predicted(model, processor)
+    if got != expected:
+        wrong = [name for name in expected if got[name] != expected[name]]
+        raise SystemExit(f"transformers {transformers.__version__}: {folder} gives other {wrong}: {got} != {expected}")
+
+
+if __name__ == "__main__":
+    verb, folders = sys.argv[1], [Path(argument).resolve() for argument in sys.argv[2:]]
+    if verb == "write":
+        write(folders[0])
+    else:
+        sys.modules["openvla"] = None
+        os.chdir(tempfile.mkdtemp())
+        for folder in folders:
+            read(folder)
+        print(f"transformers {transformers.__version__} reads {len(folders)} folders of other versions")
