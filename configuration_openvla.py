@@ -287,7 +287,10 @@ def _build_text_config(text_config: dict[str, Any] | PretrainedConfig | None, ll
             f"llm_backbone_id {llm_backbone_id!r} is a {registered_type} model but text_config.model_type is "
             f"{model_type!r}; change one of them (any other name is allowed as llm_backbone_id)."
         )
-    return CONFIG_MAPPING[model_type](**_with_one_dtype(fields))
+    config = CONFIG_MAPPING[model_type](**_with_one_dtype(fields))
+    if not hasattr(config, "pad_token_id"):  # Phi on transformers 5.0.0, whose own model then asks for it
+        config.pad_token_id = None
+    return config
 
 
 def _with_one_dtype(fields: dict[str, Any]) -> dict[str, Any]:

@@ -9,6 +9,9 @@ from typing import Any
 import transformers
 from transformers import PretrainedConfig, PreTrainedModel
 
+# From its own module: transformers 5.4 to 5.2x put a placeholder in its place where torchvision is not installed.
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
+
 from .configuration_openvla import HUB_KEYWORDS, OpenVLAConfig, PrismaticConfig
 from .modeling_openvla import OpenVLAForActionPrediction
 from .prismatic_openvla import PrismaticForConditionalGeneration
@@ -41,7 +44,7 @@ def register_auto_classes() -> None:
 
 def _register_image_processor(config: type[PretrainedConfig], image_processor: type) -> None:
     """The argument was renamed in 4.42 and again in 5.x."""
-    register = transformers.AutoImageProcessor.register
+    register = AutoImageProcessor.register
     parameters = inspect.signature(register).parameters
     if "image_processor_classes" in parameters:
         register(config, image_processor_classes={"pil": image_processor}, exist_ok=True)

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from transformers import AutoTokenizer
 from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
 from transformers.processing_utils import ProcessorMixin
 from transformers.utils import logging
@@ -198,6 +199,16 @@ class OpenVLAProcessor(ProcessorMixin):
         if processor.prompt_style is None:
             processor._read_prompt_style(pretrained_model_name_or_path, hub)
         return processor
+
+    @classmethod
+    def _get_arguments_from_pretrained(cls, name_or_path: str | os.PathLike, *_: Any, **kwargs: Any) -> list[Any]:
+        """The parts, as transformers loads them, but not by way of AutoImageProcessor.
+
+        transformers 5.4 to 5.2x put a placeholder in its place where torchvision is not installed.
+        """
+        hub = {key: kwargs[key] for key in HUB_KEYWORDS if kwargs.get(key) is not None}
+        image_processor = OpenVLAImageProcessor.from_pretrained(name_or_path, **hub)
+        return [image_processor, AutoTokenizer.from_pretrained(name_or_path, **kwargs)]
 
     def _read_prompt_style(self, name_or_path: str | os.PathLike, hub: dict[str, Any]) -> None:
         try:

@@ -43,7 +43,7 @@ for lane in $lanes; do
     || { tail -n 20 "$root/exchange.log" >&2; exit 1; }
 done
 
-for timm in ${TIMM_LANES:-0.9.16 1.0.31}; do
+for timm in ${TIMM_LANES-0.9.16 1.0.31}; do
   # timm cannot be imported without torchvision, whose only wheels are CUDA builds: tests/torchvision_beside_cpu_torch.py.
   make_environment "timm-$timm" torch numpy pytest safetensors pillow transformers==4.57.6 "timm==$timm" torchvision==0.28.0
   echo "== timm $timm"

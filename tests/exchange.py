@@ -1,7 +1,7 @@
 """Folders that one transformers version writes must load in every other: run by ci/lanes.sh in each lane.
 
-    python exchange.py write DIR     save a model and its processor, with the action that it predicts
-    python exchange.py read DIR...   load each folder by trust_remote_code in this version, and predict the same
+python exchange.py write DIR     save a model and its processor, with the action that it predicts
+python exchange.py read DIR...   load each folder by trust_remote_code in this version, and predict the same
 """
 
 import json

@@ -15,6 +15,7 @@ from openvla import AutoModelForVision2Seq, AutoProcessor, OpenVLAForActionPredi
 from openvla.tiny import build_tiny
 from reference import GOLDEN
 from safetensors.torch import load_file, save_file
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.utils import is_flash_attn_2_available
 
 pytestmark = pytest.mark.lane
@@ -45,7 +46,7 @@ def test_published_weights_survive_loading(door, fused_folder):
 def test_auto_classes_know_published_folders(fused_folder, frames):
     config = transformers.AutoConfig.from_pretrained(fused_folder)
     assert type(config).__name__ == "OpenVLAConfig"
-    image_processor = transformers.AutoImageProcessor.from_pretrained(fused_folder)
+    image_processor = AutoImageProcessor.from_pretrained(fused_folder)
     assert type(image_processor).__name__ == "PrismaticImageProcessor"
     processor = transformers.AutoProcessor.from_pretrained(fused_folder)
     assert type(processor).__name__ == "PrismaticProcessor"
@@ -158,6 +159,28 @@ def test_a_checkpoint_that_does_not_fit_is_an_error(fused_folder, tmp_path, low_
     with pytest.raises(ValueError, match="1 of another shape: .*projector.fc1.bias"):
         load({**tensors, "projector.fc1.bias": torch.zeros(3)})
     assert isinstance(load(tensors), OpenVLAForActionPrediction)
+
+
+@pytest.mark.parametrize("device_map", ["auto", "cpu", {"": "cpu"}], ids=str)
+def test_device_maps(tiny, frames, tmp_path, device_map):
+    pytest.importorskip("accelerate")
+    tiny.model.save_pretrained(tmp_path)
+    model = AutoModelForVision2Seq.from_pretrained(tmp_path, device_map=device_map).eval()
+    inputs = tiny.processor(instruction="pick up the red block", images=frames["noise"])
+    expected = tiny.model.predict_action(**inputs, constrain_actions=True)
+    assert model.predict_action(**inputs, constrain_actions=True).tolist() == expected.tolist()
+
+
+def test_parts_offloaded_to_disk(tiny, frames, tmp_path):
+    pytest.importorskip("accelerate")
+    tiny.model.save_pretrained(tmp_path / "model")
+    device_map = {"vision_backbone": "cpu", "projector": "cpu", "language_model": "disk"}
+    model = AutoModelForVision2Seq.from_pretrained(
+        tmp_path / "model", device_map=device_map, offload_folder=str(tmp_path / "offload")
+    ).eval()
+    inputs = tiny.processor(instruction="pick up the red block", images=frames["noise"])
+    expected = tiny.model.predict_action(**inputs, constrain_actions=True)
+    assert model.predict_action(**inputs, constrain_actions=True).tolist() == expected.tolist()
 
 
 def test_loading_info_is_still_to_be_had(fused_folder):

@@ -228,3 +228,38 @@ def test_resized_vocabulary_keeps_action_tokens_in_place():
     model.resize_token_embeddings(model.config.text_config.vocab_size + 64)
     assert model.config.vocab_size == before
     assert model.get_output_embeddings().weight.shape[0] == before + 128
+
+
+def test_the_full_size_has_the_published_number_of_parameters():
+    from openvla import OpenVLAConfig, OpenVLAForActionPrediction
+
+    config = OpenVLAConfig(
+        vision_backbone_id="dinosiglip-vit-so-224px",
+        llm_backbone_id="llama2-7b-pure",
+        text_config={"model_type": "llama", "vocab_size": 32064, "pad_token_id": 32000},
+    )
+    with torch.device("meta"):
+        model = OpenVLAForActionPrediction(config)
+    assert sum(parameter.numel() for parameter in model.parameters()) == 7_541_237_184
+
+
+def test_gradient_checkpointing_changes_no_gradient(golden):
+    train, model = golden.train, golden.model
+    inputs = {name: torch.from_numpy(train[name]) for name in ("input_ids", "attention_mask", "labels")}
+    inputs["pixel_values"] = golden.pixel_values[train["pixel_values_index"]]
+    gradients = []
+    model.train()
+    try:
+        for checkpointing in (False, True):
+            if checkpointing:
+                model.gradient_checkpointing_enable({"use_reentrant": False})
+                assert model.is_gradient_checkpointing
+            model(**inputs).loss.backward()
+            gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+            model.zero_grad()
+    finally:
+        model.gradient_checkpointing_disable()
+        model.eval()
+    assert set(gradients[0]) == set(gradients[1])
+    for name, gradient in gradients[0].items():
+        np.testing.assert_allclose(gradients[1][name], gradient, rtol=0, atol=GRADIENT_ATOL)
