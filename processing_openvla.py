@@ -259,7 +259,7 @@ class OpenVLAProcessor(ProcessorMixin):
             inputs = self.tokenizer(
                 text,
                 return_tensors=return_tensors,
-                padding=bool(padding) if padding is None else padding,
+                padding=False if padding is None else padding,
                 truncation=truncation,
                 max_length=max_length,
             )

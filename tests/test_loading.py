@@ -74,6 +74,7 @@ def test_a_folder_of_another_model_type_is_refused(tmp_path):
 BARE = """
 import sys
 sys.modules["openvla"] = None  # as if the package were not installed
+import hashlib
 import json
 import numpy as np, torch, transformers
 folder = sys.argv[1]
@@ -87,6 +88,8 @@ for _ in range(2):
             model = getattr(transformers, name).from_pretrained(folder, trust_remote_code=True).eval()
             assert callable(model.generate)
             answers.setdefault(name, []).append(model.predict_action(**inputs, constrain_actions=True).tolist())
+            tensors = {k: hashlib.sha256(v.numpy().tobytes()).hexdigest() for k, v in model.state_dict().items()}
+            assert answers.setdefault("tensors", tensors) == tensors
 assert "transformers_modules" in type(model).__module__, type(model).__module__
 model.save_pretrained(sys.argv[3])
 processor.save_pretrained(sys.argv[3])
@@ -115,6 +118,7 @@ def test_a_saved_folder_alone_works_with_trust_remote_code(tiny, frames, tmp_pat
     expected = tiny.model.predict_action(**inputs, constrain_actions=True).tolist()
     for source, target in ((folder, second), (second, tmp_path / "third")):
         answers = run_bare(tmp_path, source, frame, target)
+        assert answers.pop("tensors") == digests(tiny.model)
         assert len(answers) == len(DOORS)
         assert all(action == expected for actions in answers.values() for action in actions)
     assert sorted(os.listdir(folder)) == sorted(os.listdir(second))
@@ -181,6 +185,12 @@ def test_parts_offloaded_to_disk(tiny, frames, tmp_path):
     inputs = tiny.processor(instruction="pick up the red block", images=frames["noise"])
     expected = tiny.model.predict_action(**inputs, constrain_actions=True)
     assert model.predict_action(**inputs, constrain_actions=True).tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_every_part_has_the_dtype_that_was_asked_for(fused_folder, dtype):
+    model = AutoModelForVision2Seq.from_pretrained(fused_folder, torch_dtype=dtype)
+    assert {parameter.dtype for parameter in model.parameters()} == {dtype}
 
 
 def test_loading_info_is_still_to_be_had(fused_folder):
