@@ -199,9 +199,10 @@ def require_whole_actions(tokens: torch.LongTensor, steps: int, end_ids: int | S
 
 
 def _require_going_on(token: torch.LongTensor, ends: torch.LongTensor, step: int, steps: int) -> None:
-    if token.numel() == 0 or bool(torch.isin(token, ends).any()):
+    missing = token.numel() == 0
+    if missing or bool(torch.isin(token, ends).any()):
         raise ValueError(
-            f"The model ended the sequence after {step + 1} of {steps} action tokens. (The reference would decode "
+            f"The model ended the sequence after {step if missing else step + 1} of {steps} action tokens. (The reference would decode "
             "prompt tokens as actions here.) Check that prompt, image and unnorm_key belong to this checkpoint, or "
             "pass constrain_actions=True to choose among action tokens only."
         )
