@@ -199,13 +199,14 @@ def require_whole_actions(tokens: torch.LongTensor, steps: int, end_ids: int | S
 
 
 def _require_going_on(token: torch.LongTensor, ends: torch.LongTensor, step: int, steps: int) -> None:
-    missing = token.numel() == 0
-    if missing or bool(torch.isin(token, ends).any()):
-        raise ValueError(
-            f"The model ended the sequence after {step if missing else step + 1} of {steps} action tokens. (The reference would decode "
-            "prompt tokens as actions here.) Check that prompt, image and unnorm_key belong to this checkpoint, or "
-            "pass constrain_actions=True to choose among action tokens only."
-        )
+    if token.numel() and not bool(torch.isin(token, ends).any()):
+        return
+    said = step + 1 if token.numel() else step
+    raise ValueError(
+        f"The model ended the sequence after {said} of {steps} action tokens. (The reference would decode prompt tokens "
+        "as actions here.) Check that prompt, image and unnorm_key belong to this checkpoint, or pass "
+        "constrain_actions=True to choose among action tokens only."
+    )
 
 
 def _as_tensor(ids: int | Sequence[int] | None, device: torch.device) -> torch.LongTensor:
