@@ -15,7 +15,7 @@ lanes:  ## parity, remote code and processors on every supported transformers, a
 	PYTHON=$(PYTHON) bash ci/lanes.sh
 
 lint: $(INSTALLED)  ## style
-	$(VENV)/bin/pip install --quiet ruff
+	$(VENV)/bin/pip install --quiet -c ci/constraints.txt ruff
 	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .
 
 clean:  ## remove what the other verbs made

@@ -203,8 +203,8 @@ def _require_going_on(token: torch.LongTensor, ends: torch.LongTensor, step: int
         return
     said = step + 1 if token.numel() else step
     raise ValueError(
-        f"The model ended the sequence after {said} of {steps} action tokens. (The reference would decode prompt tokens "
-        "as actions here.) Check that prompt, image and unnorm_key belong to this checkpoint, or pass "
+        f"The model ended the sequence after {said} of {steps} action tokens. (The reference would decode "
+        "prompt tokens as actions here.) Check that prompt, image and unnorm_key belong to this checkpoint, or pass "
         "constrain_actions=True to choose among action tokens only."
     )
 
