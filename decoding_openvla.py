@@ -180,13 +180,15 @@ def decode_greedily(
         if step == steps - 1:
             break
         _require_going_on(tokens[-1][:, None], ends, step, steps)
+        past = output.past_key_values if use_cache else None
         if mask is not None:
             mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
-            positions = positions_of(mask)[:, -1:] if use_cache else positions_of(mask)
-        if use_cache:
-            past, step_inputs = output.past_key_values, {"input_ids": tokens[-1][:, None]}
-        else:
-            new = language_model.get_input_embeddings()(tokens[-1][:, None])
+            positions = positions_of(mask)
+        if cached_length(past):
+            step_inputs = {"input_ids": tokens[-1][:, None]}
+            positions = None if mask is None else positions[:, -1:]
+        else:  # also where a cache was asked for but none came: gradient checkpointing in training mode
+            past, new = None, language_model.get_input_embeddings()(tokens[-1][:, None])
             step_inputs = {"inputs_embeds": torch.cat([step_inputs["inputs_embeds"], new.to(embeds.dtype)], dim=1)}
     return torch.stack(tokens, dim=1), torch.stack(logits, dim=1)
 

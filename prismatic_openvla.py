@@ -313,6 +313,8 @@ class PrismaticForConditionalGeneration(PrismaticPreTrainedModel, GenerationMixi
 
     def _generate_from(self, embeds: torch.Tensor, mask: torch.Tensor | None, kwargs: dict[str, Any]) -> Any:
         """Transformers' ``generate`` on embeddings; its result holds the new tokens only."""
+        if self.training and self.is_gradient_checkpointing:  # it switches the cache off, and with it the image
+            raise ValueError("generate() needs model.eval() when gradient checkpointing is enabled.")
         if mask is None:
             mask = torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device)
         elif has_gap(mask):  # transformers would renumber the positions behind it

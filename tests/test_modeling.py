@@ -7,6 +7,7 @@ import pytest
 import torch
 from openvla import ActionOutput, OpenVLAForActionPrediction
 from openvla.tiny import UNTRAINED_STATISTICS, build_tiny
+from PIL import Image
 from transformers.utils import logging
 
 pytestmark = pytest.mark.lane
@@ -352,3 +353,27 @@ def test_tokens_that_are_no_actions_are_said_once(golden):
         module_logger.filters.clear()
     assert len(seen) == 1
     assert "are not action tokens" in seen[0]
+
+
+@pytest.mark.parametrize("golden", ["fused"], indirect=True)
+def test_training_mode_with_checkpointing_still_sees_the_image(golden):
+    """No cache comes back then; a loop that trusts in one would feed single tokens to an empty model."""
+    case = cases(golden)["img1_prompt1_bridge_orig"]
+    golden.model.train()
+    golden.model.gradient_checkpointing_enable({"use_reentrant": False})
+    try:
+        assert predict(golden, case).tolist() == case["actions"]
+        with pytest.raises(ValueError, match="needs model.eval()"):
+            predict(golden, case, do_sample=True)
+    finally:
+        golden.model.gradient_checkpointing_disable()
+        golden.model.eval()
+
+
+def test_the_reference_s_readme_call(tiny, frames):
+    """processor(prompt, image).to(device, dtype=...), as every snippet on the web writes it."""
+    inputs = tiny.processor("In: What action should the robot take to go?\nOut:", Image.fromarray(frames["noise"]))
+    inputs = inputs.to("cpu", dtype=torch.bfloat16)
+    assert inputs["pixel_values"].dtype == torch.bfloat16
+    assert inputs["input_ids"].dtype == torch.int64
+    assert tiny.model.predict_action(**inputs, unnorm_key="untrained", do_sample=False).shape == (7,)
