@@ -5,10 +5,13 @@ from __future__ import annotations
 import argparse
 import sys
 
-from . import __version__, predict
+from . import __version__, convert_checkpoint, predict
+from .convert_checkpoint import verify
 
 COMMANDS = {
-    "predict": (predict, "one action from an image and an instruction"),
+    "predict": (predict.add_arguments, predict.run, predict.__doc__),
+    "convert": (convert_checkpoint.add_arguments, convert_checkpoint.run, convert_checkpoint.__doc__),
+    "verify": (convert_checkpoint.add_verify_arguments, convert_checkpoint.run_verify, verify.__doc__),
 }
 
 
@@ -17,12 +20,12 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="openvla", description="OpenVLA on every transformers from 4.40.1 on.")
     parser.add_argument("--version", action="version", version=f"openvla {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, (room, summary) in COMMANDS.items():
-        command = commands.add_parser(name, help=summary, description=room.__doc__)
-        room.add_arguments(command)
+    for name, (add_arguments, _, description) in COMMANDS.items():
+        summary = description.strip().splitlines()[0]
+        add_arguments(commands.add_parser(name, help=summary, description=description))
     args = parser.parse_args(argv)
     try:
-        return COMMANDS[args.command][0].run(args)
+        return COMMANDS[args.command][1](args)
     except (ValueError, KeyError, TypeError, ImportError, OSError) as error:
         message = error.args[0] if isinstance(error, KeyError) and error.args else error
         print(f"openvla {args.command}: {type(error).__name__}: {message}", file=sys.stderr)

@@ -23,6 +23,7 @@ from .configuration_openvla import (
     PROMPTS,
     TRANSFORMERS_4,
     OpenVLAConfig,
+    PrismaticConfig,
     write_json,
 )
 
@@ -30,6 +31,16 @@ logger = logging.get_logger(__name__)
 
 # The integers are PIL's (and torchvision's) resampling codes, as saved in preprocessor_config.json.
 RESAMPLING = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3, "box": 4, "hamming": 5}
+
+# Channel means and standard deviations that each timm id was trained with; others took (0.5, 0.5, 0.5) for both.
+HALF = (0.5, 0.5, 0.5)
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+OPENAI_CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
+PIXEL_STATISTICS = {
+    "vit_large_patch14_reg4_dinov2.lvd142m": IMAGENET,
+    "vit_large_patch14_clip_224.openai": OPENAI_CLIP,
+    "vit_large_patch14_clip_336.openai": OPENAI_CLIP,
+}
 
 ImageInput = Any  # a PIL image, a numpy array, a torch tensor, or a path to an image file
 
@@ -115,6 +126,19 @@ class OpenVLAImageProcessor(BaseImageProcessor):
         # One fill for both towers, the last one's: as the published models were evaluated.
         self.tvf_letterbox_fill = tvf_letterbox_fill or ([int(x * 255) for x in self.means[-1]] if letterbox else None)
 
+    @classmethod
+    def for_config(cls, config: PrismaticConfig) -> OpenVLAImageProcessor:
+        """The image processor that a model's towers were trained with."""
+        statistics = [PIXEL_STATISTICS.get(timm_id, (HALF, HALF)) for timm_id in config.timm_model_ids]
+        return cls(
+            use_fused_vision_backbone=config.use_fused_vision_backbone,
+            image_resize_strategy=config.image_resize_strategy,
+            input_sizes=[(3, size, size) for size in config.image_sizes],
+            interpolations=["bicubic"] * len(config.image_sizes),
+            means=[mean for mean, _ in statistics],
+            stds=[std for _, std in statistics],
+        )
+
     def preprocess(self, images: ImageInput | Sequence[ImageInput], return_tensors: str | None = None) -> BatchFeature:
         """Normalised images.
 
@@ -187,6 +211,12 @@ class OpenVLAProcessor(ProcessorMixin):
         super().__init__(image_processor, tokenizer)
         self.prompt_style = prompt_style
         self.empty_token_id = empty_token_id
+
+    @classmethod
+    def for_config(cls, config: PrismaticConfig, tokenizer: Any) -> OpenVLAProcessor:
+        """The processor of a model with this configuration."""
+        image_processor = OpenVLAImageProcessor.for_config(config)
+        return cls(image_processor, tokenizer, config.prompt_style, config.empty_token_id)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> OpenVLAProcessor:
@@ -365,10 +395,7 @@ class OpenVLAProcessor(ProcessorMixin):
         """The tokenizer's ``decode``."""
         return self.tokenizer.decode(*args, **kwargs)
 
-    @property
-    def model_input_names(self) -> list[str]:
-        """What ``__call__`` returns."""
-        return ["input_ids", "attention_mask", "pixel_values"]
+    model_input_names = ["input_ids", "attention_mask", "pixel_values"]
 
 
 class PrismaticProcessor(OpenVLAProcessor):

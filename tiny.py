@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from .configuration_openvla import OpenVLAConfig
 from .modeling_openvla import OpenVLAForActionPrediction
-from .processing_openvla import OpenVLAImageProcessor, OpenVLAProcessor
+from .processing_openvla import OpenVLAProcessor
 
 N_ACTION_BINS = 256
 PADDED_ROWS = 64
@@ -26,8 +26,6 @@ TINY_TOWERS = {
     "vit_large_patch14_reg4_dinov2.lvd142m": {"depth": 3, "embed_dim": 48, "num_heads": 3},
     "vit_so400m_patch14_siglip_224": {"depth": 3, "embed_dim": 40, "num_heads": 2},
 }
-_IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-_HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
@@ -88,20 +86,6 @@ def build_config(tokenizer: PreTrainedTokenizerFast, **overrides: Any) -> OpenVL
     return OpenVLAConfig(**{**fields, **overrides})
 
 
-def build_processor(config: OpenVLAConfig, tokenizer: PreTrainedTokenizerFast) -> OpenVLAProcessor:
-    """The processor that fits a configuration."""
-    statistics = [_IMAGENET if "dinov2" in timm_id else _HALF for timm_id in config.timm_model_ids]
-    image_processor = OpenVLAImageProcessor(
-        use_fused_vision_backbone=config.use_fused_vision_backbone,
-        image_resize_strategy=config.image_resize_strategy,
-        input_sizes=[(3, size, size) for size in config.image_sizes],
-        interpolations=["bicubic"] * len(config.image_sizes),
-        means=[mean for mean, _ in statistics],
-        stds=[std for _, std in statistics],
-    )
-    return OpenVLAProcessor(image_processor, tokenizer, config.prompt_style, config.empty_token_id)
-
-
 def build_tiny(seed: int = 0, **overrides: Any) -> tuple[OpenVLAForActionPrediction, OpenVLAProcessor]:
     """A tiny untrained OpenVLA and its processor, the same on every transformers version.
 
@@ -116,7 +100,7 @@ def build_tiny(seed: int = 0, **overrides: Any) -> tuple[OpenVLAForActionPredict
     config = build_config(tokenizer, **overrides)
     model = OpenVLAForActionPrediction(config)
     _fill(model, seed)
-    return model.eval(), build_processor(config, tokenizer)
+    return model.eval(), OpenVLAProcessor.for_config(config, tokenizer)
 
 
 def _fill(model: nn.Module, seed: int) -> None:

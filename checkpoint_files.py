@@ -1,0 +1,208 @@
+"""Tensor files, read by memory map and written one tensor at a time: nothing here ever holds a whole model."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import zipfile
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from tqdm import tqdm
+
+from .configuration_openvla import write_json
+
+INDEX_FILE = "model.safetensors.index.json"
+SINGLE_FILE = "model.safetensors"
+LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19"  # torch.save before 1.6
+UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
+# The format's names (https://github.com/huggingface/safetensors#format).
+DTYPE_NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+
+
+def read_pickle(path: Path) -> dict[str, Any]:
+    """The content of a ``torch.save`` file, its tensors mapped from disk; only tensors and containers are allowed.
+
+    Raises:
+        ValueError: The file is truncated, is no checkpoint, or holds code; the message names the file and the reason.
+    """
+    mapped = zipfile.is_zipfile(path)
+    with open(path, "rb") as file:
+        head = file.read(len(LEGACY_MAGIC))
+    if not mapped and head != LEGACY_MAGIC:
+        reason = "it is empty" if not head else "it is truncated, or no PyTorch checkpoint"
+        raise ValueError(f"{path} cannot be read: {reason}. Copy it again from its source.")
+    try:
+        return torch.load(path, map_location="cpu", mmap=mapped, weights_only=True)
+    except Exception as error:  # torch raises UnpicklingError, RuntimeError, EOFError ... by the kind of damage
+        first = str(error).replace("\n", " ")
+        code = re.search(r"GLOBAL (\S+)", first)
+        if code:
+            raise ValueError(
+                f"{path} holds code, {code[1]}, not only tensors; it was not run. Ask its author for tensors alone."
+            ) from error
+        raise ValueError(f"{path} is damaged: {first[:300]}. Copy it again from its source.") from error
+
+
+def weight_files(folder: Path) -> dict[str, Path]:
+    """Which file of a Hub folder holds which tensor; files are safetensors.
+
+    Raises:
+        ValueError: There are none, an index names a file outside the folder or one that is not there.
+    """
+    index = folder / INDEX_FILE
+    if not index.is_file():
+        if not (folder / SINGLE_FILE).is_file():
+            raise ValueError(f"{folder} holds neither {SINGLE_FILE} nor {INDEX_FILE}.")
+        return dict.fromkeys(_names(folder / SINGLE_FILE), folder / SINGLE_FILE)
+    try:
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{index} is not a safetensors index: {error}.") from error
+    files = {}
+    for name, file in weight_map.items():
+        path = folder / file
+        if not file or Path(file).name != file:
+            raise ValueError(f"{index} names {file!r}, which lies outside the folder; refused.")
+        if not path.is_file():
+            raise ValueError(f"{index} names {file!r}, which is not there. Download it again.")
+        files[name] = path
+    return files
+
+
+def read_tensors(files: Mapping[str, Path]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Names and tensors, mapped from disk, file by file."""
+    for path in dict.fromkeys(files.values()):
+        with _open(path) as opened:
+            for name in [name for name, file in files.items() if file == path]:
+                yield name, opened.get_tensor(name)
+
+
+def shapes(files: Mapping[str, Path]) -> dict[str, tuple[int, ...]]:
+    """Shape of every tensor, without reading any."""
+    found = {}
+    for path in dict.fromkeys(files.values()):
+        with _open(path) as opened:
+            for name in [name for name, file in files.items() if file == path]:
+                found[name] = tuple(opened.get_slice(name).get_shape())
+    return found
+
+
+def write_shards(
+    folder: Path, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype | None, max_shard_bytes: int
+) -> dict[str, str]:
+    """Write tensors as safetensors shards with their index, casting floats to ``dtype`` one at a time.
+
+    Returns:
+        The sha256 of every tensor's bytes as written.
+    """
+    shards, size = [[]], 0
+    for name, tensor in tensors.items():
+        count = tensor.numel() * _target(tensor, dtype).itemsize
+        if shards[-1] and size + count > max_shard_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size += count
+    digests, weight_map = {}, {}
+    total = sum(tensor.numel() * _target(tensor, dtype).itemsize for tensor in tensors.values())
+    with tqdm(total=total, unit="B", unit_scale=True, desc="writing", leave=False) as progress:
+        for number, names in enumerate(shards, start=1):
+            file = SINGLE_FILE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+            part = {name: tensors[name] for name in names}
+            digests.update(_write_file(folder / file, part, dtype, progress))
+            weight_map.update(dict.fromkeys(names, file))
+    if len(shards) > 1:
+        write_json(folder / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    return digests
+
+
+def digest(tensor: torch.Tensor) -> str:
+    """sha256 of a tensor's bytes."""
+    return hashlib.sha256(_bytes(tensor)).hexdigest()
+
+
+def digest_file(path: Path) -> str:
+    """sha256 of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(file)
+
+
+def parse_size(text: str) -> int:
+    """Bytes of "5GB", "500MB".
+
+    Raises:
+        ValueError: Another form.
+    """
+    number, unit = text[:-2].strip(), text[-2:].upper()
+    if unit not in UNITS or not number.replace(".", "", 1).isdigit() or float(number) <= 0:
+        raise ValueError(f"A size looks like 5GB or 500MB, got {text!r}.")
+    return int(float(number) * UNITS[unit])
+
+
+def _write_file(
+    path: Path, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype | None, progress: tqdm
+) -> dict[str, str]:
+    """One safetensors file: header, then each tensor's bytes."""
+    header, offset = {"__metadata__": {"format": "pt"}}, 0
+    for name, tensor in tensors.items():
+        target = _target(tensor, dtype)
+        end = offset + tensor.numel() * target.itemsize
+        header[name] = {"dtype": DTYPE_NAMES[target], "shape": list(tensor.shape), "data_offsets": [offset, end]}
+        offset = end
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    digests = {}
+    with open(path, "wb") as file:
+        file.write(len(encoded).to_bytes(8, "little") + encoded)
+        for name, tensor in tensors.items():
+            content = _bytes(tensor.to(_target(tensor, dtype)))
+            file.write(content)
+            digests[name] = hashlib.sha256(content).hexdigest()
+            progress.update(len(content))
+        file.flush()
+        os.fsync(file.fileno())
+    return digests
+
+
+def _target(tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.dtype:
+    return dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
+
+
+def _bytes(tensor: torch.Tensor) -> memoryview:
+    return memoryview(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy())
+
+
+def _names(path: Path) -> Iterable[str]:
+    with _open(path) as opened:
+        return list(opened.keys())
+
+
+def _open(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="pt")
+    except Exception as error:  # safetensors raises its own error class from Rust
+        raise ValueError(f"{path} is no whole safetensors file: {error}. Download it again.") from error
+
+
+def _digest(file: Any) -> str:
+    running = hashlib.sha256()
+    for chunk in iter(lambda: file.read(1 << 20), b""):
+        running.update(chunk)
+    return running.hexdigest()

@@ -1,0 +1,418 @@
+"""``openvla convert``: native Prismatic runs and folders of the old remote code into one self-contained Hub folder.
+
+Nothing is built and nothing initialised: tensors are mapped from disk, renamed, cast and written one at a time, then
+read back and compared. The target appears under its name only when it is whole.
+
+Sources, told apart by their content:
+  a native run         config.json with "vla" or "model", dataset_statistics.json, checkpoints/*.pt
+  a Hub folder         config.json of type openvla or prismatic and safetensors: code, configuration, statistics and
+                       processor are made current, weights are linked or copied untouched
+
+Examples:
+  openvla convert runs/my-run my-openvla --tokenizer llama-2-tokenizer/
+  openvla convert runs/my-run my-openvla --checkpoint step-080000-epoch-09-loss=0.0987.pt --dtype fp32
+  openvla convert old-finetune/ my-openvla
+  openvla convert my-openvla back-to-native --reverse
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer, GenerationConfig
+
+from .actions_openvla import dimension_labels, validate_norm_stats
+from .checkpoint_files import (
+    INDEX_FILE,
+    digest,
+    digest_file,
+    parse_size,
+    read_pickle,
+    read_tensors,
+    shapes,
+    weight_files,
+    write_shards,
+)
+from .configuration_openvla import DTYPE_FIELD, OpenVLAConfig, PrismaticConfig, write_json
+from .loading import MODEL_CLASSES
+from .modeling_openvla import STATISTICS_FILE
+from .native_checkpoint import (
+    CHECKPOINT_FILE,
+    native_config,
+    native_file,
+    native_run_config,
+    native_state,
+    native_tensors,
+    read_json,
+    to_hub_name,
+    to_native_name,
+)
+from .processing_openvla import OpenVLAImageProcessor, OpenVLAProcessor
+
+PAD_TOKEN = "<PAD>"
+MANIFEST_FILE = "openvla_manifest.json"
+NATIVE_CONFIG_FILE = "native_config.json"
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+COPIED_TOKENIZER_FILES = (
+    *TOKENIZER_FILES,
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "merges.txt",
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of ``openvla convert``."""
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("source", type=Path, metavar="SRC", help="native run directory or Hub folder")
+    parser.add_argument("target", type=Path, metavar="DST", help="folder to write; must not exist without --overwrite")
+    parser.add_argument(
+        "--checkpoint", help="file in checkpoints/; default latest-checkpoint.pt, else the highest step"
+    )
+    parser.add_argument(
+        "--tokenizer", metavar="DIR_OR_ID", help="the language model's tokenizer; default beside the source"
+    )
+    parser.add_argument(
+        "--dtype", choices=DTYPES, help="of the weights; default bf16 for native runs, as it is for folders"
+    )
+    parser.add_argument("--max-shard-size", default="5GB", help="such as 5GB or 500MB (default %(default)s)")
+    parser.add_argument(
+        "--config-overrides", type=Path, metavar="FILE", help="JSON merged into the target's config.json"
+    )
+    parser.add_argument("--reverse", action="store_true", help="from a Hub folder back to the native layout")
+    parser.add_argument("--overwrite", action="store_true", help="replace DST")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Convert and report; returns the exit status."""
+    convert(
+        args.source,
+        args.target,
+        checkpoint=args.checkpoint,
+        tokenizer=args.tokenizer,
+        dtype=args.dtype,
+        max_shard_size=args.max_shard_size,
+        config_overrides=json.loads(args.config_overrides.read_text()) if args.config_overrides else None,
+        reverse=args.reverse,
+        overwrite=args.overwrite,
+    )
+    return 0
+
+
+def add_verify_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of ``openvla verify``."""
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("folder", type=Path, metavar="DIR", help="folder that openvla convert wrote")
+
+
+def run_verify(args: argparse.Namespace) -> int:
+    """Check every file and tensor; returns the exit status."""
+    print(f"{args.folder}: {verify(args.folder)} tensors and all files are as they were written")
+    return 0
+
+
+def convert(
+    source: str | os.PathLike,
+    target: str | os.PathLike,
+    *,
+    checkpoint: str | None = None,
+    tokenizer: str | os.PathLike | None = None,
+    dtype: str | None = None,
+    max_shard_size: str = "5GB",
+    config_overrides: dict[str, Any] | None = None,
+    reverse: bool = False,
+    overwrite: bool = False,
+) -> None:
+    """Convert a checkpoint; the arguments are the command's (see the module's text).
+
+    Raises:
+        ValueError: The source is not understood, incomplete, damaged or holds code; what was written differs.
+        FileExistsError: The target exists and ``overwrite`` is not given.
+        FileNotFoundError: There is no source, or no tokenizer.
+    """
+    source, target = Path(source), Path(target)
+    kind = _kind(source)
+    print(f"{source}: {kind}")
+    if reverse and kind == "native run":
+        raise ValueError(f"{source} is already in the native layout.")
+    if target.exists() and not overwrite:
+        raise FileExistsError(f"{target} exists; give another name, or --overwrite to replace it.")
+    with _appearing_whole(target) as folder:
+        if reverse:
+            _write_native(source, folder)
+        elif kind == "native run":
+            shard_bytes = parse_size(max_shard_size)
+            file = native_file(source, checkpoint)
+            _write_hub(source, file, folder, tokenizer, DTYPES[dtype or "bf16"], shard_bytes, config_overrides or {})
+        else:
+            _upgrade(
+                source, folder, tokenizer, dtype and DTYPES[dtype], parse_size(max_shard_size), config_overrides or {}
+            )
+    print(f"{target}: complete, every tensor compared with its source")
+
+
+def verify(folder: str | os.PathLike) -> int:
+    """Check a converted folder against its manifest.
+
+    Returns:
+        The number of tensors.
+
+    Raises:
+        ValueError: Files or tensors differ from what was written; all are named.
+        FileNotFoundError: There is no manifest.
+    """
+    folder = Path(folder)
+    if not (folder / MANIFEST_FILE).is_file():
+        raise FileNotFoundError(f"{folder} has no {MANIFEST_FILE}; only folders that openvla convert wrote have one.")
+    manifest = json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8"))
+    wrong = [file for file in manifest["files"] if not (folder / file).is_file()]
+    wrong += [f for f, sha in manifest["files"].items() if f not in wrong and digest_file(folder / f) != sha]
+    if wrong:
+        raise ValueError(f"{folder} is not what was written: {sorted(wrong)} changed or missing.")
+    found = {name: digest(tensor) for name, tensor in read_tensors(weight_files(folder))}
+    changed = sorted(
+        name for name in {*found, *manifest["tensors"]} if found.get(name) != manifest["tensors"].get(name)
+    )
+    if changed:
+        raise ValueError(f"{folder} is not what was written: tensors {changed} changed or missing.")
+    return len(found)
+
+
+def _kind(source: Path) -> str:
+    if not source.is_dir():
+        raise FileNotFoundError(f"No folder at {source}.")
+    fields = read_json(source / "config.json")
+    if "vla" in fields or "model" in fields:
+        return "native run"
+    if fields.get("model_type") in MODEL_CLASSES:
+        return "Hub folder"
+    raise ValueError(
+        f'{source}/config.json is neither a native Prismatic run\'s ("vla" or "model") nor that of a model of type '
+        f"{sorted(MODEL_CLASSES)}."
+    )
+
+
+def _require_fit(found: Mapping[str, tuple[int, ...]], config: PrismaticConfig, source: Path) -> None:
+    """Raise, naming everything, if a model of this configuration would not take exactly these tensors."""
+    with torch.device("meta"):
+        model = MODEL_CLASSES[config.model_type](config)
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    if config.tie_word_embeddings and "language_model.lm_head.weight" not in found:
+        expected.pop("language_model.lm_head.weight", None)
+    problems = {
+        "missing": sorted(set(expected) - set(found)),
+        "surplus": sorted(set(found) - set(expected)),
+        "of another shape": sorted(
+            f"{name} {found[name]}, expected {expected[name]}"
+            for name in set(found) & set(expected)
+            if found[name] != expected[name]
+        ),
+    }
+    lines = [f"{len(names)} {kind}: {names}" for kind, names in problems.items() if names]
+    if lines:
+        raise ValueError(f"{source} does not fit its configuration. Tensors " + "; ".join(lines) + ".")
+
+
+def _write_hub(
+    source: Path,
+    file: Path,
+    folder: Path,
+    tokenizer: str | os.PathLike | None,
+    dtype: torch.dtype,
+    shard_bytes: int,
+    overrides: dict[str, Any],
+) -> None:
+    """A native run as a Hub folder."""
+    native = native_tensors(file)
+    config = native_config(source, native, overrides)
+    tensors = {to_hub_name(name, config): tensor for name, tensor in native.items()}
+    _require_fit({name: tuple(tensor.shape) for name, tensor in tensors.items()}, config, file)
+    processor = OpenVLAProcessor.for_config(config, _tokenizer(source, tokenizer, config))
+    setattr(config, DTYPE_FIELD, dtype)
+    digests = write_shards(folder, tensors, dtype, shard_bytes)
+    _require_equal(folder, digests)
+    shutil.copy(source / "config.json", folder / NATIVE_CONFIG_FILE)
+    processor.save_pretrained(folder)
+    _write_surroundings(folder, config, str(source))
+    _write_manifest(folder, digests)
+
+
+def _upgrade(
+    source: Path,
+    folder: Path,
+    tokenizer: str | os.PathLike | None,
+    dtype: torch.dtype | None,
+    shard_bytes: int,
+    overrides: dict[str, Any],
+) -> None:
+    """A folder of the old remote code, made current."""
+    fields = {**read_json(source / "config.json"), **overrides}
+    config_class = {OpenVLAConfig.model_type: OpenVLAConfig, PrismaticConfig.model_type: PrismaticConfig}
+    config = config_class[fields["model_type"]].from_dict(fields)
+    if isinstance(config, OpenVLAConfig) and (source / STATISTICS_FILE).is_file():
+        statistics = read_json(source / STATISTICS_FILE)
+        validate_norm_stats(statistics)
+        config.norm_stats = {**(config.norm_stats or {}), **statistics}
+        config.default_unnorm_key = next(iter(statistics)) if len(statistics) == 1 else config.default_unnorm_key
+    files = weight_files(source)
+    _require_fit(shapes(files), config, source)
+    found = _tokenizer(source, tokenizer, config)
+    image_processor = OpenVLAImageProcessor.from_pretrained(source)
+    processor = OpenVLAProcessor(image_processor, found, config.prompt_style, config.empty_token_id)
+    if dtype is None:
+        for file in {*files.values(), *source.glob(INDEX_FILE)}:
+            _link_or_copy(file, folder / file.name)
+        digests = {name: digest(tensor) for name, tensor in read_tensors(files)}
+    else:
+        setattr(config, DTYPE_FIELD, dtype)
+        digests = write_shards(folder, dict(read_tensors(files)), dtype, shard_bytes)
+    _require_equal(folder, digests)
+    processor.save_pretrained(folder)
+    if tokenizer is None:  # the trained-on files themselves, not what this version makes of them
+        for name in COPIED_TOKENIZER_FILES:
+            if (source / name).is_file():
+                shutil.copy(source / name, folder / name)
+    _write_surroundings(folder, config, str(source))
+    _write_manifest(folder, digests)
+
+
+def _write_native(source: Path, folder: Path) -> None:
+    """A Hub folder as a native run directory."""
+    fields = read_json(source / "config.json")
+    config = (OpenVLAConfig if fields["model_type"] == OpenVLAConfig.model_type else PrismaticConfig).from_dict(fields)
+    files = weight_files(source)
+    _require_fit(shapes(files), config, source)
+    kept = source / NATIVE_CONFIG_FILE
+    write_json(folder / "config.json", read_json(kept) if kept.is_file() else native_run_config(config))
+    if isinstance(config, OpenVLAConfig):
+        write_json(folder / STATISTICS_FILE, config.norm_stats or {})
+    (folder / "checkpoints").mkdir()
+    written = folder / "checkpoints" / CHECKPOINT_FILE
+    torch.save(native_state(read_tensors(files), config), written)
+    again = read_pickle(written)["model"]
+    for name, tensor in read_tensors(files):
+        component, native = to_native_name(name, config).split(".", 1)
+        if digest(again[component][native]) != digest(tensor):
+            raise ValueError(
+                f"{written}: {component}.{native} does not equal {name} of {source}. The disk may be failing."
+            )
+
+
+def _tokenizer(source: Path, given: str | os.PathLike | None, config: PrismaticConfig) -> Any:
+    """The tokenizer, with the padding token that the model was trained with.
+
+    Raises:
+        FileNotFoundError: None is given and none lies beside the source.
+        ValueError: Its padding token is not the model's.
+    """
+    if given is None and not any((source / name).is_file() for name in TOKENIZER_FILES):
+        raise FileNotFoundError(
+            f"No tokenizer lies in {source}; pass the language model's own, --tokenizer DIR_OR_ID (here that of "
+            f"{config.hf_llm_id}). Another one would give other prompts, and other actions."
+        )
+    tokenizer = AutoTokenizer.from_pretrained(source if given is None else given, padding_side="right")
+    if tokenizer.pad_token is None:
+        tokenizer.add_special_tokens({"pad_token": PAD_TOKEN})
+    if tokenizer.pad_token_id != config.pad_token_id:
+        raise ValueError(
+            f"The tokenizer pads with {tokenizer.pad_token_id} but the model with {config.pad_token_id}; this is not "
+            f"the tokenizer of {config.hf_llm_id}."
+        )
+    return tokenizer
+
+
+def _require_equal(folder: Path, digests: Mapping[str, str]) -> None:
+    """Read every written tensor back and compare it with its source."""
+    found = {name: digest(tensor) for name, tensor in read_tensors(weight_files(folder))}
+    wrong = sorted(name for name in {*found, *digests} if found.get(name) != digests.get(name))
+    if wrong:
+        raise ValueError(f"{folder}: {wrong} were not written as read. The disk may be failing.")
+
+
+def _write_surroundings(folder: Path, config: PrismaticConfig, source: str) -> None:
+    """Everything but weights and processor: configuration, code, statistics, card."""
+    config.architectures = [MODEL_CLASSES[config.model_type].__name__]
+    config.save_pretrained(folder)
+    text = config.text_config
+    GenerationConfig(
+        bos_token_id=text.bos_token_id, eos_token_id=text.eos_token_id, pad_token_id=config.pad_token_id
+    ).save_pretrained(folder)
+    for code in sorted(Path(__file__).parent.glob("*_openvla.py")):
+        shutil.copy(code, folder / code.name)
+    if getattr(config, "norm_stats", None):
+        write_json(folder / STATISTICS_FILE, config.norm_stats)
+    (folder / "README.md").write_text(_card(config, source), encoding="utf-8")
+
+
+def _card(config: PrismaticConfig, source: str) -> str:
+    """The model card, with one table a dataset of what its action's dimensions mean."""
+    lines = [
+        "---",
+        "library_name: transformers",
+        "pipeline_tag: robotics",
+        "tags: [robotics, vision-language-action, openvla, custom_code]",
+        "---",
+        f"# {Path(source).name}",
+        "",
+        f"{config.architectures[0]}: {config.vision_backbone_id}, {config.hf_llm_id or config.llm_backbone_id}. Loads",
+        "with `trust_remote_code=True`, or after `import openvla`.",
+    ]
+    for key, statistics in (getattr(config, "norm_stats", None) or {}).items():
+        action = statistics["action"]
+        mask = action.get("mask") or [True] * len(action["q01"])
+        lines += [
+            "",
+            f"## Actions of `{key}`",
+            "",
+            "| dimension | unit | q01 | q99 | normalised |",
+            "|---|---|---|---|---|",
+        ]
+        for (name, unit), low, high, used in zip(dimension_labels(len(mask), key), action["q01"], action["q99"], mask):
+            lines.append(f"| {name} | {unit} | {low:.6g} | {high:.6g} | {'yes' if used else 'no'} |")
+    return "\n".join(lines) + "\n"
+
+
+def _write_manifest(folder: Path, digests: Mapping[str, str]) -> None:
+    weights = {path.name for path in weight_files(folder).values()}
+    others = sorted(path for path in folder.iterdir() if path.name not in weights)
+    files = {path.name: digest_file(path) for path in others}
+    write_json(folder / MANIFEST_FILE, {"files": files, "tensors": dict(digests)})
+
+
+def _link_or_copy(source: Path, target: Path) -> None:
+    """A hard link where the file system allows one."""
+    try:
+        os.link(source.resolve(), target)
+    except OSError:
+        shutil.copy2(source, target)
+
+
+@contextmanager
+def _appearing_whole(target: Path) -> Iterator[Path]:
+    """A folder beside the target that takes its name only when the block ends well; else it is removed."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
+    try:
+        yield folder
+        folder.chmod(0o755)
+        if target.exists():
+            previous = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".previous", dir=target.parent))
+            os.replace(target, previous / target.name)
+            os.replace(folder, target)
+            shutil.rmtree(previous)
+        else:
+            os.replace(folder, target)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise

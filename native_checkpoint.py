@@ -1,0 +1,247 @@
+"""The native Prismatic layout: its registry of models, its tensor names, its files."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .checkpoint_files import read_pickle
+from .configuration_openvla import OpenVLAConfig, PrismaticConfig
+from .modeling_openvla import STATISTICS_FILE
+
+CHECKPOINT_FILE = "latest-checkpoint.pt"
+COMPONENTS = ("vision_backbone", "projector", "llm_backbone")
+PAD_TOKEN_ID = 32000  # the reference adds <PAD> behind Llama-2's 32000 tokens
+
+# The reference's registry of base VLMs (prismatic/conf/models.py), as differences from its commonest entry.
+COMMON = {
+    "vision_backbone_id": "clip-vit-l-336px",
+    "llm_backbone_id": "vicuna-v15-7b",
+    "arch_specifier": "no-align+gelu-mlp",
+    "image_resize_strategy": "letterbox",
+    "llm_max_length": 2048,
+}
+FUSED = {"arch_specifier": "no-align+fused-gelu-mlp"}
+TOWERS = {
+    "in1k-224px": {"vision_backbone_id": "in1k-vit-l"},
+    "dinov2-224px": {"vision_backbone_id": "dinov2-vit-l"},
+    "clip-224px": {"vision_backbone_id": "clip-vit-l"},
+    "siglip-224px": {"vision_backbone_id": "siglip-vit-so400m"},
+    "clip-336px": {},
+    "siglip-384px": {"vision_backbone_id": "siglip-vit-so400m-384px"},
+    "dinoclip-336px": {"vision_backbone_id": "dinoclip-vit-l-336px", **FUSED},
+    "dinosiglip-384px": {"vision_backbone_id": "dinosiglip-vit-so-384px", **FUSED},
+    "dinosiglip-224px": {"vision_backbone_id": "dinosiglip-vit-so-224px", **FUSED},
+}
+STRATEGIES = {f"-{name}": {"image_resize_strategy": name} for name in ("letterbox", "resize-crop", "resize-naive")}
+NAIVE = {"image_resize_strategy": "resize-naive"}
+LLAMA_7B, LLAMA_13B = {"llm_backbone_id": "llama2-7b-pure"}, {"llm_backbone_id": "llama2-13b-pure"}
+PRISMS = {
+    "prism-clip": {},
+    "prism-siglip": TOWERS["siglip-384px"],
+    "prism-dinosiglip": TOWERS["dinosiglip-384px"],
+    "prism-dinosiglip-224px": TOWERS["dinosiglip-224px"],
+}
+COMMON_VLMS = (
+    "one-stage",
+    "full-ft-one-stage",
+    "vicuna-no-cotraining",
+    "train-1.25-epochs",
+    "train-1.5-epochs",
+    "train-2-epochs",
+    "train-3-epochs",
+    "llava-lvis4v",
+    "llava-lrv",
+    "llava-lvis4v-lrv",
+)
+BASE_VLMS: dict[str, dict[str, Any]] = {
+    "reproduction-llava-v15+7b": {"arch_specifier": "gelu-mlp"},
+    "reproduction-llava-v15+13b": {"arch_specifier": "gelu-mlp", "llm_backbone_id": "vicuna-v15-13b"},
+    "full-ft-multi-stage+7b": {"arch_specifier": "gelu-mlp"},
+    "one-stage+13b": {"llm_backbone_id": "vicuna-v15-13b"},
+    "llama2+7b": LLAMA_7B,
+    "llama2+13b": LLAMA_13B,
+    "llama2-chat+7b": {"llm_backbone_id": "llama2-7b-chat"},
+    "llama2-chat+13b": {"llm_backbone_id": "llama2-13b-chat"},
+    "mistral-v0.1+7b": {"llm_backbone_id": "mistral-v0.1-7b-pure"},
+    "mistral-instruct-v0.1+7b": {"llm_backbone_id": "mistral-v0.1-7b-instruct"},
+    "phi-2+3b": {"llm_backbone_id": "phi-2-3b"},
+    "llama2-no-cotraining+7b": LLAMA_7B,
+    "prism-siglip+13b": {**NAIVE, **LLAMA_13B},  # sic: the reference's entry keeps CLIP's tower
+    **{f"{name}+7b": {} for name in COMMON_VLMS},
+    **{f"{tower}+7b": fields for tower, fields in TOWERS.items()},
+    **{
+        f"{tower}{strategy}+7b": {**fields, **change}
+        for tower, fields in TOWERS.items()
+        for strategy, change in STRATEGIES.items()
+    },
+    **{f"{name}{kind}+7b": {**f, **NAIVE, **LLAMA_7B} for name, f in PRISMS.items() for kind in ("", "-controlled")},
+    **{
+        f"{name}{kind}+13b": {**f, **NAIVE, **LLAMA_13B}
+        for name, f in PRISMS.items()
+        for kind in ("", "-controlled")
+        if (name, kind) != ("prism-siglip", "")
+    },
+}
+# Attention heads of the registry's language models; every other size is read off the tensors. (rms_norm_eps of the
+# Llamas stays at transformers' 1e-6: the reference's converter left it there, as every published checkpoint says.)
+ATTENTION_HEADS = {"llama2-13b-pure": 40, "llama2-13b-chat": 40, "vicuna-v15-13b": 40}
+COMMON_ATTENTION_HEADS = 32
+
+
+def renames(config: PrismaticConfig) -> list[tuple[str, str]]:
+    """Native and Hub prefixes of a model's tensors; read left to right to convert, right to left to go back."""
+    if config.use_fused_vision_backbone:
+        second = "clip" if config.vision_backbone_id.startswith("dinoclip") else "siglip"
+        towers = [("dino_featurizer.", "featurizer."), (f"{second}_featurizer.", "fused_featurizer.")]
+    else:
+        towers = [("featurizer.", "featurizer.")]
+    layers = ("0", "2", "4") if config.use_fused_vision_backbone else ("0", "2")
+    return [
+        *((f"vision_backbone.{native}", f"vision_backbone.{hub}") for native, hub in towers),
+        *(
+            (f"projector.projector.{native}.", f"projector.fc{number}.")
+            for number, native in enumerate(layers, start=1)
+        ),
+        ("llm_backbone.llm.", "language_model."),
+    ]
+
+
+def to_hub_name(native: str, config: PrismaticConfig) -> str:
+    """The Hub name of a native tensor; an unknown one is returned as it is."""
+    for old, new in renames(config):
+        if native.startswith(old):
+            return re.sub(r"(\.ls[12])\.gamma$", r"\1.scale_factor", new + native.removeprefix(old))
+    return native
+
+
+def to_native_name(hub: str, config: PrismaticConfig) -> str:
+    """The native name of a Hub tensor."""
+    for old, new in renames(config):
+        if hub.startswith(new):
+            return re.sub(r"(\.ls[12])\.scale_factor$", r"\1.gamma", old + hub.removeprefix(new))
+    raise ValueError(f"Tensor {hub!r} has no place in the native layout.")
+
+
+def native_file(source: Path, checkpoint: str | None) -> Path:
+    """The checkpoint to take from a run: the one named, else latest-checkpoint.pt, else the highest step."""
+    folder = source / "checkpoints"
+    files = sorted(folder.glob("*.pt"))
+    if checkpoint is not None:
+        files = [file for file in files if file.name == Path(checkpoint).name]
+    elif (folder / CHECKPOINT_FILE).is_file():
+        return folder / CHECKPOINT_FILE
+    if not files:
+        there = sorted(file.name for file in folder.glob("*")) if folder.is_dir() else "no folder"
+        raise FileNotFoundError(f"{folder} holds no {checkpoint or '*.pt'}; there is {there}.")
+    return max(files, key=lambda file: int((re.search(r"step-(\d+)", file.name) or [0, 0])[1]))
+
+
+def native_tensors(file: Path) -> dict[str, torch.Tensor]:
+    """``component.name -> tensor`` of a native checkpoint, mapped from disk."""
+    model = read_pickle(file).get("model")
+    if not isinstance(model, dict) or any(name not in model for name in COMPONENTS):
+        got = sorted(model) if isinstance(model, dict) else "no 'model'"
+        raise ValueError(f"{file} is no native checkpoint: it needs model/{', '.join(COMPONENTS)}, got {got}.")
+    surplus = [name for name, part in model.items() if name not in COMPONENTS and len(part)]
+    if surplus:
+        raise ValueError(f"{file} holds parts that this model does not have: {surplus}.")
+    return {
+        f"{component}.{name.removeprefix('module.')}": tensor
+        for component in COMPONENTS
+        for name, tensor in model[component].items()
+        if not name.endswith("rotary_emb.inv_freq")  # a computed buffer that old versions saved
+    }
+
+
+def native_config(source: Path, tensors: Mapping[str, torch.Tensor], overrides: dict[str, Any]) -> PrismaticConfig:
+    """The configuration of a native run: the registry, sizes from the tensors, then the overrides."""
+    native = read_json(source / "config.json")
+    if "vla" in native:
+        base = native["vla"].get("base_vlm") if isinstance(native["vla"], dict) else None
+        if base not in BASE_VLMS:
+            raise ValueError(f"{source}/config.json: unknown base_vlm {base!r}. Known: {sorted(BASE_VLMS)}.")
+        fields = {**COMMON, **BASE_VLMS[base]}
+    else:
+        missing = [name for name in COMMON if name not in native["model"]]
+        if missing:
+            raise ValueError(f"{source}/config.json: 'model' lacks {missing}.")
+        fields = {name: native["model"][name] for name in COMMON}
+    if fields["arch_specifier"].endswith("linear"):
+        raise ValueError(f"A projector of kind {fields['arch_specifier']!r} has no place in the Hub's model.")
+    text_overrides = overrides.get("text_config", {})
+    heads = text_overrides.get("num_attention_heads") or ATTENTION_HEADS.get(
+        fields["llm_backbone_id"], COMMON_ATTENTION_HEADS
+    )
+    text_config = {**_sizes(tensors, heads), **text_overrides}
+    fields = {**fields, **overrides, "text_config": text_config}
+    if "vla" not in native:
+        return PrismaticConfig(**fields)
+    return OpenVLAConfig(norm_stats=read_json(source / STATISTICS_FILE), **fields)
+
+
+def _sizes(tensors: Mapping[str, torch.Tensor], heads: int) -> dict[str, Any]:
+    """The language model's sizes, read off its tensors."""
+    prefix = "llm_backbone.llm.model."
+    embedding = tensors.get(f"{prefix}embed_tokens.weight")
+    first = {name.removeprefix(f"{prefix}layers.0."): t for name, t in tensors.items() if f"{prefix}layers.0." in name}
+    inner = first.get("mlp.gate_proj.weight", first.get("mlp.fc1.weight"))
+    key = first.get("self_attn.k_proj.weight")
+    if embedding is None or inner is None or key is None:
+        raise ValueError("The checkpoint's language model has no embedding or no first layer.")
+    layers = {
+        int(name.removeprefix(f"{prefix}layers.").split(".")[0]) for name in tensors if f"{prefix}layers." in name
+    }
+    vocab_size, hidden_size = embedding.shape
+    return {
+        "vocab_size": vocab_size,
+        "hidden_size": hidden_size,
+        "intermediate_size": inner.shape[0],
+        "num_hidden_layers": len(layers),
+        "num_attention_heads": heads,
+        "num_key_value_heads": max(key.shape[0] * heads // hidden_size, 1),
+        "pad_token_id": PAD_TOKEN_ID,
+    }
+
+
+def native_state(tensors: Iterable[tuple[str, torch.Tensor]], config: PrismaticConfig) -> dict[str, Any]:
+    """Hub tensors as the nested dictionary that a native checkpoint holds."""
+    model: dict[str, dict[str, torch.Tensor]] = {component: {} for component in COMPONENTS}
+    for name, tensor in tensors:
+        component, native = to_native_name(name, config).split(".", 1)
+        model[component][native] = tensor
+    return {"model": model}
+
+
+def native_run_config(config: PrismaticConfig) -> dict[str, Any]:
+    """A native config.json for a model that was not converted from one."""
+    fields = {name: getattr(config, name) for name in COMMON}
+    if config.model_type != OpenVLAConfig.model_type:
+        return {"model": fields}
+    base = next((name for name in sorted(BASE_VLMS) if {**COMMON, **BASE_VLMS[name]} == fields), None)
+    if base is None:
+        raise ValueError(f"No base_vlm of the reference's registry has {fields}.")
+    return {"vla": {"base_vlm": base}}
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+        FileNotFoundError: There is no file.
+        ValueError: It holds no JSON object.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path.parent} has no {path.name}.")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}.") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold a JSON object, got {type(content).__name__}.")
+    return content
