@@ -3,13 +3,19 @@ PYTHON ?= python3
 VENV ?= .venv
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test lanes lint clean
+.PHONY: demo test test-slow convert-full lanes lint clean
 
 demo: $(INSTALLED)  ## one action from a real LIBERO frame, as a table and as demo.png
 	$(VENV)/bin/openvla predict --plot demo.png
 
 test: $(INSTALLED)  ## the default tests
 	$(VENV)/bin/python -m pytest
+
+test-slow: $(INSTALLED)  ## what takes a minute or more: kills, full disks
+	$(VENV)/bin/python -m pytest -m slow
+
+convert-full: $(INSTALLED)  ## a full-size checkpoint there and back: time and memory beside a plain copy (45 GB of disk)
+	$(VENV)/bin/python benchmarks/convert_full.py .convert-full
 
 lanes:  ## parity, remote code and processors on every supported transformers, and the towers against timm
 	PYTHON=$(PYTHON) bash ci/lanes.sh

@@ -8,6 +8,7 @@ import os
 import re
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -109,8 +110,13 @@ def write_shards(
 ) -> dict[str, str]:
     """Write tensors as safetensors shards with their index, casting floats to ``dtype`` one at a time.
 
+    Hashing runs beside writing, and a finished shard is read back while the next one is written.
+
     Returns:
         The sha256 of every tensor's bytes as written.
+
+    Raises:
+        ValueError: A tensor read back does not equal what was written.
     """
     shards, size = [[]], 0
     for name, tensor in tensors.items():
@@ -122,15 +128,30 @@ def write_shards(
         size += count
     digests, weight_map = {}, {}
     total = sum(tensor.numel() * _target(tensor, dtype).itemsize for tensor in tensors.values())
-    with tqdm(total=total, unit="B", unit_scale=True, desc="writing", leave=False) as progress:
+    progress = tqdm(total=total, unit="B", unit_scale=True, desc="writing", leave=False)
+    with progress, ThreadPoolExecutor(max_workers=2) as beside:
+        checks = []
         for number, names in enumerate(shards, start=1):
             file = SINGLE_FILE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
             part = {name: tensors[name] for name in names}
-            digests.update(_write_file(folder / file, part, dtype, progress))
+            written = _write_file(folder / file, part, dtype, progress, beside)
+            checks.append(beside.submit(require_equal, dict.fromkeys(names, folder / file), written))
+            digests.update(written)
             weight_map.update(dict.fromkeys(names, file))
+        progress.set_description("reading back")
+        for check in checks:
+            check.result()
     if len(shards) > 1:
         write_json(folder / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": weight_map})
     return digests
+
+
+def require_equal(files: Mapping[str, Path], digests: Mapping[str, str]) -> None:
+    """Raise ValueError, with their names, if tensors on disk have other digests."""
+    found = {name: digest(tensor) for name, tensor in read_tensors(files)}
+    wrong = sorted(name for name in {*found, *digests} if found.get(name) != digests.get(name))
+    if wrong:
+        raise ValueError(f"Tensors {wrong} changed or missing in {sorted({str(file) for file in files.values()})}.")
 
 
 def digest(tensor: torch.Tensor) -> str:
@@ -157,9 +178,13 @@ def parse_size(text: str) -> int:
 
 
 def _write_file(
-    path: Path, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype | None, progress: tqdm
+    path: Path,
+    tensors: Mapping[str, torch.Tensor],
+    dtype: torch.dtype | None,
+    progress: tqdm,
+    beside: ThreadPoolExecutor,
 ) -> dict[str, str]:
-    """One safetensors file: header, then each tensor's bytes."""
+    """One safetensors file: header, then each tensor's bytes, hashed ``beside``."""
     header, offset = {"__metadata__": {"format": "pt"}}, 0
     for name, tensor in tensors.items():
         target = _target(tensor, dtype)
@@ -173,8 +198,9 @@ def _write_file(
         file.write(len(encoded).to_bytes(8, "little") + encoded)
         for name, tensor in tensors.items():
             content = _bytes(tensor.to(_target(tensor, dtype)))
+            hashed = beside.submit(hashlib.sha256, content)
             file.write(content)
-            digests[name] = hashlib.sha256(content).hexdigest()
+            digests[name] = hashed.result().hexdigest()
             progress.update(len(content))
         file.flush()
         os.fsync(file.fileno())

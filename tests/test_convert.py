@@ -4,7 +4,11 @@ import bz2
 import hashlib
 import json
 import os
+import random
 import shutil
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
@@ -326,7 +330,7 @@ def test_verify_notices(change, converted, tmp_path):
         (folder / "openvla_manifest.json").unlink()
     with pytest.raises((ValueError, FileNotFoundError)) as caught:
         verify(folder)
-    assert {"tensor": "tensors [", "file": "modeling_openvla.py", "lost": "tokenizer.json", "no manifest": "manifest"}[
+    assert {"tensor": "Tensors [", "file": "modeling_openvla.py", "lost": "tokenizer.json", "no manifest": "manifest"}[
         change
     ] in str(caught.value)
 
@@ -383,3 +387,46 @@ def test_sizes():
     for bad in ("5", "GB", "-1GB", "0GB"):
         with pytest.raises(ValueError, match="looks like"):
             parse_size(bad)
+
+
+@pytest.mark.slow
+def test_killed_at_ten_random_moments(tmp_path, overrides, tokenizer):
+    """The source stays as it was, and the target is whole or not there."""
+    run = native_run("fused", tmp_path / "run")
+    write_json(tmp_path / "sizes.json", overrides["fused"])
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    command = [sys.executable, "-u", "-m", "openvla", "convert", run, tmp_path / "hub", "--overwrite"]
+    command += ["--tokenizer", tokenizer, "--config-overrides", tmp_path / "sizes.json"]
+    moments, whole = random.Random(0), 0
+    for _ in range(10):
+        process = subprocess.Popen([*map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        assert "native run" in process.stdout.readline()
+        time.sleep(moments.uniform(0, 0.4))
+        process.kill()
+        process.wait()
+        assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+        if (tmp_path / "hub").exists():
+            whole += 1
+            assert verify(tmp_path / "hub") == len(json.loads((GOLDEN / "fused" / "state_dict_index.json").read_text()))
+            shutil.rmtree(tmp_path / "hub")
+    assert whole < 10  # else no kill came in time to prove anything
+    convert(run, tmp_path / "hub", tokenizer=tokenizer, config_overrides=overrides["fused"], overwrite=True)
+    assert verify(tmp_path / "hub")
+
+
+@pytest.mark.slow
+def test_a_full_disk(tmp_path, overrides, tokenizer):
+    """On a file system of 1 MB: an error that says so, and nothing left behind."""
+    run, small = native_run("siglip", tmp_path / "run"), tmp_path / "small"
+    small.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", small], capture_output=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip("needs the right to mount a small tmpfs")
+    try:
+        with pytest.raises(OSError, match="No space left on device"):
+            convert(run, small / "hub", tokenizer=tokenizer, config_overrides=overrides["siglip"])
+        assert list(small.iterdir()) == []
+    finally:
+        subprocess.run(["umount", small], check=True)

@@ -1,0 +1,127 @@
+"""Convert a full-size (7.5 B parameters) native checkpoint and back, measuring time and memory beside a plain copy.
+
+    python benchmarks/convert_full.py WORK_DIR [--dtype bf16|fp32]
+
+The weights are synthetic (seeded noise, repeated), the tokenizer is a stand-in of Llama-2's size; every tensor is
+compared.
+WORK_DIR needs 45 GB free for bf16, 70 GB for fp32, and is removed at the end. Anonymous memory is the process's own;
+pages of mapped files, which the system takes back at need, are not in it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+from openvla import OpenVLAConfig, OpenVLAForActionPrediction, OpenVLAProcessor
+from openvla.checkpoint_files import write_shards
+from openvla.configuration_openvla import DTYPE_FIELD, write_json
+from openvla.convert_checkpoint import DTYPES, MANIFEST_FILE, _write_manifest, _write_surroundings
+from openvla.tiny import UNTRAINED_STATISTICS, build_tokenizer
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerFast
+
+SHARD_BYTES = 5 * 10**9
+
+
+def full_tokenizer() -> PreTrainedTokenizerFast:
+    """A stand-in with 32000 ids and the padding token behind them."""
+    content = json.loads(build_tokenizer()._tokenizer.to_str())
+    vocabulary = content["model"]["vocab"]
+    vocabulary.update({f"<filler_{i}>": i for i in range(len(vocabulary), 32000)})
+    content["added_tokens"] = [token for token in content["added_tokens"] if token["content"] != "<pad>"]
+    special = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<PAD>"}
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(content)), **special)
+
+
+def write_synthetic(folder: Path, dtype: torch.dtype) -> None:
+    """A full-size Hub folder whose tensors are noise, repeated along their first dimension."""
+    config = OpenVLAConfig(
+        vision_backbone_id="dinosiglip-vit-so-224px",
+        llm_backbone_id="llama2-7b-pure",
+        arch_specifier="no-align+fused-gelu-mlp",
+        image_resize_strategy="resize-naive",
+        text_config={"model_type": "llama", "vocab_size": 32064, "pad_token_id": 32000},
+        norm_stats={"bridge_orig": UNTRAINED_STATISTICS},
+    )
+    setattr(config, DTYPE_FIELD, dtype)
+    with torch.device("meta"):
+        model = OpenVLAForActionPrediction(config)
+    generator = torch.Generator().manual_seed(0)
+    tensors = {}
+    for name, tensor in model.state_dict().items():
+        noise = torch.randn(tensor.shape[1:], generator=generator).to(dtype)
+        tensors[name] = noise.expand(tensor.shape)
+    folder.mkdir()
+    digests = write_shards(folder, tensors, dtype, SHARD_BYTES)
+    OpenVLAProcessor.for_config(config, full_tokenizer()).save_pretrained(folder)
+    _write_surroundings(folder, config, "synthetic")
+    write_json(folder / "native_config.json", {"vla": {"base_vlm": "prism-dinosiglip-224px+7b"}})
+    _write_manifest(folder, digests)
+
+
+def measured(label: str, command: list[str], size: int) -> dict:
+    """Run a command; its seconds and its peak of anonymous memory."""
+    started, peak = time.perf_counter(), 0
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    while process.poll() is None:
+        try:
+            status = Path(f"/proc/{process.pid}/status").read_text()
+            peak = max(peak, int(status.split("RssAnon:")[1].split()[0]))
+        except (FileNotFoundError, IndexError, ProcessLookupError):
+            pass
+        time.sleep(0.02)
+    seconds = time.perf_counter() - started
+    if process.returncode:
+        raise SystemExit(f"{label} failed: {' '.join(command)}")
+    row = {"step": label, "seconds": round(seconds, 1), "GB/s": round(size / seconds / 1e9, 2)}
+    row["peak anonymous MB"] = round(peak / 1024)
+    print(json.dumps(row), flush=True)
+    return row
+
+
+def main() -> None:
+    """Build, reverse, copy, convert, verify, compare."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("work", type=Path)
+    parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16")
+    args = parser.parse_args()
+    args.work.mkdir(parents=True)
+    try:
+        hub, native, again = args.work / "hub", args.work / "native", args.work / "again"
+        write_synthetic(hub, DTYPES[args.dtype])
+        openvla = [sys.executable, "-m", "openvla"]
+        size = sum(file.stat().st_size for file in hub.glob("*.safetensors"))
+        rows = [measured("Hub folder to native (--reverse)", [*openvla, "convert", hub, native, "--reverse"], size)]
+        expected = json.loads((hub / MANIFEST_FILE).read_text())["tensors"]
+        tokenizer = args.work / "tokenizer"
+        full_tokenizer().save_pretrained(tokenizer)
+        shutil.rmtree(hub)
+        checkpoint = native / "checkpoints" / "latest-checkpoint.pt"
+        copy = args.work / "copy.pt"
+        rows.append(
+            measured("plain copy (cp, sync)", ["sh", "-c", f"cp '{checkpoint}' '{copy}' && sync '{copy}'"], size)
+        )
+        copy.unlink()
+        convert = [*openvla, "convert", native, again, "--tokenizer", tokenizer, "--dtype", args.dtype]
+        rows.append(measured("native to Hub folder", convert, size))
+        rows.append(measured("openvla verify", [*openvla, "verify", again], size))
+        found = json.loads((again / MANIFEST_FILE).read_text())["tensors"]
+        if found != expected:
+            raise SystemExit("the tensors are not what they were")
+        print(f"{len(found)} tensors equal after there and back, {size / 1e9:.2f} GB in {args.dtype}\n")
+        print("| " + " | ".join(rows[0]) + " |\n" + "|---" * len(rows[0]) + "|")
+        for row in rows:
+            print("| " + " | ".join(map(str, row.values())) + " |")
+    finally:
+        shutil.rmtree(args.work, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    main()
