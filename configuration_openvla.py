@@ -270,6 +270,17 @@ class OpenVLAConfig(PrismaticConfig):
         if not 2 <= n_action_bins <= self.vocab_size:
             raise ValueError(f"n_action_bins must be between 2 and {self.vocab_size}, got {n_action_bins}.")
 
+    def merge_statistics(self, statistics: dict[str, dict[str, Any]]) -> None:
+        """Take in the content of a dataset_statistics.json: it wins where both have a key; an only key is the default.
+
+        Raises:
+            ValueError: The statistics are inconsistent, not finite or inverted.
+        """
+        validate_norm_stats(statistics)
+        self.norm_stats = {**(self.norm_stats or {}), **statistics}
+        if len(statistics) == 1:
+            self.default_unnorm_key = next(iter(statistics))
+
 
 def _build_text_config(text_config: dict[str, Any] | PretrainedConfig | None, llm_backbone_id: str) -> PretrainedConfig:
     """The language model's configuration, of the class that its model type, or else the backbone's id, names."""
@@ -318,6 +329,11 @@ def _unknown(field: str, value: Any, known: Any) -> str:
     nearest = nearest_name(str(value), [str(k) for k in known])
     hint = f" Did you mean {nearest!r}?" if nearest else ""
     return f"Unknown {field} {value!r}.{hint} Allowed: {list(known)}."
+
+
+def hub_keywords(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Those of ``from_pretrained``'s keywords that say where files come from."""
+    return {key: kwargs[key] for key in HUB_KEYWORDS if kwargs.get(key) is not None}
 
 
 def write_json(path: Path, content: Any) -> None:

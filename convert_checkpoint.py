@@ -30,7 +30,7 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer, GenerationConfig
 
-from .actions_openvla import dimension_labels, validate_norm_stats
+from .actions_openvla import dimension_labels
 from .checkpoint_files import (
     INDEX_FILE,
     digest,
@@ -253,13 +253,9 @@ def _upgrade(
 ) -> None:
     """A folder of the old remote code, made current."""
     fields = {**read_json(source / "config.json"), **overrides}
-    config_class = {OpenVLAConfig.model_type: OpenVLAConfig, PrismaticConfig.model_type: PrismaticConfig}
-    config = config_class[fields["model_type"]].from_dict(fields)
+    config = MODEL_CLASSES[fields["model_type"]].config_class.from_dict(fields)
     if isinstance(config, OpenVLAConfig) and (source / STATISTICS_FILE).is_file():
-        statistics = read_json(source / STATISTICS_FILE)
-        validate_norm_stats(statistics)
-        config.norm_stats = {**(config.norm_stats or {}), **statistics}
-        config.default_unnorm_key = next(iter(statistics)) if len(statistics) == 1 else config.default_unnorm_key
+        config.merge_statistics(read_json(source / STATISTICS_FILE))
     files = weight_files(source)
     _require_fit(shapes(files), config, source)
     found = _tokenizer(source, tokenizer, config)
@@ -285,7 +281,7 @@ def _upgrade(
 def _write_native(source: Path, folder: Path) -> None:
     """A Hub folder as a native run directory."""
     fields = read_json(source / "config.json")
-    config = (OpenVLAConfig if fields["model_type"] == OpenVLAConfig.model_type else PrismaticConfig).from_dict(fields)
+    config = MODEL_CLASSES[fields["model_type"]].config_class.from_dict(fields)
     files = weight_files(source)
     _require_fit(shapes(files), config, source)
     kept = source / NATIVE_CONFIG_FILE

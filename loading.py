@@ -12,7 +12,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 # From its own module: transformers 5.4 to 5.2x put a placeholder in its place where torchvision is not installed.
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
-from .configuration_openvla import HUB_KEYWORDS, OpenVLAConfig, PrismaticConfig
+from .configuration_openvla import OpenVLAConfig, PrismaticConfig, hub_keywords
 from .modeling_openvla import OpenVLAForActionPrediction
 from .prismatic_openvla import PrismaticForConditionalGeneration
 from .processing_openvla import (
@@ -96,7 +96,7 @@ def _model_type(name_or_path: str | os.PathLike, kwargs: dict[str, Any]) -> str:
     if isinstance(config, PretrainedConfig):
         model_type = config.model_type
     else:
-        hub = {key: kwargs[key] for key in HUB_KEYWORDS if kwargs.get(key) is not None}
+        hub = hub_keywords(kwargs)
         model_type = PretrainedConfig.get_config_dict(name_or_path, **hub)[0].get("model_type")
     if model_type not in MODEL_CLASSES:
         raise ValueError(

@@ -21,7 +21,7 @@ from transformers.modeling_outputs import ModelOutput
 from transformers.utils import cached_file, logging
 
 from .actions_openvla import ActionTokenizer, NormalizationStatistics, nearest_name, validate_norm_stats
-from .configuration_openvla import HUB_KEYWORDS, OpenVLAConfig, write_json
+from .configuration_openvla import OpenVLAConfig, hub_keywords, write_json
 from .decoding_openvla import append_token, decode_greedily, only, positions_of, require_finite, require_whole_actions
 from .prismatic_openvla import PrismaticForConditionalGeneration
 from .vision_openvla import PrismaticVisionBackbone  # noqa: F401  transformers up to 5.8 copies direct imports only
@@ -73,7 +73,7 @@ class OpenVLAForActionPrediction(PrismaticForConditionalGeneration, GenerationMi
         The file adds to the statistics in config.json and wins where both have a key; where it holds one key, that
         key becomes the default.
         """
-        hub = {key: kwargs[key] for key in HUB_KEYWORDS if kwargs.get(key) is not None}
+        hub = hub_keywords(kwargs)
         loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         if pretrained_model_name_or_path is not None:
@@ -91,15 +91,11 @@ class OpenVLAForActionPrediction(PrismaticForConditionalGeneration, GenerationMi
         if file is None:
             return
         try:
-            statistics = json.loads(Path(file).read_text(encoding="utf-8"))
-            validate_norm_stats(statistics)
+            self.config.merge_statistics(json.loads(Path(file).read_text(encoding="utf-8")))
         except ValueError as error:
             raise ValueError(
                 f"{STATISTICS_FILE} beside the weights of {name_or_path} is not usable: {error}"
             ) from error
-        self.config.norm_stats = {**(self.config.norm_stats or {}), **statistics}
-        if len(statistics) == 1:
-            self.config.default_unnorm_key = next(iter(statistics))
 
     def save_pretrained(self, save_directory: str | os.PathLike, is_main_process: bool = True, **kwargs: Any) -> Any:
         """Save weights, configuration, code and, in dataset_statistics.json, the action statistics."""

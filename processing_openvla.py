@@ -18,12 +18,12 @@ from transformers.utils import logging
 
 from .actions_openvla import nearest_name  # noqa: F401  transformers up to 5.8 copies direct imports only
 from .configuration_openvla import (
-    HUB_KEYWORDS,
     IMAGE_RESIZE_STRATEGIES,
     PROMPTS,
     TRANSFORMERS_4,
     OpenVLAConfig,
     PrismaticConfig,
+    hub_keywords,
     write_json,
 )
 
@@ -224,7 +224,7 @@ class OpenVLAProcessor(ProcessorMixin):
 
         Published processors do not say how the model wants to be asked; that is read from ``config.json`` beside them.
         """
-        hub = {key: kwargs[key] for key in HUB_KEYWORDS if kwargs.get(key) is not None}
+        hub = hub_keywords(kwargs)
         processor = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
         if processor.prompt_style is None:
             processor._read_prompt_style(pretrained_model_name_or_path, hub)
@@ -236,7 +236,7 @@ class OpenVLAProcessor(ProcessorMixin):
 
         transformers 5.4 to 5.2x put a placeholder in its place where torchvision is not installed.
         """
-        hub = {key: kwargs[key] for key in HUB_KEYWORDS if kwargs.get(key) is not None}
+        hub = hub_keywords(kwargs)
         image_processor = OpenVLAImageProcessor.from_pretrained(name_or_path, **hub)
         return [image_processor, AutoTokenizer.from_pretrained(name_or_path, **kwargs)]
 
