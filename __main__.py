@@ -5,14 +5,18 @@ from __future__ import annotations
 import argparse
 import sys
 
-from . import __version__, convert_checkpoint, predict
+from . import __version__, convert_checkpoint, predict, publish
 from .convert_checkpoint import verify
 
 COMMANDS = {
     "predict": (predict.add_arguments, predict.run, predict.__doc__),
     "convert": (convert_checkpoint.add_arguments, convert_checkpoint.run, convert_checkpoint.__doc__),
     "verify": (convert_checkpoint.add_verify_arguments, convert_checkpoint.run_verify, verify.__doc__),
+    "publish": (publish.add_arguments, publish.run, publish.__doc__),
 }
+
+# What huggingface_hub speaks HTTP with, by version; not all of their errors are OSErrors.
+HTTP_CLIENTS = ("httpx", "httpx2", "requests")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -29,6 +33,11 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, KeyError, TypeError, ImportError, OSError) as error:
         message = error.args[0] if isinstance(error, KeyError) and error.args else error
         print(f"openvla {args.command}: {type(error).__name__}: {message}", file=sys.stderr)
+        return 2
+    except Exception as error:
+        if type(error).__module__.split(".")[0] not in HTTP_CLIENTS:
+            raise
+        print(f"openvla {args.command}: the Hugging Face Hub cannot be reached: {error}", file=sys.stderr)
         return 2
 
 

@@ -30,7 +30,6 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer, GenerationConfig
 
-from .actions_openvla import dimension_labels
 from .checkpoint_files import (
     INDEX_FILE,
     digest,
@@ -58,6 +57,7 @@ from .native_checkpoint import (
     to_native_name,
 )
 from .processing_openvla import OpenVLAImageProcessor, OpenVLAProcessor
+from .publishing_openvla import CARD_FILE, model_card
 
 PAD_TOKEN = "<PAD>"
 MANIFEST_FILE = "openvla_manifest.json"
@@ -199,7 +199,7 @@ def _kind(source: Path) -> str:
     )
 
 
-def _require_fit(found: Mapping[str, tuple[int, ...]], config: PrismaticConfig, source: Path) -> None:
+def require_fit(found: Mapping[str, tuple[int, ...]], config: PrismaticConfig, source: Path) -> None:
     """Raise, naming everything, if a model of this configuration would not take exactly these tensors."""
     with torch.device("meta"):
         model = MODEL_CLASSES[config.model_type](config)
@@ -233,13 +233,13 @@ def _write_hub(
     native = native_tensors(file)
     config = native_config(source, native, overrides)
     tensors = {to_hub_name(name, config): tensor for name, tensor in native.items()}
-    _require_fit({name: tuple(tensor.shape) for name, tensor in tensors.items()}, config, file)
+    require_fit({name: tuple(tensor.shape) for name, tensor in tensors.items()}, config, file)
     processor = OpenVLAProcessor.for_config(config, _tokenizer(source, tokenizer, config))
     setattr(config, DTYPE_FIELD, dtype)
     digests = write_shards(folder, tensors, dtype, shard_bytes)
     shutil.copy(source / "config.json", folder / NATIVE_CONFIG_FILE)
     processor.save_pretrained(folder)
-    _write_surroundings(folder, config, str(source))
+    _write_surroundings(folder, config, source.resolve().name)
     _write_manifest(folder, digests)
 
 
@@ -257,7 +257,7 @@ def _upgrade(
     if isinstance(config, OpenVLAConfig) and (source / STATISTICS_FILE).is_file():
         config.merge_statistics(read_json(source / STATISTICS_FILE))
     files = weight_files(source)
-    _require_fit(shapes(files), config, source)
+    require_fit(shapes(files), config, source)
     found = _tokenizer(source, tokenizer, config)
     image_processor = OpenVLAImageProcessor.from_pretrained(source)
     processor = OpenVLAProcessor(image_processor, found, config.prompt_style, config.empty_token_id)
@@ -274,7 +274,7 @@ def _upgrade(
         for name in COPIED_TOKENIZER_FILES:
             if (source / name).is_file():
                 shutil.copy(source / name, folder / name)
-    _write_surroundings(folder, config, str(source))
+    _write_surroundings(folder, config, source.resolve().name)
     _write_manifest(folder, digests)
 
 
@@ -283,7 +283,7 @@ def _write_native(source: Path, folder: Path) -> None:
     fields = read_json(source / "config.json")
     config = MODEL_CLASSES[fields["model_type"]].config_class.from_dict(fields)
     files = weight_files(source)
-    _require_fit(shapes(files), config, source)
+    require_fit(shapes(files), config, source)
     kept = source / NATIVE_CONFIG_FILE
     write_json(folder / "config.json", read_json(kept) if kept.is_file() else native_run_config(config))
     if isinstance(config, OpenVLAConfig):
@@ -323,7 +323,7 @@ def _tokenizer(source: Path, given: str | os.PathLike | None, config: PrismaticC
     return tokenizer
 
 
-def _write_surroundings(folder: Path, config: PrismaticConfig, source: str) -> None:
+def _write_surroundings(folder: Path, config: PrismaticConfig, name: str) -> None:
     """Everything but weights and processor: configuration, code, statistics, card."""
     config.architectures = [MODEL_CLASSES[config.model_type].__name__]
     config.save_pretrained(folder)
@@ -335,40 +335,12 @@ def _write_surroundings(folder: Path, config: PrismaticConfig, source: str) -> N
         shutil.copy(code, folder / code.name)
     if getattr(config, "norm_stats", None):
         write_json(folder / STATISTICS_FILE, config.norm_stats)
-    (folder / "README.md").write_text(_card(config, source), encoding="utf-8")
-
-
-def _card(config: PrismaticConfig, source: str) -> str:
-    """The model card, with one table a dataset of what its action's dimensions mean."""
-    lines = [
-        "---",
-        "library_name: transformers",
-        "pipeline_tag: robotics",
-        "tags: [robotics, vision-language-action, openvla, custom_code]",
-        "---",
-        f"# {Path(source).name}",
-        "",
-        f"{config.architectures[0]}: {config.vision_backbone_id}, {config.hf_llm_id or config.llm_backbone_id}. Loads",
-        "with `trust_remote_code=True`, or after `import openvla`.",
-    ]
-    for key, statistics in (getattr(config, "norm_stats", None) or {}).items():
-        action = statistics["action"]
-        mask = action.get("mask") or [True] * len(action["q01"])
-        lines += [
-            "",
-            f"## Actions of `{key}`",
-            "",
-            "| dimension | unit | q01 | q99 | normalised |",
-            "|---|---|---|---|---|",
-        ]
-        for (name, unit), low, high, used in zip(dimension_labels(len(mask), key), action["q01"], action["q99"], mask):
-            lines.append(f"| {name} | {unit} | {low:.6g} | {high:.6g} | {'yes' if used else 'no'} |")
-    return "\n".join(lines) + "\n"
+    (folder / CARD_FILE).write_text(model_card(config.to_dict(), name), encoding="utf-8")
 
 
 def _write_manifest(folder: Path, digests: Mapping[str, str]) -> None:
     weights = {path.name for path in weight_files(folder).values()}
-    others = sorted(path for path in folder.iterdir() if path.name not in weights)
+    others = sorted(path for path in folder.iterdir() if path.name not in {*weights, CARD_FILE})  # cards are edited
     files = {path.name: digest_file(path) for path in others}
     write_json(folder / MANIFEST_FILE, {"files": files, "tensors": dict(digests)})
 

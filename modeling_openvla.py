@@ -24,6 +24,7 @@ from .actions_openvla import ActionTokenizer, NormalizationStatistics, nearest_n
 from .configuration_openvla import OpenVLAConfig, hub_keywords, write_json
 from .decoding_openvla import append_token, decode_greedily, only, positions_of, require_finite, require_whole_actions
 from .prismatic_openvla import PrismaticForConditionalGeneration
+from .publishing_openvla import PushToHub  # noqa: F401
 from .vision_openvla import PrismaticVisionBackbone  # noqa: F401  transformers up to 5.8 copies direct imports only
 
 logger = logging.get_logger(__name__)

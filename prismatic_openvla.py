@@ -17,6 +17,7 @@ from transformers.utils import is_flash_attn_2_available, logging
 from .actions_openvla import ActionTokenizer  # noqa: F401  transformers up to 5.8 copies direct imports only
 from .configuration_openvla import TRANSFORMERS_4, PrismaticConfig
 from .decoding_openvla import align_prompts, cached_length, has_gap, insert_after_bos, positions_of
+from .publishing_openvla import PushToHub
 from .vision_openvla import PrismaticProjector, PrismaticVisionBackbone
 
 logger = logging.get_logger(__name__)
@@ -46,7 +47,7 @@ class PrismaticCausalLMOutputWithPast(ModelOutput):
     projector_features: torch.FloatTensor | None = None
 
 
-class PrismaticPreTrainedModel(PreTrainedModel):
+class PrismaticPreTrainedModel(PushToHub, PreTrainedModel):
     """What every model of the family tells transformers."""
 
     config_class = PrismaticConfig

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
 from transformers import AutoTokenizer
 from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
@@ -26,6 +25,8 @@ from .configuration_openvla import (
     hub_keywords,
     write_json,
 )
+from .images_openvla import ImageInput, as_images, center_crop, padded_to_square, resized
+from .publishing_openvla import PushToHub
 
 logger = logging.get_logger(__name__)
 
@@ -41,8 +42,6 @@ PIXEL_STATISTICS = {
     "vit_large_patch14_clip_224.openai": OPENAI_CLIP,
     "vit_large_patch14_clip_336.openai": OPENAI_CLIP,
 }
-
-ImageInput = Any  # a PIL image, a numpy array, a torch tensor, or a path to an image file
 
 
 class OpenVLAImageProcessor(BaseImageProcessor):
@@ -156,7 +155,7 @@ class OpenVLAImageProcessor(BaseImageProcessor):
             TypeError: Not an image at all.
             FileNotFoundError: No file at a path.
         """
-        pixel_values = np.stack([self._transformed(image) for image in _as_images(images)])
+        pixel_values = np.stack([self._transformed(image) for image in as_images(images)])
         return BatchFeature(data={"pixel_values": pixel_values}, tensor_type=return_tensors)
 
     def __call__(self, images: ImageInput | Sequence[ImageInput], **kwargs: Any) -> BatchFeature:
@@ -165,10 +164,10 @@ class OpenVLAImageProcessor(BaseImageProcessor):
     def _transformed(self, image: Image.Image) -> np.ndarray:
         """float32 ``(3 * towers, height, width)``: letterbox, resize, centre crop, normalise, as torchvision does."""
         if self.tvf_do_letterbox:
-            image = _padded_to_square(image, tuple(self.tvf_letterbox_fill))
+            image = padded_to_square(image, tuple(self.tvf_letterbox_fill))
         planes = []
         for resize, crop, normalize in zip(self.tvf_resize_params, self.tvf_crop_params, self.tvf_normalize_params):
-            pixels = _center_crop(_resized(image, resize["size"], resize["interpolation"]), crop["output_size"])
+            pixels = center_crop(resized(image, resize["size"], resize["interpolation"]), crop["output_size"])
             channels = np.array(pixels, dtype=np.float32).transpose(2, 0, 1) / np.float32(255)
             mean, std = (np.array(normalize[name], dtype=np.float32)[:, None, None] for name in ("mean", "std"))
             planes.append((channels - mean) / std)
@@ -179,7 +178,7 @@ class PrismaticImageProcessor(OpenVLAImageProcessor):
     """The name that published ``preprocessor_config.json`` files carry."""
 
 
-class OpenVLAProcessor(ProcessorMixin):
+class OpenVLAProcessor(PushToHub, ProcessorMixin):
     """Image processor and tokenizer together; knows how the checkpoint wants an instruction to be asked.
 
     Args:
@@ -400,82 +399,6 @@ class OpenVLAProcessor(ProcessorMixin):
 
 class PrismaticProcessor(OpenVLAProcessor):
     """The name that published processor files carry."""
-
-
-def _as_images(images: ImageInput | Sequence[ImageInput]) -> list[Image.Image]:
-    """RGB PIL images of whatever was given."""
-    if isinstance(images, (np.ndarray, torch.Tensor)) and images.ndim == 4:
-        images = list(images)
-    if not isinstance(images, (list, tuple)):
-        images = [images]
-    if not images:
-        raise ValueError("Got no image.")
-    return [_as_image(image) for image in images]
-
-
-def _as_image(image: ImageInput) -> Image.Image:
-    if isinstance(image, (str, os.PathLike)):
-        with Image.open(image) as opened:
-            return opened.convert("RGB")
-    if isinstance(image, Image.Image):
-        return image.convert("RGB")
-    if isinstance(image, torch.Tensor):
-        image = image.detach().cpu()
-        if image.ndim == 3 and image.shape[0] in (1, 3, 4):  # channels first, torch's habit
-            image = image.permute(1, 2, 0)
-        image = image.float().numpy() if image.is_floating_point() else image.numpy()
-    if not isinstance(image, np.ndarray):
-        raise TypeError(
-            f"An image must be a PIL image, a numpy array, a torch tensor or a path, got {type(image).__name__}."
-        )
-    if image.ndim not in (2, 3) or (image.ndim == 3 and image.shape[2] not in (1, 3, 4)) or 0 in image.shape:
-        raise ValueError(
-            f"An image array must have shape (height, width, 3) (or 1 or 4 channels, or none), got {image.shape}."
-        )
-    if image.ndim == 3 and image.shape[2] == 1:
-        image = image[:, :, 0]
-    return Image.fromarray(_as_bytes(image)).convert("RGB")
-
-
-def _as_bytes(image: np.ndarray) -> np.ndarray:
-    if image.dtype == np.uint8:
-        return image
-    if not np.issubdtype(image.dtype, np.floating):
-        raise ValueError(f"An image array must be uint8, or float in [0, 1], got dtype {image.dtype}.")
-    if not np.isfinite(image).all() or image.min() < 0 or image.max() > 1:
-        raise ValueError(
-            f"A float image must lie in [0, 1], got values from {image.min()} to {image.max()}; "
-            "divide by 255 or give uint8."
-        )
-    return np.round(image.astype(np.float64) * 255).astype(np.uint8)
-
-
-def _padded_to_square(image: Image.Image, fill: tuple[int, ...]) -> Image.Image:
-    """A border on both sides of the shorter dimension. An odd difference stays one pixel short, as in the reference."""
-    width, height = image.size
-    left, top = (max(width, height) - width) // 2, (max(width, height) - height) // 2
-    padded = Image.new("RGB", (width + 2 * left, height + 2 * top), fill)
-    padded.paste(image, (left, top))
-    return padded
-
-
-def _resized(image: Image.Image, size: int | Sequence[int], resampling: int) -> Image.Image:
-    """To ``(height, width)``, or the shorter side to ``size`` keeping the aspect (torchvision's rounding)."""
-    width, height = image.size
-    if isinstance(size, int):
-        short, long = min(width, height), int(size * max(width, height) / min(width, height))
-        target = (width, height) if short == size else ((size, long) if width <= height else (long, size))
-    else:
-        target = (size[1], size[0]) if len(size) == 2 else (size[0], size[0])
-    return image if target == (width, height) else image.resize(target, resampling)
-
-
-def _center_crop(image: Image.Image, size: Sequence[int]) -> Image.Image:
-    height, width = size
-    if image.size == (width, height):
-        return image
-    left, top = round((image.width - width) / 2.0), round((image.height - height) / 2.0)
-    return image.crop((left, top, left + width, top + height))
 
 
 def _as_float32(values: Sequence[float]) -> list[float]:

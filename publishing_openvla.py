@@ -1,0 +1,160 @@
+"""What goes up to the Hugging Face Hub: a whole folder, with its card, in one commit."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, ModelCard
+
+from .actions_openvla import dimension_labels
+
+CARD_FILE = "README.md"
+# Formats that can run code when they are read; nobody should have to trust one, so none is uploaded.
+UNSAFE_SUFFIXES = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth")
+
+
+class PushToHub:
+    """``push_to_hub`` of models and processors, the same on every transformers version."""
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        commit_message: str | None = None,
+        commit_description: str | None = None,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        max_shard_size: int | str = "5GB",
+        tags: list[str] | None = None,
+        **ignored: Any,
+    ) -> CommitInfo:
+        """Save to a temporary folder and upload all of it in one commit.
+
+        A model takes its weights, code, configuration, statistics and, where the repository has none, a card with the
+        action space along; the processor is pushed by itself to the same repository.
+
+        Args:
+            repo_id: "name" or "organization/name"; created if it does not exist.
+            commit_message: Title of the commit.
+            commit_description: Its body.
+            private: Whether a new repository is private; None as the account's default.
+            token: Access token; None takes the one of ``hf auth login``.
+            revision: Branch to push to, created if it does not exist; None is main.
+            create_pr: Open a pull request instead.
+            max_shard_size: Of the weight files.
+            tags: For the card that is written where the repository has none.
+            **ignored: ``use_temp_dir`` and others that transformers 4.x takes; ``safe_serialization=False`` is refused.
+
+        Returns:
+            The commit: its URL, its hash and, with ``create_pr``, the pull request's URL.
+
+        Raises:
+            ValueError: ``safe_serialization=False``.
+            huggingface_hub.errors.HfHubHTTPError: The Hub refused, for want of a token or of rights.
+        """
+        if ignored.get("safe_serialization") is False:
+            raise ValueError("safe_serialization=False would upload a pickle, which can run code; leave it out.")
+        tags = list(dict.fromkeys([*(tags or []), *(getattr(self, "model_tags", None) or [])]))
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder, max_shard_size=max_shard_size)
+            return push_folder(
+                folder,
+                repo_id,
+                private=private,
+                token=token,
+                revision=revision,
+                create_pr=create_pr,
+                commit_message=commit_message or f"Upload {type(self).__name__}",
+                commit_description=commit_description,
+                tags=tags,
+            )
+
+
+def push_folder(
+    folder: str | os.PathLike,
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    token: str | bool | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    commit_message: str = "Upload model",
+    commit_description: str | None = None,
+    tags: list[str] | None = None,
+) -> CommitInfo:
+    """Upload a folder in one commit; the arguments are those of :meth:`PushToHub.push_to_hub`.
+
+    A folder with a configuration but no card gets one, unless the repository has its own already.
+    """
+    files = publishable(folder)
+    api = HfApi(token=token)
+    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    if revision is not None and not create_pr and not revision.startswith("refs/pr"):
+        api.create_branch(repo_id, branch=revision, exist_ok=True)
+    operations = [CommitOperationAdd(name, str(path)) for name, path in files.items()]
+    if CARD_FILE not in files and "config.json" in files and not api.file_exists(repo_id, CARD_FILE, revision=revision):
+        config = json.loads(files["config.json"].read_text(encoding="utf-8"))
+        card = ModelCard(model_card(config, repo_id))
+        card.data.tags = list(dict.fromkeys([*card.data.tags, *(tags or [])]))
+        operations.append(CommitOperationAdd(CARD_FILE, str(card).encode()))
+    return api.create_commit(
+        repo_id,
+        operations,
+        commit_message=commit_message,
+        commit_description=commit_description,
+        revision=revision,
+        create_pr=create_pr,
+    )
+
+
+def publishable(folder: str | os.PathLike) -> dict[str, Path]:
+    """Name in the repository and path of every file to upload: all but hidden ones and formats that can run code."""
+    folder = Path(folder)
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    names = {path.relative_to(folder).as_posix(): path for path in paths}
+    return {
+        name: path
+        for name, path in names.items()
+        if not any(part.startswith((".", "__pycache__")) for part in name.split("/"))
+        and path.suffix not in UNSAFE_SUFFIXES
+    }
+
+
+def model_card(config: dict[str, Any], name: str) -> str:
+    """The text of a model card, with one table a dataset of what its action's dimensions mean.
+
+    Args:
+        config: The content of config.json.
+        name: Of the model, or its repository.
+    """
+    language_model = config.get("hf_llm_id") or config["llm_backbone_id"]
+    lines = [
+        "---",
+        "library_name: transformers",
+        "pipeline_tag: robotics",
+        "tags: [robotics, vision-language-action, openvla, custom_code]",
+        "---",
+        f"# {name}",
+        "",
+        f"{config['architectures'][0]}: {config['vision_backbone_id']}, {language_model}. Loads with",
+        "`trust_remote_code=True`, or after `import openvla`.",
+    ]
+    for key, statistics in (config.get("norm_stats") or {}).items():
+        action = statistics["action"]
+        mask = action.get("mask") or [True] * len(action["q01"])
+        lines += [
+            "",
+            f"## Actions of `{key}`",
+            "",
+            "| dimension | unit | q01 | q99 | normalised |",
+            "|---|---|---|---|---|",
+        ]
+        for (label, unit), low, high, used in zip(dimension_labels(len(mask), key), action["q01"], action["q99"], mask):
+            lines.append(f"| {label} | {unit} | {low:.6g} | {high:.6g} | {'yes' if used else 'no'} |")
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,258 @@
+"""A Hugging Face Hub on loopback: the endpoints that huggingface_hub uses to create, upload, list and download.
+
+It keeps commits in memory, checks tokens, digests and sizes, and can cut a download short, once.
+"""
+
+import base64
+import hashlib
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import parse_qs, unquote, urlsplit
+
+TOKEN = "hf_stand_in"
+OWNER = "me"
+
+
+class Refused(Exception):
+    """An HTTP status and the Hub's name for the error."""
+
+    def __init__(self, status, code, message):
+        super().__init__(message)
+        self.status, self.code = status, code
+
+
+class Hub(ThreadingHTTPServer):
+    """The server and what it stores: ``branches[repo][branch]`` is a list of commits, each a dict of file contents."""
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.branches, self.private, self.blobs = {}, set(), {}
+        self.cut_after = None  # bytes after which the next download of a weight file breaks
+        self.requests = []
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+
+    @property
+    def url(self):
+        return f"http://127.0.0.1:{self.server_port}"
+
+    def files(self, repo, branch="main"):
+        """Name and content of every file at the head of a branch."""
+        return self.branches[repo][branch][-1]
+
+    def environment(self, cache, token=TOKEN):
+        """For a process that is to use this Hub: with an empty cache, over LFS, with a token."""
+        found = {"HF_ENDPOINT": self.url, "HF_HOME": str(cache), "HF_HUB_OFFLINE": "0", "TRANSFORMERS_OFFLINE": "0"}
+        found |= {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
+        return {**found, "HF_TOKEN": token} if token else found
+
+
+def commit_id(files):
+    names = json.dumps({name: hashlib.sha1(content).hexdigest() for name, content in sorted(files.items())})
+    return hashlib.sha1(names.encode()).hexdigest()
+
+
+class Handler(BaseHTTPRequestHandler):
+    """One request."""
+
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *_):
+        """Keep quiet."""
+
+    def do_GET(self):
+        self.answer(self.get)
+
+    def do_HEAD(self):
+        self.answer(self.get)
+
+    def do_POST(self):
+        self.answer(self.post)
+
+    def do_PUT(self):
+        self.answer(self.put)
+
+    def answer(self, method):
+        parts = urlsplit(self.path)
+        self.query = parse_qs(parts.query)
+        self.body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        self.server.requests.append(f"{self.command} {unquote(parts.path)}")
+        try:
+            method([unquote(part) for part in parts.path.strip("/").split("/")])
+        except Refused as refused:
+            headers = {"X-Error-Code": refused.code, "X-Error-Message": str(refused)}
+            self.send(json.dumps({"error": str(refused)}).encode(), refused.status, headers)
+
+    def send(self, content, status=200, headers=(), kind="application/json"):
+        self.send_response(status)
+        for name, value in {"Content-Type": kind, "Content-Length": str(len(content)), **dict(headers)}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(content)
+
+    def send_json(self, content, status=200):
+        self.send(json.dumps(content).encode(), status)
+
+    @property
+    def is_owner(self):
+        return self.headers.get("Authorization") == f"Bearer {TOKEN}"
+
+    def require_owner(self):
+        if not self.is_owner:
+            raise Refused(401, "Unauthorized", "Invalid credentials in Authorization header")
+
+    def head(self, repo, revision="main"):
+        """Files of a repository at a branch or a commit."""
+        branches = self.server.branches.get(repo)
+        if branches is None or (repo in self.server.private and not self.is_owner):
+            raise Refused(401, "RepoNotFound", "Repository not found")
+        commits = {commit_id(files): files for commits in branches.values() for files in commits}
+        if revision in branches:
+            return branches[revision][-1]
+        if revision in commits:
+            return commits[revision]
+        raise Refused(404, "RevisionNotFound", f"Invalid rev id: {revision}")
+
+    def get(self, path):
+        match path:
+            case ["api", "whoami-v2"]:
+                self.require_owner()
+                self.send_json({"type": "user", "name": OWNER, "orgs": [], "auth": {"type": "access_token"}})
+            case ["api", "models", owner, name]:
+                self.send_info(f"{owner}/{name}", "main")
+            case ["api", "models", owner, name, "revision", revision]:
+                self.send_info(f"{owner}/{name}", revision)
+            case ["api", "models", owner, name, "tree", revision, *under]:
+                self.send_tree(self.head(f"{owner}/{name}", revision), "/".join(under))
+            case [owner, name, "resolve", revision, *file]:
+                self.send_file(self.head(f"{owner}/{name}", revision), "/".join(file))
+            case _:
+                raise Refused(404, "NotFound", f"No such endpoint: {self.path}")
+
+    def send_info(self, repo, revision):
+        files = self.head(repo, revision)
+        siblings = [{"rfilename": name, "size": len(content)} for name, content in files.items()]
+        found = {"_id": "0", "id": repo, "modelId": repo, "sha": commit_id(files), "siblings": siblings, "tags": []}
+        self.send_json({**found, "private": repo in self.server.private, "downloads": 0, "likes": 0, "gated": False})
+
+    def send_tree(self, files, under):
+        inside = {name: content for name, content in files.items() if not under or name.startswith(f"{under}/")}
+        if under and not inside:
+            raise Refused(404, "EntryNotFound", f"{under} does not exist")
+        rows = []
+        for name, content in inside.items():
+            row = {"type": "file", "path": name, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
+            if name.endswith((".safetensors", ".pt")):
+                row["lfs"] = {"oid": hashlib.sha256(content).hexdigest(), "size": len(content), "pointerSize": 1}
+            rows.append(row)
+        self.send_json(rows)
+
+    def send_file(self, files, name):
+        if name not in files:
+            raise Refused(404, "EntryNotFound", f"{name} does not exist")
+        content, start = files[name], 0
+        headers = {"ETag": f'"{hashlib.sha256(content).hexdigest()}"', "X-Repo-Commit": commit_id(files)}
+        headers["Accept-Ranges"] = "bytes"
+        asked = self.headers.get("Range", "")
+        if asked.startswith("bytes="):
+            start = int(asked.removeprefix("bytes=").split("-")[0])
+            headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
+        if self.command == "GET" and self.server.cut_after and name.endswith((".safetensors", ".pt")):
+            cut, self.server.cut_after = self.server.cut_after, None
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(content)))
+            for header, value in headers.items():
+                self.send_header(header, value)
+            self.end_headers()
+            self.wfile.write(content[:cut])
+            self.close_connection = True
+            return
+        self.send(content[start:], 206 if asked else 200, headers, "application/octet-stream")
+
+    def post(self, path):
+        self.require_owner()
+        match path:
+            case ["api", "repos", "create"]:
+                self.create(json.loads(self.body))
+            case ["api", "validate-yaml"]:
+                self.send_json({"errors": [], "warnings": []})
+            case ["api", "models", owner, name, "branch", branch]:
+                branches = self.server.branches[f"{owner}/{name}"]
+                if branch in branches:
+                    raise Refused(409, "Conflict", "Reference already exists")
+                branches[branch] = list(branches["main"])
+                self.send_json({})
+            case ["api", "models", owner, name, "preupload", revision]:
+                self.head(f"{owner}/{name}", revision)
+                self.preupload()
+            case [owner, git, "info", "lfs", "objects", "batch"]:
+                self.head(f"{owner}/{git.removesuffix('.git')}")
+                self.lfs_batch(json.loads(self.body))
+            case ["lfs", "verify"]:
+                wanted = json.loads(self.body)
+                if len(self.server.blobs.get(wanted["oid"], b"")) != wanted["size"]:
+                    raise Refused(404, "NotFound", "object is not there")
+                self.send_json({})
+            case ["api", "models", owner, name, "commit", revision]:
+                self.commit(f"{owner}/{name}", revision)
+            case _:
+                raise Refused(404, "NotFound", f"No such endpoint: {self.path}")
+
+    def create(self, wanted):
+        repo = f"{wanted.get('organization') or OWNER}/{wanted['name']}"
+        if repo in self.server.branches:
+            self.send_json({"error": "exists", "url": f"{self.server.url}/{repo}"}, 409)
+            return
+        self.server.branches[repo] = {"main": [{".gitattributes": b"*.safetensors filter=lfs\n"}]}
+        if wanted.get("private") or wanted.get("visibility") == "private":
+            self.server.private.add(repo)
+        self.send_json({"url": f"{self.server.url}/{repo}", "name": repo, "id": "0"})
+
+    def preupload(self):
+        rows = []
+        for file in json.loads(self.body)["files"]:
+            mode = "lfs" if file["path"].endswith(".safetensors") or file["size"] > 1_000_000 else "regular"
+            rows.append({"path": file["path"], "uploadMode": mode, "shouldIgnore": False})
+        self.send_json({"files": rows})
+
+    def lfs_batch(self, wanted):
+        objects = []
+        for entry in wanted["objects"]:
+            row = {"oid": entry["oid"], "size": entry["size"]}
+            if entry["oid"] not in self.server.blobs:
+                upload = {"href": f"{self.server.url}/lfs/{entry['oid']}"}
+                row["actions"] = {"upload": upload, "verify": {"href": f"{self.server.url}/lfs/verify"}}
+            objects.append(row)
+        self.send(json.dumps({"transfer": "basic", "objects": objects}).encode(), kind="application/vnd.git-lfs+json")
+
+    def put(self, path):
+        match path:
+            case ["lfs", oid]:
+                if hashlib.sha256(self.body).hexdigest() != oid:
+                    raise Refused(400, "BadRequest", "the content is not what its digest says")
+                self.server.blobs[oid] = self.body
+                self.send(b"")
+            case _:
+                raise Refused(404, "NotFound", f"No such endpoint: {self.path}")
+
+    def commit(self, repo, revision):
+        files = dict(self.head(repo, revision))
+        for line in self.body.splitlines():
+            entry = json.loads(line)
+            value = entry["value"]
+            if entry["key"] == "file":
+                files[value["path"]] = base64.b64decode(value["content"])
+            elif entry["key"] == "lfsFile":
+                files[value["path"]] = self.server.blobs[value["oid"]]
+            elif entry["key"] != "header":
+                raise Refused(400, "BadRequest", f"unknown operation {entry['key']}")
+        branches = self.server.branches[repo]
+        found = {"commitUrl": f"{self.server.url}/{repo}/commit/{commit_id(files)}", "commitOid": commit_id(files)}
+        if self.query.get("create_pr") == ["1"]:
+            number = len(branches)
+            branches[f"refs/pr/{number}"] = [files]
+            found["pullRequestUrl"] = f"{self.server.url}/{repo}/discussions/{number}"
+        else:
+            branches.setdefault(revision, []).append(files)
+        self.send_json(found)
