@@ -30,14 +30,14 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         return COMMANDS[args.command][1](args)
-    except (ValueError, KeyError, TypeError, ImportError, OSError) as error:
-        message = error.args[0] if isinstance(error, KeyError) and error.args else error
-        print(f"openvla {args.command}: {type(error).__name__}: {message}", file=sys.stderr)
-        return 2
     except Exception as error:
-        if type(error).__module__.split(".")[0] not in HTTP_CLIENTS:
+        if type(error).__module__.split(".")[0] in HTTP_CLIENTS:
+            message = f"The connection to the Hub failed, run it again and it goes on where it stopped: {error}"
+        elif isinstance(error, (ValueError, KeyError, TypeError, ImportError, OSError)):
+            message = error.args[0] if isinstance(error, KeyError) and error.args else error
+        else:
             raise
-        print(f"openvla {args.command}: the Hugging Face Hub cannot be reached: {error}", file=sys.stderr)
+        print(f"openvla {args.command}: {type(error).__name__}: {message}", file=sys.stderr)
         return 2
 
 

@@ -20,6 +20,8 @@ from .configuration_openvla import write_json
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
+PICKLED_INDEX_FILE = "pytorch_model.bin.index.json"
+PICKLED_FILE = "pytorch_model.bin"
 LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19"  # torch.save before 1.6
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 # The format's names (https://github.com/huggingface/safetensors#format).
@@ -68,14 +70,44 @@ def weight_files(folder: Path) -> dict[str, Path]:
         ValueError: There are none, an index names a file outside the folder or one that is not there.
     """
     index = folder / INDEX_FILE
+    if index.is_file():
+        return _indexed(index)
+    if not (folder / SINGLE_FILE).is_file():
+        raise ValueError(f"{folder} holds neither {SINGLE_FILE} nor {INDEX_FILE}.")
+    return dict.fromkeys(_names(folder / SINGLE_FILE), folder / SINGLE_FILE)
+
+
+def has_safetensors(folder: Path) -> bool:
+    """Whether a Hub folder's weights are safetensors, and not only transformers' older files."""
+    return any((folder / name).is_file() for name in (INDEX_FILE, SINGLE_FILE)) or not any(
+        (folder / name).is_file() for name in (PICKLED_INDEX_FILE, PICKLED_FILE)
+    )
+
+
+def pickled_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """Tensors of a Hub folder that has pytorch_model.bin, in one file or in several, mapped from disk.
+
+    Raises:
+        ValueError: As :func:`read_pickle` and :func:`weight_files`.
+    """
+    index = folder / PICKLED_INDEX_FILE
     if not index.is_file():
-        if not (folder / SINGLE_FILE).is_file():
-            raise ValueError(f"{folder} holds neither {SINGLE_FILE} nor {INDEX_FILE}.")
-        return dict.fromkeys(_names(folder / SINGLE_FILE), folder / SINGLE_FILE)
+        return read_pickle(folder / PICKLED_FILE)
+    files = _indexed(index)
+    parts = {path: read_pickle(path) for path in set(files.values())}
+    missing = sorted(name for name, path in files.items() if name not in parts[path])
+    if missing:
+        raise ValueError(f"{index} names tensors that are not in their files: {missing}.")
+    return {name: parts[path][name] for name, path in files.items()}
+
+
+def _indexed(index: Path) -> dict[str, Path]:
+    """The weight map of an index, none of whose files lies outside its folder."""
+    folder = index.parent
     try:
         weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{index} is not a safetensors index: {error}.") from error
+        raise ValueError(f"{index} is no index of weight files: {error}.") from error
     files = {}
     for name, file in weight_map.items():
         path = folder / file

@@ -3,15 +3,18 @@
 Nothing is built and nothing initialised: tensors are mapped from disk, renamed, cast and written one at a time, then
 read back and compared. The target appears under its name only when it is whole.
 
-Sources, told apart by their content:
+Sources, told apart by their content, from a folder or by Hub id (organization/name, or organization/name/folder):
   a native run         config.json with "vla" or "model", dataset_statistics.json, checkpoints/*.pt
   a Hub folder         config.json of type openvla or prismatic and safetensors: code, configuration, statistics and
-                       processor are made current, weights are linked or copied untouched
+                       processor are made current, weights are linked or copied untouched. pytorch_model.bin files
+                       become safetensors.
 
 Examples:
   openvla convert runs/my-run my-openvla --tokenizer llama-2-tokenizer/
   openvla convert runs/my-run my-openvla --checkpoint step-080000-epoch-09-loss=0.0987.pt --dtype fp32
+  openvla convert openvla/openvla-7b-prismatic my-openvla --tokenizer meta-llama/Llama-2-7b-hf --token hf_...
   openvla convert old-finetune/ my-openvla
+  openvla convert someone/openvla-7b-finetuned my-openvla --revision v1.0 --verify
   openvla convert my-openvla back-to-native --reverse
 """
 
@@ -34,7 +37,9 @@ from .checkpoint_files import (
     INDEX_FILE,
     digest,
     digest_file,
+    has_safetensors,
     parse_size,
+    pickled_tensors,
     read_pickle,
     read_tensors,
     require_equal,
@@ -42,11 +47,14 @@ from .checkpoint_files import (
     weight_files,
     write_shards,
 )
+from .compare_forward import compare_forward
 from .configuration_openvla import DTYPE_FIELD, OpenVLAConfig, PrismaticConfig, write_json
+from .download_checkpoint import local_folder
 from .loading import MODEL_CLASSES
 from .modeling_openvla import STATISTICS_FILE
 from .native_checkpoint import (
     CHECKPOINT_FILE,
+    CHECKPOINT_FOLDER,
     native_config,
     native_file,
     native_run_config,
@@ -64,6 +72,7 @@ MANIFEST_FILE = "openvla_manifest.json"
 NATIVE_CONFIG_FILE = "native_config.json"
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+Converted = tuple[dict[str, torch.Tensor], PrismaticConfig]  # the native or old layout's tensors under Hub names
 COPIED_TOKENIZER_FILES = (
     *TOKENIZER_FILES,
     "tokenizer_config.json",
@@ -76,11 +85,13 @@ COPIED_TOKENIZER_FILES = (
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``openvla convert``."""
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("source", type=Path, metavar="SRC", help="native run directory or Hub folder")
+    parser.add_argument("source", metavar="SRC", help="native run directory, Hub folder, or Hub id of either")
     parser.add_argument("target", type=Path, metavar="DST", help="folder to write; must not exist without --overwrite")
     parser.add_argument(
         "--checkpoint", help="file in checkpoints/; default latest-checkpoint.pt, else the highest step"
     )
+    parser.add_argument("--revision", help="of a Hub id: branch, tag or commit (default main)")
+    parser.add_argument("--token", help="of a Hub id: access token (default that of `hf auth login`, or $HF_TOKEN)")
     parser.add_argument(
         "--tokenizer", metavar="DIR_OR_ID", help="the language model's tokenizer; default beside the source"
     )
@@ -90,6 +101,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-shard-size", default="5GB", help="such as 5GB or 500MB (default %(default)s)")
     parser.add_argument(
         "--config-overrides", type=Path, metavar="FILE", help="JSON merged into the target's config.json"
+    )
+    parser.add_argument(
+        "--verify", action="store_true", help="also run both layouts on one input, where memory allows, and compare"
     )
     parser.add_argument("--reverse", action="store_true", help="from a Hub folder back to the native layout")
     parser.add_argument("--overwrite", action="store_true", help="replace DST")
@@ -101,10 +115,13 @@ def run(args: argparse.Namespace) -> int:
         args.source,
         args.target,
         checkpoint=args.checkpoint,
+        revision=args.revision,
+        token=args.token,
         tokenizer=args.tokenizer,
         dtype=args.dtype,
         max_shard_size=args.max_shard_size,
         config_overrides=json.loads(args.config_overrides.read_text()) if args.config_overrides else None,
+        forward=args.verify,
         reverse=args.reverse,
         overwrite=args.overwrite,
     )
@@ -128,10 +145,13 @@ def convert(
     target: str | os.PathLike,
     *,
     checkpoint: str | None = None,
+    revision: str | None = None,
+    token: str | None = None,
     tokenizer: str | os.PathLike | None = None,
     dtype: str | None = None,
     max_shard_size: str = "5GB",
     config_overrides: dict[str, Any] | None = None,
+    forward: bool = False,
     reverse: bool = False,
     overwrite: bool = False,
 ) -> None:
@@ -142,24 +162,27 @@ def convert(
         FileExistsError: The target exists and ``overwrite`` is not given.
         FileNotFoundError: There is no source, or no tokenizer.
     """
-    source, target = Path(source), Path(target)
-    kind = _kind(source)
-    print(f"{source}: {kind}")
-    if reverse and kind == "native run":
-        raise ValueError(f"{source} is already in the native layout.")
+    name, target = os.fspath(source), Path(target)
     if target.exists() and not overwrite:
         raise FileExistsError(f"{target} exists; give another name, or --overwrite to replace it.")
+    source = local_folder(name, checkpoint=checkpoint, revision=revision, token=token)
+    kind = _kind(source)
+    print(f"{name}: {kind}")
+    if reverse and kind == "native run":
+        raise ValueError(f"{source} is already in the native layout.")
     with _appearing_whole(target) as folder:
         if reverse:
-            _write_native(source, folder)
-        elif kind == "native run":
-            shard_bytes = parse_size(max_shard_size)
-            file = native_file(source, checkpoint)
-            _write_hub(source, file, folder, tokenizer, DTYPES[dtype or "bf16"], shard_bytes, config_overrides or {})
+            tensors, config = _write_native(source, folder)
         else:
-            _upgrade(
-                source, folder, tokenizer, dtype and DTYPES[dtype], parse_size(max_shard_size), config_overrides or {}
-            )
+            as_asked = (tokenizer, dtype, parse_size(max_shard_size), config_overrides or {})
+            if kind == "native run":
+                tensors, config = _write_hub(source, native_file(source, checkpoint), folder, *as_asked)
+            else:
+                tensors, config = _upgrade(source, folder, *as_asked)
+            card = model_card(read_json(folder / "config.json"), target.name)
+            (folder / CARD_FILE).write_text(card, encoding="utf-8")
+        if forward:
+            print(compare_forward(source if reverse else folder, tensors, config))
     print(f"{target}: complete, every tensor compared with its source")
 
 
@@ -186,8 +209,6 @@ def verify(folder: str | os.PathLike) -> int:
 
 
 def _kind(source: Path) -> str:
-    if not source.is_dir():
-        raise FileNotFoundError(f"No folder at {source}.")
     fields = read_json(source / "config.json")
     if "vla" in fields or "model" in fields:
         return "native run"
@@ -225,60 +246,64 @@ def _write_hub(
     file: Path,
     folder: Path,
     tokenizer: str | os.PathLike | None,
-    dtype: torch.dtype,
+    dtype: str | None,
     shard_bytes: int,
     overrides: dict[str, Any],
-) -> None:
+) -> Converted:
     """A native run as a Hub folder."""
     native = native_tensors(file)
     config = native_config(source, native, overrides)
     tensors = {to_hub_name(name, config): tensor for name, tensor in native.items()}
     require_fit({name: tuple(tensor.shape) for name, tensor in tensors.items()}, config, file)
     processor = OpenVLAProcessor.for_config(config, _tokenizer(source, tokenizer, config))
-    setattr(config, DTYPE_FIELD, dtype)
-    digests = write_shards(folder, tensors, dtype, shard_bytes)
+    setattr(config, DTYPE_FIELD, DTYPES[dtype or "bf16"])
+    digests = write_shards(folder, tensors, DTYPES[dtype or "bf16"], shard_bytes)
     shutil.copy(source / "config.json", folder / NATIVE_CONFIG_FILE)
     processor.save_pretrained(folder)
-    _write_surroundings(folder, config, source.resolve().name)
+    _write_surroundings(folder, config)
     _write_manifest(folder, digests)
+    return tensors, config
 
 
 def _upgrade(
     source: Path,
     folder: Path,
     tokenizer: str | os.PathLike | None,
-    dtype: torch.dtype | None,
+    dtype: str | None,
     shard_bytes: int,
     overrides: dict[str, Any],
-) -> None:
+) -> Converted:
     """A folder of the old remote code, made current."""
     fields = {**read_json(source / "config.json"), **overrides}
     config = MODEL_CLASSES[fields["model_type"]].config_class.from_dict(fields)
     if isinstance(config, OpenVLAConfig) and (source / STATISTICS_FILE).is_file():
         config.merge_statistics(read_json(source / STATISTICS_FILE))
-    files = weight_files(source)
-    require_fit(shapes(files), config, source)
+    files = weight_files(source) if has_safetensors(source) else {}
+    tensors = dict(read_tensors(files)) if files else pickled_tensors(source)
+    require_fit({name: tuple(tensor.shape) for name, tensor in tensors.items()}, config, source)
     found = _tokenizer(source, tokenizer, config)
     image_processor = OpenVLAImageProcessor.from_pretrained(source)
     processor = OpenVLAProcessor(image_processor, found, config.prompt_style, config.empty_token_id)
-    if dtype is None:
+    if dtype is None and files:
         linked = [_link_or_copy(file, folder / file.name) for file in {*files.values(), *source.glob(INDEX_FILE)}]
-        digests = {name: digest(tensor) for name, tensor in read_tensors(files)}
+        digests = {name: digest(tensor) for name, tensor in tensors.items()}
         if not all(linked):
             require_equal(weight_files(folder), digests)
     else:
-        setattr(config, DTYPE_FIELD, dtype)
-        digests = write_shards(folder, dict(read_tensors(files)), dtype, shard_bytes)
+        if dtype is not None:
+            setattr(config, DTYPE_FIELD, DTYPES[dtype])
+        digests = write_shards(folder, tensors, dtype and DTYPES[dtype], shard_bytes)
     processor.save_pretrained(folder)
     if tokenizer is None:  # the trained-on files themselves, not what this version makes of them
         for name in COPIED_TOKENIZER_FILES:
             if (source / name).is_file():
                 shutil.copy(source / name, folder / name)
-    _write_surroundings(folder, config, source.resolve().name)
+    _write_surroundings(folder, config)
     _write_manifest(folder, digests)
+    return tensors, config
 
 
-def _write_native(source: Path, folder: Path) -> None:
+def _write_native(source: Path, folder: Path) -> Converted:
     """A Hub folder as a native run directory."""
     fields = read_json(source / "config.json")
     config = MODEL_CLASSES[fields["model_type"]].config_class.from_dict(fields)
@@ -288,8 +313,8 @@ def _write_native(source: Path, folder: Path) -> None:
     write_json(folder / "config.json", read_json(kept) if kept.is_file() else native_run_config(config))
     if isinstance(config, OpenVLAConfig):
         write_json(folder / STATISTICS_FILE, config.norm_stats or {})
-    (folder / "checkpoints").mkdir()
-    written = folder / "checkpoints" / CHECKPOINT_FILE
+    (folder / CHECKPOINT_FOLDER).mkdir()
+    written = folder / CHECKPOINT_FOLDER / CHECKPOINT_FILE
     torch.save(native_state(read_tensors(files), config), written)
     again = read_pickle(written)["model"]
     for name, tensor in read_tensors(files):
@@ -298,6 +323,7 @@ def _write_native(source: Path, folder: Path) -> None:
             raise ValueError(
                 f"{written}: {component}.{native} does not equal {name} of {source}. The disk may be failing."
             )
+    return {to_hub_name(native, config): tensor for native, tensor in native_tensors(written).items()}, config
 
 
 def _tokenizer(source: Path, given: str | os.PathLike | None, config: PrismaticConfig) -> Any:
@@ -323,8 +349,8 @@ def _tokenizer(source: Path, given: str | os.PathLike | None, config: PrismaticC
     return tokenizer
 
 
-def _write_surroundings(folder: Path, config: PrismaticConfig, name: str) -> None:
-    """Everything but weights and processor: configuration, code, statistics, card."""
+def _write_surroundings(folder: Path, config: PrismaticConfig) -> None:
+    """Everything but weights, processor and card: configuration, code, statistics."""
     config.architectures = [MODEL_CLASSES[config.model_type].__name__]
     config.save_pretrained(folder)
     text = config.text_config
@@ -335,7 +361,6 @@ def _write_surroundings(folder: Path, config: PrismaticConfig, name: str) -> Non
         shutil.copy(code, folder / code.name)
     if getattr(config, "norm_stats", None):
         write_json(folder / STATISTICS_FILE, config.norm_stats)
-    (folder / CARD_FILE).write_text(model_card(config.to_dict(), name), encoding="utf-8")
 
 
 def _write_manifest(folder: Path, digests: Mapping[str, str]) -> None:

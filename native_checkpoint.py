@@ -14,6 +14,7 @@ from .checkpoint_files import read_pickle
 from .configuration_openvla import OpenVLAConfig, PrismaticConfig
 from .modeling_openvla import STATISTICS_FILE
 
+CHECKPOINT_FOLDER = "checkpoints"
 CHECKPOINT_FILE = "latest-checkpoint.pt"
 COMPONENTS = ("vision_backbone", "projector", "llm_backbone")
 PAD_TOKEN_ID = 32000  # the reference adds <PAD> behind Llama-2's 32000 tokens
@@ -128,18 +129,28 @@ def to_native_name(hub: str, config: PrismaticConfig) -> str:
     raise ValueError(f"Tensor {hub!r} has no place in the native layout.")
 
 
-def native_file(source: Path, checkpoint: str | None) -> Path:
-    """The checkpoint to take from a run: the one named, else latest-checkpoint.pt, else the highest step."""
-    folder = source / "checkpoints"
-    files = sorted(folder.glob("*.pt"))
-    if checkpoint is not None:
-        files = [file for file in files if file.name == Path(checkpoint).name]
-    elif (folder / CHECKPOINT_FILE).is_file():
-        return folder / CHECKPOINT_FILE
+def choose_checkpoint(names: Iterable[str], wanted: str | None) -> str:
+    """Which file in checkpoints/ to take: the one named, else latest-checkpoint.pt, else the highest step.
+
+    Raises:
+        FileNotFoundError: There is none.
+    """
+    there = sorted(names)
+    files = [name for name in there if name.endswith(".pt") and wanted in (None, name)]
     if not files:
-        there = sorted(file.name for file in folder.glob("*")) if folder.is_dir() else "no folder"
-        raise FileNotFoundError(f"{folder} holds no {checkpoint or '*.pt'}; there is {there}.")
-    return max(files, key=lambda file: int((re.search(r"step-(\d+)", file.name) or [0, 0])[1]))
+        raise FileNotFoundError(f"{CHECKPOINT_FOLDER} holds no {wanted or '*.pt'}; there is {there}.")
+    if wanted is None and CHECKPOINT_FILE in files:
+        return CHECKPOINT_FILE
+    return max(files, key=lambda name: int((re.search(r"step-(\d+)", name) or [0, 0])[1]))
+
+
+def native_file(source: Path, checkpoint: str | None) -> Path:
+    """The checkpoint to take from a run (see :func:`choose_checkpoint`)."""
+    folder = source / CHECKPOINT_FOLDER
+    try:
+        return folder / choose_checkpoint([file.name for file in folder.glob("*")], checkpoint)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{source}: {error}") from error
 
 
 def native_tensors(file: Path) -> dict[str, torch.Tensor]:

@@ -28,13 +28,18 @@ TINY_TOWERS = {
 }
 
 
-def build_tokenizer() -> PreTrainedTokenizerFast:
+def build_tokenizer(vocab_size: int = 0, pad_token: str | None = "<pad>") -> PreTrainedTokenizerFast:
     """A character tokenizer with Llama-2's pipeline (``▁`` for a space, BOS in front, bytes for the rest).
 
     Its last 256 ids stand for action bins, as in every OpenVLA vocabulary; the padding token comes after them.
+
+    Args:
+        vocab_size: Fill up to this many ids before the padding token (32000 is Llama-2's); 0 for no more than needed.
+        pad_token: None for none, as Llama-2's own.
     """
     characters = ["▁", "\n", *(chr(code) for code in range(33, 127))]
     vocabulary = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *characters]
+    vocabulary += [f"<filler_{index}>" for index in range(len(vocabulary), vocab_size - N_ACTION_BINS)]
     vocabulary += [f"<action_{index}>" for index in range(N_ACTION_BINS)]
     tokenizer = Tokenizer(
         models.BPE({token: i for i, token in enumerate(vocabulary)}, [], unk_token="<unk>", byte_fallback=True)
@@ -49,7 +54,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
         unk_token="<unk>",
         bos_token="<s>",
         eos_token="</s>",
-        pad_token="<pad>",
+        pad_token=pad_token,
         padding_side="right",
         clean_up_tokenization_spaces=False,
     )

@@ -24,20 +24,8 @@ from openvla.checkpoint_files import write_shards
 from openvla.configuration_openvla import DTYPE_FIELD, write_json
 from openvla.convert_checkpoint import DTYPES, MANIFEST_FILE, _write_manifest, _write_surroundings
 from openvla.tiny import UNTRAINED_STATISTICS, build_tokenizer
-from tokenizers import Tokenizer
-from transformers import PreTrainedTokenizerFast
 
 SHARD_BYTES = 5 * 10**9
-
-
-def full_tokenizer() -> PreTrainedTokenizerFast:
-    """A stand-in with 32000 ids and the padding token behind them."""
-    content = json.loads(build_tokenizer()._tokenizer.to_str())
-    vocabulary = content["model"]["vocab"]
-    vocabulary.update({f"<filler_{i}>": i for i in range(len(vocabulary), 32000)})
-    content["added_tokens"] = [token for token in content["added_tokens"] if token["content"] != "<pad>"]
-    special = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<PAD>"}
-    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(content)), **special)
 
 
 def write_synthetic(folder: Path, dtype: torch.dtype) -> None:
@@ -60,8 +48,8 @@ def write_synthetic(folder: Path, dtype: torch.dtype) -> None:
         tensors[name] = noise.expand(tensor.shape)
     folder.mkdir()
     digests = write_shards(folder, tensors, dtype, SHARD_BYTES)
-    OpenVLAProcessor.for_config(config, full_tokenizer()).save_pretrained(folder)
-    _write_surroundings(folder, config, "synthetic")
+    OpenVLAProcessor.for_config(config, build_tokenizer(32000, "<PAD>")).save_pretrained(folder)
+    _write_surroundings(folder, config)
     write_json(folder / "native_config.json", {"vla": {"base_vlm": "prism-dinosiglip-224px+7b"}})
     _write_manifest(folder, digests)
 
@@ -101,7 +89,7 @@ def main() -> None:
         rows = [measured("Hub folder to native (--reverse)", [*openvla, "convert", hub, native, "--reverse"], size)]
         expected = json.loads((hub / MANIFEST_FILE).read_text())["tensors"]
         tokenizer = args.work / "tokenizer"
-        full_tokenizer().save_pretrained(tokenizer)
+        build_tokenizer(32000, "<PAD>").save_pretrained(tokenizer)
         shutil.rmtree(hub)
         checkpoint = native / "checkpoints" / "latest-checkpoint.pt"
         copy = args.work / "copy.pt"

@@ -28,7 +28,7 @@ for lane in $lanes; do
     4.40.1) packages=(transformers==4.40.1 "pillow<13") ;;  # where Pillow 13 resizes in another order of passes
     *) packages=("transformers==$lane" pillow) ;;
   esac
-  make_environment "$lane" torch numpy pytest safetensors "${packages[@]}"
+  make_environment "$lane" torch numpy psutil pytest safetensors "${packages[@]}"
   "$root/$lane/bin/python" -c 'import PIL, torch, transformers as t; print(f"== transformers {t.__version__}, torch {torch.__version__}, Pillow {PIL.__version__}")'
   "$root/$lane/bin/python" -m pytest -q -m "lane and not slow"
   rm -rf "$root/saved/$lane"
@@ -45,7 +45,7 @@ done
 
 for timm in ${TIMM_LANES-0.9.16 1.0.31}; do
   # timm cannot be imported without torchvision, whose only wheels are CUDA builds: tests/torchvision_beside_cpu_torch.py.
-  make_environment "timm-$timm" torch numpy pytest safetensors pillow transformers==4.57.6 "timm==$timm" torchvision==0.28.0
+  make_environment "timm-$timm" torch numpy psutil pytest safetensors pillow transformers==4.57.6 "timm==$timm" torchvision==0.28.0
   echo "== timm $timm"
   "$root/timm-$timm/bin/python" -m pytest -q -m timm -p torchvision_beside_cpu_torch
 done

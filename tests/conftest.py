@@ -52,3 +52,51 @@ def frames():
     """Noise, black and white images, uint8 (240, 320, 3)."""
     noise = np.random.RandomState(0).randint(0, 256, (240, 320, 3), dtype=np.uint8)
     return {"noise": noise, "black": np.zeros_like(noise), "white": np.full_like(noise, 255)}
+
+
+@pytest.fixture(scope="session")
+def overrides():
+    """Sizes that no registry names: of the language model's heads, and of the towers."""
+    found = {}
+    for name in ("fused", "siglip"):
+        sizes = json.loads((GOLDEN / name / "tiny_timm_overrides.json").read_text())
+        ids = json.loads((GOLDEN / name / "config.json").read_text())["timm_model_ids"]
+        found[name] = {"timm_model_kwargs": [sizes[i] for i in ids], "text_config": {"num_attention_heads": 4}}
+    return found
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tmp_path_factory):
+    """A tokenizer of Llama-2's size: 32000 ids, no padding token, BOS in front."""
+    from openvla.tiny import build_tokenizer
+
+    folder = tmp_path_factory.mktemp("tokenizer")
+    build_tokenizer(32000, pad_token=None).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def hub():
+    """A Hugging Face Hub on loopback."""
+    from hub import Hub
+
+    server = Hub()
+    yield server
+    server.shutdown()
+
+
+@pytest.fixture
+def here(hub, monkeypatch, tmp_path):
+    """This process uses the Hub on loopback."""
+    from hub import TOKEN
+    from huggingface_hub import constants, file_download
+
+    template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, hub.url)
+    for module in (constants, file_download):  # huggingface_hub before 1.0 imports it by name
+        monkeypatch.setattr(module, "HUGGINGFACE_CO_URL_TEMPLATE", template, raising=False)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    return hub

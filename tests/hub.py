@@ -29,7 +29,7 @@ class Hub(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.branches, self.private, self.blobs = {}, set(), {}
         self.cut_after = None  # bytes after which the next download of a weight file breaks
-        self.requests = []
+        self.requests, self.resumed = [], []  # what was asked for, and which files from somewhere in the middle
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
     @property
@@ -156,6 +156,7 @@ class Handler(BaseHTTPRequestHandler):
         headers["Accept-Ranges"] = "bytes"
         asked = self.headers.get("Range", "")
         if asked.startswith("bytes="):
+            self.server.resumed.append(name)
             start = int(asked.removeprefix("bytes=").split("-")[0])
             headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
         if self.command == "GET" and self.server.cut_after and name.endswith((".safetensors", ".pt")):

@@ -1,9 +1,12 @@
 """Where the reference's outputs lie, and how closely they are met."""
 
 import bz2
+import hashlib
 import json
 import shutil
 from pathlib import Path
+
+import torch
 
 REPOSITORY = Path(__file__).parent.parent
 GOLDEN = Path(__file__).parent / "golden"
@@ -21,7 +24,7 @@ def write_json(path, content):
     path.write_text(json.dumps(content, indent=2))
 
 
-def published_folder(name, folder):
+def published_folder(name, folder, **changes):
     """A golden checkpoint as it would lie on the Hub: old auto_map, old names, and a tokenizer."""
     from openvla.tiny import build_tokenizer
 
@@ -30,7 +33,7 @@ def published_folder(name, folder):
     config = json.loads((source / "config_automap.json").read_text())
     sizes = json.loads((source / "tiny_timm_overrides.json").read_text())
     config["timm_model_kwargs"] = [sizes[timm_id] for timm_id in config["timm_model_ids"]]
-    write_json(folder / "config.json", config)
+    write_json(folder / "config.json", {**config, **changes})
     (folder / "model.safetensors").write_bytes(bz2.decompress((source / "model.safetensors.bz2").read_bytes()))
     shutil.copy(source / "generation_config.json", folder)
     shutil.copy(source / "dataset_statistics.json", folder)
@@ -43,3 +46,22 @@ def published_folder(name, folder):
     write_json(folder / "preprocessor_config.json", preprocessor)
     build_tokenizer().save_pretrained(folder)
     return folder
+
+
+def native_run(name, folder):
+    """A golden native run directory."""
+    source = GOLDEN / f"native_{name}"
+    (folder / "checkpoints").mkdir(parents=True)
+    for file in ("config.json", "dataset_statistics.json"):
+        shutil.copy(source / file, folder)
+    packed = source / "checkpoints" / "latest-checkpoint.pt.bz2"
+    (folder / "checkpoints" / "latest-checkpoint.pt").write_bytes(bz2.decompress(packed.read_bytes()))
+    return folder
+
+
+def digests(tensors):
+    """sha256 of every tensor's bytes."""
+    return {
+        name: hashlib.sha256(tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes()).hexdigest()
+        for name, tensor in tensors.items()
+    }

@@ -1,7 +1,5 @@
 """Native checkpoints to Hub folders and back, old folders made current, and damage of every kind."""
 
-import bz2
-import hashlib
 import json
 import os
 import random
@@ -13,61 +11,18 @@ import time
 import numpy as np
 import pytest
 import torch
-from openvla import AutoModelForVision2Seq, OpenVLAProcessor
+from openvla import AutoModelForVision2Seq, OpenVLAConfig, OpenVLAProcessor
 from openvla.__main__ import main
 from openvla.checkpoint_files import parse_size, read_pickle
+from openvla.compare_forward import compare_forward
 from openvla.convert_checkpoint import convert, verify
 from openvla.native_checkpoint import BASE_VLMS, to_hub_name, to_native_name
 from openvla.tiny import build_tokenizer
-from reference import GOLDEN, REPOSITORY, published_folder, write_json
+from reference import GOLDEN, REPOSITORY, digests, native_run, published_folder, write_json
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer
-from transformers import PreTrainedTokenizerFast
 
 pytestmark = pytest.mark.lane
 NAMES = ["fused", "siglip"]
-
-
-def digests(tensors):
-    return {
-        name: hashlib.sha256(tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes()).hexdigest()
-        for name, tensor in tensors.items()
-    }
-
-
-def native_run(name, folder):
-    """A golden native run directory."""
-    source = GOLDEN / f"native_{name}"
-    (folder / "checkpoints").mkdir(parents=True)
-    for file in ("config.json", "dataset_statistics.json"):
-        shutil.copy(source / file, folder)
-    packed = source / "checkpoints" / "latest-checkpoint.pt.bz2"
-    (folder / "checkpoints" / "latest-checkpoint.pt").write_bytes(bz2.decompress(packed.read_bytes()))
-    return folder
-
-
-@pytest.fixture(scope="session")
-def overrides():
-    """Sizes that no registry names: of the language model's heads, and of the towers."""
-    found = {}
-    for name in NAMES:
-        sizes = json.loads((GOLDEN / name / "tiny_timm_overrides.json").read_text())
-        ids = json.loads((GOLDEN / name / "config.json").read_text())["timm_model_ids"]
-        found[name] = {"timm_model_kwargs": [sizes[i] for i in ids], "text_config": {"num_attention_heads": 4}}
-    return found
-
-
-@pytest.fixture(scope="session")
-def tokenizer(tmp_path_factory):
-    """A tokenizer of Llama-2's size: 32000 ids, no padding token, BOS in front."""
-    folder = tmp_path_factory.mktemp("tokenizer")
-    content = json.loads(build_tokenizer()._tokenizer.to_str())
-    vocabulary = content["model"]["vocab"]
-    vocabulary.update({f"<filler_{i}>": i for i in range(len(vocabulary), 32000)})
-    content["added_tokens"] = [token for token in content["added_tokens"] if token["content"] != "<pad>"]
-    special = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
-    PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(content)), **special).save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="session", params=NAMES)
@@ -149,11 +104,8 @@ def test_there_and_back_is_the_identity(converted, tmp_path, overrides, tokenize
 
 
 def test_an_old_folder_is_made_current(tmp_path):
-    source = published_folder("fused", tmp_path / "old")
+    source = published_folder("fused", tmp_path / "old", pad_token_id=build_tokenizer().pad_token_id)
     tokenizer = json.loads((source / "tokenizer.json").read_text())
-    config = json.loads((source / "config.json").read_text())
-    config["pad_token_id"] = build_tokenizer().pad_token_id  # the stand-in tokenizer's
-    write_json(source / "config.json", config)
     weights = (source / "model.safetensors").stat()
     convert(source, tmp_path / "new")
     linked = (tmp_path / "new" / "model.safetensors").stat()
@@ -167,6 +119,45 @@ def test_an_old_folder_is_made_current(tmp_path):
     assert verify(tmp_path / "new") == len(load_file(source / "model.safetensors"))
     convert(source, tmp_path / "half", dtype="bf16")
     assert {t.dtype for t in load_file(tmp_path / "half" / "model.safetensors").values()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("files", [1, 2])
+def test_a_folder_of_pytorch_model_bin(files, tmp_path):
+    source = published_folder("fused", tmp_path / "old", pad_token_id=build_tokenizer().pad_token_id)
+    tensors = load_file(source / "model.safetensors")
+    (source / "model.safetensors").unlink()
+    if files == 1:
+        torch.save(tensors, source / "pytorch_model.bin")
+    else:
+        place = {name: f"pytorch_model-0000{1 + number % 2}-of-00002.bin" for number, name in enumerate(tensors)}
+        for file in set(place.values()):
+            torch.save({name: tensors[name] for name in tensors if place[name] == file}, source / file)
+        write_json(source / "pytorch_model.bin.index.json", {"weight_map": place})
+    convert(source, tmp_path / "new", forward=True)
+    assert digests(load_file(tmp_path / "new" / "model.safetensors")) == digests(tensors)
+    assert not list((tmp_path / "new").glob("*.bin"))
+    torch.save(tensors | {"projector.fc1.bias": Harmful()}, source / "pytorch_model.bin")
+    (source / "pytorch_model.bin.index.json").unlink(missing_ok=True)
+    with pytest.raises(ValueError, match="pytorch_model.bin holds code"):
+        convert(source, tmp_path / "other")
+
+
+@pytest.mark.parametrize("direction", ["forward", "reverse"])
+def test_both_layouts_give_the_same_logits(direction, converted, tmp_path, overrides, tokenizer, capsys, monkeypatch):
+    name, source, target, _ = converted
+    arguments = {"tokenizer": tokenizer, "config_overrides": overrides[name], "forward": True}
+    if direction == "forward":
+        convert(source, tmp_path / "hub", **arguments)
+    else:
+        convert(target, tmp_path / "run", reverse=True, forward=True)
+    assert "logits equal in every bit" in capsys.readouterr().out
+    tensors = load_file(target / "model.safetensors")
+    config = OpenVLAConfig.from_pretrained(target)
+    tensors["projector.fc1.bias"][0] += 1
+    with pytest.raises(ValueError, match="logits differ between the source and"):
+        compare_forward(target, tensors, config)
+    monkeypatch.setattr("openvla.compare_forward.HEADROOM", 1e9)
+    assert "forward not compared: it needs" in compare_forward(target, tensors, config)
 
 
 def test_every_name_goes_there_and_back():

@@ -7,11 +7,12 @@ import subprocess
 import sys
 
 import pytest
-from hub import TOKEN, Hub
-from huggingface_hub import constants, file_download
+from hub import TOKEN
+from huggingface_hub import constants
 from openvla.__main__ import main
 from openvla.convert_checkpoint import convert
 from openvla.publishing_openvla import publishable
+from openvla.tiny import build_tokenizer
 from reference import REPOSITORY, published_folder
 
 pytestmark = pytest.mark.lane
@@ -51,34 +52,10 @@ print(json.dumps(found))
 
 
 @pytest.fixture(scope="module")
-def hub():
-    server = Hub()
-    yield server
-    server.shutdown()
-
-
-@pytest.fixture
-def here(hub, monkeypatch, tmp_path):
-    """This process uses the Hub on loopback."""
-    template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, hub.url)
-    for module in (constants, file_download):  # huggingface_hub before 1.0 imports it by name
-        monkeypatch.setattr(module, "HUGGINGFACE_CO_URL_TEMPLATE", template, raising=False)
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(constants, "ENDPOINT", hub.url)
-    monkeypatch.setenv("HF_TOKEN", TOKEN)
-    return hub
-
-
-@pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A complete folder, as openvla convert leaves it."""
     where = tmp_path_factory.mktemp("publish")
-    source = published_folder("fused", where / "old")
-    config = json.loads((source / "config.json").read_text())
-    config["pad_token_id"] = 611  # the stand-in tokenizer's
-    (source / "config.json").write_text(json.dumps(config))
+    source = published_folder("fused", where / "old", pad_token_id=build_tokenizer().pad_token_id)
     convert(source, where / "new")
     return where / "new"
 
