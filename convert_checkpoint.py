@@ -26,6 +26,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,8 @@ from .checkpoint_files import (
     read_pickle,
     read_tensors,
     require_equal,
+    require_intact,
+    same_tensor,
     shapes,
     weight_files,
     write_shards,
@@ -257,7 +260,10 @@ def _write_hub(
     require_fit({name: tuple(tensor.shape) for name, tensor in tensors.items()}, config, file)
     processor = OpenVLAProcessor.for_config(config, _tokenizer(source, tokenizer, config))
     setattr(config, DTYPE_FIELD, DTYPES[dtype or "bf16"])
-    digests = write_shards(folder, tensors, DTYPES[dtype or "bf16"], shard_bytes)
+    with ThreadPoolExecutor(max_workers=1) as beside:
+        intact = beside.submit(require_intact, file)
+        digests = write_shards(folder, tensors, DTYPES[dtype or "bf16"], shard_bytes)
+        intact.result()
     shutil.copy(source / "config.json", folder / NATIVE_CONFIG_FILE)
     processor.save_pretrained(folder)
     _write_surroundings(folder, config)
@@ -319,7 +325,7 @@ def _write_native(source: Path, folder: Path) -> Converted:
     again = read_pickle(written)["model"]
     for name, tensor in read_tensors(files):
         component, native = to_native_name(name, config).split(".", 1)
-        if digest(again[component][native]) != digest(tensor):
+        if not same_tensor(again[component][native], tensor):
             raise ValueError(
                 f"{written}: {component}.{native} does not equal {name} of {source}. The disk may be failing."
             )

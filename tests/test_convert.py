@@ -213,6 +213,8 @@ def damaged(tmp_path, kind):
     state = torch.load(file, weights_only=True)
     if kind == "truncated":
         file.write_bytes(whole[: len(whole) // 2])
+    elif kind == "flipped":  # one bit of a weight, which torch itself would not notice
+        file.write_bytes(whole[: len(whole) // 2] + bytes([whole[len(whole) // 2] ^ 1]) + whole[len(whole) // 2 + 1 :])
     elif kind == "empty":
         file.write_bytes(b"")
     elif kind == "code":
@@ -246,6 +248,7 @@ def damaged(tmp_path, kind):
     ("kind", "error", "message"),
     [
         ("truncated", ValueError, "latest-checkpoint.pt cannot be read: it is truncated"),
+        ("flipped", ValueError, "latest-checkpoint.pt is damaged: .*/data/.* does not match its checksum"),
         ("empty", ValueError, "it is empty"),
         ("code", ValueError, "holds code, .*system, not only tensors; it was not run"),
         ("text", ValueError, "no PyTorch checkpoint"),
