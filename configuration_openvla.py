@@ -50,11 +50,14 @@ LLM_BACKBONES: dict[str, tuple[str, str]] = {
     "phi-2-3b": ("microsoft/phi-2", "phi"),
     "qwen25-0_5b-pure": ("Qwen/Qwen2.5-0.5B", "qwen2"),
     "qwen25-0_5b-extra": ("Qwen/Qwen2.5-0.5B", "qwen2"),
+    "qwen25-1_5b-pure": ("Qwen/Qwen2.5-1.5B", "qwen2"),
+    "qwen25-3b-pure": ("Qwen/Qwen2.5-3B", "qwen2"),
 }
 LLM_MODEL_TYPES = ("llama", "mistral", "phi", "qwen2")
 
 # How an instruction becomes the prompt that the model was trained on. "openvla" is OpenVLA-7B's; "openvla-v01" is the
-# Vicuna chat prompt of OpenVLA v0.1. The empty token (below) is appended to the ids, not written here.
+# Vicuna chat prompt of OpenVLA v0.1, "openvla-mini" MiniVLA's (Qwen has no BOS: the image follows <|im_start|>), and
+# "openvla-phi" Prismatic's for Phi-2. The empty token (below) is appended to the ids, not written here.
 PROMPTS = {
     "openvla": "In: What action should the robot take to {instruction}?\nOut:",
     "openvla-v01": (
@@ -62,7 +65,14 @@ PROMPTS = {
         "The assistant gives helpful, detailed, and polite answers to the user's questions. "
         "USER: What action should the robot take to {instruction}? ASSISTANT:"
     ),
+    "openvla-mini": (
+        "<|im_start|>system\nYou are Qwen, created by Alibaba Cloud. You are a helpful assistant.<|im_end|>\n"
+        "<|im_start|>user\nWhat action should the robot take to {instruction}?<|im_end|>\n<|im_start|>assistant\n"
+    ),
+    "openvla-phi": "<|endoftext|>Input: What action should the robot take to {instruction}?\nOutput:",
 }
+# Which registered language models were asked otherwise than "openvla", by how their ids begin.
+PROMPT_STYLES = {"vicuna": "openvla-v01", "qwen25": "openvla-mini", "phi-2": "openvla-phi"}
 
 # Llama-2's "▁", which follows the prompt in every training example because "Out: " ends with a space. Without it the
 # model sees a prompt that it was never trained on.
@@ -109,7 +119,8 @@ class PrismaticConfig(PretrainedConfig):
             embed_dim, num_heads, mlp_ratio, patch_size, ...), for models of other sizes.
         hf_llm_id: Hub id of the language model.
         image_token_index: Placeholder id that other engines (vLLM) expand; this model inserts patches by itself.
-        prompt_style: "openvla" or "openvla-v01"; "auto" takes the latter for Vicuna models.
+        prompt_style: A key of ``PROMPTS``; "auto" takes what ``PROMPT_STYLES`` says of ``llm_backbone_id``, else
+            "openvla".
         empty_token_id: Id appended to every prompt, or None for none; "auto" is Llama-2's 29871 for Llama models
             whose vocabulary has it, else None.
         **kwargs: Fields of ``PretrainedConfig``.
@@ -175,7 +186,8 @@ class PrismaticConfig(PretrainedConfig):
         self.image_token_index = pad_token_id if image_token_index is None else image_token_index
 
         if prompt_style == AUTO:
-            prompt_style = "openvla-v01" if llm_backbone_id.startswith("vicuna") else "openvla"
+            known = (style for prefix, style in PROMPT_STYLES.items() if llm_backbone_id.startswith(prefix))
+            prompt_style = next(known, "openvla")
         if prompt_style not in PROMPTS:
             raise ValueError(_unknown("prompt_style", prompt_style, list(PROMPTS)))
         self.prompt_style = prompt_style
@@ -311,15 +323,16 @@ def _with_one_dtype(fields: dict[str, Any]) -> dict[str, Any]:
 
 
 def _for_every_version(fields: dict[str, Any]) -> dict[str, Any]:
-    """Repeat what transformers 5 renamed under its old name, and the reverse: dtype and rotary base.
+    """Repeat what transformers 5 renamed under its old name, and the reverse: dtype and rotary embedding.
 
-    Without this a Qwen model saved on 5.x (``rope_parameters``) would run on 4.x with Llama's rotary base, silently.
+    Without this a Qwen model saved on 5.x (``rope_parameters``) would run on 4.x with Llama's rotary base, and Phi-2
+    with half of each head rotated in place of 0.4, silently.
     """
     if fields.get(DTYPE_FIELD) is not None:
         fields["dtype"] = fields["torch_dtype"] = fields[DTYPE_FIELD]
     rope = fields.get("rope_parameters")
     if isinstance(rope, dict) and "rope_theta" in rope:
-        fields.setdefault("rope_theta", rope["rope_theta"])
+        fields.update({name: rope[name] for name in ("rope_theta", "partial_rotary_factor") if name in rope})
         if rope.get("rope_type", "default") != "default":
             fields.setdefault("rope_scaling", {k: v for k, v in rope.items() if k != "rope_theta"})
     return fields

@@ -58,6 +58,7 @@ from .modeling_openvla import STATISTICS_FILE
 from .native_checkpoint import (
     CHECKPOINT_FILE,
     CHECKPOINT_FOLDER,
+    fit_vocabulary,
     native_config,
     native_file,
     native_run_config,
@@ -66,6 +67,7 @@ from .native_checkpoint import (
     read_json,
     to_hub_name,
     to_native_name,
+    without_tied_head,
 )
 from .processing_openvla import OpenVLAImageProcessor, OpenVLAProcessor
 from .publishing_openvla import CARD_FILE, model_card
@@ -256,9 +258,11 @@ def _write_hub(
     """A native run as a Hub folder."""
     native = native_tensors(file)
     config = native_config(source, native, overrides)
-    tensors = {to_hub_name(name, config): tensor for name, tensor in native.items()}
+    tensors = without_tied_head({to_hub_name(name, config): tensor for name, tensor in native.items()}, config)
     require_fit({name: tuple(tensor.shape) for name, tensor in tensors.items()}, config, file)
-    processor = OpenVLAProcessor.for_config(config, _tokenizer(source, tokenizer, config))
+    found = _tokenizer(source, tokenizer, config)
+    fit_vocabulary(source, config, found)
+    processor = OpenVLAProcessor.for_config(config, found)
     setattr(config, DTYPE_FIELD, DTYPES[dtype or "bf16"])
     with ThreadPoolExecutor(max_workers=1) as beside:
         intact = beside.submit(require_intact, file)

@@ -11,13 +11,15 @@ from typing import Any
 import torch
 
 from .checkpoint_files import read_pickle
-from .configuration_openvla import OpenVLAConfig, PrismaticConfig
+from .configuration_openvla import LLM_BACKBONES, OpenVLAConfig, PrismaticConfig
 from .modeling_openvla import STATISTICS_FILE
 
 CHECKPOINT_FOLDER = "checkpoints"
 CHECKPOINT_FILE = "latest-checkpoint.pt"
 COMPONENTS = ("vision_backbone", "projector", "llm_backbone")
-PAD_TOKEN_ID = 32000  # the reference adds <PAD> behind Llama-2's 32000 tokens
+EMBEDDING, HEAD = "language_model.model.embed_tokens.weight", "language_model.lm_head.weight"
+VOCABULARY_MULTIPLE = 64  # the reference rounds the number of embedding rows up to it
+EXTRA_TOKENS = [f"<|extra_{index}|>" for index in range(256)]  # openvla-mini's, for action bins alone
 
 # The reference's registry of base VLMs (prismatic/conf/models.py), as differences from its commonest entry.
 COMMON = {
@@ -88,11 +90,40 @@ BASE_VLMS: dict[str, dict[str, Any]] = {
         for kind in ("", "-controlled")
         if (name, kind) != ("prism-siglip", "")
     },
+    **{
+        f"prism-{kind}-dinosiglip-224px+0_5b": {
+            **{**TOWERS["dinosiglip-224px"], **NAIVE, "llm_max_length": 32768},
+            "llm_backbone_id": backbone,
+        }
+        for kind, backbone in (("qwen25", "qwen25-0_5b-pure"), ("qwen25-extra", "qwen25-0_5b-extra"))
+    },
 }
-# Attention heads of the registry's language models; every other size is read off the tensors. (rms_norm_eps of the
-# Llamas stays at transformers' 1e-6: the reference's converter left it there, as every published checkpoint says.)
-ATTENTION_HEADS = {"llama2-13b-pure": 40, "llama2-13b-chat": 40, "vicuna-v15-13b": 40}
+# openvla-mini's action tokenizers whose tokens are bins, and whether the bins are <|extra_i|>. The tokens of its others
+# are codes of a vector-quantised autoencoder (VQ), which lies in files of its own.
+ACTION_TOKENIZERS = {"action_tokenizer": False, "extra_action_tokenizer": True}
+# Attention heads of the registry's language models; every other size is read off the tensors.
+ATTENTION_HEADS = {
+    **dict.fromkeys(("llama2-13b-pure", "llama2-13b-chat", "vicuna-v15-13b"), 40),
+    **dict.fromkeys(("qwen25-0_5b-pure", "qwen25-0_5b-extra"), 14),
+    "qwen25-1_5b-pure": 12,
+    "qwen25-3b-pure": 16,
+}
 COMMON_ATTENTION_HEADS = 32
+# What tensors do not say either, where it is not transformers' default: facts of the language models' own config.json,
+# and the padding token that the reference adds (Qwen has one). rms_norm_eps of the Llamas stays at transformers' 1e-6:
+# the reference's converter left it there, as every published checkpoint says.
+TEXT_CONFIGS: dict[str, dict[str, Any]] = {
+    "llama": {"pad_token_id": 32000},
+    "mistral": {"pad_token_id": 32000, "rms_norm_eps": 1e-5, "max_position_embeddings": 32768},
+    "phi": {"pad_token_id": 50295, "bos_token_id": 50256, "eos_token_id": 50256, "partial_rotary_factor": 0.4},
+    "qwen2": {
+        "pad_token_id": 151643,
+        "bos_token_id": 151643,
+        "eos_token_id": 151643,
+        "rope_theta": 1e6,
+        "tie_word_embeddings": True,
+    },
+}
 
 
 def renames(config: PrismaticConfig) -> list[tuple[str, str]]:
@@ -174,23 +205,28 @@ def native_config(source: Path, tensors: Mapping[str, torch.Tensor], overrides: 
     """The configuration of a native run: the registry, sizes from the tensors, then the overrides."""
     native = read_json(source / "config.json")
     if "vla" in native:
-        base = native["vla"].get("base_vlm") if isinstance(native["vla"], dict) else None
-        if base not in BASE_VLMS:
-            raise ValueError(f"{source}/config.json: unknown base_vlm {base!r}. Known: {sorted(BASE_VLMS)}.")
-        fields = {**COMMON, **BASE_VLMS[base]}
+        vla = native["vla"] if isinstance(native["vla"], dict) else {}
+        fields = {**COMMON, **BASE_VLMS[_base_vlm(source, vla.get("base_vlm"))]}
+        _bins_are_extra(source, vla, fields["llm_backbone_id"])
     else:
         missing = [name for name in COMMON if name not in native["model"]]
         if missing:
             raise ValueError(f"{source}/config.json: 'model' lacks {missing}.")
         fields = {name: native["model"][name] for name in COMMON}
+    _require_one_image(source, native.get("vla") or native["model"])
     if fields["arch_specifier"].endswith("linear"):
         raise ValueError(f"A projector of kind {fields['arch_specifier']!r} has no place in the Hub's model.")
-    text_overrides = overrides.get("text_config", {})
-    heads = text_overrides.get("num_attention_heads") or ATTENTION_HEADS.get(
-        fields["llm_backbone_id"], COMMON_ATTENTION_HEADS
-    )
-    text_config = {**_sizes(tensors, heads), **text_overrides}
-    fields = {**fields, **overrides, "text_config": text_config}
+    backbone, text_overrides = fields["llm_backbone_id"], overrides.get("text_config", {})
+    known = TEXT_CONFIGS.get(text_overrides.get("model_type") or LLM_BACKBONES.get(backbone, (None, None))[1], {})
+    pad = {name: value for name, value in {**known, **overrides}.items() if name == "pad_token_id"}
+    heads = text_overrides.get("num_attention_heads") or ATTENTION_HEADS.get(backbone, COMMON_ATTENTION_HEADS)
+    text_config = {**_sizes(tensors, heads), **known, **pad, **text_overrides}
+    if text_config.get("pad_token_id", 0) >= text_config["vocab_size"]:
+        raise ValueError(
+            f"The checkpoint's embedding has {text_config['vocab_size']} rows, none for {backbone}'s padding token "
+            f"{text_config['pad_token_id']}; if its vocabulary is another, give pad_token_id by --config-overrides."
+        )
+    fields = {**fields, **pad, **overrides, "text_config": text_config}
     if "vla" not in native:
         return PrismaticConfig(**fields)
     return OpenVLAConfig(norm_stats=read_json(source / STATISTICS_FILE), **fields)
@@ -216,8 +252,103 @@ def _sizes(tensors: Mapping[str, torch.Tensor], heads: int) -> dict[str, Any]:
         "num_hidden_layers": len(layers),
         "num_attention_heads": heads,
         "num_key_value_heads": max(key.shape[0] * heads // hidden_size, 1),
-        "pad_token_id": PAD_TOKEN_ID,
     }
+
+
+def _base_vlm(source: Path, given: Any) -> str:
+    """The registry's name of a run's base VLM, which may be given as the folder that it lay in."""
+    name, own = Path(str(given)).name, Path(str(given)) / "config.json"
+    if own.is_file():  # as openvla-mini reads it
+        model = read_json(own).get("model")
+        name = str(model.get("model_id")) if isinstance(model, dict) else name
+    name = name.split("+stage-")[0]  # a run's folder is named <model_id>+stage-finetune+x7
+    for known in BASE_VLMS:
+        if name in (known, known.replace("+", "-")):  # the latter on the Hub, which allows no "+"
+            return known
+    raise ValueError(f"{source}/config.json: unknown base_vlm {given!r}. Known: {sorted(BASE_VLMS)}.")
+
+
+def _require_one_image(source: Path, vla: Mapping[str, Any]) -> None:
+    count, wrist = vla.get("image_sequence_len", 1), vla.get("use_wrist_image", False)
+    if count != 1 or wrist:
+        raise ValueError(
+            f"{source} was trained on {count} images at a time (image_sequence_len={count}, use_wrist_image={wrist}); "
+            "this package gives a model one image so far, which would not be what it saw. Convert a run with "
+            "image_sequence_len=1."
+        )
+
+
+def _bins_are_extra(source: Path, vla: Mapping[str, Any], backbone: str) -> bool:
+    """Whether action bins are the ``<|extra_i|>`` tokens, else the last of the vocabulary.
+
+    Raises:
+        ValueError: The run's actions are not bins, or its vocabulary has no such tokens.
+    """
+    name = vla.get("action_tokenizer", "action_tokenizer")
+    if name not in ACTION_TOKENIZERS:
+        raise ValueError(
+            f"{source} was trained with the action tokenizer {name!r}; this package decodes {list(ACTION_TOKENIZERS)} "
+            "so far. Tokens of a VQ tokenizer are codes of a vector-quantised autoencoder: read as bins they would be "
+            "wrong actions."
+        )
+    extra = ACTION_TOKENIZERS[name]
+    if extra and not backbone.endswith("-extra"):
+        raise ValueError(f"{source}: {name!r} needs the <|extra_i|> tokens, which {backbone} does not have.")
+    return extra
+
+
+def fit_vocabulary(source: Path, config: PrismaticConfig, tokenizer: Any) -> None:
+    """Count a native run's action bins, and add its ``<|extra_i|>`` tokens, as openvla-mini does.
+
+    Llama-2's and Mistral's bins end at 32000 and need nothing. Others are counted from the language model's own
+    tokenizer: with ``extra_action_tokenizer`` from the end of all its tokens, else from the end of its vocabulary
+    proper, in front of the special tokens.
+
+    Raises:
+        ValueError: The checkpoint was not trained with a vocabulary of this size.
+    """
+    if config.text_config.model_type not in ("phi", "qwen2"):
+        return
+    extra = config.llm_backbone_id.endswith("-extra")
+    if extra:
+        tokenizer.add_tokens(EXTRA_TOKENS)
+    size, rows = len(tokenizer), config.text_config.vocab_size
+    ends = tokenizer.convert_tokens_to_ids([EXTRA_TOKENS[0], EXTRA_TOKENS[-1]])
+    if padded(size) != rows or (extra and ends != [size - len(EXTRA_TOKENS), size - 1]):
+        raise ValueError(
+            f"A tokenizer of {size} tokens (with those that {config.llm_backbone_id} adds) has {padded(size)} rows in "
+            f"the embedding, but the checkpoint has {rows}; this is not the tokenizer of {config.hf_llm_id}."
+        )
+    native = read_json(source / "config.json")
+    if "vla" in native:
+        extra = _bins_are_extra(source, native["vla"], config.llm_backbone_id)
+    rest = rows - (size if extra else tokenizer.vocab_size)
+    if config.pad_to_multiple_of not in (rest, VOCABULARY_MULTIPLE):  # the latter is the configuration's default
+        raise ValueError(
+            f"pad_to_multiple_of is overridden as {config.pad_to_multiple_of}, but was {rest} in training."
+        )
+    config.pad_to_multiple_of = rest
+
+
+def padded(vocab_size: int) -> int:
+    """Embedding rows that the reference gives a vocabulary."""
+    return -(-vocab_size // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
+
+
+def without_tied_head(tensors: Mapping[str, torch.Tensor], config: PrismaticConfig) -> dict[str, torch.Tensor]:
+    """Hub tensors without a head that is the embedding under a second name, as transformers saves tied models.
+
+    Raises:
+        ValueError: The two differ although the configuration says that they are one.
+    """
+    if not config.tie_word_embeddings or not {HEAD, EMBEDDING} <= set(tensors):
+        return dict(tensors)
+    if not torch.equal(tensors[HEAD], tensors[EMBEDDING]):
+        raise ValueError(
+            f"{config.hf_llm_id} ties its head to its embedding, but {HEAD} and {EMBEDDING} differ; the checkpoint is "
+            "damaged, or was not made by the reference's code."
+        )
+    return {name: tensor for name, tensor in tensors.items() if name != HEAD}
 
 
 def native_state(tensors: Iterable[tuple[str, torch.Tensor]], config: PrismaticConfig) -> dict[str, Any]:
@@ -226,6 +357,8 @@ def native_state(tensors: Iterable[tuple[str, torch.Tensor]], config: PrismaticC
     for name, tensor in tensors:
         component, native = to_native_name(name, config).split(".", 1)
         model[component][native] = tensor
+        if name == EMBEDDING and config.tie_word_embeddings:  # the reference's files have both names
+            model[component][to_native_name(HEAD, config).split(".", 1)[1]] = tensor
     return {"model": model}
 
 
@@ -237,7 +370,12 @@ def native_run_config(config: PrismaticConfig) -> dict[str, Any]:
     base = next((name for name in sorted(BASE_VLMS) if {**COMMON, **BASE_VLMS[name]} == fields), None)
     if base is None:
         raise ValueError(f"No base_vlm of the reference's registry has {fields}.")
-    return {"vla": {"base_vlm": base}}
+    if config.text_config.model_type != "qwen2":
+        return {"vla": {"base_vlm": base}}
+    extra = config.llm_backbone_id.endswith("-extra") and config.pad_to_multiple_of < VOCABULARY_MULTIPLE
+    name = next(name for name, is_extra in ACTION_TOKENIZERS.items() if is_extra == extra)
+    vla = {"base_vlm": base, "action_tokenizer": name, "image_sequence_len": 1, "use_wrist_image": False}
+    return {"vla": vla}
 
 
 def read_json(path: Path) -> dict[str, Any]:

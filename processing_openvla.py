@@ -190,10 +190,7 @@ class OpenVLAProcessor(PushToHub, ProcessorMixin):
 
     if TRANSFORMERS_4:
         attributes = ["image_processor", "tokenizer"]
-        valid_kwargs = [
-            "prompt_style",
-            "empty_token_id",
-        ]  # 4.41 to 4.49 drop fields of the JSON that are not named here
+        valid_kwargs = ["prompt_style", "empty_token_id"]  # 4.41 to 4.49 drop other fields of the JSON
         image_processor_class = "AutoImageProcessor"
         tokenizer_class = "AutoTokenizer"
     _auto_class = "AutoProcessor"
@@ -354,8 +351,13 @@ class OpenVLAProcessor(PushToHub, ProcessorMixin):
         return dict(BatchFeature(data=data, tensor_type=return_tensors))
 
     def _require_bos(self, input_ids: Any, attention_mask: Any) -> None:
-        """The model puts the image after BOS; without it every patch would stand behind a word."""
+        """The model puts the image after BOS; without it every patch would stand behind a word.
+
+        Qwen has no BOS; there the special token that opens the trained prompt takes its place.
+        """
         bos = getattr(self.tokenizer, "bos_token_id", None)
+        if bos is None and PROMPTS.get(self.prompt_style, "").startswith("<|"):
+            bos = self.tokenizer(PROMPTS[self.prompt_style])["input_ids"][0]
         if bos is None:
             return
         nested = np.ndim(input_ids[0]) > 0
@@ -364,8 +366,8 @@ class OpenVLAProcessor(PushToHub, ProcessorMixin):
             if first != bos:
                 raise ValueError(
                     f"A prompt starts with token {first} instead of BOS ({bos}), behind which the model puts the "
-                    "image. This tokenizer does not add BOS by itself: its files were probably re-saved by another "
-                    "transformers version; use the checkpoint's original ones, or put tokenizer.bos_token in front."
+                    "image. Use processor(instruction=...), which writes the trained prompt. If it says this too, the "
+                    "tokenizer's files were probably re-saved by another transformers version; use the original ones."
                 )
 
     def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> list[str]:

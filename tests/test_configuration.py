@@ -71,6 +71,8 @@ def test_a_qwen_model_keeps_its_rotary_base_and_its_tied_head(tmp_path):
 def test_the_prompt_follows_the_language_model():
     assert OpenVLAConfig(llm_backbone_id="llama2-7b-pure").prompt_style == "openvla"
     assert OpenVLAConfig(llm_backbone_id="vicuna-v15-7b").prompt_style == "openvla-v01"
+    assert OpenVLAConfig(llm_backbone_id="qwen25-0_5b-extra").prompt_style == "openvla-mini"
+    assert OpenVLAConfig(llm_backbone_id="phi-2-3b").prompt_style == "openvla-phi"
     assert OpenVLAConfig(llm_backbone_id="llama2-7b-pure").empty_token_id == 29871
     assert OpenVLAConfig(llm_backbone_id="mistral-v0.1-7b-pure").empty_token_id is None
     assert OpenVLAConfig(prompt_style="openvla", empty_token_id=None).empty_token_id is None
