@@ -175,7 +175,7 @@ def convert(
     print(f"{name}: {kind}")
     if reverse and kind == "native run":
         raise ValueError(f"{source} is already in the native layout.")
-    with _appearing_whole(target) as folder:
+    with appearing_whole(target) as folder:
         if reverse:
             tensors, config = _write_native(source, folder)
         else:
@@ -184,8 +184,7 @@ def convert(
                 tensors, config = _write_hub(source, native_file(source, checkpoint), folder, *as_asked)
             else:
                 tensors, config = _upgrade(source, folder, *as_asked)
-            card = model_card(read_json(folder / "config.json"), target.name)
-            (folder / CARD_FILE).write_text(card, encoding="utf-8")
+            write_card(folder, target.name)
         if forward:
             print(compare_forward(source if reverse else folder, tensors, config))
     print(f"{target}: complete, every tensor compared with its source")
@@ -270,8 +269,8 @@ def _write_hub(
         intact.result()
     shutil.copy(source / "config.json", folder / NATIVE_CONFIG_FILE)
     processor.save_pretrained(folder)
-    _write_surroundings(folder, config)
-    _write_manifest(folder, digests)
+    write_surroundings(folder, config)
+    write_manifest(folder, digests)
     return tensors, config
 
 
@@ -308,8 +307,8 @@ def _upgrade(
         for name in COPIED_TOKENIZER_FILES:
             if (source / name).is_file():
                 shutil.copy(source / name, folder / name)
-    _write_surroundings(folder, config)
-    _write_manifest(folder, digests)
+    write_surroundings(folder, config)
+    write_manifest(folder, digests)
     return tensors, config
 
 
@@ -359,7 +358,7 @@ def _tokenizer(source: Path, given: str | os.PathLike | None, config: PrismaticC
     return tokenizer
 
 
-def _write_surroundings(folder: Path, config: PrismaticConfig) -> None:
+def write_surroundings(folder: Path, config: PrismaticConfig) -> None:
     """Everything but weights, processor and card: configuration, code, statistics."""
     config.architectures = [MODEL_CLASSES[config.model_type].__name__]
     config.save_pretrained(folder)
@@ -373,7 +372,12 @@ def _write_surroundings(folder: Path, config: PrismaticConfig) -> None:
         write_json(folder / STATISTICS_FILE, config.norm_stats)
 
 
-def _write_manifest(folder: Path, digests: Mapping[str, str]) -> None:
+def write_card(folder: Path, name: str) -> None:
+    """The model card, of what config.json says."""
+    (folder / CARD_FILE).write_text(model_card(read_json(folder / "config.json"), name), encoding="utf-8")
+
+
+def write_manifest(folder: Path, digests: Mapping[str, str]) -> None:
     weights = {path.name for path in weight_files(folder).values()}
     others = sorted(path for path in folder.iterdir() if path.name not in {*weights, CARD_FILE})  # cards are edited
     files = {path.name: digest_file(path) for path in others}
@@ -391,7 +395,7 @@ def _link_or_copy(source: Path, target: Path) -> bool:
 
 
 @contextmanager
-def _appearing_whole(target: Path) -> Iterator[Path]:
+def appearing_whole(target: Path) -> Iterator[Path]:
     """A folder beside the target that takes its name only when the block ends well; else it is removed."""
     target.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))

@@ -33,15 +33,12 @@ logger = logging.get_logger(__name__)
 # The integers are PIL's (and torchvision's) resampling codes, as saved in preprocessor_config.json.
 RESAMPLING = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3, "box": 4, "hamming": 5}
 
-# Channel means and standard deviations that each timm id was trained with; others took (0.5, 0.5, 0.5) for both.
+# Channel means and standard deviations that timm's towers were trained with, by what stands in their ids; others took
+# (0.5, 0.5, 0.5) for both.
 HALF = (0.5, 0.5, 0.5)
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 OPENAI_CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
-PIXEL_STATISTICS = {
-    "vit_large_patch14_reg4_dinov2.lvd142m": IMAGENET,
-    "vit_large_patch14_clip_224.openai": OPENAI_CLIP,
-    "vit_large_patch14_clip_336.openai": OPENAI_CLIP,
-}
+PIXEL_STATISTICS = {"dinov2": IMAGENET, ".openai": OPENAI_CLIP}
 
 
 class OpenVLAImageProcessor(BaseImageProcessor):
@@ -128,7 +125,10 @@ class OpenVLAImageProcessor(BaseImageProcessor):
     @classmethod
     def for_config(cls, config: PrismaticConfig) -> OpenVLAImageProcessor:
         """The image processor that a model's towers were trained with."""
-        statistics = [PIXEL_STATISTICS.get(timm_id, (HALF, HALF)) for timm_id in config.timm_model_ids]
+        statistics = [
+            next((known for part, known in PIXEL_STATISTICS.items() if part in timm_id), (HALF, HALF))
+            for timm_id in config.timm_model_ids
+        ]
         return cls(
             use_fused_vision_backbone=config.use_fused_vision_backbone,
             image_resize_strategy=config.image_resize_strategy,

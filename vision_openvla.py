@@ -148,7 +148,7 @@ class VisionTower(nn.Module):
     """A ViT that returns the patch features of its second-to-last block.
 
     Args:
-        timm_id: A key of ``ARCHITECTURES``.
+        timm_id: A key of ``ARCHITECTURES``, or any name when ``overrides`` give every field.
         image_size: Input height and width in pixels.
         activation: None (GELU) or "quick_gelu".
         overrides: Fields of ``TowerArchitecture`` that differ from the id's (depth, embed_dim, ...).
@@ -275,18 +275,21 @@ def _architecture(
     timm_id: str, image_size: int, activation: str | None, overrides: dict[str, Any]
 ) -> TowerArchitecture:
     """The tower's architecture with its overrides applied, checked. ``img_size`` is already in ``image_size``."""
-    if timm_id not in ARCHITECTURES:
-        raise ValueError(f"Unknown timm_model_ids entry {timm_id!r}. Allowed: {sorted(ARCHITECTURES)}.")
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"Unknown activation {activation!r}. Allowed: {list(ACTIVATIONS)}.")
     overrides = {name: value for name, value in overrides.items() if name != "img_size"}
     known = {field.name for field in fields(TowerArchitecture)}
+    if timm_id not in ARCHITECTURES and not known <= set(overrides):
+        raise ValueError(
+            f"Unknown timm_model_ids entry {timm_id!r}. Allowed: {sorted(ARCHITECTURES)}, or any other whose "
+            f"timm_model_kwargs give all of {sorted(known)}."
+        )
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"Unknown activation {activation!r}. Allowed: {list(ACTIVATIONS)}.")
     if not set(overrides) <= known:
         raise ValueError(
             f"Unknown timm_model_kwargs {sorted(set(overrides) - known)} for {timm_id}. "
             f"Allowed: {sorted(known | {'img_size'})}."
         )
-    arch = replace(ARCHITECTURES[timm_id], **overrides)
+    arch = replace(ARCHITECTURES.get(timm_id, TowerArchitecture()), **overrides)
     if arch.embed_dim % arch.num_heads:
         raise ValueError(f"{timm_id}: embed_dim {arch.embed_dim} is not a multiple of num_heads {arch.num_heads}.")
     if arch.depth < 2:

@@ -22,7 +22,7 @@ import torch
 from openvla import OpenVLAConfig, OpenVLAForActionPrediction, OpenVLAProcessor
 from openvla.checkpoint_files import write_shards
 from openvla.configuration_openvla import DTYPE_FIELD, write_json
-from openvla.convert_checkpoint import DTYPES, MANIFEST_FILE, _write_manifest, _write_surroundings
+from openvla.convert_checkpoint import DTYPES, MANIFEST_FILE, write_manifest, write_surroundings
 from openvla.tiny import UNTRAINED_STATISTICS, build_tokenizer
 
 SHARD_BYTES = 5 * 10**9
@@ -49,9 +49,9 @@ def write_synthetic(folder: Path, dtype: torch.dtype) -> None:
     folder.mkdir()
     digests = write_shards(folder, tensors, dtype, SHARD_BYTES)
     OpenVLAProcessor.for_config(config, build_tokenizer(32000, "<PAD>")).save_pretrained(folder)
-    _write_surroundings(folder, config)
+    write_surroundings(folder, config)
     write_json(folder / "native_config.json", {"vla": {"base_vlm": "prism-dinosiglip-224px+7b"}})
-    _write_manifest(folder, digests)
+    write_manifest(folder, digests)
 
 
 def measured(label: str, command: list[str], size: int) -> dict:
