@@ -4,7 +4,8 @@ Nothing is built and nothing initialised: tensors are mapped from disk, renamed,
 read back and compared. The target appears under its name only when it is whole.
 
 Sources, told apart by their content, from a folder or by Hub id (organization/name, or organization/name/folder):
-  a native run         config.json with "vla" or "model", dataset_statistics.json, checkpoints/*.pt
+  a native run         config.json with "vla" or "model", dataset_statistics.json, checkpoints/*.pt; openvla-mini's too
+                       (one image, no VQ codes)
   a Hub folder         config.json of type openvla or prismatic and safetensors: code, configuration, statistics and
                        processor are made current, weights are linked or copied untouched. pytorch_model.bin files
                        become safetensors.
