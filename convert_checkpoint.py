@@ -22,16 +22,18 @@ Examples:
 from __future__ import annotations
 
 import argparse
+import glob
 import json
 import os
+import platform
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from transformers import AutoTokenizer, GenerationConfig
 
@@ -397,19 +399,33 @@ def _link_or_copy(source: Path, target: Path) -> bool:
 
 @contextmanager
 def appearing_whole(target: Path) -> Iterator[Path]:
-    """A folder beside the target that takes its name only when the block ends well; else it is removed."""
+    """A folder beside the target that takes its name only when the block ends well; else it is removed.
+
+    What a killed run left beside the target is cleared away first, and what it had moved aside comes back.
+    """
     target.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
+    host = f".{target.name}.{platform.node()}."
+    _clear_after_killed_runs(target, host)
+    folder, previous = (target.parent / f"{host}{os.getpid()}.{kind}" for kind in ("partial", "previous"))
+    folder.mkdir()
     try:
         yield folder
-        folder.chmod(0o755)
         if target.exists():
-            previous = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".previous", dir=target.parent))
-            os.replace(target, previous / target.name)
-            os.replace(folder, target)
-            shutil.rmtree(previous)
-        else:
-            os.replace(folder, target)
+            os.replace(target, previous)
+        os.replace(folder, target)
+        shutil.rmtree(previous, ignore_errors=True)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
+
+
+def _clear_after_killed_runs(target: Path, host: str) -> None:
+    """Only of processes that ran on this machine and are gone."""
+    for left in target.parent.glob(f"{glob.escape(host)}*"):
+        pid, _, kind = left.name.removeprefix(host).partition(".")
+        if not pid.isdigit() or psutil.pid_exists(int(pid)) and int(pid) != os.getpid():
+            continue
+        if kind == "previous" and not target.exists():
+            os.replace(left, target)
+        elif kind in ("partial", "previous"):
+            shutil.rmtree(left)

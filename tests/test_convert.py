@@ -2,6 +2,7 @@
 
 import json
 import os
+import platform
 import random
 import shutil
 import subprocess
@@ -15,7 +16,7 @@ from openvla import AutoModelForVision2Seq, OpenVLAConfig, OpenVLAProcessor
 from openvla.__main__ import main
 from openvla.checkpoint_files import parse_size, read_pickle
 from openvla.compare_forward import compare_forward
-from openvla.convert_checkpoint import convert, verify
+from openvla.convert_checkpoint import appearing_whole, convert, verify
 from openvla.native_checkpoint import BASE_VLMS, to_hub_name, to_native_name
 from openvla.tiny import build_tokenizer
 from reference import GOLDEN, REPOSITORY, digests, native_run, published_folder, write_json
@@ -308,6 +309,19 @@ def test_an_existing_target_is_kept_unless_told_otherwise(converted, tmp_path, o
     assert os.listdir(tmp_path) == ["hub"]
 
 
+def test_what_a_killed_run_moved_aside_comes_back(tmp_path):
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    mine, theirs = f".hub.{platform.node()}.{gone.pid}", f".hub.elsewhere.{gone.pid}"
+    for name in (f"{mine}.previous", f"{mine}.partial", f"{theirs}.partial"):
+        (tmp_path / name).mkdir()
+    (tmp_path / f"{mine}.previous" / "precious").write_text("mine")
+    with pytest.raises(RuntimeError), appearing_whole(tmp_path / "hub"):
+        raise RuntimeError
+    assert (tmp_path / "hub" / "precious").read_text() == "mine"
+    assert sorted(os.listdir(tmp_path)) == [f"{theirs}.partial", "hub"]
+
+
 @pytest.mark.parametrize("change", ["tensor", "file", "lost", "no manifest"])
 def test_verify_notices(change, converted, tmp_path):
     shutil.copytree(converted[2], tmp_path / "hub")
@@ -404,8 +418,10 @@ def test_killed_at_ten_random_moments(tmp_path, overrides, tokenizer):
             assert verify(tmp_path / "hub") == len(json.loads((GOLDEN / "fused" / "state_dict_index.json").read_text()))
             shutil.rmtree(tmp_path / "hub")
     assert whole < 10  # else no kill came in time to prove anything
+    assert list(tmp_path.glob(".hub.*"))
     convert(run, tmp_path / "hub", tokenizer=tokenizer, config_overrides=overrides["fused"], overwrite=True)
     assert verify(tmp_path / "hub")
+    assert not list(tmp_path.glob(".hub.*"))
 
 
 @pytest.mark.slow
