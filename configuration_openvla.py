@@ -243,7 +243,8 @@ class PrismaticConfig(PretrainedConfig):
         output["text_config"] = _for_every_version(
             {**self.text_config.to_diff_dict(), "model_type": self.text_config.model_type}
         )
-        output["text_config"].pop("transformers_version", None)
+        for name in ("transformers_version", "_pre_quantization_dtype"):  # the latter left by 4.x, no JSON
+            output["text_config"].pop(name, None)
         output["tie_word_embeddings"] = self.tie_word_embeddings
         return _for_every_version(output)
 

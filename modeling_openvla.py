@@ -18,13 +18,16 @@ import numpy as np
 import torch
 from transformers import GenerationMixin
 from transformers.modeling_outputs import ModelOutput
-from transformers.utils import cached_file, logging
+from transformers.utils import logging
 
 from .actions_openvla import ActionTokenizer, NormalizationStatistics, nearest_name, validate_norm_stats
+from .adapter_files_openvla import adapter_source, base_of, base_record, optional_file
+from .adapters_openvla import LoraMixin
 from .configuration_openvla import OpenVLAConfig, hub_keywords, write_json
 from .decoding_openvla import append_token, decode_greedily, only, positions_of, require_finite, require_whole_actions
 from .prismatic_openvla import PrismaticForConditionalGeneration
 from .publishing_openvla import PushToHub  # noqa: F401
+from .quantization_openvla import is_quantized
 from .vision_openvla import PrismaticVisionBackbone  # noqa: F401  transformers up to 5.8 copies direct imports only
 
 logger = logging.get_logger(__name__)
@@ -54,7 +57,7 @@ class ActionOutput(ModelOutput):
     entropy: np.ndarray | None = None
 
 
-class OpenVLAForActionPrediction(PrismaticForConditionalGeneration, GenerationMixin):
+class OpenVLAForActionPrediction(LoraMixin, PrismaticForConditionalGeneration, GenerationMixin):
     """OpenVLA: one camera image and an instruction in, one robot action out."""
 
     config_class = OpenVLAConfig
@@ -72,23 +75,31 @@ class OpenVLAForActionPrediction(PrismaticForConditionalGeneration, GenerationMi
         """Load a checkpoint, and the action statistics that lie beside its weights in dataset_statistics.json.
 
         The file adds to the statistics in config.json and wins where both have a key; where it holds one key, that
-        key becomes the default.
+        key becomes the default. An adapter (LoRA) is loaded on top of the base that it names.
         """
         hub = hub_keywords(kwargs)
+        adapter = adapter_source(pretrained_model_name_or_path, kwargs)
+        if adapter is not None:
+            return cls._from_adapter(adapter, hub, kwargs)
         loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         if pretrained_model_name_or_path is not None:
             model._read_statistics(pretrained_model_name_or_path, hub)
         return loaded
 
+    @classmethod
+    def _from_adapter(cls, adapter: str | os.PathLike, hub: dict[str, Any], kwargs: dict[str, Any]) -> Any:
+        config = kwargs.pop("config", None)  # that an Auto class read, of the adapter or the base; the base has its own
+        if getattr(config, "_attn_implementation_internal", None):
+            kwargs.setdefault("attn_implementation", config._attn_implementation_internal)
+        for name in ("revision", "subfolder", "_commit_hash"):  # of the adapter
+            kwargs.pop(name, None)
+        loaded = cls.from_pretrained(base_of(adapter, hub), **kwargs)
+        (loaded[0] if isinstance(loaded, tuple) else loaded).load_lora(adapter, **hub)
+        return loaded
+
     def _read_statistics(self, name_or_path: str | os.PathLike, hub: dict[str, Any]) -> None:
-        file = cached_file(
-            name_or_path,
-            STATISTICS_FILE,
-            _raise_exceptions_for_missing_entries=False,
-            _raise_exceptions_for_connection_errors=False,
-            **hub,
-        )
+        file = optional_file(name_or_path, STATISTICS_FILE, hub)
         if file is None:
             return
         try:
@@ -99,10 +110,17 @@ class OpenVLAForActionPrediction(PrismaticForConditionalGeneration, GenerationMi
             ) from error
 
     def save_pretrained(self, save_directory: str | os.PathLike, is_main_process: bool = True, **kwargs: Any) -> Any:
-        """Save weights, configuration, code and, in dataset_statistics.json, the action statistics."""
+        """Save weights, configuration, code and, in dataset_statistics.json, the action statistics.
+
+        A model with an adapter saves the adapter; ``merge_lora()`` first for whole weights.
+        """
         if is_main_process and self.norm_stats and not os.path.isfile(save_directory):
             os.makedirs(save_directory, exist_ok=True)
             write_json(Path(save_directory) / STATISTICS_FILE, self.norm_stats)
+        if self._lora is not None:
+            return self.save_lora(save_directory, kwargs.get("state_dict")) if is_main_process else None
+        if is_quantized(self):  # so that an adapter trained on the saved folder still knows its base
+            self.config.quantized_from = base_record(self)
         return super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
 
     @property

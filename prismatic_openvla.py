@@ -18,6 +18,7 @@ from .actions_openvla import ActionTokenizer  # noqa: F401  transformers up to 5
 from .configuration_openvla import TRANSFORMERS_4, PrismaticConfig
 from .decoding_openvla import align_prompts, cached_length, has_gap, insert_after_bos, positions_of
 from .publishing_openvla import PushToHub
+from .quantization_openvla import QuantizedModelMixin, prepare_quantization
 from .vision_openvla import PrismaticProjector, PrismaticVisionBackbone
 
 logger = logging.get_logger(__name__)
@@ -47,7 +48,7 @@ class PrismaticCausalLMOutputWithPast(ModelOutput):
     projector_features: torch.FloatTensor | None = None
 
 
-class PrismaticPreTrainedModel(PushToHub, PreTrainedModel):
+class PrismaticPreTrainedModel(PushToHub, QuantizedModelMixin, PreTrainedModel):
     """What every model of the family tells transformers."""
 
     config_class = PrismaticConfig
@@ -75,10 +76,13 @@ class PrismaticPreTrainedModel(PushToHub, PreTrainedModel):
         Takes what ``PreTrainedModel.from_pretrained`` takes.
 
         Raises:
-            ValueError: Tensors are missing, unexpected or of another shape; all are listed.
+            ValueError: Tensors are missing, unexpected or of another shape; all are listed. Or a quantised checkpoint
+                should be quantised again.
             TypeError: ``load_in_8bit`` or ``load_in_4bit`` where transformers no longer takes them.
+            ImportError: It should be quantised, or is, and bitsandbytes is missing or cannot be used here.
         """
         _refuse_removed_keywords(kwargs)
+        prepare_quantization(pretrained_model_name_or_path, kwargs)
         _replace_missing_flash_attention(kwargs)
         with_info = kwargs.pop("output_loading_info", False)
         ignore_mismatched_sizes = kwargs.pop("ignore_mismatched_sizes", False)
@@ -90,6 +94,7 @@ class PrismaticPreTrainedModel(PushToHub, PreTrainedModel):
             **kwargs,
         )
         _require_complete(info, pretrained_model_name_or_path, ignore_mismatched_sizes)
+        model._after_loading()
         return (model, info) if with_info else model
 
     @classmethod

@@ -177,6 +177,11 @@ class VisionTower(nn.Module):
         if arch.attention_pool:
             self.attn_pool = AttentionPool(arch, activation)
 
+    @property
+    def unused(self) -> list[nn.Module]:
+        """Modules that never run; their weights are part of every published checkpoint all the same."""
+        return [self.blocks[-1], self.norm, *([self.attn_pool] if hasattr(self, "attn_pool") else [])]
+
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Patch features ``(batch, num_patches, embed_dim)`` of normalised images ``(batch, 3, size, size)``."""
         x = self._with_position(self.patch_embed(pixel_values))

@@ -1,0 +1,284 @@
+"""Adapters on disk and in memory: what they hold, which base they belong to, what they add to a weight.
+
+An adapter folder holds what peft reads (adapter_config.json, adapter_model.safetensors), the model's configuration,
+code and action statistics, and in openvla_adapter.json which base it belongs to: its id, and digests of its
+configuration and weights. The matrices of an adapter mean something on that base only, so another base is refused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from transformers.utils import cached_file, logging
+
+from .configuration_openvla import PrismaticConfig, hub_keywords
+from .quantization_openvla import is_quantized
+
+logger = logging.get_logger(__name__)
+
+ADAPTER_CONFIG_FILE = "adapter_config.json"
+ADAPTER_WEIGHTS_FILE = "adapter_model.safetensors"
+RECORD_FILE = "openvla_adapter.json"
+PEFT_PREFIX = "base_model.model."
+# Fields of peft's configuration that change what the same matrices mean; such adapters are refused.
+UNSUPPORTED_FIELDS = ("alpha_pattern", "rank_pattern", "fan_in_fan_out", "layer_replication", "use_dora", "lora_bias")
+# What in a configuration gives the weights their meaning, apart from their shapes.
+CONFIG_FIELDS = ("timm_model_ids", "timm_override_act_layers", "image_sizes", "image_resize_strategy", "vocab_size")
+CONFIG_FIELDS += ("prompt_style", "empty_token_id", "n_action_bins")
+TEXT_CONFIG_FIELDS = ("model_type", "num_attention_heads", "num_key_value_heads")
+SAMPLES = 64  # values of each tensor that go into the digest of the weights
+
+
+@dataclass
+class LoraAdapter:
+    """An adapter: how it scales, which base it belongs to, its tensors.
+
+    Attributes:
+        r: Rank.
+        alpha: Numerator of the scaling.
+        rslora: Scale by alpha / sqrt(r) instead of alpha / r.
+        base: id and digests of the base (``base_record``); None where an adapter, made by peft alone, does not say.
+        default_unnorm_key: As in the model's configuration.
+        tensors: By peft's names without its prefix: ``X.lora_A.weight`` ``(r, in)`` and ``X.lora_B.weight``
+            ``(out, r)`` beside a linear layer, ``X.lora_embedding_A`` ``(r, rows)`` and ``X.lora_embedding_B``
+            ``(dim, r)`` beside an embedding; any other name is a tensor that was trained whole.
+    """
+
+    r: int
+    alpha: float
+    rslora: bool = False
+    base: dict[str, Any] | None = None
+    default_unnorm_key: str | None = None
+    tensors: Mapping[str, torch.Tensor] = field(default_factory=dict)
+
+    @property
+    def scaling(self) -> float:
+        return self.alpha / (math.sqrt(self.r) if self.rslora else self.r)
+
+    @property
+    def adapted(self) -> list[str]:
+        """Names of the modules that have matrices."""
+        return sorted({name.partition(".lora_")[0] for name in self.tensors if ".lora_" in name})
+
+    @property
+    def whole(self) -> list[str]:
+        """Names of the tensors that were trained whole."""
+        return sorted(name for name in self.tensors if ".lora_" not in name)
+
+    def change(self, module: str) -> torch.Tensor | None:
+        """What is added to a module's weight, float32 ``(out, in)`` on the CPU; None for a module without matrices.
+
+        Raises:
+            ValueError: A matrix is missing or of another rank.
+        """
+        for a, b in ((".lora_A.weight", ".lora_B.weight"), (".lora_embedding_A", ".lora_embedding_B")):
+            down, up = self.tensors.get(module + a), self.tensors.get(module + b)
+            if down is None and up is None:
+                continue
+            if down is None or up is None or (down.shape[0], up.shape[1]) != (self.r, self.r):
+                raise ValueError(f"The adapter's matrices of {module} are not a pair of rank {self.r}.")
+            product = up.detach().to("cpu", torch.float32) @ down.detach().to("cpu", torch.float32)
+            return self.scaling * (product if a.startswith(".lora_A") else product.T)
+        return None
+
+    def merged(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """A tensor of the base with the adapter in it: float32 on the CPU, rounded once to the tensor's dtype.
+
+        Args:
+            name: Of the base's tensor, such as ``X.weight``.
+            tensor: The base's tensor; returned as it is where the adapter has nothing to say.
+
+        Raises:
+            ValueError: Shapes disagree, or the result is not finite.
+        """
+        change = self.change(name.removesuffix(".weight")) if name.endswith(".weight") else None
+        if name in self.tensors:
+            merged = self.tensors[name].detach().to("cpu", tensor.dtype)
+        elif change is not None and change.shape == tensor.shape:
+            merged = tensor.detach().to("cpu", torch.float32).add(change).to(tensor.dtype)
+        elif change is None:
+            return tensor
+        else:
+            merged = change
+        if merged.shape != tensor.shape:
+            got, wanted = tuple(merged.shape), tuple(tensor.shape)
+            raise ValueError(f"The adapter's {name} is of shape {got}, the base's {wanted}.")
+        if not merged.isfinite().all():
+            raise ValueError(f"{name} with the adapter is not finite in {tensor.dtype}; use an earlier adapter.")
+        return merged
+
+
+def base_record(model: Any) -> dict[str, Any]:
+    """Which base an adapter belongs to.
+
+    Returns:
+        ``id`` (Hub id or absolute path), ``revision``, and digests: ``config`` of what gives the weights their meaning,
+        ``weights`` of every tensor's name, shape and 64 of its values in bfloat16. The latter is the same for a
+        checkpoint in float32 or bfloat16, in whatever shards, and also when it was quantised at loading: the files are
+        read then. It is None where they are out of reach.
+    """
+    stored = getattr(model.config, "quantized_from", None)
+    if stored and is_quantized(model):
+        return dict(stored)
+    source = model.config._name_or_path
+    parameters = list(model.named_parameters())
+    in_memory = not is_quantized(model) and not any(p.is_meta or p.dtype == torch.float16 for _, p in parameters)
+    try:
+        weights = weights_digest(parameters if in_memory else _tensors_of_files(source), model.config)
+    except OSError:
+        weights = None
+    return {
+        "id": os.path.abspath(source) if os.path.isdir(source) else source,
+        "revision": getattr(model.config, "_commit_hash", None),
+        "config": config_digest(model.config),
+        "weights": weights,
+    }
+
+
+def require_same_base(wanted: dict[str, Any] | None, found: dict[str, Any], adapter: Any) -> None:
+    """Raise if an adapter was trained on another base; warn where that cannot be told.
+
+    Raises:
+        ValueError: The digests differ; the message says which base it wants.
+    """
+    if wanted is None:
+        logger.warning(f"{adapter} does not say which base it was trained on; make sure that it is {found['id']!r}.")
+        return
+    other = [name for name in ("config", "weights") if wanted[name] and found[name] and wanted[name] != found[name]]
+    if other:
+        raise ValueError(
+            f"{adapter} was trained on {wanted['id']!r}, but this model ({found['id'] or 'not from a file'!r}) has "
+            f"other {' and '.join(other)}. Load that base first, then the adapter."
+        )
+    if not (wanted["weights"] and found["weights"]):
+        logger.warning(f"{adapter} was trained on {wanted['id']!r}; whether these are its weights could not be told.")
+
+
+def config_digest(config: PrismaticConfig) -> str:
+    """sha256 of what in a configuration gives the weights their meaning, apart from their shapes."""
+    fields = {name: getattr(config, name, None) for name in CONFIG_FIELDS}
+    fields["text_config"] = {name: getattr(config.text_config, name, None) for name in TEXT_CONFIG_FIELDS}
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
+
+
+def weights_digest(tensors: Iterable[tuple[str, torch.Tensor]], config: PrismaticConfig) -> str:
+    """sha256 of every tensor's name, shape and 64 of its values in bfloat16; a tied head counts once."""
+    lines, skipped = {}, ["rotary_emb.inv_freq"]  # a computed buffer that old versions saved
+    if config.text_config.tie_word_embeddings:
+        skipped.append("lm_head.weight")
+    for name, tensor in tensors:
+        if name.endswith(tuple(skipped)):
+            continue
+        flat = tensor.detach().reshape(-1)
+        chosen = torch.linspace(0, flat.numel() - 1, min(SAMPLES, flat.numel()), dtype=torch.float64).long()
+        sample = flat[chosen.to(flat.device)].cpu().to(torch.bfloat16).view(torch.int16)
+        lines[name] = [list(tensor.shape), hashlib.sha256(sample.numpy().tobytes()).hexdigest()]
+    return hashlib.sha256(json.dumps(lines, sort_keys=True).encode()).hexdigest()
+
+
+def _tensors_of_files(source: str) -> Iterator[tuple[str, torch.Tensor]]:
+    """Names and tensors, mapped from disk, of a folder's or Hub repository's safetensors."""
+    index = optional_file(source, "model.safetensors.index.json")
+    if index is None:
+        names = ["model.safetensors"]
+    else:
+        names = sorted(set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values()))
+    for name in names:
+        with safe_open(cached_file(source, name), framework="pt") as opened:
+            for key in opened.keys():  # noqa: SIM118  no mapping
+                yield key, opened.get_tensor(key)
+
+
+def read_adapter(name_or_path: str | os.PathLike, **hub: Any) -> LoraAdapter:
+    """An adapter from a folder or Hub repository, made by this package or by peft.
+
+    Raises:
+        FileNotFoundError: There is none.
+        ValueError: It is no plain LoRA, or a tensor is not finite.
+    """
+    config_file, file, record_file = (
+        optional_file(name_or_path, name, hub) for name in (ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE, RECORD_FILE)
+    )
+    if config_file is None or file is None:
+        missing = ADAPTER_WEIGHTS_FILE if config_file else ADAPTER_CONFIG_FILE
+        raise FileNotFoundError(f"{name_or_path} is no adapter: it has no {missing}.")
+    config = json.loads(Path(config_file).read_text(encoding="utf-8"))
+    unsupported = [name for name in UNSUPPORTED_FIELDS if config.get(name)]
+    if config.get("peft_type") != "LORA" or config.get("bias", "none") != "none" or unsupported:
+        raise ValueError(f"{name_or_path} is not plain LoRA ({unsupported or config.get('peft_type')}): not supported.")
+    record = json.loads(Path(record_file).read_text(encoding="utf-8")) if record_file else {}
+    tensors = {name.removeprefix(PEFT_PREFIX): tensor for name, tensor in load_file(file).items()}
+    infinite = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
+    if infinite:
+        raise ValueError(f"{name_or_path}: {infinite[:3]} is not finite; training diverged. Use an earlier adapter.")
+    return LoraAdapter(
+        config["r"],
+        config["lora_alpha"],
+        bool(config.get("use_rslora")),
+        record.get("base"),
+        record.get("default_unnorm_key"),
+        tensors,
+    )
+
+
+def adapter_source(name_or_path: str | os.PathLike | None, kwargs: dict[str, Any]) -> str | os.PathLike | None:
+    """The adapter that a call of ``from_pretrained`` is for: found by an Auto class, or named itself; else None."""
+    found = (kwargs.pop("adapter_kwargs", None) or {}).get("_adapter_model_path")
+    if found is None and name_or_path is not None:
+        is_adapter = optional_file(name_or_path, ADAPTER_CONFIG_FILE, hub_keywords(kwargs)) is not None
+        found = name_or_path if is_adapter else None
+    return found
+
+
+def base_of(adapter: str | os.PathLike, hub: dict[str, Any]) -> str:
+    """The id or path of an adapter's base.
+
+    Raises:
+        FileNotFoundError: The adapter does not say, or its base was a folder that is not here.
+    """
+    config = json.loads(Path(optional_file(adapter, ADAPTER_CONFIG_FILE, hub)).read_text(encoding="utf-8"))
+    base = config.get("base_model_name_or_path")
+    if not base or (os.path.isabs(base) and not os.path.isdir(base)):
+        raise FileNotFoundError(
+            f"The base of {adapter}, {base!r}, is not here. Load it from where it is, then model.load_lora(adapter)."
+        )
+    return base
+
+
+def optional_file(name_or_path: str | os.PathLike, name: str, hub: dict[str, Any] | None = None) -> str | None:
+    """A file of a folder or Hub repository, or None if it is not there."""
+    return cached_file(
+        name_or_path,
+        name,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+        **(hub or {}),
+    )
+
+
+def peft_config(lora: LoraAdapter) -> dict[str, Any]:
+    """The adapter_config.json that every peft since 0.11 reads."""
+    return {
+        "peft_type": "LORA",
+        "task_type": None,
+        "base_model_name_or_path": lora.base["id"] or None,
+        "revision": lora.base["revision"],
+        "inference_mode": True,
+        "r": lora.r,
+        "lora_alpha": lora.alpha,
+        "lora_dropout": 0.0,
+        "use_rslora": lora.rslora,
+        "bias": "none",
+        "target_modules": lora.adapted,
+        "modules_to_save": sorted({name.rpartition(".")[0] for name in lora.whole}) or None,
+    }

@@ -1,0 +1,305 @@
+"""LoRA: small trainable matrices beside frozen weights, as methods of the model."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import math
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+from transformers.dynamic_module_utils import custom_object_save
+from transformers.utils import logging
+
+from .actions_openvla import nearest_name
+from .adapter_files_openvla import (
+    ADAPTER_CONFIG_FILE,
+    ADAPTER_WEIGHTS_FILE,
+    PEFT_PREFIX,
+    RECORD_FILE,
+    LoraAdapter,
+    base_record,
+    peft_config,
+    read_adapter,
+    require_same_base,
+)
+from .configuration_openvla import DTYPE_FIELD, write_json
+from .quantization_openvla import is_quantized
+
+logger = logging.get_logger(__name__)
+
+ADAPTER_NAME = "default"
+NAMED_TARGETS = ("all-linear", "language", "sandwich")
+
+
+class LoraMixin:
+    """LoRA on a model. Only making and using adapters needs peft (``pip install 'openvla[lora]'``)."""
+
+    _lora: LoraAdapter | None = None  # settings of the adapter in use; its tensors are parameters of the modules
+
+    def enable_lora(
+        self,
+        r: int = 32,
+        alpha: float = 16,
+        dropout: float = 0.0,
+        targets: str | Sequence[str] = "all-linear",
+        modules_to_save: Sequence[str] = (),
+    ) -> None:
+        """Freeze the model and put trainable LoRA matrices beside some of its weights, in place.
+
+        Outputs do not change until the matrices are trained: they start as the reference's, A normal with deviation
+        1 / r and B zero (an embedding's the other way round). They are float32, bfloat16 beside quantised weights.
+
+        Args:
+            r: Rank.
+            alpha: The change of a weight is scaled by alpha / r.
+            dropout: Share of a layer's inputs dropped in front of the matrices, in training.
+            targets: "all-linear", the reference's recipe: every linear layer of towers, projector and language model,
+                without its head. "language": those of the language model alone (the paper found frozen towers much
+                worse). "sandwich": what the paper's sandwich fine-tuning trains: towers, projector, token embedding,
+                last decoder layer, head. Or a list of names of linear layers and embeddings, or their endings. What
+                never runs (each tower's last block and pooling head) is left out everywhere.
+            modules_to_save: Full names of modules to train whole; they are saved with the adapter.
+
+        Raises:
+            ValueError: A number is out of range, a name is unknown, or the model already has an adapter.
+            ImportError: peft is not installed.
+        """
+        if not isinstance(r, int) or isinstance(r, bool) or r < 1:
+            raise ValueError(f"r must be a whole number, 1 or more, got {r!r}.")
+        if not (alpha > 0 and math.isfinite(alpha) and 0 <= dropout < 1):
+            raise ValueError(f"alpha must be positive and dropout in [0, 1), got {alpha!r} and {dropout!r}.")
+        names = lora_targets(self, targets)
+        known = [name for name, _ in self.named_modules() if name]
+        for name in modules_to_save:
+            if name not in known:
+                raise ValueError(f"modules_to_save: no module {name!r}; nearest is {nearest_name(name, known)!r}.")
+        settings = LoraAdapter(r, alpha, base=base_record(self))
+        self._inject(settings, names, list(modules_to_save), dropout)
+
+    def load_lora(self, name_or_path: str | os.PathLike, *, trainable: bool = False, **hub: Any) -> None:
+        """Put a saved adapter on this model, its base, and take over the action statistics that lie beside it.
+
+        Args:
+            name_or_path: Adapter folder or Hub repository.
+            trainable: Go on training it.
+            **hub: revision, token, ... as for ``from_pretrained``.
+
+        Raises:
+            ValueError: The adapter belongs to another base or is damaged; the model is left as it was.
+            FileNotFoundError: There is no adapter.
+            ImportError: peft is not installed.
+        """
+        adapter = read_adapter(name_or_path, **hub)
+        own = base_record(self)
+        require_same_base(adapter.base, own, name_or_path)
+        modules = dict(self.named_modules())
+        whole = sorted({name.rpartition(".")[0] for name in adapter.whole})
+        wrong = [name for name in adapter.adapted if not _fits(modules.get(name), adapter.change(name))]
+        wrong += [name for name in whole if name not in modules]
+        if wrong:
+            raise ValueError(f"{name_or_path} does not fit this model: {len(wrong)} modules, such as {wrong[:3]}.")
+        settings = replace(adapter, base=own, tensors={})
+        self._inject(settings, adapter.adapted, whole, dropout=0.0)
+        with torch.no_grad():
+            for name, parameter in _adapter_parameters(self.named_parameters()).items():
+                parameter.copy_(adapter.tensors[name])
+                parameter.requires_grad_(trainable)
+        self._read_statistics(name_or_path, hub)
+        if adapter.default_unnorm_key in self.norm_stats:
+            self.config.default_unnorm_key = adapter.default_unnorm_key
+
+    def save_lora(self, folder: str | os.PathLike, state_dict: Mapping[str, torch.Tensor] | None = None) -> None:
+        """Write the adapter's folder; ``save_pretrained`` does this for a model that has one.
+
+        Args:
+            folder: Where to; made if need be.
+            state_dict: The model's, where a trainer has gathered it; else its own parameters.
+
+        Raises:
+            ValueError: The model has no adapter.
+        """
+        lora, folder = self._require_adapter(), Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        parameters = self.named_parameters() if state_dict is None else state_dict.items()
+        lora = replace(lora, tensors=_adapter_parameters(parameters))
+        tensors = {PEFT_PREFIX + name: t.detach().cpu().contiguous() for name, t in lora.tensors.items()}
+        temporary = folder / f".{ADAPTER_WEIGHTS_FILE}.{os.getpid()}.tmp"
+        save_file(tensors, temporary, metadata={"format": "pt"})
+        os.replace(temporary, folder / ADAPTER_WEIGHTS_FILE)
+        config = copy.deepcopy(self.config)
+        if hasattr(config, "quantization_config"):  # of the base as it was loaded here, not of the adapter
+            del config.quantization_config
+        custom_object_save(self, folder, config=config)
+        config.save_pretrained(folder)
+        write_json(folder / RECORD_FILE, {"base": lora.base, "default_unnorm_key": config.default_unnorm_key})
+        write_json(folder / ADAPTER_CONFIG_FILE, peft_config(lora))
+
+    def merge_lora(self) -> Any:
+        """The plain model with the adapter in its weights; the same numbers as ``openvla merge`` gives.
+
+        Each weight becomes ``W + alpha / r * B A``, computed in float32 on the CPU and rounded once to the dtype of W,
+        one weight at a time and in place: for bfloat16 a weight moves by at most 2^-9 of its size from the exact sum.
+
+        A quantised model is left as it is: the adapter goes into the base's own files, loaded on the CPU in their own
+        dtype. The adapter was trained beside rounded (say nf4) weights and now stands beside the unrounded ones, so
+        the result differs from the model that was trained by what quantisation had changed.
+
+        Returns:
+            This model, or for a quantised one a new model.
+
+        Raises:
+            ValueError: There is no adapter, or a result would not be finite; the model is then left as it was.
+        """
+        lora = replace(self._require_adapter(), tensors=_adapter_parameters(self.named_parameters()))
+        plain = self._loaded_base() if is_quantized(self) else self
+        weights = {name: _base_weight(plain, name) for name in [f"{m}.weight" for m in lora.adapted] + lora.whole}
+        for name, weight in weights.items():
+            _require_mergeable(lora, name, weight)
+        with torch.no_grad():
+            for name, weight in weights.items():
+                weight.copy_(lora.merged(name, weight))
+        return plain._without_lora()
+
+    def _inject(self, settings: LoraAdapter, names: list[str], whole: list[str], dropout: float) -> None:
+        """Wrap modules in peft's layers, in place."""
+        if self._lora is not None:
+            raise ValueError("This model already has an adapter; call merge_lora(), or load the base again.")
+        peft = _import_peft()
+        config = peft.LoraConfig(
+            r=settings.r,
+            lora_alpha=settings.alpha,
+            lora_dropout=dropout,
+            use_rslora=settings.rslora,
+            target_modules=names,
+            modules_to_save=whole or None,
+            init_lora_weights="gaussian",
+        )
+        peft.inject_adapter_in_model(config, self, adapter_name=ADAPTER_NAME)
+        self._lora = settings
+        self._hf_peft_config_loaded = True  # what transformers' trainer and gradient checkpointing look at
+        dtype = torch.bfloat16 if is_quantized(self) else torch.float32
+        for name, parameter in _adapter_parameters(self.named_parameters()).items():
+            if ".lora_" in name:
+                parameter.data = parameter.data.to(dtype)
+
+    def _require_adapter(self) -> LoraAdapter:
+        if self._lora is None:
+            raise ValueError("This model has no adapter; call enable_lora() or load_lora(folder) first.")
+        return self._lora
+
+    def _loaded_base(self) -> Any:
+        """The base of a quantised model, from its own files."""
+        base = self._lora.base
+        logger.warning(
+            f"The adapter was trained on quantised weights and is merged into those of {base['id']}, which are not "
+            "rounded: its outputs will differ by what quantisation had changed. Compare them on your data."
+        )
+        plain = type(self).from_pretrained(base["id"], low_cpu_mem_usage=True, **{DTYPE_FIELD: "auto"})
+        require_same_base(base, base_record(plain), "This adapter")
+        plain.norm_stats, plain.config.default_unnorm_key = self.norm_stats, self.config.default_unnorm_key
+        return plain
+
+    def _without_lora(self) -> Any:
+        """Put the base's modules back in the place of peft's layers."""
+        for name, module in list(self.named_modules()):
+            if hasattr(module, "modules_to_save") and hasattr(module, "original_module"):
+                inner = module.original_module
+            elif hasattr(module, "lora_A") and hasattr(module, "base_layer"):
+                inner = module.base_layer
+            else:
+                continue
+            parent, _, leaf = name.rpartition(".")
+            setattr(self.get_submodule(parent), leaf, inner)
+        for attribute in ("peft_config", "modules_to_save", "_hf_peft_config_loaded", "_lora"):
+            self.__dict__.pop(attribute, None)
+        self.config._name_or_path = ""  # no longer what those files hold
+        return self.requires_grad_(True)
+
+
+def lora_targets(model: Any, targets: str | Sequence[str]) -> list[str]:
+    """Names of the modules that ``targets`` (see ``enable_lora``) stands for.
+
+    Raises:
+        ValueError: A target is unknown, or the model ties what "sandwich" would adapt apart.
+    """
+    towers = [model.vision_backbone.featurizer, model.vision_backbone.fused_featurizer]
+    idle = {module for tower in towers if tower is not None for part in tower.unused for module in part.modules()}
+    found = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, (nn.Linear, nn.Embedding)) and module not in idle
+    }
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    body = [name for name, module in found.items() if isinstance(module, nn.Linear) and module is not head]
+    if targets == "all-linear":
+        return [name for name in body if name.startswith(("vision_backbone.", "projector.", "language_model."))]
+    if targets == "language":
+        return [name for name in body if name.startswith("language_model.")]
+    if targets == "sandwich":
+        if model.config.text_config.tie_word_embeddings:
+            raise ValueError("'sandwich' adapts embedding and head apart, but this model ties them; name modules.")
+        last = {embedding, head, *model.language_model.model.layers[-1].modules()}
+        return [n for n, m in found.items() if n.startswith(("vision_backbone.", "projector.")) or m in last]
+    if isinstance(targets, str) or not targets:
+        raise ValueError(f"Unknown targets {targets!r}; allowed: {list(NAMED_TARGETS)} or a list of module names.")
+    chosen = set()
+    for target in targets:
+        matching = [name for name in found if name == target or name.endswith(f".{target}")]
+        if not matching:
+            endings = sorted({name.rpartition(".")[2] for name in found})
+            raise ValueError(f"Unknown target {target!r}: no linear layer or embedding that runs. Endings: {endings}.")
+        chosen.update(matching)
+    return sorted(chosen)
+
+
+def _adapter_parameters(parameters: Iterable[tuple[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """Those of a model's parameters that belong to its adapter, under peft's names on disk without the prefix."""
+    found = {}
+    for name, parameter in parameters:
+        if ".lora_" in name:
+            found[name.replace(f".{ADAPTER_NAME}", "")] = parameter
+        elif f".modules_to_save.{ADAPTER_NAME}." in name:
+            found[name.replace(f".modules_to_save.{ADAPTER_NAME}", "")] = parameter
+    return found
+
+
+def _base_weight(model: Any, name: str) -> torch.Tensor:
+    """The base's tensor under peft's layers, or without them."""
+    module_name, _, leaf = name.rpartition(".")
+    module = model.get_submodule(module_name)
+    module = getattr(module, "original_module", getattr(module, "base_layer", module))
+    weight = getattr(module, leaf)
+    if weight.is_meta:
+        raise ValueError(f"{name} is offloaded; save the adapter and merge it with: openvla merge ADAPTER OUT.")
+    return weight
+
+
+def _require_mergeable(lora: LoraAdapter, name: str, weight: torch.Tensor) -> None:
+    """Raise before anything is written if a merged weight might not be finite."""
+    beside = f"{name.removesuffix('.weight')}.lora_"
+    matrices = [t for n, t in lora.tensors.items() if n == name or n.startswith(beside)]
+    sizes = [float(matrix.detach().abs().max()) for matrix in matrices]
+    bound = sizes[0] if len(sizes) == 1 else lora.scaling * lora.r * sizes[0] * sizes[1]
+    bound += float(weight.detach().abs().max())
+    if not bound <= torch.finfo(weight.dtype).max:  # also where it is NaN
+        raise ValueError(f"{name} with the adapter is not finite in {weight.dtype}; use an earlier adapter.")
+
+
+def _fits(module: nn.Module | None, change: torch.Tensor | None) -> bool:
+    if isinstance(module, nn.Linear):
+        return change.shape == (module.out_features, module.in_features)
+    return isinstance(module, nn.Embedding) and change.shape == module.weight.shape
+
+
+def _import_peft() -> Any:
+    try:
+        return importlib.import_module("peft")
+    except ImportError as error:
+        raise ImportError(f"LoRA needs peft: pip install 'openvla[lora]' ({error})") from error
