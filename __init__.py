@@ -8,6 +8,7 @@ from .actions_openvla import ActionTokenizer, NormalizationStatistics
 from .configuration_openvla import OpenVLAConfig, PrismaticConfig
 from .loading import AutoModelForVision2Seq, AutoProcessor, register_auto_classes
 from .modeling_openvla import ActionOutput, OpenVLAForActionPrediction
+from .policy import Policy, load_policy
 from .prismatic_openvla import PrismaticForConditionalGeneration
 from .processing_openvla import (
     OpenVLAImageProcessor,
@@ -15,6 +16,7 @@ from .processing_openvla import (
     PrismaticImageProcessor,
     PrismaticProcessor,
 )
+from .quantization_openvla import quantization_config
 
 __version__ = "0.1.0"
 
@@ -28,10 +30,13 @@ __all__ = [
     "OpenVLAForActionPrediction",
     "OpenVLAImageProcessor",
     "OpenVLAProcessor",
+    "Policy",
     "PrismaticConfig",
     "PrismaticForConditionalGeneration",
     "PrismaticImageProcessor",
     "PrismaticProcessor",
+    "load_policy",
+    "quantization_config",
 ]
 
 register_auto_classes()

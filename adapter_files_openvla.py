@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from transformers.utils import cached_file, logging
 
 from .configuration_openvla import PrismaticConfig, hub_keywords
-from .quantization_openvla import is_quantized
+from .quantization_openvla import is_quantized, quantization_name
 
 logger = logging.get_logger(__name__)
 
@@ -125,7 +125,7 @@ def base_record(model: Any) -> dict[str, Any]:
         ``id`` (Hub id or absolute path), ``revision``, and digests: ``config`` of what gives the weights their meaning,
         ``weights`` of every tensor's name, shape and 64 of its values in bfloat16. The latter is the same for a
         checkpoint in float32 or bfloat16, in whatever shards, and also when it was quantised at loading: the files are
-        read then. It is None where they are out of reach.
+        read then. It is None where they are out of reach. ``quantization`` says what the adapter is trained beside.
     """
     stored = getattr(model.config, "quantized_from", None)
     if stored and is_quantized(model):
@@ -142,6 +142,7 @@ def base_record(model: Any) -> dict[str, Any]:
         "revision": getattr(model.config, "_commit_hash", None),
         "config": config_digest(model.config),
         "weights": weights,
+        "quantization": quantization_name(model),
     }
 
 
@@ -162,6 +163,15 @@ def require_same_base(wanted: dict[str, Any] | None, found: dict[str, Any], adap
         )
     if not (wanted["weights"] and found["weights"]):
         logger.warning(f"{adapter} was trained on {wanted['id']!r}; whether these are its weights could not be told.")
+
+
+def quantized_merge_note(base: dict[str, Any]) -> str:
+    """What merging an adapter that was trained beside quantised weights implies."""
+    return (
+        f"The adapter was trained beside {base['quantization']} weights and is merged into those of {base['id']}, "
+        "which are not rounded so: outputs differ from the trained ones by what quantisation had changed. Compare them "
+        "on your data."
+    )
 
 
 def config_digest(config: PrismaticConfig) -> str:

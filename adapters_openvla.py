@@ -26,6 +26,7 @@ from .adapter_files_openvla import (
     LoraAdapter,
     base_record,
     peft_config,
+    quantized_merge_note,
     read_adapter,
     require_same_base,
 )
@@ -197,10 +198,7 @@ class LoraMixin:
     def _loaded_base(self) -> Any:
         """The base of a quantised model, from its own files."""
         base = self._lora.base
-        logger.warning(
-            f"The adapter was trained on quantised weights and is merged into those of {base['id']}, which are not "
-            "rounded: its outputs will differ by what quantisation had changed. Compare them on your data."
-        )
+        logger.warning(quantized_merge_note(base))
         plain = type(self).from_pretrained(base["id"], low_cpu_mem_usage=True, **{DTYPE_FIELD: "auto"})
         require_same_base(base, base_record(plain), "This adapter")
         plain.norm_stats, plain.config.default_unnorm_key = self.norm_stats, self.config.default_unnorm_key

@@ -32,7 +32,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
 from PIL import Image
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer
@@ -58,12 +57,12 @@ from .convert_checkpoint import (
     write_manifest,
     write_surroundings,
 )
+from .download_checkpoint import local_folder
 from .native_checkpoint import COMMON, EMBEDDING, EXTRA_TOKENS, FUSED, HEAD, padded, read_json, without_tied_head
 from .processing_openvla import OpenVLAProcessor
 from .vision_openvla import ARCHITECTURES, PrismaticProjector, TowerArchitecture, VisionTower
 
 REFERENCE_TAG = "webli"  # of timm's SigLIP weights; the reference's timm had no others
-LLM_FILES = ["*.json", "*.safetensors", "*.model", "*.txt"]
 # How a language model that is not in the registry is asked, by its type: its BOS must not be a word.
 PROMPT_STYLES = {"phi": "openvla-phi", "qwen2": "openvla-mini"}
 LLM_MAX_LENGTH = {"qwen2": 32768}  # the registry's; others COMMON's
@@ -137,7 +136,7 @@ def assemble(
     if vlm and norm_stats is not None:
         raise ValueError("Action statistics belong to a model with actions; leave out --vlm or --norm-stats.")
     _timm()  # before anything is downloaded
-    folder = Path(llm) if Path(llm).is_dir() else Path(snapshot_download(str(llm), allow_patterns=LLM_FILES))
+    folder = local_folder(llm)
     tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="right")
     text = _vocabulary(_text_config(folder), tokenizer, extra_tokens)
     modules, vision = _towers(towers, image_size)

@@ -7,7 +7,7 @@ import json
 import os
 import re
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -142,10 +142,15 @@ def shapes(files: Mapping[str, Path]) -> dict[str, tuple[int, ...]]:
 
 
 def write_shards(
-    folder: Path, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype | None, max_shard_bytes: int
+    folder: Path,
+    tensors: Mapping[str, torch.Tensor],
+    dtype: torch.dtype | None,
+    max_shard_bytes: int,
+    change: Callable[[str, torch.Tensor], torch.Tensor] | None = None,
 ) -> dict[str, str]:
     """Write tensors as safetensors shards with their index, casting floats to ``dtype`` one at a time.
 
+    ``change(name, tensor)``, of the same shape and dtype, is written in a tensor's place; it is called one at a time.
     Hashing runs beside writing, and a finished shard is read back while the next one is written.
 
     Returns:
@@ -170,8 +175,12 @@ def write_shards(
         for number, names in enumerate(shards, start=1):
             file = SINGLE_FILE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
             part = {name: tensors[name] for name in names}
-            written = _write_file(folder / file, part, dtype, progress, beside)
-            checks.append(beside.submit(_require_same, folder / file, part, dtype))
+            path = folder / file
+            written = _write_file(path, part, dtype, change, progress, beside)
+            if change is None:
+                checks.append(beside.submit(_require_same, path, part, dtype))
+            else:  # not computed twice
+                checks.append(beside.submit(require_equal, dict.fromkeys(names, path), written))
             digests.update(written)
             weight_map.update(dict.fromkeys(names, file))
         progress.set_description("reading back")
@@ -233,6 +242,7 @@ def _write_file(
     path: Path,
     tensors: Mapping[str, torch.Tensor],
     dtype: torch.dtype | None,
+    change: Callable[[str, torch.Tensor], torch.Tensor] | None,
     progress: tqdm,
     beside: ThreadPoolExecutor,
 ) -> dict[str, str]:
@@ -249,7 +259,8 @@ def _write_file(
     with open(path, "wb") as file:
         file.write(len(encoded).to_bytes(8, "little") + encoded)
         for name, tensor in tensors.items():
-            content = _bytes(tensor.to(_target(tensor, dtype)))
+            changed = tensor if change is None else change(name, tensor)
+            content = _bytes(changed.to(_target(tensor, dtype)))
             hashed = beside.submit(hashlib.sha256, content)
             file.write(content)
             digests[name] = hashed.result().hexdigest()

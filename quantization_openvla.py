@@ -105,6 +105,15 @@ def is_quantized(model: nn.Module) -> bool:
     return bool(getattr(model, "is_loaded_in_8bit", False) or getattr(model, "is_loaded_in_4bit", False))
 
 
+def quantization_name(model: nn.Module) -> str | None:
+    """ "int8", "nf4" or "fp4"; None for a plain model."""
+    if not is_quantized(model):
+        return None
+    return (
+        "int8" if getattr(model, "is_loaded_in_8bit", False) else model.config.quantization_config.bnb_4bit_quant_type
+    )
+
+
 def stored_quantization(name_or_path: str | os.PathLike, kwargs: dict[str, Any]) -> Any:
     """The quantization that a checkpoint was saved with, or None; ``kwargs`` are ``from_pretrained``'s."""
     config = kwargs.get("config")

@@ -1,0 +1,123 @@
+"""``openvla merge``: an adapter and its base into one self-contained Hub folder, one tensor at a time.
+
+Each adapted weight becomes W + alpha / r * B A, in float32 and rounded once to the dtype of W; all other tensors keep
+their bytes. The adapter must have been trained on this very base. The target appears only when it is whole.
+
+Examples:
+  openvla merge my-adapter my-openvla
+  openvla merge my-adapter my-openvla --base /data/openvla-7b
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+from pathlib import Path
+
+from .adapter_files_openvla import (
+    base_of,
+    config_digest,
+    optional_file,
+    quantized_merge_note,
+    read_adapter,
+    require_same_base,
+    weights_digest,
+)
+from .checkpoint_files import parse_size, read_tensors, weight_files, write_shards
+from .configuration_openvla import OpenVLAConfig
+from .convert_checkpoint import (
+    COPIED_TOKENIZER_FILES,
+    TOKENIZER_FILES,
+    appearing_whole,
+    write_card,
+    write_manifest,
+    write_surroundings,
+)
+from .download_checkpoint import local_folder
+from .modeling_openvla import STATISTICS_FILE
+from .native_checkpoint import read_json
+from .processing_openvla import OpenVLAProcessor
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of ``openvla merge``."""
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("adapter", metavar="ADAPTER", help="adapter folder or Hub id")
+    parser.add_argument("target", type=Path, metavar="OUT", help="folder to write; must not exist without --overwrite")
+    parser.add_argument("--base", metavar="DIR_OR_ID", help="the base, where it is not what the adapter names")
+    parser.add_argument("--max-shard-size", default="5GB", help="such as 5GB or 500MB (default %(default)s)")
+    parser.add_argument("--overwrite", action="store_true", help="replace OUT")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Merge and report; returns the exit status."""
+    merge(args.adapter, args.target, base=args.base, max_shard_size=args.max_shard_size, overwrite=args.overwrite)
+    return 0
+
+
+def merge(
+    adapter: str | os.PathLike,
+    target: str | os.PathLike,
+    *,
+    base: str | os.PathLike | None = None,
+    max_shard_size: str = "5GB",
+    overwrite: bool = False,
+) -> None:
+    """Merge an adapter into its base; neither is changed.
+
+    Args:
+        adapter: Folder or Hub id.
+        target: Folder to write.
+        base: Folder or Hub id of the base; None takes the one that the adapter names.
+        max_shard_size: Such as "5GB".
+        overwrite: Replace ``target``.
+
+    Raises:
+        ValueError: The adapter was trained on another base, does not fit it, or the base is quantised.
+        FileExistsError: The target exists and ``overwrite`` is not given.
+        FileNotFoundError: There is no adapter, or no base.
+    """
+    target = Path(target)
+    if target.exists() and not overwrite:
+        raise FileExistsError(f"{target} exists; give another name, or --overwrite to replace it.")
+    lora = read_adapter(adapter)
+    source = str(base or base_of(adapter, {}))
+    folder = local_folder(source)
+    fields = read_json(folder / "config.json")
+    if fields.get("quantization_config"):
+        raise ValueError(f"{source} is quantised; give the plain checkpoint that it was made from with --base.")
+    config = OpenVLAConfig.from_dict(fields)
+    files = weight_files(folder)
+    record = {"id": source, "config": config_digest(config), "weights": weights_digest(read_tensors(files), config)}
+    require_same_base(lora.base, record, adapter)
+    missing = sorted({*(f"{name}.weight" for name in lora.adapted), *lora.whole} - set(files))
+    if missing:
+        raise ValueError(f"{adapter} does not fit {source}, which lacks {len(missing)} of its tensors: {missing[:3]}.")
+    if lora.base and lora.base.get("quantization"):
+        print(quantized_merge_note(lora.base))
+    for statistics in (optional_file(place, STATISTICS_FILE) for place in (folder, adapter)):
+        if statistics:
+            config.merge_statistics(json.loads(Path(statistics).read_text(encoding="utf-8")))
+    if lora.default_unnorm_key in (config.norm_stats or {}):
+        config.default_unnorm_key = lora.default_unnorm_key
+    with appearing_whole(target) as written:
+        digests = write_shards(written, dict(read_tensors(files)), None, parse_size(max_shard_size), lora.merged)
+        _write_processor(written, [Path(adapter), folder])
+        write_surroundings(written, config)
+        write_card(written, target.name)
+        write_manifest(written, digests)
+    print(f"{target}: complete, {len(lora.adapted)} adapted weights in float32 rounded once, read back and compared")
+
+
+def _write_processor(target: Path, places: list[Path]) -> None:
+    """The processor of the first place that has one: current code, and the tokenizer's own files as they are."""
+    for place in places:
+        if any((place / name).is_file() for name in TOKENIZER_FILES):
+            OpenVLAProcessor.from_pretrained(place).save_pretrained(target)
+            for name in COPIED_TOKENIZER_FILES:
+                if (place / name).is_file():
+                    shutil.copy(place / name, target / name)
+            return
+    print("no processor beside adapter or base: save one into the merged folder before using it")

@@ -1,0 +1,167 @@
+"""``load_policy``: a checkpoint on a device, ready to act, or an error that says what would fit."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from .adapter_files_openvla import ADAPTER_CONFIG_FILE, base_of, optional_file
+from .configuration_openvla import DTYPE_FIELD, OpenVLAConfig
+from .loading import AutoProcessor
+from .modeling_openvla import OpenVLAForActionPrediction
+from .processing_openvla import OpenVLAProcessor
+from .quantization_openvla import UNQUANTIZED_MODULES, VISION_TOWERS, fast_dtype, quantization_config
+
+# Beside the weights: cache, activations, what the allocator does not give back.
+HEADROOM = 1.1
+# Bytes a weight: the value, and one scale (quantised itself at 4 bits) a block of 64 or a row.
+BYTES_OF_BITS = {8: 1.0, 4: 0.5 + 1 / 64 + 4 / (64 * 256)}
+PREPROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
+
+
+@dataclass
+class Policy:
+    """A model that acts.
+
+    Attributes:
+        model: In eval mode, on its device.
+        processor: The checkpoint's own.
+        unnorm_key: The dataset whose statistics give robot units.
+    """
+
+    model: OpenVLAForActionPrediction
+    processor: OpenVLAProcessor
+    unnorm_key: str
+
+    def act(self, image: Any, instruction: str) -> np.ndarray:
+        """The next action.
+
+        Args:
+            image: Camera image, as the processor takes it: PIL, numpy ``(H, W, 3)`` uint8 or float, torch, a path.
+            instruction: What the robot should do.
+
+        Returns:
+            float64 ``(action_dim,)`` in robot units, as ``predict_action``.
+        """
+        inputs = self.processor(instruction=instruction, images=image)
+        return self.model.predict_action(**inputs, unnorm_key=self.unnorm_key)
+
+    def reset(self) -> None:
+        """Begin an episode. A model of single actions remembers nothing from one image to the next."""
+
+
+def load_policy(
+    model: str | os.PathLike,
+    *,
+    bits: int | None = None,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | str | None = None,
+    unnorm_key: str | None = None,
+) -> Policy:
+    """Load a checkpoint, or an adapter on its base, straight onto a device.
+
+    Args:
+        model: Folder or Hub id.
+        bits: 8 or 4 for quantised weights (see ``quantization_config``); None for whole ones, or as saved.
+        device: None is the GPU where there is one, else the CPU.
+        dtype: None is bfloat16 on a GPU that has it (else float16), and the checkpoint's own on a CPU.
+        unnorm_key: As for ``predict_action``; settled here, so that a wrong one does not wait for the first action.
+
+    Raises:
+        ValueError: The model does not fit on the device; the message says what it needs and which ``bits`` would fit.
+            Or it is already quantised with other bits.
+        KeyError: Unknown ``unnorm_key``.
+        ImportError: A package for ``bits`` or an adapter is missing.
+    """
+    device = torch.device(device or default_device())
+    is_adapter = optional_file(model, ADAPTER_CONFIG_FILE) is not None
+    base = base_of(model, {}) if is_adapter else model
+    config = OpenVLAConfig.from_pretrained(base)
+    stored = stored_bits(config)
+    if bits is not None and stored not in (None, bits):
+        raise ValueError(f"{model} is already quantised to {stored} bits; leave bits out, or load its base.")
+    quantization = None
+    if bits is not None and stored is None:
+        quantization = quantization_config(bits, compute_dtype=fast_dtype(device) if bits == 4 else None)
+    if dtype is None:
+        dtype = "auto" if device.type == "cpu" else fast_dtype(device)
+    _require_room(model, config, stored or bits, device, dtype)
+    keywords = {"device_map": {"": str(device)}, DTYPE_FIELD: dtype}
+    if quantization is not None:
+        keywords["quantization_config"] = quantization
+    loaded = OpenVLAForActionPrediction.from_pretrained(model, **keywords).eval()
+    own_processor = any(optional_file(model, name) for name in PREPROCESSOR_FILES)
+    processor = AutoProcessor.from_pretrained(model if own_processor else base)
+    return Policy(loaded, processor, loaded.resolve_unnorm_key(unnorm_key))
+
+
+def default_device() -> str:
+    """The GPU where there is one, else the CPU."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def stored_bits(config: OpenVLAConfig) -> int | None:
+    """8 or 4 for the configuration of a checkpoint that was saved quantised, else None."""
+    quantization = getattr(config, "quantization_config", None)
+    if quantization is None:
+        return None
+    fields = quantization if isinstance(quantization, dict) else quantization.to_dict()
+    return 8 if fields.get("load_in_8bit") else 4
+
+
+def weight_bytes(
+    config: OpenVLAConfig,
+    bits: int | None,
+    dtype: torch.dtype,
+    kept: Sequence[str] = (VISION_TOWERS, *UNQUANTIZED_MODULES),
+) -> int:
+    """Memory of a model's weights.
+
+    Args:
+        config: Of the model.
+        bits: 8, 4, or None for whole weights.
+        dtype: Of what is not quantised.
+        kept: Prefixes or endings of the modules that are not quantised.
+    """
+    with torch.device("meta"):
+        model = OpenVLAForActionPrediction(config)
+    total = sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
+    if bits is None:
+        return total
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and not (name.startswith(tuple(kept)) or name.endswith(tuple(kept))):
+            total -= int(module.weight.numel() * (dtype.itemsize - BYTES_OF_BITS[bits]))
+    return total
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """Memory that a new model could take on a device; None where that cannot be told."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    meminfo = Path("/proc/meminfo")
+    if device.type != "cpu" or not meminfo.is_file():
+        return None
+    return int(meminfo.read_text().split("MemAvailable:")[1].split()[0]) * 1024
+
+
+def _require_room(model: Any, config: OpenVLAConfig, bits: int | None, device: torch.device, dtype: Any) -> None:
+    """Raise ValueError if the weights cannot fit, before any is read."""
+    if dtype == "auto":
+        dtype = getattr(config, DTYPE_FIELD, None) or torch.float32
+    dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    free = free_bytes(device)
+    needed = {choice: weight_bytes(config, choice, dtype) * HEADROOM for choice in {bits, None, 8, 4}}
+    if free is None or needed[bits] <= free:
+        return
+    fitting = [f"bits={choice} ({needed[choice] / 1e9:.1f} GB)" for choice in (8, 4) if needed[choice] <= free]
+    raise ValueError(
+        f"{model} needs {needed[bits] / 1e9:.1f} GB at {f'{bits} bits' if bits else dtype}, and {device} has "
+        f"{free / 1e9:.1f} GB free; {' and '.join(fitting) if fitting else 'neither bits=8 nor bits=4'} would fit."
+    )
