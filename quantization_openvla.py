@@ -30,6 +30,8 @@ UNQUANTIZED_MODULES = (
 VISION_TOWERS = "vision_backbone"
 QUANT_TYPES = ("nf4", "fp4")
 
+CPU_PACKING_ROWS = 32  # rows of a weight that bitsandbytes packs together for AVX512-BF16
+
 # Before 4.53 transformers checks devices in a way that fails without an accelerator (4.40: "No GPU found"; 4.46 to 4.52
 # with today's bitsandbytes: 'frozenset' object has no attribute 'discard').
 QUANTIZES_ON_CPU = tuple(int(part) for part in re.findall(r"\d+", transformers.__version__)[:2]) >= (4, 53)
@@ -106,12 +108,12 @@ def is_quantized(model: nn.Module) -> bool:
 
 
 def quantization_name(model: nn.Module) -> str | None:
-    """ "int8", "nf4" or "fp4"; None for a plain model."""
+    """What the weights are held in, int8, nf4 or fp4; None for a plain model."""
     if not is_quantized(model):
         return None
-    return (
-        "int8" if getattr(model, "is_loaded_in_8bit", False) else model.config.quantization_config.bnb_4bit_quant_type
-    )
+    if getattr(model, "is_loaded_in_8bit", False):
+        return "int8"
+    return model.config.quantization_config.bnb_4bit_quant_type
 
 
 def stored_quantization(name_or_path: str | os.PathLike, kwargs: dict[str, Any]) -> Any:
@@ -164,6 +166,8 @@ class QuantizedModelMixin:
     def _after_loading(self) -> None:
         """Check the scales, keep what repacking would overwrite, silence what bitsandbytes logs at every product.
 
+        Repacking crashes on sizes that it cannot divide, such as SigLIP's 4304; such layers are left as they are.
+
         Raises:
             ValueError: Scales are missing, which transformers does not always notice.
         """
@@ -176,8 +180,11 @@ class QuantizedModelMixin:
                 bitsandbytes_log.addFilter(_not_the_float16_line)
         for module in self.modules():
             state = getattr(getattr(module, "weight", None), "quant_state", None)
-            if state is not None and not getattr(state, "packing_format_for_cpu", False):
+            if state is not None:
                 module.loaded_quant_state = copy.copy(state)
+                rows, columns = state.shape
+                if rows % CPU_PACKING_ROWS or columns % state.blocksize:
+                    module.support_avx512bf16_for_cpu = False
 
     def _undo_cpu_packing(self) -> None:
         """Give repacked 4-bit weights the layout and the very scales that they were loaded with."""
