@@ -29,6 +29,7 @@ logger = logging.get_logger(__name__)
 ADAPTER_CONFIG_FILE = "adapter_config.json"
 ADAPTER_WEIGHTS_FILE = "adapter_model.safetensors"
 RECORD_FILE = "openvla_adapter.json"
+MATRICES = (".lora_A.weight", ".lora_B.weight", ".lora_embedding_A", ".lora_embedding_B")
 PEFT_PREFIX = "base_model.model."
 # Fields of peft's configuration that change what the same matrices mean; such adapters are refused.
 UNSUPPORTED_FIELDS = ("alpha_pattern", "rank_pattern", "fan_in_fan_out", "layer_replication", "use_dora", "lora_bias")
@@ -81,7 +82,7 @@ class LoraAdapter:
         Raises:
             ValueError: A matrix is missing or of another rank.
         """
-        for a, b in ((".lora_A.weight", ".lora_B.weight"), (".lora_embedding_A", ".lora_embedding_B")):
+        for a, b in (MATRICES[:2], MATRICES[2:]):
             down, up = self.tensors.get(module + a), self.tensors.get(module + b)
             if down is None and up is None:
                 continue
@@ -228,6 +229,9 @@ def read_adapter(name_or_path: str | os.PathLike, **hub: Any) -> LoraAdapter:
         raise ValueError(f"{name_or_path} is not plain LoRA ({unsupported or config.get('peft_type')}): not supported.")
     record = json.loads(Path(record_file).read_text(encoding="utf-8")) if record_file else {}
     tensors = {name.removeprefix(PEFT_PREFIX): tensor for name, tensor in load_file(file).items()}
+    unknown = [name for name in tensors if ".lora_" in name and not name.endswith(MATRICES)]
+    if unknown:
+        raise ValueError(f"{name_or_path} is not plain LoRA ({unknown[:3]}): not supported.")
     infinite = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
     if infinite:
         raise ValueError(f"{name_or_path}: {infinite[:3]} is not finite; training diverged. Use an earlier adapter.")

@@ -76,6 +76,7 @@ class LoraMixin:
             raise ValueError(f"r must be a whole number, 1 or more, got {r!r}.")
         if not (alpha > 0 and math.isfinite(alpha) and 0 <= dropout < 1):
             raise ValueError(f"alpha must be positive and dropout in [0, 1), got {alpha!r} and {dropout!r}.")
+        self._require_no_adapter()
         names = lora_targets(self, targets)
         known = [name for name, _ in self.named_modules() if name]
         for name in modules_to_save:
@@ -97,6 +98,7 @@ class LoraMixin:
             FileNotFoundError: There is no adapter.
             ImportError: peft is not installed.
         """
+        self._require_no_adapter()
         adapter = read_adapter(name_or_path, **hub)
         own = base_record(self)
         require_same_base(adapter.base, own, name_or_path)
@@ -135,8 +137,11 @@ class LoraMixin:
         save_file(tensors, temporary, metadata={"format": "pt"})
         os.replace(temporary, folder / ADAPTER_WEIGHTS_FILE)
         config = copy.deepcopy(self.config)
-        if hasattr(config, "quantization_config"):  # of the base as it was loaded here, not of the adapter
-            del config.quantization_config
+        for field in (
+            "quantization_config",
+            "_pre_quantization_dtype",
+        ):  # of the base as loaded here, not the adapter's
+            config.__dict__.pop(field, None)
         custom_object_save(self, folder, config=config)
         config.save_pretrained(folder)
         write_json(folder / RECORD_FILE, {"base": lora.base, "default_unnorm_key": config.default_unnorm_key})
@@ -170,8 +175,6 @@ class LoraMixin:
 
     def _inject(self, settings: LoraAdapter, names: list[str], whole: list[str], dropout: float) -> None:
         """Wrap modules in peft's layers, in place."""
-        if self._lora is not None:
-            raise ValueError("This model already has an adapter; call merge_lora(), or load the base again.")
         peft = _import_peft()
         config = peft.LoraConfig(
             r=settings.r,
@@ -187,8 +190,13 @@ class LoraMixin:
         self._hf_peft_config_loaded = True  # what transformers' trainer and gradient checkpointing look at
         dtype = torch.bfloat16 if is_quantized(self) else torch.float32
         for name, parameter in _adapter_parameters(self.named_parameters()).items():
+            parameter.requires_grad_(True)  # peft 0.11 leaves modules_to_save frozen
             if ".lora_" in name:
                 parameter.data = parameter.data.to(dtype)
+
+    def _require_no_adapter(self) -> None:
+        if self._lora is not None:
+            raise ValueError("This model already has an adapter; call merge_lora(), or load the base again.")
 
     def _require_adapter(self) -> LoraAdapter:
         if self._lora is None:
