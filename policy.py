@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 from torch import nn
 
@@ -145,10 +145,7 @@ def free_bytes(device: torch.device) -> int | None:
     """Memory that a new model could take on a device; None where that cannot be told."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    meminfo = Path("/proc/meminfo")
-    if device.type != "cpu" or not meminfo.is_file():
-        return None
-    return int(meminfo.read_text().split("MemAvailable:")[1].split()[0]) * 1024
+    return psutil.virtual_memory().available if device.type == "cpu" else None
 
 
 def _require_room(model: Any, config: OpenVLAConfig, bits: int | None, device: torch.device, dtype: Any) -> None:
