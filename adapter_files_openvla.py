@@ -215,7 +215,7 @@ def read_adapter(name_or_path: str | os.PathLike, **hub: Any) -> LoraAdapter:
 
     Raises:
         FileNotFoundError: There is none.
-        ValueError: It is no plain LoRA, or a tensor is not finite.
+        ValueError: It is no plain LoRA, damaged, or a tensor is not finite.
     """
     config_file, file, record_file = (
         optional_file(name_or_path, name, hub) for name in (ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE, RECORD_FILE)
@@ -228,7 +228,10 @@ def read_adapter(name_or_path: str | os.PathLike, **hub: Any) -> LoraAdapter:
     if config.get("peft_type") != "LORA" or config.get("bias", "none") != "none" or unsupported:
         raise ValueError(f"{name_or_path} is not plain LoRA ({unsupported or config.get('peft_type')}): not supported.")
     record = json.loads(Path(record_file).read_text(encoding="utf-8")) if record_file else {}
-    tensors = {name.removeprefix(PEFT_PREFIX): tensor for name, tensor in load_file(file).items()}
+    try:
+        tensors = {name.removeprefix(PEFT_PREFIX): tensor for name, tensor in load_file(file).items()}
+    except Exception as error:  # safetensors raises its own error class from Rust
+        raise ValueError(f"{file} is no whole safetensors file: {error}. Copy it again from its source.") from error
     unknown = [name for name in tensors if ".lora_" in name and not name.endswith(MATRICES)]
     if unknown:
         raise ValueError(f"{name_or_path} is not plain LoRA ({unknown[:3]}): not supported.")

@@ -1,7 +1,8 @@
 """``openvla publish``: a folder up to the Hugging Face Hub, checked first, in one commit.
 
 A folder goes up only if it is complete: configuration, this package's code, weights that fit, processor, tokenizer
-and, for a robot, statistics. Where openvla convert wrote a manifest, everything is compared with it. Uploads resume:
+and, for a robot, statistics. The same holds for quantised folders and adapters (LoRA), whose processor may be their
+base's. Where openvla convert wrote a manifest, everything is compared with it. Uploads resume:
 what has arrived is not sent again.
 
 Examples:
@@ -16,12 +17,16 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from .adapter_files_openvla import ADAPTER_CONFIG_FILE, read_adapter
 from .checkpoint_files import shapes, weight_files
 from .configuration_openvla import OpenVLAConfig
 from .convert_checkpoint import MANIFEST_FILE, TOKENIZER_FILES, require_fit, verify
 from .loading import MODEL_CLASSES
 from .native_checkpoint import read_json
 from .publishing_openvla import CARD_FILE, publishable, push_folder
+
+# What a processor alone needs.
+PROCESSOR_CODE = {"images_openvla.py", "processing_openvla.py"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -88,9 +93,11 @@ def require_complete(folder: Path) -> None:
             f"{folder} carries the old remote code ({sorted(code) or 'no auto_map'}), for transformers 4.40.1 "
             f"only. Make it current first: openvla convert {folder} NEW_DIR."
         )
-    missing = sorted(name for name in shipped if not (folder / name).is_file())
-    missing += [n for n in ("preprocessor_config.json", "processor_config.json") if not (folder / n).is_file()]
-    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+    is_adapter = (folder / ADAPTER_CONFIG_FILE).is_file()
+    alone = is_adapter and not (folder / "processor_config.json").is_file()  # the processor is then the base's
+    needed = shipped - PROCESSOR_CODE if alone else {*shipped, "preprocessor_config.json", "processor_config.json"}
+    missing = sorted(name for name in needed if not (folder / name).is_file())
+    if not alone and not any((folder / name).is_file() for name in TOKENIZER_FILES):
         missing.append("a tokenizer")
     if missing:
         raise ValueError(
@@ -103,7 +110,11 @@ def require_complete(folder: Path) -> None:
             f"{folder} has no action statistics, without which nobody can act with it: "
             "model.add_norm_stats(key, statistics), then save it again."
         )
-    if "quantization_config" not in fields:
+    if is_adapter:
+        read_adapter(folder)
+    elif "quantization_config" in fields:  # packed; their shapes are bitsandbytes' own
+        weight_files(folder)
+    else:
         require_fit(shapes(weight_files(folder)), config, folder)
     if (folder / MANIFEST_FILE).is_file():
         verify(folder)

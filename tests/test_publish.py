@@ -7,11 +7,14 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from hub import TOKEN
-from huggingface_hub import constants
+from huggingface_hub import constants, snapshot_download
+from openvla import OpenVLAForActionPrediction, OpenVLAProcessor, quantization_config
 from openvla.__main__ import main
 from openvla.convert_checkpoint import convert
 from openvla.publishing_openvla import publishable
+from openvla.quantization_openvla import QUANTIZES_ON_CPU
 from openvla.tiny import build_tokenizer
 from reference import REPOSITORY, published_folder
 
@@ -108,6 +111,44 @@ def test_the_command(here, folder, capsys):
     assert main(["publish", str(folder), "me/published", "--create-pr"]) == 0
     assert "/discussions/" in capsys.readouterr().out
     assert len(here.branches["me/published"]["main"]) == 2
+
+
+def test_an_adapter(here, folder, tmp_path, capsys):
+    pytest.importorskip("peft")
+    model = OpenVLAForActionPrediction.from_pretrained(folder)
+    model.enable_lora(r=2, targets="language")
+    model.save_pretrained(tmp_path / "adapter")
+    assert main(["publish", str(tmp_path / "adapter"), "me/adapter"]) == 0
+    files = here.files("me/adapter")
+    assert {"adapter_config.json", "adapter_model.safetensors", "openvla_adapter.json", "README.md"} <= set(files)
+    assert "modeling_openvla.py" in files
+    model.push_to_hub("me/adapter-too")
+    assert set(here.files("me/adapter-too")) == set(files)
+    weights = tmp_path / "adapter" / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-10])
+    assert main(["publish", str(tmp_path / "adapter"), "me/damaged"]) == 2
+    assert "adapter_model.safetensors" in capsys.readouterr().err
+    assert "me/damaged" not in here.branches
+
+
+def test_quantised_weights(here, folder, tmp_path, frames):
+    pytest.importorskip("bitsandbytes")
+    if not QUANTIZES_ON_CPU:
+        pytest.skip("this transformers version quantises on a GPU only")
+    model = OpenVLAForActionPrediction.from_pretrained(folder, quantization_config=quantization_config(4)).eval()
+    processor = OpenVLAProcessor.from_pretrained(folder)
+    inputs = processor(instruction="pick up the red block", images=frames["noise"])
+    expected = model.predict_action(**inputs, unnorm_key="bridge_orig", return_dict=True)
+    model.save_pretrained(tmp_path / "small")
+    processor.save_pretrained(tmp_path / "small")
+    assert main(["publish", str(tmp_path / "small"), "me/small"]) == 0
+    fetched = snapshot_download("me/small", cache_dir=tmp_path / "cache", endpoint=here.url)
+    again = OpenVLAForActionPrediction.from_pretrained(fetched).eval()
+    found = again.predict_action(**inputs, unnorm_key="bridge_orig", return_dict=True)
+    assert found.token_ids.tolist() == expected.token_ids.tolist()
+    before, after = model.state_dict(), again.state_dict()
+    assert set(before) == set(after)
+    assert all(torch.equal(before[name], after[name]) for name in before)
 
 
 def test_a_dry_run_touches_no_network(here, folder, tmp_path, capsys):
