@@ -137,10 +137,8 @@ class LoraMixin:
         save_file(tensors, temporary, metadata={"format": "pt"})
         os.replace(temporary, folder / ADAPTER_WEIGHTS_FILE)
         config = copy.deepcopy(self.config)
-        for field in (
-            "quantization_config",
-            "_pre_quantization_dtype",
-        ):  # of the base as loaded here, not the adapter's
+        # Of the base as it was loaded, not of the adapter.
+        for field in ("quantization_config", "_pre_quantization_dtype"):
             config.__dict__.pop(field, None)
         custom_object_save(self, folder, config=config)
         config.save_pretrained(folder)

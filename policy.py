@@ -92,6 +92,7 @@ def load_policy(
         quantization = quantization_config(bits, compute_dtype=fast_dtype(device) if bits == 4 else None)
     if dtype is None:
         dtype = "auto" if device.type == "cpu" else fast_dtype(device)
+    dtype = getattr(torch, dtype) if isinstance(dtype, str) and dtype != "auto" else dtype
     _require_room(model, config, stored or bits, device, dtype)
     keywords = {"device_map": {"": str(device)}, DTYPE_FIELD: dtype}
     if quantization is not None:
@@ -116,8 +117,14 @@ def stored_bits(config: OpenVLAConfig) -> int | None:
     return 8 if fields.get("load_in_8bit") else 4
 
 
+def without_weights(config: OpenVLAConfig) -> OpenVLAForActionPrediction:
+    """The model on torch's meta device: shapes alone."""
+    with torch.device("meta"):
+        return OpenVLAForActionPrediction(config)
+
+
 def weight_bytes(
-    config: OpenVLAConfig,
+    model: OpenVLAForActionPrediction,
     bits: int | None,
     dtype: torch.dtype,
     kept: Sequence[str] = (VISION_TOWERS, *UNQUANTIZED_MODULES),
@@ -125,13 +132,11 @@ def weight_bytes(
     """Memory of a model's weights.
 
     Args:
-        config: Of the model.
+        model: Plain, with or without weights.
         bits: 8, 4, or None for whole weights.
         dtype: Of what is not quantised.
         kept: Prefixes or endings of the modules that are not quantised.
     """
-    with torch.device("meta"):
-        model = OpenVLAForActionPrediction(config)
     total = sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
     if bits is None:
         return total
@@ -152,10 +157,13 @@ def _require_room(model: Any, config: OpenVLAConfig, bits: int | None, device: t
     """Raise ValueError if the weights cannot fit, before any is read."""
     if dtype == "auto":
         dtype = getattr(config, DTYPE_FIELD, None) or torch.float32
-    dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype  # a configuration on transformers 4.40
     free = free_bytes(device)
-    needed = {choice: weight_bytes(config, choice, dtype) * HEADROOM for choice in {bits, None, 8, 4}}
-    if free is None or needed[bits] <= free:
+    if free is None:
+        return
+    empty = without_weights(config)
+    needed = {choice: weight_bytes(empty, choice, dtype) * HEADROOM for choice in (None, 8, 4)}
+    if needed[bits] <= free:
         return
     fitting = [f"bits={choice} ({needed[choice] / 1e9:.1f} GB)" for choice in (8, 4) if needed[choice] <= free]
     raise ValueError(

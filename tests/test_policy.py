@@ -1,0 +1,122 @@
+"""load_policy: what it loads, where it puts it, and what it says when that cannot be."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from openvla import OpenVLAForActionPrediction, load_policy
+from openvla.__main__ import main
+from openvla.policy import HEADROOM, free_bytes, weight_bytes, without_weights
+from openvla.quantization_openvla import QUANTIZES_ON_CPU
+from openvla.tiny import build_config, build_tokenizer
+from PIL import Image
+
+pytest.importorskip("accelerate")
+here_it_works = pytest.mark.skipif(not QUANTIZES_ON_CPU, reason="needs a GPU before transformers 4.53")
+INSTRUCTION = "pick up the red block"
+
+
+@pytest.fixture(scope="module")
+def folder(tiny, tmp_path_factory):
+    place = tmp_path_factory.mktemp("plain")
+    tiny.model.save_pretrained(place)
+    tiny.processor.save_pretrained(place)
+    return place
+
+
+def test_it_acts_as_the_model_does(folder, tiny, frames):
+    policy = load_policy(folder)
+    inputs = tiny.processor(instruction=INSTRUCTION, images=frames["noise"])
+    expected = tiny.model.predict_action(**inputs)
+    policy.reset()
+    action = policy.act(frames["noise"], INSTRUCTION)
+    assert action.dtype == np.float64
+    assert action.tolist() == expected.tolist()
+    assert policy.act(Image.fromarray(frames["noise"]), INSTRUCTION).tolist() == expected.tolist()
+    assert not policy.model.training
+    assert policy.model.dtype == torch.float32
+    assert policy.unnorm_key == "untrained"
+    assert load_policy(folder, dtype="bfloat16").model.dtype == torch.bfloat16
+    with pytest.raises(KeyError, match="Unknown unnorm_key 'bridge'"):
+        load_policy(folder, unnorm_key="bridge")
+
+
+@here_it_works
+@pytest.mark.parametrize("bits", [8, 4])
+def test_bits(bits, folder, frames, tmp_path, capsys):
+    pytest.importorskip("bitsandbytes")
+    policy = load_policy(folder, bits=bits)
+    assert (abs(policy.act(frames["noise"], INSTRUCTION)) <= 1).all()
+    policy.model.save_pretrained(tmp_path)
+    policy.processor.save_pretrained(tmp_path)
+    again = load_policy(tmp_path, bits=bits)  # as it is already
+    assert again.act(frames["noise"], INSTRUCTION).tolist() == policy.act(frames["noise"], INSTRUCTION).tolist()
+    with pytest.raises(ValueError, match=f"already quantised to {bits} bits"):
+        load_policy(tmp_path, bits=12 - bits)
+    Image.fromarray(frames["noise"]).save(tmp_path / "frame.png")
+    arguments = ["--image", str(tmp_path / "frame.png"), "--instruction", INSTRUCTION, "--json"]
+    assert main(["predict", "--model", str(folder), "--bits", str(bits), *arguments]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["quantization"] == {8: "int8", 4: "nf4"}[bits]
+    assert report["action"] == policy.act(frames["noise"], INSTRUCTION).tolist()
+
+
+@here_it_works
+@pytest.mark.parametrize("bits", [None, 8, 4])
+def test_the_weights_take_what_was_foretold(bits, folder):
+    pytest.importorskip("bitsandbytes")
+    model = load_policy(folder, bits=bits, dtype="float32").model
+    held = sum(p.numel() * p.element_size() for p in model.parameters())
+    for module in model.modules():
+        weight = getattr(module, "weight", None)
+        state = getattr(weight, "quant_state", None)
+        if state is not None:
+            held += state.absmax.numel() + 4 * state.state2.absmax.numel()
+    assert weight_bytes(without_weights(load_policy(folder).model.config), bits, torch.float32) == pytest.approx(
+        held, rel=0.01
+    )
+
+
+def test_what_cannot_fit_is_refused_before_reading(tmp_path):
+    """A configuration alone, sized by this machine's memory: twice too large whole, right at 4 bits."""
+    free = free_bytes(torch.device("cpu"))
+    if free is None:
+        pytest.skip("this system does not say what is free")
+    text = build_config(build_tokenizer()).text_config.to_dict()
+    text |= {"hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32, "num_key_value_heads": 32}
+    a_layer = 2 * (4 * 4096**2 + 3 * 4096 * 11008)
+    text |= {"head_dim": 128, "num_hidden_layers": int(2 * free / HEADROOM / a_layer)}
+    config = build_config(build_tokenizer(), text_config=text, torch_dtype="bfloat16")
+    config.save_pretrained(tmp_path)
+    empty = without_weights(config)
+    needed = {bits: weight_bytes(empty, bits, torch.bfloat16) for bits in (None, 4)}
+    assert needed[4] < free < needed[None]
+    with pytest.raises(ValueError, match=r"needs [\d.]+ GB at torch.bfloat16, and cpu has [\d.]+ GB free; .*bits=4 \("):
+        load_policy(tmp_path)
+    text["num_hidden_layers"] *= 4
+    build_config(build_tokenizer(), text_config=text, torch_dtype="bfloat16").save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="neither bits=8 nor bits=4 would fit"):
+        load_policy(tmp_path)
+
+
+def test_bits_need_a_model_and_a_known_number(capsys):
+    assert main(["predict", "--bits", "4"]) == 2
+    assert "--bits is for --model" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["predict", "--bits", "5"])
+
+
+@here_it_works
+def test_five_bits(folder):
+    with pytest.raises(ValueError, match="bits must be 8 or 4, got 5"):
+        load_policy(folder, bits=5)
+
+
+def test_an_adapter_folder_loads_with_its_base(folder, tmp_path, frames):
+    pytest.importorskip("peft")
+    model = OpenVLAForActionPrediction.from_pretrained(folder)
+    model.enable_lora(r=2)
+    model.save_pretrained(tmp_path)  # without a processor: the base has one
+    action = load_policy(folder).act(frames["noise"], INSTRUCTION)
+    assert load_policy(tmp_path).act(frames["noise"], INSTRUCTION).tolist() == action.tolist()
