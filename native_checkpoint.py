@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from .checkpoint_files import read_pickle
-from .configuration_openvla import LLM_BACKBONES, OpenVLAConfig, PrismaticConfig
+from .configuration_openvla import LLM_BACKBONES, PROMPTS, OpenVLAConfig, PrismaticConfig
 from .modeling_openvla import STATISTICS_FILE
 
 CHECKPOINT_FOLDER = "checkpoints"
@@ -109,6 +109,7 @@ ATTENTION_HEADS = {
     "qwen25-3b-pure": 16,
 }
 COMMON_ATTENTION_HEADS = 32
+CHAT_ENDINGS = ("-chat", "-instruct")
 # What tensors do not say either, where it is not transformers' default: facts of the language models' own config.json,
 # and the padding token that the reference adds (Qwen has one). rms_norm_eps of the Llamas stays at transformers' 1e-6:
 # the reference's converter left it there, as every published checkpoint says.
@@ -208,6 +209,12 @@ def native_config(source: Path, tensors: Mapping[str, torch.Tensor], overrides: 
         vla = native["vla"] if isinstance(native["vla"], dict) else {}
         fields = {**COMMON, **BASE_VLMS[_base_vlm(source, vla.get("base_vlm"))]}
         _bins_are_extra(source, vla, fields["llm_backbone_id"])
+        if fields["llm_backbone_id"].endswith(CHAT_ENDINGS) and "prompt_style" not in overrides:
+            raise ValueError(
+                f"{source}: {fields['llm_backbone_id']} was asked through its chat template, which is none of the "
+                f"prompts known here ({list(PROMPTS)}). If the run used one of them, give prompt_style by "
+                "--config-overrides."
+            )
     else:
         missing = [name for name in COMMON if name not in native["model"]]
         if missing:

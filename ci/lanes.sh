@@ -24,8 +24,10 @@ make_environment() {  # name, requirements...
 for lane in $lanes; do
   started=$SECONDS
   case $lane in
-    newest) packages=(transformers pillow) ;;
-    4.40.1) packages=(transformers==4.40.1 "pillow<13") ;;  # where Pillow 13 resizes in another order of passes
+    newest) packages=(transformers pillow accelerate peft bitsandbytes) ;;
+    4.57.6) packages=(transformers==4.57.6 pillow accelerate peft bitsandbytes) ;;
+    # Pillow 13 resizes in another order of passes; later peft and accelerate need a later transformers.
+    4.40.1) packages=(transformers==4.40.1 "pillow<13" accelerate==0.30.1 peft==0.11.1) ;;
     *) packages=("transformers==$lane" pillow) ;;
   esac
   make_environment "$lane" torch numpy psutil pytest safetensors "${packages[@]}"

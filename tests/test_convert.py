@@ -236,6 +236,8 @@ def damaged(tmp_path, kind):
         torch.save(state, file)
     elif kind == "base_vlm":
         write_json(run / "config.json", {"vla": {"base_vlm": "prism-unknown+7b"}})
+    elif kind == "chat":
+        write_json(run / "config.json", {"vla": {"base_vlm": "llama2-chat+7b"}})
     elif kind == "config":
         (run / "config.json").write_text("{")
     elif kind == "statistics":
@@ -258,6 +260,7 @@ def damaged(tmp_path, kind):
         ("surplus", ValueError, "1 surplus: .*projector.9.weight"),
         ("shape", ValueError, r"1 of another shape: .*projector.fc1.bias \(3,\), expected"),
         ("base_vlm", ValueError, "unknown base_vlm 'prism-unknown"),
+        ("chat", ValueError, "was asked through its chat template"),
         ("config", ValueError, "config.json is not JSON"),
         ("statistics", ValueError, "q01 exceeds q99"),
         ("no statistics", FileNotFoundError, "no dataset_statistics.json"),
