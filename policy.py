@@ -110,11 +110,13 @@ def default_device() -> str:
 
 def stored_bits(config: OpenVLAConfig) -> int | None:
     """8 or 4 for the configuration of a checkpoint that was saved quantised, else None."""
+    fields = _stored_fields(config)
+    return None if fields is None else 8 if fields.get("load_in_8bit") else 4
+
+
+def _stored_fields(config: OpenVLAConfig) -> dict[str, Any] | None:
     quantization = getattr(config, "quantization_config", None)
-    if quantization is None:
-        return None
-    fields = quantization if isinstance(quantization, dict) else quantization.to_dict()
-    return 8 if fields.get("load_in_8bit") else 4
+    return quantization if quantization is None or isinstance(quantization, dict) else quantization.to_dict()
 
 
 def without_weights(config: OpenVLAConfig) -> OpenVLAForActionPrediction:
@@ -162,7 +164,8 @@ def _require_room(model: Any, config: OpenVLAConfig, bits: int | None, device: t
     if free is None:
         return
     empty = without_weights(config)
-    needed = {choice: weight_bytes(empty, choice, dtype) * HEADROOM for choice in (None, 8, 4)}
+    kept = (_stored_fields(config) or {}).get("llm_int8_skip_modules") or (VISION_TOWERS, *UNQUANTIZED_MODULES)
+    needed = {choice: weight_bytes(empty, choice, dtype, kept) * HEADROOM for choice in (None, 8, 4)}
     if needed[bits] <= free:
         return
     fitting = [f"bits={choice} ({needed[choice] / 1e9:.1f} GB)" for choice in (8, 4) if needed[choice] <= free]

@@ -13,6 +13,7 @@ from openvla.tiny import build_config, build_tokenizer
 from PIL import Image
 
 pytest.importorskip("accelerate")
+pytestmark = pytest.mark.lane
 here_it_works = pytest.mark.skipif(not QUANTIZES_ON_CPU, reason="needs a GPU before transformers 4.53")
 INSTRUCTION = "pick up the red block"
 

@@ -14,6 +14,7 @@ from openvla.quantization_openvla import QUANTIZES_ON_CPU
 from safetensors.torch import load_file, save_file
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
+pytestmark = pytest.mark.lane
 here_it_works = pytest.mark.skipif(not QUANTIZES_ON_CPU, reason="needs a GPU before transformers 4.53")
 KINDS = {
     "int8": {"bits": 8},
