@@ -28,8 +28,8 @@ from openvla.tiny import UNTRAINED_STATISTICS, build_tokenizer
 SHARD_BYTES = 5 * 10**9
 
 
-def write_synthetic(folder: Path, dtype: torch.dtype) -> None:
-    """A full-size Hub folder whose tensors are noise, repeated along their first dimension."""
+def write_synthetic(folder: Path, dtype: torch.dtype, spread: float = 1.0) -> None:
+    """A full-size Hub folder whose tensors are noise of that deviation, repeated along their first dimension."""
     config = OpenVLAConfig(
         vision_backbone_id="dinosiglip-vit-so-224px",
         llm_backbone_id="llama2-7b-pure",
@@ -44,7 +44,7 @@ def write_synthetic(folder: Path, dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(0)
     tensors = {}
     for name, tensor in model.state_dict().items():
-        noise = torch.randn(tensor.shape[1:], generator=generator).to(dtype)
+        noise = (torch.randn(tensor.shape[1:], generator=generator) * spread).to(dtype)
         tensors[name] = noise.expand(tensor.shape)
     folder.mkdir()
     digests = write_shards(folder, tensors, dtype, SHARD_BYTES)

@@ -1,0 +1,174 @@
+"""Memory, latency and agreement with bfloat16 of 8- and 4-bit weights, beside what plain transformers quantises.
+
+    python benchmarks/quantization.py [--sizes tiny eighth full] [--inputs 200]
+
+Sizes: "tiny", the embedded default; "eighth", OpenVLA-7B's depth at an eighth of its width; "full", its size. Weights
+are random, so the agreement says how far quantisation moves the arithmetic, not how a trained policy would fare; it is
+over free-running greedy decoding among action tokens, where one other token changes all that follow. Each row is a
+process of its own. "everything, fp4" is BitsAndBytesConfig(load_in_4bit=True), what the reference's load_in_4bit gives.
+
+"full" needs a GPU with 24 GB and 20 GB of disk; without one it is reported as not run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+from openvla import OpenVLAForActionPrediction, OpenVLAProcessor, quantization_config
+from openvla.configuration_openvla import DTYPE_FIELD
+from openvla.predict import SAMPLE_IMAGE
+from openvla.tiny import PADDED_ROWS, build_tiny, build_tokenizer
+from PIL import Image
+
+INSTRUCTIONS = ("pick up the alphabet soup", "open the drawer", "put the bowl on the plate", "close the microwave")
+BATCH = 10
+TIMED = 10
+ROWS = ("bf16", "int8", "nf4", "nf4 + towers", "everything, fp4")
+
+
+def quantization(row: str) -> transformers.BitsAndBytesConfig | None:
+    """What a row's model is loaded with."""
+    if row == "everything, fp4":
+        return transformers.BitsAndBytesConfig(load_in_4bit=True)
+    settings = {"int8": {"bits": 8}, "nf4": {"bits": 4}, "nf4 + towers": {"bits": 4, "towers": True}}
+    return quantization_config(**settings[row]) if row in settings else None
+
+
+def write_model(size: str, folder: Path) -> None:
+    """A bfloat16 folder with its processor."""
+    if size == "full":
+        from convert_full import write_synthetic
+
+        return write_synthetic(folder, torch.bfloat16, spread=0.02)
+    overrides = {}
+    if size == "eighth":
+        vocabulary = build_tokenizer().pad_token_id + PADDED_ROWS
+        text = {"model_type": "llama", "vocab_size": vocabulary, "hidden_size": 512, "intermediate_size": 1376}
+        text |= {"num_hidden_layers": 32, "num_attention_heads": 4, "num_key_value_heads": 4, "rms_norm_eps": 1e-6}
+        towers = [{"embed_dim": 128, "num_heads": 2}, {"embed_dim": 144, "num_heads": 2}]
+        overrides = {"text_config": text, "timm_model_kwargs": towers}
+    model, processor = build_tiny(**overrides)
+    model.to(torch.bfloat16).save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return None
+
+
+def inputs(processor: OpenVLAProcessor, count: int) -> list[dict]:
+    """Crops of a real frame, under noise of several strengths, with one of four instructions each; as batches."""
+    frame = np.asarray(Image.open(SAMPLE_IMAGE).convert("RGB"))
+    random = np.random.RandomState(0)
+    images = []
+    for i in range(count):
+        top, left = random.randint(0, 64, 2)
+        crop = frame[top : top + 192, left : left + 192].astype(np.float64)
+        images.append(np.clip(crop + random.randn(*crop.shape) * 20 * (i % 4), 0, 255).astype(np.uint8))
+    texts = [INSTRUCTIONS[i % len(INSTRUCTIONS)] for i in range(count)]
+    return [
+        processor(instruction=texts[i : i + BATCH], images=images[i : i + BATCH], padding=True)
+        for i in range(0, count, BATCH)
+    ]
+
+
+def held_bytes(model: torch.nn.Module) -> int:
+    """Weights and their scales, each storage once."""
+    tensors = list(model.parameters()) + list(model.buffers())
+    for module in model.modules():
+        state, scale = getattr(getattr(module, "weight", None), "quant_state", None), getattr(module, "state", None)
+        if state is not None:
+            tensors += [state.absmax, *([state.state2.absmax] if state.nested else [])]
+        if getattr(scale, "SCB", None) is not None:
+            tensors += [scale.SCB, scale.CB]
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if torch.is_tensor(t)}
+    return sum(storages.values())
+
+
+def resident_bytes(field: str) -> int:
+    """VmRSS or VmHWM (the peak) of this process."""
+    return int(Path("/proc/self/status").read_text().split(f"{field}:")[1].split()[0]) * 1024
+
+
+def measure(row: str, folder: str, count: int, device: str) -> dict:
+    """One row, in this process."""
+    transformers.utils.logging.disable_progress_bar()
+    processor = OpenVLAProcessor.from_pretrained(folder)
+    batches = inputs(processor, count)
+    before = resident_bytes("VmRSS")
+    started = time.perf_counter()
+    keywords = {DTYPE_FIELD: torch.bfloat16, "device_map": {"": device}}
+    model = OpenVLAForActionPrediction.from_pretrained(folder, quantization_config=quantization(row), **keywords).eval()
+    load_seconds, host_peak = time.perf_counter() - started, resident_bytes("VmHWM") - before
+    tokens, seconds, cpu_seconds = [], [], []
+    single = {name: value[:1] for name, value in batches[0].items()}
+    for i in range(TIMED + 1):
+        started, cpu_started = time.perf_counter(), time.process_time()
+        model.predict_action(**single, constrain_actions=True)
+        if i:  # the first one warms up
+            seconds.append(time.perf_counter() - started)
+            cpu_seconds.append(time.process_time() - cpu_started)
+    on_gpu = device.startswith("cuda")
+    at_rest = torch.cuda.memory_allocated() if on_gpu else held_bytes(model)
+    for batch in batches:
+        tokens += model.predict_action(**batch, constrain_actions=True, return_dict=True).token_ids.tolist()
+    peak = torch.cuda.max_memory_allocated() if on_gpu else resident_bytes("VmHWM") - before
+    result = {"at rest MB": at_rest / 1e6, "peak MB": peak / 1e6}
+    result |= {"ms an action": 1000 * float(np.median(seconds)), "CPU ms": 1000 * float(np.median(cpu_seconds))}
+    return result | {"load s": load_seconds, "host peak at load MB": host_peak / 1e6, "tokens": tokens}
+
+
+def table(size: str, count: int, device: str, threads: int) -> None:
+    """Measure all rows of a size and print them."""
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place) / "model"
+        write_model(size, folder)
+        results = {}
+        for row in ROWS:
+            command = [sys.executable, __file__, "--row", row, str(folder), "--inputs", str(count), "--device", device]
+            command += ["--threads", str(threads)]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            if done.returncode:
+                raise SystemExit(f"{size}, {row}:\n{done.stderr[-3000:]}")
+            results[row] = json.loads(done.stdout.splitlines()[-1])
+    reference = np.array(results["bf16"].pop("tokens"))
+    print(f"\n{size}, {count} inputs, {device}, {threads} threads\n")
+    columns = ["weights", *results["bf16"], "equal tokens %", "mean bin distance"]
+    print("| " + " | ".join(columns) + " |\n|" + "---|" * len(columns))
+    for row, result in results.items():
+        found = np.array(result.pop("tokens", reference))
+        figures = [f"{value:.1f}" for value in result.values()]
+        figures += [f"{100 * (found == reference).mean():.1f}", f"{np.abs(found - reference).mean():.2f}"]
+        print("| " + " | ".join([row, *figures]) + " |", flush=True)
+
+
+def main() -> None:
+    """All sizes, or one row for the process above."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", nargs="+", choices=("tiny", "eighth", "full"), default=["tiny", "eighth", "full"])
+    parser.add_argument("--inputs", type=int, default=200)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--row", nargs=2, metavar=("ROW", "FOLDER"), help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.row:
+        torch.set_num_threads(args.threads)
+        print(json.dumps(measure(*args.row, args.inputs, args.device)))
+        return
+    versions = {name: __import__(name).__version__ for name in ("torch", "transformers", "bitsandbytes")}
+    print(", ".join(f"{name} {version}" for name, version in versions.items()))
+    for size in args.sizes:
+        if size == "full" and not args.device.startswith("cuda"):
+            print("\nfull: not run (no GPU here)")
+        else:
+            table(size, args.inputs, args.device, args.threads)
+
+
+if __name__ == "__main__":
+    main()
