@@ -93,6 +93,7 @@ class PrismaticPreTrainedModel(PushToHub, QuantizedModelMixin, PreTrainedModel):
             ignore_mismatched_sizes=True,  # they are listed below, with everything else that does not fit
             **kwargs,
         )
+        info["missing_keys"] = sorted({*info["missing_keys"], *_left_empty(model)})
         _require_complete(info, pretrained_model_name_or_path, ignore_mismatched_sizes)
         model._after_loading()
         return (model, info) if with_info else model
@@ -340,6 +341,17 @@ class PrismaticForConditionalGeneration(PrismaticPreTrainedModel, GenerationMixi
         if device.type == "meta":  # offloaded parts are moved by accelerate's hooks
             device = torch.device("cpu")
         return align_prompts(input_ids, attention_mask, self.pad_token_id, device)
+
+
+def _left_empty(model: nn.Module) -> list[str]:
+    """Parameters that loading did not fill.
+
+    With low_cpu_mem_usage transformers 4.40 takes all empty parameters of one size for one shared parameter, and does
+    not list those that the checkpoint lacks.
+    """
+    if {"cpu", "disk"} & {str(place) for place in (getattr(model, "hf_device_map", None) or {}).values()}:
+        return []  # offloaded weights are empty on purpose
+    return [name for name, parameter in model.named_parameters() if parameter.is_meta]
 
 
 def _require_complete(info: dict[str, Any], source: Any, ignore_mismatched_sizes: bool) -> None:
