@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
-from transformers.utils import cached_file, logging
+from transformers.utils import CONFIG_NAME, cached_file, logging
+from transformers.utils.hub import extract_commit_hash
 
 from .configuration_openvla import PrismaticConfig, hub_keywords
 from .quantization_openvla import is_quantized, quantization_name
@@ -248,17 +249,22 @@ def read_adapter(name_or_path: str | os.PathLike, **hub: Any) -> LoraAdapter:
     )
 
 
-def adapter_source(name_or_path: str | os.PathLike | None, kwargs: dict[str, Any]) -> str | os.PathLike | None:
-    """The adapter that a call of ``from_pretrained`` is for: found by an Auto class, or named itself; else None."""
-    found = (kwargs.pop("adapter_kwargs", None) or {}).get("_adapter_model_path")
-    if found is None and name_or_path is not None:
-        is_adapter = optional_file(name_or_path, ADAPTER_CONFIG_FILE, hub_keywords(kwargs)) is not None
-        found = name_or_path if is_adapter else None
-    return found
+def adapter_source(
+    name_or_path: str | os.PathLike | None, kwargs: dict[str, Any]
+) -> tuple[str | os.PathLike | None, dict[str, Any]]:
+    """The adapter that a call of ``from_pretrained`` is for, or None, and where on the Hub its files come from."""
+    hub = hub_keywords(kwargs)
+    asked = kwargs.pop("adapter_kwargs", None) or {}
+    found = asked.get("_adapter_model_path")
+    if found is not None:  # by an Auto class, which may have put the base's revision in the place of the adapter's
+        hub.pop("revision", None)
+        return found, {**hub, **hub_keywords(asked)}
+    is_adapter = name_or_path is not None and optional_file(name_or_path, ADAPTER_CONFIG_FILE, hub) is not None
+    return (name_or_path if is_adapter else None), hub
 
 
-def base_of(adapter: str | os.PathLike, hub: dict[str, Any]) -> str:
-    """The id or path of an adapter's base.
+def base_of(adapter: str | os.PathLike, hub: dict[str, Any]) -> tuple[str, str | None]:
+    """The id or path of an adapter's base, and its revision on the Hub.
 
     Raises:
         FileNotFoundError: The adapter does not say, or its base was a folder that is not here.
@@ -269,7 +275,12 @@ def base_of(adapter: str | os.PathLike, hub: dict[str, Any]) -> str:
         raise FileNotFoundError(
             f"The base of {adapter}, {base!r}, is not here. Load it from where it is, then model.load_lora(adapter)."
         )
-    return base
+    return base, None if os.path.isdir(base) else config.get("revision")
+
+
+def revision_of(name_or_path: str | os.PathLike, hub: dict[str, Any]) -> str | None:
+    """The commit that a Hub repository's files are of; None for a folder."""
+    return extract_commit_hash(optional_file(name_or_path, CONFIG_NAME, hub), None)
 
 
 def optional_file(name_or_path: str | os.PathLike, name: str, hub: dict[str, Any] | None = None) -> str | None:

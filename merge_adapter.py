@@ -83,8 +83,8 @@ def merge(
     if target.exists() and not overwrite:
         raise FileExistsError(f"{target} exists; give another name, or --overwrite to replace it.")
     lora = read_adapter(adapter)
-    source = str(base or base_of(adapter, {}))
-    folder = local_folder(source)
+    source, revision = (str(base), None) if base else base_of(adapter, {})
+    folder = local_folder(source, revision=revision)
     fields = read_json(folder / "config.json")
     if fields.get("quantization_config"):
         raise ValueError(f"{source} is quantised; give the plain checkpoint that it was made from with --base.")

@@ -21,9 +21,9 @@ from transformers.modeling_outputs import ModelOutput
 from transformers.utils import logging
 
 from .actions_openvla import ActionTokenizer, NormalizationStatistics, nearest_name, validate_norm_stats
-from .adapter_files_openvla import adapter_source, base_of, base_record, optional_file
+from .adapter_files_openvla import adapter_source, base_of, base_record, optional_file, revision_of
 from .adapters_openvla import LoraMixin
-from .configuration_openvla import OpenVLAConfig, hub_keywords, write_json
+from .configuration_openvla import OpenVLAConfig, write_json
 from .decoding_openvla import append_token, decode_greedily, only, positions_of, require_finite, require_whole_actions
 from .prismatic_openvla import PrismaticForConditionalGeneration
 from .publishing_openvla import PushToHub  # noqa: F401
@@ -77,14 +77,15 @@ class OpenVLAForActionPrediction(LoraMixin, PrismaticForConditionalGeneration, G
         The file adds to the statistics in config.json and wins where both have a key; where it holds one key, that
         key becomes the default. An adapter (LoRA) is loaded on top of the base that it names.
         """
-        hub = hub_keywords(kwargs)
-        adapter = adapter_source(pretrained_model_name_or_path, kwargs)
+        adapter, hub = adapter_source(pretrained_model_name_or_path, kwargs)
         if adapter is not None:
             return cls._from_adapter(adapter, hub, kwargs)
         loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         if pretrained_model_name_or_path is not None:
             model._read_statistics(pretrained_model_name_or_path, hub)
+            # Part of an adapter's record of its base; from 5.2x on transformers does not keep it.
+            model.config._commit_hash = revision_of(pretrained_model_name_or_path, hub)
         return loaded
 
     @classmethod
@@ -92,9 +93,10 @@ class OpenVLAForActionPrediction(LoraMixin, PrismaticForConditionalGeneration, G
         config = kwargs.pop("config", None)  # that an Auto class read, of the adapter or the base; the base has its own
         if getattr(config, "_attn_implementation_internal", None):
             kwargs.setdefault("attn_implementation", config._attn_implementation_internal)
-        for name in ("revision", "subfolder", "_commit_hash"):  # of the adapter
+        base, kwargs["revision"] = base_of(adapter, hub)
+        for name in ("subfolder", "_commit_hash"):  # of the adapter
             kwargs.pop(name, None)
-        loaded = cls.from_pretrained(base_of(adapter, hub), **kwargs)
+        loaded = cls.from_pretrained(base, **{name: value for name, value in kwargs.items() if value is not None})
         (loaded[0] if isinstance(loaded, tuple) else loaded).load_lora(adapter, **hub)
         return loaded
 

@@ -82,8 +82,9 @@ def load_policy(
     """
     device = torch.device(device or default_device())
     is_adapter = optional_file(model, ADAPTER_CONFIG_FILE) is not None
-    base = base_of(model, {}) if is_adapter else model
-    config = OpenVLAConfig.from_pretrained(base)
+    base, revision = base_of(model, {}) if is_adapter else (model, None)
+    at = {"revision": revision} if revision else {}
+    config = OpenVLAConfig.from_pretrained(base, **at)
     stored = stored_bits(config)
     if bits is not None and stored not in (None, bits):
         raise ValueError(f"{model} is already quantised to {stored} bits; leave bits out, or load its base.")
@@ -99,7 +100,7 @@ def load_policy(
         keywords["quantization_config"] = quantization
     loaded = OpenVLAForActionPrediction.from_pretrained(model, **keywords).eval()
     own_processor = any(optional_file(model, name) for name in PREPROCESSOR_FILES)
-    processor = AutoProcessor.from_pretrained(model if own_processor else base)
+    processor = AutoProcessor.from_pretrained(model) if own_processor else AutoProcessor.from_pretrained(base, **at)
     return Policy(loaded, processor, loaded.resolve_unnorm_key(unnorm_key))
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,6 +24,8 @@ from safetensors.torch import load_file, save_file
 
 peft = pytest.importorskip("peft")
 pytestmark = pytest.mark.lane
+DOORS = ("AutoModel", "AutoModelForImageTextToText", "AutoModelForVision2Seq")
+DOORS = [getattr(transformers, name) for name in DOORS if hasattr(transformers, name)]
 IMAGE = Image.open(REPOSITORY / "assets" / "libero_object.png").convert("RGB")
 INSTRUCTION = "pick up the alphabet soup and place it in the basket"
 STATISTICS = {"q01": [-0.5] * 7, "q99": [0.5] * 7, "mask": [True] * 6 + [False]}
@@ -143,9 +146,8 @@ def test_an_adapter_comes_back_on_its_base(tiny, base, trained):
     expected = logits(model, tiny.processor)
     by_hand = load(base)
     by_hand.load_lora(folder)
-    doors = [getattr(transformers, name, None) for name in ("AutoModelForImageTextToText", "AutoModelForVision2Seq")]
     loaded = [by_hand, load(folder), AutoModelForVision2Seq.from_pretrained(folder)]
-    loaded += [door.from_pretrained(folder) for door in doors if door]
+    loaded += [door.from_pretrained(folder) for door in DOORS]
     for other in loaded:
         assert torch.equal(logits(other, tiny.processor), expected)
         assert other.norm_stats == model.norm_stats
@@ -269,6 +271,30 @@ def test_a_base_that_has_moved_is_named(trained, base, tmp_path):
     with pytest.raises(FileNotFoundError, match="'/gone/openvla', is not here"):
         load(copied)
     load(base).load_lora(copied)
+
+
+def test_from_the_hub_the_base_keeps_its_revision(base, trained, tiny, tmp_path):
+    """In the Hub's own cache layout, offline: the base has moved on since the adapter was trained."""
+
+    def publish(name, revision, source):
+        repository = tmp_path / f"models--org--{name}"
+        shutil.copytree(source, repository / "snapshots" / revision)
+        (repository / "refs").mkdir(exist_ok=True)
+        (repository / "refs" / "main").write_text(revision)
+
+    first, second, third = ("1" * 40, "2" * 40, "3" * 40)
+    publish("base", first, base)
+    model = OpenVLAForActionPrediction.from_pretrained("org/base", cache_dir=tmp_path)
+    model.load_lora(trained[1])
+    model.save_pretrained(tmp_path / "adapter")
+    record = json.loads((tmp_path / "adapter" / "openvla_adapter.json").read_text())["base"]
+    assert (record["id"], record["revision"]) == ("org/base", first)
+    build_tiny(seed=1)[0].save_pretrained(tmp_path / "other")
+    publish("base", second, tmp_path / "other")
+    publish("adapter", third, tmp_path / "adapter")
+    for door in (OpenVLAForActionPrediction, AutoModelForVision2Seq, *DOORS):
+        again = door.from_pretrained("org/adapter", cache_dir=tmp_path).eval()
+        assert torch.equal(logits(again, tiny.processor), logits(trained[0], tiny.processor))
 
 
 @pytest.mark.parametrize(
