@@ -17,6 +17,9 @@ import numpy as np
 # (octo/dlimp normalize_action_and_proprio, as used by OpenVLA's RLDS pipeline).
 NORMALIZATION_EPSILON = 1e-8
 
+# Which two statistics become -1 and 1.
+NORMALIZATIONS = {"q99": ("q01", "q99"), "bounds": ("min", "max")}
+
 # What the seven numbers of an end-effector policy are, in order, and their units in the Open X-Embodiment datasets
 # that OpenVLA was trained on (and in the fine-tuning sets that follow them).
 END_EFFECTOR_DIMENSIONS = ("dx", "dy", "dz", "droll", "dpitch", "dyaw", "gripper")
@@ -124,36 +127,46 @@ class ActionTokenizer:
 
 
 class NormalizationStatistics:
-    """The quantiles of one dataset's actions, checked, with the two maps that they define.
+    """The range of one dataset's actions (or proprio), checked, with the maps that it defines.
 
     Args:
-        action: The ``"action"`` entry of a dataset's statistics: ``q01`` and ``q99`` (equal-length lists), optionally
-            ``mask`` (true where a dimension was normalised; the gripper usually was not) and ``mean``, ``std``,
-            ``min``, ``max`` of the same length.
+        action: The ``"action"`` entry of a dataset's statistics (or ``"proprio"``): the two lists that the
+            normalisation takes, optionally ``mask`` (true where a dimension was normalised; the gripper usually was
+            not) and the others of ``mean``, ``std``, ``min``, ``max``, ``q01``, ``q99``, all of one length.
         name: Whose statistics these are, for error messages.
+        normalization: "q99" (the range is ``q01`` to ``q99``) or "bounds" (``min`` to ``max``).
+        epsilon: Added to the range when values are un-normalised (OpenVLA-OFT does so).
 
     Raises:
-        ValueError: A list is missing, empty, not finite, of another length, or q01 exceeds q99.
+        ValueError: A list is missing, empty, not finite, of another length, or the lower bound exceeds the upper.
     """
 
-    def __init__(self, action: Mapping[str, Any], name: str = "action statistics") -> None:
-        missing = [field for field in ("q01", "q99") if field not in action]
+    def __init__(
+        self,
+        action: Mapping[str, Any],
+        name: str = "action statistics",
+        normalization: str = "q99",
+        epsilon: float = 0.0,
+    ) -> None:
+        low, high = NORMALIZATIONS[normalization]
+        missing = [field for field in (low, high) if field not in action]
         if missing:
-            raise ValueError(f"{name}: {missing} missing; statistics need q01 and q99, got {sorted(action)}.")
-        dimension = np.size(action["q01"])
+            raise ValueError(f"{name}: {missing} missing; statistics need {low} and {high}, got {sorted(action)}.")
+        dimension = np.size(action[low])
         for field in ("q01", "q99", "mask", "mean", "std", "min", "max"):
             if action.get(field) is not None:
-                _check_statistic(field, action[field], dimension, name)
-        self.low = np.array(action["q01"])
-        self.high = np.array(action["q99"])
+                _check_statistic(field, action[field], (low, dimension), name)
+        self.low = np.array(action[low])
+        self.high = np.array(action[high])
         if (self.low > self.high).any():
             worst = int(np.argmax(self.low > self.high))
             raise ValueError(
-                f"{name}: q01 exceeds q99 in dimension {worst} ({self.low[worst]} > {self.high[worst]}); "
-                "the lower quantile must not be above the upper one."
+                f"{name}: {low} exceeds {high} in dimension {worst} ({self.low[worst]} > {self.high[worst]}); "
+                "the lower bound must not be above the upper one."
             )
         mask = action.get("mask")
-        self.mask = np.ones_like(action["q01"], dtype=bool) if mask is None else np.array(mask, dtype=bool)
+        self.mask = np.ones_like(action[low], dtype=bool) if mask is None else np.array(mask, dtype=bool)
+        self.name, self.epsilon = name, epsilon
 
     @property
     def dimension(self) -> int:
@@ -163,16 +176,17 @@ class NormalizationStatistics:
     def unnormalize(self, normalized: np.ndarray) -> np.ndarray:
         """Robot units of normalised actions, float64 ``(..., dimension)``; unmasked dimensions pass unchanged.
 
-        ``0.5 * (x + 1) * (q99 - q01) + q01``, in the reference's order of operations (modeling_prismatic.py,
-        ``predict_action``), so that results are equal in every bit.
+        ``0.5 * (x + 1) * (high - low + epsilon) + low``, in the reference's order of operations
+        (modeling_prismatic.py, ``predict_action``), so that results are equal in every bit.
         """
-        return np.where(self.mask, 0.5 * (normalized + 1) * (self.high - self.low) + self.low, normalized)
+        scale = self.high - self.low + self.epsilon
+        return np.where(self.mask, 0.5 * (normalized + 1) * scale + self.low, normalized)
 
     def normalize(self, actions: np.ndarray) -> np.ndarray:
         """Normalised actions of robot units, float64 ``(..., dimension)`` in [-1, 1], as training data was made.
 
-        ``clip(2 * (a - q01) / (q99 - q01 + 1e-8) - 1, -1, 1)``, zero in a constant dimension (OpenVLA's RLDS
-        pipeline, BOUNDS_Q99); unmasked dimensions pass unchanged.
+        ``clip(2 * (a - low) / (high - low + 1e-8) - 1, -1, 1)``, zero in a constant dimension (OpenVLA's RLDS
+        pipeline); unmasked dimensions pass unchanged.
 
         Raises:
             ValueError: The last dimension disagrees with the statistics, or a value is not finite.
@@ -186,19 +200,36 @@ class NormalizationStatistics:
         scaled = np.where(self.low == self.high, 0.0, scaled)
         return np.where(self.mask, scaled, actions)
 
+    def normalize_proprio(self, proprio: np.ndarray | Sequence[float]) -> np.ndarray:
+        """The robot's state as the model was trained on it, float64 ``(dimension,)`` in [-1, 1].
 
-def _check_statistic(field: str, values: Any, dimension: int, name: str) -> None:
+        ``clip(2 * (p - low) / (high - low + 1e-8) - 1, -1, 1)`` (OpenVLA-OFT, ``normalize_proprio``); unmasked
+        dimensions are only clipped.
+
+        Raises:
+            ValueError: Another number of values, or one is not finite.
+        """
+        proprio = np.asarray(proprio, dtype=np.float64)
+        if proprio.shape != (self.dimension,):
+            raise ValueError(f"{self.name}: proprio must hold {self.dimension} numbers, got shape {proprio.shape}.")
+        if not np.isfinite(proprio).all():
+            raise ValueError(f"proprio must be finite, got {proprio.tolist()}.")
+        scaled = 2 * (proprio - self.low) / (self.high - self.low + NORMALIZATION_EPSILON) - 1
+        return np.clip(np.where(self.mask, scaled, proprio), -1.0, 1.0)
+
+
+def _check_statistic(field: str, values: Any, like: tuple[str, int], name: str) -> None:
     values = np.asarray(values)
     if values.ndim != 1 or values.size == 0:
         raise ValueError(f"{name}: {field} must be a non-empty flat list, got shape {values.shape}.")
-    if len(values) != dimension:
-        raise ValueError(f"{name}: {field} has {len(values)} entries but q01 has {dimension}; lengths must agree.")
+    if len(values) != like[1]:
+        raise ValueError(f"{name}: {field} has {len(values)} entries but {like[0]} has {like[1]}; lengths must agree.")
     if values.dtype.kind not in "biuf" or not np.isfinite(values).all():
         raise ValueError(f"{name}: {field} must hold finite numbers, got {values.tolist()}.")
 
 
-def validate_norm_stats(norm_stats: Mapping[str, Any]) -> None:
-    """Check the statistics of every dataset: ``{key: {"action": {...}, ...}}``.
+def validate_norm_stats(norm_stats: Mapping[str, Any], normalization: str = "q99") -> None:
+    """Check the action statistics of every dataset: ``{key: {"action": {...}, ...}}``.
 
     Raises:
         ValueError: Anything that would un-normalise wrongly; the message names the dataset and the field.
@@ -207,8 +238,9 @@ def validate_norm_stats(norm_stats: Mapping[str, Any]) -> None:
         raise ValueError(f"norm_stats must map dataset keys to statistics, got {type(norm_stats).__name__}.")
     for key, statistics in norm_stats.items():
         if not isinstance(statistics, Mapping) or not isinstance(statistics.get("action"), Mapping):
-            raise ValueError(f"norm_stats[{key!r}] needs an 'action' entry with q01 and q99.")
-        NormalizationStatistics(statistics["action"], name=f"norm_stats[{key!r}]['action']")
+            needed = " and ".join(NORMALIZATIONS[normalization])
+            raise ValueError(f"norm_stats[{key!r}] needs an 'action' entry with {needed}.")
+        NormalizationStatistics(statistics["action"], f"norm_stats[{key!r}]['action']", normalization)
 
 
 def nearest_name(name: str, known: Sequence[str]) -> str | None:

@@ -12,7 +12,7 @@ import transformers
 from transformers import PretrainedConfig
 from transformers.models.auto import CONFIG_MAPPING
 
-from .actions_openvla import nearest_name, validate_norm_stats
+from .actions_openvla import NORMALIZATION_EPSILON, NORMALIZATIONS, nearest_name, validate_norm_stats
 
 # The vision backbones of the reference's registry: per tower its timm id, input size in pixels and activation override
 # (None keeps timm's GELU).
@@ -80,6 +80,15 @@ LLAMA_EMPTY_TOKEN_ID = 29871
 
 IMAGE_RESIZE_STRATEGIES = ("resize-naive", "resize-crop", "letterbox")
 
+# How a chunk of actions is answered (OpenVLA-OFT): None is as tokens, "l1" and "diffusion" are continuous heads.
+ACTION_HEADS = (None, "l1", "diffusion")
+# What OFT fixes by robot platform (its constants.py).
+PLATFORMS: dict[str, dict[str, Any]] = {
+    "libero": {"chunk_length": 8, "action_dim": 7, "proprio_dim": 8, "normalization": "q99"},
+    "aloha": {"chunk_length": 25, "action_dim": 14, "proprio_dim": 14, "normalization": "bounds"},
+    "bridge": {"chunk_length": 5, "action_dim": 7, "proprio_dim": 7, "normalization": "q99"},
+}
+
 AUTO = "auto"
 
 # Keywords of from_pretrained that say where files come from.
@@ -123,6 +132,7 @@ class PrismaticConfig(PretrainedConfig):
             "openvla".
         empty_token_id: Id appended to every prompt, or None for none; "auto" is Llama-2's 29871 for Llama models
             whose vocabulary has it, else None.
+        num_images_in_input: Images of one moment (cameras), stacked on the channel axis of ``pixel_values``.
         **kwargs: Fields of ``PretrainedConfig``.
 
     Raises:
@@ -154,6 +164,7 @@ class PrismaticConfig(PretrainedConfig):
         image_token_index: int | None = None,
         prompt_style: str = AUTO,
         empty_token_id: int | str | None = AUTO,
+        num_images_in_input: int = 1,
         **kwargs: Any,
     ) -> None:
         towers = VISION_BACKBONES.get(vision_backbone_id)
@@ -178,6 +189,7 @@ class PrismaticConfig(PretrainedConfig):
         if len(set(self.image_sizes)) > 1:
             raise ValueError(f"Both vision towers see one image, so their image_sizes must agree: {self.image_sizes}.")
         self.image_resize_strategy = image_resize_strategy
+        self.num_images_in_input = _whole_number("num_images_in_input", num_images_in_input)
 
         self.text_config = _build_text_config(text_config, llm_backbone_id)
         self.hf_llm_id = hf_llm_id or LLM_BACKBONES.get(llm_backbone_id, (None,))[0]
@@ -213,6 +225,11 @@ class PrismaticConfig(PretrainedConfig):
     def vocab_size(self) -> int:
         """Size of the unpadded vocabulary, from whose end the action tokens count (32000 for Llama-2, not 32064)."""
         return self.text_config.vocab_size - self.pad_to_multiple_of
+
+    @property
+    def film_dim(self) -> int | None:
+        """Size of the language feature that modulates the vision towers (FiLM); None without."""
+        return None
 
     @classmethod
     def _auto_map(cls) -> dict[str, str]:
@@ -250,16 +267,32 @@ class PrismaticConfig(PretrainedConfig):
 
 
 class OpenVLAConfig(PrismaticConfig):
-    """Configuration of OpenVLA: a Prismatic model whose last vocabulary ids are action bins.
+    """Configuration of OpenVLA: a Prismatic model that answers with robot actions.
+
+    OpenVLA answers one action, token by token. OpenVLA-OFT answers a chunk of actions in one bidirectional pass
+    (``parallel_decoding``), as tokens or through a continuous head; ``PLATFORMS`` holds what it fixes by platform:
+    ``OpenVLAConfig(**PLATFORMS["libero"], parallel_decoding=True, action_head="l1", num_images_in_input=2, ...)``.
 
     Args:
-        norm_stats: Action statistics of every dataset, ``{key: {"action": {"q01": [...], "q99": [...], ...}}}``.
+        norm_stats: Statistics of every dataset, ``{key: {"action": {"q01": [...], "q99": [...], ...}}}``, and where
+            the model takes proprio ``"proprio"`` beside ``"action"``.
         n_action_bins: Number of bin edges.
         default_unnorm_key: The dataset whose statistics are used when ``predict_action`` is given no key.
+        parallel_decoding: Answer all tokens of a chunk in one pass in which every position sees every other.
+        action_head: None (tokens), "l1" or "diffusion"; the heads need ``parallel_decoding``.
+        chunk_length: Actions in one answer.
+        action_dim: Numbers in one action; None leaves it to the dataset's statistics, which ``parallel_decoding``
+            does not allow.
+        proprio_dim: Numbers of the robot's own state that the model takes; None for none.
+        use_film: The instruction modulates every block of the vision towers (FiLM).
+        normalization: Which statistics are -1 and 1: "q99" (``q01``, ``q99``) or "bounds" (``min``, ``max``).
+        num_diffusion_steps_train: Noise levels that the diffusion head was trained on.
+        num_diffusion_steps: Denoising steps of one answer, at most as many.
         **kwargs: Fields of :class:`PrismaticConfig`.
 
     Raises:
-        ValueError: Statistics are inconsistent, not finite or inverted; the message names dataset and field.
+        ValueError: Statistics are inconsistent, not finite or inverted; the message names dataset and field. Or two
+            fields contradict each other.
     """
 
     model_type = "openvla"
@@ -270,10 +303,33 @@ class OpenVLAConfig(PrismaticConfig):
         norm_stats: dict[str, dict[str, Any]] | None = None,
         n_action_bins: int = 256,
         default_unnorm_key: str | None = None,
+        parallel_decoding: bool = False,
+        action_head: str | None = None,
+        chunk_length: int = 1,
+        action_dim: int | None = None,
+        proprio_dim: int | None = None,
+        use_film: bool = False,
+        normalization: str = "q99",
+        num_diffusion_steps_train: int = 50,
+        num_diffusion_steps: int = 50,
         **kwargs: Any,
     ) -> None:
+        if action_head not in ACTION_HEADS:
+            raise ValueError(_unknown("action_head", action_head, ACTION_HEADS))
+        if normalization not in NORMALIZATIONS:
+            raise ValueError(_unknown("normalization", normalization, list(NORMALIZATIONS)))
+        self.parallel_decoding = parallel_decoding
+        self.action_head = action_head
+        self.chunk_length = _whole_number("chunk_length", chunk_length)
+        self.action_dim = action_dim if action_dim is None else _whole_number("action_dim", action_dim)
+        self.proprio_dim = proprio_dim if proprio_dim is None else _whole_number("proprio_dim", proprio_dim)
+        self.use_film = use_film
+        self.normalization = normalization
+        self.num_diffusion_steps_train = _whole_number("num_diffusion_steps_train", num_diffusion_steps_train)
+        self.num_diffusion_steps = _whole_number("num_diffusion_steps", num_diffusion_steps)
+        self._validate_answer()
         if norm_stats is not None:
-            validate_norm_stats(norm_stats)
+            validate_norm_stats(norm_stats, normalization)
         if default_unnorm_key is not None and default_unnorm_key not in (norm_stats or {}):
             raise ValueError(_unknown("default_unnorm_key", default_unnorm_key, list(norm_stats or {})))
         self.norm_stats = norm_stats
@@ -283,13 +339,43 @@ class OpenVLAConfig(PrismaticConfig):
         if not 2 <= n_action_bins <= self.vocab_size:
             raise ValueError(f"n_action_bins must be between 2 and {self.vocab_size}, got {n_action_bins}.")
 
+    def _validate_answer(self) -> None:
+        """Raise where the fields of the answer contradict each other."""
+        if self.parallel_decoding and self.action_dim is None:
+            raise ValueError(f"parallel_decoding needs action_dim; as on a known platform: {PLATFORMS}.")
+        needs_parallel = {
+            "action_head": self.action_head,
+            "chunk_length": self.chunk_length > 1,
+            "proprio_dim": self.proprio_dim,
+            "use_film": self.use_film,
+        }
+        given = [name for name, value in needs_parallel.items() if value]
+        if given and not self.parallel_decoding:
+            raise ValueError(
+                f"{', '.join(given)} need parallel_decoding=True; OpenVLA itself answers one action in tokens."
+            )
+        if self.num_diffusion_steps > self.num_diffusion_steps_train:
+            raise ValueError(
+                f"num_diffusion_steps {self.num_diffusion_steps} is more than the {self.num_diffusion_steps_train} "
+                "noise levels that the head was trained on (num_diffusion_steps_train)."
+            )
+
+    @property
+    def film_dim(self) -> int | None:
+        return self.text_config.hidden_size if self.use_film else None
+
+    @property
+    def normalization_epsilon(self) -> float:
+        """What is added to a dimension's range when an action is un-normalised: OFT does, OpenVLA does not."""
+        return NORMALIZATION_EPSILON if self.parallel_decoding else 0.0
+
     def merge_statistics(self, statistics: dict[str, dict[str, Any]]) -> None:
         """Take in the content of a dataset_statistics.json: it wins where both have a key; an only key is the default.
 
         Raises:
             ValueError: The statistics are inconsistent, not finite or inverted.
         """
-        validate_norm_stats(statistics)
+        validate_norm_stats(statistics, self.normalization)
         self.norm_stats = {**(self.norm_stats or {}), **statistics}
         if len(statistics) == 1:
             self.default_unnorm_key = next(iter(statistics))
@@ -337,6 +423,12 @@ def _for_every_version(fields: dict[str, Any]) -> dict[str, Any]:
         if rope.get("rope_type", "default") != "default":
             fields.setdefault("rope_scaling", {k: v for k, v in rope.items() if k != "rope_theta"})
     return fields
+
+
+def _whole_number(field: str, value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{field} must be a whole number, 1 or more, got {value!r}.")
+    return value
 
 
 def _unknown(field: str, value: Any, known: Any) -> str:

@@ -121,19 +121,19 @@ def cached_length(past_key_values: Any) -> int:
 
 
 def require_finite(logits: torch.Tensor) -> torch.Tensor:
-    """The logits, if every one is finite; else ValueError."""
+    """What the model gave, logits or actions, if every number is finite; else ValueError."""
     if not bool(torch.isfinite(logits).all()):
         raise ValueError(
-            "The model's logits are not finite, so no action can be trusted. Check weights and image for NaN; float16 "
+            "What the model gave is not finite, so no action can be trusted. Check weights and image for NaN; float16 "
             "overflows in Llama-2: use bfloat16 or float32."
         )
     return logits
 
 
 def only(scores: torch.FloatTensor, allowed: slice) -> torch.FloatTensor:
-    """Scores ``(rows, vocabulary)`` with every id outside ``allowed`` at minus infinity."""
+    """Scores ``(..., vocabulary)`` with every id outside ``allowed`` at minus infinity."""
     masked = torch.full_like(scores, -torch.inf)
-    masked[:, allowed] = scores[:, allowed]
+    masked[..., allowed] = scores[..., allowed]
     return masked
 
 

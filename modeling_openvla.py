@@ -1,8 +1,9 @@
-"""OpenVLA: one camera image and an instruction in, one robot action out.
+"""OpenVLA: camera images and an instruction in, one robot action or a chunk of them out.
 
 One action, in order: ``predict_action`` aligns the prompts and appends the empty token, ``embed_inputs`` runs the
 towers and puts the patches after each row's BOS, ``decode_greedily`` picks one token per action dimension,
 ``ActionTokenizer`` turns tokens into bin centres and ``NormalizationStatistics`` stretches them to robot units.
+A chunk of OpenVLA-OFT takes the way of ``parallel_openvla`` between the first step and the last.
 """
 
 from __future__ import annotations
@@ -20,12 +21,15 @@ from transformers import GenerationMixin
 from transformers.modeling_outputs import ModelOutput
 from transformers.utils import logging
 
-from .actions_openvla import ActionTokenizer, NormalizationStatistics, nearest_name, validate_norm_stats
+from .actions_openvla import ActionTokenizer, NormalizationStatistics
 from .adapter_files_openvla import adapter_source, base_of, base_record, optional_file, revision_of
 from .adapters_openvla import LoraMixin
 from .configuration_openvla import OpenVLAConfig, write_json
 from .decoding_openvla import append_token, decode_greedily, only, positions_of, require_finite, require_whole_actions
-from .prismatic_openvla import PrismaticForConditionalGeneration
+from .heads_openvla import NoiseSchedule  # noqa: F401
+from .norm_stats_openvla import NormStatsMixin
+from .parallel_openvla import ChunkOutput, ParallelDecodingMixin, with_action_slots
+from .prismatic_openvla import PrismaticCausalLMOutputWithPast, PrismaticForConditionalGeneration
 from .publishing_openvla import PushToHub  # noqa: F401
 from .quantization_openvla import is_quantized
 from .vision_openvla import PrismaticVisionBackbone  # noqa: F401  transformers up to 5.8 copies direct imports only
@@ -41,13 +45,17 @@ GREEDY_KEYWORDS = {"do_sample", "num_beams", "use_cache", "eos_token_id"}
 class ActionOutput(ModelOutput):
     """What ``predict_action(..., return_dict=True)`` gives; without the batch axis for one row.
 
+    With parallel decoding every array has the axis of the chunk in front of ``action_dim``.
+
     Attributes:
         actions: float64 ``(batch, action_dim)``, robot units.
-        normalized_actions: float64 ``(batch, action_dim)``, bin centres in (-1, 1).
-        token_ids: int64 ``(batch, action_dim)``.
+        normalized_actions: Tokens: float64 ``(batch, action_dim)``, bin centres in (-1, 1). Continuous heads: float32,
+            as the head gives them, which may leave [-1, 1].
+        token_ids: int64 ``(batch, action_dim)``; None for continuous heads, as the next two.
         bin_probabilities: float64 ``(batch, action_dim, n_action_bins - 1)``: softmax over the action tokens alone,
             aligned with ``ActionTokenizer.bin_centers``; sums to 1.
         entropy: float64 ``(batch, action_dim)``, of those probabilities, in nats; 0 is certain, 5.54 is uniform.
+        hidden_states: Parallel decoding: float32 ``(batch, chunk * action_dim, hidden)``, those that predict the chunk.
     """
 
     actions: np.ndarray | None = None
@@ -55,10 +63,13 @@ class ActionOutput(ModelOutput):
     token_ids: np.ndarray | None = None
     bin_probabilities: np.ndarray | None = None
     entropy: np.ndarray | None = None
+    hidden_states: np.ndarray | None = None
 
 
-class OpenVLAForActionPrediction(LoraMixin, PrismaticForConditionalGeneration, GenerationMixin):
-    """OpenVLA: one camera image and an instruction in, one robot action out."""
+class OpenVLAForActionPrediction(
+    LoraMixin, NormStatsMixin, ParallelDecodingMixin, PrismaticForConditionalGeneration, GenerationMixin
+):
+    """OpenVLA: camera images and an instruction in, one robot action, or a chunk of them, out."""
 
     config_class = OpenVLAConfig
 
@@ -67,6 +78,8 @@ class OpenVLAForActionPrediction(LoraMixin, PrismaticForConditionalGeneration, G
         self.action_tokenizer = ActionTokenizer(config.vocab_size, config.n_action_bins)
         self.bins, self.bin_centers = self.action_tokenizer.bins, self.action_tokenizer.bin_centers
         self.vocab_size = config.vocab_size
+        self.build_heads(config)
+        self.post_init()
 
     @classmethod
     def from_pretrained(
@@ -100,6 +113,11 @@ class OpenVLAForActionPrediction(LoraMixin, PrismaticForConditionalGeneration, G
         (loaded[0] if isinstance(loaded, tuple) else loaded).load_lora(adapter, **hub)
         return loaded
 
+    def _after_loading(self) -> None:
+        super()._after_loading()
+        if self.config.parallel_decoding:
+            self.require_bidirectional()
+
     def _read_statistics(self, name_or_path: str | os.PathLike, hub: dict[str, Any]) -> None:
         file = optional_file(name_or_path, STATISTICS_FILE, hub)
         if file is None:
@@ -125,61 +143,92 @@ class OpenVLAForActionPrediction(LoraMixin, PrismaticForConditionalGeneration, G
             self.config.quantized_from = base_record(self)
         return super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
 
-    @property
-    def norm_stats(self) -> dict[str, dict[str, Any]]:
-        """Action statistics by dataset key; assigning checks and replaces all of them."""
-        return self.config.norm_stats or {}
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        pixel_values: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        past_key_values: Any = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        output_projector_features: bool | None = None,
+        return_dict: bool | None = None,
+        position_ids: torch.LongTensor | None = None,
+        actions: torch.FloatTensor | None = None,
+        proprio: torch.FloatTensor | None = None,
+        noise: torch.FloatTensor | None = None,
+        timesteps: torch.LongTensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> PrismaticCausalLMOutputWithPast | ChunkOutput | tuple:
+        """One pass: of ``PrismaticForConditionalGeneration.forward``, or with parallel decoding a training pass.
 
-    @norm_stats.setter
-    def norm_stats(self, norm_stats: dict[str, dict[str, Any]]) -> None:
-        validate_norm_stats(norm_stats)
-        self.config.norm_stats = norm_stats
-        if self.config.default_unnorm_key not in norm_stats:
-            self.config.default_unnorm_key = None
-
-    def add_norm_stats(self, key: str, stats: dict[str, Any]) -> None:
-        """Add (or replace) one dataset's statistics; they are saved with the model.
+        The rest describes parallel decoding, without it, see there.
 
         Args:
-            key: The name that ``unnorm_key`` will take.
-            stats: ``{"action": {"q01": [...], "q99": [...], "mask": [...]}}`` or just the inner dictionary.
+            input_ids: int64 ``(batch, length)``: prompt, the chunk's action tokens, the end token, padding.
+            attention_mask: ``(batch, length)``, zero on padding.
+            pixel_values: float ``(batch, images * (3 or 6), size, size)``.
+            labels: int64 ``(batch, length)``, -100 where there is neither an action token nor the end token. They say
+                where the chunk stands; what stands there in ``input_ids`` is not seen.
+            inputs_embeds: Must be None, as ``past_key_values`` and ``position_ids``.
+            past_key_values: None.
+            use_cache: Ignored, as the following ones.
+            output_attentions: Ignored.
+            output_hidden_states: Ignored; the chunk's are always given.
+            output_projector_features: Ignored.
+            return_dict: Ignored.
+            position_ids: None.
+            actions: Heads: float ``(batch, chunk, action_dim)``, normalised.
+            proprio: float ``(batch, proprio_dim)``, normalised.
+            noise: Diffusion: ``(batch, chunk, action_dim)``; None draws it from the normal distribution.
+            timesteps: Diffusion: int64 ``(batch,)`` noise levels; None draws them evenly.
+            generator: What noise and levels are drawn from.
+
+        Returns:
+            ``ChunkOutput``, with the loss.
 
         Raises:
-            ValueError: The statistics are inconsistent, not finite or inverted.
+            ValueError: Inputs are missing or do not fit the model.
         """
-        stats = stats if "action" in stats else {"action": stats}
-        self.norm_stats = {**self.norm_stats, key: stats}
-
-    def get_action_dim(self, unnorm_key: str | None = None) -> int:
-        """Number of action dimensions of a dataset."""
-        return NormalizationStatistics(self.get_action_stats(unnorm_key)).dimension
-
-    def get_action_stats(self, unnorm_key: str | None = None) -> dict[str, Any]:
-        """The action statistics of a dataset; raises as ``resolve_unnorm_key`` does."""
-        return self.norm_stats[self.resolve_unnorm_key(unnorm_key)]["action"]
-
-    def resolve_unnorm_key(self, unnorm_key: str | None = None) -> str:
-        """The dataset whose statistics are used for a given (or no) key.
-
-        Raises:
-            KeyError: The key is unknown; the message names the nearest and all known ones.
-            ValueError: No key is given although there are several datasets and no default, or none at all.
-        """
-        known = list(self.norm_stats)
-        if not known:
-            raise ValueError(
-                "This model has no action statistics, so actions cannot be un-normalised; add them with "
-                "model.add_norm_stats(key, statistics) or put dataset_statistics.json beside the weights."
+        if not self.config.parallel_decoding:
+            given = {"actions": actions, "proprio": proprio, "noise": noise, "timesteps": timesteps}
+            unused = [name for name, value in given.items() if value is not None]
+            if unused:
+                raise ValueError(f"This model answers one action in tokens and takes no {', '.join(unused)}.")
+            return super().forward(
+                input_ids,
+                attention_mask,
+                pixel_values,
+                labels,
+                inputs_embeds,
+                past_key_values,
+                use_cache,
+                output_attentions,
+                output_hidden_states,
+                output_projector_features,
+                return_dict,
+                position_ids,
             )
-        if unnorm_key is None:
-            unnorm_key = known[0] if len(known) == 1 else self.config.default_unnorm_key
-        if unnorm_key is None:
-            raise ValueError(f"The model knows several datasets; pass unnorm_key, one of {known}.")
-        if unnorm_key not in known:
-            nearest = nearest_name(unnorm_key, known)
-            hint = f" Did you mean {nearest!r}?" if nearest else ""
-            raise KeyError(f"Unknown unnorm_key {unnorm_key!r}.{hint} Known: {known}.")
-        return unnorm_key
+        given = {"inputs_embeds": inputs_embeds, "past_key_values": past_key_values, "position_ids": position_ids}
+        unused = [name for name, value in given.items() if value is not None]
+        if unused:
+            raise ValueError(f"A parallel-decoding model's forward takes no {', '.join(unused)}.")
+        return self.parallel_forward(
+            input_ids, attention_mask, pixel_values, labels, actions, proprio, noise, timesteps, generator
+        )
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """As ``PrismaticForConditionalGeneration.generate``.
+
+        Raises:
+            ValueError: The model was trained for parallel decoding, so that token by token it would answer wrongly.
+        """
+        if self.config.parallel_decoding:
+            raise ValueError("This model answers a whole chunk in one pass; use predict_action, not generate.")
+        return super().generate(*args, **kwargs)
 
     @torch.no_grad()
     def predict_action(
@@ -189,29 +238,39 @@ class OpenVLAForActionPrediction(LoraMixin, PrismaticForConditionalGeneration, G
         attention_mask: torch.Tensor | None = None,
         unnorm_key: str | Sequence[str | None] | None = None,
         *,
+        proprio: np.ndarray | torch.Tensor | Sequence[float] | None = None,
+        noise: torch.FloatTensor | None = None,
+        generator: torch.Generator | None = None,
+        num_inference_steps: int | None = None,
         return_dict: bool = False,
         constrain_actions: bool = False,
         **generate_kwargs: Any,
     ) -> np.ndarray | ActionOutput:
-        """The robot action for an image and a prompt.
+        """The robot action, or with parallel decoding the chunk of actions, for images and a prompt.
 
         Args:
             input_ids: int64 ``(batch, length)``, padded on either side; the empty token is appended where missing.
-            pixel_values: float ``(batch, 3 or 6, size, size)``, one image a prompt.
+            pixel_values: float ``(batch, images * (3 or 6), size, size)``, the images of one moment a prompt.
             attention_mask: ``(batch, length)``; may be left out when there is no padding.
             unnorm_key: Whose statistics give robot units: one key, or one a row. None: the only or default one.
-            return_dict: Give an :class:`ActionOutput` with tokens, bin probabilities and entropy.
+            proprio: The robot's state in its own units, ``(proprio_dim,)`` or ``(batch, proprio_dim)``, for models
+                that were trained with it; it is normalised with the statistics of ``unnorm_key``.
+            noise: Diffusion head: what denoising starts from, ``(batch, chunk, action_dim)``.
+            generator: Diffusion head: what noise is drawn from where none is given.
+            num_inference_steps: Diffusion head: denoising steps; None is the checkpoint's.
+            return_dict: Give an :class:`ActionOutput` with tokens, bin probabilities and entropy, hidden states.
             constrain_actions: Let the model choose among action tokens only.
             **generate_kwargs: Of ``generate`` (sampling, beams, ...); greedy without. With
                 ``num_return_sequences=n`` each row gives n consecutive rows.
 
         Returns:
             float64 ``(action_dim,)`` for one row, ``(batch, action_dim)`` for several, in the units of the dataset
-            (OpenVLA's robots: metres, radians, gripper 0 closed to 1 open).
+            (OpenVLA's robots: metres, radians, gripper 0 closed to 1 open). With parallel decoding
+            ``(chunk, action_dim)`` and ``(batch, chunk, action_dim)``.
 
         Raises:
-            ValueError: Inputs are missing or contradict each other, logits are not finite, or the model ended the
-                sequence before every dimension had its token.
+            ValueError: Inputs are missing, do not fit the model or contradict each other, what the model gives is not
+                finite, or the model ended the sequence before every dimension had its token.
             KeyError: Unknown ``unnorm_key``.
         """
         if input_ids is None or pixel_values is None:
@@ -220,8 +279,22 @@ class OpenVLAForActionPrediction(LoraMixin, PrismaticForConditionalGeneration, G
             )
         if "max_new_tokens" in generate_kwargs or "max_length" in generate_kwargs:
             raise ValueError("predict_action generates one token a dimension; leave out max_new_tokens and max_length.")
+        diffusion = {"noise": noise, "generator": generator, "num_inference_steps": num_inference_steps}
+        unused = [name for name, value in diffusion.items() if value is not None]
+        if unused and self.config.action_head != "diffusion":
+            raise ValueError(
+                f"{', '.join(unused)} are for a diffusion head; this model's is {self.config.action_head}."
+            )
         input_ids, attention_mask = self._prompts(input_ids, attention_mask)
-        statistics = self._row_statistics(unnorm_key, len(input_ids))
+        keys = self.row_keys(unnorm_key, len(input_ids))
+        statistics = self.row_statistics(keys)
+        if self.config.parallel_decoding:
+            _require_greedy(generate_kwargs)
+            proprio = self.normalized_proprio(proprio, keys)
+            prompt = (input_ids, attention_mask, pixel_values, proprio)
+            return self._predict_chunk(*prompt, statistics, diffusion, return_dict, constrain_actions)
+        if proprio is not None:
+            raise ValueError("This model was trained without proprio; leave it out.")
         action_dim = statistics[0].dimension
         embeds, mask, _, _ = self.embed_inputs(input_ids, pixel_values, attention_mask)
         end_ids = generate_kwargs.pop("eos_token_id", self.generation_config.eos_token_id)
@@ -244,6 +317,31 @@ class OpenVLAForActionPrediction(LoraMixin, PrismaticForConditionalGeneration, G
             require_whole_actions(tokens, action_dim, end_ids)
         statistics = [row for row in statistics for _ in range(len(tokens) // len(statistics))]
         return self._decoded(tokens, logits, statistics, return_dict)
+
+    def _predict_chunk(
+        self,
+        input_ids: torch.LongTensor,
+        attention_mask: torch.LongTensor | None,
+        pixel_values: torch.FloatTensor,
+        proprio: torch.FloatTensor | None,
+        statistics: list[NormalizationStatistics],
+        diffusion: dict[str, Any],
+        return_dict: bool,
+        constrain_actions: bool,
+    ) -> np.ndarray | ActionOutput:
+        """The chunk of every row, in one pass."""
+        end_id = self.config.text_config.eos_token_id
+        with_slots = with_action_slots(input_ids, attention_mask, self.tokens_per_chunk, end_id)
+        seen = self.observe(*with_slots, pixel_values, proprio)
+        if self.config.action_head is None:
+            logits, hidden = self.chunk_logits(seen)
+            logits = require_finite(logits).unflatten(1, (self.config.chunk_length, -1))
+            choices = only(logits, self.action_token_ids) if constrain_actions else logits
+            return self._decoded(choices.argmax(-1), logits, statistics, return_dict, hidden)
+        normalized, hidden = self.predict_normalized_chunk(seen, **diffusion)
+        normalized = require_finite(normalized.float()).cpu().numpy()
+        actions = np.stack([row.unnormalize(chunk) for row, chunk in zip(statistics, normalized)])
+        return _without_batch_of_one(return_dict, actions, normalized, None, None, None, hidden.float().cpu().numpy())
 
     @torch.no_grad()
     def score_actions(
@@ -268,13 +366,16 @@ class OpenVLAForActionPrediction(LoraMixin, PrismaticForConditionalGeneration, G
             given the tokens before it, in nats, over the whole vocabulary.
 
         Raises:
-            ValueError: Shapes disagree or values are not finite.
+            ValueError: Shapes disagree, values are not finite, or the model answers in parallel, where the numbers of
+                a chunk have no probability given each other.
             KeyError: Unknown ``unnorm_key``.
         """
         if input_ids is None or pixel_values is None or actions is None:
             raise ValueError("score_actions needs input_ids, pixel_values and actions.")
+        if self.config.parallel_decoding:
+            raise ValueError("score_actions is for models that answer token by token; this one answers in parallel.")
         input_ids, attention_mask = self._prompts(input_ids, attention_mask)
-        statistics = self._row_statistics(unnorm_key, len(input_ids))
+        statistics = self.row_statistics(self.row_keys(unnorm_key, len(input_ids)))
         candidates = np.asarray(actions, dtype=np.float64)
         if candidates.ndim == 2:
             candidates = np.broadcast_to(candidates, (len(input_ids), *candidates.shape))
@@ -304,18 +405,6 @@ class OpenVLAForActionPrediction(LoraMixin, PrismaticForConditionalGeneration, G
         chosen = logits.log_softmax(-1).gather(-1, tokens.to(logits.device)[..., None]).squeeze(-1)
         return chosen.cpu().double().sum(-1).view(-1, count).numpy()
 
-    def _row_statistics(
-        self, unnorm_key: str | Sequence[str | None] | None, rows: int
-    ) -> list[NormalizationStatistics]:
-        keys = [unnorm_key] * rows if unnorm_key is None or isinstance(unnorm_key, str) else list(unnorm_key)
-        if len(keys) != rows:
-            raise ValueError(f"Got {len(keys)} unnorm_keys for a batch of {rows}; give one, or one a row.")
-        statistics = [NormalizationStatistics(self.get_action_stats(key)) for key in keys]
-        dimensions = {row.dimension for row in statistics}
-        if len(dimensions) > 1:
-            raise ValueError(f"One batch cannot mix action dimensions {sorted(dimensions)}; call once for each.")
-        return statistics
-
     def _prompts(
         self, input_ids: torch.LongTensor, attention_mask: torch.Tensor | None
     ) -> tuple[torch.LongTensor, torch.LongTensor | None]:
@@ -336,8 +425,9 @@ class OpenVLAForActionPrediction(LoraMixin, PrismaticForConditionalGeneration, G
         logits: torch.FloatTensor | None,
         statistics: list[NormalizationStatistics],
         return_dict: bool,
+        hidden: torch.Tensor | None = None,
     ) -> np.ndarray | ActionOutput:
-        """Tokens ``(batch, action_dim)`` as actions in robot units, and what was behind them when asked for."""
+        """Tokens ``(batch, ..., action_dim)`` as actions in robot units, and what was behind them when asked for."""
         token_ids = tokens.cpu().numpy()
         normalized = self.action_tokenizer.decode(token_ids)
         actions = np.stack([row.unnormalize(values) for row, values in zip(statistics, normalized)])
@@ -348,13 +438,27 @@ class OpenVLAForActionPrediction(LoraMixin, PrismaticForConditionalGeneration, G
                 "bins, as in the reference. If this checkpoint was trained, check that prompt and image fit it; "
                 "constrain_actions=True rules such tokens out. (Said once.)"
             )
-        single = len(actions) == 1
         if not return_dict:
-            return actions[0] if single else actions
+            return _without_batch_of_one(False, actions)
         # Ids count down as bins count up; the top edge's token shares the last bin.
         by_bin = logits[..., self.action_token_ids].cpu().double().softmax(-1).flip(-1).numpy()
         probabilities = by_bin[..., :-1].copy()
         probabilities[..., -1] += by_bin[..., -1]
         entropy = -(probabilities * np.log(np.where(probabilities > 0, probabilities, 1.0))).sum(-1)
-        values = (actions, normalized, token_ids, probabilities, entropy)
-        return ActionOutput(*(value[0] if single else value for value in values))
+        hidden = None if hidden is None else hidden.float().cpu().numpy()
+        return _without_batch_of_one(True, actions, normalized, token_ids, probabilities, entropy, hidden)
+
+
+def _without_batch_of_one(return_dict: bool, *fields: np.ndarray | None) -> np.ndarray | ActionOutput:
+    """The actions, or all fields of an ActionOutput in order."""
+    if len(fields[0]) == 1:
+        fields = tuple(None if field is None else field[0] for field in fields)
+    return ActionOutput(*fields) if return_dict else fields[0]
+
+
+def _require_greedy(generate_kwargs: dict[str, Any]) -> None:
+    """Raise ValueError for keywords of ``generate`` that parallel decoding has no use for."""
+    asked = {name for name, value in generate_kwargs.items() if value and (name, value) != ("num_beams", 1)}
+    unused = sorted(asked - {"use_cache", "eos_token_id"})
+    if unused:
+        raise ValueError(f"A parallel-decoding model answers a chunk in one pass, without {', '.join(unused)}.")

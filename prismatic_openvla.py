@@ -151,15 +151,23 @@ class PrismaticForConditionalGeneration(PrismaticPreTrainedModel, GenerationMixi
         self.config.pad_to_multiple_of = embeddings.num_embeddings - unpadded
         return embeddings
 
-    def get_image_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Projected patch features ``(batch, patches, hidden)`` of ``pixel_values`` ``(batch, 3 or 6, size, size)``."""
+    def get_image_features(self, pixel_values: torch.Tensor, condition: torch.Tensor | None = None) -> torch.Tensor:
+        """Projected patch features of images.
+
+        Args:
+            pixel_values: float ``(batch, images * (3 or 6), size, size)``.
+            condition: With FiLM, the instruction's mean embedding ``(batch, hidden)``.
+
+        Returns:
+            ``(batch, patches of all images, hidden)``.
+        """
         if not torch.is_tensor(pixel_values) or not pixel_values.is_floating_point():
             kind = pixel_values.dtype if torch.is_tensor(pixel_values) else type(pixel_values).__name__
             raise TypeError(f"pixel_values must be a floating-point tensor made by the processor, got {kind}.")
         target = {"dtype": self.vision_backbone.dtype}
         if self.vision_backbone.device.type != "meta":  # offloaded parts are moved by accelerate's hooks
             target["device"] = self.vision_backbone.device
-        return self.projector(self.vision_backbone(pixel_values.to(**target)))
+        return self.projector(self.vision_backbone(pixel_values.to(**target), condition))
 
     def embed_inputs(
         self,

@@ -102,9 +102,9 @@ class Attention(nn.Module):
 
 
 class VisionBlock(nn.Module):
-    """Pre-norm transformer block."""
+    """Pre-norm transformer block; ``film_dim`` puts FiLM (Perez et al. 2018) between attention and MLP."""
 
-    def __init__(self, arch: TowerArchitecture, activation: str | None) -> None:
+    def __init__(self, arch: TowerArchitecture, activation: str | None, film_dim: int | None = None) -> None:
         super().__init__()
         dim = arch.embed_dim
         self.norm1 = nn.LayerNorm(dim, eps=arch.norm_eps)
@@ -113,9 +113,16 @@ class VisionBlock(nn.Module):
         self.norm2 = nn.LayerNorm(dim, eps=arch.norm_eps)
         self.mlp = Mlp(dim, int(dim * arch.mlp_ratio), activation)
         self.ls2 = LayerScale(dim) if arch.layer_scale else nn.Identity()
+        if film_dim is not None:
+            self.scale, self.shift = nn.Linear(film_dim, dim), nn.Linear(film_dim, dim)
+            for layer in (self.scale, self.shift):  # a new model starts as if there were no FiLM
+                nn.init.zeros_(layer.weight)
+                nn.init.zeros_(layer.bias)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, condition: torch.Tensor | None = None) -> torch.Tensor:
         x = x + self.ls1(self.attn(self.norm1(x)))
+        if condition is not None:
+            x = x * (1 + self.scale(condition)[:, None]) + self.shift(condition)[:, None]
         return x + self.ls2(self.mlp(self.norm2(x)))
 
 
@@ -152,12 +159,20 @@ class VisionTower(nn.Module):
         image_size: Input height and width in pixels.
         activation: None (GELU) or "quick_gelu".
         overrides: Fields of ``TowerArchitecture`` that differ from the id's (depth, embed_dim, ...).
+        film_dim: Size of the language feature that modulates every block; None for no FiLM.
 
     Raises:
         ValueError: The id, an override or the activation is unknown, or the sizes do not fit each other.
     """
 
-    def __init__(self, timm_id: str, image_size: int, activation: str | None, overrides: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        timm_id: str,
+        image_size: int,
+        activation: str | None,
+        overrides: dict[str, Any],
+        film_dim: int | None = None,
+    ) -> None:
         super().__init__()
         arch = _architecture(timm_id, image_size, activation, overrides)
         self.image_size = image_size
@@ -172,7 +187,7 @@ class VisionTower(nn.Module):
         self.reg_token = nn.Parameter(torch.zeros(1, arch.reg_tokens, arch.embed_dim)) if arch.reg_tokens else None
         self.pos_embed = nn.Parameter(torch.randn(1, positions, arch.embed_dim) * 0.02)
         self.norm_pre = nn.LayerNorm(arch.embed_dim, eps=arch.norm_eps) if arch.pre_norm else nn.Identity()
-        self.blocks = nn.ModuleList(VisionBlock(arch, activation) for _ in range(arch.depth))
+        self.blocks = nn.ModuleList(VisionBlock(arch, activation, film_dim) for _ in range(arch.depth))
         self.norm = nn.LayerNorm(arch.embed_dim, eps=arch.norm_eps)
         if arch.attention_pool:
             self.attn_pool = AttentionPool(arch, activation)
@@ -182,12 +197,12 @@ class VisionTower(nn.Module):
         """Modules that never run; their weights are part of every published checkpoint all the same."""
         return [self.blocks[-1], self.norm, *([self.attn_pool] if hasattr(self, "attn_pool") else [])]
 
-    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+    def forward(self, pixel_values: torch.Tensor, condition: torch.Tensor | None = None) -> torch.Tensor:
         """Patch features ``(batch, num_patches, embed_dim)`` of normalised images ``(batch, 3, size, size)``."""
         x = self._with_position(self.patch_embed(pixel_values))
         x = self.norm_pre(x)
         for block in self.blocks[:-1]:
-            x = block(x)
+            x = block(x, condition)
         return x[:, self.num_prefix_tokens :]
 
     def _with_position(self, patches: torch.Tensor) -> torch.Tensor:
@@ -203,7 +218,7 @@ class PrismaticVisionBackbone(nn.Module):
     def __init__(self, config: PrismaticConfig) -> None:
         super().__init__()
         towers = [
-            VisionTower(*arguments)
+            VisionTower(*arguments, config.film_dim)
             for arguments in zip(
                 config.timm_model_ids,
                 config.image_sizes,
@@ -214,6 +229,7 @@ class PrismaticVisionBackbone(nn.Module):
         self.featurizer = towers[0]
         self.fused_featurizer = towers[1] if len(towers) == 2 else None
         self.embed_dim = sum(tower.embed_dim for tower in towers)
+        self.num_images, self.film = config.num_images_in_input, config.film_dim is not None
         if len({tower.num_patches for tower in towers}) > 1:
             raise ValueError(
                 "Both vision towers must give the same number of patches, got "
@@ -222,7 +238,7 @@ class PrismaticVisionBackbone(nn.Module):
 
     @property
     def num_channels(self) -> int:
-        """Channels of ``pixel_values``: three a tower."""
+        """Channels of one image in ``pixel_values``: three a tower."""
         return 3 if self.fused_featurizer is None else 6
 
     @property
@@ -235,26 +251,33 @@ class PrismaticVisionBackbone(nn.Module):
         """Where images must be."""
         return self.featurizer.patch_embed.proj.weight.device
 
-    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Patch features ``(batch, num_patches, embed_dim)``.
+    def forward(self, pixel_values: torch.Tensor, condition: torch.Tensor | None = None) -> torch.Tensor:
+        """Patch features ``(batch, images * num_patches, embed_dim)``, one image after the other.
 
         Args:
-            pixel_values: Normalised images ``(batch, 3 or 6, height, width)``; with two towers channels 0-2 are
-                normalised for the first and 3-5 for the second.
+            pixel_values: Normalised images ``(batch, images * (3 or 6), height, width)``; with two towers an image's
+                channels 0-2 are normalised for the first and 3-5 for the second.
+            condition: With FiLM, the language feature ``(batch, film_dim)``.
 
         Raises:
-            ValueError: Rank, channels or size are not what the towers take.
+            ValueError: Rank, channels or size are not what the towers take, or FiLM lacks its condition.
         """
-        size = self.featurizer.image_size
-        if pixel_values.ndim != 4 or tuple(pixel_values.shape[1:]) != (self.num_channels, size, size):
+        size, images = self.featurizer.image_size, self.num_images
+        if pixel_values.ndim != 4 or tuple(pixel_values.shape[1:]) != (images * self.num_channels, size, size):
+            cameras = f" ({images} images of {self.num_channels} channels each)" if images > 1 else ""
             raise ValueError(
-                f"pixel_values must have shape (batch, {self.num_channels}, {size}, {size}), "
+                f"pixel_values must have shape (batch, {images * self.num_channels}, {size}, {size}){cameras}, "
                 f"got {tuple(pixel_values.shape)}; make them with the checkpoint's own processor."
             )
-        if self.fused_featurizer is None:
-            return self.featurizer(pixel_values)
-        first, second = torch.split(pixel_values, [3, 3], dim=1)
-        return torch.cat([self.featurizer(first), self.fused_featurizer(second)], dim=2)
+        if self.film and condition is None:
+            raise ValueError("The vision towers have FiLM and need the instruction's embedding; use predict_action.")
+        if images > 1:
+            pixel_values = pixel_values.unflatten(1, (images, self.num_channels)).flatten(0, 1)
+            condition = None if condition is None else condition.repeat_interleave(images, dim=0)
+        features = self.featurizer(pixel_values[:, :3], condition)
+        if self.fused_featurizer is not None:
+            features = torch.cat([features, self.fused_featurizer(pixel_values[:, 3:], condition)], dim=2)
+        return features.unflatten(0, (-1, images)).flatten(1, 2) if images > 1 else features
 
 
 class PrismaticProjector(nn.Module):

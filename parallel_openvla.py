@@ -1,0 +1,373 @@
+"""Parallel decoding (OpenVLA-OFT): a chunk of actions from one pass in which every position sees every other.
+
+One answer, in order: ``with_action_slots`` puts an empty slot for every number of the chunk, and the end token, behind
+the prompt; ``observe`` embeds text, images and proprio; ``hidden_at`` runs the language model with a bidirectional
+mask and takes the hidden states that predict the slots; a head, or the language model's own, turns them into actions.
+
+Stock transformers does the rest: the mask is given in four dimensions, which language models take as it is.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from torch import nn
+from transformers.modeling_outputs import ModelOutput
+
+from .configuration_openvla import OpenVLAConfig
+from .decoding_openvla import insert_after_bos, positions_of
+from .heads_openvla import (
+    DiffusionActionHead,
+    FeatureProjector,
+    L1RegressionActionHead,
+    NoiseSchedule,
+    timestep_embedding,
+)
+
+PLACEHOLDER_ID = 1  # stands where an action will be; its embedding is replaced
+# Which attention takes a mask in four dimensions; flash attention knows only causal and full, of unpadded rows.
+MASKED_ATTENTION = ("sdpa", "eager")
+# From here on all language models take such a mask as it is; before, some negate it and some ignore it.
+FIRST_TRANSFORMERS = (4, 46)
+
+
+@dataclass
+class ChunkOutput(ModelOutput):
+    """What ``forward`` of a parallel-decoding model gives.
+
+    Attributes:
+        loss: Float scalar: cross entropy of the labelled tokens, L1 of the actions, or squared error of the noise.
+        logits: Tokens: ``(labelled positions, padded vocabulary)``, row by row as the labels stand.
+        predictions: Heads: ``(batch, chunk, action_dim)``, normalised actions (L1) or noise (diffusion).
+        hidden_states: ``(batch, chunk * action_dim, hidden)``, those that predict the chunk.
+    """
+
+    loss: torch.FloatTensor | None = None
+    logits: torch.FloatTensor | None = None
+    predictions: torch.FloatTensor | None = None
+    hidden_states: torch.FloatTensor | None = None
+
+
+@dataclass
+class Observation:
+    """What one chunk is answered from, on the device, embedded.
+
+    Attributes:
+        text: ``(batch, length, hidden)``; zero at the slots.
+        prefix: ``(batch, prefix, hidden)``: patches of all images, then proprio; goes after BOS.
+        mask: int64 ``(batch, length)``, or None if nothing is padding.
+        slots: int64 ``(batch, chunk * action_dim)``, the slots' positions in ``text``.
+    """
+
+    text: torch.Tensor
+    prefix: torch.Tensor
+    mask: torch.LongTensor | None
+    slots: torch.LongTensor
+
+
+def with_action_slots(
+    input_ids: torch.LongTensor, mask: torch.LongTensor | None, count: int, end_id: int
+) -> tuple[torch.LongTensor, torch.LongTensor | None, torch.BoolTensor]:
+    """Left-padded prompts followed by ``count`` slots and the end token, their mask, and where the slots are."""
+    rows, length = input_ids.shape
+    behind = input_ids.new_full((rows, count + 1), PLACEHOLDER_ID)
+    behind[:, -1] = end_id
+    if mask is not None:
+        mask = torch.cat([mask, torch.ones_like(behind)], dim=1)
+    at_slots = torch.zeros(rows, length + count + 1, dtype=torch.bool, device=input_ids.device)
+    at_slots[:, length:-1] = True
+    return torch.cat([input_ids, behind], dim=1), mask, at_slots
+
+
+def bidirectional_mask(visible: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Additive mask ``(batch, 1, length, length)`` of ``(batch, length)``: every query sees every visible key."""
+    length = visible.shape[1]
+    row = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
+    row = row.masked_fill(~visible.to(torch.bool), torch.finfo(dtype).min)
+    return row[:, None, None, :].expand(-1, 1, length, length)
+
+
+class ParallelDecodingMixin:
+    """The heads of a parallel-decoding model, its pass and its losses; mixed into ``OpenVLAForActionPrediction``."""
+
+    def build_heads(self, config: OpenVLAConfig) -> None:
+        """Add the modules that the configuration names.
+
+        Raises:
+            ImportError: This transformers has no bidirectional masks.
+            ValueError: The attention implementation takes none.
+        """
+        self._bidirectional_under = None
+        if not config.parallel_decoding:
+            return
+        if tuple(map(int, transformers.__version__.split(".")[:2])) < FIRST_TRANSFORMERS:
+            raise ImportError(
+                f"Parallel decoding (OFT) needs transformers {'.'.join(map(str, FIRST_TRANSFORMERS))} or newer; "
+                f"{transformers.__version__} would read its bidirectional mask otherwise and give wrong actions."
+            )
+        self._require_masked_attention()
+        hidden = config.text_config.hidden_size
+        if config.action_head == "l1":
+            self.action_head = L1RegressionActionHead(hidden, config.action_dim)
+        if config.action_head == "diffusion":
+            self.action_head = DiffusionActionHead(hidden, config.action_dim)
+            self.noisy_action_projector = FeatureProjector(1, hidden)
+        if config.proprio_dim is not None:
+            self.proprio_projector = FeatureProjector(config.proprio_dim, hidden)
+
+    @property
+    def tokens_per_chunk(self) -> int:
+        """Slots of one answer."""
+        return self.config.chunk_length * self.config.action_dim
+
+    @property
+    def noise_schedule(self) -> NoiseSchedule:
+        """Of the diffusion head."""
+        return NoiseSchedule(self.config.num_diffusion_steps_train)
+
+    def observe(
+        self,
+        input_ids: torch.LongTensor,
+        mask: torch.LongTensor | None,
+        at_slots: torch.BoolTensor,
+        pixel_values: torch.Tensor,
+        proprio: torch.Tensor | None,
+    ) -> Observation:
+        """Embed what a chunk is answered from.
+
+        Args:
+            input_ids: int64 ``(batch, length)`` with slots.
+            mask: ``(batch, length)``, or None.
+            at_slots: ``(batch, length)``, as many True in every row as the chunk has numbers.
+            pixel_values: float ``(batch, images * (3 or 6), size, size)``.
+            proprio: float ``(batch, proprio_dim)``, normalised; None for a model without.
+
+        Raises:
+            ValueError: Another number of slots; proprio or images do not fit the model.
+        """
+        counts = at_slots.sum(1)
+        if bool((counts != self.tokens_per_chunk).any()):
+            raise ValueError(
+                f"Every row needs {self.tokens_per_chunk} action tokens ({self.config.chunk_length} actions of "
+                f"{self.config.action_dim} numbers), got {counts.tolist()}."
+            )
+        if not torch.is_tensor(pixel_values) or len(pixel_values) != len(input_ids):
+            got = len(pixel_values) if torch.is_tensor(pixel_values) else pixel_values
+            raise ValueError(f"The batch has {len(input_ids)} prompts but {got} rows of images; give each its images.")
+        self._require_proprio(proprio, len(input_ids))
+        text = self.get_input_embeddings()(input_ids)
+        condition = None
+        if self.config.use_film:  # the mean of all but slots and padding; the end token counts, as trained
+            words = ~at_slots if mask is None else ~at_slots & mask.to(torch.bool)
+            total = (text.float() * words[..., None]).sum(1)
+            condition = (total / words.sum(1, keepdim=True)).to(text.dtype)
+        prefix = self.get_image_features(pixel_values, condition).to(device=text.device, dtype=text.dtype)
+        if proprio is not None:
+            token = self.proprio_projector(proprio.to(device=text.device, dtype=text.dtype))
+            prefix = torch.cat([prefix, token.to(text.dtype)[:, None]], dim=1)
+        slots = at_slots.nonzero()[:, 1].view(len(input_ids), -1)
+        return Observation(text.masked_fill(at_slots[..., None], 0), prefix, mask, slots)
+
+    def hidden_at(
+        self,
+        seen: Observation,
+        predicted: torch.LongTensor,
+        noisy: torch.Tensor | None = None,
+        timesteps: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Hidden states that predict the positions ``predicted`` ``(batch, count)`` of the text.
+
+        Args:
+            seen: The observation.
+            predicted: int64 ``(batch, count)``. A position's prediction stands one before it, as in training.
+            noisy: Diffusion: the noisy chunk ``(batch, chunk, action_dim)``, put into the slots.
+            timesteps: Diffusion: its noise level ``(batch,)``.
+
+        Returns:
+            ``(batch, count, hidden)``.
+        """
+        text, prefix = seen.text, seen.prefix
+        hidden_size = text.shape[-1]
+        if noisy is not None:
+            features = self.noisy_action_projector(noisy.flatten(1)[..., None]).to(text.dtype)
+            text = text.scatter(1, seen.slots[..., None].expand(-1, -1, hidden_size), features)
+            time = timestep_embedding(timesteps, hidden_size).to(text.dtype)
+            prefix = torch.cat([prefix, time[:, None].expand(len(prefix), -1, -1)], dim=1)
+        if seen.mask is None:
+            bos = torch.zeros(len(text), dtype=torch.long, device=text.device)
+            mask = None
+        else:
+            bos = seen.mask.to(torch.long).argmax(dim=1)
+            mask = insert_after_bos(seen.mask, seen.mask.new_ones(prefix.shape[:2]), bos)
+        hidden = self._bidirectional_pass(insert_after_bos(text, prefix, bos), mask)
+        index = (predicted + prefix.shape[1] - 1).to(hidden.device)
+        return hidden.gather(1, index[..., None].expand(-1, -1, hidden.shape[-1]))
+
+    def _bidirectional_pass(self, embeds: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        """Last hidden states ``(batch, length, hidden)``, every position seeing every visible one."""
+        self.require_bidirectional()
+        return self._decode(self.language_model.get_decoder(), embeds, mask)
+
+    @staticmethod
+    def _decode(decoder: nn.Module, embeds: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        visible = torch.ones(embeds.shape[:2], dtype=torch.bool, device=embeds.device) if mask is None else mask
+        return decoder(
+            inputs_embeds=embeds,
+            attention_mask=bidirectional_mask(visible, embeds.dtype),
+            position_ids=None if mask is None else positions_of(mask),
+            use_cache=False,
+            return_dict=True,
+        ).last_hidden_state
+
+    def _require_masked_attention(self) -> str:
+        attention = self.language_model.config._attn_implementation
+        if attention not in MASKED_ATTENTION:
+            raise ValueError(
+                f"Parallel decoding needs a bidirectional mask, which {attention} does not take (it would silently be "
+                "causal); load with attn_implementation='sdpa' or 'eager'."
+            )
+        return attention
+
+    @torch.no_grad()
+    def require_bidirectional(self) -> None:
+        """Raise RuntimeError unless a later token influences an earlier one, and a masked one none. Checked once.
+
+        A causal language model gives plausible, wrong chunks (LIBERO success falls from 97 % to about 56 %). Only the
+        first layer is run.
+        """
+        attention = self._require_masked_attention()
+        if self._bidirectional_under == attention:
+            return
+        embeddings = self.get_input_embeddings()
+        device = torch.device("cpu") if embeddings.weight.device.type == "meta" else embeddings.weight.device
+        first, last, other = embeddings(torch.arange(3, 6, device=device))
+        shown, changed = torch.stack([first, first, last]), torch.stack([first, first, other])
+        embeds = torch.stack([shown, changed, shown, changed])
+        mask = torch.ones(4, 3, dtype=torch.long, device=device)
+        mask[2:, 2] = 0
+        decoder, training = self.language_model.get_decoder(), self.language_model.training
+        layers = decoder.layers
+        try:
+            decoder.layers = layers[:1]
+            seen, seen_changed, hidden, hidden_changed = self._decode(decoder.eval(), embeds, mask)[:, 0]
+        finally:
+            decoder.layers = layers
+            decoder.train(training)
+        finite = bool(torch.isfinite(seen).all())  # weights that are not finite have an error of their own
+        if finite and (torch.equal(seen, seen_changed) or not torch.equal(hidden, hidden_changed)):
+            raise RuntimeError(
+                f"transformers {transformers.__version__} does not run this {type(self.language_model).__name__} "
+                f"bidirectionally under {attention} attention: a later token does not influence an earlier one, or a "
+                "masked one does. Its chunks would be wrong. Use another transformers version, or "
+                "attn_implementation='eager'."
+            )
+        self._bidirectional_under = attention
+
+    def _require_proprio(self, proprio: torch.Tensor | np.ndarray | None, rows: int) -> None:
+        needed = self.config.proprio_dim
+        if needed is None and proprio is not None:
+            raise ValueError("This model was trained without proprio; leave it out.")
+        if needed is not None and proprio is None:
+            raise ValueError(f"This model was trained with proprio; pass the robot's state, {needed} numbers a row.")
+        if needed is not None and tuple(proprio.shape) != (rows, needed):
+            raise ValueError(f"proprio must have shape ({rows}, {needed}), got {tuple(proprio.shape)}.")
+
+    def parallel_forward(
+        self,
+        input_ids: torch.LongTensor,
+        attention_mask: torch.Tensor | None,
+        pixel_values: torch.FloatTensor,
+        labels: torch.LongTensor,
+        actions: torch.FloatTensor | None = None,
+        proprio: torch.FloatTensor | None = None,
+        noise: torch.FloatTensor | None = None,
+        timesteps: torch.LongTensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> ChunkOutput:
+        """One training pass; see ``OpenVLAForActionPrediction.forward``."""
+        if input_ids is None or pixel_values is None or labels is None:
+            raise ValueError("A parallel-decoding model trains on input_ids, pixel_values and labels; all are needed.")
+        ids = self.action_token_ids
+        mask = None if attention_mask is None or bool(attention_mask.all()) else attention_mask.to(torch.long)
+        at_slots = (labels >= ids.start) & (labels < ids.stop)
+        seen = self.observe(input_ids, mask, at_slots, pixel_values, proprio)
+        head = self.config.action_head
+        if head is None:
+            return self._token_loss(seen, labels)
+        shape = (len(input_ids), self.config.chunk_length, self.config.action_dim)
+        if actions is None or tuple(actions.shape) != shape:
+            got = None if actions is None else tuple(actions.shape)
+            raise ValueError(f"The {head} head trains on normalised actions of shape {shape}, got {got}.")
+        actions = actions.to(device=seen.text.device, dtype=seen.text.dtype)
+        if head == "l1":
+            hidden = self.hidden_at(seen, seen.slots)
+            predictions = self.action_head(hidden)
+            return ChunkOutput(nn.functional.l1_loss(predictions, actions), None, predictions, hidden)
+        device = actions.device
+        if noise is None:
+            noise = torch.randn(shape, generator=generator, device=device, dtype=actions.dtype)
+        if timesteps is None:
+            levels = self.config.num_diffusion_steps_train
+            timesteps = torch.randint(levels, shape[:1], generator=generator, device=device)
+        noise, timesteps = noise.to(actions), timesteps.to(device)
+        hidden = self.hidden_at(seen, seen.slots, self.noise_schedule.add_noise(actions, noise, timesteps), timesteps)
+        predictions = self.action_head(hidden)
+        return ChunkOutput(nn.functional.mse_loss(predictions, noise), None, predictions, hidden)
+
+    def _token_loss(self, seen: Observation, labels: torch.LongTensor) -> ChunkOutput:
+        """Next-token loss over every labelled position, as the reference's."""
+        rows, positions = (labels != -100).nonzero(as_tuple=True)
+        every = torch.arange(labels.shape[1], device=labels.device).expand(len(labels), -1)
+        hidden = self.hidden_at(seen, every)  # position 0, BOS, is never labelled
+        logits = self.get_output_embeddings()(hidden[rows, positions]).float()
+        loss = nn.functional.cross_entropy(logits, labels[rows, positions].to(logits.device))
+        at_slots = seen.slots[..., None].expand(-1, -1, hidden.shape[-1])
+        return ChunkOutput(loss, logits, None, hidden.gather(1, at_slots))
+
+    def predict_normalized_chunk(
+        self,
+        seen: Observation,
+        noise: torch.FloatTensor | None,
+        generator: torch.Generator | None,
+        num_inference_steps: int | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Normalised actions ``(batch, chunk, action_dim)`` of a continuous head, and the hidden states behind them."""
+        if self.config.action_head == "l1":
+            hidden = self.hidden_at(seen, seen.slots)
+            return self.action_head(hidden), hidden
+        shape = (len(seen.text), self.config.chunk_length, self.config.action_dim)
+        device, dtype = seen.text.device, seen.text.dtype
+        if noise is None:
+            noise = torch.randn(shape, generator=generator, device=device, dtype=dtype)
+        noisy = torch.as_tensor(noise, device=device, dtype=dtype).reshape(-1, *shape[1:])
+        if noisy.shape != shape:
+            raise ValueError(f"noise must have shape {shape} (or {shape[1:]} for one row), got {tuple(noise.shape)}.")
+        schedule = self.noise_schedule
+        num_steps = self.config.num_diffusion_steps if num_inference_steps is None else num_inference_steps
+        for timestep in schedule.timesteps(num_steps):
+            levels = torch.full(shape[:1], float(timestep), device=device)
+            hidden = self.hidden_at(seen, seen.slots, noisy, levels)
+            noisy = schedule.step(self.action_head(hidden), timestep, noisy, num_steps).to(dtype)
+        return noisy, hidden
+
+    def chunk_logits(self, seen: Observation) -> tuple[torch.Tensor, torch.Tensor]:
+        """Token logits of every slot, float32 ``(batch, chunk * action_dim, vocabulary)``, and the hidden states."""
+        hidden = self.hidden_at(seen, seen.slots)
+        return self.get_output_embeddings()(hidden).float(), hidden
+
+    def normalized_proprio(self, proprio: Any, unnorm_keys: list[str]) -> torch.Tensor | None:
+        """Raw states of all rows, each normalised with its dataset's statistics: float32 ``(batch, proprio_dim)``."""
+        if torch.is_tensor(proprio):
+            proprio = proprio.detach().double().cpu().numpy()
+        if proprio is not None:
+            proprio = np.asarray(proprio, dtype=np.float64)
+            proprio = proprio[None] if proprio.ndim == 1 and len(unnorm_keys) == 1 else proprio
+        self._require_proprio(proprio, len(unnorm_keys))
+        if proprio is None:
+            return None
+        rows = [self.proprio_statistics(key).normalize_proprio(row) for key, row in zip(unnorm_keys, proprio)]
+        return torch.tensor(np.stack(rows), dtype=torch.float32)
