@@ -4,8 +4,9 @@ Importing this package teaches transformers' Auto classes the model types "openv
 checkpoints load without ``trust_remote_code``.
 """
 
+from .action_chunk import ActionChunk
 from .actions_openvla import ActionTokenizer, NormalizationStatistics
-from .configuration_openvla import OpenVLAConfig, PrismaticConfig
+from .configuration_openvla import PLATFORMS, OpenVLAConfig, PrismaticConfig
 from .loading import AutoModelForVision2Seq, AutoProcessor, register_auto_classes
 from .modeling_openvla import ActionOutput, OpenVLAForActionPrediction
 from .policy import Policy, load_policy
@@ -21,6 +22,8 @@ from .quantization_openvla import quantization_config
 __version__ = "0.1.0"
 
 __all__ = [
+    "PLATFORMS",
+    "ActionChunk",
     "ActionOutput",
     "ActionTokenizer",
     "AutoModelForVision2Seq",

@@ -23,6 +23,7 @@ from transformers.utils import CONFIG_NAME, cached_file, logging
 from transformers.utils.hub import extract_commit_hash
 
 from .configuration_openvla import PrismaticConfig, hub_keywords
+from .heads_openvla import belongs_to_answer
 from .quantization_openvla import is_quantized, quantization_name
 
 logger = logging.get_logger(__name__)
@@ -51,6 +52,7 @@ class LoraAdapter:
         rslora: Scale by alpha / sqrt(r) instead of alpha / r.
         base: id and digests of the base (``base_record``); None where an adapter, made by peft alone, does not say.
         default_unnorm_key: As in the model's configuration.
+        answer: How the model answers (``OpenVLAConfig.answer``) where that is in parallel; its heads are trained whole.
         tensors: By peft's names without its prefix: ``X.lora_A.weight`` ``(r, in)`` and ``X.lora_B.weight``
             ``(out, r)`` beside a linear layer, ``X.lora_embedding_A`` ``(r, rows)`` and ``X.lora_embedding_B``
             ``(dim, r)`` beside an embedding; any other name is a tensor that was trained whole.
@@ -61,6 +63,7 @@ class LoraAdapter:
     rslora: bool = False
     base: dict[str, Any] | None = None
     default_unnorm_key: str | None = None
+    answer: dict[str, Any] | None = None
     tensors: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
     @property
@@ -125,7 +128,8 @@ def base_record(model: Any) -> dict[str, Any]:
 
     Returns:
         ``id`` (Hub id or absolute path), ``revision``, and digests: ``config`` of what gives the weights their meaning,
-        ``weights`` of every tensor's name, shape and 64 of its values in bfloat16. The latter is the same for a
+        ``weights`` of every tensor's name, shape and 64 of its values in bfloat16, without heads and FiLM, which
+        adapters carry whole. The latter is the same for a
         checkpoint in float32 or bfloat16, in whatever shards, and also when it was quantised at loading: the files are
         read then. It is None where they are out of reach. ``quantization`` says what the adapter is trained beside.
     """
@@ -189,7 +193,7 @@ def weights_digest(tensors: Iterable[tuple[str, torch.Tensor]], config: Prismati
     if config.text_config.tie_word_embeddings:
         skipped.append("lm_head.weight")
     for name, tensor in tensors:
-        if name.endswith(tuple(skipped)):
+        if name.endswith(tuple(skipped)) or belongs_to_answer(name):
             continue
         flat = tensor.detach().reshape(-1)
         chosen = torch.linspace(0, flat.numel() - 1, min(SAMPLES, flat.numel()), dtype=torch.float64).long()
@@ -245,6 +249,7 @@ def read_adapter(name_or_path: str | os.PathLike, **hub: Any) -> LoraAdapter:
         bool(config.get("use_rslora")),
         record.get("base"),
         record.get("default_unnorm_key"),
+        record.get("answer"),
         tensors,
     )
 

@@ -31,6 +31,7 @@ from .adapter_files_openvla import (
     require_same_base,
 )
 from .configuration_openvla import DTYPE_FIELD, write_json
+from .heads_openvla import FILM_LAYER, HEAD_MODULES, belongs_to_answer
 from .quantization_openvla import is_quantized
 
 logger = logging.get_logger(__name__)
@@ -66,7 +67,8 @@ class LoraMixin:
                 worse). "sandwich": what the paper's sandwich fine-tuning trains: towers, projector, token embedding,
                 last decoder layer, head. Or a list of names of linear layers and embeddings, or their endings. What
                 never runs (each tower's last block and pooling head) is left out everywhere.
-            modules_to_save: Full names of modules to train whole; they are saved with the adapter.
+            modules_to_save: Full names of modules to train whole; they are saved with the adapter. Action heads,
+                their projectors and FiLM always are.
 
         Raises:
             ValueError: A number is out of range, a name is unknown, or the model already has an adapter.
@@ -82,11 +84,15 @@ class LoraMixin:
         for name in modules_to_save:
             if name not in known:
                 raise ValueError(f"modules_to_save: no module {name!r}; nearest is {nearest_name(name, known)!r}.")
-        settings = LoraAdapter(r, alpha, base=base_record(self))
-        self._inject(settings, names, list(modules_to_save), dropout)
+        answer = self.config.answer if self.config.parallel_decoding else None
+        settings = LoraAdapter(r, alpha, base=base_record(self), answer=answer)
+        whole = [*_answer_modules(self), *modules_to_save]
+        self._inject(settings, names, list(dict.fromkeys(whole)), dropout)
 
     def load_lora(self, name_or_path: str | os.PathLike, *, trainable: bool = False, **hub: Any) -> None:
         """Put a saved adapter on this model, its base, and take over the action statistics that lie beside it.
+
+        An adapter that answers in parallel brings its heads along: this model then does too.
 
         Args:
             name_or_path: Adapter folder or Hub repository.
@@ -103,11 +109,16 @@ class LoraMixin:
         own = base_record(self)
         require_same_base(adapter.base, own, name_or_path)
         modules = dict(self.named_modules())
+        enabling = adapter.answer is not None and not self.config.parallel_decoding
+        if not enabling and self.config.parallel_decoding and adapter.answer != self.config.answer:
+            raise ValueError(f"{name_or_path} answers as {adapter.answer}, this model as {self.config.answer}.")
         whole = sorted({name.rpartition(".")[0] for name in adapter.whole})
         wrong = [name for name in adapter.adapted if not _fits(modules.get(name), adapter.change(name))]
-        wrong += [name for name in whole if name not in modules]
+        wrong += [name for name in whole if name not in modules and not (enabling and belongs_to_answer(name))]
         if wrong:
             raise ValueError(f"{name_or_path} does not fit this model: {len(wrong)} modules, such as {wrong[:3]}.")
+        if enabling:
+            self.enable_parallel_decoding(**adapter.answer)
         settings = replace(adapter, base=own, tensors={})
         self._inject(settings, adapter.adapted, whole, dropout=0.0)
         with torch.no_grad():
@@ -142,7 +153,8 @@ class LoraMixin:
             config.__dict__.pop(field, None)
         custom_object_save(self, folder, config=config)
         config.save_pretrained(folder)
-        write_json(folder / RECORD_FILE, {"base": lora.base, "default_unnorm_key": config.default_unnorm_key})
+        record = {"base": lora.base, "default_unnorm_key": config.default_unnorm_key, "answer": lora.answer}
+        write_json(folder / RECORD_FILE, record)
         write_json(folder / ADAPTER_CONFIG_FILE, peft_config(lora))
 
     def merge_lora(self) -> Any:
@@ -207,6 +219,8 @@ class LoraMixin:
         logger.warning(quantized_merge_note(base))
         plain = type(self).from_pretrained(base["id"], low_cpu_mem_usage=True, **{DTYPE_FIELD: "auto"})
         require_same_base(base, base_record(plain), "This adapter")
+        if self._lora.answer is not None and not plain.config.parallel_decoding:
+            plain.enable_parallel_decoding(**self._lora.answer)
         plain.norm_stats, plain.config.default_unnorm_key = self.norm_stats, self.config.default_unnorm_key
         return plain
 
@@ -233,12 +247,11 @@ def lora_targets(model: Any, targets: str | Sequence[str]) -> list[str]:
     Raises:
         ValueError: A target is unknown, or the model ties what "sandwich" would adapt apart.
     """
-    towers = [model.vision_backbone.featurizer, model.vision_backbone.fused_featurizer]
-    idle = {module for tower in towers if tower is not None for part in tower.unused for module in part.modules()}
+    idle = _idle(model)
     found = {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, (nn.Linear, nn.Embedding)) and module not in idle
+        if isinstance(module, (nn.Linear, nn.Embedding)) and module not in idle and not belongs_to_answer(name)
     }
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     body = [name for name, module in found.items() if isinstance(module, nn.Linear) and module is not head]
@@ -261,6 +274,22 @@ def lora_targets(model: Any, targets: str | Sequence[str]) -> list[str]:
             raise ValueError(f"Unknown target {target!r}: no linear layer or embedding that runs. Endings: {endings}.")
         chosen.update(matching)
     return sorted(chosen)
+
+
+def _answer_modules(model: Any) -> list[str]:
+    """Names of the heads, whole, and of FiLM's layers in blocks that run."""
+    film = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and FILM_LAYER.fullmatch(name) and module not in _idle(model)
+    ]
+    return [name for name in HEAD_MODULES if hasattr(model, name)] + film
+
+
+def _idle(model: Any) -> set[nn.Module]:
+    """Modules of the towers that never run."""
+    towers = [model.vision_backbone.featurizer, model.vision_backbone.fused_featurizer]
+    return {module for tower in towers if tower is not None for part in tower.unused for module in part.modules()}
 
 
 def _adapter_parameters(parameters: Iterable[tuple[str, torch.Tensor]]) -> dict[str, torch.Tensor]:

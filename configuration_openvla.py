@@ -78,6 +78,10 @@ PROMPT_STYLES = {"vicuna": "openvla-v01", "qwen25": "openvla-mini", "phi-2": "op
 # model sees a prompt that it was never trained on.
 LLAMA_EMPTY_TOKEN_ID = 29871
 
+# What says how a model answers; ``enable_parallel_decoding`` sets it on a loaded model.
+ANSWER_FIELDS = ("parallel_decoding", "action_head", "chunk_length", "action_dim", "proprio_dim", "use_film")
+ANSWER_FIELDS += ("num_images_in_input", "normalization", "num_diffusion_steps_train", "num_diffusion_steps")
+
 IMAGE_RESIZE_STRATEGIES = ("resize-naive", "resize-crop", "letterbox")
 
 # How a chunk of actions is answered (OpenVLA-OFT): None is as tokens, "l1" and "diffusion" are continuous heads.
@@ -189,7 +193,8 @@ class PrismaticConfig(PretrainedConfig):
         if len(set(self.image_sizes)) > 1:
             raise ValueError(f"Both vision towers see one image, so their image_sizes must agree: {self.image_sizes}.")
         self.image_resize_strategy = image_resize_strategy
-        self.num_images_in_input = _whole_number("num_images_in_input", num_images_in_input)
+        _require_whole_number("num_images_in_input", num_images_in_input)
+        self.num_images_in_input = num_images_in_input
 
         self.text_config = _build_text_config(text_config, llm_backbone_id)
         self.hf_llm_id = hf_llm_id or LLM_BACKBONES.get(llm_backbone_id, (None,))[0]
@@ -314,19 +319,16 @@ class OpenVLAConfig(PrismaticConfig):
         num_diffusion_steps: int = 50,
         **kwargs: Any,
     ) -> None:
-        if action_head not in ACTION_HEADS:
-            raise ValueError(_unknown("action_head", action_head, ACTION_HEADS))
-        if normalization not in NORMALIZATIONS:
-            raise ValueError(_unknown("normalization", normalization, list(NORMALIZATIONS)))
         self.parallel_decoding = parallel_decoding
         self.action_head = action_head
-        self.chunk_length = _whole_number("chunk_length", chunk_length)
-        self.action_dim = action_dim if action_dim is None else _whole_number("action_dim", action_dim)
-        self.proprio_dim = proprio_dim if proprio_dim is None else _whole_number("proprio_dim", proprio_dim)
+        self.chunk_length = chunk_length
+        self.action_dim = action_dim
+        self.proprio_dim = proprio_dim
         self.use_film = use_film
         self.normalization = normalization
-        self.num_diffusion_steps_train = _whole_number("num_diffusion_steps_train", num_diffusion_steps_train)
-        self.num_diffusion_steps = _whole_number("num_diffusion_steps", num_diffusion_steps)
+        self.num_diffusion_steps_train = num_diffusion_steps_train
+        self.num_diffusion_steps = num_diffusion_steps
+        self.num_images_in_input = kwargs.get("num_images_in_input", 1)
         self._validate_answer()
         if norm_stats is not None:
             validate_norm_stats(norm_stats, normalization)
@@ -340,7 +342,16 @@ class OpenVLAConfig(PrismaticConfig):
             raise ValueError(f"n_action_bins must be between 2 and {self.vocab_size}, got {n_action_bins}.")
 
     def _validate_answer(self) -> None:
-        """Raise where the fields of the answer contradict each other."""
+        """Raise where the fields of the answer are not allowed or contradict each other."""
+        if self.action_head not in ACTION_HEADS:
+            raise ValueError(_unknown("action_head", self.action_head, ACTION_HEADS))
+        if self.normalization not in NORMALIZATIONS:
+            raise ValueError(_unknown("normalization", self.normalization, list(NORMALIZATIONS)))
+        for name in ("chunk_length", "num_images_in_input", "num_diffusion_steps_train", "num_diffusion_steps"):
+            _require_whole_number(name, getattr(self, name))
+        for name in ("action_dim", "proprio_dim"):
+            if getattr(self, name) is not None:
+                _require_whole_number(name, getattr(self, name))
         if self.parallel_decoding and self.action_dim is None:
             raise ValueError(f"parallel_decoding needs action_dim; as on a known platform: {PLATFORMS}.")
         needs_parallel = {
@@ -379,6 +390,29 @@ class OpenVLAConfig(PrismaticConfig):
         self.norm_stats = {**(self.norm_stats or {}), **statistics}
         if len(statistics) == 1:
             self.default_unnorm_key = next(iter(statistics))
+
+    @property
+    def answer(self) -> dict[str, Any]:
+        """The fields that ``enable_parallel_decoding`` sets."""
+        return {name: getattr(self, name) for name in ANSWER_FIELDS}
+
+    def set_answer(self, **fields: Any) -> None:
+        """Set fields of ``answer``, all or none.
+
+        Raises:
+            ValueError: A field is unknown, has a value that is not allowed, or contradicts another.
+        """
+        unknown = next((name for name in fields if name not in ANSWER_FIELDS), None)
+        if unknown:
+            raise ValueError(_unknown("field", unknown, ANSWER_FIELDS))
+        before = self.answer
+        vars(self).update(fields)
+        try:
+            self._validate_answer()
+            validate_norm_stats(self.norm_stats or {}, self.normalization)
+        except ValueError:
+            vars(self).update(before)
+            raise
 
 
 def _build_text_config(text_config: dict[str, Any] | PretrainedConfig | None, llm_backbone_id: str) -> PretrainedConfig:
@@ -425,10 +459,9 @@ def _for_every_version(fields: dict[str, Any]) -> dict[str, Any]:
     return fields
 
 
-def _whole_number(field: str, value: Any) -> int:
+def _require_whole_number(field: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ValueError(f"{field} must be a whole number, 1 or more, got {value!r}.")
-    return value
 
 
 def _unknown(field: str, value: Any, known: Any) -> str:

@@ -9,6 +9,10 @@ Sources, told apart by their content, from a folder or by Hub id (organization/n
   a Hub folder         config.json of type openvla or prismatic and safetensors: code, configuration, statistics and
                        processor are made current, weights are linked or copied untouched. pytorch_model.bin files
                        become safetensors.
+  an OpenVLA-OFT folder  the same with part files beside it (action_head--150000_checkpoint.pt, proprio_projector,
+                       noisy_action_projector, vision_backbone for FiLM), which become part of the weights, or with
+                       lora_adapter/ alone, which is merged into its base. Head and dimensions are read off the parts;
+                       --preset says the chunk length and the normalisation, --num-images the cameras.
 
 Examples:
   openvla convert runs/my-run my-openvla --tokenizer llama-2-tokenizer/
@@ -16,6 +20,7 @@ Examples:
   openvla convert openvla/openvla-7b-prismatic my-openvla --tokenizer meta-llama/Llama-2-7b-hf --token hf_...
   openvla convert old-finetune/ my-openvla
   openvla convert someone/openvla-7b-finetuned my-openvla --revision v1.0 --verify
+  openvla convert moojink/openvla-7b-oft-finetuned-libero-spatial my-oft --preset libero --num-images 2
   openvla convert my-openvla back-to-native --reverse
 """
 
@@ -37,6 +42,7 @@ import psutil
 import torch
 from transformers import AutoTokenizer, GenerationConfig
 
+from .adapter_files_openvla import base_of
 from .checkpoint_files import (
     INDEX_FILE,
     digest,
@@ -54,8 +60,9 @@ from .checkpoint_files import (
     write_shards,
 )
 from .compare_forward import compare_forward
-from .configuration_openvla import DTYPE_FIELD, OpenVLAConfig, PrismaticConfig, write_json
+from .configuration_openvla import ANSWER_FIELDS, DTYPE_FIELD, PLATFORMS, OpenVLAConfig, PrismaticConfig, write_json
 from .download_checkpoint import local_folder
+from .heads_openvla import belongs_to_answer
 from .loading import MODEL_CLASSES
 from .modeling_openvla import STATISTICS_FILE
 from .native_checkpoint import (
@@ -72,6 +79,7 @@ from .native_checkpoint import (
     to_native_name,
     without_tied_head,
 )
+from .oft_checkpoint import ADAPTER_FOLDER, part_files, read_answer, read_parts, unmerged_adapter, write_parts
 from .processing_openvla import OpenVLAImageProcessor, OpenVLAProcessor
 from .publishing_openvla import CARD_FILE, model_card
 
@@ -96,7 +104,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", metavar="SRC", help="native run directory, Hub folder, or Hub id of either")
     parser.add_argument("target", type=Path, metavar="DST", help="folder to write; must not exist without --overwrite")
     parser.add_argument(
-        "--checkpoint", help="file in checkpoints/; default latest-checkpoint.pt, else the highest step"
+        "--checkpoint",
+        help="file in checkpoints/; default latest-checkpoint.pt, else the highest step. For OFT: the step of the part "
+        "files, where there are several",
     )
     parser.add_argument("--revision", help="of a Hub id: branch, tag or commit (default main)")
     parser.add_argument("--token", help="of a Hub id: access token (default that of `hf auth login`, or $HF_TOKEN)")
@@ -110,6 +120,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--config-overrides", type=Path, metavar="FILE", help="JSON merged into the target's config.json"
     )
+    parser.add_argument("--preset", choices=PLATFORMS, help="of OFT: chunk length, normalisation, dimensions")
+    parser.add_argument("--num-images", type=int, metavar="N", help="of OFT: cameras that it was trained on")
+    parser.add_argument(
+        "--parallel-decoding", action="store_true", help="of OFT without a head: it answers a chunk of tokens"
+    )
+    parser.add_argument("--base", metavar="DIR_OR_ID", help="of OFT with lora_adapter/ alone: its base, if moved")
     parser.add_argument(
         "--verify", action="store_true", help="also run both layouts on one input, where memory allows, and compare"
     )
@@ -129,6 +145,10 @@ def run(args: argparse.Namespace) -> int:
         dtype=args.dtype,
         max_shard_size=args.max_shard_size,
         config_overrides=json.loads(args.config_overrides.read_text()) if args.config_overrides else None,
+        preset=args.preset,
+        num_images=args.num_images,
+        parallel_decoding=args.parallel_decoding,
+        base=args.base,
         forward=args.verify,
         reverse=args.reverse,
         overwrite=args.overwrite,
@@ -159,6 +179,10 @@ def convert(
     dtype: str | None = None,
     max_shard_size: str = "5GB",
     config_overrides: dict[str, Any] | None = None,
+    preset: str | None = None,
+    num_images: int | None = None,
+    parallel_decoding: bool = False,
+    base: str | os.PathLike | None = None,
     forward: bool = False,
     reverse: bool = False,
     overwrite: bool = False,
@@ -178,15 +202,19 @@ def convert(
     print(f"{name}: {kind}")
     if reverse and kind == "native run":
         raise ValueError(f"{source} is already in the native layout.")
+    answer = {"preset": preset, "num_images": num_images, "parallel_decoding": parallel_decoding}
+    if kind == "native run" and any(answer.values()):
+        raise ValueError(f"{source} is a native run; --preset, --num-images and --parallel-decoding are for OFT.")
     with appearing_whole(target) as folder:
         if reverse:
-            tensors, config = _write_native(source, folder)
+            oft = read_json(source / "config.json").get("parallel_decoding")
+            tensors, config = (_write_oft if oft else _write_native)(source, folder)
         else:
             as_asked = (tokenizer, dtype, parse_size(max_shard_size), config_overrides or {})
             if kind == "native run":
                 tensors, config = _write_hub(source, native_file(source, checkpoint), folder, *as_asked)
             else:
-                tensors, config = _upgrade(source, folder, *as_asked)
+                tensors, config = _upgrade(source, folder, *as_asked, answer, checkpoint, base)
             write_card(folder, target.name)
         if forward:
             print(compare_forward(source if reverse else folder, tensors, config))
@@ -216,11 +244,14 @@ def verify(folder: str | os.PathLike) -> int:
 
 
 def _kind(source: Path) -> str:
+    if unmerged_adapter(source) is not None:
+        return "OpenVLA-OFT run with an adapter"
     fields = read_json(source / "config.json")
     if "vla" in fields or "model" in fields:
         return "native run"
     if fields.get("model_type") in MODEL_CLASSES:
-        return "Hub folder"
+        parts = ", ".join(path.name for path in part_files(source).values())
+        return f"Hub folder with {parts}" if parts else "Hub folder"
     raise ValueError(
         f'{source}/config.json is neither a native Prismatic run\'s ("vla" or "model") nor that of a model of type '
         f"{sorted(MODEL_CLASSES)}."
@@ -284,19 +315,31 @@ def _upgrade(
     dtype: str | None,
     shard_bytes: int,
     overrides: dict[str, Any],
+    asked: dict[str, Any],
+    step: str | None,
+    base: str | os.PathLike | None,
 ) -> Converted:
-    """A folder of the old remote code, made current."""
-    fields = {**read_json(source / "config.json"), **overrides}
-    config = MODEL_CLASSES[fields["model_type"]].config_class.from_dict(fields)
+    """A folder of the old remote code, made current; OFT's parts become part of the weights."""
+    adapter, whole = unmerged_adapter(source), source
+    if adapter is not None:
+        whole = local_folder(str(base or base_of(source / ADAPTER_FOLDER, {})[0]))
+    fields = {**read_json(whole / "config.json"), **overrides}
+    folded = {} if fields.get("parallel_decoding") else part_files(source, step)
+    plain = {name: value for name, value in fields.items() if not folded or name not in ANSWER_FIELDS}
+    config = MODEL_CLASSES[fields["model_type"]].config_class.from_dict(plain)
     if isinstance(config, OpenVLAConfig) and (source / STATISTICS_FILE).is_file():
         config.merge_statistics(read_json(source / STATISTICS_FILE))
-    files = weight_files(source) if has_safetensors(source) else {}
-    tensors = dict(read_tensors(files)) if files else pickled_tensors(source)
+    files = weight_files(whole) if has_safetensors(whole) else {}
+    tensors = dict(read_tensors(files)) if files else pickled_tensors(whole)
+    tensors.update(read_parts(folded, next(iter(tensors.values())).dtype))
+    if isinstance(config, OpenVLAConfig) and not config.parallel_decoding:
+        answer = read_answer(tensors, overrides, source=source, **asked)
+        config.set_answer(**(answer or {}))
     require_fit({name: tuple(tensor.shape) for name, tensor in tensors.items()}, config, source)
     found = _tokenizer(source, tokenizer, config)
     image_processor = OpenVLAImageProcessor.from_pretrained(source)
-    processor = OpenVLAProcessor(image_processor, found, config.prompt_style, config.empty_token_id)
-    if dtype is None and files:
+    processor = OpenVLAProcessor.for_config(config, found, image_processor)
+    if dtype is None and files and not folded and adapter is None:
         linked = [_link_or_copy(file, folder / file.name) for file in {*files.values(), *source.glob(INDEX_FILE)}]
         digests = {name: digest(tensor) for name, tensor in tensors.items()}
         if not all(linked):
@@ -304,7 +347,8 @@ def _upgrade(
     else:
         if dtype is not None:
             setattr(config, DTYPE_FIELD, DTYPES[dtype])
-        digests = write_shards(folder, tensors, dtype and DTYPES[dtype], shard_bytes)
+        change = None if adapter is None else adapter.merged
+        digests = write_shards(folder, tensors, dtype and DTYPES[dtype], shard_bytes, change)
     processor.save_pretrained(folder)
     if tokenizer is None:  # the trained-on files themselves, not what this version makes of them
         for name in COPIED_TOKENIZER_FILES:
@@ -336,6 +380,23 @@ def _write_native(source: Path, folder: Path) -> Converted:
                 f"{written}: {component}.{native} does not equal {name} of {source}. The disk may be failing."
             )
     return {to_hub_name(native, config): tensor for native, tensor in native_tensors(written).items()}, config
+
+
+def _write_oft(source: Path, folder: Path) -> Converted:
+    """A Hub folder of OFT as the reference lays it out: the model, and its parts beside it."""
+    config = OpenVLAConfig.from_dict(read_json(source / "config.json"))
+    tensors = dict(read_tensors(weight_files(source)))
+    require_fit({name: tuple(tensor.shape) for name, tensor in tensors.items()}, config, source)
+    write_shards(folder, {n: t for n, t in tensors.items() if not belongs_to_answer(n)}, None, parse_size("5GB"))
+    write_parts(folder, tensors, config)
+    again = read_parts(part_files(folder), next(iter(tensors.values())).dtype)
+    wrong = [name for name, tensor in again.items() if not same_tensor(tensor, tensors[name])]
+    if wrong:
+        raise ValueError(f"{folder}: {wrong} differ from {source}. The disk may be failing.")
+    plain = {name: value for name, value in read_json(source / "config.json").items() if name not in ANSWER_FIELDS}
+    OpenVLAProcessor.from_pretrained(source).save_pretrained(folder)
+    write_surroundings(folder, OpenVLAConfig.from_dict(plain))
+    return {**dict(read_tensors(weight_files(folder))), **again}, config
 
 
 def _tokenizer(source: Path, given: str | os.PathLike | None, config: PrismaticConfig) -> Any:

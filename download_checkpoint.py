@@ -10,6 +10,7 @@ from huggingface_hub import HfApi
 from huggingface_hub.utils import RepositoryNotFoundError, RevisionNotFoundError
 
 from .native_checkpoint import CHECKPOINT_FOLDER, choose_checkpoint
+from .oft_checkpoint import ADAPTER_FOLDER, PART_FILE
 from .publishing_openvla import UNSAFE_SUFFIXES
 
 HUB_ID = re.compile(r"[\w][\w.-]*/[\w][\w.+-]*(/[\w.+-]+)*")  # organization/name, then folders inside the repository
@@ -64,7 +65,9 @@ def _needed(names: list[str], under: str, checkpoint: str | None) -> list[str]:
     beside = [path for path in inside if path.parent == PurePosixPath(under)]
     if not beside:
         raise FileNotFoundError(f"The repository has no folder {under!r}; there is {sorted({*names})[:20]}.")
-    wanted = [path for path in beside if path.suffix not in UNSAFE_SUFFIXES]
+    wanted = [path for path in beside if path.suffix not in UNSAFE_SUFFIXES or PART_FILE.fullmatch(path.name)]
+    if not any(path.name == "config.json" for path in beside):  # no whole model: OFT's unmerged adapter
+        wanted += [path for path in inside if path.parent == PurePosixPath(under, ADAPTER_FOLDER)]
     checkpoints = [path for path in inside if path.parent == PurePosixPath(under, CHECKPOINT_FOLDER)]
     if checkpoints:
         chosen = choose_checkpoint([path.name for path in checkpoints], checkpoint)

@@ -6,11 +6,15 @@ Parameter names are those of the published part files (``action_head--*.pt`` and
 from __future__ import annotations
 
 import math
+import re
 from functools import lru_cache
 
 import torch
 from torch import nn
 
+# What parallel decoding adds to OpenVLA's modules: heads at the top, and FiLM's layers in the towers' blocks.
+HEAD_MODULES = ("action_head", "proprio_projector", "noisy_action_projector")
+FILM_LAYER = re.compile(r"vision_backbone\.(fused_)?featurizer\.blocks\.\d+\.(scale|shift)")
 NUM_RESNET_BLOCKS = 2
 MAX_BETA = 0.999  # of "squaredcos_cap_v2" (Nichol and Dhariwal 2021), as in diffusers' betas_for_alpha_bar
 
@@ -91,6 +95,11 @@ class FeatureProjector(nn.Module):
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         """``(..., llm_dim)`` of ``(..., input_dim)``."""
         return self.fc2(self.act_fn1(self.fc1(features)))
+
+
+def belongs_to_answer(name: str) -> bool:
+    """Whether a module or tensor of this name is of a head or of FiLM: not of OpenVLA, and always trained whole."""
+    return name.partition(".")[0] in HEAD_MODULES or FILM_LAYER.match(name) is not None
 
 
 def _by_action(hidden: torch.Tensor, action_dim: int) -> torch.Tensor:

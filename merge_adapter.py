@@ -16,7 +16,10 @@ import os
 import shutil
 from pathlib import Path
 
+import torch
+
 from .adapter_files_openvla import (
+    LoraAdapter,
     base_of,
     config_digest,
     optional_file,
@@ -36,8 +39,10 @@ from .convert_checkpoint import (
     write_surroundings,
 )
 from .download_checkpoint import local_folder
+from .heads_openvla import belongs_to_answer
 from .modeling_openvla import STATISTICS_FILE
 from .native_checkpoint import read_json
+from .policy import without_weights
 from .processing_openvla import OpenVLAProcessor
 
 
@@ -90,9 +95,15 @@ def merge(
         raise ValueError(f"{source} is quantised; give the plain checkpoint that it was made from with --base.")
     config = OpenVLAConfig.from_dict(fields)
     files = weight_files(folder)
-    record = {"id": source, "config": config_digest(config), "weights": weights_digest(read_tensors(files), config)}
+    tensors = dict(read_tensors(files))
+    record = {"id": source, "config": config_digest(config), "weights": weights_digest(tensors.items(), config)}
     require_same_base(lora.base, record, adapter)
-    missing = sorted({*(f"{name}.weight" for name in lora.adapted), *lora.whole} - set(files))
+    if lora.answer is not None and not config.parallel_decoding:
+        config.set_answer(**lora.answer)
+        tensors.update(_heads(lora, config, next(iter(tensors.values())).dtype))
+    if (lora.answer or config.answer) != config.answer:
+        raise ValueError(f"{adapter} answers as {lora.answer}, {source} as {config.answer}.")
+    missing = sorted({*(f"{name}.weight" for name in lora.adapted), *lora.whole} - set(tensors))
     if missing:
         raise ValueError(f"{adapter} does not fit {source}, which lacks {len(missing)} of its tensors: {missing[:3]}.")
     if lora.base and lora.base.get("quantization"):
@@ -103,19 +114,31 @@ def merge(
     if lora.default_unnorm_key in (config.norm_stats or {}):
         config.default_unnorm_key = lora.default_unnorm_key
     with appearing_whole(target) as written:
-        digests = write_shards(written, dict(read_tensors(files)), None, parse_size(max_shard_size), lora.merged)
-        _write_processor(written, [Path(adapter), folder])
+        digests = write_shards(written, tensors, None, parse_size(max_shard_size), lora.merged)
+        _write_processor(written, [Path(adapter), folder], config)
         write_surroundings(written, config)
         write_card(written, target.name)
         write_manifest(written, digests)
     print(f"{target}: complete, {len(lora.adapted)} adapted weights in float32 rounded once, read back and compared")
 
 
-def _write_processor(target: Path, places: list[Path]) -> None:
+def _heads(lora: LoraAdapter, config: OpenVLAConfig, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """What an adapter that answers in parallel adds to its base; FiLM of blocks that never run is zero, as new."""
+    names = {name: tensor.shape for name, tensor in without_weights(config).state_dict().items()}
+    return {
+        name: lora.tensors[name].to(dtype) if name in lora.tensors else torch.zeros(shape, dtype=dtype)
+        for name, shape in names.items()
+        if belongs_to_answer(name)
+    }
+
+
+def _write_processor(target: Path, places: list[Path], config: OpenVLAConfig) -> None:
     """The processor of the first place that has one: current code, and the tokenizer's own files as they are."""
     for place in places:
         if any((place / name).is_file() for name in TOKENIZER_FILES):
-            OpenVLAProcessor.from_pretrained(place).save_pretrained(target)
+            processor = OpenVLAProcessor.from_pretrained(place)
+            processor.num_images_in_input = config.num_images_in_input
+            processor.save_pretrained(target)
             for name in COPIED_TOKENIZER_FILES:
                 if (place / name).is_file():
                     shutil.copy(place / name, target / name)

@@ -282,9 +282,7 @@ class OpenVLAForActionPrediction(
         diffusion = {"noise": noise, "generator": generator, "num_inference_steps": num_inference_steps}
         unused = [name for name, value in diffusion.items() if value is not None]
         if unused and self.config.action_head != "diffusion":
-            raise ValueError(
-                f"{', '.join(unused)} are for a diffusion head; this model's is {self.config.action_head}."
-            )
+            raise ValueError(f"{', '.join(unused)}: only for a diffusion head, not for {self.config.action_head!r}.")
         input_ids, attention_mask = self._prompts(input_ids, attention_mask)
         keys = self.row_keys(unnorm_key, len(input_ids))
         statistics = self.row_statistics(keys)

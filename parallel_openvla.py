@@ -25,6 +25,7 @@ from .heads_openvla import (
     FeatureProjector,
     L1RegressionActionHead,
     NoiseSchedule,
+    belongs_to_answer,
     timestep_embedding,
 )
 
@@ -118,6 +119,33 @@ class ParallelDecodingMixin:
             self.noisy_action_projector = FeatureProjector(1, hidden)
         if config.proprio_dim is not None:
             self.proprio_projector = FeatureProjector(config.proprio_dim, hidden)
+
+    def enable_parallel_decoding(self, **fields: Any) -> None:
+        """Make a loaded OpenVLA answer chunks of actions, in place: new heads and FiLM layers are added, untrained.
+
+        From then on it answers nothing useful until it is fine-tuned.
+
+        Args:
+            **fields: Of :class:`OpenVLAConfig`: ``action_dim`` and what differs from one action in tokens, such as
+                ``**PLATFORMS["libero"], action_head="l1", num_images_in_input=2``.
+
+        Raises:
+            ValueError: The model already answers in parallel or has an adapter, or fields are unknown or contradict
+                each other; the model is left as it was.
+            ImportError: As when a parallel-decoding model is loaded.
+        """
+        if self.config.parallel_decoding:
+            raise ValueError(f"This model already answers in parallel: {self.config.answer}.")
+        self._require_no_adapter()
+        self._require_masked_attention()
+        self.config.set_answer(**{**fields, "parallel_decoding": True})
+        self.build_heads(self.config)
+        self.vision_backbone.take(self.config)
+        like = self.projector.fc1
+        weight = like.weight if like.weight.is_floating_point() else like.bias
+        for name, module in self.named_modules():
+            if belongs_to_answer(name):
+                module.to(device=weight.device, dtype=weight.dtype)
 
     @property
     def tokens_per_chunk(self) -> int:
@@ -343,9 +371,10 @@ class ParallelDecodingMixin:
         device, dtype = seen.text.device, seen.text.dtype
         if noise is None:
             noise = torch.randn(shape, generator=generator, device=device, dtype=dtype)
-        noisy = torch.as_tensor(noise, device=device, dtype=dtype).reshape(-1, *shape[1:])
+        noisy = torch.as_tensor(noise, device=device, dtype=dtype)
+        noisy = noisy[None] if noisy.ndim == 2 and shape[0] == 1 else noisy
         if noisy.shape != shape:
-            raise ValueError(f"noise must have shape {shape} (or {shape[1:]} for one row), got {tuple(noise.shape)}.")
+            raise ValueError(f"noise must have shape {shape} (or {shape[1:]} for one row), got {tuple(noisy.shape)}.")
         schedule = self.noise_schedule
         num_steps = self.config.num_diffusion_steps if num_inference_steps is None else num_inference_steps
         for timestep in schedule.timesteps(num_steps):

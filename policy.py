@@ -40,21 +40,23 @@ class Policy:
     processor: OpenVLAProcessor
     unnorm_key: str
 
-    def act(self, image: Any, instruction: str) -> np.ndarray:
-        """The next action.
+    def act(self, image: Any, instruction: str, proprio: Any = None) -> np.ndarray:
+        """The next action, or chunk of actions; :class:`ActionChunk` plays a chunk action by action.
 
         Args:
-            image: Camera image, as the processor takes it: PIL, numpy ``(H, W, 3)`` uint8 or float, torch, a path.
+            image: Camera image, as the processor takes it: PIL, numpy ``(H, W, 3)`` uint8 or float, torch, a path; for
+                a model of several cameras the list of their images, in the order of training.
             instruction: What the robot should do.
+            proprio: The robot's state in its own units, ``(proprio_dim,)``, for models that were trained with it.
 
         Returns:
-            float64 ``(action_dim,)`` in robot units, as ``predict_action``.
+            float64 ``(action_dim,)`` or ``(chunk, action_dim)`` in robot units, as ``predict_action``.
         """
         inputs = self.processor(instruction=instruction, images=image)
-        return self.model.predict_action(**inputs, unnorm_key=self.unnorm_key)
+        return self.model.predict_action(**inputs, unnorm_key=self.unnorm_key, proprio=proprio)
 
     def reset(self) -> None:
-        """Begin an episode. A model of single actions remembers nothing from one image to the next."""
+        """Begin an episode. The model remembers nothing from one image to the next."""
 
 
 def load_policy(

@@ -28,8 +28,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model", metavar="DIR_OR_ID", help="checkpoint folder or Hub id; without it the embedded default"
     )
-    parser.add_argument("--image", type=Path, metavar="FILE", help="camera image; required with --model")
+    parser.add_argument(
+        "--image",
+        type=Path,
+        nargs="+",
+        metavar="FILE",
+        help="camera image; required with --model. Several for a model of several cameras, in the order of training",
+    )
     parser.add_argument("--instruction", metavar="TEXT", help="what the robot should do; required with --model")
+    parser.add_argument(
+        "--proprio", type=float, nargs="+", metavar="X", help="the robot's state, for models that take it"
+    )
     parser.add_argument("--unnorm-key", metavar="K", help="dataset whose statistics give robot units")
     parser.add_argument("--bits", type=int, choices=(8, 4), help="quantise the weights (extra: openvla[quant])")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, mps; default cuda where there is one, else cpu")
@@ -47,12 +56,13 @@ def run(args: argparse.Namespace) -> int:
         )
     if args.bits and not args.model:
         raise ValueError("--bits is for --model; the embedded default is tiny as it is.")
-    image_file = args.image or SAMPLE_IMAGE
+    image_files = args.image or [SAMPLE_IMAGE]
     instruction = args.instruction or SAMPLE_INSTRUCTION
     draw = _import_pyplot() if args.plot else None
-    if not image_file.is_file():
-        raise FileNotFoundError(f"No image at {image_file}.")
-    image = Image.open(image_file).convert("RGB")
+    for file in image_files:
+        if not file.is_file():
+            raise FileNotFoundError(f"No image at {file}.")
+    images = [Image.open(file).convert("RGB") for file in image_files]
 
     started = time.perf_counter()
     device = args.device or default_device()
@@ -63,28 +73,30 @@ def run(args: argparse.Namespace) -> int:
         model, processor = build_tiny()
         model, key = model.to(device), model.resolve_unnorm_key(args.unnorm_key)
     loaded = time.perf_counter()
-    inputs = processor(instruction=instruction, images=image)
-    output = model.predict_action(**inputs, unnorm_key=key, return_dict=True, constrain_actions=not args.model)
+    inputs = processor(instruction=instruction, images=images)
+    output = model.predict_action(
+        **inputs, unnorm_key=key, proprio=args.proprio, return_dict=True, constrain_actions=not args.model
+    )
     predicted = time.perf_counter()
 
     report = {
         "model": args.model or EMBEDDED,
         "unnorm_key": key,
-        "image": str(image_file),
+        "image": ", ".join(map(str, image_files)),
         "instruction": instruction,
         "device": device,
         "dtype": str(model.dtype).removeprefix("torch."),
         "quantization": quantization_name(model),
         "action": output.actions.tolist(),
-        "dimensions": [name for name, _ in dimension_labels(len(output.actions), key)],
-        "units": [unit for _, unit in dimension_labels(len(output.actions), key)],
-        "token_ids": output.token_ids.tolist(),
-        "entropy_nats": output.entropy.tolist(),
+        "dimensions": [name for name, _ in dimension_labels(output.actions.shape[-1], key)],
+        "units": [unit for _, unit in dimension_labels(output.actions.shape[-1], key)],
+        "token_ids": None if output.token_ids is None else output.token_ids.tolist(),
+        "entropy_nats": None if output.entropy is None else output.entropy.tolist(),
         "seconds": {"load": loaded - started, "predict": predicted - loaded},
     }
     print(json.dumps(report) if args.json else _table(report))
     if draw:
-        _plot(draw, image, output, report, args.plot)
+        (_plot if output.actions.ndim == 1 else _plot_chunk)(draw, images, output, report, args.plot)
         if not args.json:
             print(f"picture     {args.plot}")
     return 0
@@ -93,10 +105,14 @@ def run(args: argparse.Namespace) -> int:
 def _table(report: dict[str, Any]) -> str:
     lines = [f"{name:<11} {report[name]}" for name in ("model", "unnorm_key", "image", "instruction")]
     lines.append("")
-    rows = zip(report["dimensions"], report["action"], report["units"], report["entropy_nats"])
-    lines += [f"  {name:<10} {value:+.6f}  {unit:<20} entropy {entropy:.2f}" for name, value, unit, entropy in rows]
+    if isinstance(report["action"][0], list):
+        lines += [f"  {'step':<6}" + "".join(f"{name:>11}" for name in report["dimensions"])]
+        lines += [f"  {step:<6}" + "".join(f"{x:+11.5f}" for x in row) for step, row in enumerate(report["action"])]
+    else:
+        rows = zip(report["dimensions"], report["action"], report["units"], report["entropy_nats"])
+        lines += [f"  {name:<10} {value:+.6f}  {unit:<20} entropy {bits:.2f}" for name, value, unit, bits in rows]
     seconds = report["seconds"]
-    lines += ["", f"time        {seconds['load']:.2f} s to load, {seconds['predict']:.3f} s for the action"]
+    lines += ["", f"time        {seconds['load']:.2f} s to load, {seconds['predict']:.3f} s for the answer"]
     weights = f", {report['quantization']} weights" if report["quantization"] else ""
     lines += [f"ran on      {report['device']}, {report['dtype']}{weights}"]
     return "\n".join(lines)
@@ -113,14 +129,39 @@ def _import_pyplot() -> Any:
     return plt
 
 
-def _plot(plt: Any, image: Image.Image, output: ActionOutput, report: dict[str, Any], file: Path) -> None:
+def _plot_chunk(plt: Any, images: list[Image.Image], output: ActionOutput, report: dict[str, Any], file: Path) -> None:
+    """The images, and every dimension over the steps of the chunk."""
+    labels = report["dimensions"]
+    figure = plt.figure(figsize=(4 * len(images) + 3 * min(len(labels), 7), 5.2), layout="constrained")
+    figure.suptitle(f"“{report['instruction']}”\n{report['model']} · {report['unnorm_key']}", fontsize=10)
+    pictures, curves = figure.subfigures(1, 2, width_ratios=[4 * len(images), 3 * min(len(labels), 7)])
+    for axes, image in zip(pictures.subplots(1, len(images), squeeze=False)[0], images):
+        axes.imshow(image)
+        axes.set_axis_off()
+    rows = -(-len(labels) // 7)
+    cells = curves.subplots(rows, min(len(labels), 7), sharex=True, squeeze=False).flat
+    for axes, name, unit, values in zip(cells, labels, report["units"], output.actions.T):
+        axes.plot(range(len(values)), values, "o-", ms=3)
+        axes.set(title=f"{name} ({unit})", xlabel="step")
+        axes.title.set_fontsize(8)
+        axes.grid(alpha=0.3)
+    _save(plt, figure, file)
+
+
+def _save(plt: Any, figure: Any, file: Path) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file, dpi=110)
+    plt.close(figure)
+
+
+def _plot(plt: Any, images: list[Image.Image], output: ActionOutput, report: dict[str, Any], file: Path) -> None:
     """The image, the translation seen from above with its height beside it, the gripper, and every dimension's bins."""
     action = output.actions
     figure = plt.figure(figsize=(16, 4.6), layout="constrained")
     figure.suptitle(f"“{report['instruction']}”\n{report['model']} · {report['unnorm_key']}", fontsize=10)
     end_effector = len(action) == 7
     axes = figure.subplots(1, 4 if end_effector else 2, width_ratios=[4, 3, 1, 5] if end_effector else [4, 5])
-    axes[0].imshow(image)
+    axes[0].imshow(images[0])
     axes[0].set_axis_off()
     if end_effector:
         _plot_end_effector(axes[1], axes[2], action, report["units"])
@@ -130,9 +171,7 @@ def _plot(plt: Any, image: Image.Image, output: ActionOutput, report: dict[str, 
     axes[-1].set_yticks(range(len(action)), report["dimensions"])
     axes[-1].set(xlabel="normalised action", title="bin probabilities")
     axes[-1].legend(loc="lower right", fontsize=8)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file, dpi=110)
-    plt.close(figure)
+    _save(plt, figure, file)
 
 
 def _plot_end_effector(above: Any, upright: Any, action: np.ndarray, units: list[str]) -> None:

@@ -186,11 +186,13 @@ class OpenVLAProcessor(PushToHub, ProcessorMixin):
         tokenizer: The language model's.
         prompt_style: A key of ``PROMPTS``; None when unknown. ``from_pretrained`` reads it from the checkpoint.
         empty_token_id: Id appended to every prompt built from an instruction; None for none.
+        num_images_in_input: Images of one moment (cameras) that the model takes with a prompt.
     """
 
     if TRANSFORMERS_4:
         attributes = ["image_processor", "tokenizer"]
-        valid_kwargs = ["prompt_style", "empty_token_id"]  # 4.41 to 4.49 drop other fields of the JSON
+        # 4.41 to 4.49 drop other fields of the JSON.
+        valid_kwargs = ["prompt_style", "empty_token_id", "num_images_in_input"]
         image_processor_class = "AutoImageProcessor"
         tokenizer_class = "AutoTokenizer"
     _auto_class = "AutoProcessor"
@@ -201,18 +203,23 @@ class OpenVLAProcessor(PushToHub, ProcessorMixin):
         tokenizer: Any = None,
         prompt_style: str | None = None,
         empty_token_id: int | None = None,
+        num_images_in_input: int = 1,
     ) -> None:
         if prompt_style is not None and prompt_style not in PROMPTS:
             raise ValueError(f"Unknown prompt_style {prompt_style!r}. Allowed: {list(PROMPTS)}.")
         super().__init__(image_processor, tokenizer)
         self.prompt_style = prompt_style
         self.empty_token_id = empty_token_id
+        self.num_images_in_input = num_images_in_input
 
     @classmethod
-    def for_config(cls, config: PrismaticConfig, tokenizer: Any) -> OpenVLAProcessor:
-        """The processor of a model with this configuration."""
-        image_processor = OpenVLAImageProcessor.for_config(config)
-        return cls(image_processor, tokenizer, config.prompt_style, config.empty_token_id)
+    def for_config(
+        cls, config: PrismaticConfig, tokenizer: Any, image_processor: OpenVLAImageProcessor | None = None
+    ) -> OpenVLAProcessor:
+        """The processor of a model with this configuration; an image processor of its own may be given."""
+        image_processor = image_processor or OpenVLAImageProcessor.for_config(config)
+        asked = (config.prompt_style, config.empty_token_id, config.num_images_in_input)
+        return cls(image_processor, tokenizer, *asked)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> OpenVLAProcessor:
@@ -223,7 +230,7 @@ class OpenVLAProcessor(PushToHub, ProcessorMixin):
         hub = hub_keywords(kwargs)
         processor = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
         if processor.prompt_style is None:
-            processor._read_prompt_style(pretrained_model_name_or_path, hub)
+            processor._read_config(pretrained_model_name_or_path, hub)
         return processor
 
     @classmethod
@@ -236,7 +243,7 @@ class OpenVLAProcessor(PushToHub, ProcessorMixin):
         image_processor = OpenVLAImageProcessor.from_pretrained(name_or_path, **hub)
         return [image_processor, AutoTokenizer.from_pretrained(name_or_path, **kwargs)]
 
-    def _read_prompt_style(self, name_or_path: str | os.PathLike, hub: dict[str, Any]) -> None:
+    def _read_config(self, name_or_path: str | os.PathLike, hub: dict[str, Any]) -> None:
         try:
             fields, _ = OpenVLAConfig.get_config_dict(name_or_path, **hub)
         except OSError:  # a processor without a model beside it
@@ -244,6 +251,7 @@ class OpenVLAProcessor(PushToHub, ProcessorMixin):
         if fields.get("model_type") in ("openvla", "prismatic"):
             config = OpenVLAConfig.from_dict({k: v for k, v in fields.items() if k != "norm_stats"})
             self.prompt_style, self.empty_token_id = config.prompt_style, config.empty_token_id
+            self.num_images_in_input = config.num_images_in_input
 
     def __call__(
         self,
@@ -259,7 +267,8 @@ class OpenVLAProcessor(PushToHub, ProcessorMixin):
 
         Args:
             text: Prompts as they are; the form of the published processor. ``predict_action`` adds the empty token.
-            images: One image a prompt, in any form that the image processor takes.
+            images: One image a prompt, in any form that the image processor takes. For a model of several cameras
+                the list of one prompt's images (``[main, wrist]``), or for several prompts a list of such lists.
             instruction: What the robot should do ("pick up the red block"). The prompt is written around it in lower
                 case, as trained, and ends in the empty token.
             padding: As tokenizers take it. None: pad instructions of different lengths, leave ``text`` alone.
@@ -269,11 +278,12 @@ class OpenVLAProcessor(PushToHub, ProcessorMixin):
 
         Returns:
             ``input_ids`` and ``attention_mask`` int64 ``(batch, length)``, and ``pixel_values`` float32
-            ``(batch, 3 * towers, height, width)`` when there are images. Nothing else.
+            ``(batch, cameras * 3 * towers, height, width)`` when there are images. Nothing else.
 
         Raises:
             ValueError: Neither or both of text and instruction; an empty instruction; as many prompts as images are
-                not given; no BOS in front; the checkpoint's prompt style is unknown.
+                not given, or other than the model's number of cameras; no BOS in front; the checkpoint's prompt style
+                is unknown.
         """
         if (text is None) == (instruction is None):
             raise ValueError("Give exactly one of text (the whole prompt) and instruction (what the robot should do).")
@@ -292,13 +302,34 @@ class OpenVLAProcessor(PushToHub, ProcessorMixin):
         data = {name: inputs[name] for name in ("input_ids", "attention_mask")}
         self._require_bos(data["input_ids"], data["attention_mask"])
         if images is not None:
-            data["pixel_values"] = self.image_processor(images, return_tensors=return_tensors)["pixel_values"]
             rows = 1 if isinstance(text if instruction is None else instruction, str) else len(data["input_ids"])
-            if rows != len(data["pixel_values"]):
-                raise ValueError(
-                    f"Batch is malformed: {rows} prompts but {len(data['pixel_values'])} images; give each prompt one."
-                )
+            cameras = self.num_images_in_input if instruction is not None else None
+            data["pixel_values"] = self._pixel_values(images, rows, cameras, return_tensors)
         return BatchFeature(data=data)
+
+    def _pixel_values(self, images: Any, rows: int, cameras: int | None, return_tensors: str | None) -> Any:
+        """Images of all rows, those of one row stacked on the channel axis.
+
+        Published scripts prepare one camera at a time and stack by themselves: that is what cameras=None allows.
+        """
+        nested = isinstance(images, (list, tuple)) and isinstance(images[0], (list, tuple))
+        if cameras is None:
+            cameras = self.num_images_in_input if nested or rows == 1 and isinstance(images, (list, tuple)) else 1
+        if cameras > 1 and (rows > 1 or nested):
+            counts = [len(row) if isinstance(row, (list, tuple)) else 1 for row in images]
+            if counts != [cameras] * rows:
+                raise ValueError(
+                    f"The model takes {cameras} images a prompt: give {rows} lists of {cameras} images, got {counts}."
+                )
+            images = [image for row in images for image in row]
+        pixel_values = self.image_processor(images, return_tensors=return_tensors)["pixel_values"]
+        if len(pixel_values) != rows * cameras:
+            each = "one" if cameras == 1 else f"{cameras} (as a list, in the order of training)"
+            raise ValueError(
+                f"Batch is malformed: {rows} prompts but {len(pixel_values)} images; give each prompt {each}."
+            )
+        _, channels, height, width = np.shape(pixel_values)
+        return pixel_values.reshape(rows, cameras * channels, height, width)
 
     def prompt(self, instruction: str) -> str:
         """The whole prompt for an instruction, in this checkpoint's style, without the empty token.
@@ -380,7 +411,12 @@ class OpenVLAProcessor(PushToHub, ProcessorMixin):
         }
         shared = {"processor_class": type(self).__name__, "auto_map": auto_map}
         image_fields = {**json.loads(self.image_processor.to_json_string()), **shared}
-        own_fields = {**shared, "prompt_style": self.prompt_style, "empty_token_id": self.empty_token_id}
+        own_fields = {
+            **shared,
+            "prompt_style": self.prompt_style,
+            "empty_token_id": self.empty_token_id,
+            "num_images_in_input": self.num_images_in_input,
+        }
         write_json(folder / "preprocessor_config.json", image_fields)
         write_json(folder / "processor_config.json", own_fields)
         _make_tokenizer_readable(folder)

@@ -16,17 +16,12 @@ from torch import nn
 from transformers import BitsAndBytesConfig, PretrainedConfig
 
 from .configuration_openvla import DTYPE_FIELD, hub_keywords
+from .heads_openvla import HEAD_MODULES
 
 # Never quantised: what turns features into embeddings, hidden states into logits and actions. transformers matches such
 # names as prefixes, as suffixes and, in some versions, as regular expressions ("proj" would also keep every q_proj as
 # it is), and giving any drops its own default, lm_head: hence whole names.
-UNQUANTIZED_MODULES = (
-    "projector",
-    "language_model.lm_head",
-    "action_head",
-    "proprio_projector",
-    "noisy_action_projector",
-)
+UNQUANTIZED_MODULES = ("projector", "language_model.lm_head", *HEAD_MODULES)
 VISION_TOWERS = "vision_backbone"
 QUANT_TYPES = ("nf4", "fp4")
 

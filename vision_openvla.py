@@ -114,10 +114,14 @@ class VisionBlock(nn.Module):
         self.mlp = Mlp(dim, int(dim * arch.mlp_ratio), activation)
         self.ls2 = LayerScale(dim) if arch.layer_scale else nn.Identity()
         if film_dim is not None:
-            self.scale, self.shift = nn.Linear(film_dim, dim), nn.Linear(film_dim, dim)
-            for layer in (self.scale, self.shift):  # a new model starts as if there were no FiLM
-                nn.init.zeros_(layer.weight)
-                nn.init.zeros_(layer.bias)
+            self.add_film(film_dim)
+
+    def add_film(self, film_dim: int) -> None:
+        """Add FiLM's layers; zero, so that a new model starts as if there were none."""
+        dim = self.norm1.normalized_shape[0]
+        self.scale, self.shift = nn.Linear(film_dim, dim), nn.Linear(film_dim, dim)
+        for parameter in (*self.scale.parameters(), *self.shift.parameters()):
+            nn.init.zeros_(parameter)
 
     def forward(self, x: torch.Tensor, condition: torch.Tensor | None = None) -> torch.Tensor:
         x = x + self.ls1(self.attn(self.norm1(x)))
@@ -235,6 +239,13 @@ class PrismaticVisionBackbone(nn.Module):
                 "Both vision towers must give the same number of patches, got "
                 f"{[tower.num_patches for tower in towers]} from {config.timm_model_ids}."
             )
+
+    def take(self, config: PrismaticConfig) -> None:
+        """Take the number of images and FiLM, new, from a changed configuration."""
+        self.num_images, self.film = config.num_images_in_input, config.film_dim is not None
+        for tower in (self.featurizer, self.fused_featurizer):
+            for block in tower.blocks if self.film and tower is not None else ():
+                block.add_film(config.film_dim)
 
     @property
     def num_channels(self) -> int:

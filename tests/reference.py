@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import torch
+from safetensors.torch import load, load_file
 
 REPOSITORY = Path(__file__).parent.parent
 GOLDEN = Path(__file__).parent / "golden"
@@ -65,3 +66,57 @@ def digests(tensors):
         name: hashlib.sha256(tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes()).hexdigest()
         for name, tensor in tensors.items()
     }
+
+
+# What of the golden heads a model takes, and under which name: by action_head.
+OFT_HEADS = {None: {}, "l1": {"action_head": "action_head"}}
+OFT_HEADS["diffusion"] = {"diffusion_head": "action_head", "noisy_action_projector": "noisy_action_projector"}
+
+
+def oft_parts(platform, head, proprio=True):
+    """Tensors of the golden heads, by the part that they are of."""
+    names = {**OFT_HEADS[head], **({"proprio_projector": "proprio_projector"} if proprio else {})}
+    parts = {part: {} for part in names.values()}
+    for name, tensor in load_file(GOLDEN / f"oft_{platform}" / "heads.safetensors").items():
+        part, _, rest = name.partition(".")
+        if part in names:
+            parts[names[part]][rest] = tensor
+    return parts
+
+
+def oft_model(platform, head, images=2, proprio=True, **fields):
+    """The golden OpenVLA-OFT model, float32 in eval mode."""
+    from openvla import PLATFORMS, OpenVLAConfig, OpenVLAForActionPrediction
+
+    source = GOLDEN / "fused"
+    config = json.loads((source / "config.json").read_text())
+    sizes = json.loads((source / "tiny_timm_overrides.json").read_text())
+    del config["torch_dtype"]
+    config.update(PLATFORMS[platform], parallel_decoding=True, action_head=head, num_images_in_input=images)
+    config["timm_model_kwargs"] = [sizes[timm_id] for timm_id in config["timm_model_ids"]]
+    config["norm_stats"] = json.loads((GOLDEN / f"oft_{platform}" / "dataset_statistics.json").read_text())
+    if not proprio:
+        config["proprio_dim"] = None
+    model = OpenVLAForActionPrediction(OpenVLAConfig.from_dict({**config, **fields}))
+    tensors = load(bz2.decompress((source / "model.safetensors.bz2").read_bytes()))
+    for part, content in oft_parts(platform, head, proprio).items():
+        tensors.update({f"{part}.{name}": tensor for name, tensor in content.items()})
+    left, surplus = model.load_state_dict(tensors, strict=False)
+    assert not surplus
+    assert all(".scale." in name or ".shift." in name for name in left)
+    return model.eval()
+
+
+def oft_folder(platform, head, folder, prefix=""):
+    """A golden OFT checkpoint as it was published: part files beside the model, norm_stats in their own file."""
+    from openvla.tiny import build_tokenizer
+
+    published_folder("fused", folder, norm_stats=None)
+    for file in folder.glob("*token*"):
+        file.unlink()
+    build_tokenizer(32000, pad_token=None).save_pretrained(folder)
+    shutil.copy(GOLDEN / f"oft_{platform}" / "dataset_statistics.json", folder)
+    for part, content in oft_parts(platform, head).items():
+        content = {f"{prefix}{name}": tensor for name, tensor in content.items()}
+        torch.save(content, folder / f"{part}--150000_checkpoint.pt")
+    return folder

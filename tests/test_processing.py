@@ -253,3 +253,36 @@ def test_merges_are_written_so_that_old_tokenizers_read_them(tmp_path):
     _make_tokenizer_readable(tmp_path)
     assert json.loads((tmp_path / "tokenizer.json").read_text())["model"]["merges"] == ["a b", "ab é"]
     assert json.loads((tmp_path / "tokenizer_config.json").read_text())["tokenizer_class"] == "PreTrainedTokenizerFast"
+
+
+def test_several_cameras(tiny, frames):
+    processor = OpenVLAProcessor(
+        tiny.processor.image_processor, tiny.processor.tokenizer, "openvla", 29871, num_images_in_input=2
+    )
+    main, wrist = frames["noise"], frames["white"]
+    one = tiny.processor(instruction="go", images=main)["pixel_values"]
+    other = tiny.processor(instruction="go", images=wrist)["pixel_values"]
+    both = processor(instruction="go", images=[main, wrist])["pixel_values"]
+    assert both.shape == (1, 12, 224, 224)
+    assert (both == np.concatenate([one, other], axis=1)).all()
+    batch = processor(instruction=["go", "stop it"], images=[[main, wrist], [wrist, main]])["pixel_values"]
+    assert (batch[0] == both[0]).all()
+    assert (batch[1, :6] == other[0]).all()
+    # As published scripts do it: one camera at a time, stacked by themselves.
+    assert (processor("In: go\nOut:", main)["pixel_values"] == one).all()
+    for images, message in (
+        (main, "1 prompts but 1 images; give each prompt 2"),
+        ([main] * 3, "1 prompts but 3 images; give each prompt 2"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            processor(instruction="go", images=images)
+    with pytest.raises(ValueError, match=r"give 2 lists of 2 images, got \[2, 1\]"):
+        processor(instruction=["go", "stop it"], images=[[main, wrist], [main]])
+
+
+def test_the_number_of_cameras_is_saved(tiny, tmp_path):
+    processor = OpenVLAProcessor(
+        tiny.processor.image_processor, tiny.processor.tokenizer, "openvla", 29871, num_images_in_input=3
+    )
+    processor.save_pretrained(tmp_path)
+    assert OpenVLAProcessor.from_pretrained(tmp_path).num_images_in_input == 3
