@@ -305,8 +305,10 @@ def _adapter_parameters(parameters: Iterable[tuple[str, torch.Tensor]]) -> dict[
 
 def _base_weight(model: Any, name: str) -> torch.Tensor:
     """The base's tensor under peft's layers, or without them."""
-    module_name, _, leaf = name.rpartition(".")
-    module = model.get_submodule(module_name)
+    *path, leaf = name.split(".")
+    module = model
+    for part in path:  # a module that is trained whole may lie above
+        module = getattr(getattr(module, "original_module", module), part)
     module = getattr(module, "original_module", getattr(module, "base_layer", module))
     weight = getattr(module, leaf)
     if weight.is_meta:

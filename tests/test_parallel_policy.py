@@ -115,6 +115,7 @@ def test_lora_on_plain_openvla_carries_the_heads(tiny, cameras, tmp_path):
     model = OpenVLAForActionPrediction.from_pretrained(tmp_path / "base")
     model.enable_parallel_decoding(**answer)
     model.add_norm_stats("lab", norm_stats["lab"])
+    torch.manual_seed(0)
     model.enable_lora(r=4)
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     assert any("action_head." in name for name in trained)
@@ -122,7 +123,7 @@ def test_lora_on_plain_openvla_carries_the_heads(tiny, cameras, tmp_path):
     assert not any("lora" in name and ("head" in name or ".scale" in name) for name in trained)
     _, processor = build_tiny(action_head="l1", **ANSWER)
     batch = labelled(model, processor, cameras)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-3)
     losses = []
     for _ in range(20):
         loss = model.train()(**batch).loss
