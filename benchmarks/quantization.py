@@ -26,8 +26,8 @@ import transformers
 from openvla import OpenVLAForActionPrediction, OpenVLAProcessor, quantization_config
 from openvla.configuration_openvla import DTYPE_FIELD
 from openvla.predict import SAMPLE_IMAGE
-from openvla.tiny import PADDED_ROWS, build_tiny, build_tokenizer
 from PIL import Image
+from sizes import SIZES, write_model
 
 INSTRUCTIONS = ("pick up the alphabet soup", "open the drawer", "put the bowl on the plate", "close the microwave")
 BATCH = 10
@@ -41,25 +41,6 @@ def quantization(row: str) -> transformers.BitsAndBytesConfig | None:
         return transformers.BitsAndBytesConfig(load_in_4bit=True)
     settings = {"int8": {"bits": 8}, "nf4": {"bits": 4}, "nf4 + towers": {"bits": 4, "towers": True}}
     return quantization_config(**settings[row]) if row in settings else None
-
-
-def write_model(size: str, folder: Path) -> None:
-    """A bfloat16 folder with its processor."""
-    if size == "full":
-        from convert_full import write_synthetic
-
-        return write_synthetic(folder, torch.bfloat16, spread=0.02)
-    overrides = {}
-    if size == "eighth":
-        vocabulary = build_tokenizer().pad_token_id + PADDED_ROWS
-        text = {"model_type": "llama", "vocab_size": vocabulary, "hidden_size": 512, "intermediate_size": 1376}
-        text |= {"num_hidden_layers": 32, "num_attention_heads": 4, "num_key_value_heads": 4, "rms_norm_eps": 1e-6}
-        towers = [{"embed_dim": 128, "num_heads": 2}, {"embed_dim": 144, "num_heads": 2}]
-        overrides = {"text_config": text, "timm_model_kwargs": towers}
-    model, processor = build_tiny(**overrides)
-    model.to(torch.bfloat16).save_pretrained(folder)
-    processor.save_pretrained(folder)
-    return None
 
 
 def inputs(processor: OpenVLAProcessor, count: int) -> list[dict]:
@@ -151,7 +132,7 @@ def table(size: str, count: int, device: str, threads: int) -> None:
 def main() -> None:
     """All sizes, or one row for the process above."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sizes", nargs="+", choices=("tiny", "eighth", "full"), default=["tiny", "eighth", "full"])
+    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=SIZES)
     parser.add_argument("--inputs", type=int, default=200)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())

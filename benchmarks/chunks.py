@@ -1,0 +1,170 @@
+"""Latency of a chunk in one parallel pass beside the same weights' autoregressive action, and how near the floor it is.
+
+    python benchmarks/chunks.py [--size eighth|full] [--dtype float32|bfloat16] [--pairs 20]
+
+"eighth" is OpenVLA-7B's depth at an eighth of its width, "full" its size, built on the GPU with random weights. All rows
+are timed in turn in one process, and medians are reported. The floor is the pass's floating-point operations at the
+speed of one large matrix product, measured in the same run: what a compute-bound pass cannot beat. The autoregressive
+action's six decoding steps are bound by memory instead, so its floor adds reading the language model six times.
+
+Beside each time stands a check: the chunk under sdpa against the chunk under eager attention, and for tokens how many
+of them are equal.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+
+import numpy as np
+import torch
+import transformers
+from openvla import PLATFORMS, OpenVLAForActionPrediction
+from openvla.predict import SAMPLE_IMAGE, SAMPLE_INSTRUCTION
+from openvla.tiny import UNTRAINED_STATISTICS, build_tiny
+from PIL import Image
+from sizes import overrides
+from torch.utils.flop_counter import FlopCounterMode
+
+WARM = 2
+FULL = {"text_config": {"model_type": "llama", "vocab_size": 32064}, "timm_model_kwargs": [{}, {}]}
+BOUNDS = ("q01", "q99", "min", "max")
+
+
+def statistics(platform: str) -> dict:
+    """Made-up statistics of a platform."""
+    sizes = PLATFORMS[platform]
+    entry = {
+        part: {name: [(-1.0) ** (i % 2 + 1)] * sizes[f"{part}_dim"] for i, name in enumerate(BOUNDS)}
+        for part in ("action", "proprio")
+    }
+    return {"norm_stats": {platform: entry}}
+
+
+ROWS = {
+    "one action, autoregressive": {"norm_stats": {"untrained": UNTRAINED_STATISTICS}},
+    "8 x 7 tokens, 1 image": {
+        **PLATFORMS["libero"],
+        **statistics("libero"),
+        "proprio_dim": None,
+        "parallel_decoding": True,
+    },
+    "8 x 7 L1, 2 images, proprio (LIBERO)": {
+        **PLATFORMS["libero"],
+        **statistics("libero"),
+        "parallel_decoding": True,
+        "action_head": "l1",
+        "num_images_in_input": 2,
+    },
+    "25 x 14 L1, 3 images, proprio, FiLM (ALOHA)": {
+        **PLATFORMS["aloha"],
+        **statistics("aloha"),
+        "parallel_decoding": True,
+        "action_head": "l1",
+        "num_images_in_input": 3,
+        "use_film": True,
+    },
+}
+
+
+def build(row: str, size: str, device: str, dtype: torch.dtype) -> tuple[OpenVLAForActionPrediction, Callable]:
+    """A row's model with the same seeded weights as the others', and its answer."""
+    with torch.device(device):
+        model, processor = build_tiny(**{**(FULL if size == "full" else overrides(size)), **ROWS[row]})
+    model = model.to(device=device, dtype=dtype)
+    image = Image.open(SAMPLE_IMAGE).convert("RGB")
+    inputs = processor(instruction=SAMPLE_INSTRUCTION, images=[image] * model.config.num_images_in_input)
+    proprio = None if model.config.proprio_dim is None else np.zeros(model.config.proprio_dim)
+    return model, lambda: model.predict_action(**inputs, proprio=proprio, constrain_actions=True, return_dict=True)
+
+
+def synchronized(device: str) -> float:
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def gemm_rate(device: str, dtype: torch.dtype) -> float:
+    """Floating-point operations a second of a large matrix product."""
+    size = 8192 if device.startswith("cuda") else 2048
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    seconds = []
+    for _ in range(5):
+        started = synchronized(device)
+        a @ b
+        seconds.append(synchronized(device) - started)
+    return 2 * size**3 / min(seconds)
+
+
+def read_rate(device: str) -> float:
+    """Bytes a second of reading much memory."""
+    data = torch.ones(2**28 if device.startswith("cuda") else 2**27, device=device)
+    seconds = []
+    for _ in range(5):
+        started = synchronized(device)
+        data.sum()
+        seconds.append(synchronized(device) - started)
+    return data.nbytes / min(seconds)
+
+
+def floor_seconds(model: OpenVLAForActionPrediction, answer: Callable, device: str) -> float:
+    """What the arithmetic alone would take, and for the autoregressive action reading the weights at each step."""
+    with FlopCounterMode(display=False) as counter:
+        answer()
+    floor = counter.get_total_flops() / gemm_rate(device, model.dtype)
+    if not model.config.parallel_decoding:
+        weights = sum(p.nbytes for p in model.language_model.parameters())
+        floor += (model.get_action_dim() - 1) * weights / read_rate(device)
+    return floor
+
+
+def check(model: OpenVLAForActionPrediction, answer: Callable) -> str:
+    """The same answer under eager attention."""
+    first = answer()
+    model.language_model.config._attn_implementation = "eager"
+    try:
+        second = answer()
+    finally:
+        model.language_model.config._attn_implementation = "sdpa"
+    if first.token_ids is not None:
+        return f"{(first.token_ids == second.token_ids).sum()} of {first.token_ids.size} tokens equal"
+    return f"actions differ by {np.abs(first.actions - second.actions).max():.1e}"
+
+
+def main() -> None:
+    """Time all rows in turn and print them."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=("eighth", "full"), default="eighth")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--pairs", type=int, default=20)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    dtype = getattr(torch, args.dtype)
+    place = torch.cuda.get_device_name() if args.device.startswith("cuda") else f"{args.threads} CPU threads"
+    print(
+        f"torch {torch.__version__}, transformers {transformers.__version__}, {place}, {args.dtype}, {args.size} size\n"
+    )
+    models = {row: build(row, args.size, args.device, dtype) for row in ROWS}
+    seconds = {row: [] for row in ROWS}
+    for turn in range(WARM + args.pairs):
+        for row, (_, answer) in models.items():
+            started = synchronized(args.device)
+            answer()
+            if turn >= WARM:
+                seconds[row].append(synchronized(args.device) - started)
+    first = float(np.median(seconds[next(iter(ROWS))]))
+    print("| answer | ms | ms an action | faster per action | share of the floor | check |\n|---|---|---|---|---|---|")
+    for row, (model, answer) in models.items():
+        median = float(np.median(seconds[row]))
+        one = median / model.config.chunk_length
+        share = floor_seconds(model, answer, args.device) / median
+        print(
+            f"| {row} | {1e3 * median:.1f} | {1e3 * one:.1f} | {first / one:.1f}x | {share:.2f} | {check(model, answer)} |"
+        )
+
+
+if __name__ == "__main__":
+    main()
