@@ -191,8 +191,8 @@ class ParallelDecodingMixin:
         condition = None
         if self.config.use_film:  # the mean of all but slots and padding; the end token counts, as trained
             words = ~at_slots if mask is None else ~at_slots & mask.to(torch.bool)
-            total = (text.float() * words[..., None]).sum(1)
-            condition = (total / words.sum(1, keepdim=True)).to(text.dtype)
+            # Of each row's own words: zeros in the sum would change its rounding, which diffusion amplifies.
+            condition = torch.stack([row[counted].mean(0) for row, counted in zip(text, words)])
         prefix = self.get_image_features(pixel_values, condition).to(device=text.device, dtype=text.dtype)
         if proprio is not None:
             token = self.proprio_projector(proprio.to(device=text.device, dtype=text.dtype))

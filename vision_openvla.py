@@ -126,7 +126,11 @@ class VisionBlock(nn.Module):
     def forward(self, x: torch.Tensor, condition: torch.Tensor | None = None) -> torch.Tensor:
         x = x + self.ls1(self.attn(self.norm1(x)))
         if condition is not None:
-            x = x * (1 + self.scale(condition)[:, None]) + self.shift(condition)[:, None]
+            images = len(x) // len(condition)  # of one row, which share its condition
+            scale, shift = (
+                layer(condition).repeat_interleave(images, dim=0)[:, None] for layer in (self.scale, self.shift)
+            )
+            x = x * (1 + scale) + shift
         return x + self.ls2(self.mlp(self.norm2(x)))
 
 
@@ -284,7 +288,6 @@ class PrismaticVisionBackbone(nn.Module):
             raise ValueError("The vision towers have FiLM and need the instruction's embedding; use predict_action.")
         if images > 1:
             pixel_values = pixel_values.unflatten(1, (images, self.num_channels)).flatten(0, 1)
-            condition = None if condition is None else condition.repeat_interleave(images, dim=0)
         features = self.featurizer(pixel_values[:, :3], condition)
         if self.fused_featurizer is not None:
             features = torch.cat([features, self.fused_featurizer(pixel_values[:, 3:], condition)], dim=2)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from openvla import PrismaticConfig
+from openvla import OpenVLAConfig, PrismaticConfig
 from openvla.configuration_openvla import VISION_BACKBONES
 from openvla.vision_openvla import ARCHITECTURES, PrismaticVisionBackbone, VisionTower
 from reference import FEATURE_ATOL
@@ -84,6 +84,33 @@ def test_towers_must_agree_on_the_number_of_patches():
     )
     with pytest.raises(ValueError, match="same number of patches"):
         PrismaticVisionBackbone(config)
+
+
+@pytest.mark.lane
+def test_film_modulates_all_images_of_a_row_by_its_words():
+    fields = {"parallel_decoding": True, "action_dim": 7, "use_film": True, "text_config": {"hidden_size": 64}}
+    fields.update(vision_backbone_id="dinosiglip-vit-so-224px", timm_model_kwargs=[SMALL, SMALL])
+    one, two = (fill(PrismaticVisionBackbone(OpenVLAConfig(**fields, num_images_in_input=n))) for n in (1, 2))
+    generator = torch.Generator().manual_seed(0)
+    rows, words = torch.randn(2, 12, 224, 224, generator=generator), torch.randn(2, 64, generator=generator)
+    with torch.no_grad():
+        features = two(rows, words)
+        alone = [[one(image[None], said[None]) for image in row.split(6)] for row, said in zip(rows, words)]
+        other = two(rows, words.flip(0))
+    expected = torch.cat([torch.cat(images, dim=1) for images in alone])
+    torch.testing.assert_close(features, expected, rtol=0, atol=FEATURE_ATOL)
+    assert (features - other).abs().amax(dim=(1, 2)).min() > 100 * FEATURE_ATOL
+
+
+@pytest.mark.lane
+def test_film_that_is_not_trained_changes_nothing():
+    arguments = ("vit_large_patch14_reg4_dinov2.lvd142m", 224, None, SMALL)
+    plain, film = fill(VisionTower(*arguments)), VisionTower(*arguments, film_dim=64)
+    added = film.load_state_dict(plain.state_dict(), strict=False).missing_keys
+    assert len(added) == 4 * SMALL["depth"]
+    pixels, words = torch.randn(1, 3, 224, 224), torch.randn(1, 64)
+    with torch.no_grad():
+        assert torch.equal(film(pixels, words), plain(pixels))
 
 
 @pytest.mark.parametrize("shape", [(1, 3, 224, 224), (1, 6, 200, 224), (6, 224, 224)])
