@@ -2,10 +2,11 @@
 
     python benchmarks/chunks.py [--size eighth|full] [--dtype float32|bfloat16] [--pairs 20]
 
-"eighth" is OpenVLA-7B's depth at an eighth of its width, "full" its size, built on the GPU with random weights. All rows
-are timed in turn in one process, and medians are reported. The floor is the pass's floating-point operations at the
-speed of one large matrix product, measured in the same run: what a compute-bound pass cannot beat. The autoregressive
-action's six decoding steps are bound by memory instead, so its floor adds reading the language model six times.
+"eighth" is OpenVLA-7B's depth at an eighth of its width, "full" its size, built on the GPU with random weights. All
+rows are timed in turn in one process, and medians are reported. The floor is the pass's floating-point operations at
+the speed of one large matrix product, measured in the same run: what a compute-bound pass cannot beat. The
+autoregressive action's six decoding steps are bound by memory instead, so its floor adds reading the language model six
+times.
 
 Beside each time stands a check: the chunk under sdpa against the chunk under eager attention, and for tokens how many
 of them are equal.
@@ -161,9 +162,8 @@ def main() -> None:
         median = float(np.median(seconds[row]))
         one = median / model.config.chunk_length
         share = floor_seconds(model, answer, args.device) / median
-        print(
-            f"| {row} | {1e3 * median:.1f} | {1e3 * one:.1f} | {first / one:.1f}x | {share:.2f} | {check(model, answer)} |"
-        )
+        figures = f"{1e3 * median:.1f} | {1e3 * one:.1f} | {first / one:.1f}x | {share:.2f}"
+        print(f"| {row} | {figures} | {check(model, answer)} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ SIZES = ("tiny", "eighth", "full")
 
 
 def overrides(size: str) -> dict[str, Any]:
-    """Fields of the configuration: "tiny" is the embedded default, "eighth" has full depth at an eighth of the width."""
+    """Fields of the configuration: "tiny" is the embedded default, "eighth" has full depth at 1/8 of the width."""
     if size == "tiny":
         return {}
     vocabulary = build_tokenizer().pad_token_id + PADDED_ROWS
