@@ -28,7 +28,7 @@ from .configuration_openvla import OpenVLAConfig, write_json
 from .decoding_openvla import append_token, decode_greedily, only, positions_of, require_finite, require_whole_actions
 from .heads_openvla import NoiseSchedule  # noqa: F401
 from .norm_stats_openvla import NormStatsMixin
-from .parallel_openvla import ChunkOutput, ParallelDecodingMixin, with_action_slots
+from .parallel_openvla import ChunkOutput, ParallelDecodingMixin, refuse_loose_parts, with_action_slots
 from .prismatic_openvla import PrismaticCausalLMOutputWithPast, PrismaticForConditionalGeneration
 from .publishing_openvla import PushToHub  # noqa: F401
 from .quantization_openvla import is_quantized
@@ -93,6 +93,7 @@ class OpenVLAForActionPrediction(
         adapter, hub = adapter_source(pretrained_model_name_or_path, kwargs)
         if adapter is not None:
             return cls._from_adapter(adapter, hub, kwargs)
+        refuse_loose_parts(pretrained_model_name_or_path, hub)
         loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         if pretrained_model_name_or_path is not None:

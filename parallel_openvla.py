@@ -9,18 +9,22 @@ Stock transformers does the rest: the mask is given in four dimensions, which la
 
 from __future__ import annotations
 
+import contextlib
+import os
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 import transformers
+from huggingface_hub import HfApi
 from torch import nn
 from transformers.modeling_outputs import ModelOutput
 
 from .configuration_openvla import OpenVLAConfig
 from .decoding_openvla import insert_after_bos, positions_of
 from .heads_openvla import (
+    HEAD_MODULES,
     DiffusionActionHead,
     FeatureProjector,
     L1RegressionActionHead,
@@ -90,6 +94,26 @@ def bidirectional_mask(visible: torch.Tensor, dtype: torch.dtype) -> torch.Tenso
     row = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
     row = row.masked_fill(~visible.to(torch.bool), torch.finfo(dtype).min)
     return row[:, None, None, :].expand(-1, 1, length, length)
+
+
+def refuse_loose_parts(name_or_path: str | os.PathLike | None, hub: dict[str, Any]) -> None:
+    """Raise ValueError for OFT as it was published: without the part files it would answer as plain OpenVLA, wrongly.
+
+    Of the Hub only repositories that are called OFT are asked.
+    """
+    names: list[str] = []
+    if name_or_path is not None and os.path.isdir(name_or_path):
+        names = os.listdir(os.path.join(name_or_path, hub.get("subfolder", "")))
+    elif name_or_path is not None and "oft" in os.fspath(name_or_path).lower():
+        with contextlib.suppress(Exception):  # offline (errors of httpx, of requests), no repository: loading will say
+            api = HfApi(token=hub.get("token"))
+            names = api.list_repo_files(os.fspath(name_or_path), revision=hub.get("revision"))
+    parts = sorted(name for name in names if name.startswith(tuple(f"{part}--" for part in HEAD_MODULES)))
+    if parts:
+        raise ValueError(
+            f"{name_or_path} holds {', '.join(parts)} beside a model that does not know of them (OpenVLA-OFT as it was "
+            f"published). Fold them in first: openvla convert {name_or_path} OUT --preset libero --num-images 2"
+        )
 
 
 class ParallelDecodingMixin:

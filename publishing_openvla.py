@@ -10,7 +10,7 @@ from typing import Any
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, ModelCard
 
-from .actions_openvla import dimension_labels
+from .actions_openvla import NORMALIZATIONS, dimension_labels
 
 CARD_FILE = "README.md"
 # Formats that can run code when they are read; nobody should have to trust one, so none is uploaded.
@@ -145,16 +145,31 @@ def model_card(config: dict[str, Any], name: str) -> str:
         f"{config['architectures'][0]}: {config['vision_backbone_id']}, {language_model}. Loads with",
         "`trust_remote_code=True`, or after `import openvla`.",
     ]
+    if config.get("parallel_decoding"):
+        lines += ["", _answer_of(config)]
+    low, high = NORMALIZATIONS[config.get("normalization", "q99")]
     for key, statistics in (config.get("norm_stats") or {}).items():
         action = statistics["action"]
-        mask = action.get("mask") or [True] * len(action["q01"])
+        mask = action.get("mask") or [True] * len(action[low])
         lines += [
             "",
             f"## Actions of `{key}`",
             "",
-            "| dimension | unit | q01 | q99 | normalised |",
+            f"| dimension | unit | {low} | {high} | normalised |",
             "|---|---|---|---|---|",
         ]
-        for (label, unit), low, high, used in zip(dimension_labels(len(mask), key), action["q01"], action["q99"], mask):
-            lines.append(f"| {label} | {unit} | {low:.6g} | {high:.6g} | {'yes' if used else 'no'} |")
+        rows = zip(dimension_labels(len(mask), key), action[low], action[high], mask)
+        for (label, unit), lowest, highest, used in rows:
+            lines.append(f"| {label} | {unit} | {lowest:.6g} | {highest:.6g} | {'yes' if used else 'no'} |")
     return "\n".join(lines) + "\n"
+
+
+def _answer_of(config: dict[str, Any]) -> str:
+    """What a model that answers in parallel takes and gives, in words."""
+    head = config.get("action_head") or "tokens"
+    film = ", FiLM" if config.get("use_film") else ""
+    chunk = f"{config.get('chunk_length', 1)} x {config['action_dim']}"
+    takes = f"{config.get('num_images_in_input', 1)} image(s) of one moment and an instruction"
+    if config.get("proprio_dim"):
+        takes += f", and `proprio=`, the robot's state in its own units ({config['proprio_dim']} numbers)"
+    return f"OpenVLA-OFT ({head}{film}): takes {takes}; answers with a chunk of {chunk} numbers (transformers 4.46+)."

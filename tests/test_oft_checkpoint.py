@@ -226,3 +226,11 @@ def test_of_a_hub_repository_the_parts_are_fetched():
     names = ["config.json", "model.safetensors", "action_head--1_checkpoint.pt", "optimizer.pt", "lora_adapter/a.json"]
     assert _needed(names, "", None) == ["config.json", "model.safetensors", "action_head--1_checkpoint.pt"]
     assert "lora_adapter/a.json" in _needed(names[2:], "", None)
+
+
+def test_as_published_it_is_not_loaded_as_plain_openvla(published, here):
+    with pytest.raises(ValueError, match="action_head--150000_checkpoint.pt, .*openvla convert"):
+        OpenVLAForActionPrediction.from_pretrained(published["l1"])
+    here.branches["me/my-oft"] = {"main": [{path.name: path.read_bytes() for path in published["l1"].iterdir()}]}
+    with pytest.raises(ValueError, match="action_head--150000_checkpoint.pt, .*openvla convert"):
+        OpenVLAForActionPrediction.from_pretrained("me/my-oft")

@@ -19,9 +19,9 @@ parallel = pytest.mark.skipif(not SUPPORTED, reason="this transformers has no bi
 # one with AVX2 the unmodified reference differs from golden as much as this package does (PARITY.md); tokens are exact.
 ACTION_ATOL = 3e-4
 # Ten denoising steps with random weights amplify rounding a thousandfold and more: on AVX2 the unmodified reference
-# differs from golden by 0.0175 (LIBERO) and 1.3 (ALOHA), and moving its start noise by 1e-7 moves its chunk by 0.009 and
-# 1.3. Faults (a wrong timestep, a causal mask) move LIBERO's chunk by 0.84 and more, and a single step's noise by 1 and
-# more. So ALOHA's chunk says nothing, and every step is compared by itself, given what the reference gave it.
+# differs from golden by 0.0175 (LIBERO) and 1.3 (ALOHA), and moving its start noise by 1e-7 moves its chunk by 0.009
+# and 1.3. Faults (a wrong timestep, a causal mask) move LIBERO's chunk by 0.84 and more, and a single step's noise by 1
+# and more. So ALOHA's chunk says nothing, and every step is compared by itself, given what the reference gave it.
 LIBERO_DIFFUSION_ATOL = 0.1
 NOISE_ATOL = 5e-4
 STEP_ATOL = 1e-6

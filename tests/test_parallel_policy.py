@@ -170,3 +170,11 @@ def test_transformers_trainer_takes_it(cameras, tmp_path):
     result = Trainer(model=model, args=arguments, train_dataset=rows).train()
     assert np.isfinite(result.training_loss)
     assert result.global_step == 3
+
+
+def test_the_card_says_what_it_takes(folder):
+    from openvla.publishing_openvla import model_card
+
+    card = model_card(json.loads((folder / "config.json").read_text()), "me/chunks")
+    assert "takes 2 image(s) of one moment and an instruction, and `proprio=`" in card
+    assert "a chunk of 8 x 7 numbers" in card
