@@ -42,10 +42,11 @@ def compare_forward(folder: Path, tensors: Mapping[str, torch.Tensor], config: P
     theirs = _output(model, config)
     if not torch.isfinite(ours).all():
         raise ValueError(f"The forward pass of {folder} is not finite; its weights hold NaN or infinity.")
+    compared = "actions" if getattr(config, "action_head", None) else "logits"
     if not torch.equal(ours, theirs):
         differing = (ours != theirs).sum().item()
-        raise ValueError(f"{differing} of {ours.numel()} numbers differ between the source and {folder}.")
-    return f"forward compared: {ours.numel()} logits or actions equal in every bit"
+        raise ValueError(f"{differing} of {ours.numel()} {compared} differ between the source and {folder}.")
+    return f"forward compared: {ours.numel()} {compared} equal in every bit"
 
 
 @torch.inference_mode()
