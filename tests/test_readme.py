@@ -5,7 +5,9 @@ import re
 import numpy as np
 import pytest
 import transformers
+from openvla import PLATFORMS
 from openvla.__main__ import main
+from openvla.tiny import build_tiny
 from PIL import Image
 from reference import REPOSITORY
 
@@ -19,6 +21,19 @@ def test_the_first_screen_shows_the_two_commands():
     assert re.findall(r"^make (\w+)", first_screen, flags=re.MULTILINE) == ["demo", "test"]
 
 
+def write_oft(folder):
+    """Two cameras, proprio and a chunk, as the README's block on OpenVLA-OFT expects them."""
+    statistics = {
+        "action": {"q01": [-1.0] * 7, "q99": [1.0] * 7},
+        "proprio": {"q01": [-4.0] * 8, "q99": [4.0] * 8},
+    }
+    answer = {**PLATFORMS["libero"], "parallel_decoding": True, "action_head": "l1", "num_images_in_input": 2}
+    for part in build_tiny(**answer, norm_stats={"libero_spatial_no_noops": statistics}):
+        part.save_pretrained(folder / "my-oft")
+    for name in ("main.png", "wrist.png"):
+        Image.new("RGB", (64, 48)).save(folder / name)
+
+
 @pytest.mark.parametrize("number", range(len(BLOCKS)))
 def test_python_blocks_run(number, fused_folder, tmp_path, monkeypatch):
     code = BLOCKS[number].replace("openvla/openvla-7b", str(fused_folder)).replace('"cuda"', '"cpu"')
@@ -26,6 +41,8 @@ def test_python_blocks_run(number, fused_folder, tmp_path, monkeypatch):
         pytest.skip("shows the names of newer versions")
     monkeypatch.chdir(tmp_path)
     Image.new("RGB", (64, 48)).save("frame.png")
+    if "my-oft" in code:
+        write_oft(tmp_path)
     names = {}
     exec(compile(code, f"README block {number}", "exec"), names)  # noqa: S102
     if "action" in names:
