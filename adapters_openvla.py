@@ -86,7 +86,7 @@ class LoraMixin:
                 raise ValueError(f"modules_to_save: no module {name!r}; nearest is {nearest_name(name, known)!r}.")
         answer = self.config.answer if self.config.parallel_decoding else None
         settings = LoraAdapter(r, alpha, base=base_record(self), answer=answer)
-        whole = [*_answer_modules(self), *modules_to_save]
+        whole = [*answer_modules(self), *modules_to_save]
         self._inject(settings, names, list(dict.fromkeys(whole)), dropout)
 
     def load_lora(self, name_or_path: str | os.PathLike, *, trainable: bool = False, **hub: Any) -> None:
@@ -247,7 +247,7 @@ def lora_targets(model: Any, targets: str | Sequence[str]) -> list[str]:
     Raises:
         ValueError: A target is unknown, or the model ties what "sandwich" would adapt apart.
     """
-    idle = _idle(model)
+    idle = idle_modules(model)
     found = {
         name: module
         for name, module in model.named_modules()
@@ -276,17 +276,17 @@ def lora_targets(model: Any, targets: str | Sequence[str]) -> list[str]:
     return sorted(chosen)
 
 
-def _answer_modules(model: Any) -> list[str]:
+def answer_modules(model: Any) -> list[str]:
     """Names of the heads, whole, and of FiLM's layers in blocks that run."""
     film = [
         name
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and FILM_LAYER.fullmatch(name) and module not in _idle(model)
+        if isinstance(module, nn.Linear) and FILM_LAYER.fullmatch(name) and module not in idle_modules(model)
     ]
     return [name for name in HEAD_MODULES if hasattr(model, name)] + film
 
 
-def _idle(model: Any) -> set[nn.Module]:
+def idle_modules(model: Any) -> set[nn.Module]:
     """Modules of the towers that never run."""
     towers = [model.vision_backbone.featurizer, model.vision_backbone.fused_featurizer]
     return {module for tower in towers if tower is not None for part in tower.unused for module in part.modules()}

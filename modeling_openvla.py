@@ -158,6 +158,7 @@ class OpenVLAForActionPrediction(
         output_projector_features: bool | None = None,
         return_dict: bool | None = None,
         position_ids: torch.LongTensor | None = None,
+        logits_at_labels: bool = False,
         actions: torch.FloatTensor | None = None,
         proprio: torch.FloatTensor | None = None,
         noise: torch.FloatTensor | None = None,
@@ -182,6 +183,7 @@ class OpenVLAForActionPrediction(
             output_projector_features: Ignored.
             return_dict: Ignored.
             position_ids: None.
+            logits_at_labels: Ignored; it is always so.
             actions: Heads: float ``(batch, chunk, action_dim)``, normalised.
             proprio: float ``(batch, proprio_dim)``, normalised.
             noise: Diffusion: ``(batch, chunk, action_dim)``; None draws it from the normal distribution.
@@ -212,6 +214,7 @@ class OpenVLAForActionPrediction(
                 output_projector_features,
                 return_dict,
                 position_ids,
+                logits_at_labels,
             )
         given = {"inputs_embeds": inputs_embeds, "past_key_values": past_key_values, "position_ids": position_ids}
         unused = [name for name, value in given.items() if value is not None]

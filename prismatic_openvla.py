@@ -220,6 +220,7 @@ class PrismaticForConditionalGeneration(PrismaticPreTrainedModel, GenerationMixi
         output_projector_features: bool | None = None,
         return_dict: bool | None = None,
         position_ids: torch.LongTensor | None = None,
+        logits_at_labels: bool = False,
     ) -> PrismaticCausalLMOutputWithPast | tuple:
         """One pass of the model: image and text, text alone, or the continuation of a cached sequence.
 
@@ -237,6 +238,8 @@ class PrismaticForConditionalGeneration(PrismaticPreTrainedModel, GenerationMixi
             output_projector_features: Put the projected patches into a tuple output too.
             return_dict: False for a tuple.
             position_ids: int64 ``(batch, length + patches)``; by default left padding is not counted.
+            logits_at_labels: Compute logits, and so the loss, only where there are labels: ``(labelled positions,
+                padded vocabulary)``, row by row. The loss is the same; training needs a fraction of the memory.
 
         Raises:
             ValueError: Inputs are missing or contradict each other; an image together with a filled cache, since
@@ -264,6 +267,8 @@ class PrismaticForConditionalGeneration(PrismaticPreTrainedModel, GenerationMixi
             if labels is not None:
                 ignored = labels.new_full(patches.shape[:2], IGNORE_INDEX)
                 labels = insert_after_bos(labels, ignored, bos.to(labels.device))
+        if logits_at_labels:
+            return self._loss_at_labels(input_ids, attention_mask, position_ids, inputs_embeds, labels, patches)
         output = self.language_model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -286,6 +291,29 @@ class PrismaticForConditionalGeneration(PrismaticPreTrainedModel, GenerationMixi
             projector_features=patches if output_projector_features or not as_tuple else None,
         )
         return output.to_tuple() if as_tuple else output
+
+    def _loss_at_labels(
+        self,
+        input_ids: torch.LongTensor | None,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.LongTensor | None,
+        inputs_embeds: torch.Tensor | None,
+        labels: torch.LongTensor | None,
+        patches: torch.Tensor | None,
+    ) -> PrismaticCausalLMOutputWithPast:
+        """The training pass whose head sees only the positions before a label."""
+        if labels is None:
+            raise ValueError("logits_at_labels needs labels.")
+        hidden = self.get_decoder()(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            use_cache=False,
+            return_dict=True,
+        ).last_hidden_state
+        logits, loss = logits_before(labels, hidden, self.get_output_embeddings())
+        return PrismaticCausalLMOutputWithPast(loss=loss, logits=logits, projector_features=patches)
 
     @torch.no_grad()
     def generate(
@@ -350,6 +378,16 @@ class PrismaticForConditionalGeneration(PrismaticPreTrainedModel, GenerationMixi
         if device.type == "meta":  # offloaded parts are moved by accelerate's hooks
             device = torch.device("cpu")
         return align_prompts(input_ids, attention_mask, self.pad_token_id, device)
+
+
+def logits_before(
+    labels: torch.LongTensor, hidden: torch.Tensor, head: nn.Module
+) -> tuple[torch.FloatTensor, torch.FloatTensor]:
+    """Float32 logits ``(labelled positions, vocabulary)`` that predict the labels, and their mean cross entropy."""
+    rows, positions = (labels[:, 1:] != IGNORE_INDEX).nonzero(as_tuple=True)
+    rows, positions = rows.to(hidden.device), positions.to(hidden.device)
+    logits = head(hidden[rows, positions]).float()
+    return logits, nn.functional.cross_entropy(logits, labels.to(logits.device)[rows, positions + 1])
 
 
 def _left_empty(model: nn.Module) -> list[str]:

@@ -1,0 +1,283 @@
+"""Fine-tuning: what is trained, that it learns, goes on after a break, and gives a folder that everyone can load."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from reference import GOLDEN, LOSS_ATOL, REPOSITORY, oft_model
+
+pytest.importorskip("accelerate")
+
+from openvla import PLATFORMS, OpenVLAForActionPrediction, load_policy
+from openvla.finetune import FinetuneConfig, as_config, build, finetune, rate, set_trained
+from openvla.tiny import build_tiny
+from openvla.training_batch import ActionCollator, answer_metrics
+from openvla.training_state import checkpoints
+
+STATISTICS = {
+    "action": {"q01": [-0.5] * 7, "q99": [0.5] * 7, "mask": [True] * 6 + [False]},
+    "proprio": {"q01": [-1.0] * 8, "q99": [1.0] * 8},
+}
+
+
+class Few:
+    """A few steps of demonstrations in memory: noise images, each with its own action."""
+
+    def __init__(self, count=4, chunk=1):
+        random = np.random.RandomState(0)
+        self.statistics = {"lab": STATISTICS}
+        self.steps = [
+            {
+                "images": list(random.randint(0, 256, (2 if chunk > 1 else 1, 64, 64, 3), dtype=np.uint8)),
+                "instruction": ("open the drawer", "close it")[index % 2],
+                "actions": random.uniform(-0.5, 0.5, (chunk, 7)),
+                "proprio": random.uniform(-1, 1, 8),
+                "dataset": "lab",
+            }
+            for index in range(count)
+        ]
+
+    def stream(self, seed, rank, world_size):
+        random, drawn = np.random.RandomState(seed), 0
+        while True:
+            for index in random.permutation(len(self.steps)):
+                drawn += 1
+                if drawn % world_size == rank:
+                    yield self.steps[index]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("base")
+    for part in build_tiny():
+        part.save_pretrained(folder)
+    return folder
+
+
+def settings(base, output, **changes):
+    fields = {"model": str(base), "output": str(output), "batch_size": 4, "max_steps": 4, "device": "cpu"}
+    return FinetuneConfig(**{**fields, "learning_rate": 3e-3, "log_steps": 1, "feed_back": 4, **changes})
+
+
+def losses(output):
+    return [json.loads(line)["train_loss"] for line in (output / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("name", ["fused", "siglip"])
+def test_a_step_has_the_golden_loss_with_logits_at_labels_alone(name, tmp_path):
+    from reference import published_folder
+
+    golden = np.load(GOLDEN / name / "train.npz")
+    pixels = np.load(GOLDEN / name / "inputs.npz")["pixel_values"][:2]
+    model = OpenVLAForActionPrediction.from_pretrained(published_folder(name, tmp_path), torch_dtype=torch.float32)
+    batch = {key: torch.from_numpy(golden[key]) for key in ("input_ids", "attention_mask", "labels")}
+    batch["pixel_values"] = torch.from_numpy(pixels)
+    gradients = []
+    for only in (False, True):
+        model.zero_grad()
+        out = model.train()(**batch, logits_at_labels=only)
+        assert abs(float(out.loss.detach()) - float(golden["loss"])) <= LOSS_ATOL
+        out.loss.backward()
+        gradients.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+    assert len(out.logits) == int((batch["labels"][:, 1:] != -100).sum())
+    assert set(gradients[0]) == set(gradients[1])
+    for key in gradients[0]:
+        torch.testing.assert_close(gradients[1][key], gradients[0][key], atol=1e-6, rtol=1e-4)
+    metrics = answer_metrics(out, batch, model)
+    assert float(metrics["action_accuracy"]) == pytest.approx(float(golden["finetune_action_accuracy"]), abs=1e-6)
+
+
+def test_rows_are_the_golden_ones():
+    """Prompt, empty token, action tokens, end token; padded on the right."""
+    golden = np.load(GOLDEN / "oft_libero" / "train.npz")
+    model = oft_model("libero", "l1")
+
+    class Processor:
+        """Gives the golden prompts, whose ids are no tokenizer's."""
+
+        def __call__(self, instruction, images):
+            end = int((golden["labels"][instruction] != -100).argmax())
+            return {"input_ids": torch.from_numpy(golden["input_ids"][[instruction], :end]), "pixel_values": images[0]}
+
+    key = "libero_spatial_no_noops"
+    steps = [
+        {
+            "images": [torch.zeros(1, 12, 224, 224)],
+            "instruction": row,
+            "actions": model.action_statistics(key).unnormalize(golden["actions"][row]),
+            "proprio": np.zeros(8),
+            "dataset": key,
+        }
+        for row in range(2)
+    ]
+    batch = ActionCollator(Processor(), model)(steps)
+    for name in ("attention_mask", "labels"):
+        assert (batch[name].numpy() == golden[name]).mean() > 0.99
+    assert (batch["input_ids"].shape, batch["labels"].shape) == ((2, 79), (2, 79))
+
+
+def test_lora_learns_and_everyone_can_load_the_result(base, tmp_path):
+    data = Few()
+    finetune(settings(base, tmp_path, max_steps=40, lora_rank=16), data)
+    found = losses(tmp_path)
+    assert found[-1] < 0.2 * found[0]
+    fed = json.loads((tmp_path / "feed_back.json").read_text())
+    assert fed["token_accuracy"] > 0.9
+    assert fed["distinct"] == 1
+    policy = load_policy(tmp_path / "model")
+    step = data.steps[0]
+    action = policy.act(step["images"][0], step["instruction"])
+    np.testing.assert_allclose(action[:6], step["actions"][0][:6], atol=0.1)
+    code = (
+        "import transformers, sys; auto = transformers.AutoModelForImageTextToText;"
+        f"m = auto.from_pretrained({str(tmp_path / 'model')!r}, trust_remote_code=True);"
+        "assert 'openvla' not in sys.modules; assert m.norm_stats['lab']"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path, timeout=120)
+    adapter = OpenVLAForActionPrediction.from_pretrained(tmp_path / "adapter").eval()
+    inputs = policy.processor(instruction=step["instruction"], images=step["images"][0])
+    np.testing.assert_allclose(adapter.predict_action(**inputs, unnorm_key="lab"), action, atol=1e-6)
+
+
+@pytest.mark.parametrize("head", [None, "l1", "diffusion"])
+def test_oft_heads(base, head, tmp_path):
+    answer = {"platform": "libero", "action_head": head, "num_images_in_input": 2, "use_film": head == "l1"}
+    config = settings(base, tmp_path, method="full", answer=answer, max_steps=12, learning_rate=1e-3)
+    finetune(config, Few(chunk=PLATFORMS["libero"]["chunk_length"]))
+    found = losses(tmp_path)
+    if head != "diffusion":  # whose loss is of another noise at each step
+        assert found[-1] < 0.8 * found[0]
+    assert load_policy(tmp_path / "model").model.config.action_head == head
+
+
+@pytest.mark.parametrize("method", ["full", "frozen-vision", "sandwich", "last-layer"])
+def test_what_each_method_trains(method, tmp_path):
+    model, _ = build_tiny()
+    set_trained(model, settings("", tmp_path, method=method))
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    towers = [name for name in trained if name.startswith("vision_backbone.")]
+    assert bool(towers) == (method in ("full", "sandwich"))
+    assert not any("blocks.2." in name and "featurizer" in name for name in towers if "fused" not in name)
+    assert any("projector" in name for name in trained) == (method != "last-layer")
+    assert any("layers.0." in name for name in trained) == (method in ("full", "frozen-vision"))
+    assert any("layers.1." in name for name in trained)
+    batch = ActionCollator(build_tiny()[1], _with_statistics(model))(Few().steps[:2])
+    model.train()(**batch, logits_at_labels=True).loss.backward()
+    without = [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    assert not without, without  # or DDP would wait for them
+
+
+def _with_statistics(model):
+    model.add_norm_stats("lab", STATISTICS)
+    return model
+
+
+def test_a_broken_run_goes_on_with_the_same_losses(base, tmp_path):
+    data = Few(count=7)
+    changes = {"max_steps": 6, "save_steps": 2, "accumulation": 2, "batch_size": 2, "decay": "cosine", "keep": 9}
+    finetune(settings(base, tmp_path / "whole", **changes), data)
+    finetune(settings(base, tmp_path / "broken", **changes), data)
+    for folder in checkpoints(tmp_path / "broken")[2:]:
+        for file in folder.iterdir():
+            file.unlink()
+        folder.rmdir()
+    (tmp_path / "broken" / "metrics.jsonl").unlink()
+    finetune(settings(base, tmp_path / "broken", **changes), data)
+    np.testing.assert_allclose(losses(tmp_path / "broken"), losses(tmp_path / "whole")[4:], rtol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_two_processes_train_as_one(base, method, tmp_path):
+    """Two processes with two rows each (DDP over gloo) have the losses of one with four."""
+    common = {"max_steps": 4, "method": method, "save_steps": 2, "answer": None, "feed_back": 2}
+    script = tmp_path / "run.py"
+    script.write_text(
+        f"import sys; sys.path.insert(0, {str(REPOSITORY / 'tests')!r})\n"
+        "from test_finetune import Few, settings\nfrom openvla.finetune import finetune\n"
+        "steps = int(sys.argv[1])\n"
+        f"finetune(settings({str(base)!r}, {str(tmp_path / 'two')!r}, **{{**{common!r}, 'max_steps': steps}}, "
+        "batch_size=2), Few(8))\n"
+    )
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", str(script)]
+    for steps in ("2", "4"):  # the second run goes on from the first
+        subprocess.run([*launch, steps], check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=300)
+    finetune(settings(base, tmp_path / "one", **common, batch_size=4), Few(8))
+    np.testing.assert_allclose(losses(tmp_path / "two"), losses(tmp_path / "one"), rtol=1e-4)
+    assert load_policy(tmp_path / "two" / "model").unnorm_key == "lab"
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments_it_keeps_its_last_checkpoint(base, tmp_path):
+    script = tmp_path / "run.py"
+    script.write_text(
+        f"import sys; sys.path.insert(0, {str(REPOSITORY / 'tests')!r})\n"
+        "from test_finetune import Few, settings\nfrom openvla.finetune import finetune\n"
+        f"finetune(settings({str(base)!r}, {str(tmp_path / 'run')!r}, max_steps=400, save_steps=1), Few())\n"
+    )
+    seen, random = 0, np.random.RandomState(0)
+    for _ in range(4):
+        process = subprocess.Popen([sys.executable, script], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        deadline = time.time() + 90
+        while time.time() < deadline and len(checkpoints(tmp_path / "run")) == 0:
+            time.sleep(0.05)
+        before = time.time() + 12 + 4 * random.rand()
+        while time.time() < before and process.poll() is None:
+            time.sleep(0.05)
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        newest = checkpoints(tmp_path / "run")[-1]
+        step = int(newest.name.removeprefix("step-"))
+        assert step >= seen
+        assert torch.load(newest / "state.pt", weights_only=True)["step"] == step
+        seen = step
+    assert seen > 3
+
+
+def test_the_learning_rate(base, tmp_path):
+    config = settings(base, tmp_path, warmup_steps=2, max_steps=10, decay="cosine")
+    assert [round(rate(config, step), 3) for step in (0, 1, 2, 6, 10)] == [0.5, 1.0, 1.0, 0.5, 0.0]
+    config = settings(base, tmp_path, decay="step", decay_step=5)
+    assert [rate(config, step) for step in (0, 4, 5, 9)] == [1, 1, 0.1, 0.1]
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"method": "lorra"}, "Unknown method 'lorra'; allowed"),
+        ({"decay": "linear"}, "Unknown decay 'linear'"),
+        ({"decay": "step"}, "decay='step' needs decay_step"),
+        ({"batch_size": 0}, "batch_size must be a whole number"),
+        ({"learning_rate": 0.0}, "learning_rate and max_grad_norm must be positive"),
+        ({"modle": "x"}, r"Unknown fields in here: \['modle'\]"),
+        ({"model": None}, r"missing: \['model'\]"),
+    ],
+)
+def test_bad_runs(fields, message):
+    with pytest.raises(ValueError, match=message):
+        as_config({"model": "m", "output": "o", **fields}, "here")
+
+
+def test_bad_data(base, tmp_path):
+    model, processor = build_tiny()
+    collator, step = ActionCollator(processor, _with_statistics(model)), Few().steps[0]
+    with pytest.raises(KeyError, match="No statistics of 'kitchen'"):
+        collator([{**step, "dataset": "kitchen"}])
+    with pytest.raises(ValueError, match="Expected actions of 7 dimensions"):
+        collator([{**step, "actions": np.zeros((1, 6))}])
+    with pytest.raises(ValueError, match="answers with 1 actions; 'lab' gives 8"):
+        collator([{**step, "actions": np.zeros((8, 7))}])
+    with pytest.raises(ValueError, match="Unknown platform 'so100'"):
+        build(settings(base, tmp_path, answer={"platform": "so100"}), Few(), _cpu())
+
+
+def _cpu():
+    from accelerate import Accelerator
+
+    return Accelerator(cpu=True)
