@@ -39,22 +39,23 @@ from transformers import AutoTokenizer, GenerationConfig
 
 from .checkpoint_files import (
     INDEX_FILE,
-    digest,
     digest_file,
+    digests,
     has_safetensors,
     parse_size,
     pickled_tensors,
-    read_pickle,
+    places_of,
     read_tensors,
+    records,
     require_equal,
     require_intact,
-    same_tensor,
     shapes,
     weight_files,
     write_shards,
 )
 from .compare_forward import compare_forward
 from .configuration_openvla import DTYPE_FIELD, OpenVLAConfig, PrismaticConfig, write_json
+from .direct_files import DirectWriter
 from .download_checkpoint import local_folder
 from .loading import MODEL_CLASSES
 from .modeling_openvla import STATISTICS_FILE
@@ -266,14 +267,15 @@ def _write_hub(
     fit_vocabulary(source, config, found)
     processor = OpenVLAProcessor.for_config(config, found)
     setattr(config, DTYPE_FIELD, DTYPES[dtype or "bf16"])
-    with ThreadPoolExecutor(max_workers=1) as beside:
-        intact = beside.submit(require_intact, file)
-        digests = write_shards(folder, tensors, DTYPES[dtype or "bf16"], shard_bytes)
-        intact.result()
+    places = records(file, tensors)
+    with ThreadPoolExecutor(max_workers=1) as beside:  # what is not checked as it is read, such as the names
+        rest = beside.submit(require_intact, file, {place.record for place in places.values()})
+        written = write_shards(folder, tensors, DTYPES[dtype or "bf16"], shard_bytes, places=places)
+        rest.result()
     shutil.copy(source / "config.json", folder / NATIVE_CONFIG_FILE)
     processor.save_pretrained(folder)
     write_surroundings(folder, config)
-    write_manifest(folder, digests)
+    write_manifest(folder, written)
     return tensors, config
 
 
@@ -298,20 +300,20 @@ def _upgrade(
     processor = OpenVLAProcessor(image_processor, found, config.prompt_style, config.empty_token_id)
     if dtype is None and files:
         linked = [_link_or_copy(file, folder / file.name) for file in {*files.values(), *source.glob(INDEX_FILE)}]
-        digests = {name: digest(tensor) for name, tensor in tensors.items()}
+        written = digests(places_of(files))
         if not all(linked):
-            require_equal(weight_files(folder), digests)
+            require_equal(weight_files(folder), written)
     else:
         if dtype is not None:
             setattr(config, DTYPE_FIELD, DTYPES[dtype])
-        digests = write_shards(folder, tensors, dtype and DTYPES[dtype], shard_bytes)
+        written = write_shards(folder, tensors, dtype and DTYPES[dtype], shard_bytes)
     processor.save_pretrained(folder)
     if tokenizer is None:  # the trained-on files themselves, not what this version makes of them
         for name in COPIED_TOKENIZER_FILES:
             if (source / name).is_file():
                 shutil.copy(source / name, folder / name)
     write_surroundings(folder, config)
-    write_manifest(folder, digests)
+    write_manifest(folder, written)
     return tensors, config
 
 
@@ -327,15 +329,18 @@ def _write_native(source: Path, folder: Path) -> Converted:
         write_json(folder / STATISTICS_FILE, config.norm_stats or {})
     (folder / CHECKPOINT_FOLDER).mkdir()
     written = folder / CHECKPOINT_FOLDER / CHECKPOINT_FILE
-    torch.save(native_state(read_tensors(files), config), written)
-    again = read_pickle(written)["model"]
+    with ThreadPoolExecutor(max_workers=1) as beside, DirectWriter(written) as file:
+        expected = beside.submit(digests, places_of(files))
+        torch.save(native_state(read_tensors(files), config), file)
+    again = {to_hub_name(native, config): tensor for native, tensor in native_tensors(written).items()}
+    found = digests(records(written, again))
     for name, tensor in read_tensors(files):
-        component, native = to_native_name(name, config).split(".", 1)
-        if not same_tensor(again[component][native], tensor):
+        same = again.get(name, torch.empty(0))
+        if (same.dtype, same.shape, found.get(name)) != (tensor.dtype, tensor.shape, expected.result()[name]):
             raise ValueError(
-                f"{written}: {component}.{native} does not equal {name} of {source}. The disk may be failing."
+                f"{written}: {to_native_name(name, config)} does not equal {name} of {source}. The disk may be failing."
             )
-    return {to_hub_name(native, config): tensor for native, tensor in native_tensors(written).items()}, config
+    return again, config
 
 
 def _tokenizer(source: Path, given: str | os.PathLike | None, config: PrismaticConfig) -> Any:
