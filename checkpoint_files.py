@@ -4,23 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import json
-import mmap
 import re
-import sys
-import zipfile
 import zlib
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
+import numpy as np
 import torch
 from safetensors import safe_open
 from tqdm import tqdm
 
+from .archive_files import damaged_record, is_archive, require_intact
 from .configuration_openvla import write_json
-from .direct_files import PIECE, DirectWriter, read_spans
+from .direct_files import PIECE, DirectWriter, Place, read_spans
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
@@ -43,23 +41,13 @@ DTYPE_NAMES = {
 }
 
 
-class Place(NamedTuple):
-    """Where a tensor's bytes lie; in a torch.save file also their record's name and checksum (CRC-32)."""
-
-    path: Path
-    offset: int
-    size: int
-    record: str | None = None
-    checksum: int | None = None
-
-
 def read_pickle(path: Path) -> dict[str, Any]:
     """The content of a ``torch.save`` file, its tensors mapped from disk; only tensors and containers are allowed.
 
     Raises:
         ValueError: The file is truncated, is no checkpoint, or holds code; the message names the file and the reason.
     """
-    mapped = zipfile.is_zipfile(path)
+    mapped = is_archive(path)
     with open(path, "rb") as file:
         head = file.read(len(LEGACY_MAGIC))
     if not mapped and head != LEGACY_MAGIC:
@@ -205,58 +193,6 @@ def write_shards(
     return digests
 
 
-def records(path: Path, tensors: Mapping[str, torch.Tensor]) -> dict[str, Place]:
-    """Which record of a torch.save file each mapped tensor is; those that are only a part of one are left out.
-
-    A tensor says where it lies in memory, the file's directory where records lie in the file. All of a file is mapped
-    at once, so there must be one beginning of the map by which every tensor's storage is a record of its size. Were
-    there none, or two, nothing is returned.
-
-    Raises:
-        ValueError: A record's own header is damaged.
-    """
-    found = _stored(path)
-    storages = {s.data_ptr(): s.nbytes() for s in (tensor.untyped_storage() for tensor in tensors.values())}
-    storages = {address: size for address, size in storages.items() if size}
-    lowest = min(storages, default=0)
-    begins = [
-        lowest - offset
-        for offset, place in found.items()
-        if place.size == storages.get(lowest) and (lowest - offset) % mmap.PAGESIZE == 0
-    ]
-    fitting = [
-        begin
-        for begin in begins
-        if all(address - begin in found and found[address - begin].size == n for address, n in storages.items())
-    ]
-    if len(fitting) != 1:
-        return {}
-    at = {name: found.get(tensor.data_ptr() - fitting[0]) for name, tensor in tensors.items()}
-    return {
-        name: place
-        for name, place in at.items()
-        if place
-        and tensors[name].is_contiguous()
-        and tensors[name].nbytes == place.size
-        and place.offset % tensors[name].itemsize == 0
-    }
-
-
-def require_intact(path: Path, but: Collection[str] = ()) -> None:
-    """Raise ValueError if a ``torch.save`` file's content is not what its own checksums say; torch does not look.
-
-    Records named by ``but`` are left out. Files from before torch 1.6 have no checksums.
-    """
-    if not zipfile.is_zipfile(path):
-        return
-    with zipfile.ZipFile(path) as archive:
-        for info in archive.infolist():
-            if info.filename not in but:
-                with _opened(archive, info) as record:
-                    while record.read(PIECE):
-                        pass
-
-
 def require_equal(files: Mapping[str, Path], expected: Mapping[str, str]) -> None:
     """Raise ValueError, with their names, if tensors on disk have other digests."""
     found = digests(places_of(files))
@@ -284,6 +220,19 @@ def digests(places: Mapping[str, Place]) -> dict[str, str]:
     parts = [(path, spans[first::2]) for path, spans in inside.items() for first in (0, 1)]
     with ThreadPoolExecutor(max_workers=2) as beside:
         return {name: sha for part in beside.map(_digests, parts) for name, sha in part.items()}
+
+
+def differing(first: Mapping[str, Place], second: Mapping[str, Place]) -> list[str]:
+    """Names of the tensors of ``first`` that ``second`` lacks or has with other bytes, read from the disk."""
+    wrong = [name for name, place in first.items() if name not in second or second[name].size != place.size]
+    both = {name: (place, second[name]) for name, place in first.items() if name not in wrong}
+    for paths in dict.fromkeys((one.path, other.path) for one, other in both.values()):
+        pairs = {n: pair for n, pair in both.items() if (pair[0].path, pair[1].path) == paths}
+        sides = [[(n, pair[side].offset, pair[side].size) for n, pair in pairs.items()] for side in (0, 1)]
+        for (name, one), (_, other) in zip(*map(read_spans, paths, sides)):
+            if not _same_bytes(one, other):
+                wrong.append(name)
+    return sorted(set(wrong))
 
 
 def digest_file(path: Path) -> str:
@@ -341,7 +290,7 @@ def _contents(
             checksum = zlib.crc32(raw, checksum)  # after the bytes were used: they were still the right ones
             done += len(raw)
         if place.checksum not in (None, checksum):
-            raise _damaged(place.path, place.record)
+            raise damaged_record(place.path, place.record)
 
 
 def _write_file(
@@ -398,36 +347,12 @@ def _digests(part: tuple[Path, list[tuple[str, int, int]]]) -> dict[str, str]:
     return {name: hashed.hexdigest() for name, hashed in running.items()}
 
 
-def _stored(path: Path) -> dict[int, Place]:
-    """Records of a torch.save file that are in it as they are in memory, by their offset."""
-    if not zipfile.is_zipfile(path):
-        return {}
-    found = {}
-    with zipfile.ZipFile(path) as archive, open(path, "rb") as file:
-        for info in archive.infolist():
-            with _opened(archive, info) as record:
-                if info.filename.endswith("/byteorder") and record.read() != sys.byteorder.encode():
-                    return {}  # torch has swapped the bytes in memory
-            file.seek(info.header_offset + 26)
-            lengths = file.read(4)  # of the name and of what pads it
-            offset = info.header_offset + 30 + sum(int.from_bytes(lengths[i : i + 2], "little") for i in (0, 2))
-            if info.compress_type == zipfile.ZIP_STORED and info.file_size:
-                found[offset] = Place(path, offset, info.file_size, info.filename, info.CRC)
-    return found
-
-
-@contextmanager
-def _opened(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> Iterator[Any]:
-    """A record of a torch.save file; a wrong header, or a wrong checksum at its end, is raised."""
-    try:
-        with archive.open(info) as record:
-            yield record
-    except (zipfile.BadZipFile, EOFError, RuntimeError, zlib.error) as error:
-        raise _damaged(Path(archive.filename), info.filename) from error
-
-
-def _damaged(path: Path, record: str) -> ValueError:
-    return ValueError(f"{path} is damaged: {record} does not match its checksum. Copy it again from its source.")
+def _same_bytes(first: memoryview, second: memoryview) -> bool:
+    """Eight bytes at a time, which makes it fast."""
+    left, right = (np.frombuffer(side, np.uint8) for side in (first, second))
+    whole = left.size - left.size % 8
+    words = np.array_equal(left[:whole].view(np.uint64), right[:whole].view(np.uint64))
+    return words and np.array_equal(left[whole:], right[whole:])
 
 
 def _target(tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.dtype:

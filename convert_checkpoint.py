@@ -37,8 +37,10 @@ import psutil
 import torch
 from transformers import AutoTokenizer, GenerationConfig
 
+from .archive_files import records, require_intact
 from .checkpoint_files import (
     INDEX_FILE,
+    differing,
     digest_file,
     digests,
     has_safetensors,
@@ -46,9 +48,7 @@ from .checkpoint_files import (
     pickled_tensors,
     places_of,
     read_tensors,
-    records,
     require_equal,
-    require_intact,
     shapes,
     weight_files,
     write_shards,
@@ -329,17 +329,15 @@ def _write_native(source: Path, folder: Path) -> Converted:
         write_json(folder / STATISTICS_FILE, config.norm_stats or {})
     (folder / CHECKPOINT_FOLDER).mkdir()
     written = folder / CHECKPOINT_FOLDER / CHECKPOINT_FILE
-    with ThreadPoolExecutor(max_workers=1) as beside, DirectWriter(written) as file:
-        expected = beside.submit(digests, places_of(files))
+    with DirectWriter(written) as file:
         torch.save(native_state(read_tensors(files), config), file)
     again = {to_hub_name(native, config): tensor for native, tensor in native_tensors(written).items()}
-    found = digests(records(written, again))
-    for name, tensor in read_tensors(files):
-        same = again.get(name, torch.empty(0))
-        if (same.dtype, same.shape, found.get(name)) != (tensor.dtype, tensor.shape, expected.result()[name]):
-            raise ValueError(
-                f"{written}: {to_native_name(name, config)} does not equal {name} of {source}. The disk may be failing."
-            )
+    wrong = differing(places_of(files), records(written, again))
+    kinds = {name: (tensor.dtype, tensor.shape) for name, tensor in again.items()}
+    wrong += [name for name, tensor in read_tensors(files) if kinds.get(name) != (tensor.dtype, tensor.shape)]
+    if wrong:
+        names = [to_native_name(name, config) for name in wrong]
+        raise ValueError(f"{written}: {names} do not equal {wrong} of {source}. The disk may be failing.")
     return again, config
 
 

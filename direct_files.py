@@ -14,22 +14,32 @@ import os
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 O_DIRECT = getattr(os, "O_DIRECT", 0)  # Linux has it
 BLOCK = 1 << 16  # O_DIRECT starts and ends at multiples of a disk's block, which is 512 or 4096 bytes, seldom more
-PIECE = 1 << 24  # bytes per read or write; each reader or writer has two such buffers
+PIECE = 1 << 24  # bytes per read or write; each reader or writer has two buffers
+
+
+class Place(NamedTuple):
+    """Where a tensor's bytes lie; in a torch.save file also their record's name and checksum (CRC-32)."""
+
+    path: Path
+    offset: int
+    size: int
+    record: str | None = None
+    checksum: int | None = None
 
 
 def read_spans(path: Path, spans: Iterable[tuple[Any, int, int]]) -> Iterator[tuple[Any, memoryview]]:
     """The bytes of spans (key, offset, size) in pieces, each with its span's key; the next one is read meanwhile.
 
-    A piece ends with its span or at a multiple of BLOCK in the file, and is valid until the next one is asked for.
+    All pieces of a span but the last have PIECE bytes; a piece is valid until the next one is asked for.
 
     Raises:
         ValueError: The file ends before a span does.
     """
-    buffers = [_buffer(), _buffer()]
+    buffers = [_buffer(PIECE + 2 * BLOCK), _buffer(PIECE + 2 * BLOCK)]  # whole blocks around a piece
     with _opened(path, "rb") as file, ThreadPoolExecutor(max_workers=1) as beside:
         ready = None
         for number, (key, start, end) in enumerate(_pieces(spans)):
@@ -53,7 +63,7 @@ class DirectWriter:
     def __init__(self, path: Path) -> None:
         self._file = _opened(path, "wb")
         self._beside = ThreadPoolExecutor(max_workers=1)
-        self._buffers = [_buffer(), _buffer()]
+        self._buffers = [_buffer(PIECE), _buffer(PIECE)]
         self._filled = self._size = 0
         self._writing: Future | None = None
 
@@ -99,9 +109,9 @@ class DirectWriter:
             self._writing.result()
 
 
-def _buffer() -> memoryview:
+def _buffer(size: int) -> memoryview:
     """Memory that begins at a page, as O_DIRECT wants it."""
-    return memoryview(mmap.mmap(-1, PIECE))
+    return memoryview(mmap.mmap(-1, size))
 
 
 def _opened(path: Path, mode: str) -> io.FileIO:
@@ -119,13 +129,10 @@ def _opened(path: Path, mode: str) -> io.FileIO:
 
 
 def _pieces(spans: Iterable[tuple[Any, int, int]]) -> Iterator[tuple[Any, int, int]]:
-    """Spans cut where a buffer that begins at a block is full: key, start and end."""
-    for key, start, size in spans:
-        end = start + size
-        while start < end:
-            cut = min(end, start // BLOCK * BLOCK + PIECE)
-            yield key, start, cut
-            start = cut
+    """Key, start and end of each piece."""
+    for key, offset, size in spans:
+        for start in range(offset, offset + size, PIECE):
+            yield key, start, min(start + PIECE, offset + size)
 
 
 def _read(file: io.FileIO, buffer: memoryview, start: int, end: int) -> memoryview:
