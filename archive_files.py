@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 import sys
+import warnings
 import zipfile
 import zlib
 from collections.abc import Collection, Iterator, Mapping
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from .direct_files import PIECE, Place
 
@@ -22,6 +24,42 @@ def is_archive(path: Path) -> bool:
     """Whether a torch.save file is a zip archive, as it is from torch 1.6 on."""
     with _damage_named(path):
         return zipfile.is_zipfile(path)
+
+
+def mapped_to_read(path: Path) -> Any:
+    """The content of a torch.save archive, its tensors mapped so that they can be read but not changed.
+
+    torch maps a file so that memory could be changed, for which Linux sets memory aside: it refuses files larger than
+    all memory and swap. Such a map needs none.
+
+    Raises:
+        ValueError: torch is too old to say where tensors lie, or the bytes are in the order of another processor.
+    """
+    with FakeTensorMode():
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    with open(path, "rb") as file:
+        whole = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    begins = _stored(path)
+    storages = {}
+
+    def real(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: real(item) for key, item in value.items()}
+        if isinstance(value, (list, tuple)):
+            return type(value)(map(real, value))
+        if not isinstance(value, torch.Tensor):
+            return value
+        size, offset = value.untyped_storage().nbytes(), getattr(value.untyped_storage(), "_checkpoint_offset", None)
+        if size and offset not in begins:
+            raise ValueError(f"{path} is larger than memory and swap; to map it, add swap or take a newer torch.")
+        if size and offset not in storages:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # that it cannot be written
+                storages[offset] = torch.frombuffer(whole, dtype=torch.uint8, count=size, offset=offset)
+        storage = storages[offset].untyped_storage() if size else torch.UntypedStorage()
+        return torch.empty(0, dtype=value.dtype).set_(storage, value.storage_offset(), value.shape, value.stride())
+
+    return real(content)
 
 
 def records(path: Path, tensors: Mapping[str, torch.Tensor]) -> dict[str, Place]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import os
 import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -16,7 +18,7 @@ import torch
 from safetensors import safe_open
 from tqdm import tqdm
 
-from .archive_files import damaged_record, is_archive, require_intact
+from .archive_files import damaged_record, is_archive, mapped_to_read, require_intact
 from .configuration_openvla import write_json
 from .direct_files import PIECE, DirectWriter, Place, read_spans
 
@@ -57,6 +59,8 @@ def read_pickle(path: Path) -> dict[str, Any]:
         return torch.load(path, map_location="cpu", mmap=mapped, weights_only=True)
     except Exception as error:  # torch raises UnpicklingError, RuntimeError, EOFError ... by the kind of damage
         first = str(error).replace("\n", " ")
+        if mapped and os.strerror(errno.ENOMEM) in first:
+            return mapped_to_read(path)
         code = re.search(r"GLOBAL (\S+)", first)
         if code:
             raise ValueError(

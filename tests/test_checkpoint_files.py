@@ -1,8 +1,10 @@
 """torch.save files read record by record, and shards that are read back: damage on either side is loud."""
 
 import random
+import resource
 import sys
 import zipfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -76,6 +78,30 @@ def test_only_whole_records_are_paired(tmp_path):
     shards = (tmp_path / "hub").glob("*.safetensors")
     found = {name: tensor for shard in shards for name, tensor in load_file(shard).items()}
     assert all(torch.equal(found[name], tensor) for name, tensor in state.items())
+
+
+def test_a_file_larger_than_memory_is_mapped_to_be_read(tensors, tmp_path):
+    """Here memory is what the process may have; the kernel refuses the map of more than memory and swap likewise."""
+    whole = {
+        **tensors,
+        "turned": tensors["part.torch.float32"].T,
+        "large": torch.zeros(1 << 25),
+        "none": torch.zeros(0),
+    }
+    torch.save({"model": whole}, tmp_path / "a.pt")
+    used = int(Path("/proc/self/status").read_text().split("VmData:")[1].split()[0]) * 1024
+    limits = resource.getrlimit(resource.RLIMIT_DATA)
+    resource.setrlimit(resource.RLIMIT_DATA, (used + (1 << 26), limits[1]))
+    try:
+        with pytest.raises(RuntimeError, match="Cannot allocate memory"):
+            torch.load(tmp_path / "a.pt", mmap=True, weights_only=True)
+        content = read_pickle(tmp_path / "a.pt")["model"]
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, limits)
+    assert set(content) == set(whole)
+    assert all(content[name].dtype == tensor.dtype for name, tensor in whole.items())
+    assert all(torch.equal(content[name], tensor) for name, tensor in whole.items())
+    assert set(records(tmp_path / "a.pt", content)) == {*tensors, "large"}
 
 
 def test_a_file_of_the_other_byte_order_is_read_through_torch(tmp_path):
