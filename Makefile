@@ -14,7 +14,7 @@ test: $(INSTALLED)  ## the default tests
 test-slow: $(INSTALLED)  ## what takes a minute or more: kills, full disks
 	$(VENV)/bin/python -m pytest -m slow
 
-convert-full: $(INSTALLED)  ## a full-size checkpoint there and back: time and memory beside a plain copy (45 GB of disk)
+convert-full: $(INSTALLED)  ## a full-size checkpoint there and back: time and memory beside a plain copy (31 GB of disk)
 	$(VENV)/bin/python benchmarks/convert_full.py .convert-full
 
 lanes:  ## parity, remote code and processors on every supported transformers, and the towers against timm

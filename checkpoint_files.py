@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import re
-import zipfile
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,7 +18,9 @@ import torch
 from safetensors import safe_open
 from tqdm import tqdm
 
+from .archive_files import damaged_record, is_archive, mapped_to_read, require_intact
 from .configuration_openvla import write_json
+from .direct_files import PIECE, DirectWriter, Place, read_spans
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
@@ -46,7 +49,7 @@ def read_pickle(path: Path) -> dict[str, Any]:
     Raises:
         ValueError: The file is truncated, is no checkpoint, or holds code; the message names the file and the reason.
     """
-    mapped = zipfile.is_zipfile(path)
+    mapped = is_archive(path)
     with open(path, "rb") as file:
         head = file.read(len(LEGACY_MAGIC))
     if not mapped and head != LEGACY_MAGIC:
@@ -56,6 +59,8 @@ def read_pickle(path: Path) -> dict[str, Any]:
         return torch.load(path, map_location="cpu", mmap=mapped, weights_only=True)
     except Exception as error:  # torch raises UnpicklingError, RuntimeError, EOFError ... by the kind of damage
         first = str(error).replace("\n", " ")
+        if mapped and os.strerror(errno.ENOMEM) in first:
+            return mapped_to_read(path)
         code = re.search(r"GLOBAL (\S+)", first)
         if code:
             raise ValueError(
@@ -147,17 +152,20 @@ def write_shards(
     dtype: torch.dtype | None,
     max_shard_bytes: int,
     change: Callable[[str, torch.Tensor], torch.Tensor] | None = None,
+    places: Mapping[str, Place] | None = None,
 ) -> dict[str, str]:
-    """Write tensors as safetensors shards with their index, casting floats to ``dtype`` one at a time.
+    """Write tensors as safetensors shards with their index, casting floats to ``dtype`` one piece at a time.
 
     ``change(name, tensor)``, of the same shape and dtype, is written in a tensor's place; it is called one at a time.
-    Hashing runs beside writing, and a finished shard is read back while the next one is written.
+    Tensors with ``places`` are read from there, past the cache, and their checksums are of the very bytes that were
+    used. Each finished shard is read back from the disk while the next one is written, and must have the digests that
+    were computed of the source.
 
     Returns:
         The sha256 of every tensor's bytes as written.
 
     Raises:
-        ValueError: A tensor read back does not equal what was written.
+        ValueError: A tensor read back does not equal what was written, or a source is damaged.
     """
     shards, size = [[]], 0
     for name, tensor in tensors.items():
@@ -170,17 +178,15 @@ def write_shards(
     digests, weight_map = {}, {}
     total = sum(tensor.numel() * _target(tensor, dtype).itemsize for tensor in tensors.values())
     progress = tqdm(total=total, unit="B", unit_scale=True, desc="writing", leave=False)
-    with progress, ThreadPoolExecutor(max_workers=2) as beside:
+    with progress, ThreadPoolExecutor(max_workers=1) as hashing, ThreadPoolExecutor(max_workers=1) as checking:
         checks = []
         for number, names in enumerate(shards, start=1):
             file = SINGLE_FILE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
             part = {name: tensors[name] for name in names}
-            path = folder / file
-            written = _write_file(path, part, dtype, change, progress, beside)
-            if change is None:
-                checks.append(beside.submit(_require_same, path, part, dtype))
-            else:  # not computed twice
-                checks.append(beside.submit(require_equal, dict.fromkeys(names, path), written))
+            header = _header(part, dtype)
+            contents = _contents(part, dtype, change, places or {})
+            written = _write_file(folder / file, header, contents, progress, hashing)
+            checks.append(checking.submit(_require_written, folder / file, header, written))
             digests.update(written)
             weight_map.update(dict.fromkeys(names, file))
         progress.set_description("reading back")
@@ -191,33 +197,46 @@ def write_shards(
     return digests
 
 
-def require_intact(path: Path) -> None:
-    """Raise ValueError if a ``torch.save`` file's content is not what its own checksums say; torch does not look.
-
-    Files from before torch 1.6 have none.
-    """
-    if not zipfile.is_zipfile(path):
-        return
-    with zipfile.ZipFile(path) as archive:
-        try:
-            damaged = archive.testzip()
-        except (zipfile.BadZipFile, EOFError) as error:
-            damaged = str(error)
-    if damaged:
-        raise ValueError(f"{path} is damaged: {damaged} does not match its checksum. Copy it again from its source.")
-
-
-def require_equal(files: Mapping[str, Path], digests: Mapping[str, str]) -> None:
+def require_equal(files: Mapping[str, Path], expected: Mapping[str, str]) -> None:
     """Raise ValueError, with their names, if tensors on disk have other digests."""
-    found = {name: digest(tensor) for name, tensor in read_tensors(files)}
-    wrong = sorted(name for name in {*found, *digests} if found.get(name) != digests.get(name))
+    found = digests(places_of(files))
+    wrong = sorted(name for name in {*found, *expected} if found.get(name) != expected.get(name))
     if wrong:
         raise ValueError(f"Tensors {wrong} changed or missing in {sorted({str(file) for file in files.values()})}.")
 
 
-def digest(tensor: torch.Tensor) -> str:
-    """sha256 of a tensor's bytes."""
-    return hashlib.sha256(_bytes(tensor)).hexdigest()
+def places_of(files: Mapping[str, Path]) -> dict[str, Place]:
+    """Where the tensors of safetensors files lie."""
+    found = {}
+    for path in dict.fromkeys(files.values()):
+        begin, header = _read_header(path)
+        for name, (start, end) in ((name, entry["data_offsets"]) for name, entry in header.items()):
+            if files.get(name) == path:
+                found[name] = Place(path, begin + start, end - start)
+    return found
+
+
+def digests(places: Mapping[str, Place]) -> dict[str, str]:
+    """sha256 of tensors' bytes, read from the disk past the cache, two at a time."""
+    inside = {place.path: [] for place in places.values()}
+    for name, place in sorted(places.items(), key=lambda item: item[1][:2]):
+        inside[place.path].append((name, place.offset, place.size))
+    parts = [(path, spans[first::2]) for path, spans in inside.items() for first in (0, 1)]
+    with ThreadPoolExecutor(max_workers=2) as beside:
+        return {name: sha for part in beside.map(_digests, parts) for name, sha in part.items()}
+
+
+def differing(first: Mapping[str, Place], second: Mapping[str, Place]) -> list[str]:
+    """Names of the tensors of ``first`` that ``second`` lacks or has with other bytes, read from the disk."""
+    wrong = [name for name, place in first.items() if name not in second or second[name].size != place.size]
+    both = {name: (place, second[name]) for name, place in first.items() if name not in wrong}
+    for paths in dict.fromkeys((one.path, other.path) for one, other in both.values()):
+        pairs = {n: pair for n, pair in both.items() if (pair[0].path, pair[1].path) == paths}
+        sides = [[(n, pair[side].offset, pair[side].size) for n, pair in pairs.items()] for side in (0, 1)]
+        for (name, one), (_, other) in zip(*map(read_spans, paths, sides)):
+            if not _same_bytes(one, other):
+                wrong.append(name)
+    return sorted(set(wrong))
 
 
 def digest_file(path: Path) -> str:
@@ -238,55 +257,103 @@ def parse_size(text: str) -> int:
     return int(float(number) * UNITS[unit])
 
 
-def _write_file(
-    path: Path,
-    tensors: Mapping[str, torch.Tensor],
-    dtype: torch.dtype | None,
-    change: Callable[[str, torch.Tensor], torch.Tensor] | None,
-    progress: tqdm,
-    beside: ThreadPoolExecutor,
-) -> dict[str, str]:
-    """One safetensors file: header, then each tensor's bytes, hashed ``beside``."""
-    header, offset = {"__metadata__": {"format": "pt"}}, 0
+def _header(tensors: Mapping[str, torch.Tensor], dtype: torch.dtype | None) -> dict[str, dict[str, Any]]:
+    """What a safetensors file says of its tensors, which lie in this order."""
+    header, offset = {}, 0
     for name, tensor in tensors.items():
         target = _target(tensor, dtype)
         end = offset + tensor.numel() * target.itemsize
         header[name] = {"dtype": DTYPE_NAMES[target], "shape": list(tensor.shape), "data_offsets": [offset, end]}
         offset = end
-    encoded = json.dumps(header, separators=(",", ":")).encode()
+    return header
+
+
+def _contents(
+    tensors: Mapping[str, torch.Tensor],
+    dtype: torch.dtype | None,
+    change: Callable[[str, torch.Tensor], torch.Tensor] | None,
+    places: Mapping[str, Place],
+) -> Iterator[tuple[str, memoryview]]:
+    """The bytes to write, in pieces that are valid until the next one is asked for."""
+    from_disk = {name: places[name] for name in tensors if name in places and change is None}
+    spans = {place.path: [] for place in from_disk.values()}
+    for name, place in from_disk.items():
+        spans[place.path].append((name, place.offset, place.size))
+    streams = {path: read_spans(path, wanted) for path, wanted in spans.items()}
+    for name, tensor in tensors.items():
+        target = _target(tensor, dtype)
+        if name not in from_disk:
+            flat = (tensor if change is None else change(name, tensor)).detach().contiguous().reshape(-1)
+            for piece in flat.split(PIECE // flat.itemsize):
+                yield name, _bytes(piece.to(target))
+            continue
+        place, done, checksum = from_disk[name], 0, 0
+        while done < place.size:
+            _, raw = next(streams[place.path])
+            yield name, raw if target == tensor.dtype else _bytes(torch.frombuffer(raw, dtype=tensor.dtype).to(target))
+            checksum = zlib.crc32(raw, checksum)  # after the bytes were used: they were still the right ones
+            done += len(raw)
+        if place.checksum not in (None, checksum):
+            raise damaged_record(place.path, place.record)
+
+
+def _write_file(
+    path: Path,
+    header: Mapping[str, Any],
+    contents: Iterable[tuple[str, memoryview]],
+    progress: tqdm,
+    hashing: ThreadPoolExecutor,
+) -> dict[str, str]:
+    """One safetensors file: header, then each tensor's bytes, hashed beside; digests by name."""
+    encoded = json.dumps({"__metadata__": {"format": "pt"}, **header}, separators=(",", ":")).encode()
     encoded += b" " * (-len(encoded) % 8)
-    digests = {}
-    with open(path, "wb") as file:
+    running = {name: hashlib.sha256() for name in header}
+    with DirectWriter(path) as file:
         file.write(len(encoded).to_bytes(8, "little") + encoded)
-        for name, tensor in tensors.items():
-            changed = tensor if change is None else change(name, tensor)
-            content = _bytes(changed.to(_target(tensor, dtype)))
-            hashed = beside.submit(hashlib.sha256, content)
+        for name, content in contents:
+            hashed = hashing.submit(running[name].update, content)
             file.write(content)
-            digests[name] = hashed.result().hexdigest()
+            hashed.result()
             progress.update(len(content))
-        file.flush()
-        os.fsync(file.fileno())
-    return digests
+    return {name: hashed.hexdigest() for name, hashed in running.items()}
 
 
-def _require_same(path: Path, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype | None) -> None:
-    """Raise ValueError if a file does not hold exactly these tensors, cast to ``dtype``."""
-    with _open(path) as opened:
-        wrong = set(opened.keys()) ^ set(tensors)
-        for name in set(tensors) - wrong:
-            found, expected = opened.get_tensor(name), tensors[name].to(_target(tensors[name], dtype))
-            if not same_tensor(found, expected):
-                wrong.add(name)
+def _require_written(path: Path, header: Mapping[str, Any], written: Mapping[str, str]) -> None:
+    """Raise ValueError if a file does not hold exactly these tensors."""
+    found = _read_header(path)[1]
+    same = digests(places_of(dict.fromkeys(found, path)))
+    wrong = sorted(
+        name for name in {*found, *header} if found.get(name) != header.get(name) or same.get(name) != written.get(name)
+    )
     if wrong:
-        raise ValueError(f"{path} does not hold what was written: tensors {sorted(wrong)}. The disk may be failing.")
+        raise ValueError(f"{path} does not hold what was written: tensors {wrong}. The disk may be failing.")
 
 
-def same_tensor(first: torch.Tensor, second: torch.Tensor) -> bool:
-    """Whether dtype, shape and every byte agree (NaN equals itself). Eight bytes at a time, which makes it fast."""
-    if first.dtype != second.dtype or first.shape != second.shape:
-        return False
-    left, right = (np.asarray(_bytes(tensor)) for tensor in (first, second))
+def _read_header(path: Path) -> tuple[int, dict[str, Any]]:
+    """Where the data of a safetensors file begins, and what its header says of each tensor."""
+    with _open(path):  # which checks that the header is sound and fits the file
+        pass
+    size = int.from_bytes(_read_all(path, 0, 8), "little")
+    header = json.loads(_read_all(path, 8, size))
+    header.pop("__metadata__", None)
+    return 8 + size, header
+
+
+def _read_all(path: Path, offset: int, size: int) -> bytes:
+    return b"".join(bytes(piece) for _, piece in read_spans(path, [(None, offset, size)]))
+
+
+def _digests(part: tuple[Path, list[tuple[str, int, int]]]) -> dict[str, str]:
+    path, spans = part
+    running = {name: hashlib.sha256() for name, _, _ in spans}
+    for name, piece in read_spans(path, spans):
+        running[name].update(piece)
+    return {name: hashed.hexdigest() for name, hashed in running.items()}
+
+
+def _same_bytes(first: memoryview, second: memoryview) -> bool:
+    """Eight bytes at a time, which makes it fast."""
+    left, right = (np.frombuffer(side, np.uint8) for side in (first, second))
     whole = left.size - left.size % 8
     words = np.array_equal(left[:whole].view(np.uint64), right[:whole].view(np.uint64))
     return words and np.array_equal(left[whole:], right[whole:])

@@ -43,24 +43,25 @@ import torch
 from transformers import AutoTokenizer, GenerationConfig
 
 from .adapter_files_openvla import base_of
+from .archive_files import records, require_intact
 from .checkpoint_files import (
     INDEX_FILE,
-    digest,
+    differing,
     digest_file,
+    digests,
     has_safetensors,
     parse_size,
     pickled_tensors,
-    read_pickle,
+    places_of,
     read_tensors,
     require_equal,
-    require_intact,
-    same_tensor,
     shapes,
     weight_files,
     write_shards,
 )
 from .compare_forward import compare_forward
 from .configuration_openvla import ANSWER_FIELDS, DTYPE_FIELD, PLATFORMS, OpenVLAConfig, PrismaticConfig, write_json
+from .direct_files import DirectWriter
 from .download_checkpoint import local_folder
 from .heads_openvla import belongs_to_answer
 from .loading import MODEL_CLASSES
@@ -297,14 +298,15 @@ def _write_hub(
     fit_vocabulary(source, config, found)
     processor = OpenVLAProcessor.for_config(config, found)
     setattr(config, DTYPE_FIELD, DTYPES[dtype or "bf16"])
-    with ThreadPoolExecutor(max_workers=1) as beside:
-        intact = beside.submit(require_intact, file)
-        digests = write_shards(folder, tensors, DTYPES[dtype or "bf16"], shard_bytes)
-        intact.result()
+    places = records(file, tensors)
+    with ThreadPoolExecutor(max_workers=1) as beside:  # what is not checked as it is read, such as the names
+        rest = beside.submit(require_intact, file, {place.record for place in places.values()})
+        written = write_shards(folder, tensors, DTYPES[dtype or "bf16"], shard_bytes, places=places)
+        rest.result()
     shutil.copy(source / "config.json", folder / NATIVE_CONFIG_FILE)
     processor.save_pretrained(folder)
     write_surroundings(folder, config)
-    write_manifest(folder, digests)
+    write_manifest(folder, written)
     return tensors, config
 
 
@@ -341,21 +343,21 @@ def _upgrade(
     processor = OpenVLAProcessor.for_config(config, found, image_processor)
     if dtype is None and files and not folded and adapter is None:
         linked = [_link_or_copy(file, folder / file.name) for file in {*files.values(), *source.glob(INDEX_FILE)}]
-        digests = {name: digest(tensor) for name, tensor in tensors.items()}
+        written = digests(places_of(files))
         if not all(linked):
-            require_equal(weight_files(folder), digests)
+            require_equal(weight_files(folder), written)
     else:
         if dtype is not None:
             setattr(config, DTYPE_FIELD, DTYPES[dtype])
         change = None if adapter is None else adapter.merged
-        digests = write_shards(folder, tensors, dtype and DTYPES[dtype], shard_bytes, change)
+        written = write_shards(folder, tensors, dtype and DTYPES[dtype], shard_bytes, change)
     processor.save_pretrained(folder)
     if tokenizer is None:  # the trained-on files themselves, not what this version makes of them
         for name in COPIED_TOKENIZER_FILES:
             if (source / name).is_file():
                 shutil.copy(source / name, folder / name)
     write_surroundings(folder, config)
-    write_manifest(folder, digests)
+    write_manifest(folder, written)
     return tensors, config
 
 
@@ -371,15 +373,16 @@ def _write_native(source: Path, folder: Path) -> Converted:
         write_json(folder / STATISTICS_FILE, config.norm_stats or {})
     (folder / CHECKPOINT_FOLDER).mkdir()
     written = folder / CHECKPOINT_FOLDER / CHECKPOINT_FILE
-    torch.save(native_state(read_tensors(files), config), written)
-    again = read_pickle(written)["model"]
-    for name, tensor in read_tensors(files):
-        component, native = to_native_name(name, config).split(".", 1)
-        if not same_tensor(again[component][native], tensor):
-            raise ValueError(
-                f"{written}: {component}.{native} does not equal {name} of {source}. The disk may be failing."
-            )
-    return {to_hub_name(native, config): tensor for native, tensor in native_tensors(written).items()}, config
+    with DirectWriter(written) as file:
+        torch.save(native_state(read_tensors(files), config), file)
+    again = {to_hub_name(native, config): tensor for native, tensor in native_tensors(written).items()}
+    wrong = differing(places_of(files), records(written, again))
+    kinds = {name: (tensor.dtype, tensor.shape) for name, tensor in again.items()}
+    wrong += [name for name, tensor in read_tensors(files) if kinds.get(name) != (tensor.dtype, tensor.shape)]
+    if wrong:
+        names = [to_native_name(name, config) for name in wrong]
+        raise ValueError(f"{written}: {names} do not equal {wrong} of {source}. The disk may be failing.")
+    return again, config
 
 
 def _write_oft(source: Path, folder: Path) -> Converted:
@@ -390,7 +393,7 @@ def _write_oft(source: Path, folder: Path) -> Converted:
     write_shards(folder, {n: t for n, t in tensors.items() if not belongs_to_answer(n)}, None, parse_size("5GB"))
     write_parts(folder, tensors, config)
     again = read_parts(part_files(folder), next(iter(tensors.values())).dtype)
-    wrong = [name for name, tensor in again.items() if not same_tensor(tensor, tensors[name])]
+    wrong = [n for n, t in again.items() if not torch.equal(t.view(torch.uint8), tensors[n].view(torch.uint8))]
     if wrong:
         raise ValueError(f"{folder}: {wrong} differ from {source}. The disk may be failing.")
     plain = {name: value for name, value in read_json(source / "config.json").items() if name not in ANSWER_FIELDS}

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from .adapter_files_openvla import LoraAdapter, read_adapter
-from .checkpoint_files import read_pickle, require_intact
+from .archive_files import require_intact
+from .checkpoint_files import read_pickle
 from .configuration_openvla import ANSWER_FIELDS, PLATFORMS, OpenVLAConfig
 from .heads_openvla import FILM_LAYER, HEAD_MODULES, belongs_to_answer
 

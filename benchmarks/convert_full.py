@@ -1,18 +1,25 @@
 """Convert a full-size (7.5 B parameters) native checkpoint and back, measuring time and memory beside a plain copy.
 
-    python benchmarks/convert_full.py WORK_DIR [--dtype bf16|fp32]
+    python benchmarks/convert_full.py WORK_DIR [--dtype bf16|fp32] [--repeat 3]
 
 The weights are synthetic (seeded noise, repeated), the tokenizer is a stand-in of Llama-2's size; every tensor is
 compared.
-WORK_DIR needs 45 GB free for bf16, 70 GB for fp32, and is removed at the end. Anonymous memory is the process's own;
+WORK_DIR needs 31 GB free for bf16, 62 GB for fp32, and is removed at the end. Anonymous memory is the process's own;
 pages of mapped files, which the system takes back at need, are not in it.
+
+Before each step all is written to disk and, where the user may (root, on Linux), the page cache is emptied; the table
+says so. Copies and conversions take turns, so that a disturbance meets both. The plain copy is cp, through the cache,
+and sync; the other is dd past the cache (O_DIRECT), as fast as the disk allows. Python's bytecode is cached beforehand,
+as pip's installation leaves it; how long the imports then take is a row of its own.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
+import statistics
 import subprocess
 import sys
 import time
@@ -54,10 +61,22 @@ def write_synthetic(folder: Path, dtype: torch.dtype, spread: float = 1.0) -> No
     write_manifest(folder, digests)
 
 
+def emptied_cache() -> str:
+    """Write everything to disk and empty the page cache; whether that was allowed."""
+    os.sync()
+    try:
+        Path("/proc/sys/vm/drop_caches").write_text("3")
+    except OSError:
+        return "as it was"
+    return "empty"
+
+
 def measured(label: str, command: list[str], size: int) -> dict:
     """Run a command; its seconds and its peak of anonymous memory."""
+    cache = emptied_cache()
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
     started, peak = time.perf_counter(), 0
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env=environment)
     while process.poll() is None:
         try:
             status = Path(f"/proc/{process.pid}/status").read_text()
@@ -67,11 +86,23 @@ def measured(label: str, command: list[str], size: int) -> dict:
         time.sleep(0.02)
     seconds = time.perf_counter() - started
     if process.returncode:
-        raise SystemExit(f"{label} failed: {' '.join(command)}")
-    row = {"step": label, "seconds": round(seconds, 1), "GB/s": round(size / seconds / 1e9, 2)}
-    row["peak anonymous MB"] = round(peak / 1024)
-    print(json.dumps(row), flush=True)
+        raise SystemExit(f"{label} failed: {' '.join(map(str, command))}")
+    row = {"step": label, "bytes": size, "seconds": seconds, "cache": cache, "MB": peak / 1024}
+    print(json.dumps({**row, "load": os.getloadavg()[0]}), flush=True)
     return row
+
+
+def table(rows: list[dict]) -> str:
+    """A line a step: median and best of its runs."""
+    lines = ["| step | runs | median s | best s | GB/s | page cache before | peak anonymous MB |", "|---" * 7 + "|"]
+    for label in dict.fromkeys(row["step"] for row in rows):
+        runs = [row for row in rows if row["step"] == label]
+        seconds = [row["seconds"] for row in runs]
+        median = statistics.median(seconds)
+        cells = [label, len(runs), f"{median:.1f}", f"{min(seconds):.1f}", f"{runs[0]['bytes'] / median / 1e9:.2f}"]
+        cells += [runs[0]["cache"], f"{max(row['MB'] for row in runs):.0f}"]
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines)
 
 
 def main() -> None:
@@ -79,6 +110,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("work", type=Path)
     parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16")
+    parser.add_argument("--repeat", type=int, default=3, help="of copies and conversions (default %(default)s)")
     args = parser.parse_args()
     args.work.mkdir(parents=True)
     try:
@@ -86,27 +118,30 @@ def main() -> None:
         write_synthetic(hub, DTYPES[args.dtype])
         openvla = [sys.executable, "-m", "openvla"]
         size = sum(file.stat().st_size for file in hub.glob("*.safetensors"))
-        rows = [measured("Hub folder to native (--reverse)", [*openvla, "convert", hub, native, "--reverse"], size)]
+        measured("first imports, which cache bytecode", [*openvla, "--version"], 0)
+        rows = [measured("imports alone", [*openvla, "--version"], 0) for _ in range(args.repeat)]
+        rows += [measured("Hub folder to native (--reverse)", [*openvla, "convert", hub, native, "--reverse"], size)]
         expected = json.loads((hub / MANIFEST_FILE).read_text())["tensors"]
         tokenizer = args.work / "tokenizer"
         build_tokenizer(32000, "<PAD>").save_pretrained(tokenizer)
         shutil.rmtree(hub)
-        checkpoint = native / "checkpoints" / "latest-checkpoint.pt"
-        copy = args.work / "copy.pt"
-        rows.append(
-            measured("plain copy (cp, sync)", ["sh", "-c", f"cp '{checkpoint}' '{copy}' && sync '{copy}'"], size)
-        )
-        copy.unlink()
+        source, copy = native / "checkpoints" / "latest-checkpoint.pt", args.work / "copy.pt"
+        plain = f"cp '{source}' '{copy}' && sync '{copy}'"
+        direct = f"dd if='{source}' of='{copy}' bs=16M iflag=direct oflag=direct conv=fsync status=none"
         convert = [*openvla, "convert", native, again, "--tokenizer", tokenizer, "--dtype", args.dtype]
-        rows.append(measured("native to Hub folder", convert, size))
+        for _ in range(args.repeat):
+            shutil.rmtree(again, ignore_errors=True)
+            rows.append(measured("plain copy (cp, sync)", ["sh", "-c", plain], size))
+            copy.unlink()
+            rows.append(measured("copy past the cache (dd, O_DIRECT)", ["sh", "-c", direct], size))
+            copy.unlink()
+            rows.append(measured("native to Hub folder", convert, size))
         rows.append(measured("openvla verify", [*openvla, "verify", again], size))
         found = json.loads((again / MANIFEST_FILE).read_text())["tensors"]
         if found != expected:
             raise SystemExit("the tensors are not what they were")
         print(f"{len(found)} tensors equal after there and back, {size / 1e9:.2f} GB in {args.dtype}\n")
-        print("| " + " | ".join(rows[0]) + " |\n" + "|---" * len(rows[0]) + "|")
-        for row in rows:
-            print("| " + " | ".join(map(str, row.values())) + " |")
+        print(table(rows))
     finally:
         shutil.rmtree(args.work, ignore_errors=True)
 

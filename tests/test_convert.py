@@ -12,7 +12,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from openvla import AutoModelForVision2Seq, OpenVLAConfig, OpenVLAProcessor
+from openvla import AutoModelForVision2Seq, OpenVLAConfig, OpenVLAProcessor, direct_files
 from openvla.__main__ import main
 from openvla.checkpoint_files import parse_size, read_pickle
 from openvla.compare_forward import compare_forward
@@ -102,6 +102,19 @@ def test_there_and_back_is_the_identity(converted, tmp_path, overrides, tokenize
     convert(tmp_path / "run", tmp_path / "hub", tokenizer=tokenizer, dtype="fp32", config_overrides=overrides[name])
     again, first = load_file(tmp_path / "hub" / "model.safetensors"), load_file(target / "model.safetensors")
     assert digests(again) == digests(first)
+
+
+def test_a_way_back_that_the_disk_does_not_keep_is_noticed(converted, tmp_path, monkeypatch):
+    kept = direct_files._write
+
+    def failing(file, content):
+        content[len(content) // 2] ^= 1
+        kept(file, content)
+
+    monkeypatch.setattr(direct_files, "_write", failing)
+    with pytest.raises(ValueError, match=r"latest-checkpoint.pt: \['.*'\] do not equal \['.*'\] of .*/hub"):
+        convert(converted[2], tmp_path / "run", reverse=True)
+    assert not list(tmp_path.iterdir())
 
 
 def test_an_old_folder_is_made_current(tmp_path):

@@ -1,0 +1,160 @@
+"""The zip archive that a torch.save file is: which of its records a tensor is, and whether its checksums hold."""
+
+from __future__ import annotations
+
+import mmap
+import sys
+import warnings
+import zipfile
+import zlib
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from .direct_files import PIECE, Place
+
+ZIP_ERRORS = (zipfile.BadZipFile, EOFError, RuntimeError, ValueError, zlib.error)  # by what is damaged
+
+
+def is_archive(path: Path) -> bool:
+    """Whether a torch.save file is a zip archive, as it is from torch 1.6 on."""
+    with _damage_named(path):
+        return zipfile.is_zipfile(path)
+
+
+def mapped_to_read(path: Path) -> Any:
+    """The content of a torch.save archive, its tensors mapped so that they can be read but not changed.
+
+    torch maps a file so that memory could be changed, for which Linux sets memory aside: it refuses files larger than
+    all memory and swap. Such a map needs none.
+
+    Raises:
+        ValueError: torch is too old to say where tensors lie, or the bytes are in the order of another processor.
+    """
+    with FakeTensorMode():
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    with open(path, "rb") as file:
+        whole = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    begins = _stored(path)
+    storages = {}
+
+    def real(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: real(item) for key, item in value.items()}
+        if isinstance(value, (list, tuple)):
+            return type(value)(map(real, value))
+        if not isinstance(value, torch.Tensor):
+            return value
+        size, offset = value.untyped_storage().nbytes(), getattr(value.untyped_storage(), "_checkpoint_offset", None)
+        if size and offset not in begins:
+            raise ValueError(f"{path} is larger than memory and swap; to map it, add swap or take a newer torch.")
+        if size and offset not in storages:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # that it cannot be written
+                storages[offset] = torch.frombuffer(whole, dtype=torch.uint8, count=size, offset=offset)
+        storage = storages[offset].untyped_storage() if size else torch.UntypedStorage()
+        return torch.empty(0, dtype=value.dtype).set_(storage, value.storage_offset(), value.shape, value.stride())
+
+    return real(content)
+
+
+def records(path: Path, tensors: Mapping[str, torch.Tensor]) -> dict[str, Place]:
+    """Which record of a torch.save file each mapped tensor is; those that are only a part of one are left out.
+
+    A tensor says where it lies in memory, the file's directory where records lie in the file. All of a file is mapped
+    at once, so there must be one beginning of the map by which every tensor's storage is a record of its size. Were
+    there none, or two, nothing is returned.
+
+    Raises:
+        ValueError: A record's own header is damaged.
+    """
+    found = _stored(path)
+    storages = {s.data_ptr(): s.nbytes() for s in (tensor.untyped_storage() for tensor in tensors.values())}
+    storages = {address: size for address, size in storages.items() if size}
+    lowest = min(storages, default=0)
+    begins = [
+        lowest - offset
+        for offset, place in found.items()
+        if place.size == storages.get(lowest) and (lowest - offset) % mmap.PAGESIZE == 0
+    ]
+    fitting = [
+        begin
+        for begin in begins
+        if all(address - begin in found and found[address - begin].size == n for address, n in storages.items())
+    ]
+    if len(fitting) != 1:
+        return {}
+    at = {name: found.get(tensor.data_ptr() - fitting[0]) for name, tensor in tensors.items()}
+    return {
+        name: place
+        for name, place in at.items()
+        if place
+        and tensors[name].is_contiguous()
+        and tensors[name].nbytes == place.size
+        and place.offset % tensors[name].itemsize == 0
+    }
+
+
+def require_intact(path: Path, but: Collection[str] = ()) -> None:
+    """Raise ValueError if a ``torch.save`` file's content is not what its own checksums say; torch does not look.
+
+    Records named by ``but`` are left out. Files from before torch 1.6 have no checksums.
+    """
+    if not is_archive(path):
+        return
+    with _archive(path) as archive:
+        for info in archive.infolist():
+            if info.filename not in but:
+                with _opened(archive, info) as record:
+                    while record.read(PIECE):
+                        pass
+
+
+def damaged_record(path: Path, record: str) -> ValueError:
+    """The error to raise."""
+    return ValueError(f"{path} is damaged: {record} does not match its checksum. Copy it again from its source.")
+
+
+def _stored(path: Path) -> dict[int, Place]:
+    """Records of a torch.save file that are in it as they are in memory, by their offset."""
+    if not is_archive(path):
+        return {}
+    found = {}
+    with _archive(path) as archive, open(path, "rb") as file:
+        for info in archive.infolist():
+            with _opened(archive, info) as record:
+                if info.filename.endswith("/byteorder") and record.read() != sys.byteorder.encode():
+                    return {}  # torch has swapped the bytes in memory
+            file.seek(info.header_offset + 26)
+            lengths = file.read(4)  # of the name and of what pads it
+            offset = info.header_offset + 30 + sum(int.from_bytes(lengths[i : i + 2], "little") for i in (0, 2))
+            if info.compress_type == zipfile.ZIP_STORED and info.file_size:
+                found[offset] = Place(path, offset, info.file_size, info.filename, info.CRC)
+    return found
+
+
+def _archive(path: Path) -> zipfile.ZipFile:
+    with _damage_named(path):
+        return zipfile.ZipFile(path)
+
+
+@contextmanager
+def _damage_named(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except ZIP_ERRORS as error:
+        raise ValueError(f"{path} is damaged: {error}. Copy it again from its source.") from error
+
+
+@contextmanager
+def _opened(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> Iterator[Any]:
+    """A record of a torch.save file; a wrong header, or a wrong checksum at its end, is raised."""
+    try:
+        with archive.open(info) as record:
+            yield record
+    except ZIP_ERRORS as error:
+        raise damaged_record(Path(archive.filename), info.filename) from error
