@@ -395,9 +395,9 @@ def feed_back(
     # Among action tokens alone, so that a model that has not learnt them is measured too.
     asked = {"return_dict": True, "constrain_actions": model.config.action_head is None}
     for step, _ in zip(data.stream(config.seed, 0, 1), range(config.feed_back)):
-        inputs = processor(instruction=step["instruction"], images=list(step["images"]))
-        proprio = step.get("proprio") if model.config.proprio_dim is not None else None
-        answer = model.predict_action(**inputs, unnorm_key=step["dataset"], proprio=proprio, **asked)
+        inputs = processor(instruction=step.instruction, images=list(step.images))
+        proprio = step.proprio if model.config.proprio_dim is not None else None
+        answer = model.predict_action(**inputs, unnorm_key=step.dataset, proprio=proprio, **asked)
         wanted = collator.normalized(step).reshape(answer.normalized_actions.shape)
         distances.append(np.abs(answer.normalized_actions - wanted).mean())
         if answer.token_ids is not None:

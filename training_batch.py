@@ -41,13 +41,13 @@ class ActionCollator:
         self.end_id, self.pad_id = config.text_config.eos_token_id, model.pad_token_id
         self.in_parallel, self.chunk_length = config.parallel_decoding, config.chunk_length
 
-    def __call__(self, steps: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+    def __call__(self, steps: Sequence[Any]) -> dict[str, torch.Tensor]:
         """One batch.
 
         Args:
-            steps: Mappings with ``images`` (uint8 ``(height, width, 3)`` each, in the order of the cameras),
-                ``instruction``, ``actions`` ``(chunk, action_dim)`` in robot units, ``dataset`` (its key in the
-                statistics) and, for models that take it, ``proprio`` ``(proprio_dim,)`` in the robot's units.
+            steps: Samples of ``demonstrations``: ``images`` (uint8 ``(height, width, 3)`` each, in the order of the
+                cameras), ``instruction``, ``actions`` ``(chunk, action_dim)`` in robot units, ``dataset`` (its key in
+                the statistics) and, for models that take it, ``proprio`` ``(proprio_dim,)`` in the robot's units.
 
         Returns:
             ``input_ids``, ``attention_mask``, ``labels`` int64 ``(batch, length)``; ``pixel_values`` float32
@@ -60,9 +60,9 @@ class ActionCollator:
         """
         rows, labels, pixels, actions, proprio = [], [], [], [], []
         for step in steps:
-            images = list(step["images"])
+            images = list(step.images)
             images = images if self.augment is None else self.augment(images)
-            inputs = self.processor(instruction=step["instruction"], images=images)
+            inputs = self.processor(instruction=step.instruction, images=images)
             normalized = self.normalized(step)
             tokens = torch.from_numpy(self.action_tokenizer.encode(normalized).reshape(-1))
             answer = torch.cat([tokens, torch.tensor([self.end_id])])
@@ -87,19 +87,19 @@ class ActionCollator:
             batch["proprio"] = torch.stack(proprio)
         return batch
 
-    def normalized(self, step: Mapping[str, Any]) -> np.ndarray:
+    def normalized(self, step: Any) -> np.ndarray:
         """A step's actions as the model is trained on them: float64 ``(chunk, action_dim)`` in [-1, 1]."""
-        key, actions = step["dataset"], np.asarray(step["actions"], dtype=np.float64)
+        key, actions = step.dataset, np.asarray(step.actions, dtype=np.float64)
         if key not in self.statistics:
             raise KeyError(f"No statistics of {key!r} that fit the model; it has those of {list(self.statistics)}.")
         if len(actions) != self.chunk_length:
             raise ValueError(f"The model answers with {self.chunk_length} actions; {key!r} gives {len(actions)}.")
         return self.statistics[key].normalize(actions)
 
-    def _proprio(self, step: Mapping[str, Any]) -> np.ndarray:
-        if step.get("proprio") is None:
-            raise ValueError(f"The model takes proprio, and a step of {step['dataset']!r} has none.")
-        return self.proprio_statistics[step["dataset"]].normalize_proprio(step["proprio"])
+    def _proprio(self, step: Any) -> np.ndarray:
+        if step.proprio is None:
+            raise ValueError(f"The model takes proprio, and a step of {step.dataset!r} has none.")
+        return self.proprio_statistics[step.dataset].normalize_proprio(step.proprio)
 
 
 def _fits(model: OpenVLAForActionPrediction, key: str) -> bool:
