@@ -2,8 +2,8 @@
 
 The models saw frames that ``tf.image.encode_jpeg`` had written (quality 95, chroma halved both ways) and
 ``tf.io.decode_image`` had read. Pillow writes the same bytes, but cannot read them alike: TensorFlow decodes with
-libjpeg's fast integer inverse transform, every other library with the accurate one, and two pixels in three differ, by up
-to 13 grey levels. So the lossy steps are done here; the lossless ones (Huffman codes) are left out.
+libjpeg's fast integer inverse transform, Pillow with the accurate one, and two values in three differ, by up to 13 grey
+levels. So the lossy steps are done here; the lossless ones (Huffman codes) are left out.
 
 Numbers are those of the JPEG standard (ITU T.81) and of libjpeg's fixed-point arithmetic.
 """
