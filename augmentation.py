@@ -1,8 +1,9 @@
 """The image augmentation that OpenVLA and OpenVLA-OFT were fine-tuned with, and its twin for evaluation; no TensorFlow.
 
-The reference (dlimp on TensorFlow, as both call it) crops 90 % of the area, then changes brightness, contrast, saturation
-and hue, in float32, clipped to [0, 1] after each. Given the same parameters the result is the same in every pixel.
-Parameters are drawn once for all steps of a window, and anew for every camera:
+The reference (dlimp on TensorFlow, as both call it) crops 90 % of the area, then changes brightness, contrast,
+saturation and hue, in float32, clipped to [0, 1] after each.
+Given the same parameters the result is the same in every pixel. Parameters are drawn once for all steps of a window, and
+anew for every camera:
 
     augment = ImageAugmentation()
     generator = np.random.default_rng(seed)
@@ -28,8 +29,8 @@ from .images_openvla import (
 
 ZERO, ONE, SIX = np.float32(0), np.float32(1), np.float32(6)
 
-# Of red, green and blue in every sixth of the colour circle: highest (0), middle (1) or lowest (2). A seventh, where a hue
-# just under 0 was rounded up to the whole circle, gets no colour, as in TensorFlow.
+# Of red, green and blue in every sixth of the colour circle: highest (0), middle (1) or lowest (2). A seventh, where a
+# hue just under 0 was rounded up to the whole circle, gets no colour, as in TensorFlow.
 ORDER = np.array([[0, 1, 2, 2, 1, 0, 2], [1, 0, 0, 1, 2, 2, 2], [2, 2, 1, 0, 0, 1, 2]])
 
 
@@ -62,8 +63,8 @@ class ImageAugmentation:
         contrast: Lowest and highest factor.
         saturation: Lowest and highest factor.
         hue: Drawn from plus or minus this, in turns, at most 1.
-        diagonal_crops: The crop is as far from the left as from the top. So it is in the reference, which draws both from
-            one seed; False draws each by itself.
+        diagonal_crops: The crop is as far from the left as from the top. So it is in the reference, which draws both
+            from one seed; False draws each by itself.
 
     Raises:
         ValueError: A range that makes no sense.
