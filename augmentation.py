@@ -1,9 +1,8 @@
 """The image augmentation that OpenVLA and OpenVLA-OFT were fine-tuned with, and its twin for evaluation; no TensorFlow.
 
 The reference (dlimp on TensorFlow, as both call it) crops 90 % of the area, then changes brightness, contrast,
-saturation and hue, in float32, clipped to [0, 1] after each.
-Given the same parameters the result is the same in every pixel. Parameters are drawn once for all steps of a window, and
-anew for every camera:
+saturation and hue, in float32, clipped to [0, 1] after each. Given the same parameters the result
+is the same in every pixel. Parameters are drawn once for all steps of a window, and anew for every camera:
 
     augment = ImageAugmentation()
     generator = np.random.default_rng(seed)
