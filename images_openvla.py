@@ -1,4 +1,6 @@
-"""Any image in, an RGB PIL image out, and the resizing that the reference's torchvision does on PIL images."""
+"""Any image in, an RGB PIL image out; the resizing that the reference's torchvision does on PIL images, and what its
+TensorFlow does to frames before that (``IMAGE_PRESETS``), pixel for pixel.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,24 @@ import numpy as np
 import torch
 from PIL import Image
 
+from .jpeg_openvla import jpeg_round_trip
+
 ImageInput = Any  # a PIL image, a numpy array, a torch tensor, or a path to an image file
+
+# What was done to camera frames in evaluation, before the image processor.
+IMAGE_PRESETS = {
+    "center-crop": "the middle 90 % of the area, as for every checkpoint fine-tuned with image augmentation",
+    "libero": "JPEG and Lanczos to the model's size (unless the frame has it already), then center-crop",
+    "libero-raw": "the simulator's own frames: turned by 180 degrees and never skipped, else as libero",
+}
+CENTER_CROP_AREA = 0.9
+
+# glibc's polynomials of sinf, close to the Taylor series.
+_SINE = [float.fromhex(c) for c in ("-0x1.555545995a603p-3", "0x1.1107605230bc4p-7", "-0x1.994eb3774cf24p-13")]
+_COSINE = [
+    float.fromhex(c)
+    for c in ("-0x1.ffffffd0c621cp-2", "0x1.55553e1068f19p-5", "-0x1.6c087e89a359dp-10", "0x1.99343027bf8c3p-16")
+]
 
 
 def as_images(images: ImageInput | Sequence[ImageInput]) -> list[Image.Image]:
@@ -94,3 +113,147 @@ def center_crop(image: Image.Image, size: Sequence[int]) -> Image.Image:
         return image
     left, top = round((image.width - width) / 2.0), round((image.height - height) / 2.0)
     return image.crop((left, top, left + width, top + height))
+
+
+def preset_image(image: Image.Image, preset: str, size: Sequence[int]) -> Image.Image:
+    """A camera frame as the reference's evaluation gives it to the image processor.
+
+    Args:
+        image: RGB.
+        preset: A key of ``IMAGE_PRESETS``.
+        size: Height and width that the model takes.
+
+    Returns:
+        RGB, of that size.
+    """
+    pixels = np.array(image)
+    if preset == "libero-raw":
+        pixels = pixels[::-1, ::-1]
+    if preset == "libero-raw" or (preset == "libero" and pixels.shape[:2] != tuple(size)):
+        pixels = lanczos3_resized(jpeg_round_trip(pixels), size)
+    return Image.fromarray(center_cropped(pixels, size))
+
+
+def lanczos3_resized(pixels: np.ndarray, size: Sequence[int]) -> np.ndarray:
+    """``tf.image.resize(method="lanczos3", antialias=True)``, rounded.
+
+    Args:
+        pixels: uint8 ``(height, width, channels)``.
+        size: Height and width to come.
+
+    Returns:
+        uint8 ``(*size, channels)``.
+    """
+    resized = _gathered(pixels, *_lanczos3_spans(pixels.shape[0], size[0]))
+    resized = _gathered(resized.swapaxes(0, 1), *_lanczos3_spans(pixels.shape[1], size[1])).swapaxes(0, 1)
+    return np.clip(np.round(resized), 0, 255).astype(np.uint8)
+
+
+def _lanczos3_spans(length: int, target: int) -> tuple[np.ndarray, np.ndarray]:
+    """Where each output reads: the first input int64 ``(target,)``, and float32 weights ``(taps, target)``.
+
+    All arithmetic is float32, in TensorFlow's order.
+    """
+    one, half, radius, pi = (np.float32(number) for number in (1, 0.5, 3, np.pi))
+    inverse_scale = one / (np.float32(target) / np.float32(length))
+    stretch = max(inverse_scale, one)  # only a shrinking image is low-passed
+    taps = min(2 * int(np.ceil(radius * stretch)) + 1, length)
+    centers = (np.arange(target, dtype=np.float32) + half) * inverse_scale
+    starts = np.clip(np.ceil(centers - radius * stretch - half).astype(np.int64), 0, length - 1)
+    ends = np.clip(np.floor(centers + radius * stretch - half).astype(np.int64), 0, length - 1)
+    sources = starts + np.arange(taps)[:, None]
+    x = np.abs((sources.astype(np.float32) + half - centers) * (one / stretch))
+    with np.errstate(invalid="ignore"):
+        weights = radius * _sine(pi * x) * _sine(pi * x / radius) / (pi * pi * x * x)
+    weights = np.where(x <= 1e-3, one, weights)
+    weights = np.where((x > radius) | (sources > ends), np.float32(0), weights)
+    total = np.zeros(target, np.float32)
+    for row in weights:
+        total += row
+    return starts, weights * (one / total)
+
+
+def _sine(x: np.ndarray) -> np.ndarray:
+    """C's ``sinf`` as glibc computes it (one rounding in eighty is not the nearest), for float32 from 0 to 100.
+
+    A polynomial in float64 on the quarter turn around the nearest multiple of pi / 2: of the sine or of the cosine.
+    """
+    quarter = (x.astype(np.float64) * (2 / np.pi) + 0.5).astype(np.int64)
+    rest = x.astype(np.float64) - quarter * (np.pi / 2)
+    square = rest * rest
+    cube, fourth = rest * square, square * square
+    sine = rest + cube * _SINE[0] + cube * square * (_SINE[1] + square * _SINE[2])
+    cosine = 1 + square * _COSINE[0] + fourth * _COSINE[1] + fourth * square * (_COSINE[2] + square * _COSINE[3])
+    values = np.where(quarter % 2, cosine, sine)
+    return np.where(quarter & 2, -values, values).astype(np.float32)
+
+
+def _gathered(pixels: np.ndarray, starts: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Weighted sums along the first axis, tap by tap: float32 ``(target, ...)``."""
+    result = np.zeros((len(starts), *pixels.shape[1:]), np.float32)
+    pixels = pixels.astype(np.float32)
+    for tap, weight in enumerate(weights):
+        result += weight[:, None, None] * pixels[np.minimum(starts + tap, len(pixels) - 1)]
+    return result
+
+
+def center_cropped(pixels: np.ndarray, size: Sequence[int], area: float = CENTER_CROP_AREA) -> np.ndarray:
+    """The middle ``area`` of an image, bilinear, as ``tf.image.crop_and_resize`` does it in float32.
+
+    Args:
+        pixels: uint8 ``(height, width, channels)``.
+        size: Height and width to come.
+        area: Share of the image's area; the aspect stays.
+
+    Returns:
+        uint8 ``(*size, channels)``.
+    """
+    side = np.sqrt(np.float32(area))
+    start = (np.float32(1) - side) / np.float32(2)
+    cropped = crop_and_resize(as_unit_floats(pixels), (start, start, start + side, start + side), size)
+    return as_rounded_bytes(np.clip(cropped, 0, 1))
+
+
+def crop_and_resize(pixels: np.ndarray, box: Sequence[float], size: Sequence[int]) -> np.ndarray:
+    """``tf.image.crop_and_resize``, bilinear.
+
+    Args:
+        pixels: float32 ``(..., height, width, channels)``.
+        box: Top, left, bottom, right; 0 is the middle of the first row or column and 1 that of the last.
+        size: Height and width to come.
+
+    Returns:
+        float32 ``(..., *size, channels)``; 0 where the box leaves the image.
+    """
+    top, left, bottom, right = np.asarray(box, dtype=np.float32)
+    before, after, share, inside = _bilinear_positions(left, right, pixels.shape[-2], size[1])
+    first = pixels[..., before, :]
+    columns = np.where(inside[:, None], first + (pixels[..., after, :] - first) * share[:, None], np.float32(0))
+    before, after, share, inside = _bilinear_positions(top, bottom, pixels.shape[-3], size[0])
+    first = columns[..., before, :, :]
+    rows = first + (columns[..., after, :, :] - first) * share[:, None, None]
+    return np.where(inside[:, None, None], rows, np.float32(0))
+
+
+def _bilinear_positions(start: np.float32, end: np.float32, length: int, target: int) -> tuple[np.ndarray, ...]:
+    """The two neighbours of every output, the share of the second, and whether the output lies inside."""
+    last = np.float32(length - 1)
+    if target > 1:
+        step = (end - start) * last / np.float32(target - 1)
+        positions = start * last + np.arange(target, dtype=np.float32) * step
+    else:
+        positions = np.array([0.5 * float(start + end) * (length - 1)], dtype=np.float32)
+    inside = (positions >= 0) & (positions <= last)
+    before = np.floor(np.where(inside, positions, 0))
+    after = np.ceil(np.where(inside, positions, 0))
+    return before.astype(np.int64), after.astype(np.int64), (positions - before).astype(np.float32), inside
+
+
+def as_unit_floats(pixels: np.ndarray) -> np.ndarray:
+    """uint8 as float32 in [0, 1], as ``tf.image.convert_image_dtype`` does it."""
+    return pixels.astype(np.float32) * np.float32(1 / 255)
+
+
+def as_rounded_bytes(values: np.ndarray) -> np.ndarray:
+    """float32 in [0, 1] as uint8, as ``tf.image.convert_image_dtype(saturate=True)`` does it."""
+    return np.clip(values * np.float32(255.5), 0, 255).astype(np.uint8)

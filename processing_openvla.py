@@ -25,7 +25,16 @@ from .configuration_openvla import (
     hub_keywords,
     write_json,
 )
-from .images_openvla import ImageInput, as_images, center_crop, padded_to_square, resized
+from .images_openvla import (
+    IMAGE_PRESETS,
+    ImageInput,
+    as_images,
+    center_crop,
+    padded_to_square,
+    preset_image,
+    resized,
+)
+from .jpeg_openvla import jpeg_round_trip  # noqa: F401  as nearest_name
 from .publishing_openvla import PushToHub
 
 logger = logging.get_logger(__name__)
@@ -187,12 +196,16 @@ class OpenVLAProcessor(PushToHub, ProcessorMixin):
         prompt_style: A key of ``PROMPTS``; None when unknown. ``from_pretrained`` reads it from the checkpoint.
         empty_token_id: Id appended to every prompt built from an instruction; None for none.
         num_images_in_input: Images of one moment (cameras) that the model takes with a prompt.
+        image_preset: A key of ``IMAGE_PRESETS``, done to every image before the image processor; None for nothing.
+
+    Raises:
+        ValueError: Unknown prompt style or image preset.
     """
 
     if TRANSFORMERS_4:
         attributes = ["image_processor", "tokenizer"]
         # 4.41 to 4.49 drop other fields of the JSON.
-        valid_kwargs = ["prompt_style", "empty_token_id", "num_images_in_input"]
+        valid_kwargs = ["prompt_style", "empty_token_id", "num_images_in_input", "image_preset"]
         image_processor_class = "AutoImageProcessor"
         tokenizer_class = "AutoTokenizer"
     _auto_class = "AutoProcessor"
@@ -204,13 +217,16 @@ class OpenVLAProcessor(PushToHub, ProcessorMixin):
         prompt_style: str | None = None,
         empty_token_id: int | None = None,
         num_images_in_input: int = 1,
+        image_preset: str | None = None,
     ) -> None:
         if prompt_style is not None and prompt_style not in PROMPTS:
             raise ValueError(f"Unknown prompt_style {prompt_style!r}. Allowed: {list(PROMPTS)}.")
+        _require_image_preset(image_preset)
         super().__init__(image_processor, tokenizer)
         self.prompt_style = prompt_style
         self.empty_token_id = empty_token_id
         self.num_images_in_input = num_images_in_input
+        self.image_preset = image_preset
 
     @classmethod
     def for_config(
@@ -322,6 +338,10 @@ class OpenVLAProcessor(PushToHub, ProcessorMixin):
                     f"The model takes {cameras} images a prompt: give {rows} lists of {cameras} images, got {counts}."
                 )
             images = [image for row in images for image in row]
+        if self.image_preset is not None:
+            _require_image_preset(self.image_preset)
+            size = self.image_processor.tvf_crop_params[0]["output_size"]
+            images = [preset_image(image, self.image_preset, size) for image in as_images(images)]
         pixel_values = self.image_processor(images, return_tensors=return_tensors)["pixel_values"]
         if len(pixel_values) != rows * cameras:
             each = "one" if cameras == 1 else f"{cameras} (as a list, in the order of training)"
@@ -416,6 +436,7 @@ class OpenVLAProcessor(PushToHub, ProcessorMixin):
             "prompt_style": self.prompt_style,
             "empty_token_id": self.empty_token_id,
             "num_images_in_input": self.num_images_in_input,
+            "image_preset": self.image_preset,
         }
         write_json(folder / "preprocessor_config.json", image_fields)
         write_json(folder / "processor_config.json", own_fields)
@@ -437,6 +458,11 @@ class OpenVLAProcessor(PushToHub, ProcessorMixin):
 
 class PrismaticProcessor(OpenVLAProcessor):
     """The name that published processor files carry."""
+
+
+def _require_image_preset(image_preset: str | None) -> None:
+    if image_preset is not None and image_preset not in IMAGE_PRESETS:
+        raise ValueError(f"Unknown image_preset {image_preset!r}. Allowed: None, or one of {list(IMAGE_PRESETS)}.")
 
 
 def _as_float32(values: Sequence[float]) -> list[float]:

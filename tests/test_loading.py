@@ -12,6 +12,7 @@ import pytest
 import torch
 import transformers
 from openvla import AutoModelForVision2Seq, AutoProcessor, OpenVLAForActionPrediction, PrismaticForConditionalGeneration
+from openvla.publish import PROCESSOR_CODE
 from openvla.tiny import build_tiny
 from reference import GOLDEN, REPOSITORY
 from safetensors.torch import load_file, save_file
@@ -131,7 +132,7 @@ def test_a_saved_folder_holds_every_tensor_and_all_the_code(fused_folder, tmp_pa
     assert set(before) == set(after)
     assert all(torch.equal(before[name], after[name]) for name in before)
     shipped = {path.name for path in REPOSITORY.glob("*_openvla.py")}
-    assert {path.name for path in tmp_path.glob("*.py")} == shipped - {"images_openvla.py", "processing_openvla.py"}
+    assert {path.name for path in tmp_path.glob("*.py")} == shipped - PROCESSOR_CODE
     assert json.loads((tmp_path / "dataset_statistics.json").read_text()) == model.norm_stats
 
 
