@@ -30,6 +30,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from tqdm import tqdm
 
 from .adapters_openvla import answer_modules, idle_modules
+from .augmentation import ImageAugmentation
 from .configuration_openvla import DTYPE_FIELD, PLATFORMS, OpenVLAConfig, write_json
 from .convert_checkpoint import appearing_whole, write_card
 from .loading import AutoProcessor
@@ -41,6 +42,7 @@ from .training_state import TrainingState, newest_checkpoint
 
 # The ways of the paper's table; LoRA is one of its adapters' targets, QLoRA the same beside 4-bit weights.
 METHODS = ("lora", "qlora", "full", "frozen-vision", "sandwich", "last-layer")
+EVALUATION_PRESET = "libero"  # the reference's evaluation of what was trained with augmentation
 DECAYS = ("constant", "cosine", "step")
 STEP_DECAY = 0.1  # of "step": OFT's tenfold
 
@@ -69,7 +71,8 @@ class FinetuneConfig:
         lora_alpha: Of LoRA.
         lora_dropout: Of LoRA.
         lora_targets: Of LoRA; as ``enable_lora`` takes them.
-        augment: Crop and colour changes, as the reference trains.
+        augment: Crop and colour changes, as the reference trains; the result's processor then prepares images as its
+            evaluation does (``image_preset``).
         gradient_checkpointing: Less memory, about a third more time.
         workers: Processes that read data.
         save_steps: How often a checkpoint is written.
@@ -215,6 +218,7 @@ def finetune(config: FinetuneConfig, data: Any = None) -> Path:
     train(config, state, batches, accelerator)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
+        processor.image_preset = EVALUATION_PRESET if config.augment else None
         feed_back(config, model, processor, data, output)
         export(model, processor, output)
     accelerator.wait_for_everyone()
@@ -239,6 +243,7 @@ def build(
         keywords["quantization_config"] = quantization_config(4, compute_dtype=keywords[DTYPE_FIELD])
     model = OpenVLAForActionPrediction.from_pretrained(config.model, **keywords)
     processor = AutoProcessor.from_pretrained(config.model)
+    processor.image_preset = None  # while training; what evaluation needs comes with the result
     if config.answer is not None and not model.config.parallel_decoding:
         answer = dict(config.answer)
         platform = answer.pop("platform", None)
@@ -311,7 +316,8 @@ def load_batches(
 ) -> Iterator[dict[str, torch.Tensor]]:
     """Batches on the device, from the one on that a broken run had come to."""
     stream = Stream(data, config.seed, accelerator.process_index, accelerator.num_processes)
-    collator = ActionCollator(processor, model)
+    augment = ImageAugmentation() if config.augment else None
+    collator = ActionCollator(processor, model, augment, (config.seed, accelerator.process_index))
     loader = DataLoader(stream, config.batch_size, collate_fn=collator, num_workers=config.workers)
     for number, batch in enumerate(loader):
         if number >= skip:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
 from .actions_openvla import NORMALIZATIONS
+from .augmentation import ImageAugmentation
+from .images_openvla import lanczos3_resized
 from .modeling_openvla import OpenVLAForActionPrediction
 from .prismatic_openvla import IGNORE_INDEX
 from .processing_openvla import OpenVLAProcessor
@@ -23,17 +25,21 @@ class ActionCollator:
     Args:
         processor: Of the checkpoint.
         model: Whose statistics, bins and cameras count.
-        augment: Called with the list of a step's images, uint8 ``(height, width, 3)`` each; gives such a list.
+        augment: Crop and colour changes, each camera's drawn anew, on frames resized as the reference does; None leaves
+            frames as they are.
+        seed: Of what is drawn, with each data loader worker's number.
     """
 
     def __init__(
         self,
         processor: OpenVLAProcessor,
         model: OpenVLAForActionPrediction,
-        augment: Callable[[list[np.ndarray]], list[np.ndarray]] | None = None,
+        augment: ImageAugmentation | None = None,
+        seed: Sequence[int] = (0,),
     ) -> None:
         config = model.config
-        self.processor, self.augment = processor, augment
+        self.processor, self.augment, self.seed = processor, augment, list(seed)
+        self.image_size, self._generator = config.image_sizes[0], None
         self.action_tokenizer = model.action_tokenizer
         self.statistics = {key: model.action_statistics(key) for key in model.norm_stats if _fits(model, key)}
         takes_proprio = config.proprio_dim is not None
@@ -60,8 +66,7 @@ class ActionCollator:
         """
         rows, labels, pixels, actions, proprio = [], [], [], [], []
         for step in steps:
-            images = list(step.images)
-            images = images if self.augment is None else self.augment(images)
+            images = list(step.images) if self.augment is None else self._augmented(step.images)
             inputs = self.processor(instruction=step.instruction, images=images)
             normalized = self.normalized(step)
             tokens = torch.from_numpy(self.action_tokenizer.encode(normalized).reshape(-1))
@@ -86,6 +91,14 @@ class ActionCollator:
         if proprio:
             batch["proprio"] = torch.stack(proprio)
         return batch
+
+    def _augmented(self, images: Sequence[np.ndarray]) -> list[np.ndarray]:
+        if self._generator is None:
+            worker = torch.utils.data.get_worker_info()
+            self._generator = np.random.default_rng([*self.seed, 0 if worker is None else worker.id])
+        size = (self.image_size, self.image_size)
+        frames = [image if image.shape[:2] == size else lanczos3_resized(image, size) for image in images]
+        return [self.augment(frame, self._generator) for frame in frames]
 
     def normalized(self, step: Any) -> np.ndarray:
         """A step's actions as the model is trained on them: float64 ``(chunk, action_dim)`` in [-1, 1]."""

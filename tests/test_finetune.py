@@ -74,7 +74,9 @@ def base(tmp_path_factory):
 
 def settings(base, output, **changes):
     fields = {"model": str(base), "output": str(output), "batch_size": 4, "max_steps": 4, "device": "cpu"}
-    return FinetuneConfig(**{**fields, "learning_rate": 3e-3, "log_steps": 1, "feed_back": 4, **changes})
+    return FinetuneConfig(
+        **{**fields, "learning_rate": 3e-3, "log_steps": 1, "augment": False, "feed_back": 4, **changes}
+    )
 
 
 def losses(output):
@@ -160,12 +162,16 @@ def test_lora_learns_and_everyone_can_load_the_result(base, tmp_path):
 @pytest.mark.parametrize("head", [None, "l1", "diffusion"])
 def test_oft_heads(base, head, tmp_path):
     answer = {"platform": "libero", "action_head": head, "num_images_in_input": 2, "use_film": head == "l1"}
-    config = settings(base, tmp_path, method="full", answer=answer, max_steps=12, learning_rate=1e-3)
+    config = settings(
+        base, tmp_path, method="full", answer=answer, max_steps=12, learning_rate=1e-3, augment=head == "l1"
+    )
     finetune(config, Few(chunk=PLATFORMS["libero"]["chunk_length"]))
     found = losses(tmp_path)
     if head != "diffusion":  # whose loss is of another noise at each step
         assert found[-1] < 0.8 * found[0]
-    assert load_policy(tmp_path / "model").model.config.action_head == head
+    policy = load_policy(tmp_path / "model")
+    assert policy.model.config.action_head == head
+    assert policy.processor.image_preset == ("libero" if head == "l1" else None)
 
 
 @pytest.mark.parametrize("method", ["full", "frozen-vision", "sandwich", "last-layer"])
