@@ -37,6 +37,7 @@ from torch import nn
 from transformers import AutoConfig, AutoTokenizer
 
 from .checkpoint_files import parse_size, read_tensors, weight_files, write_shards
+from .checkpoint_folder import appearing_whole, write_card, write_manifest, write_surroundings
 from .configuration_openvla import (
     AUTO,
     DTYPE_FIELD,
@@ -48,15 +49,7 @@ from .configuration_openvla import (
     OpenVLAConfig,
     PrismaticConfig,
 )
-from .convert_checkpoint import (
-    DTYPES,
-    PAD_TOKEN,
-    appearing_whole,
-    require_fit,
-    write_card,
-    write_manifest,
-    write_surroundings,
-)
+from .convert_checkpoint import DTYPES, PAD_TOKEN, require_fit
 from .download_checkpoint import local_folder
 from .native_checkpoint import COMMON, EMBEDDING, EXTRA_TOKENS, FUSED, HEAD, padded, read_json, without_tied_head
 from .processing_openvla import OpenVLAProcessor

@@ -20,34 +20,30 @@ Examples:
   openvla convert openvla/openvla-7b-prismatic my-openvla --tokenizer meta-llama/Llama-2-7b-hf --token hf_...
   openvla convert old-finetune/ my-openvla
   openvla convert someone/openvla-7b-finetuned my-openvla --revision v1.0 --verify
-  openvla convert moojink/openvla-7b-oft-finetuned-libero-spatial my-oft --preset libero --num-images 2
+  openvla convert moojink/openvla-7b-oft-finetuned-libero-spatial my-oft --preset libero --num-images 2 \\
+    --image-preset libero
   openvla convert my-openvla back-to-native --reverse
 """
 
 from __future__ import annotations
 
 import argparse
-import glob
 import json
 import os
-import platform
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
-from transformers import AutoTokenizer, GenerationConfig
+from transformers import AutoTokenizer
 
 from .adapter_files_openvla import base_of
 from .archive_files import records, require_intact
 from .checkpoint_files import (
     INDEX_FILE,
     differing,
-    digest_file,
     digests,
     has_safetensors,
     parse_size,
@@ -59,11 +55,13 @@ from .checkpoint_files import (
     weight_files,
     write_shards,
 )
+from .checkpoint_folder import appearing_whole, write_card, write_manifest, write_surroundings
 from .compare_forward import compare_forward
 from .configuration_openvla import ANSWER_FIELDS, DTYPE_FIELD, PLATFORMS, OpenVLAConfig, PrismaticConfig, write_json
 from .direct_files import DirectWriter
 from .download_checkpoint import local_folder
 from .heads_openvla import belongs_to_answer
+from .images_openvla import IMAGE_PRESETS
 from .loading import MODEL_CLASSES
 from .modeling_openvla import STATISTICS_FILE
 from .native_checkpoint import (
@@ -82,10 +80,8 @@ from .native_checkpoint import (
 )
 from .oft_checkpoint import ADAPTER_FOLDER, part_files, read_answer, read_parts, unmerged_adapter, write_parts
 from .processing_openvla import OpenVLAImageProcessor, OpenVLAProcessor
-from .publishing_openvla import CARD_FILE, model_card
 
 PAD_TOKEN = "<PAD>"
-MANIFEST_FILE = "openvla_manifest.json"
 NATIVE_CONFIG_FILE = "native_config.json"
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
@@ -121,6 +117,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--config-overrides", type=Path, metavar="FILE", help="JSON merged into the target's config.json"
     )
+    parser.add_argument(
+        "--image-preset",
+        choices=IMAGE_PRESETS,
+        help="what evaluation does to frames first, kept in the processor; OFT's checkpoints were evaluated with "
+        "libero, as were OpenVLA's fine-tunes on it (default none)",
+    )
     parser.add_argument("--preset", choices=PLATFORMS, help="of OFT: chunk length, normalisation, dimensions")
     parser.add_argument("--num-images", type=int, metavar="N", help="of OFT: cameras that it was trained on")
     parser.add_argument(
@@ -146,6 +148,7 @@ def run(args: argparse.Namespace) -> int:
         dtype=args.dtype,
         max_shard_size=args.max_shard_size,
         config_overrides=json.loads(args.config_overrides.read_text()) if args.config_overrides else None,
+        image_preset=args.image_preset,
         preset=args.preset,
         num_images=args.num_images,
         parallel_decoding=args.parallel_decoding,
@@ -154,18 +157,6 @@ def run(args: argparse.Namespace) -> int:
         reverse=args.reverse,
         overwrite=args.overwrite,
     )
-    return 0
-
-
-def add_verify_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of ``openvla verify``."""
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("folder", type=Path, metavar="DIR", help="folder that openvla convert wrote")
-
-
-def run_verify(args: argparse.Namespace) -> int:
-    """Check every file and tensor; returns the exit status."""
-    print(f"{args.folder}: {verify(args.folder)} tensors and all files are as they were written")
     return 0
 
 
@@ -180,6 +171,7 @@ def convert(
     dtype: str | None = None,
     max_shard_size: str = "5GB",
     config_overrides: dict[str, Any] | None = None,
+    image_preset: str | None = None,
     preset: str | None = None,
     num_images: int | None = None,
     parallel_decoding: bool = False,
@@ -211,7 +203,7 @@ def convert(
             oft = read_json(source / "config.json").get("parallel_decoding")
             tensors, config = (_write_oft if oft else _write_native)(source, folder)
         else:
-            as_asked = (tokenizer, dtype, parse_size(max_shard_size), config_overrides or {})
+            as_asked = (tokenizer, dtype, parse_size(max_shard_size), config_overrides or {}, image_preset)
             if kind == "native run":
                 tensors, config = _write_hub(source, native_file(source, checkpoint), folder, *as_asked)
             else:
@@ -220,28 +212,6 @@ def convert(
         if forward:
             print(compare_forward(source if reverse else folder, tensors, config))
     print(f"{target}: complete, every tensor compared with its source")
-
-
-def verify(folder: str | os.PathLike) -> int:
-    """Check a converted folder against its manifest.
-
-    Returns:
-        The number of tensors.
-
-    Raises:
-        ValueError: Files or tensors differ from what was written; all are named.
-        FileNotFoundError: There is no manifest.
-    """
-    folder = Path(folder)
-    if not (folder / MANIFEST_FILE).is_file():
-        raise FileNotFoundError(f"{folder} has no {MANIFEST_FILE}; only folders that openvla convert wrote have one.")
-    manifest = json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8"))
-    wrong = [file for file in manifest["files"] if not (folder / file).is_file()]
-    wrong += [f for f, sha in manifest["files"].items() if f not in wrong and digest_file(folder / f) != sha]
-    if wrong:
-        raise ValueError(f"{folder} is not what was written: {sorted(wrong)} changed or missing.")
-    require_equal(weight_files(folder), manifest["tensors"])
-    return len(manifest["tensors"])
 
 
 def _kind(source: Path) -> str:
@@ -288,6 +258,7 @@ def _write_hub(
     dtype: str | None,
     shard_bytes: int,
     overrides: dict[str, Any],
+    image_preset: str | None,
 ) -> Converted:
     """A native run as a Hub folder."""
     native = native_tensors(file)
@@ -304,6 +275,7 @@ def _write_hub(
         written = write_shards(folder, tensors, DTYPES[dtype or "bf16"], shard_bytes, places=places)
         rest.result()
     shutil.copy(source / "config.json", folder / NATIVE_CONFIG_FILE)
+    processor.image_preset = image_preset
     processor.save_pretrained(folder)
     write_surroundings(folder, config)
     write_manifest(folder, written)
@@ -317,6 +289,7 @@ def _upgrade(
     dtype: str | None,
     shard_bytes: int,
     overrides: dict[str, Any],
+    image_preset: str | None,
     asked: dict[str, Any],
     step: str | None,
     base: str | os.PathLike | None,
@@ -337,6 +310,8 @@ def _upgrade(
     if isinstance(config, OpenVLAConfig) and not config.parallel_decoding:
         answer = read_answer(tensors, overrides, source=source, **asked)
         config.set_answer(**(answer or {}))
+        if answer and image_preset is None:
+            print("note: OFT's checkpoints were evaluated on frames prepared as --image-preset libero does")
     require_fit({name: tuple(tensor.shape) for name, tensor in tensors.items()}, config, source)
     found = _tokenizer(source, tokenizer, config)
     image_processor = OpenVLAImageProcessor.from_pretrained(source)
@@ -351,6 +326,8 @@ def _upgrade(
             setattr(config, DTYPE_FIELD, DTYPES[dtype])
         change = None if adapter is None else adapter.merged
         written = write_shards(folder, tensors, dtype and DTYPES[dtype], shard_bytes, change)
+    kept = source / "processor_config.json"
+    processor.image_preset = image_preset or (read_json(kept).get("image_preset") if kept.is_file() else None)
     processor.save_pretrained(folder)
     if tokenizer is None:  # the trained-on files themselves, not what this version makes of them
         for name in COPIED_TOKENIZER_FILES:
@@ -425,32 +402,6 @@ def _tokenizer(source: Path, given: str | os.PathLike | None, config: PrismaticC
     return tokenizer
 
 
-def write_surroundings(folder: Path, config: PrismaticConfig) -> None:
-    """Everything but weights, processor and card: configuration, code, statistics."""
-    config.architectures = [MODEL_CLASSES[config.model_type].__name__]
-    config.save_pretrained(folder)
-    text = config.text_config
-    GenerationConfig(
-        bos_token_id=text.bos_token_id, eos_token_id=text.eos_token_id, pad_token_id=config.pad_token_id
-    ).save_pretrained(folder)
-    for code in sorted(Path(__file__).parent.glob("*_openvla.py")):
-        shutil.copy(code, folder / code.name)
-    if getattr(config, "norm_stats", None):
-        write_json(folder / STATISTICS_FILE, config.norm_stats)
-
-
-def write_card(folder: Path, name: str) -> None:
-    """The model card, of what config.json says."""
-    (folder / CARD_FILE).write_text(model_card(read_json(folder / "config.json"), name), encoding="utf-8")
-
-
-def write_manifest(folder: Path, digests: Mapping[str, str]) -> None:
-    weights = {path.name for path in weight_files(folder).values()}
-    others = sorted(path for path in folder.iterdir() if path.name not in {*weights, CARD_FILE})  # cards are edited
-    files = {path.name: digest_file(path) for path in others}
-    write_json(folder / MANIFEST_FILE, {"files": files, "tensors": dict(digests)})
-
-
 def _link_or_copy(source: Path, target: Path) -> bool:
     """A hard link where the file system allows one, else a copy; whether it is a link."""
     try:
@@ -459,37 +410,3 @@ def _link_or_copy(source: Path, target: Path) -> bool:
         shutil.copy2(source, target)
         return False
     return True
-
-
-@contextmanager
-def appearing_whole(target: Path) -> Iterator[Path]:
-    """A folder beside the target that takes its name only when the block ends well; else it is removed.
-
-    What a killed run left beside the target is cleared away first, and what it had moved aside comes back.
-    """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    host = f".{target.name}.{platform.node()}."
-    _clear_after_killed_runs(target, host)
-    folder, previous = (target.parent / f"{host}{os.getpid()}.{kind}" for kind in ("partial", "previous"))
-    folder.mkdir()
-    try:
-        yield folder
-        if target.exists():
-            os.replace(target, previous)
-        os.replace(folder, target)
-        shutil.rmtree(previous, ignore_errors=True)
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
-
-
-def _clear_after_killed_runs(target: Path, host: str) -> None:
-    """Only of processes that ran on this machine and are gone."""
-    for left in target.parent.glob(f"{glob.escape(host)}*"):
-        pid, _, kind = left.name.removeprefix(host).partition(".")
-        if not pid.isdigit() or psutil.pid_exists(int(pid)) and int(pid) != os.getpid():
-            continue
-        if kind == "previous" and not target.exists():
-            os.replace(left, target)
-        elif kind in ("partial", "previous"):
-            shutil.rmtree(left)

@@ -31,8 +31,8 @@ from tqdm import tqdm
 
 from .adapters_openvla import answer_modules, idle_modules
 from .augmentation import ImageAugmentation
+from .checkpoint_folder import appearing_whole, write_card
 from .configuration_openvla import DTYPE_FIELD, PLATFORMS, OpenVLAConfig, write_json
-from .convert_checkpoint import appearing_whole, write_card
 from .loading import AutoProcessor
 from .modeling_openvla import OpenVLAForActionPrediction
 from .processing_openvla import OpenVLAProcessor

@@ -29,15 +29,9 @@ from .adapter_files_openvla import (
     weights_digest,
 )
 from .checkpoint_files import parse_size, read_tensors, weight_files, write_shards
+from .checkpoint_folder import appearing_whole, write_card, write_manifest, write_surroundings
 from .configuration_openvla import OpenVLAConfig
-from .convert_checkpoint import (
-    COPIED_TOKENIZER_FILES,
-    TOKENIZER_FILES,
-    appearing_whole,
-    write_card,
-    write_manifest,
-    write_surroundings,
-)
+from .convert_checkpoint import COPIED_TOKENIZER_FILES, TOKENIZER_FILES
 from .download_checkpoint import local_folder
 from .heads_openvla import belongs_to_answer
 from .modeling_openvla import STATISTICS_FILE

@@ -19,8 +19,9 @@ from pathlib import Path
 
 from .adapter_files_openvla import ADAPTER_CONFIG_FILE, read_adapter
 from .checkpoint_files import shapes, weight_files
+from .checkpoint_folder import MANIFEST_FILE, verify
 from .configuration_openvla import OpenVLAConfig
-from .convert_checkpoint import MANIFEST_FILE, TOKENIZER_FILES, require_fit, verify
+from .convert_checkpoint import TOKENIZER_FILES, require_fit
 from .loading import MODEL_CLASSES
 from .native_checkpoint import read_json
 from .publishing_openvla import CARD_FILE, publishable, push_folder

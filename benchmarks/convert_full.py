@@ -28,8 +28,9 @@ from pathlib import Path
 import torch
 from openvla import OpenVLAConfig, OpenVLAForActionPrediction, OpenVLAProcessor
 from openvla.checkpoint_files import write_shards
+from openvla.checkpoint_folder import MANIFEST_FILE, write_manifest, write_surroundings
 from openvla.configuration_openvla import DTYPE_FIELD, write_json
-from openvla.convert_checkpoint import DTYPES, MANIFEST_FILE, write_manifest, write_surroundings
+from openvla.convert_checkpoint import DTYPES
 from openvla.tiny import UNTRAINED_STATISTICS, build_tokenizer
 
 SHARD_BYTES = 5 * 10**9

@@ -9,7 +9,7 @@ import torch
 from openvla import AutoModelForVision2Seq, AutoProcessor, OpenVLAConfig, PrismaticConfig
 from openvla.__main__ import main
 from openvla.assemble_model import _known_id, _with_tag, assemble
-from openvla.convert_checkpoint import verify
+from openvla.checkpoint_folder import verify
 from openvla.tiny import UNTRAINED_STATISTICS, build_tokenizer
 from qwen import VOCABULARY, write_qwen_tokenizer
 from reference import write_json

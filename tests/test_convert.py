@@ -15,8 +15,9 @@ import torch
 from openvla import AutoModelForVision2Seq, OpenVLAConfig, OpenVLAProcessor, direct_files
 from openvla.__main__ import main
 from openvla.checkpoint_files import parse_size, read_pickle
+from openvla.checkpoint_folder import appearing_whole, verify
 from openvla.compare_forward import compare_forward
-from openvla.convert_checkpoint import appearing_whole, convert, verify
+from openvla.convert_checkpoint import convert
 from openvla.native_checkpoint import BASE_VLMS, to_hub_name, to_native_name
 from openvla.tiny import build_tokenizer
 from reference import GOLDEN, REPOSITORY, digests, native_run, published_folder, write_json

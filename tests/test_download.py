@@ -5,7 +5,8 @@ import json
 import pytest
 from hub import OWNER, TOKEN
 from openvla.__main__ import main
-from openvla.convert_checkpoint import convert, verify
+from openvla.checkpoint_folder import verify
+from openvla.convert_checkpoint import convert
 from openvla.tiny import build_tokenizer
 from reference import GOLDEN, digests, native_run, published_folder, write_json
 from safetensors.torch import load_file

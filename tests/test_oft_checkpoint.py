@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 from openvla import OpenVLAForActionPrediction, OpenVLAProcessor
-from openvla.convert_checkpoint import convert, verify
+from openvla.checkpoint_folder import verify
+from openvla.convert_checkpoint import convert
 from openvla.download_checkpoint import _needed
 from reference import GOLDEN, oft_folder, oft_model
 from safetensors.torch import load_file
@@ -234,3 +235,13 @@ def test_as_published_it_is_not_loaded_as_plain_openvla(published, here):
     here.branches["me/my-oft"] = {"main": [{path.name: path.read_bytes() for path in published["l1"].iterdir()}]}
     with pytest.raises(ValueError, match="action_head--150000_checkpoint.pt, .*openvla convert"):
         OpenVLAForActionPrediction.from_pretrained("me/my-oft")
+
+
+def test_the_preset_of_evaluation_is_kept(published, tmp_path, capsys):
+    convert(published["l1"], tmp_path / "plain", preset="libero", num_images=2)
+    assert "--image-preset libero" in capsys.readouterr().out
+    convert(published["l1"], tmp_path / "set", preset="libero", num_images=2, image_preset="libero")
+    assert "--image-preset" not in capsys.readouterr().out
+    assert OpenVLAProcessor.from_pretrained(tmp_path / "set").image_preset == "libero"
+    convert(tmp_path / "set", tmp_path / "again")  # what is there stays
+    assert OpenVLAProcessor.from_pretrained(tmp_path / "again").image_preset == "libero"
