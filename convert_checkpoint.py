@@ -20,8 +20,7 @@ Examples:
   openvla convert openvla/openvla-7b-prismatic my-openvla --tokenizer meta-llama/Llama-2-7b-hf --token hf_...
   openvla convert old-finetune/ my-openvla
   openvla convert someone/openvla-7b-finetuned my-openvla --revision v1.0 --verify
-  openvla convert moojink/openvla-7b-oft-finetuned-libero-spatial my-oft --preset libero --num-images 2 \\
-    --image-preset libero
+  openvla convert someone/openvla-oft-libero my-oft --preset libero --num-images 2 --image-preset libero
   openvla convert my-openvla back-to-native --reverse
 """
 
