@@ -8,7 +8,9 @@ import pytest
 import torch
 import transformers
 from openvla import PLATFORMS, OpenVLAConfig, OpenVLAForActionPrediction
+from openvla.configuration_openvla import LLM_MODEL_TYPES
 from openvla.parallel_openvla import FIRST_TRANSFORMERS, with_action_slots
+from openvla.tiny import build_tiny
 from reference import GOLDEN, oft_model
 
 SUPPORTED = tuple(map(int, transformers.__version__.split(".")[:2])) >= FIRST_TRANSFORMERS
@@ -222,6 +224,17 @@ def test_a_causal_language_model_is_refused(libero, tmp_path, monkeypatch):
     monkeypatch.setattr(decoder, "forward", causal)
     with pytest.raises(RuntimeError, match="a later token does not influence an earlier one"):
         OpenVLAForActionPrediction.from_pretrained(tmp_path)
+
+
+@parallel
+@pytest.mark.parametrize("model_type", LLM_MODEL_TYPES)
+def test_every_language_model_can_be_bidirectional(model_type):
+    sizes = {"hidden_size": 64, "intermediate_size": 172, "num_hidden_layers": 2, "num_attention_heads": 4}
+    ids = {"vocab_size": 700, "pad_token_id": 611, "bos_token_id": 1, "eos_token_id": 2}
+    fields = {**PLATFORMS["libero"], "parallel_decoding": True, "llm_backbone_id": "small", "empty_token_id": None}
+    text_config = {"model_type": model_type, "num_key_value_heads": 4, **sizes, **ids}
+    model, _ = build_tiny(**fields, pad_to_multiple_of=88, text_config=text_config)
+    model.require_bidirectional()
 
 
 @parallel
