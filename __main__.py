@@ -5,7 +5,16 @@ from __future__ import annotations
 import argparse
 import sys
 
-from . import __version__, assemble_model, checkpoint_folder, convert_checkpoint, merge_adapter, predict, publish
+from . import (
+    __version__,
+    assemble_model,
+    checkpoint_folder,
+    convert_checkpoint,
+    finetune,
+    merge_adapter,
+    predict,
+    publish,
+)
 from .checkpoint_folder import verify
 
 COMMANDS = {
@@ -13,6 +22,7 @@ COMMANDS = {
     "convert": (convert_checkpoint.add_arguments, convert_checkpoint.run, convert_checkpoint.__doc__),
     "assemble": (assemble_model.add_arguments, assemble_model.run, assemble_model.__doc__),
     "merge": (merge_adapter.add_arguments, merge_adapter.run, merge_adapter.__doc__),
+    "finetune": (finetune.add_arguments, finetune.run, finetune.__doc__),
     "verify": (checkpoint_folder.add_verify_arguments, checkpoint_folder.run_verify, verify.__doc__),
     "publish": (publish.add_arguments, publish.run, publish.__doc__),
 }

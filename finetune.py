@@ -9,7 +9,7 @@ A run is a YAML file, flags, or both (flags win). It writes into its output fold
 Examples:
   openvla finetune examples/lora_24gb.yaml --data my-dataset --output runs/my-robot
   openvla finetune --model openvla/openvla-7b --data my-dataset --output runs/my-robot --method lora --max-steps 5000
-  torchrun --nproc-per-node 8 -m openvla finetune examples/full_8gpu.yaml
+  torchrun --nproc-per-node 8 -m openvla finetune examples/oft_libero.yaml
 """
 
 from __future__ import annotations
@@ -26,13 +26,16 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from .adapters_openvla import answer_modules, idle_modules
 from .augmentation import ImageAugmentation
 from .checkpoint_folder import appearing_whole, write_card
 from .configuration_openvla import DTYPE_FIELD, PLATFORMS, OpenVLAConfig, write_json
+from .dataset_statistics import as_norm_stats
+from .demonstration_stream import DemonstrationStream
+from .demonstrations import open_demonstrations
 from .loading import AutoProcessor
 from .modeling_openvla import OpenVLAForActionPrediction
 from .processing_openvla import OpenVLAProcessor
@@ -53,7 +56,8 @@ class FinetuneConfig:
 
     Attributes:
         model: Folder or Hub id of what is fine-tuned.
-        data: Folder of demonstrations, or a list of mappings for ``demonstrations`` (path, weight, ...).
+        data: Folder of demonstrations, or a list of mappings: ``path``, and where needed ``weight`` and what else
+            ``open_demonstrations`` takes (``preset``, ``fields``, ``split``, ``name``).
         output: Folder to write; a run that stands there already goes on.
         method: One of ``METHODS``.
         answer: Fields of ``enable_parallel_decoding`` for OpenVLA-OFT, and ``platform`` for those of ``PLATFORMS``;
@@ -71,6 +75,8 @@ class FinetuneConfig:
         lora_alpha: Of LoRA.
         lora_dropout: Of LoRA.
         lora_targets: Of LoRA; as ``enable_lora`` takes them.
+        skip_bad: Leave out episodes that cannot be used, and count them; else the first one stops the run.
+        shuffle_buffer: Samples to shuffle among.
         augment: Crop and colour changes, as the reference trains; the result's processor then prepares images as its
             evaluation does (``image_preset``).
         gradient_checkpointing: Less memory, about a third more time.
@@ -102,6 +108,8 @@ class FinetuneConfig:
     lora_alpha: float = 16
     lora_dropout: float = 0.0
     lora_targets: str = "all-linear"
+    skip_bad: bool = False
+    shuffle_buffer: int = 10_000
     augment: bool = True
     gradient_checkpointing: bool = False
     workers: int = 0
@@ -183,8 +191,7 @@ def finetune(config: FinetuneConfig, data: Any = None) -> Path:
 
     Args:
         config: The run.
-        data: Demonstrations, in the place of ``config.data``: ``statistics`` by dataset key, and
-            ``stream(seed, rank, world_size)``, steps for :class:`ActionCollator` without end in an order of the seed.
+        data: In the place of ``config.data``: what has the attribute and the method of :class:`Demonstrations`.
 
     Returns:
         The folder of the resulting model.
@@ -200,7 +207,7 @@ def finetune(config: FinetuneConfig, data: Any = None) -> Path:
         project_dir=config.output,
     )
     output = Path(config.output)
-    data = open_data(config) if data is None else data
+    data = Demonstrations(config) if data is None else data
     set_seed(config.seed, device_specific=True)
     model, processor = build(config, data, accelerator)
     if accelerator.is_main_process:
@@ -226,9 +233,38 @@ def finetune(config: FinetuneConfig, data: Any = None) -> Path:
     return output / "model"
 
 
-def open_data(config: FinetuneConfig) -> Any:
-    """The demonstrations that a run names."""
-    raise NotImplementedError
+class Demonstrations:
+    """The data of a run.
+
+    Attributes:
+        statistics: Of every dataset, by its name.
+    """
+
+    def __init__(self, config: FinetuneConfig) -> None:
+        if not config.data:
+            raise ValueError("A run needs data: a folder of demonstrations, or a list of mappings with their path.")
+        entries = [{"path": config.data}] if isinstance(config.data, str) else [dict(entry) for entry in config.data]
+        self.weights = [float(entry.pop("weight", 1.0)) for entry in entries]
+        self.readers = [open_demonstrations(entry.pop("path"), **entry) for entry in entries]
+        self.config = config
+        self.statistics = as_norm_stats(self.readers, skip_bad=config.skip_bad)
+
+    def stream(
+        self, chunk_length: int, rank: int = 0, world_size: int = 1, batches: int = 0, batch_size: int = 1
+    ) -> DemonstrationStream:
+        """Samples without end, from behind so many batches on."""
+        stream = DemonstrationStream(
+            self.readers,
+            self.weights,
+            chunk_length=chunk_length,
+            shuffle_buffer=self.config.shuffle_buffer,
+            seed=self.config.seed,
+            rank=rank,
+            world_size=world_size,
+            skip_bad=self.config.skip_bad,
+        )
+        stream.resume(batches, batch_size)
+        return stream
 
 
 def build(
@@ -294,18 +330,6 @@ def rate(config: FinetuneConfig, step: int) -> float:
     return warm * (STEP_DECAY if config.decay == "step" and step >= config.decay_step else 1.0)
 
 
-class Stream(IterableDataset):
-    """A stream of steps, shared out over processes and data loader workers."""
-
-    def __init__(self, data: Any, seed: int, rank: int, world_size: int) -> None:
-        self.data, self.seed, self.rank, self.world_size = data, seed, rank, world_size
-
-    def __iter__(self) -> Iterator[Mapping[str, Any]]:
-        worker = torch.utils.data.get_worker_info()
-        index, count = (0, 1) if worker is None else (worker.id, worker.num_workers)
-        return iter(self.data.stream(self.seed, self.rank * count + index, self.world_size * count))
-
-
 def load_batches(
     config: FinetuneConfig,
     data: Any,
@@ -315,13 +339,12 @@ def load_batches(
     skip: int,
 ) -> Iterator[dict[str, torch.Tensor]]:
     """Batches on the device, from the one on that a broken run had come to."""
-    stream = Stream(data, config.seed, accelerator.process_index, accelerator.num_processes)
+    rank, count = accelerator.process_index, accelerator.num_processes
+    stream = data.stream(model.config.chunk_length, rank, count, skip, config.batch_size)
     augment = ImageAugmentation() if config.augment else None
-    collator = ActionCollator(processor, model, augment, (config.seed, accelerator.process_index))
-    loader = DataLoader(stream, config.batch_size, collate_fn=collator, num_workers=config.workers)
-    for number, batch in enumerate(loader):
-        if number >= skip:
-            yield {name: tensor.to(accelerator.device, non_blocking=True) for name, tensor in batch.items()}
+    collator = ActionCollator(processor, model, augment, (config.seed, rank), skip)
+    for batch in DataLoader(stream, config.batch_size, collate_fn=collator, num_workers=config.workers):
+        yield {name: tensor.to(accelerator.device, non_blocking=True) for name, tensor in batch.items()}
 
 
 def train(
@@ -400,7 +423,7 @@ def feed_back(
     distances, right, answers = [], [], set()
     # Among action tokens alone, so that a model that has not learnt them is measured too.
     asked = {"return_dict": True, "constrain_actions": model.config.action_head is None}
-    for step, _ in zip(data.stream(config.seed, 0, 1), range(config.feed_back)):
+    for step, _ in zip(data.stream(model.config.chunk_length), range(config.feed_back)):
         inputs = processor(instruction=step.instruction, images=list(step.images))
         proprio = step.proprio if model.config.proprio_dim is not None else None
         answer = model.predict_action(**inputs, unnorm_key=step.dataset, proprio=proprio, **asked)

@@ -27,7 +27,8 @@ class ActionCollator:
         model: Whose statistics, bins and cameras count.
         augment: Crop and colour changes, each camera's drawn anew, on frames resized as the reference does; None leaves
             frames as they are.
-        seed: Of what is drawn, with each data loader worker's number.
+        seed: Of what is drawn, with the number of the batch, so that a run which goes on draws what it would have.
+        first_batch: The number of the first batch to come.
     """
 
     def __init__(
@@ -36,10 +37,11 @@ class ActionCollator:
         model: OpenVLAForActionPrediction,
         augment: ImageAugmentation | None = None,
         seed: Sequence[int] = (0,),
+        first_batch: int = 0,
     ) -> None:
         config = model.config
         self.processor, self.augment, self.seed = processor, augment, list(seed)
-        self.image_size, self._generator = config.image_sizes[0], None
+        self.image_size, self.first_batch, self._made = config.image_sizes[0], first_batch, 0
         self.action_tokenizer = model.action_tokenizer
         self.statistics = {key: model.action_statistics(key) for key in model.norm_stats if _fits(model, key)}
         takes_proprio = config.proprio_dim is not None
@@ -65,8 +67,9 @@ class ActionCollator:
             ValueError: A chunk of another length, actions or proprio of another dimension, no proprio.
         """
         rows, labels, pixels, actions, proprio = [], [], [], [], []
+        generator = np.random.default_rng([*self.seed, self._batch_number()])
         for step in steps:
-            images = list(step.images) if self.augment is None else self._augmented(step.images)
+            images = list(step.images) if self.augment is None else self._augmented(step.images, generator)
             inputs = self.processor(instruction=step.instruction, images=images)
             normalized = self.normalized(step)
             tokens = torch.from_numpy(self.action_tokenizer.encode(normalized).reshape(-1))
@@ -92,13 +95,17 @@ class ActionCollator:
             batch["proprio"] = torch.stack(proprio)
         return batch
 
-    def _augmented(self, images: Sequence[np.ndarray]) -> list[np.ndarray]:
-        if self._generator is None:
-            worker = torch.utils.data.get_worker_info()
-            self._generator = np.random.default_rng([*self.seed, 0 if worker is None else worker.id])
+    def _batch_number(self) -> int:
+        """The number of this batch: a data loader asks its workers in turn."""
+        worker = torch.utils.data.get_worker_info()
+        index, count = (0, 1) if worker is None else (worker.id, worker.num_workers)
+        self._made += 1
+        return self.first_batch + (self._made - 1) * count + index
+
+    def _augmented(self, images: Sequence[np.ndarray], generator: np.random.Generator) -> list[np.ndarray]:
         size = (self.image_size, self.image_size)
         frames = [image if image.shape[:2] == size else lanczos3_resized(image, size) for image in images]
-        return [self.augment(frame, self._generator) for frame in frames]
+        return [self.augment(frame, generator) for frame in frames]
 
     def normalized(self, step: Any) -> np.ndarray:
         """A step's actions as the model is trained on them: float64 ``(chunk, action_dim)`` in [-1, 1]."""

@@ -55,13 +55,24 @@ class Few:
             for index in range(count)
         ]
 
-    def stream(self, seed, rank, world_size):
-        random, drawn = np.random.RandomState(seed), 0
+    def stream(self, chunk_length, rank=0, world_size=1, batches=0, batch_size=1):
+        return Shuffled(self.steps, rank, world_size, batches * batch_size)
+
+
+class Shuffled(torch.utils.data.IterableDataset):
+    """Steps without end, in an order of their own, from behind so many on."""
+
+    def __init__(self, steps, rank, world_size, skip):
+        self.settings = steps, rank, world_size, skip
+
+    def __iter__(self):
+        steps, rank, world_size, skip = self.settings
+        random, drawn = np.random.RandomState(0), 0
         while True:
-            for index in random.permutation(len(self.steps)):
+            for index in random.permutation(len(steps)):
                 drawn += 1
-                if drawn % world_size == rank:
-                    yield self.steps[index]
+                if drawn % world_size == rank and (drawn - 1) // world_size >= skip:
+                    yield steps[index]
 
 
 @pytest.fixture(scope="module")
