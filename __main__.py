@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from . import __version__, assemble_model, convert_checkpoint, merge_adapter, predict, publish
+from . import __version__, assemble_model, convert_checkpoint, inspect_data, merge_adapter, predict, publish
 from .convert_checkpoint import verify
 
 COMMANDS = {
@@ -14,6 +14,7 @@ COMMANDS = {
     "assemble": (assemble_model.add_arguments, assemble_model.run, assemble_model.__doc__),
     "merge": (merge_adapter.add_arguments, merge_adapter.run, merge_adapter.__doc__),
     "verify": (convert_checkpoint.add_verify_arguments, convert_checkpoint.run_verify, verify.__doc__),
+    "inspect-data": (inspect_data.add_arguments, inspect_data.run, inspect_data.__doc__),
     "publish": (publish.add_arguments, publish.run, publish.__doc__),
 }
 
