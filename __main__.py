@@ -11,6 +11,7 @@ from . import (
     checkpoint_folder,
     convert_checkpoint,
     finetune,
+    inspect_data,
     merge_adapter,
     predict,
     publish,
@@ -24,6 +25,7 @@ COMMANDS = {
     "merge": (merge_adapter.add_arguments, merge_adapter.run, merge_adapter.__doc__),
     "finetune": (finetune.add_arguments, finetune.run, finetune.__doc__),
     "verify": (checkpoint_folder.add_verify_arguments, checkpoint_folder.run_verify, verify.__doc__),
+    "inspect-data": (inspect_data.add_arguments, inspect_data.run, inspect_data.__doc__),
     "publish": (publish.add_arguments, publish.run, publish.__doc__),
 }
 

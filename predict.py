@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("--bits is for --model; the embedded default is tiny as it is.")
     image_files = args.image or [SAMPLE_IMAGE]
     instruction = args.instruction or SAMPLE_INSTRUCTION
-    draw = _import_pyplot() if args.plot else None
+    draw = import_pyplot("--plot") if args.plot else None
     for file in image_files:
         if not file.is_file():
             raise FileNotFoundError(f"No image at {file}.")
@@ -118,11 +118,16 @@ def _table(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _import_pyplot() -> Any:
+def import_pyplot(option: str) -> Any:
+    """Matplotlib's pyplot, for drawing into files.
+
+    Raises:
+        ImportError: It is not installed; the message names the option that asked for it.
+    """
     try:
         import matplotlib
     except ImportError as error:
-        raise ImportError("--plot needs matplotlib: pip install 'openvla[plot]'") from error
+        raise ImportError(f"{option} needs matplotlib: pip install 'openvla[plot]'") from error
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 

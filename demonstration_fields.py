@@ -1,0 +1,192 @@
+"""Which columns of a dataset are cameras, action, proprio and instruction, and how its action becomes the usual one.
+
+The usual action is what OpenVLA was trained on: movements, then an absolute gripper, 0 closed and 1 open. Arithmetic
+happens in the dtype that the data is stored in, as in the reference's pipeline, so that results are equal in every bit.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import numpy as np
+
+from .actions_openvla import nearest_name
+
+_SLICE = re.compile(r"^(?P<name>.*?)(\[(?P<start>-?\d*):(?P<stop>-?\d*)\])?$")
+
+# What a gripper dimension of +1 closing, -1 opening, 0 nothing counts as no command at all.
+RELATIVE_GRIPPER_THRESHOLD = 0.1
+# Between these a measured gripper is on its way; the state that it reaches is what was commanded.
+BINARY_GRIPPER_BOUNDS = (0.05, 0.95)
+
+
+def dotted(name: str) -> str:
+    """One way to write a nested name: ``observation/image`` is ``observation.image``."""
+    return name.replace("/", ".")
+
+
+def absolute_gripper(relative: np.ndarray) -> np.ndarray:
+    """Commands (+1 closes, -1 opens, 0 leaves) as positions (0 closed, 1 open), float32 ``(length,)``.
+
+    Before the first command the gripper is what that command changes; without any it is open.
+    """
+    steps = np.where(relative < -RELATIVE_GRIPPER_THRESHOLD, 1, np.where(relative > RELATIVE_GRIPPER_THRESHOLD, -1, 0))
+    state = -next((step for step in steps if step), -1)
+    positions = []
+    for step in steps:
+        state = step or state
+        positions.append(state)
+    return np.array(positions, np.float32) / 2 + np.float32(0.5)
+
+
+def binary_gripper(measured: np.ndarray) -> np.ndarray:
+    """Positions in [0, 1] as 0 or 1: what lies between is what is reached after it. float32 ``(length,)``.
+
+    An episode that ends in between keeps its last value there.
+    """
+    closed, opened = BINARY_GRIPPER_BOUNDS
+    state, positions = measured[-1], []
+    for value in measured[::-1]:
+        state = 1.0 if value > opened else 0.0 if value < closed else state
+        positions.append(state)
+    return np.array(positions[::-1], np.float32)
+
+
+# How the last action dimension becomes 0 closed, 1 open.
+GRIPPERS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "as_is": lambda gripper: gripper,
+    "clipped": lambda gripper: np.clip(gripper, 0, 1),
+    "inverted": lambda gripper: 1 - gripper,
+    "clipped_inverted": lambda gripper: 1 - np.clip(gripper, 0, 1),
+    "relative": absolute_gripper,
+    "binary": binary_gripper,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Fields:
+    """Names of columns; nested ones with dots or slashes.
+
+    Attributes:
+        cameras: Image columns, in the order in which the model takes them.
+        action: Columns that together are the action. ``name[a:b]`` takes part of one, None is a zero.
+        proprio: The same for the robot's state; empty for none.
+        instruction: The text column; None where the format says the task itself.
+        instruction_text: One instruction for a dataset that stores none.
+        gripper: A key of ``GRIPPERS``: how the last action dimension becomes 0 closed, 1 open.
+        skip_first: Steps to leave out at the start of an episode.
+        relabel: A column whose differences between steps replace the first six action dimensions (Bridge: what was
+            reached, not what was commanded); the last step goes.
+        rotate_180: Images are stored upside down (LIBERO's HDF5: the model was trained on turned ones).
+        action_mask: Which action dimensions are normalised. None: all, but not the gripper of seven.
+        standardize: For what the above cannot say: a function of the columns (arrays ``(length, ...)`` by name) to
+            ``(action, proprio or None)`` of the same length, before ``gripper`` and the others.
+    """
+
+    cameras: tuple[str, ...]
+    action: tuple[str | None, ...]
+    proprio: tuple[str | None, ...] = ()
+    instruction: str | None = None
+    instruction_text: str | None = None
+    gripper: str = "as_is"
+    skip_first: int = 0
+    relabel: str | None = None
+    rotate_180: bool = False
+    action_mask: tuple[bool, ...] | None = None
+    standardize: Callable[[Mapping[str, np.ndarray]], tuple[np.ndarray, np.ndarray | None]] | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("cameras", "action", "proprio"):
+            value = getattr(self, name)
+            value = (value,) if isinstance(value, str) else tuple(value or ())
+            object.__setattr__(self, name, tuple(part and dotted(part) for part in value))
+        for name in ("instruction", "relabel"):
+            object.__setattr__(self, name, getattr(self, name) and dotted(getattr(self, name)))
+        if self.action_mask is not None:
+            object.__setattr__(self, "action_mask", tuple(map(bool, self.action_mask)))
+        if self.gripper not in GRIPPERS:
+            raise ValueError(f"Unknown gripper {self.gripper!r}. Allowed: {list(GRIPPERS)}.")
+        for name in ("action", "proprio"):
+            parts = getattr(self, name)
+            if parts and not any(parts):
+                raise ValueError(f"{name} names no column, only zeros; got {parts}.")
+        if not self.cameras or not self.action and self.standardize is None:
+            raise ValueError(f"A demonstration needs at least one camera and an action; got {self}.")
+
+    def changed(self, config: Mapping[str, Any]) -> Fields:
+        """These fields with some replaced, as a configuration file gives them.
+
+        Raises:
+            ValueError: A key is unknown.
+        """
+        known = [field.name for field in dataclasses.fields(self)]
+        for key in config:
+            if key not in known:
+                near = nearest_name(key, known)
+                raise ValueError(
+                    f"Unknown field {key!r}.{f' Did you mean {near!r}?' if near else ''} Allowed: {known}."
+                )
+        return dataclasses.replace(self, **config)
+
+    @property
+    def shortening(self) -> int:
+        """How many stored steps of an episode give no sample."""
+        return self.skip_first + (self.relabel is not None)
+
+    def columns(self) -> set[str]:
+        """Names of all number columns that are read."""
+        named = [_SLICE.match(part)["name"] for part in (*self.action, *self.proprio, self.relabel) if part]
+        return set(named)
+
+    def tables(self, columns: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray | None]:
+        """Actions and proprio of an episode, float64 ``(length, dimensions)``.
+
+        Args:
+            columns: Arrays ``(stored length, ...)`` by dotted name.
+
+        Raises:
+            ValueError: A column has more than one dimension a step, or lengths disagree.
+        """
+        if self.standardize is not None:
+            action, proprio = self.standardize(columns)
+        else:
+            action = _joined(columns, self.action)
+            proprio = _joined(columns, self.proprio) if self.proprio else None
+        if proprio is not None and len(proprio) != len(action):
+            raise ValueError(f"{len(action)} actions but {len(proprio)} proprio values")
+        action = action[self.skip_first :]
+        proprio = None if proprio is None else proprio[self.skip_first :]
+        if len(action) and self.gripper != "as_is":
+            gripper = np.asarray(GRIPPERS[self.gripper](action[:, -1]))
+            action = np.concatenate([action[:, :-1], gripper[:, None]], axis=1)
+        if self.relabel is not None:
+            reached = _column(columns, self.relabel)[self.skip_first :, :6]
+            action = np.concatenate([reached[1:] - reached[:-1], action[:-1, 6:]], axis=1)
+            proprio = None if proprio is None else proprio[:-1]
+        return action.astype(np.float64), None if proprio is None else proprio.astype(np.float64)
+
+
+def _column(columns: Mapping[str, np.ndarray], part: str) -> np.ndarray:
+    """One column, or a part of it: ``(length, dimensions)``."""
+    match = _SLICE.match(part)
+    values = np.asarray(columns[match["name"]])
+    values = values[:, None] if values.ndim == 1 else values
+    if values.ndim != 2 or values.dtype.kind not in "biuf":
+        raise ValueError(f"{match['name']!r} must hold flat numbers a step, got shape {values.shape}, {values.dtype}")
+    if match["start"] is None:
+        return values
+    return values[:, slice(*(int(end) if end else None for end in (match["start"], match["stop"])))]
+
+
+def _joined(columns: Mapping[str, np.ndarray], parts: Iterable[str | None]) -> np.ndarray:
+    named = {part: _column(columns, part) for part in parts if part}
+    lengths = {part: len(values) for part, values in named.items()}
+    if len(set(lengths.values())) > 1:
+        raise ValueError(f"columns of different lengths: {lengths}")
+    floats = [values.dtype for values in named.values() if values.dtype.kind == "f"]
+    dtype = np.result_type(*floats) if floats else np.float32
+    zero = np.zeros((next(iter(lengths.values()), 0), 1), dtype)
+    return np.concatenate([named[part].astype(dtype) if part else zero for part in parts], axis=1)

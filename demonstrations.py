@@ -1,0 +1,466 @@
+"""Demonstrations in: episodes of images, instructions, actions and proprio, whatever format they are stored in.
+
+``open_demonstrations`` looks at the content of a path and returns its reader: LeRobot v2.1 and v3, RLDS (TFRecord),
+HDF5 (LIBERO, robomimic, ALOHA); ``sequence_reader.SequenceReader`` takes any torch Dataset. None needs TensorFlow.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib
+import io
+import json
+import os
+import warnings
+from abc import ABC, abstractmethod
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from .actions_openvla import nearest_name
+from .demonstration_fields import Fields
+from .demonstration_presets import PRESETS
+
+AUTO = "auto"
+
+# What a column holds.
+IMAGE, TEXT, NUMBERS = "image", "text", "numbers"
+
+
+class DemonstrationError(ValueError):
+    """An episode that cannot be used; the message names its file and its id. ``skip_bad`` goes on after these."""
+
+
+def require(package: str, why: str) -> Any:
+    """An optional package of the extra ``train``.
+
+    Raises:
+        ImportError: It is not installed.
+    """
+    try:
+        return importlib.import_module(package)
+    except ImportError as error:
+        raise ImportError(f"{why} needs {package}: pip install 'openvla[train]'") from error
+
+
+class Handles:
+    """Open files of this process, the least recently used closed first; a forked or spawned process opens its own."""
+
+    def __init__(self, opener: Callable[[Path], Any], limit: int = 8) -> None:
+        self.opener, self.limit = opener, limit
+        self._forget()
+
+    def _forget(self) -> None:
+        self.process, self.opened = os.getpid(), OrderedDict()
+
+    def __getitem__(self, path: Path) -> Any:
+        if self.process != os.getpid():  # a library's state does not survive a fork
+            self._forget()
+        if path not in self.opened:
+            if len(self.opened) >= self.limit:
+                self.opened.popitem(last=False)[1].close()
+            self.opened[path] = self.opener(path)
+        self.opened.move_to_end(path)
+        return self.opened[path]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"opener": self.opener, "limit": self.limit}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(**state)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Step:
+    """One sample: what the robot saw, was told and did.
+
+    Attributes:
+        images: uint8 ``(height, width, 3)`` RGB, one a camera in the configured order.
+        instruction: As stored, stripped.
+        actions: float64 ``(chunk_length, action_dim)``, from this step on, in the dataset's units.
+        is_padding: bool ``(chunk_length,)``: which of them lie beyond the episode's end and repeat its last action.
+        proprio: float64 ``(proprio_dim,)``, or None.
+        dataset: Name of the dataset: the key of its statistics.
+        episode_id: Which episode, unique within the dataset.
+        index: Which step of the episode.
+    """
+
+    images: tuple[np.ndarray, ...]
+    instruction: str
+    actions: np.ndarray
+    is_padding: np.ndarray
+    proprio: np.ndarray | None
+    dataset: str
+    episode_id: str
+    index: int
+
+    @property
+    def action(self) -> np.ndarray:
+        """The action of this step alone, float64 ``(action_dim,)``."""
+        return self.actions[0]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Episode:
+    """One demonstration: its tables in memory, its images decoded when asked for.
+
+    Attributes:
+        id: Unique within the dataset.
+        source: The file that it comes from.
+        dataset: The dataset's name.
+        actions: float64 ``(length, action_dim)``, standardised, in the dataset's units.
+        proprio: float64 ``(length, proprio_dim)``, or None.
+        instructions: One a step.
+        load_images: Images of a step, one a camera.
+    """
+
+    id: str
+    source: str
+    dataset: str
+    actions: np.ndarray
+    proprio: np.ndarray | None
+    instructions: Sequence[str]
+    load_images: Callable[[int], tuple[np.ndarray, ...]]
+
+    def __len__(self) -> int:
+        return len(self.actions)
+
+    def images(self, index: int) -> tuple[np.ndarray, ...]:
+        """uint8 ``(height, width, 3)``, one a camera.
+
+        Raises:
+            DemonstrationError: An image is missing or cannot be decoded.
+        """
+        try:
+            return self.load_images(index)
+        except DemonstrationError:
+            raise
+        except Exception as error:  # Pillow, h5py, FFmpeg and os errors by the kind of damage
+            raise DemonstrationError(f"{self.source}, episode {self.id}: no image at step {index}: {error}") from error
+
+    def step(self, index: int, chunk_length: int = 1) -> Step:
+        """The sample that starts at a step; actions beyond the end repeat the last one.
+
+        Raises:
+            IndexError: No such step.
+            DemonstrationError: An image cannot be decoded.
+        """
+        if not 0 <= index < len(self):
+            raise IndexError(f"Episode {self.id} has steps 0 to {len(self) - 1}, got {index}.")
+        steps = np.arange(index, index + chunk_length)
+        return Step(
+            images=self.images(index),
+            instruction=self.instructions[index].strip(),
+            actions=self.actions[np.minimum(steps, len(self) - 1)],
+            is_padding=steps >= len(self),
+            proprio=None if self.proprio is None else self.proprio[index],
+            dataset=self.dataset,
+            episode_id=self.id,
+            index=index,
+        )
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Stored:
+    """An episode as a format's reader finds it, before fields are applied.
+
+    Attributes:
+        columns: Number columns, ``(stored length, ...)`` by dotted name; at least those that the fields name.
+        instructions: One a stored step, or one for all.
+        image: The image of a camera (by dotted name) at a stored step: uint8 ``(height, width, 3)``.
+    """
+
+    id: str
+    source: str
+    columns: Mapping[str, np.ndarray]
+    instructions: Sequence[str] | str
+    image: Callable[[str, int], np.ndarray]
+
+
+class EpisodeReader(ABC):
+    """Episodes of one dataset, in a stable order, read when asked for.
+
+    A format's reader gives ``names``, ``files``, ``stored_lengths`` (or ``_stored_length``) and ``_read``.
+
+    Args:
+        root: The dataset's folder or file, for messages.
+        name: The dataset's name, under which its statistics go into a checkpoint.
+        names: Every column that there is, and what it holds.
+        fields: Which columns are what.
+
+    Raises:
+        KeyError: A field names a column that is not there; the message gives the nearest.
+    """
+
+    format = "?"
+
+    def __init__(self, root: Path, name: str, names: Mapping[str, str], fields: Fields) -> None:
+        self.root, self.name, self.fields = root, name, fields
+        self.names = dict(names)
+        self._lengths: dict[int, int] = {}
+        self._usable: set[int] = set()
+        self._dimensions: tuple[int, int] | None = None
+        self._require_fields()
+
+    def _require_fields(self) -> None:
+        wanted = [(camera, IMAGE) for camera in self.fields.cameras]
+        if self.fields.standardize is None:
+            wanted += [(column, NUMBERS) for column in sorted(self.fields.columns())]
+        if self.fields.instruction:
+            wanted.append((self.fields.instruction, TEXT))
+        for column, kind in wanted:
+            fitting = [known for known, holds in self.names.items() if holds == kind]
+            if column not in fitting:
+                near = nearest_name(column, fitting)
+                holds = f" (it holds {self.names[column]})" if column in self.names else ""
+                raise KeyError(
+                    f"{self.root}: no column {column!r} of {kind}{holds}."
+                    f"{f' Did you mean {near!r}?' if near else ''} There are: {fitting}."
+                )
+
+    @property
+    @abstractmethod
+    def files(self) -> list[Path]:
+        """Every file that the episodes are read from."""
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Number of episodes."""
+
+    @abstractmethod
+    def _stored_length(self, index: int) -> int:
+        """Number of stored steps of an episode."""
+
+    @abstractmethod
+    def _read(self, index: int) -> Stored:
+        """An episode as it is stored."""
+
+    def length(self, index: int, checked: bool = False) -> int:
+        """Number of steps of an episode, as cheaply as the format allows.
+
+        Args:
+            index: Which episode.
+            checked: Read its tables (once) to know that it can be used.
+
+        Raises:
+            DemonstrationError: Its file is damaged; with ``checked``, as ``reader[index]``.
+        """
+        if checked and index not in self._usable:
+            self[index]
+        if index not in self._lengths:
+            self._lengths[index] = max(0, self._stored_length(index) - self.fields.shortening)
+        return self._lengths[index]
+
+    def __iter__(self) -> Iterator[Episode]:
+        return (self[index] for index in range(len(self)))
+
+    def __getitem__(self, index: int) -> Episode:
+        """One episode, its tables read and checked.
+
+        Raises:
+            IndexError: No such episode.
+            DemonstrationError: It is damaged, empty, not finite, has no instruction, or other dimensions than the
+                dataset's first one.
+        """
+        if not 0 <= index < len(self):
+            raise IndexError(f"{self.root} has episodes 0 to {len(self) - 1}, got {index}.")
+        stored = self._read(index)
+        where = f"{stored.source}, episode {stored.id}"
+        try:
+            actions, proprio = self.fields.tables(stored.columns)
+        except (ValueError, IndexError) as error:
+            raise DemonstrationError(f"{where}: {error}.") from error
+        instructions = self._instructions(stored, len(actions))
+        _require_usable(where, actions, proprio, instructions)
+        self._require_dimensions(where, actions, proprio)
+        self._lengths[index] = len(actions)
+        self._usable.add(index)
+        cameras, first = self.fields.cameras, self.fields.skip_first
+
+        def load_images(step: int) -> tuple[np.ndarray, ...]:
+            images = tuple(stored.image(camera, step + first) for camera in cameras)
+            for camera, image in zip(cameras, images):
+                if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+                    raise ValueError(f"{camera} is {image.dtype} {image.shape}, not uint8 (height, width, 3)")
+            return tuple(image[::-1, ::-1] for image in images) if self.fields.rotate_180 else images
+
+        return Episode(stored.id, stored.source, self.name, actions, proprio, instructions, load_images)
+
+    def _instructions(self, stored: Stored, length: int) -> Sequence[str]:
+        said = self.fields.instruction_text or stored.instructions
+        if isinstance(said, str):
+            return [said] * length
+        return said[self.fields.skip_first : self.fields.skip_first + length]
+
+    def _require_dimensions(self, where: str, actions: np.ndarray, proprio: np.ndarray | None) -> None:
+        got = (actions.shape[1], 0 if proprio is None else proprio.shape[1])
+        if self._dimensions is None:
+            self._dimensions = got
+        for what, expected, found in zip(("action", "proprio"), self._dimensions, got):
+            if expected != found:
+                raise DemonstrationError(
+                    f"{where}: {what} has {found} dimensions, but {expected} in the dataset's other episodes."
+                )
+
+    @property
+    def action_dim(self) -> int:
+        """Number of action dimensions, from the first usable episode.
+
+        Raises:
+            ValueError: No episode can be used.
+        """
+        return self._found_dimensions()[0]
+
+    @property
+    def proprio_dim(self) -> int:
+        """Number of proprio dimensions; 0 without proprio."""
+        return self._found_dimensions()[1]
+
+    def _found_dimensions(self) -> tuple[int, int]:
+        if self._dimensions is None:
+            next(usable_episodes(self), None)
+        if self._dimensions is None:
+            raise ValueError(f"{self.root}: none of its {len(self)} episodes can be used.")
+        return self._dimensions
+
+    def digest(self) -> str:
+        """Hex digest of what the tables depend on: names, sizes and times of files, and the fields."""
+        parts = [self.format, self.name, str(self.fields)]
+        for file in sorted(self.files):
+            info = file.stat()
+            parts.append(f"{os.path.relpath(file, self.root)} {info.st_size} {info.st_mtime_ns}")
+        return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def usable_episodes(reader: EpisodeReader, skipped: list[str] | None = None) -> Iterator[Episode]:
+    """Episodes one after the other, without the bad ones; what is wrong with those is appended to ``skipped``."""
+    for index in range(len(reader)):
+        try:
+            yield reader[index]
+        except DemonstrationError as error:
+            if skipped is not None:
+                skipped.append(str(error))
+
+
+def _require_usable(where: str, actions: np.ndarray, proprio: np.ndarray | None, instructions: Sequence[str]) -> None:
+    if not len(actions):
+        raise DemonstrationError(f"{where}: it has no step.")
+    for what, values in (("action", actions), ("proprio", proprio)):
+        if values is not None and not np.isfinite(values).all():
+            step, dimension = np.argwhere(~np.isfinite(values))[0]
+            raise DemonstrationError(f"{where}: {what}[{dimension}] at step {step} is {values[step, dimension]}.")
+    if len(instructions) != len(actions):
+        raise DemonstrationError(f"{where}: {len(actions)} actions but {len(instructions)} instructions.")
+    silent = next((step for step, text in enumerate(instructions) if not text.strip()), None)
+    if silent is not None:
+        raise DemonstrationError(
+            f"{where}: the instruction at step {silent} is empty. Take skip_bad=True to leave such episodes out, or "
+            "say one for all with the field instruction_text."
+        )
+
+
+def decoded_image(data: bytes) -> np.ndarray:
+    """A JPEG or PNG as uint8 ``(height, width, 3)``."""
+    with Image.open(io.BytesIO(data)) as image:
+        if image.mode not in ("RGB", "RGBA", "L", "P"):
+            raise ValueError(f"an image of mode {image.mode} is no camera image")
+        return np.asarray(image.convert("RGB"))
+
+
+def merged_fields(found: Fields | None, preset: str | None, config: Mapping[str, Any] | None, root: Path) -> Fields:
+    """What is asked for, over the preset, over what the format itself suggests.
+
+    Raises:
+        ValueError: The preset is unknown, or nothing says what the action is.
+    """
+    if preset is not None:
+        if preset not in PRESETS:
+            near = nearest_name(preset, list(PRESETS))
+            raise ValueError(
+                f"Unknown preset {preset!r}.{f' Did you mean {near!r}?' if near else ''} Allowed: {sorted(PRESETS)}."
+            )
+        found = PRESETS[preset]
+    config = dict(config or {})
+    if found is not None:
+        return found.changed(config)
+    if "cameras" not in config or not {"action", "standardize"} & set(config):
+        raise ValueError(f"{root}: what is camera and what is action cannot be told; give cameras and action.")
+    return Fields(("?",), ("?",)).changed({"action": (), **config})
+
+
+def known_preset(preset: str | None, *names: str | None) -> str | None:
+    """With "auto", the preset that bears one of the dataset's names, where there is one."""
+    if preset == AUTO:
+        return next((name for name in names if name in PRESETS), None)
+    return preset
+
+
+def open_demonstrations(
+    path: str | os.PathLike,
+    *,
+    preset: str | None = AUTO,
+    fields: Mapping[str, Any] | None = None,
+    split: str = "train",
+    name: str | None = None,
+) -> EpisodeReader:
+    """The reader of a dataset, by its content.
+
+    Args:
+        path: A folder (or one HDF5 file). Of RLDS the folder with features.json, or one above it.
+        preset: A key of ``demonstration_presets.PRESETS``; "auto" takes the one that bears the dataset's name (and
+            LIBERO's and ALOHA's for their HDF5 layouts), None takes none.
+        fields: Fields to replace, as in ``demonstration_fields.Fields``.
+        split: Of RLDS ("train", "val", "all"); other formats have one.
+        name: Under which the statistics go into a checkpoint; by default the dataset's own.
+
+    Raises:
+        FileNotFoundError: Nothing is there.
+        ValueError: The format is not known, or there is no episode.
+        KeyError: A field is not there.
+        ImportError: The format needs a package of the extra ``train``.
+    """
+    from .hdf5_reader import HDF5Reader, hdf5_files
+    from .lerobot_reader import LeRobotReader
+    from .rlds_reader import RLDSReader, rlds_folder
+
+    path = Path(path).expanduser()
+    if not path.exists():
+        raise FileNotFoundError(f"No dataset at {path}.")
+    if (path / "meta" / "info.json").is_file():
+        reader = LeRobotReader(path, preset, fields, name)
+    elif folder := rlds_folder(path):
+        reader = RLDSReader(folder, preset, fields, name, split)
+    elif files := hdf5_files(path):
+        reader = HDF5Reader(path, files, preset, fields, name)
+    else:
+        there = sorted(entry.name for entry in path.iterdir())[:8] if path.is_dir() else path.name
+        raise ValueError(
+            f"{path} is no dataset of a known format. Known: LeRobot v2.1 and v3 (meta/info.json), RLDS "
+            f"(features.json and .tfrecord files), HDF5 (.hdf5, .h5). There is: {there}."
+        )
+    if not len(reader):
+        raise ValueError(f"{path} holds no episode.")
+    return reader
+
+
+def warn_skipped(skipped: Sequence[str], of: int, name: str) -> None:
+    """One warning that counts bad episodes and quotes the first."""
+    if skipped:
+        warnings.warn(f"{name}: skipped {len(skipped)} of {of} episodes. The first: {skipped[0]}", stacklevel=3)
+
+
+def read_json(path: Path) -> Any:
+    """A JSON file.
+
+    Raises:
+        ValueError: It is damaged.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON: {error}.") from error

@@ -1,0 +1,182 @@
+"""``openvla inspect-data``: what a dataset holds, as a table, as JSON, as a picture."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from .actions_openvla import dimension_labels
+from .dataset_statistics import compute_statistics
+from .demonstrations import AUTO, DemonstrationError, EpisodeReader, open_demonstrations, require, usable_episodes
+from .predict import import_pyplot
+
+_FRAMES = 4
+_INSTRUCTIONS = 5
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of ``openvla inspect-data``."""
+    parser.add_argument("data", type=Path, metavar="DIR", help="LeRobot, RLDS or HDF5 dataset (or one HDF5 file)")
+    parser.add_argument("--preset", default=AUTO, metavar="NAME", help="fields of a known dataset; default by its name")
+    parser.add_argument(
+        "--fields", metavar="YAML", help="fields to replace: '{cameras: [observation.images.top], gripper: inverted}'"
+    )
+    parser.add_argument("--split", default="train", help="of RLDS: train, val, ... or all")
+    parser.add_argument(
+        "--skip-bad", action="store_true", help="leave out episodes that cannot be used, and count them"
+    )
+    parser.add_argument("--check-images", action="store_true", help="decode every image, to find damaged ones")
+    parser.add_argument("--out", type=Path, metavar="PNG", help="draw frames and histograms (extra: openvla[plot])")
+    parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Inspect and report; returns the exit status."""
+    plt = import_pyplot("--out") if args.out else None
+    fields = _fields(args.fields)
+    reader = open_demonstrations(args.data, preset=args.preset, fields=fields, split=args.split)
+    report = inspect(reader, skip_bad=args.skip_bad, check_images=args.check_images, progress=not args.json)
+    print(json.dumps(report) if args.json else _table(report))
+    if plt:
+        _plot(plt, reader, report, args.out)
+        if not args.json:
+            print(f"picture      {args.out}")
+    return 0
+
+
+def _fields(text: str | None) -> dict[str, Any] | None:
+    if text is None:
+        return None
+    fields = require("yaml", "--fields").safe_load(text)
+    if not isinstance(fields, dict):
+        raise ValueError(f"--fields must be a mapping such as '{{gripper: inverted}}', got {text!r}.")
+    return fields
+
+
+def inspect(
+    reader: EpisodeReader, *, skip_bad: bool = False, check_images: bool = False, progress: bool = True
+) -> dict[str, Any]:
+    """What a dataset holds.
+
+    Args:
+        reader: The dataset.
+        skip_bad: As in ``compute_statistics``.
+        check_images: Decode every image.
+        progress: Show progress bars.
+
+    Returns:
+        Name, format, path, fields, counts, lengths of episodes, image sizes by camera, instructions with how many
+        episodes begin with each, and the statistics; with ``check_images`` the ``damaged_images``, in words.
+
+    Raises:
+        DemonstrationError: An episode cannot be used, without ``skip_bad``.
+        ValueError: None can.
+    """
+    statistics = compute_statistics(reader, skip_bad=skip_bad, progress=progress)
+    lengths, said, sizes, damaged = [], Counter(), {}, []
+    for episode in tqdm(usable_episodes(reader), total=len(reader), unit="episode", disable=not progress):
+        lengths.append(len(episode))
+        said[episode.instructions[0].strip()] += 1
+        for step in range(len(episode)) if check_images else range(0 if sizes else 1):
+            try:
+                images = episode.images(step)
+            except DemonstrationError as error:
+                if not (skip_bad or check_images):
+                    raise
+                damaged.append(str(error))
+                continue
+            sizes = sizes or {camera: list(image.shape[:2]) for camera, image in zip(reader.fields.cameras, images)}
+    return {
+        "name": reader.name,
+        "format": reader.format,
+        "path": str(reader.root),
+        "cameras": sizes,
+        "action_dim": reader.action_dim,
+        "proprio_dim": reader.proprio_dim,
+        "gripper": reader.fields.gripper,
+        "episodes": statistics["num_trajectories"],
+        "skipped_episodes": statistics["num_skipped"],
+        "steps": statistics["num_transitions"],
+        "episode_length": {"min": min(lengths), "median": float(np.median(lengths)), "max": max(lengths)},
+        "instructions": dict(said.most_common()),
+        "damaged_images": damaged,
+        "statistics": statistics,
+    }
+
+
+def _table(report: dict[str, Any]) -> str:
+    lengths, said = report["episode_length"], report["instructions"]
+    skipped = f", {report['skipped_episodes']} skipped" if report["skipped_episodes"] else ""
+    cameras = ", ".join(f"{camera} {height}x{width}" for camera, (height, width) in report["cameras"].items())
+    lines = [
+        f"dataset      {report['name']} ({report['format']}, {report['path']})",
+        f"episodes     {report['episodes']}{skipped}; {report['steps']} steps, "
+        f"{lengths['min']} to {lengths['max']} an episode, half of them up to {lengths['median']:g}",
+        f"cameras      {cameras}",
+        f"action       {report['action_dim']} dimensions, gripper {report['gripper'].replace('_', ' ')}",
+        f"proprio      {report['proprio_dim'] or 'none'}",
+        f"instructions {len(said)}",
+    ]
+    lines += [f"  {count:>6}  {text}" for text, count in list(said.items())[:_INSTRUCTIONS]]
+    lines += [f"          ... {len(said) - _INSTRUCTIONS} more"] if len(said) > _INSTRUCTIONS else []
+    columns = ("mean", "std", "min", "q01", "q99", "max")
+    action = report["statistics"]["action"]
+    lines += ["", f"  {'action':<12}" + "".join(f"{column:>11}" for column in columns) + "  normalised"]
+    labels = dimension_labels(report["action_dim"], report["name"])
+    for index, (label, _) in enumerate(labels):
+        values = "".join(f"{action[column][index]:>+11.4f}" for column in columns)
+        lines.append(f"  {label:<12}{values}  {'yes' if action['mask'][index] else 'no'}")
+    if report["damaged_images"]:
+        lines += ["", f"damaged images: {len(report['damaged_images'])}. The first: {report['damaged_images'][0]}"]
+    return "\n".join(lines)
+
+
+def _plot(plt: Any, reader: EpisodeReader, report: dict[str, Any], file: Path) -> None:
+    """Frames of one episode in each camera above, a histogram of every action dimension below."""
+    labels = dimension_labels(report["action_dim"], report["name"])
+    cameras, per_row = reader.fields.cameras, min(len(labels), 7)
+    rows = -(-len(labels) // per_row)
+    figure = plt.figure(figsize=(15, 2.7 * len(cameras) + 2.6 * rows + 0.8), layout="constrained")
+    figure.suptitle(f"{report['name']}: {report['episodes']} episodes, {report['steps']} steps", fontsize=12)
+    frames, histograms = figure.subfigures(2, 1, height_ratios=[2.7 * len(cameras), 2.6 * rows])
+    _plot_frames(frames, reader, cameras)
+    actions = np.concatenate([episode.actions for episode in usable_episodes(reader)])
+    statistics = report["statistics"]["action"]
+    cells = histograms.subplots(rows, per_row, squeeze=False).flat
+    for index, ((label, unit), axes) in enumerate(zip(labels, cells)):
+        axes.hist(actions[:, index], bins=50, color="C0")
+        for quantile in ("q01", "q99"):
+            axes.axvline(statistics[quantile][index], color="C3", lw=1, ls="--", label="q01, q99")
+        axes.set_title(f"{label} ({unit})" + ("" if statistics["mask"][index] else "\nnot normalised"), fontsize=8)
+        axes.set_yscale("log")
+        axes.tick_params(labelsize=7)
+    for axes in list(cells)[len(labels) :]:
+        axes.set_visible(False)
+    histograms.axes[0].legend(handles=histograms.axes[0].lines[:1], fontsize=7)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file, dpi=100)
+    plt.close(figure)
+
+
+def _plot_frames(figure: Any, reader: EpisodeReader, cameras: tuple[str, ...]) -> None:
+    episodes = usable_episodes(reader)
+    picked = [episode for episode, _ in zip(episodes, range(2))]
+    shown = [(episode, step) for episode in picked for step in (0, len(episode) - 1)][:_FRAMES]
+    grid = figure.subplots(len(cameras), len(shown), squeeze=False)
+    for column, (episode, step) in enumerate(shown):
+        for row, image in enumerate(episode.images(step)):
+            axes = grid[row, column]
+            axes.imshow(image)
+            axes.set_xticks([])
+            axes.set_yticks([])
+            if column == 0:
+                axes.set_ylabel(cameras[row], fontsize=8)
+            if row == 0:
+                said = episode.instructions[step].strip()
+                axes.set_title(f"“{said[:44]}”\n{episode.id[-44:]}, step {step}", fontsize=8)

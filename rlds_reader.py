@@ -1,0 +1,254 @@
+"""RLDS datasets (Open X-Embodiment, LIBERO's): TFRecord files that features.json describes, without TensorFlow."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .demonstration_fields import Fields, dotted
+from .demonstrations import (
+    IMAGE,
+    NUMBERS,
+    TEXT,
+    DemonstrationError,
+    EpisodeReader,
+    Stored,
+    decoded_image,
+    known_preset,
+    merged_fields,
+    read_json,
+)
+from .tfrecord_files import parse_example, read_record, record_offsets
+
+_SHARD = re.compile(r"^(?P<name>.+)-(?P<split>[^-]+)\.tfrecord-(?P<shard>\d+)-of-(?P<shards>\d+)$")
+_STEPS = "steps/"
+# Where instructions are, in the order of looking.
+_INSTRUCTIONS = ("language_instruction", "observation.natural_language_instruction", "observation.language_instruction")
+
+
+def rlds_folder(path: Path) -> Path | None:
+    """The folder with features.json: the path itself, or the newest version right below it."""
+    if (path / "features.json").is_file():
+        return path
+    if not path.is_dir():
+        return None
+    below = sorted(entry for entry in path.iterdir() if (entry / "features.json").is_file())
+    if len(below) > 1 and not all(re.fullmatch(r"[\d.]+", entry.name) for entry in below):
+        raise ValueError(f"{path} holds several datasets: {[entry.name for entry in below]}; name one of them.")
+    return max(below, key=lambda entry: [int(part) for part in re.findall(r"\d+", entry.name)], default=None)
+
+
+@dataclasses.dataclass(frozen=True)
+class Feature:
+    """One leaf of features.json: what a step (or an episode) holds under a name."""
+
+    kind: str
+    shape: tuple[int, ...]
+    dtype: str
+    compression: str
+
+
+class RLDSReader(EpisodeReader):
+    """Episodes of TFRecord files.
+
+    Args:
+        folder: The folder with features.json.
+        preset: As in ``open_demonstrations``.
+        fields: Fields to replace.
+        name: Of the dataset; by default the one in dataset_info.json.
+        split: "train", "val", ... or "all".
+
+    Raises:
+        ValueError: A split or a shard is not there, or features.json is not that of an RLDS dataset.
+        KeyError: A field is not there.
+    """
+
+    format = "rlds"
+
+    def __init__(
+        self,
+        folder: Path,
+        preset: str | None,
+        fields: Mapping[str, Any] | None,
+        name: str | None,
+        split: str = "train",
+    ) -> None:
+        info = read_json(folder / "dataset_info.json") if (folder / "dataset_info.json").is_file() else {}
+        self.features = _features(read_json(folder / "features.json"), folder)
+        self.shards = _shards(folder, info, split)
+        stored_name = info.get("name") or _SHARD.match(self.shards[0].name)["name"]
+        preset = known_preset(preset, stored_name, name)
+        names = {_public(path): feature.kind for path, feature in self.features.items()}
+        fields = merged_fields(_suggested(names), preset, fields, folder)
+        self.offsets: dict[Path, tuple[list[tuple[int, int]], str | None]] = {}
+        self.counts = _shard_counts(info, self.shards) or [self._count(shard) for shard in self.shards]
+        self.starts = np.cumsum([0, *self.counts])
+        super().__init__(folder, name or stored_name, names, fields)
+
+    @property
+    def files(self) -> list[Path]:
+        """The shards, and what describes them."""
+        return [*self.shards, self.root / "features.json"]
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def _offsets(self, shard: Path) -> tuple[list[tuple[int, int]], str | None]:
+        if shard not in self.offsets:
+            self.offsets[shard] = record_offsets(shard)
+        return self.offsets[shard]
+
+    def _count(self, shard: Path) -> int:
+        """Records of a shard; what is damaged counts as one more, so that it is met and named."""
+        offsets, damage = self._offsets(shard)
+        return len(offsets) + (damage is not None)
+
+    def _locate(self, index: int) -> tuple[Path, int]:
+        number = int(np.searchsorted(self.starts, index, side="right")) - 1
+        return self.shards[number], index - int(self.starts[number])
+
+    def _example(self, shard: Path, record: int, wanted: set[str]) -> dict[str, Any]:
+        offsets, damage = self._offsets(shard)
+        expected = self.counts[self.shards.index(shard)]
+        if damage is None and len(offsets) != expected:
+            raise ValueError(f"the file holds {len(offsets)} records, but dataset_info.json says {expected}")
+        if record >= len(offsets):
+            raise ValueError(f"{damage}; copy the file again from its source")
+        example = parse_example(read_record(shard, *offsets[record]), lambda name: name in wanted)
+        if missing := sorted(_public(path) for path in wanted if path not in example or not len(example[path])):
+            raise ValueError(f"{missing} missing from the record")
+        return example
+
+    def _stored_length(self, index: int) -> int:
+        return len(self[index]) + self.fields.shortening
+
+    def _read(self, index: int) -> Stored:
+        shard, record = self._locate(index)
+        paths = {_public(path): path for path in self.features}
+        number_names = self.fields.columns() if self.fields.standardize is None else set(self.names)
+        numbers = {name for name in number_names if self.names[name] == NUMBERS}
+        instruction = self.fields.instruction
+        wanted = {*numbers, *self.fields.cameras, *([instruction] if instruction else [])}
+        try:
+            example = self._example(shard, record, {paths[name] for name in wanted})
+            columns = {name: _array(example[paths[name]], self.features[paths[name]]) for name in sorted(numbers)}
+            frames = {camera: example[paths[camera]] for camera in self.fields.cameras}
+            lengths = {name: len(values) for name, values in {**columns, **frames}.items()}
+            if len(set(lengths.values())) > 1:
+                raise ValueError(f"columns of different lengths: {lengths}")
+        except (ValueError, zlib.error) as error:
+            raise DemonstrationError(f"{shard}, episode {shard.name}:{record}: {error}.") from error
+        said: list[str] | str = ""
+        if instruction:
+            said = [text.decode("utf-8", "replace") for text in example[paths[instruction]]]
+            said = said if paths[instruction].startswith(_STEPS) else said[0]
+
+        def image(camera: str, step: int) -> np.ndarray:
+            return self._image(frames[camera][step], paths[camera])
+
+        return Stored(f"{shard.name}:{record}", str(shard), columns, said, image)
+
+    def _image(self, data: bytes, path: str) -> np.ndarray:
+        image, shape = decoded_image(data), self.features[path].shape
+        if shape and any(want > 0 and want != got for want, got in zip(shape[:2], image.shape)):
+            raise ValueError(f"{_public(path)} is {image.shape}, but features.json says {shape}")
+        return image
+
+
+def _public(path: str) -> str:
+    return dotted(path.removeprefix(_STEPS))
+
+
+def _features(tree: dict[str, Any], folder: Path) -> dict[str, Feature]:
+    """Leaves by their name in the records: ``steps/observation/image``."""
+    top = tree.get("featuresDict", {}).get("features", {})
+    if "sequence" not in top.get("steps", {}):
+        raise ValueError(f"{folder}/features.json describes no RLDS dataset: there are no steps, only {sorted(top)}.")
+    leaves: dict[str, Feature] = {}
+
+    def walk(node: dict[str, Any], path: str) -> None:
+        if "featuresDict" in node:
+            for key, child in node["featuresDict"]["features"].items():
+                walk(child, f"{path}/{key}" if path else key)
+        elif path == "steps" and "sequence" in node:
+            walk(node["sequence"]["feature"], path)
+        elif leaf := _leaf(node):
+            leaves[path] = leaf
+
+    walk(tree, "")
+    return leaves
+
+
+def _leaf(node: dict[str, Any]) -> Feature | None:
+    if "image" in node:
+        image = node["image"]
+        shape, dtype = _dimensions(image), image.get("dtype", "uint8")
+        return Feature(IMAGE, shape, dtype, "none") if dtype == "uint8" and shape[-1:] in ((3,), (1,), ()) else None
+    if "text" in node:
+        return Feature(TEXT, (), "string", "none")
+    content = node.get("tensor")
+    if not content:
+        return None
+    shape, dtype = _dimensions(content), content.get("dtype", "float32")
+    if dtype in ("string", "object"):
+        return Feature(TEXT, shape, dtype, "none")
+    if -1 in shape:
+        return None  # ragged: stored under other names
+    return Feature(NUMBERS, shape, dtype, content.get("encoding", "none"))
+
+
+def _dimensions(node: dict[str, Any]) -> tuple[int, ...]:
+    return tuple(int(size) for size in node.get("shape", {}).get("dimensions", []))
+
+
+def _array(values: list[bytes] | np.ndarray, feature: Feature) -> np.ndarray:
+    """A number column ``(length, *shape)`` in its own dtype."""
+    if isinstance(values, list):
+        if feature.compression == "zlib":
+            values = [zlib.decompress(value) for value in values]
+        values = np.frombuffer(b"".join(values), np.dtype(feature.dtype).newbyteorder("<"))
+    size = int(np.prod(feature.shape))
+    if len(values) % size:
+        raise ValueError(f"{len(values)} values cannot be steps of shape {feature.shape}")
+    return values.reshape(-1, *feature.shape).astype(feature.dtype if feature.dtype != "float64" else np.float64)
+
+
+def _shards(folder: Path, info: Mapping[str, Any], split: str) -> list[Path]:
+    found = sorted(file for file in folder.iterdir() if _SHARD.match(file.name))
+    splits = sorted({_SHARD.match(file.name)["split"] for file in found})
+    chosen = [file for file in found if split in ("all", _SHARD.match(file.name)["split"])]
+    if not chosen:
+        raise ValueError(f"{folder} has no split {split!r} of .tfrecord files. There is: {splits or 'none at all'}.")
+    for name in splits if split == "all" else [split]:
+        these = [_SHARD.match(file.name) for file in chosen if _SHARD.match(file.name)["split"] == name]
+        whole = set(range(int(these[0]["shards"])))
+        if missing := sorted(whole - {int(match["shard"]) for match in these}):
+            raise ValueError(f"{folder}: split {name!r} lacks {len(missing)} of {len(whole)} shards: {missing[:5]}.")
+    return chosen
+
+
+def _shard_counts(info: Mapping[str, Any], shards: list[Path]) -> list[int] | None:
+    """Records of every shard as dataset_info.json says, or None where it does not."""
+    by_split = {split["name"]: split.get("shardLengths", []) for split in info.get("splits", [])}
+    counts = []
+    for match in (_SHARD.match(shard.name) for shard in shards):
+        lengths = by_split.get(match["split"], [])
+        if len(lengths) != int(match["shards"]):
+            return None
+        counts.append(int(lengths[int(match["shard"])]))
+    return counts
+
+
+def _suggested(names: Mapping[str, str]) -> Fields | None:
+    cameras = tuple(name for name, kind in names.items() if kind == IMAGE)
+    if not cameras or names.get("action") != NUMBERS:
+        return None
+    instruction = next((name for name in _INSTRUCTIONS if names.get(name) == TEXT), None)
+    proprio = tuple(name for name in ("observation.state",) if names.get(name) == NUMBERS)
+    return Fields(cameras, ("action",), proprio, instruction)

@@ -1,0 +1,139 @@
+"""Demonstrations from memory: any torch Dataset or sequence, of steps or of whole episodes."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .demonstration_fields import Fields, dotted
+from .demonstrations import IMAGE, NUMBERS, TEXT, DemonstrationError, EpisodeReader, Stored, merged_fields
+from .images_openvla import as_images
+
+
+class SequenceReader(EpisodeReader):
+    """Episodes of something that has ``len`` and ``[]``.
+
+    Args:
+        data: Steps (dictionaries, nested ones too) in order, or episodes (lists of such steps).
+        name: Of the dataset.
+        fields: ``cameras``, ``action``, and what else ``demonstration_fields.Fields`` takes.
+        episode_lengths: Of steps: how many belong to each episode. Without it every step is asked for its
+            ``episode`` once, which decodes images where the dataset does so.
+        episode: Of steps: the column that says which episode a step is of.
+        digest: Stands for the content in the statistics' cache; without it nothing is cached.
+
+    Raises:
+        KeyError: A field is not there.
+        ValueError: The lengths of episodes do not add up, or there is no step.
+    """
+
+    format = "sequence"
+
+    def __init__(
+        self,
+        data: Any,
+        name: str,
+        fields: Mapping[str, Any] | Fields,
+        *,
+        episode_lengths: Sequence[int] | None = None,
+        episode: str = "episode_index",
+        digest: str | None = None,
+    ) -> None:
+        if not len(data):
+            raise ValueError(f"{name} holds no step.")
+        self.data, self.content_digest = data, digest
+        first = data[0]
+        self.whole = not isinstance(first, Mapping)
+        fields = fields if isinstance(fields, Fields) else merged_fields(None, None, fields, Path(name))
+        if not self.whole:
+            lengths = episode_lengths or _run_lengths(data, dotted(episode), name)
+            self.bounds = np.cumsum([0, *lengths])
+            if self.bounds[-1] != len(data):
+                raise ValueError(
+                    f"{name}: episode_lengths add up to {self.bounds[-1]}, but there are {len(data)} steps."
+                )
+        sample = _flat(first[0] if self.whole else first)
+        super().__init__(Path(name), name, {key: _kind(value) for key, value in sample.items()}, fields)
+
+    @property
+    def files(self) -> list[Path]:
+        """None."""
+        return []
+
+    def __len__(self) -> int:
+        return len(self.data) if self.whole else len(self.bounds) - 1
+
+    def digest(self) -> str | None:
+        """Of the given digest and the fields; None where none was given."""
+        if self.content_digest is None:
+            return None
+        return hashlib.sha256(f"{self.content_digest} {self.name} {self.fields}".encode()).hexdigest()
+
+    def _stored_length(self, index: int) -> int:
+        return len(self.data[index]) if self.whole else int(self.bounds[index + 1] - self.bounds[index])
+
+    def _step(self, index: int, step: int) -> dict[str, Any]:
+        return _flat(self.data[index][step] if self.whole else self.data[int(self.bounds[index]) + step])
+
+    def _read(self, index: int) -> Stored:
+        steps = [self._step(index, step) for step in range(self._stored_length(index))]
+        names = self.fields.columns() if self.fields.standardize is None else set(self.names)
+        wanted = {name for name in names if self.names[name] == NUMBERS}
+        text = self.fields.instruction
+        for step, row in enumerate(steps):
+            if missing := sorted({*wanted, *self.fields.cameras, *([text] if text else [])} - set(row)):
+                raise DemonstrationError(f"{self.name}, episode {index}: {missing} missing at step {step}.")
+        try:
+            columns = {name: np.stack([np.asarray(row[name]) for row in steps]) for name in sorted(wanted) if steps}
+        except ValueError as error:
+            raise DemonstrationError(f"{self.name}, episode {index}: {error}.") from error
+        said = [str(row[text]) for row in steps] if text else ""
+
+        def image(camera: str, step: int) -> np.ndarray:
+            return np.asarray(as_images(self._step(index, step)[camera])[0])
+
+        return Stored(str(index), self.name, columns, said, image)
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for key, value in tree.items():
+        name = prefix + dotted(str(key))
+        out |= _flat(value, f"{name}.") if isinstance(value, Mapping) else {name: value}
+    return out
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, str):
+        return TEXT
+    if isinstance(value, (int, float, bool, list, tuple)):
+        return NUMBERS
+    shape = getattr(value, "shape", None)
+    return IMAGE if shape is None or len(shape) == 3 else NUMBERS  # PIL, or height, width and channels
+
+
+def _run_lengths(data: Any, column: str, name: str) -> list[int]:
+    """How many steps in a row bear the same episode.
+
+    Raises:
+        KeyError: There is no such column.
+        ValueError: An episode's steps do not lie together.
+    """
+    lengths: list[int] = []
+    seen: list[Any] = []
+    for index in range(len(data)):
+        row = _flat(data[index])
+        if column not in row:
+            raise KeyError(f"{name}: no column {column!r} at step {index}; give episode=, or episode_lengths.")
+        number = int(row[column])
+        if not seen or seen[-1] != number:
+            if number in seen:
+                raise ValueError(f"{name}: the steps of episode {number} do not lie together (step {index}).")
+            seen.append(number)
+            lengths.append(0)
+        lengths[-1] += 1
+    return lengths

@@ -1,0 +1,370 @@
+"""How tests/data was made: small datasets written by the formats' own libraries, with what those read back.
+
+Each part runs where its libraries are installed (tests/data/README.md); the tests import only ``preset_columns``.
+
+    python tests/make_data.py rlds tests/data               # tensorflow-cpu, tensorflow-datasets
+    python tests/make_data.py presets tests/data --reference openvla-oft/   # tensorflow-cpu
+    python tests/make_data.py lerobot tests/data            # lerobot-dataset 0.4.4: v3.0
+    python tests/make_data.py lerobot tests/data            # lerobot 0.3.2: v2.1
+    python tests/make_data.py hdf5 tests/data               # h5py
+"""
+
+import argparse
+import json
+import shutil
+import sys
+import types
+import zlib
+from pathlib import Path
+
+import numpy as np
+
+LENGTHS = (7, 5, 9)
+TASKS = ("pick up the red block", "open the drawer", "pick up the red block")
+FPS = 10
+# Which of all frames of the videos are kept.
+TOP_FRAMES = (0, 6, 7, 11, 12, 20)
+
+# Widths of columns that the presets name; 7 where nothing is said.
+WIDTHS = {
+    "action.world_vector": 3,
+    "action.rotation_delta": 3,
+    "action.gripper_closedness_action": 1,
+    "action.future.xyz_residual": 30,
+    "action.future.axis_angle_residual": 30,
+    "action.future.target_close": 10,
+    "observation.robot_obs": 15,
+    "observation.present.xyz": 3,
+    "observation.present.axis_angle": 3,
+    "observation.present.sensed_close": 1,
+    "observation.gripper_closed": 1,
+    "observation.gripper_states": 1,
+    "observation.eef_pose": 6,
+}
+SET_WIDTHS = {
+    "nyu_franka_play_dataset_converted_externally_to_rlds": {"action": 15, "observation.state": 13},
+    "ucsd_kitchen_dataset_converted_externally_to_rlds": {"action": 8, "observation.state": 21},
+    "berkeley_fanuc_manipulation": {"action": 6, "observation.state": 13},
+    "cmu_stretch": {"action": 8, "observation.state": 4},
+    "stanford_hydra_dataset_converted_externally_to_rlds": {"observation.state": 27},
+    "austin_buds_dataset_converted_externally_to_rlds": {"observation.state": 24},
+    "utaustin_mutex": {"observation.state": 24},
+    "berkeley_autolab_ur5": {"observation.robot_state": 15, "action.gripper_closedness_action": 0},
+    "viola": {"action.gripper_closedness_action": 0},
+    "nyu_rot_dataset_converted_externally_to_rlds": {"action": 8},
+    **{
+        f"aloha1_{task}_demos": {"action": 14, "observation.state": 14}
+        for task in ("fold_shorts_20", "fold_shirt_30", "scoop_X_into_bowl_45", "put_X_into_pot_300")
+    },
+    **{f"libero_{suite}_no_noops": {"observation.state": 8} for suite in ("spatial", "object", "goal", "10")},
+}
+SCALARS = ("action.open_gripper", "observation.state_gripper_pose")
+
+
+def preset_columns(name, columns, length=11):
+    """Seeded float32 columns for a preset: gripper-like last dimensions, so that every branch is taken."""
+    rng, out = np.random.RandomState(sum(map(ord, name))), {}
+    for column in sorted(columns):
+        width = SET_WIDTHS.get(name, {}).get(column, WIDTHS.get(column, 7))
+        width = 0 if column in SCALARS else width
+        values = rng.uniform(-1, 1, (length, max(width, 1))).astype(np.float32)
+        values[:, -1] = rng.choice([-1, -0.05, 0, 0.02, 0.5, 0.97, 1], length)
+        out[column] = values if width else values[:, 0]
+    if "action.open_gripper" in out:
+        out["action.open_gripper"] = out["action.open_gripper"] > 0.3
+    return out
+
+
+def images(episode, camera, shape=(32, 48)):
+    """uint8 (length, height, width, 3): a gradient, and a square that moves from frame to frame."""
+    rows, columns = np.mgrid[: shape[0], : shape[1]]
+    frames = []
+    for step in range(LENGTHS[episode]):
+        frame = np.stack([rows * 4, columns * 4, 60 * camera + 0 * rows], axis=2) + 20 * episode
+        frame[4 + 2 * step : 12 + 2 * step, 3 + 4 * step : 11 + 4 * step] = (250, 240 - 20 * camera, 20 * step)
+        frames.append(frame.clip(0, 255).astype(np.uint8))
+    return np.stack(frames)
+
+
+def numbers(episode, width, seed=0):
+    """float32 (length, width) in [-1, 1]."""
+    values = np.random.RandomState(100 * seed + episode).uniform(-1, 1, (LENGTHS[episode], width))
+    return values.astype(np.float32)
+
+
+def make_rlds(out):
+    import tensorflow_datasets as tfds
+
+    F = tfds.features
+    common = {"is_first": np.bool_, "discount": F.Scalar(np.float32)}
+
+    class BridgeOrig(tfds.core.GeneratorBasedBuilder):
+        name = "bridge_orig"
+        VERSION = tfds.core.Version("1.0.0")
+
+        def _info(self):
+            observation = {
+                "image_0": F.Image(shape=(32, 48, 3), encoding_format="jpeg"),
+                "image_1": F.Image(shape=(32, 48, 3), encoding_format="png"),
+                "state": F.Tensor(shape=(7,), dtype=np.float32),
+            }
+            steps = {
+                "observation": F.FeaturesDict(observation),
+                "action": F.Tensor(shape=(7,), dtype=np.float32),
+                "language_instruction": F.Text(),
+                **common,
+            }
+            metadata = F.FeaturesDict({"file_path": F.Text(), "episode_id": np.int32})
+            features = F.FeaturesDict({"steps": F.Dataset(steps), "episode_metadata": metadata})
+            return tfds.core.DatasetInfo(builder=self, features=features)
+
+        def _split_generators(self, dl_manager):
+            return {"train": self._generate_examples(), "val": self._generate_examples((1, 2))}
+
+        def _generate_examples(self, episodes=range(3)):
+            for e in episodes:
+                action, state = numbers(e, 7), numbers(e, 7, 1)
+                action[:, 6] = np.linspace(1, 0, LENGTHS[e])
+                cameras = images(e, 0), images(e, 1)
+                steps = [
+                    {
+                        "observation": {"image_0": cameras[0][i], "image_1": cameras[1][i], "state": state[i]},
+                        "action": action[i],
+                        "language_instruction": TASKS[e],
+                        "is_first": i == 0,
+                        "discount": 1.0,
+                    }
+                    for i in range(LENGTHS[e])
+                ]
+                yield e, {"steps": steps, "episode_metadata": {"file_path": f"/data/{e}.npy", "episode_id": e}}
+
+    class Fractal(tfds.core.GeneratorBasedBuilder):
+        name = "fractal20220817_data"
+        VERSION = tfds.core.Version("0.1.0")
+
+        def _info(self):
+            observation = {
+                "image": F.Image(shape=(32, 48, 3), encoding_format="jpeg"),
+                "natural_language_instruction": F.Text(),
+                "base_pose_tool_reached": F.Tensor(shape=(7,), dtype=np.float32, encoding="zlib"),
+                "gripper_closed": F.Tensor(shape=(1,), dtype=np.float32),
+                "height": F.Scalar(np.float64),
+                "counts": F.Tensor(shape=(2, 2), dtype=np.int64),
+            }
+            action = {
+                "world_vector": F.Tensor(shape=(3,), dtype=np.float32),
+                "rotation_delta": F.Tensor(shape=(3,), dtype=np.float32),
+                "gripper_closedness_action": F.Tensor(shape=(1,), dtype=np.float32),
+            }
+            steps = {"observation": F.FeaturesDict(observation), "action": F.FeaturesDict(action), **common}
+            return tfds.core.DatasetInfo(builder=self, features=F.FeaturesDict({"steps": F.Dataset(steps)}))
+
+        def _split_generators(self, dl_manager):
+            return {"train": self._generate_examples()}
+
+        def _generate_examples(self):
+            for e in range(3):
+                columns = preset_columns(
+                    f"fractal{e}",
+                    [
+                        "action.world_vector",
+                        "action.rotation_delta",
+                        "action.gripper_closedness_action",
+                        "observation.base_pose_tool_reached",
+                        "observation.gripper_closed",
+                    ],
+                    LENGTHS[e],
+                )
+                camera = images(e, 0)
+                steps = [
+                    {
+                        "observation": {
+                            "image": camera[i],
+                            "natural_language_instruction": TASKS[e],
+                            "base_pose_tool_reached": columns["observation.base_pose_tool_reached"][i],
+                            "gripper_closed": columns["observation.gripper_closed"][i],
+                            "height": 0.25 * i,
+                            "counts": np.array([[i, -i], [300 * i, 2**40]]),
+                        },
+                        "action": {k.split(".")[1]: columns[k][i] for k in columns if k.startswith("action")},
+                        "is_first": i == 0,
+                        "discount": 1.0,
+                    }
+                    for i in range(LENGTHS[e])
+                ]
+                yield e, {"steps": steps}
+
+    for builder_class in (BridgeOrig, Fractal):
+        builder = builder_class(data_dir=str(out))
+        builder.download_and_prepare(download_config=tfds.download.DownloadConfig(num_shards=2))
+        read = {}
+        for number, episode in enumerate(builder.as_dataset(split="train", shuffle_files=False)):
+            steps = [flat(step) for step in tfds.as_numpy(episode["steps"])]
+            for name in steps[0]:
+                read[f"{number}.{name}"] = np.stack([step[name] for step in steps])
+        texts = {name: value.astype("U") for name, value in read.items() if value.dtype == object}
+        np.savez_compressed(out / f"{builder.name}.npz", **{**read, **texts})
+
+
+def flat(tree, prefix=""):
+    """Nested dictionaries as one, names joined by dots."""
+    out = {}
+    for key, value in tree.items():
+        out |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return out
+
+
+def make_presets(out, reference):
+    """What the reference's standardising and state encoding make of ``preset_columns``."""
+    import tensorflow as tf
+
+    stubs = {"dlimp": types.ModuleType("dlimp"), "prismatic": types.ModuleType("prismatic")}
+    stubs["dlimp"].DLataset = object
+    for name in ("tensorflow_graphics", "tensorflow_graphics.geometry", "tensorflow_graphics.geometry.transformation"):
+        stubs[name] = types.ModuleType(name)
+    stubs["tensorflow_graphics.geometry"].transformation = stubs["tensorflow_graphics.geometry.transformation"]
+    for name in ("vla", "vla.datasets", "vla.datasets.rlds", "vla.datasets.rlds.oxe"):
+        stubs[f"prismatic.{name}"] = types.ModuleType(name)
+        stubs[f"prismatic.{name}"].__path__ = [str(Path(reference) / "prismatic" / name.replace(".", "/"))]
+    stubs["prismatic"].__path__ = [str(Path(reference) / "prismatic")]
+    overwatch = types.ModuleType("overwatch")
+    overwatch.initialize_overwatch = lambda name: None
+    stubs["prismatic.overwatch"] = overwatch
+    sys.modules.update(stubs)
+    from prismatic.vla.datasets.rlds.oxe.configs import OXE_DATASET_CONFIGS
+    from prismatic.vla.datasets.rlds.oxe.transforms import OXE_STANDARDIZATION_TRANSFORMS
+
+    # The package without its __init__, which wants torch.
+    sys.modules["openvla"] = types.ModuleType("openvla")
+    sys.modules["openvla"].__path__ = [str(Path(__file__).resolve().parents[1])]
+    from openvla.demonstration_presets import PRESETS
+
+    result = {}
+    for name in sorted(set(PRESETS) & set(OXE_STANDARDIZATION_TRANSFORMS)):
+        columns = preset_columns(name, PRESETS[name].columns())
+        length = len(next(iter(columns.values())))
+        trajectory = {"observation": {}, "action": {}, "language_instruction": tf.fill([length], "x")}
+        for column, values in columns.items():
+            group, _, key = column.partition(".")
+            if name == "kuka" and group == "observation":
+                values = np.array([zlib.compress(row.tobytes()) for row in values], dtype=object)
+            if group == "action" and not key:
+                trajectory["action"] = tf.constant(values)
+            elif not key:
+                raise ValueError(column)
+            else:
+                key = PATHS.get(key, key)
+                trajectory[group][key] = tf.constant(values)
+        for key in ("image_with_depth", "natural_language_instruction"):
+            trajectory["observation"].setdefault(key, tf.fill([length], "x"))
+        for key in ("depth", "depth_additional_view"):
+            trajectory["observation"].setdefault(key, tf.zeros([length, 2, 2, 1]))
+        done = OXE_STANDARDIZATION_TRANSFORMS[name](trajectory)
+        result[f"{name}.action"] = tf.cast(done["action"], tf.float32).numpy()
+        steps = len(result[f"{name}.action"])
+        observation = done["observation"]
+        observation.setdefault("EEF_state", observation.get("eef_state"))  # openvla-oft misspells cmu_stretch's
+        keys = OXE_DATASET_CONFIGS[name]["state_obs_keys"]
+        parts = [tf.zeros((steps, 1)) if key is None else tf.cast(observation[key], tf.float32) for key in keys]
+        result[f"{name}.proprio"] = tf.concat(parts, axis=1).numpy()
+    np.savez_compressed(out / "presets.npz", **result)
+
+
+# Names whose slashes the presets write as dots.
+PATHS = {
+    "clip_function_input.base_pose_tool_reached": "clip_function_input/base_pose_tool_reached",
+    "future.xyz_residual": "future/xyz_residual",
+    "future.axis_angle_residual": "future/axis_angle_residual",
+    "future.target_close": "future/target_close",
+    "present.xyz": "present/xyz",
+    "present.axis_angle": "present/axis_angle",
+    "present.sensed_close": "present/sensed_close",
+}
+
+
+def make_lerobot(out):
+    try:
+        from ledataset.datasets.lerobot_dataset import LeRobotDataset
+
+        name = "lerobot_v3"
+    except ImportError:
+        from lerobot.datasets.lerobot_dataset import LeRobotDataset
+
+        name = "lerobot_v21"
+    import av
+
+    features = {
+        "action": {"dtype": "float32", "shape": (7,), "names": None},
+        "observation.state": {"dtype": "float32", "shape": (8,), "names": None},
+        "observation.images.top": {"dtype": "video", "shape": (64, 96, 3), "names": ["height", "width", "channels"]},
+        "observation.images.wrist": {"dtype": "image", "shape": (32, 48, 3), "names": ["height", "width", "channels"]},
+    }
+    dataset = LeRobotDataset.create(
+        repo_id=f"test/{name}", fps=FPS, features=features, root=out / name, use_videos=True
+    )
+    for e, length in enumerate(LENGTHS):
+        frames, wrist = images(e, 0, (64, 96)), images(e, 1)
+        for i in range(length):
+            row = {
+                "action": numbers(e, 7)[i],
+                "observation.state": numbers(e, 8, 1)[i],
+                "observation.images.top": frames[i],
+                "observation.images.wrist": wrist[i],
+            }
+            if name == "lerobot_v3":
+                dataset.add_frame({**row, "task": TASKS[e]})
+            else:
+                dataset.add_frame(row, task=TASKS[e])
+        dataset.save_episode()
+    if name == "lerobot_v3":
+        dataset.finalize()
+    dataset = LeRobotDataset(f"test/{name}", root=out / name)
+    rows = [dataset.hf_dataset[i] for i in range(len(dataset.hf_dataset))]
+    read = {column: np.stack([np.asarray(row[column]) for row in rows]) for column in ("action", "observation.state")}
+    wrist = np.stack([np.asarray(row["observation.images.wrist"]) for row in rows])  # float32 (3, height, width)
+    read["wrist"] = np.round(wrist * 255).astype(np.uint8)
+    read["episode"] = np.array([int(row["episode_index"]) for row in rows])
+    # The library's own video readers do not load beside this torch; FFmpeg's frames from first to last instead.
+    frames = []
+    for file in sorted((out / name / "videos").rglob("*.mp4")):
+        with av.open(str(file)) as container:
+            frames += [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+    read["top"] = np.stack(frames)[list(TOP_FRAMES)]
+    np.savez_compressed(out / f"{name}.npz", **read)
+    shutil.rmtree(out / name / "images", ignore_errors=True)  # left over by v2.1, not part of the format
+
+
+def make_hdf5(out):
+    import h5py
+
+    (out / "hdf5").mkdir(exist_ok=True)
+    for e in range(2):
+        info = json.dumps({"language_instruction": TASKS[e]}) if e == 0 else None
+        stem = "pick_up_the_red_block" if e == 0 else "KITCHEN_SCENE3_open_the_drawer"
+        with h5py.File(out / "hdf5" / f"{stem}_demo.hdf5", "w") as file:
+            data = file.create_group("data")
+            if info:
+                data.attrs["problem_info"] = info
+            for demo in (0, 2, 10)[: 3 - 2 * e]:
+                number = (0, 2, 10).index(demo)
+                group = data.create_group(f"demo_{demo}")
+                actions = numbers(number, 7, 5 + e).astype(np.float64)
+                actions[:, 6] = np.sign(actions[:, 6])
+                group.create_dataset("actions", data=actions)
+                group.create_dataset("states", data=numbers(number, 12, 7).astype(np.float64))
+                obs = group.create_group("obs")
+                obs.create_dataset("ee_states", data=numbers(number, 6, 8).astype(np.float64))
+                obs.create_dataset("gripper_states", data=numbers(number, 2, 9).astype(np.float64))
+                packed = {"compression": "gzip", "compression_opts": 9, "chunks": (LENGTHS[number], 32, 48, 3)}
+                obs.create_dataset("agentview_rgb", data=images(number, 0), **packed)
+                obs.create_dataset("eye_in_hand_rgb", data=images(number, 1), **packed)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    parser.add_argument("part", choices=("rlds", "presets", "lerobot", "hdf5"))
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--reference", type=Path, help="a checkout of openvla-oft")
+    args = parser.parse_args()
+    extra = (args.reference,) if args.part == "presets" else ()
+    globals()[f"make_{args.part}"](args.out, *extra)
