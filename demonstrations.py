@@ -56,6 +56,8 @@ class Handles:
         self._forget()
 
     def _forget(self) -> None:
+        # What a fork inherited is kept, not closed: closing would wait for threads that are not in this process.
+        self._inherited = getattr(self, "opened", None)
         self.process, self.opened = os.getpid(), OrderedDict()
 
     def __getitem__(self, path: Path) -> Any:

@@ -47,6 +47,7 @@ class ActionCollator:
         takes_proprio = config.proprio_dim is not None
         self.proprio_statistics = {key: model.proprio_statistics(key) for key in self.statistics if takes_proprio}
         self.end_id, self.pad_id = config.text_config.eos_token_id, model.pad_token_id
+        self.cameras = config.num_images_in_input
         self.in_parallel, self.chunk_length = config.parallel_decoding, config.chunk_length
 
     def __call__(self, steps: Sequence[Any]) -> dict[str, torch.Tensor]:
@@ -69,6 +70,11 @@ class ActionCollator:
         rows, labels, pixels, actions, proprio = [], [], [], [], []
         generator = np.random.default_rng([*self.seed, self._batch_number()])
         for step in steps:
+            if len(step.images) != self.cameras:
+                raise ValueError(
+                    f"The model takes {self.cameras} images, {step.dataset!r} gives {len(step.images)}: name the cameras "
+                    "that it should see, in order, in the data's fields ({path: ..., fields: {cameras: [...]}})."
+                )
             images = list(step.images) if self.augment is None else self._augmented(step.images, generator)
             inputs = self.processor(instruction=step.instruction, images=images)
             normalized = self.normalized(step)

@@ -28,6 +28,8 @@ class Video:
         try:
             self.container = self.av.open(str(path))
             self.stream = self.container.streams.video[0]
+            # FFmpeg's own threads do not survive a fork; data loader workers are what runs beside each other here.
+            self.stream.codec_context.thread_count = 1
         except (self.av.error.FFmpegError, OSError, IndexError) as error:
             raise DemonstrationError(f"{path} cannot be opened as a video: {error}.") from error
         self.frames: Iterator[Any] = iter(())

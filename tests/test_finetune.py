@@ -302,6 +302,8 @@ def test_bad_data(base, tmp_path):
         collator([replace(step, actions=np.zeros((1, 6)))])
     with pytest.raises(ValueError, match="answers with 1 actions; 'lab' gives 8"):
         collator([replace(step, actions=np.zeros((8, 7)))])
+    with pytest.raises(ValueError, match="The model takes 1 images, 'lab' gives 2: name the cameras"):
+        collator([replace(step, images=step.images * 2)])
     with pytest.raises(ValueError, match="Unknown platform 'so100'"):
         build(settings(base, tmp_path, answer={"platform": "so100"}), Few(), _cpu())
 
@@ -310,3 +312,26 @@ def _cpu():
     from accelerate import Accelerator
 
     return Accelerator(cpu=True)
+
+
+@pytest.mark.parametrize("name", ["lerobot_v3", "bridge_orig", "hdf5"])
+def test_the_command_trains_on_stored_demonstrations(base, name, tmp_path, capsys, monkeypatch):
+    for package in ("av", "h5py", "pyarrow", "yaml"):
+        pytest.importorskip(package)
+    from openvla.__main__ import main
+    from openvla.demonstrations import open_demonstrations
+
+    monkeypatch.setenv("OPENVLA_CACHE", str(tmp_path / "cache"))
+    data = REPOSITORY / "tests" / "data" / name
+    camera = open_demonstrations(data).fields.cameras[0]
+    fields = {"model": str(base), "method": "full", "batch_size": 2, "max_steps": 3, "log_steps": 1}
+    fields["data"] = [{"path": str(data), "fields": {"cameras": [camera]}}]
+    (tmp_path / "run.yaml").write_text(json.dumps(fields))  # YAML reads JSON
+    command = ["finetune", str(tmp_path / "run.yaml"), "--output", str(tmp_path / "run"), "--device", "cpu"]
+    command += ["--feed-back", "2", "--workers", "1"]
+    status = main(command)
+    said = capsys.readouterr()
+    assert status == 0, said.err
+    assert "fed back 2 training steps: l1_loss" in said.out
+    assert len(losses(tmp_path / "run")) == 3
+    assert load_policy(tmp_path / "run" / "model").unnorm_key
