@@ -133,7 +133,7 @@ def test_rows_are_the_golden_ones():
     key = "libero_spatial_no_noops"
     steps = [
         Sample(
-            images=[torch.zeros(1, 12, 224, 224)],
+            images=[torch.zeros(1, 12, 224, 224)] * 2,
             instruction=row,
             actions=model.action_statistics(key).unnormalize(golden["actions"][row]),
             proprio=np.zeros(8),
