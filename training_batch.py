@@ -73,7 +73,7 @@ class ActionCollator:
             if len(step.images) != self.cameras:
                 raise ValueError(
                     f"The model takes {self.cameras} images, {step.dataset!r} gives {len(step.images)}: name the "
-                    "cameras that it should see, in order, in the data's fields ({path: ..., fields: {cameras: [...]}})."
+                    "cameras that it should see, in order, in the data's fields ({path: ..., fields: {cameras: []}})."
                 )
             images = list(step.images) if self.augment is None else self._augmented(step.images, generator)
             inputs = self.processor(instruction=step.instruction, images=images)
