@@ -93,6 +93,7 @@ def numbers(episode, width, seed=0):
 
 
 def make_rlds(out):
+    import tensorflow as tf
     import tensorflow_datasets as tfds
 
     F = tfds.features
@@ -194,16 +195,29 @@ def make_rlds(out):
                 ]
                 yield e, {"steps": steps}
 
-    for builder_class in (BridgeOrig, Fractal):
+    for builder_class, camera in ((BridgeOrig, "image_0"), (Fractal, "image")):
         builder = builder_class(data_dir=str(out))
         builder.download_and_prepare(download_config=tfds.download.DownloadConfig(num_shards=2))
-        read = {}
-        for number, episode in enumerate(builder.as_dataset(split="train", shuffle_files=False)):
+        encoded = {"steps": {"observation": {camera: tfds.decode.SkipDecoding()}}}
+        options = {"split": "train", "shuffle_files": False}
+        read, name = {}, f"observation.{camera}"
+        for number, (episode, bare) in enumerate(
+            zip(builder.as_dataset(**options), builder.as_dataset(**options, decoders=encoded))
+        ):
             steps = [flat(step) for step in tfds.as_numpy(episode["steps"])]
-            for name in steps[0]:
-                read[f"{number}.{name}"] = np.stack([step[name] for step in steps])
-        texts = {name: value.astype("U") for name, value in read.items() if value.dtype == object}
-        np.savez_compressed(out / f"{builder.name}.npz", **{**read, **texts})
+            for key in steps[0]:
+                read[f"{number}.{key}"] = np.stack([step[key] for step in steps])
+            # tfds decodes JPEG with the fast inverse transform; of that one frame, of the accurate one all.
+            read[f"fast.{number}"] = read[f"{number}.{name}"][0]
+            jpegs = [flat(step)[name] for step in tfds.as_numpy(bare["steps"])]
+            decoded = [tf.io.decode_jpeg(jpeg, dct_method="INTEGER_ACCURATE").numpy() for jpeg in jpegs]
+            read[f"{number}.{name}"] = np.stack(decoded)
+        np.savez_compressed(out / f"{builder.name}.npz", **{k: as_text(value) for k, value in read.items()})
+
+
+def as_text(values):
+    """Strings in an array that needs no pickle."""
+    return values.astype("U") if values.dtype.kind in "OS" else values
 
 
 def flat(tree, prefix=""):
@@ -332,6 +346,8 @@ def make_lerobot(out):
     read["top"] = np.stack(frames)[list(TOP_FRAMES)]
     np.savez_compressed(out / f"{name}.npz", **read)
     shutil.rmtree(out / name / "images", ignore_errors=True)  # left over by v2.1, not part of the format
+    for file in ("stats.json", "episodes_stats.jsonl"):  # LeRobot's own statistics, large and not read
+        (out / name / "meta" / file).unlink(missing_ok=True)
 
 
 def make_hdf5(out):

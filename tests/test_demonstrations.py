@@ -22,8 +22,9 @@ from openvla.tfrecord_files import crc32c, masked_crc32c  # noqa: E402
 DATA = Path(__file__).parent / "data"
 LEROBOT = ("lerobot_v21", "lerobot_v3")
 RLDS = ("bridge_orig", "fractal20220817_data")
-# JPEG: TensorFlow's decoder rounds its inverse transform otherwise than Pillow's; in levels of 255.
-JPEG_ATOL = 4
+# tfds decodes JPEG with libjpeg's fast inverse transform, Pillow with the accurate one (equal to TensorFlow's accurate
+# one in every bit): levels of 255 between them, as a mean over pixels. Measured 1.3 to 1.5 on these synthetic frames.
+FAST_JPEG_LOSS = 2.0
 # AV1 at LeRobot's quality against the source: what the codec loses of this picture, as a mean over pixels.
 VIDEO_LOSS = 4.0
 RAW = {"gripper": "as_is", "skip_first": 0, "relabel": None}
@@ -69,11 +70,11 @@ def test_rlds_reads_what_tfds_reads(name):
         np.testing.assert_array_equal(episode.actions, np.concatenate([stored[key] for key in numeric], axis=1))
         np.testing.assert_array_equal(episode.proprio, np.stack([stored[key] for key in scalars], axis=1))
         said = next(stored[key] for key in stored if key.endswith("language_instruction"))
-        assert list(episode.instructions) == [text.decode() for text in said]
+        assert list(episode.instructions) == said.tolist()
         for step in range(len(episode)):
             for camera, image in zip(cameras, episode.images(step)):
-                exact = camera == "observation.image_1"  # PNG
-                np.testing.assert_allclose(image, stored[camera][step], atol=0 if exact else JPEG_ATOL)
+                np.testing.assert_array_equal(image, stored[camera][step])
+        assert np.abs(episode.images(0)[0] - tfds[f"fast.{number}"].astype(int)).mean() < FAST_JPEG_LOSS
 
 
 def test_rlds_integers_of_any_size_and_shape():
