@@ -40,28 +40,28 @@ class _Table:
             self.file = parquet.ParquetFile(path)
         except (pyarrow.ArrowException, OSError) as error:
             raise DemonstrationError(f"{path} cannot be read as parquet: {error}.") from error
-        self.indices: np.ndarray | None = None
+        self.bounds = _episode_bounds(self.file.metadata)
 
     def close(self) -> None:
         self.file.close()
 
     def episode(self, index: int, columns: list[str]) -> Any:
         """The rows of an episode, of those row groups that hold them."""
-        number = self.file.schema_arrow.names.index("episode_index")
-        groups = []
-        for group in range(self.file.num_row_groups):
-            bounds = self.file.metadata.row_group(group).column(self._leaf(number)).statistics
-            if bounds is None or not bounds.has_min_max or bounds.min <= index <= bounds.max:
-                groups.append(group)
+        groups = [group for group, (low, high) in enumerate(self.bounds) if low <= index <= high]
         table = self.file.read_row_groups(groups, columns=["episode_index", *columns])
         return table.take(np.flatnonzero(table["episode_index"].to_numpy() == index))
 
-    def _leaf(self, number: int) -> int:
-        """Which column of the file's metadata a flat column is; nested ones before it have several."""
-        names = [
-            self.file.metadata.row_group(0).column(i).path_in_schema for i in range(self.file.metadata.num_columns)
-        ]
-        return names.index(self.file.schema_arrow.names[number])
+
+def _episode_bounds(metadata: Any) -> list[tuple[float, float]]:
+    """Lowest and highest episode_index of every row group, as far as the file says."""
+    if not metadata.num_row_groups:
+        return []
+    names = [metadata.row_group(0).column(leaf).path_in_schema for leaf in range(metadata.row_group(0).num_columns)]
+    if "episode_index" not in names:
+        return [(-np.inf, np.inf)] * metadata.num_row_groups
+    leaf = names.index("episode_index")
+    statistics = [metadata.row_group(group).column(leaf).statistics for group in range(metadata.num_row_groups)]
+    return [(s.min, s.max) if s is not None and s.has_min_max else (-np.inf, np.inf) for s in statistics]
 
 
 class LeRobotReader(EpisodeReader):
