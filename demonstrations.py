@@ -28,6 +28,9 @@ from .demonstration_presets import PRESETS
 
 AUTO = "auto"
 
+# Files that a parent process opened, kept from being closed here.
+_INHERITED: list[Any] = []
+
 # What a column holds.
 IMAGE, TEXT, NUMBERS = "image", "text", "numbers"
 
@@ -53,16 +56,13 @@ class Handles:
 
     def __init__(self, opener: Callable[[Path], Any], limit: int = 8) -> None:
         self.opener, self.limit = opener, limit
-        self._forget()
-
-    def _forget(self) -> None:
-        # What a fork inherited is kept, not closed: closing would wait for threads that are not in this process.
-        self._inherited = getattr(self, "opened", None)
         self.process, self.opened = os.getpid(), OrderedDict()
 
     def __getitem__(self, path: Path) -> Any:
-        if self.process != os.getpid():  # a library's state does not survive a fork
-            self._forget()
+        if self.process != os.getpid():
+            # A library's threads do not survive a fork. Closing what was inherited would wait for them forever.
+            _INHERITED.append(self.opened)
+            self.process, self.opened = os.getpid(), OrderedDict()
         if path not in self.opened:
             if len(self.opened) >= self.limit:
                 self.opened.popitem(last=False)[1].close()

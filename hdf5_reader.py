@@ -77,9 +77,9 @@ class HDF5Reader(EpisodeReader):
             except DemonstrationError:  # met and named when it is read
                 self.episodes.append((file, None))
         whole = next(((file, group) for file, group in self.episodes if group is not None), None)
-        names = _columns(self.handles[whole[0]][whole[1]]) if whole else {}
-        if not whole and self.episodes:
-            raise DemonstrationError(f"{root}: none of its {len(files)} HDF5 files can be opened.")
+        if whole is None:
+            raise DemonstrationError(f"{root}: none of its {len(files)} HDF5 files holds an episode that can be read.")
+        names = _columns(self.handles[whole[0]][whole[1]])
         if preset == AUTO:
             preset = next((layout for layout in _LAYOUTS if PRESETS[layout].columns() <= set(names)), None)
         super().__init__(root, name or root.stem, names, merged_fields(_suggested(names), preset, fields, root))

@@ -40,29 +40,28 @@ class _Table:
             self.file = parquet.ParquetFile(path)
         except (pyarrow.ArrowException, OSError) as error:
             raise DemonstrationError(f"{path} cannot be read as parquet: {error}.") from error
-        self.indices: np.ndarray | None = None
+        self.bounds = _episode_bounds(self.file.metadata)
 
     def close(self) -> None:
         self.file.close()
 
     def episode(self, index: int, columns: list[str]) -> Any:
         """The rows of an episode, of those row groups that hold them."""
-        number = self.file.schema_arrow.names.index("episode_index")
-        groups = []
-        for group in range(self.file.num_row_groups):
-            bounds = self.file.metadata.row_group(group).column(self._leaf(number)).statistics
-            if bounds is None or not bounds.has_min_max or bounds.min <= index <= bounds.max:
-                groups.append(group)
+        groups = [group for group, (low, high) in enumerate(self.bounds) if low <= index <= high]
         table = self.file.read_row_groups(groups, columns=["episode_index", *columns])
-        keep = np.flatnonzero(table["episode_index"].to_numpy() == index)
-        return table.slice(int(keep[0]), int(keep[-1] - keep[0]) + 1) if len(keep) else table.slice(0, 0)
+        return table.take(np.flatnonzero(table["episode_index"].to_numpy() == index))
 
-    def _leaf(self, number: int) -> int:
-        """Which column of the file's metadata a flat column is; nested ones before it have several."""
-        names = [
-            self.file.metadata.row_group(0).column(i).path_in_schema for i in range(self.file.metadata.num_columns)
-        ]
-        return names.index(self.file.schema_arrow.names[number])
+
+def _episode_bounds(metadata: Any) -> list[tuple[float, float]]:
+    """Lowest and highest episode_index of every row group, as far as the file says."""
+    if not metadata.num_row_groups:
+        return []
+    names = [metadata.row_group(0).column(leaf).path_in_schema for leaf in range(metadata.row_group(0).num_columns)]
+    if "episode_index" not in names:
+        return [(-np.inf, np.inf)] * metadata.num_row_groups
+    leaf = names.index("episode_index")
+    statistics = [metadata.row_group(group).column(leaf).statistics for group in range(metadata.num_row_groups)]
+    return [(s.min, s.max) if s is not None and s.has_min_max else (-np.inf, np.inf) for s in statistics]
 
 
 class LeRobotReader(EpisodeReader):
@@ -133,10 +132,10 @@ class LeRobotReader(EpisodeReader):
         if self.v3:
             numbers = {"chunk_index": row["data/chunk_index"], "file_index": row["data/file_index"]}
         else:
-            numbers = self._numbers(row)
+            numbers = self._place(row)
         return self.root / self.info["data_path"].format(**numbers)
 
-    def _numbers(self, row: Mapping[str, Any]) -> dict[str, int]:
+    def _place(self, row: Mapping[str, Any]) -> dict[str, int]:
         index = row["episode_index"]
         return {"episode_index": index, "episode_chunk": index // self.info.get("chunks_size", 1000)}
 
@@ -144,7 +143,7 @@ class LeRobotReader(EpisodeReader):
         if self.v3:
             numbers = {part: row[f"videos/{camera}/{part}"] for part in ("chunk_index", "file_index")}
         else:
-            numbers = self._numbers(row)
+            numbers = self._place(row)
         return self.root / self.info["video_path"].format(video_key=camera, **numbers)
 
     def __len__(self) -> int:
@@ -177,33 +176,23 @@ class LeRobotReader(EpisodeReader):
             said = [self.tasks.get(task, "") for task in table["task_index"].to_pylist()]
         times = table["timestamp"].to_numpy()
         starts = {camera: row[f"videos/{camera}/from_timestamp"] if self.v3 else 0.0 for camera in files}
+        cells: dict[str, Any] = {}  # encoded images, as long as someone holds the episode
 
         def image(camera: str, step: int) -> np.ndarray:
             if camera in files:
                 return self.open_videos[files[camera]].frame(float(starts[camera]) + float(times[step]))
-            return self._stored_image(source, row["episode_index"], camera, step)
+            if camera not in cells:
+                cells[camera] = self.handles[source].episode(row["episode_index"], [camera])[camera]
+            return self._decoded(cells[camera][step])
 
         return Stored(identity, str(source), columns, said, image)
 
-    def _stored_image(self, source: Path, episode: int, camera: str, step: int) -> np.ndarray:
+    def _decoded(self, cell: Any) -> np.ndarray:
         """An image in a table, or in the file that it names (v2.1 may leave them beside)."""
-        cell = self._cells(source, episode, camera)[step].as_py()
-        if cell["bytes"] is not None:
-            return decoded_image(cell["bytes"])
-        return decoded_image((self.root / cell["path"]).read_bytes())
-
-    def _cells(self, source: Path, episode: int, camera: str) -> Any:
-        """The encoded images of an episode; those of the last one asked for stay in memory."""
-        key = (source, episode, camera)
-        cells: dict[Any, Any] = self.__dict__.setdefault("_last_cells", {})
-        if key not in cells:
-            if len(cells) >= 2 * len(self.fields.cameras):
-                cells.pop(next(iter(cells)))
-            cells[key] = self.handles[source].episode(episode, [camera])[camera]
-        return cells[key]
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_last_cells"}
+        stored = cell.as_py()
+        if stored["bytes"] is not None:
+            return decoded_image(stored["bytes"])
+        return decoded_image((self.root / stored["path"]).read_bytes())
 
 
 def _kind(feature: Mapping[str, Any]) -> str:

@@ -22,6 +22,8 @@ import numpy as np
 LENGTHS = (7, 5, 9)
 TASKS = ("pick up the red block", "open the drawer", "pick up the red block")
 FPS = 10
+# Actions of a chunk.
+CHUNK = 4
 # Which of all frames of the videos are kept.
 TOP_FRAMES = (0, 6, 7, 11, 12, 20)
 
@@ -281,6 +283,18 @@ def make_presets(out, reference):
         keys = OXE_DATASET_CONFIGS[name]["state_obs_keys"]
         parts = [tf.zeros((steps, 1)) if key is None else tf.cast(observation[key], tf.float32) for key in keys]
         result[f"{name}.proprio"] = tf.concat(parts, axis=1).numpy()
+    from prismatic.vla.datasets.rlds.traj_transforms import chunk_act_obs
+
+    trajectory = {
+        "action": tf.constant(numbers(2, 7)),
+        "observation": {"step": tf.range(LENGTHS[2])},
+        "task": {"language_instruction": tf.fill([LENGTHS[2]], "x")},
+        "dataset_name": tf.fill([LENGTHS[2]], "x"),
+        "absolute_action_mask": tf.tile([[False] * 6 + [True]], [LENGTHS[2], 1]),
+    }
+    chunked = chunk_act_obs(trajectory, window_size=1, future_action_window_size=CHUNK - 1)
+    result["chunks.actions"] = chunked["action"].numpy()
+    result["chunks.steps"] = chunked["observation"]["step"].numpy()[:, 0]
     np.savez_compressed(out / "presets.npz", **result)
 
 
@@ -346,6 +360,8 @@ def make_lerobot(out):
     read["top"] = np.stack(frames)[list(TOP_FRAMES)]
     np.savez_compressed(out / f"{name}.npz", **read)
     shutil.rmtree(out / name / "images", ignore_errors=True)  # left over by v2.1, not part of the format
+    for file in ("stats.json", "episodes_stats.jsonl"):  # LeRobot's own statistics, large and not read
+        (out / name / "meta" / file).unlink(missing_ok=True)
 
 
 def make_hdf5(out):

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from make_data import LENGTHS, TASKS, numbers
+from make_data import CHUNK, LENGTHS, TASKS, numbers
 from openvla.demonstration_stream import DemonstrationStream
 from openvla.sequence_reader import SequenceReader
 from torch.utils.data import DataLoader
@@ -110,6 +110,15 @@ def test_replaying_decodes_no_image():
     assert asked.count("image") <= 1
 
 
+def test_chunks_equal_openvla_oft():
+    oft = np.load(DATA / "presets.npz")
+    rows = [{"image": np.zeros((4, 6, 3), np.uint8), "action": row, "task": "go"} for row in numbers(2, 7)]
+    data = SequenceReader(rows, "mine", FIELDS, episode_lengths=[len(rows)])
+    samples = list(DemonstrationStream(data, chunk_length=CHUNK, repeat=False, shuffle_buffer=0))
+    assert [sample.index for sample in samples] == oft["chunks.steps"].tolist()
+    np.testing.assert_array_equal([sample.actions for sample in samples], oft["chunks.actions"])
+
+
 def test_chunks_at_the_end_are_dropped_as_oft_does_or_repeat():
     dropped = list(DemonstrationStream(reader(), chunk_length=4, repeat=False, shuffle_buffer=0))
     assert len(dropped) == sum(max(0, length - 3) for length in LONG)
@@ -146,7 +155,7 @@ def test_bad_data_raises_or_is_counted():
     with pytest.raises(ValueError, match="mine, episode 2: no image at step 3"):
         list(DemonstrationStream(reader(bad_image=(2, 3)), repeat=False))
     stream = DemonstrationStream(bad, repeat=False, shuffle_buffer=3, skip_bad=True)
-    with pytest.warns(UserWarning, match="Skipped, 2 so far"):
+    with pytest.warns(UserWarning, match="Skipped, [12] so far"):
         samples = list(stream)
     assert stream.skipped == 2
     assert len(samples) == sum(LONG) - LONG[5] - 1
