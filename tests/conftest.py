@@ -88,9 +88,13 @@ def hub():
 @pytest.fixture
 def here(hub, monkeypatch, tmp_path):
     """This process uses the Hub on loopback."""
+    import huggingface_hub.utils
     from hub import TOKEN
     from huggingface_hub import constants, file_download
 
+    # A session that was opened offline stays so; named reset_sessions before huggingface_hub 1.0.
+    for name in ("reset_sessions", "close_session"):
+        getattr(huggingface_hub.utils, name, bool)()
     template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, hub.url)
     for module in (constants, file_download):  # huggingface_hub before 1.0 imports it by name
         monkeypatch.setattr(module, "HUGGINGFACE_CO_URL_TEMPLATE", template, raising=False)
