@@ -24,8 +24,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
-from accelerate.utils import set_seed
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -199,7 +197,7 @@ def finetune(config: FinetuneConfig, data: Any = None) -> Path:
     Raises:
         ValueError: The run, its data and its model do not fit each other; nothing is trained then.
     """
-    accelerator = Accelerator(
+    accelerator = _import_accelerate().Accelerator(
         cpu=config.device == "cpu",
         gradient_accumulation_steps=config.accumulation,
         mixed_precision="bf16" if config.device != "cpu" and fast_dtype() == torch.bfloat16 else "no",
@@ -208,7 +206,7 @@ def finetune(config: FinetuneConfig, data: Any = None) -> Path:
     )
     output = Path(config.output)
     data = Demonstrations(config) if data is None else data
-    set_seed(config.seed, device_specific=True)
+    _import_accelerate().utils.set_seed(config.seed, device_specific=True)
     model, processor = build(config, data, accelerator)
     if accelerator.is_main_process:
         output.mkdir(parents=True, exist_ok=True)
@@ -231,6 +229,14 @@ def finetune(config: FinetuneConfig, data: Any = None) -> Path:
     accelerator.wait_for_everyone()
     accelerator.end_training()
     return output / "model"
+
+
+def _import_accelerate() -> Any:
+    try:
+        import accelerate
+    except ImportError as error:
+        raise ImportError(f"openvla finetune needs accelerate: pip install accelerate ({error})") from error
+    return accelerate
 
 
 class Demonstrations:
@@ -267,9 +273,7 @@ class Demonstrations:
         return stream
 
 
-def build(
-    config: FinetuneConfig, data: Any, accelerator: Accelerator
-) -> tuple[OpenVLAForActionPrediction, OpenVLAProcessor]:
+def build(config: FinetuneConfig, data: Any, accelerator: Any) -> tuple[OpenVLAForActionPrediction, OpenVLAProcessor]:
     """The model on its device, with the statistics of the data and what is trained set apart, and its processor."""
     on_cpu = accelerator.device.type == "cpu"
     keywords: dict[str, Any] = {"device_map": {"": str(accelerator.device)}}
@@ -335,7 +339,7 @@ def load_batches(
     data: Any,
     model: OpenVLAForActionPrediction,
     processor: OpenVLAProcessor,
-    accelerator: Accelerator,
+    accelerator: Any,
     skip: int,
 ) -> Iterator[dict[str, torch.Tensor]]:
     """Batches on the device, from the one on that a broken run had come to."""
@@ -348,7 +352,7 @@ def load_batches(
 
 
 def train(
-    config: FinetuneConfig, state: TrainingState, batches: Iterator[dict[str, torch.Tensor]], accelerator: Accelerator
+    config: FinetuneConfig, state: TrainingState, batches: Iterator[dict[str, torch.Tensor]], accelerator: Any
 ) -> None:
     """Move the weights ``max_steps`` times."""
     model, optimizer = accelerator.prepare(state.model, state.optimizer)
@@ -385,7 +389,7 @@ def log(
     gathered: list[dict[str, torch.Tensor]],
     norm: torch.Tensor,
     progress: tqdm,
-    accelerator: Accelerator,
+    accelerator: Any,
 ) -> None:
     """Write the means over passes and processes since the last time.
 

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 
 STATE_FILE, TRAINED_FILE = "state.pt", "trained.safetensors"
@@ -30,7 +29,7 @@ class TrainingState:
         self.model, self.optimizer, self.scheduler = model, optimizer, scheduler
         self.step = self.passes = 0
 
-    def save(self, output: Path, keep: int, accelerator: Accelerator) -> None:
+    def save(self, output: Path, keep: int, accelerator: Any) -> None:
         """Write checkpoints/step-N, whole or not at all, and remove all but the newest."""
         folder = output / "checkpoints" / f"step-{self.step:07d}"
         partial = folder.with_name(f".{folder.name}.partial")
@@ -58,7 +57,7 @@ class TrainingState:
             for old in checkpoints(output)[:-keep]:
                 shutil.rmtree(old)
 
-    def restore(self, folder: Path | None, accelerator: Accelerator) -> None:
+    def restore(self, folder: Path | None, accelerator: Any) -> None:
         """Go on from a checkpoint.
 
         Raises:
