@@ -278,10 +278,11 @@ def lora_targets(model: Any, targets: str | Sequence[str]) -> list[str]:
 
 def answer_modules(model: Any) -> list[str]:
     """Names of the heads, whole, and of FiLM's layers in blocks that run."""
+    idle = idle_modules(model)
     film = [
         name
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and FILM_LAYER.fullmatch(name) and module not in idle_modules(model)
+        if isinstance(module, nn.Linear) and FILM_LAYER.fullmatch(name) and module not in idle
     ]
     return [name for name in HEAD_MODULES if hasattr(model, name)] + film
 
