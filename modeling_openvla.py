@@ -144,6 +144,7 @@ class OpenVLAForActionPrediction(
             self.config.quantized_from = base_record(self)
         return super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
 
+    # Every argument is named, not collected: transformers' Trainer keeps the columns that it finds in this signature.
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,

@@ -32,6 +32,7 @@ from .heads_openvla import (
     belongs_to_answer,
     timestep_embedding,
 )
+from .prismatic_openvla import logits_before
 
 PLACEHOLDER_ID = 1  # stands where an action will be; its embedding is replaced
 # Which attention takes a mask in four dimensions; flash attention knows only causal and full, of unpadded rows.
@@ -372,11 +373,9 @@ class ParallelDecodingMixin:
 
     def _token_loss(self, seen: Observation, labels: torch.LongTensor) -> ChunkOutput:
         """Next-token loss over every labelled position, as the reference's."""
-        rows, positions = (labels != -100).nonzero(as_tuple=True)
         every = torch.arange(labels.shape[1], device=labels.device).expand(len(labels), -1)
         hidden = self.hidden_at(seen, every)  # position 0, BOS, is never labelled
-        logits = self.get_output_embeddings()(hidden[rows, positions]).float()
-        loss = nn.functional.cross_entropy(logits, labels[rows, positions].to(logits.device))
+        logits, loss = logits_before(labels, hidden[:, 1:], self.get_output_embeddings())
         at_slots = seen.slots[..., None].expand(-1, -1, hidden.shape[-1])
         return ChunkOutput(loss, logits, None, hidden.gather(1, at_slots))
 

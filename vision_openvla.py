@@ -102,9 +102,9 @@ class Attention(nn.Module):
 
 
 class VisionBlock(nn.Module):
-    """Pre-norm transformer block; ``film_dim`` puts FiLM (Perez et al. 2018) between attention and MLP."""
+    """Pre-norm transformer block."""
 
-    def __init__(self, arch: TowerArchitecture, activation: str | None, film_dim: int | None = None) -> None:
+    def __init__(self, arch: TowerArchitecture, activation: str | None) -> None:
         super().__init__()
         dim = arch.embed_dim
         self.norm1 = nn.LayerNorm(dim, eps=arch.norm_eps)
@@ -113,11 +113,13 @@ class VisionBlock(nn.Module):
         self.norm2 = nn.LayerNorm(dim, eps=arch.norm_eps)
         self.mlp = Mlp(dim, int(dim * arch.mlp_ratio), activation)
         self.ls2 = LayerScale(dim) if arch.layer_scale else nn.Identity()
-        if film_dim is not None:
-            self.add_film(film_dim)
 
     def add_film(self, film_dim: int) -> None:
-        """Add FiLM's layers; zero, so that a new model starts as if there were none."""
+        """Put FiLM (Perez et al. 2018) between attention and MLP; zero, so that it starts as if there were none.
+
+        Args:
+            film_dim: Size of the language feature.
+        """
         dim = self.norm1.normalized_shape[0]
         self.scale, self.shift = nn.Linear(film_dim, dim), nn.Linear(film_dim, dim)
         for parameter in (*self.scale.parameters(), *self.shift.parameters()):
@@ -167,7 +169,6 @@ class VisionTower(nn.Module):
         image_size: Input height and width in pixels.
         activation: None (GELU) or "quick_gelu".
         overrides: Fields of ``TowerArchitecture`` that differ from the id's (depth, embed_dim, ...).
-        film_dim: Size of the language feature that modulates every block; None for no FiLM.
 
     Raises:
         ValueError: The id, an override or the activation is unknown, or the sizes do not fit each other.
@@ -179,7 +180,6 @@ class VisionTower(nn.Module):
         image_size: int,
         activation: str | None,
         overrides: dict[str, Any],
-        film_dim: int | None = None,
     ) -> None:
         super().__init__()
         arch = _architecture(timm_id, image_size, activation, overrides)
@@ -195,7 +195,7 @@ class VisionTower(nn.Module):
         self.reg_token = nn.Parameter(torch.zeros(1, arch.reg_tokens, arch.embed_dim)) if arch.reg_tokens else None
         self.pos_embed = nn.Parameter(torch.randn(1, positions, arch.embed_dim) * 0.02)
         self.norm_pre = nn.LayerNorm(arch.embed_dim, eps=arch.norm_eps) if arch.pre_norm else nn.Identity()
-        self.blocks = nn.ModuleList(VisionBlock(arch, activation, film_dim) for _ in range(arch.depth))
+        self.blocks = nn.ModuleList(VisionBlock(arch, activation) for _ in range(arch.depth))
         self.norm = nn.LayerNorm(arch.embed_dim, eps=arch.norm_eps)
         if arch.attention_pool:
             self.attn_pool = AttentionPool(arch, activation)
@@ -226,7 +226,7 @@ class PrismaticVisionBackbone(nn.Module):
     def __init__(self, config: PrismaticConfig) -> None:
         super().__init__()
         towers = [
-            VisionTower(*arguments, config.film_dim)
+            VisionTower(*arguments)
             for arguments in zip(
                 config.timm_model_ids,
                 config.image_sizes,
@@ -237,7 +237,7 @@ class PrismaticVisionBackbone(nn.Module):
         self.featurizer = towers[0]
         self.fused_featurizer = towers[1] if len(towers) == 2 else None
         self.embed_dim = sum(tower.embed_dim for tower in towers)
-        self.num_images, self.film = config.num_images_in_input, config.film_dim is not None
+        self.take(config)
         if len({tower.num_patches for tower in towers}) > 1:
             raise ValueError(
                 "Both vision towers must give the same number of patches, got "
@@ -245,7 +245,7 @@ class PrismaticVisionBackbone(nn.Module):
             )
 
     def take(self, config: PrismaticConfig) -> None:
-        """Take the number of images and FiLM, new, from a changed configuration."""
+        """Take the number of images and FiLM, which is new, from a configuration."""
         self.num_images, self.film = config.num_images_in_input, config.film_dim is not None
         for tower in (self.featurizer, self.fused_featurizer):
             for block in tower.blocks if self.film and tower is not None else ():

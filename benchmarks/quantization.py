@@ -1,11 +1,13 @@
-"""Memory, latency and agreement with bfloat16 of 8- and 4-bit weights, beside what plain transformers quantises.
+"""Memory, latency and agreement with whole weights of 8- and 4-bit ones, beside what plain transformers quantises.
 
     python benchmarks/quantization.py [--sizes tiny eighth full] [--inputs 200]
 
 Sizes: "tiny", the embedded default; "eighth", OpenVLA-7B's depth at an eighth of its width; "full", its size. Weights
 are random, so the agreement says how far quantisation moves the arithmetic, not how a trained policy would fare; it is
 over free-running greedy decoding among action tokens, where one other token changes all that follow. Each row is a
-process of its own. "everything, fp4" is BitsAndBytesConfig(load_in_4bit=True), what the reference's load_in_4bit gives.
+process of its own. What is not quantised is bfloat16 and computed as such where the hardware can; elsewhere the same
+values are computed in float32, as ``load_policy`` does. "everything, fp4" is BitsAndBytesConfig(load_in_4bit=True),
+what the reference's load_in_4bit gives.
 
 "full" needs a GPU with 24 GB and 20 GB of disk; without one it is reported as not run.
 """
@@ -26,13 +28,14 @@ import transformers
 from openvla import OpenVLAForActionPrediction, OpenVLAProcessor, quantization_config
 from openvla.configuration_openvla import DTYPE_FIELD
 from openvla.predict import SAMPLE_IMAGE
+from openvla.quantization_openvla import fast_dtype
 from PIL import Image
 from sizes import SIZES, write_model
 
 INSTRUCTIONS = ("pick up the alphabet soup", "open the drawer", "put the bowl on the plate", "close the microwave")
 BATCH = 10
 TIMED = 10
-ROWS = ("bf16", "int8", "nf4", "nf4 + towers", "everything, fp4")
+ROWS = ("whole", "int8", "nf4", "nf4 + towers", "everything, fp4")
 
 
 def quantization(row: str) -> transformers.BitsAndBytesConfig | None:
@@ -84,7 +87,7 @@ def measure(row: str, folder: str, count: int, device: str) -> dict:
     batches = inputs(processor, count)
     before = resident_bytes("VmRSS")
     started = time.perf_counter()
-    keywords = {DTYPE_FIELD: torch.bfloat16, "device_map": {"": device}}
+    keywords = {DTYPE_FIELD: fast_dtype(device), "device_map": {"": device}}
     model = OpenVLAForActionPrediction.from_pretrained(folder, quantization_config=quantization(row), **keywords).eval()
     load_seconds, host_peak = time.perf_counter() - started, resident_bytes("VmHWM") - before
     tokens, seconds, cpu_seconds = [], [], []
@@ -118,9 +121,9 @@ def table(size: str, count: int, device: str, threads: int) -> None:
             if done.returncode:
                 raise SystemExit(f"{size}, {row}:\n{done.stderr[-3000:]}")
             results[row] = json.loads(done.stdout.splitlines()[-1])
-    reference = np.array(results["bf16"].pop("tokens"))
-    print(f"\n{size}, {count} inputs, {device}, {threads} threads\n")
-    columns = ["weights", *results["bf16"], "equal tokens %", "mean bin distance"]
+    reference = np.array(results["whole"].pop("tokens"))
+    print(f"\n{size}, {count} inputs, {device}, {threads} threads, computed in {fast_dtype(device)}\n")
+    columns = ["weights", *results["whole"], "equal tokens %", "mean bin distance"]
     print("| " + " | ".join(columns) + " |\n|" + "---|" * len(columns))
     for row, result in results.items():
         found = np.array(result.pop("tokens", reference))

@@ -105,7 +105,9 @@ def test_film_modulates_all_images_of_a_row_by_its_words():
 @pytest.mark.lane
 def test_film_that_is_not_trained_changes_nothing():
     arguments = ("vit_large_patch14_reg4_dinov2.lvd142m", 224, None, SMALL)
-    plain, film = fill(VisionTower(*arguments)), VisionTower(*arguments, film_dim=64)
+    plain, film = fill(VisionTower(*arguments)), VisionTower(*arguments)
+    for block in film.blocks:
+        block.add_film(64)
     added = film.load_state_dict(plain.state_dict(), strict=False).missing_keys
     assert len(added) == 4 * SMALL["depth"]
     pixels, words = torch.randn(1, 3, 224, 224), torch.randn(1, 64)
