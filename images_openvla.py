@@ -54,7 +54,7 @@ def _as_image(image: ImageInput) -> Image.Image:
         with Image.open(image) as opened:
             return opened.convert("RGB")
     if isinstance(image, Image.Image):
-        return image.convert("RGB")
+        return image if image.mode == "RGB" else image.convert("RGB")
     if isinstance(image, torch.Tensor):
         image = image.detach().cpu()
         if image.ndim == 3 and image.shape[0] in (1, 3, 4):  # channels first, torch's habit

@@ -26,6 +26,7 @@ from .adapter_files_openvla import adapter_source, base_of, base_record, optiona
 from .adapters_openvla import LoraMixin
 from .configuration_openvla import OpenVLAConfig, write_json
 from .decoding_openvla import append_token, decode_greedily, only, positions_of, require_finite, require_whole_actions
+from .fast_openvla import decode_fast, goes_fast
 from .heads_openvla import NoiseSchedule  # noqa: F401
 from .norm_stats_openvla import NormStatsMixin
 from .parallel_openvla import ChunkOutput, ParallelDecodingMixin, refuse_loose_parts, with_action_slots
@@ -249,6 +250,8 @@ class OpenVLAForActionPrediction(
         num_inference_steps: int | None = None,
         return_dict: bool = False,
         constrain_actions: bool = False,
+        fast: bool | None = None,
+        draft: np.ndarray | Sequence[Any] | None = None,
         **generate_kwargs: Any,
     ) -> np.ndarray | ActionOutput:
         """The robot action, or with parallel decoding the chunk of actions, for images and a prompt.
@@ -265,6 +268,11 @@ class OpenVLAForActionPrediction(
             num_inference_steps: Diffusion head: denoising steps; None is the checkpoint's.
             return_dict: Give an :class:`ActionOutput` with tokens, bin probabilities and entropy, hidden states.
             constrain_actions: Let the model choose among action tokens only.
+            fast: Skip what the answer does not need (``fast_openvla``): None where the language model allows it, True
+                with a warning where it does not, False never. The same tokens, up to rounding.
+            draft: A guess of the action in robot units, ``(action_dim,)`` or ``(batch, action_dim)``, such as the last
+                one: leading tokens that it has right cost no step of their own. Needs the fast way, else it is not
+                used.
             **generate_kwargs: Of ``generate`` (sampling, beams, ...); greedy without. With
                 ``num_return_sequences=n`` each row gives n consecutive rows.
 
@@ -295,7 +303,7 @@ class OpenVLAForActionPrediction(
             _require_greedy(generate_kwargs)
             proprio = self.normalized_proprio(proprio, keys)
             prompt = (input_ids, attention_mask, pixel_values, proprio)
-            return self._predict_chunk(*prompt, statistics, diffusion, return_dict, constrain_actions)
+            return self._predict_chunk(*prompt, statistics, diffusion, return_dict, constrain_actions, fast)
         if proprio is not None:
             raise ValueError("This model was trained without proprio; leave it out.")
         action_dim = statistics[0].dimension
@@ -305,7 +313,11 @@ class OpenVLAForActionPrediction(
         sampled = generate_kwargs.get("do_sample") or (generate_kwargs.get("num_beams") or 1) > 1
         if set(generate_kwargs) <= GREEDY_KEYWORDS and not sampled:
             use_cache = generate_kwargs.get("use_cache") is not False
-            tokens, logits = decode_greedily(self.language_model, embeds, mask, action_dim, end_ids, allowed, use_cache)
+            asked = (self.language_model, embeds, mask, action_dim, end_ids, allowed)
+            if use_cache and goes_fast(fast, self.language_model, embeds.shape[1] + action_dim):
+                tokens, logits = decode_fast(*asked, self._draft_tokens(draft, statistics, embeds.device))
+            else:
+                tokens, logits = decode_greedily(*asked, use_cache)
         else:
             if return_dict and (generate_kwargs.get("num_beams") or 1) > 1:
                 raise ValueError("Bin probabilities are not defined for beam search; drop num_beams or return_dict.")
@@ -321,6 +333,19 @@ class OpenVLAForActionPrediction(
         statistics = [row for row in statistics for _ in range(len(tokens) // len(statistics))]
         return self._decoded(tokens, logits, statistics, return_dict)
 
+    def _draft_tokens(
+        self, draft: Any, statistics: list[NormalizationStatistics], device: torch.device
+    ) -> torch.LongTensor | None:
+        """All tokens but the last of a guessed action."""
+        if draft is None:
+            return None
+        guesses = np.atleast_2d(np.asarray(draft, dtype=np.float64))
+        if guesses.shape != (len(statistics), statistics[0].dimension):
+            expected = f"({len(statistics)}, {statistics[0].dimension})"
+            raise ValueError(f"draft must be one action a row, {expected}, got shape {np.shape(draft)}.")
+        tokens = [self.action_tokenizer.encode(s.normalize(guess)) for s, guess in zip(statistics, guesses)]
+        return torch.from_numpy(np.stack(tokens)[:, :-1]).to(device)
+
     def _predict_chunk(
         self,
         input_ids: torch.LongTensor,
@@ -331,11 +356,13 @@ class OpenVLAForActionPrediction(
         diffusion: dict[str, Any],
         return_dict: bool,
         constrain_actions: bool,
+        fast: bool | None,
     ) -> np.ndarray | ActionOutput:
         """The chunk of every row, in one pass."""
         end_id = self.config.text_config.eos_token_id
         with_slots = with_action_slots(input_ids, attention_mask, self.tokens_per_chunk, end_id)
         seen = self.observe(*with_slots, pixel_values, proprio)
+        seen.fast = fast
         if self.config.action_head is None:
             logits, hidden = self.chunk_logits(seen)
             logits = require_finite(logits).unflatten(1, (self.config.chunk_length, -1))

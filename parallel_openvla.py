@@ -23,6 +23,7 @@ from transformers.modeling_outputs import ModelOutput
 
 from .configuration_openvla import OpenVLAConfig
 from .decoding_openvla import insert_after_bos, positions_of
+from .fast_openvla import FastDecoder, goes_fast
 from .heads_openvla import (
     HEAD_MODULES,
     DiffusionActionHead,
@@ -67,12 +68,14 @@ class Observation:
         prefix: ``(batch, prefix, hidden)``: patches of all images, then proprio; goes after BOS.
         mask: int64 ``(batch, length)``, or None if nothing is padding.
         slots: int64 ``(batch, chunk * action_dim)``, the slots' positions in ``text``.
+        fast: As of ``predict_action``; False in training, which needs gradients.
     """
 
     text: torch.Tensor
     prefix: torch.Tensor
     mask: torch.LongTensor | None
     slots: torch.LongTensor
+    fast: bool | None = False
 
 
 def with_action_slots(
@@ -256,8 +259,13 @@ class ParallelDecodingMixin:
         else:
             bos = seen.mask.to(torch.long).argmax(dim=1)
             mask = insert_after_bos(seen.mask, seen.mask.new_ones(prefix.shape[:2]), bos)
-        hidden = self._bidirectional_pass(insert_after_bos(text, prefix, bos), mask)
-        index = (predicted + prefix.shape[1] - 1).to(hidden.device)
+        embeds = insert_after_bos(text, prefix, bos)
+        index = (predicted + prefix.shape[1] - 1).to(embeds.device)
+        if goes_fast(seen.fast, self.language_model, embeds.shape[1]):
+            decoder = FastDecoder(self.language_model, embeds, embeds.shape[1], mask, causal=False)
+            return decoder.run(embeds, 0, index)
+        hidden = self._bidirectional_pass(embeds, mask)
+        index = index.to(hidden.device)
         return hidden.gather(1, index[..., None].expand(-1, -1, hidden.shape[-1]))
 
     def _bidirectional_pass(self, embeds: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:

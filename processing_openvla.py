@@ -174,13 +174,17 @@ class OpenVLAImageProcessor(BaseImageProcessor):
         """float32 ``(3 * towers, height, width)``: letterbox, resize, centre crop, normalise, as torchvision does."""
         if self.tvf_do_letterbox:
             image = padded_to_square(image, tuple(self.tvf_letterbox_fill))
-        planes = []
+        prepared, planes = {}, []  # the towers of one model mostly want the same pixels
         for resize, crop, normalize in zip(self.tvf_resize_params, self.tvf_crop_params, self.tvf_normalize_params):
-            pixels = center_crop(resized(image, resize["size"], resize["interpolation"]), crop["output_size"])
-            channels = np.array(pixels, dtype=np.float32).transpose(2, 0, 1) / np.float32(255)
-            mean, std = (np.array(normalize[name], dtype=np.float32)[:, None, None] for name in ("mean", "std"))
-            planes.append((channels - mean) / std)
-        return np.concatenate(planes)
+            wanted = (str(resize["size"]), resize["interpolation"], str(crop["output_size"]))
+            if wanted not in prepared:
+                pixels = center_crop(resized(image, resize["size"], resize["interpolation"]), crop["output_size"])
+                prepared[wanted] = np.asarray(pixels).transpose(2, 0, 1)
+            mean, std = (np.array(normalize[name], dtype=np.float32)[:, None] for name in ("mean", "std"))
+            # A byte has 256 values: each is divided and normalised once.
+            values = (np.arange(256, dtype=np.float32) / np.float32(255) - mean) / std
+            planes += [of_channel[bytes_] for of_channel, bytes_ in zip(values, prepared[wanted])]
+        return np.stack(planes)
 
 
 class PrismaticImageProcessor(OpenVLAImageProcessor):

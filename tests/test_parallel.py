@@ -178,11 +178,11 @@ def test_batch_equals_singles_with_padded_prompts(libero):
     for i, row in enumerate(rows):
         ids[i, : len(row)] = row
     mask = (ids != libero.model.pad_token_id).long()
-    batch = libero.model.predict_action(
-        ids, libero.pixel_values.expand(3, -1, -1, -1), mask, libero.key, proprio=np.stack(libero.proprio)
-    )
-    assert batch.shape == (3, 8, 7)
-    np.testing.assert_allclose(batch, np.stack(singles), atol=2e-5, rtol=0)
+    asked = (ids, libero.pixel_values.expand(3, -1, -1, -1), mask, libero.key)
+    for fast in (None, False):
+        batch = libero.model.predict_action(*asked, proprio=np.stack(libero.proprio), fast=fast)
+        assert batch.shape == (3, 8, 7)
+        np.testing.assert_allclose(batch, np.stack(singles), atol=2e-5, rtol=0)
 
 
 @parallel

@@ -1,0 +1,251 @@
+"""The quick way from embeddings to answers: only what one answer reads is computed, into a cache that does not grow.
+
+``FastDecoder`` runs the modules of a language model that transformers loaded, adapters and quantised weights included,
+and writes out attention alone. Keys and values go to their place in one tensor instead of being concatenated; the last
+layer computes queries, output and MLP only for the rows that are read, and so does the head; drafted tokens are
+verified in the pass of the prompt. In exact arithmetic nothing changes; in floating point a product of one row may
+round otherwise than that of many.
+
+Where ``reason_against`` names a reason, the language model's own forward is taken (``decode_greedily``).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers.utils import logging
+
+from .decoding_openvla import only, positions_of, require_finite, require_whole_actions
+
+logger = logging.get_logger(__name__)
+
+# Language models of one shape: rotary positions, a norm before attention and one before a gated MLP.
+FAMILIES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM")
+PLAIN_ROTARY = {"rope_theta", "rope_type", "type"}
+
+
+def reason_against(language_model: nn.Module, length: int) -> str | None:
+    """Why this language model has to run a sequence of ``length`` its own way; None if it does not."""
+    config = language_model.config
+    if type(language_model).__name__ not in FAMILIES:
+        return f"{type(language_model).__name__} is none of {', '.join(FAMILIES)}"
+    if language_model.training:
+        return "the model is in training mode"
+    if config._attn_implementation != "sdpa":
+        return f"attention is {config._attn_implementation}, not sdpa"
+    rotary = _rotary_fields(config)
+    if rotary.get("rope_type", rotary.get("type", "default")) != "default" or set(rotary) - PLAIN_ROTARY:
+        return f"its rotary positions are scaled: {rotary}"
+    if getattr(config, "pretraining_tp", 1) > 1:
+        return "its products are split (pretraining_tp)"
+    windowed = getattr(config, "use_sliding_window", config.model_type == "mistral")
+    if windowed and (getattr(config, "sliding_window", None) or length) < length:
+        return f"its attention slides over {config.sliding_window} positions, fewer than {length}"
+    decoder = language_model.get_decoder()
+    if any(_is_hooked(module) for layer in decoder.layers for module in (layer, layer.self_attn)):
+        return "hooks hang on its layers, or they are spread over devices"
+    return "hooks hang on its decoder" if _is_hooked(decoder) or _is_hooked(language_model) else None
+
+
+def goes_fast(fast: bool | None, language_model: nn.Module, length: int) -> bool:
+    """Whether to go the fast way: None where possible, False never, True with a warning where it is not."""
+    if fast is False:
+        return False
+    reason = reason_against(language_model, length)
+    if reason and fast:
+        logger.warning_once(f"The same actions, but not the fast way: {reason}. (Said once.)")
+    return reason is None
+
+
+def _rotary_fields(config: object) -> dict:
+    """``rope_theta`` and what scales it: one field since transformers 5, two before."""
+    fields = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    return {"rope_theta": getattr(config, "rope_theta", None), **fields}
+
+
+def _is_hooked(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks or hasattr(module, "_hf_hook"))
+
+
+@functools.lru_cache(maxsize=8)
+def _rotation(theta: float, dim: int, length: int, device: torch.device, dtype: torch.dtype) -> tuple:
+    """Cosines and sines ``(length, dim)`` of rotary positions (Su et al. 2021), rounded as transformers does."""
+    frequencies = 1.0 / (theta ** (torch.arange(0, dim, 2, dtype=torch.int64, device="cpu").float() / dim))
+    angles = torch.arange(length, device=device)[:, None].float() * frequencies.to(device)
+    angles = torch.cat([angles, angles], dim=-1)
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def _rotated(x: torch.Tensor, rotation: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    half = x.shape[-1] // 2
+    cos, sin = rotation
+    return x * cos + torch.cat([-x[..., half:], x[..., :half]], dim=-1) * sin
+
+
+def _rows(x: torch.Tensor, rows: slice | torch.LongTensor) -> torch.Tensor:
+    """Rows of ``(batch, length, ...)``: a slice of all, or each its own ``(batch, count)``."""
+    if isinstance(rows, slice):
+        return x[:, rows]
+    index = rows.view(*rows.shape, *[1] * (x.ndim - 2)).expand(*rows.shape, *x.shape[2:])
+    return x.expand(len(rows), *x.shape[1:]).gather(1, index)
+
+
+class FastDecoder:
+    """The layers of a language model, for one batch of sequences.
+
+    Args:
+        language_model: One that ``reason_against`` has nothing against.
+        like: Embeddings ``(batch, ..., hidden)``, for batch, dtype and device.
+        length: Positions that the cache has room for.
+        mask: ``(batch, length)``, zero on left padding; None if nothing is masked.
+        causal: Whether a position sees earlier ones only.
+    """
+
+    def __init__(
+        self,
+        language_model: nn.Module,
+        like: torch.Tensor,
+        length: int,
+        mask: torch.LongTensor | None = None,
+        causal: bool = True,
+    ) -> None:
+        config = language_model.config
+        decoder = language_model.get_decoder()
+        self.layers, self.norm = decoder.layers, decoder.norm
+        self.heads, self.groups = config.num_attention_heads, config.num_key_value_heads
+        self.dim = getattr(config, "head_dim", None) or config.hidden_size // self.heads
+        self.visible, self.causal = None if mask is None else mask.to(torch.bool), causal
+        self.positions = torch.arange(length, device=like.device)[None]
+        theta = float(_rotary_fields(config)["rope_theta"])
+        tables = _rotation(theta, self.dim, length, like.device, like.dtype)
+        places = self.positions if mask is None else positions_of(mask)
+        # (batch or 1, length, 1, dim): the same for every head
+        self.rotation = tuple(table[places][:, :, None] for table in tables)
+        kept = len(self.layers) if causal else 1  # without causality nothing can be added to a sequence
+        shape = (kept, 2, len(like), length, self.groups, self.dim)
+        self.cache = torch.empty(shape, dtype=like.dtype, device=like.device)
+
+    def run(self, x: torch.Tensor, start: int, rows: slice | torch.LongTensor) -> torch.Tensor:
+        """Normalised last hidden states of some rows; the keys and values of all are kept.
+
+        Args:
+            x: Embeddings ``(batch, count, hidden)``.
+            start: The position of the first; what stands before it was run before.
+            rows: Which of them are read: a slice, or int64 ``(batch, rows)``.
+
+        Returns:
+            ``(batch, rows, hidden)``.
+        """
+        everything, last = slice(None), len(self.layers) - 1
+        end = start + x.shape[1]
+        for index, layer in enumerate(self.layers):
+            read = rows if index == last else everything
+            normed = layer.input_layernorm(x)
+            keys, values = self._kept(index, normed, start, end)
+            x, normed = (x, normed) if read is everything else (_rows(x, read), _rows(normed, read))
+            x = x + self._attention(layer.self_attn, normed, keys, values, start, end, read)
+            x = x + layer.mlp(layer.post_attention_layernorm(x))
+        return self.norm(x)
+
+    def _kept(self, index: int, normed: torch.Tensor, start: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values ``(batch, end, groups, dim)`` of all positions so far, the new ones put into the cache."""
+        attention = self.layers[index].self_attn
+        shape = (*normed.shape[:2], self.groups, self.dim)
+        keys, values = self.cache[index % len(self.cache), :, :, :end]
+        here = tuple(table[:, start:end] for table in self.rotation)
+        keys[:, start:] = _rotated(attention.k_proj(normed).view(shape), here)
+        values[:, start:] = attention.v_proj(normed).view(shape)
+        return keys, values
+
+    def _attention(
+        self,
+        attention: nn.Module,
+        normed: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        start: int,
+        end: int,
+        read: slice | torch.LongTensor,
+    ) -> torch.Tensor:
+        batch, count, _ = normed.shape
+        here = tuple(_rows(table[:, start:end], read) for table in self.rotation)
+        queries = _rotated(attention.q_proj(normed).view(batch, count, self.heads, self.dim), here)
+        if self.groups != self.heads:
+            keys, values = (x.repeat_interleave(self.heads // self.groups, dim=2) for x in (keys, values))
+        mask, square = self._mask(_rows(self.positions[:, start:end], read), end)
+        mixed = F.scaled_dot_product_attention(
+            *(x.transpose(1, 2) for x in (queries, keys, values)), attn_mask=mask, is_causal=square
+        )
+        return attention.o_proj(mixed.transpose(1, 2).reshape(batch, count, -1))
+
+    def _mask(self, queries: torch.LongTensor, end: int) -> tuple[torch.BoolTensor | None, bool]:
+        """What queries at positions ``(batch or 1, count)`` see, ``(batch or 1, 1, count, end)``; or that it is causal.
+
+        Padding sees itself, so that no row is empty.
+        """
+        if self.visible is None and (not self.causal or queries.shape[1] == 1):
+            return None, False
+        if self.visible is None and queries.shape[1] == end:
+            return None, True
+        queries, keys = queries[:, None, :, None], self.positions[:, None, None, :end]
+        seen = keys <= queries if self.causal else torch.ones_like(keys <= queries)
+        if self.visible is not None:
+            seen = seen & self.visible[:, None, None, :end] | (keys == queries)
+        return seen, False
+
+
+def decode_fast(
+    language_model: nn.Module,
+    embeds: torch.Tensor,
+    mask: torch.LongTensor | None,
+    steps: int,
+    end_ids: int | Sequence[int] | None,
+    allowed: slice | None = None,
+    draft: torch.LongTensor | None = None,
+) -> tuple[torch.LongTensor, torch.FloatTensor]:
+    """What ``decode_greedily`` gives, the quick way.
+
+    Args:
+        language_model: As of ``decode_greedily``; ``reason_against`` has nothing against it.
+        embeds: ``(batch, length, hidden)``, left-padded.
+        mask: int64 ``(batch, length)``; None if nothing is masked.
+        steps: Number of tokens.
+        end_ids: Ids that end a sequence.
+        allowed: Ids to choose from; None for all.
+        draft: int64 ``(batch, steps - 1)``, a guess of all tokens but the last. Those that the model would have chosen
+            itself, in every row, need no step of their own; the others are dropped.
+
+    Returns:
+        int64 tokens ``(batch, steps)`` and the float32 logits ``(batch, steps, vocabulary)`` they were chosen from.
+
+    Raises:
+        ValueError: Logits are not finite, or a sequence ended before its last step.
+    """
+    length, later = embeds.shape[1], steps - 1
+    if mask is not None:
+        mask = torch.cat([mask, mask.new_ones(len(mask), later)], dim=1)
+    decoder = FastDecoder(language_model, embeds, length + later, mask)
+    embed, head = language_model.get_input_embeddings(), language_model.get_output_embeddings()
+
+    def choose(x: torch.Tensor, start: int, count: int) -> tuple[torch.LongTensor, torch.FloatTensor]:
+        logits = head(decoder.run(x.to(embeds.dtype), start, slice(x.shape[1] - count, None))).float()
+        return (logits if allowed is None else only(logits, allowed)).argmax(-1), logits
+
+    if draft is None:
+        tokens, logits = choose(embeds, 0, 1)
+    else:
+        tokens, logits = choose(torch.cat([embeds, embed(draft).to(embeds.dtype)], dim=1), 0, steps)
+        agreed = (tokens[:, :later] == draft).all(0).long().cumprod(0).sum().item()
+        tokens, logits = tokens[:, : agreed + 1], logits[:, : agreed + 1]
+    all_tokens, all_logits = [tokens], [logits]
+    for step in range(tokens.shape[1], steps):
+        tokens, logits = choose(embed(all_tokens[-1][:, -1:]), length + step - 1, 1)
+        all_tokens.append(tokens)
+        all_logits.append(logits)
+    tokens, logits = torch.cat(all_tokens, dim=1), require_finite(torch.cat(all_logits, dim=1))
+    require_whole_actions(tokens, steps, end_ids)
+    return tokens, logits

@@ -1,0 +1,132 @@
+"""The fast way gives what the language model's own forward gives, or is not taken."""
+
+import numpy as np
+import pytest
+import torch
+from openvla import fast_openvla
+from openvla.decoding_openvla import decode_greedily
+from openvla.fast_openvla import FastDecoder, decode_fast, goes_fast, reason_against
+from openvla.tiny import build_tiny
+from transformers import AutoConfig, AutoModelForCausalLM
+
+# Products of one row sum in another order than those of many: a few units in the last place of logits of order one.
+LOGIT_ATOL = 2e-5
+SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": 96}
+FAMILIES = {
+    "llama": {},
+    "mistral": {"num_key_value_heads": 2},
+    "qwen2": {"num_key_value_heads": 2, "rope_theta": 1e6},
+}
+MASK = torch.tensor([[1] * 9, [0] * 4 + [1] * 5, [0] + [1] * 3 + [0] + [1] * 4])
+
+
+def language_model(family: str, **fields):
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(family, **{**SIZES, "num_key_value_heads": 4, **FAMILIES.get(family, {}), **fields})
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+def prompt(rows: int = 3) -> torch.Tensor:
+    return torch.randn(rows, 9, SIZES["hidden_size"], generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.lane
+@pytest.mark.parametrize("mask", [None, MASK], ids=["whole", "padded"])
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_equals_the_models_own_forward(family, mask):
+    model = language_model(family)
+    assert reason_against(model, 20) is None
+    tokens, logits = decode_fast(model, prompt(), mask, 7, None)
+    own_tokens, own_logits = decode_greedily(model, prompt(), mask, 7, None)
+    assert torch.equal(tokens, own_tokens)
+    torch.testing.assert_close(logits, own_logits, rtol=0, atol=LOGIT_ATOL)
+    assert tokens.unique().numel() > 7
+
+
+@pytest.mark.lane
+@pytest.mark.parametrize("mask", [None, MASK], ids=["whole", "padded"])
+@pytest.mark.parametrize("right", [0, 2, 6])
+@torch.no_grad()
+def test_a_draft_saves_the_steps_that_it_has_right(right, mask, monkeypatch):
+    model = language_model("llama")
+    own_tokens, own_logits = decode_greedily(model, prompt(), mask, 7, None)
+    draft = own_tokens[:, :6].clone()
+    if right < 6:
+        draft[1, right] += 1  # one row that disagrees holds up all
+    passes, run = [], FastDecoder.run
+    monkeypatch.setattr(FastDecoder, "run", lambda self, *args: passes.append(args[1]) or run(self, *args))
+    tokens, logits = decode_fast(model, prompt(), mask, 7, None, draft=draft)
+    assert torch.equal(tokens, own_tokens)
+    torch.testing.assert_close(logits, own_logits, rtol=0, atol=LOGIT_ATOL)
+    assert passes == [0, *range(9 + right, 15)]
+
+
+@pytest.mark.lane
+@torch.no_grad()
+def test_ends_and_numbers_that_are_not_finite_are_as_loud():
+    model = language_model("llama")
+    tokens, _ = decode_fast(model, prompt(1), None, 7, None)
+    with pytest.raises(ValueError, match="ended the sequence after 3 of 7"):
+        decode_fast(model, prompt(1), None, 7, [int(tokens[0, 2])])
+    chosen, _ = decode_fast(model, prompt(1), None, 7, None, allowed=slice(90, 96))
+    assert chosen.min() >= 90
+    with pytest.raises(ValueError, match="not finite"):
+        decode_fast(model, prompt(1) * torch.nan, None, 7, None)
+
+
+@pytest.mark.lane
+def test_where_it_is_not_taken(monkeypatch):
+    model = language_model("llama")
+    assert goes_fast(None, model, 20)
+    assert not goes_fast(False, model, 20)
+    assert "PhiForCausalLM" in reason_against(language_model("phi"), 20)
+    assert "slides over 16" in reason_against(language_model("mistral", sliding_window=16), 20)
+    assert reason_against(language_model("mistral", sliding_window=16), 16) is None
+    scaling = {"rope_scaling": {"type": "linear", "rope_type": "linear", "factor": 2.0}}
+    assert "scaled" in reason_against(language_model("llama", **scaling), 20)
+    model.config._attn_implementation = "eager"
+    assert "eager" in reason_against(model, 20)
+    model.config._attn_implementation = "sdpa"
+    assert "training" in reason_against(model.train(), 20)
+    handle = model.eval().get_decoder().layers[1].self_attn.register_forward_hook(print)
+    assert "hooks" in reason_against(model, 20)
+    said = []
+    monkeypatch.setattr(fast_openvla.logger, "warning_once", said.append)
+    assert not goes_fast(None, model, 20)
+    assert not said
+    assert not goes_fast(True, model, 20)
+    assert "hooks" in said[0]
+    handle.remove()
+    assert goes_fast(True, model, 20)
+
+
+@pytest.mark.lane
+def test_predict_action_takes_it_and_can_be_told_not_to(tiny, frames):
+    model = tiny.model
+    inputs = tiny.processor(instruction="open the drawer", images=frames["noise"])
+    asked = {**inputs, "return_dict": True, "constrain_actions": True}
+    own, quick = (model.predict_action(**asked, fast=fast) for fast in (False, None))
+    assert np.array_equal(own.token_ids, quick.token_ids)
+    assert np.array_equal(own.actions, quick.actions)
+    for guess in (own.actions, -own.actions, np.full(7, 1e9)):
+        assert np.array_equal(model.predict_action(**asked, draft=guess).token_ids, own.token_ids)
+    with pytest.raises(ValueError, match=r"one action a row, \(1, 7\), got shape \(3,\)"):
+        model.predict_action(**asked, draft=[0.0] * 3)
+
+
+def test_an_adapter_added_later_counts(frames):
+    pytest.importorskip("peft")
+    model, processor = build_tiny()
+    inputs = processor(instruction="open the drawer", images=frames["noise"])
+    asked = {**inputs, "return_dict": True, "constrain_actions": True}
+    before = model.predict_action(**asked)
+    model.enable_lora(r=4)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.5)
+    model.eval()
+    own, quick = (model.predict_action(**asked, fast=fast) for fast in (False, True))
+    assert np.array_equal(own.token_ids, quick.token_ids)
+    assert not np.array_equal(before.token_ids, quick.token_ids)
