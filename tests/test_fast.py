@@ -83,7 +83,7 @@ def test_where_it_is_not_taken(monkeypatch):
     assert "PhiForCausalLM" in reason_against(language_model("phi"), 20)
     assert "slides over 16" in reason_against(language_model("mistral", sliding_window=16), 20)
     assert reason_against(language_model("mistral", sliding_window=16), 16) is None
-    scaling = {"rope_scaling": {"type": "linear", "rope_type": "linear", "factor": 2.0}}
+    scaling = {"rope_scaling": {"type": "linear", "factor": 2.0}}
     assert "scaled" in reason_against(language_model("llama", **scaling), 20)
     model.config._attn_implementation = "eager"
     assert "eager" in reason_against(model, 20)
