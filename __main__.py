@@ -8,6 +8,7 @@ import sys
 from . import (
     __version__,
     assemble_model,
+    benchmark,
     checkpoint_folder,
     convert_checkpoint,
     finetune,
@@ -26,6 +27,7 @@ COMMANDS = {
     "finetune": (finetune.add_arguments, finetune.run, finetune.__doc__),
     "verify": (checkpoint_folder.add_verify_arguments, checkpoint_folder.run_verify, verify.__doc__),
     "inspect-data": (inspect_data.add_arguments, inspect_data.run, inspect_data.__doc__),
+    "bench": (benchmark.add_arguments, benchmark.run, benchmark.__doc__),
     "publish": (publish.add_arguments, publish.run, publish.__doc__),
 }
 

@@ -15,18 +15,18 @@ of them are equal.
 from __future__ import annotations
 
 import argparse
-import time
 from collections.abc import Callable
 
 import numpy as np
 import torch
 import transformers
 from openvla import PLATFORMS, OpenVLAForActionPrediction
+from openvla.benchmark import floor_seconds, gemm_rate, read_rate
+from openvla.benchmark_reference import timed
+from openvla.benchmark_sizes import overrides
 from openvla.predict import SAMPLE_IMAGE, SAMPLE_INSTRUCTION
 from openvla.tiny import UNTRAINED_STATISTICS, build_tiny
 from PIL import Image
-from sizes import overrides
-from torch.utils.flop_counter import FlopCounterMode
 
 WARM = 2
 FULL = {"text_config": {"model_type": "llama", "vocab_size": 32064}, "timm_model_kwargs": [{}, {}]}
@@ -80,46 +80,6 @@ def build(row: str, size: str, device: str, dtype: torch.dtype) -> tuple[OpenVLA
     return model, lambda: model.predict_action(**inputs, proprio=proprio, constrain_actions=True, return_dict=True)
 
 
-def synchronized(device: str) -> float:
-    if device.startswith("cuda"):
-        torch.cuda.synchronize()
-    return time.perf_counter()
-
-
-def gemm_rate(device: str, dtype: torch.dtype) -> float:
-    """Floating-point operations a second of a large matrix product."""
-    size = 8192 if device.startswith("cuda") else 2048
-    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    seconds = []
-    for _ in range(5):
-        started = synchronized(device)
-        a @ b
-        seconds.append(synchronized(device) - started)
-    return 2 * size**3 / min(seconds)
-
-
-def read_rate(device: str) -> float:
-    """Bytes a second of reading much memory."""
-    data = torch.ones(2**28 if device.startswith("cuda") else 2**27, device=device)
-    seconds = []
-    for _ in range(5):
-        started = synchronized(device)
-        data.sum()
-        seconds.append(synchronized(device) - started)
-    return data.nbytes / min(seconds)
-
-
-def floor_seconds(model: OpenVLAForActionPrediction, answer: Callable, device: str) -> float:
-    """What the arithmetic alone would take, and for the autoregressive action reading the weights at each step."""
-    with FlopCounterMode(display=False) as counter:
-        answer()
-    floor = counter.get_total_flops() / gemm_rate(device, model.dtype)
-    if not model.config.parallel_decoding:
-        weights = sum(p.nbytes for p in model.language_model.parameters())
-        floor += (model.get_action_dim() - 1) * weights / read_rate(device)
-    return floor
-
-
 def check(model: OpenVLAForActionPrediction, answer: Callable) -> str:
     """The same answer under eager attention."""
     first = answer()
@@ -152,16 +112,16 @@ def main() -> None:
     seconds = {row: [] for row in ROWS}
     for turn in range(WARM + args.pairs):
         for row, (_, answer) in models.items():
-            started = synchronized(args.device)
-            answer()
+            took = timed(lambda _, answer=answer: answer(), 0, args.device)
             if turn >= WARM:
-                seconds[row].append(synchronized(args.device) - started)
+                seconds[row].append(took["seconds"])
+    ceilings = gemm_rate(args.device, dtype) / 1e9, read_rate(args.device) / 1e9
     first = float(np.median(seconds[next(iter(ROWS))]))
     print("| answer | ms | ms an action | faster per action | share of the floor | check |\n|---|---|---|---|---|---|")
     for row, (model, answer) in models.items():
         median = float(np.median(seconds[row]))
         one = median / model.config.chunk_length
-        share = floor_seconds(model, answer, args.device) / median
+        share = floor_seconds(model, lambda _, answer=answer: answer(), *ceilings) / median
         figures = f"{1e3 * median:.1f} | {1e3 * one:.1f} | {first / one:.1f}x | {share:.2f}"
         print(f"| {row} | {figures} | {check(model, answer)} |", flush=True)
 

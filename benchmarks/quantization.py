@@ -26,11 +26,11 @@ import numpy as np
 import torch
 import transformers
 from openvla import OpenVLAForActionPrediction, OpenVLAProcessor, quantization_config
+from openvla.benchmark_sizes import SIZES, write_model
 from openvla.configuration_openvla import DTYPE_FIELD
 from openvla.predict import SAMPLE_IMAGE
 from openvla.quantization_openvla import fast_dtype
 from PIL import Image
-from sizes import SIZES, write_model
 
 INSTRUCTIONS = ("pick up the alphabet soup", "open the drawer", "put the bowl on the plate", "close the microwave")
 BATCH = 10

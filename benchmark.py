@@ -1,0 +1,280 @@
+"""``openvla bench``: how fast an action is made, side by side with a peer, and whether it is the same action.
+
+All sides take turns, one answer each, in resident processes; medians and quartiles are reported. The ceilings (matrix
+products, reading memory) are measured in the same run, and beside every speed stands how many answers equal those of
+the side that is compared with. Weights are random, from a seed, and the same for every side.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm.auto import tqdm
+
+from . import benchmark_reference
+from .benchmark_reference import ACTION, preprocessing, timed
+from .benchmark_sizes import SIZES, write_model
+from .configuration_openvla import DTYPE_FIELD, write_json
+from .loading import AutoProcessor
+from .modeling_openvla import OpenVLAForActionPrediction
+from .predict import SAMPLE_IMAGE
+
+INSTRUCTIONS = ("pick up the alphabet soup", "open the drawer", "put the bowl on the plate", "close the microwave")
+WARM = 2
+REFERENCE, PLAIN, FAST = "reference", "openvla, fast=False", "openvla"
+DRAFTED, MISLED = "openvla, draft all right", "openvla, draft all wrong"
+
+Work = dict[str, Callable[[int], Any]]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of ``openvla bench``."""
+    parser.add_argument("--sizes", nargs="+", choices=SIZES[:-1], default=["tiny-deep", "eighth"])
+    parser.add_argument("--dtypes", nargs="+", choices=("float32", "bfloat16"), default=["float32"])
+    parser.add_argument("--pairs", type=int, default=20, help="turns of every side")
+    parser.add_argument("--inputs", type=int, default=64, help="images and instructions, one after the other")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of the CPU")
+    parser.add_argument("--reference", type=Path, metavar="DIR", help="the published remote code, to run beside")
+    parser.add_argument(
+        "--reference-python", metavar="PY", help="Python with transformers 4.40.1, timm 0.9.16, torchvision"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures")
+    parser.add_argument("--plot", type=Path, metavar="PNG", help="draw them (needs the extra: openvla[plot])")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure, print, write; returns the exit status."""
+    if (args.reference is None) != (args.reference_python is None):
+        raise ValueError("--reference (the code) and --reference-python (what runs it) belong together.")
+    if args.pairs < 1 or args.inputs < 1:
+        raise ValueError("--pairs and --inputs must be at least 1.")
+    torch.set_num_threads(args.threads)
+    report: dict[str, Any] = {"machine": machine(args), "rows": []}
+    for size in args.sizes:
+        for dtype in args.dtypes:
+            with tempfile.TemporaryDirectory() as place:
+                report["rows"] += measure(size, dtype, args, Path(place), report["machine"])
+    print("\n".join(table(report)))
+    if args.json:
+        write_json(args.json, report)
+    if args.plot:
+        draw(report, args.plot)
+    return 0
+
+
+def machine(args: argparse.Namespace) -> dict[str, Any]:
+    """What ran this, and how fast it can be."""
+    on_gpu = args.device.startswith("cuda")
+    names = [line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
+    described = {
+        "device": torch.cuda.get_device_name(args.device) if on_gpu else (names or [platform.processor()])[0],
+        "threads": args.threads,
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+    }
+    rates = {f"{name} GFLOP/s": gemm_rate(args.device, getattr(torch, name)) / 1e9 for name in args.dtypes}
+    return described | rates | {"read GB/s": read_rate(args.device) / 1e9}
+
+
+def _lines(file: str) -> list[str]:
+    return Path(file).read_text().splitlines() if Path(file).exists() else []
+
+
+def gemm_rate(device: str, dtype: torch.dtype) -> float:
+    """Floating-point operations a second of a large matrix product."""
+    size = 8192 if device.startswith("cuda") else 2048
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    return 2 * size**3 / min(timed(lambda _: a @ b, 0, device)["seconds"] for _ in range(5))
+
+
+def read_rate(device: str) -> float:
+    """Bytes a second of reading much memory."""
+    data = torch.ones(2**28 if device.startswith("cuda") else 2**27, device=device)
+    return data.nbytes / min(timed(lambda _: data.sum(), 0, device)["seconds"] for _ in range(5))
+
+
+def measure(size: str, dtype: str, args: argparse.Namespace, place: Path, ceilings: dict[str, Any]) -> list[dict]:
+    """All rows of one size and dtype."""
+    write_model(size, place / "model")
+    model, processor, prompts, images = prepare(place / "model", dtype, args)
+    np.savez(place / "inputs.npz", images=images, **{f"ids_{i}": ids[0].numpy() for i, ids in enumerate(prompts)})
+    sides = own_sides(model, processor, prompts, images)
+    peer = None
+    if args.reference:
+        peer = Peer(args, place, dtype)
+        ceilings["versions"]["reference"] = peer.versions
+        sides = {REFERENCE: peer.work(next(iter(sides.values()))), **sides}
+    try:
+        rows = [
+            {"size": size, "dtype": dtype, "row": row, **figures}
+            for row in (ACTION, *preprocessing(processor.image_processor))
+            for figures in compare(row, {name: work for name, work in sides.items() if row in work}, args)
+        ]
+    finally:
+        if peer:
+            peer.stop()
+    floor = floor_seconds(model, sides[PLAIN][ACTION], ceilings[f"{dtype} GFLOP/s"], ceilings["read GB/s"])
+    for figures in rows:
+        if figures["row"] == ACTION:
+            figures["share of the floor"] = floor / figures["seconds"]
+    return rows
+
+
+def prepare(folder: Path, dtype: str, args: argparse.Namespace) -> tuple[Any, Any, list[torch.Tensor], np.ndarray]:
+    """The model, its processor, and prompts and images: crops of a real frame under noise of several strengths."""
+    keywords = {DTYPE_FIELD: getattr(torch, dtype)}
+    model = OpenVLAForActionPrediction.from_pretrained(folder, **keywords).to(args.device).eval()
+    processor = AutoProcessor.from_pretrained(folder)
+    frame = np.asarray(Image.open(SAMPLE_IMAGE).convert("RGB")).astype(np.float64)
+    random = np.random.RandomState(0)
+    images = np.empty((args.inputs, 192, 192, 3), np.uint8)
+    for i in range(args.inputs):
+        top, left = random.randint(0, 64, 2)
+        crop = frame[top : top + 192, left : left + 192]
+        images[i] = np.clip(crop + random.randn(*crop.shape) * 20 * (i % 4), 0, 255)
+    texts = [INSTRUCTIONS[i % len(INSTRUCTIONS)] for i in range(args.inputs)]
+    prompts = [processor(instruction=text, images=images[0])["input_ids"] for text in texts]
+    return model, processor, prompts, images
+
+
+def own_sides(model: Any, processor: Any, prompts: list[torch.Tensor], images: np.ndarray) -> dict[str, Work]:
+    """Ways of this package to make an action, each ``index of the input -> tokens``."""
+    drafts: dict[tuple[str, int], np.ndarray] = {}
+
+    def action(index: int, draft: str | None = None, **options: Any) -> list[int]:
+        pixel_values = processor.image_processor(images[index], return_tensors="pt")["pixel_values"]
+        pixel_values = pixel_values.to(model.device, model.dtype)
+        if draft:
+            options["draft"] = drafts[draft, index]
+        output = model.predict_action(prompts[index].to(model.device), pixel_values, return_dict=True, **options)
+        if not draft:
+            drafts[DRAFTED, index], drafts[MISLED, index] = output.actions, -output.actions + 0.013
+        return output.token_ids.tolist()
+
+    return {
+        PLAIN: {ACTION: lambda index: action(index, fast=False), **preprocessing(processor.image_processor)},
+        FAST: {ACTION: lambda index: action(index, fast=True)},
+        DRAFTED: {ACTION: lambda index: action(index, DRAFTED, fast=True)},
+        MISLED: {ACTION: lambda index: action(index, MISLED, fast=True)},
+    }
+
+
+class Peer:
+    """The reference, resident in a process and an environment of its own."""
+
+    def __init__(self, args: argparse.Namespace, place: Path, dtype: str) -> None:
+        command = [args.reference_python, benchmark_reference.__file__, args.reference, place / "model"]
+        command += [place / "inputs.npz", "--dtype", dtype, "--device", args.device, "--threads", str(args.threads)]
+        self.process = subprocess.Popen(
+            [str(word) for word in command], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        self.versions = self._answer("READY ")
+
+    def _answer(self, mark: str) -> Any:
+        for line in self.process.stdout:
+            if line.startswith(mark):
+                return json.loads(line[len(mark) :])
+        raise RuntimeError(f"The reference's process ended with status {self.process.wait()}; it said why above.")
+
+    def ask(self, row: str, index: int) -> dict[str, Any]:
+        """An answer, timed there."""
+        self.process.stdin.write(json.dumps([row, index]) + "\n")
+        self.process.stdin.flush()
+        return self._answer("DONE ")
+
+    def work(self, rows: Work) -> Work:
+        """The rows of another side, asked of the peer."""
+        return {row: lambda index, row=row: self.ask(row, index) for row in rows}
+
+    def stop(self) -> None:
+        """End the process."""
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def compare(row: str, sides: dict[str, Work], args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Every side's figures in one row, the sides in turn."""
+    seen: dict[str, list[dict]] = {name: [] for name in sides}
+    turns = max(args.pairs + WARM, args.inputs if row == ACTION else 0)
+    for turn in tqdm(range(turns), desc=row, unit="turn", file=sys.stderr):
+        for name, work in sides.items():
+            index = turn % args.inputs
+            answered = work[row](index) if name == REFERENCE else timed(work[row], index, args.device)
+            seen[name].append(answered)
+    first = next(iter(sides))
+    rows = []
+    for name, answers in seen.items():
+        seconds, cpu = (np.array([answer[field] for answer in answers[WARM:]]) for field in ("seconds", "cpu"))
+        base = np.array([answer["seconds"] for answer in seen[first][WARM:]])
+        equal = np.concatenate(
+            [
+                np.atleast_1d(np.array(answer["result"]) == np.array(other["result"]))
+                for answer, other in zip(answers, seen[first])
+            ]
+        )
+        low, high = np.quantile(seconds, [0.25, 0.75])
+        figures = {"side": name, "seconds": float(np.median(seconds)), "quartiles": [float(low), float(high)]}
+        figures |= {"cpu seconds": float(np.median(cpu)), "faster": float(np.median(base / seconds))}
+        rows.append(figures | {"compared with": first, "equal": int(equal.sum()), "of": int(equal.size)})
+    return rows
+
+
+def floor_seconds(model: Any, answer: Callable[[int], Any], gflops: float, gbytes: float) -> float:
+    """What the arithmetic alone would take, and reading the language model for every token with a step of its own."""
+    with FlopCounterMode(display=False) as counter:
+        answer(0)
+    weights = sum(parameter.nbytes for parameter in model.language_model.parameters())
+    steps = 0 if model.config.parallel_decoding else model.get_action_dim() - 1
+    return counter.get_total_flops() / gflops / 1e9 + steps * weights / gbytes / 1e9
+
+
+def table(report: dict[str, Any]) -> list[str]:
+    """The report as lines of Markdown."""
+    lines = [", ".join(f"{name} {_short(value)}" for name, value in report["machine"].items()), ""]
+    lines.append("| size | dtype | row | side | ms (quartiles) | CPU ms | faster | share of the floor | equal |")
+    lines.append("|---" * 9 + "|")
+    for row in report["rows"]:
+        low, high = (1e3 * quartile for quartile in row["quartiles"])
+        share = f"{row['share of the floor']:.2f}" if "share of the floor" in row else ""
+        times = f"{1e3 * row['seconds']:.1f} ({low:.1f}-{high:.1f}) | {1e3 * row['cpu seconds']:.1f}"
+        names = f"{row['size']} | {row['dtype']} | {row['row']} | {row['side']}"
+        lines.append(f"| {names} | {times} | {row['faster']:.2f}x | {share} | {row['equal']} of {row['of']} |")
+    return lines
+
+
+def _short(value: Any) -> str:
+    return f"{value:.1f}" if isinstance(value, float) else json.dumps(value) if isinstance(value, dict) else str(value)
+
+
+def draw(report: dict[str, Any], file: Path) -> None:
+    """The actions' times as bars, a panel a size and dtype, with the floor as a line."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError('A picture needs matplotlib: pip install "openvla[plot]".') from error
+    rows = [row for row in report["rows"] if row["row"] == ACTION]
+    panels = list(dict.fromkeys((row["size"], row["dtype"]) for row in rows))
+    figure = Figure(figsize=(9, 2.6 * len(panels)), layout="constrained")
+    for axes, panel in zip(figure.subplots(len(panels), squeeze=False)[:, 0], panels):
+        shown = [row for row in rows if (row["size"], row["dtype"]) == panel]
+        milliseconds = [1e3 * row["seconds"] for row in shown]
+        spread = np.abs(1e3 * np.array([row["quartiles"] for row in shown]).T - milliseconds)
+        axes.barh([row["side"] for row in shown], milliseconds, xerr=spread, color="tab:blue")
+        axes.axvline(milliseconds[0] * shown[0]["share of the floor"], color="tab:red", label="floor")
+        axes.invert_yaxis()
+        axes.set(title=f"{ACTION}: {', '.join(panel)}", xlabel="ms")
+        axes.legend(loc="lower right")
+    figure.savefig(file)

@@ -1,0 +1,106 @@
+"""The published remote code as a peer of ``openvla bench``: a process of its own, in an environment of its own.
+
+Run by path with that environment's Python, so it imports nothing of this package. Reads one JSON command a line and
+answers each with one line. The code itself is whoever benchmarks's: the folder of ``modeling_prismatic.py``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import importlib
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+ACTION = "an action, image in to tokens out"
+FRAME_SIZES = ((224, 224), (640, 480), (1280, 720))  # width, height in pixels
+
+
+def load(code: Path, folder: Path, dtype: str, device: str) -> tuple[Any, Any]:
+    """The reference's model and image processor on a folder that this package saved."""
+    import timm
+
+    sys.path.insert(0, str(code.parent))
+    modeling, configuration, processing = (
+        importlib.import_module(f"{code.name}.{part}_prismatic") for part in ("modeling", "configuration", "processing")
+    )
+    written = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    sizes = dict(zip(written["timm_model_ids"], written["timm_model_kwargs"]))
+    create = timm.create_model  # of another width than the id says; the reference has no field for it
+    timm.create_model = lambda name, **options: create(name, **options, **sizes[name])
+    keywords = {"config": configuration.OpenVLAConfig.from_pretrained(folder), "torch_dtype": getattr(torch, dtype)}
+    model = modeling.OpenVLAForActionPrediction.from_pretrained(folder, **keywords)
+    fields = json.loads((folder / "preprocessor_config.json").read_text(encoding="utf-8"))
+    return model.to(device).eval(), processing.PrismaticImageProcessor(**fields)
+
+
+def timed(work: Callable[[int], Any], index: int, device: str) -> dict[str, Any]:
+    """What ``work`` makes of an input, its wall time and this process's CPU time in seconds."""
+    started, cpu_started = time.perf_counter(), time.process_time()
+    result = work(index)
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+    return {"result": result, "seconds": time.perf_counter() - started, "cpu": time.process_time() - cpu_started}
+
+
+def preprocessing(processor: Any) -> dict[str, Callable[[int], str]]:
+    """A digest of what the processor makes of noise in each of ``FRAME_SIZES``, by name of the row."""
+
+    def prepare(frame: Image.Image) -> Callable[[int], str]:
+        def digest(_: int) -> str:
+            pixels = processor(frame, return_tensors="pt")["pixel_values"].contiguous()
+            return hashlib.sha256(pixels.numpy().tobytes()).hexdigest()
+
+        return digest
+
+    random = np.random.RandomState(0)
+    frames = {
+        f"{width} x {height}": Image.fromarray(random.randint(0, 256, (height, width, 3), dtype=np.uint8))
+        for width, height in FRAME_SIZES
+    }
+    return {f"preprocessing {size}": prepare(frame) for size, frame in frames.items()}
+
+
+def main() -> None:
+    """Load, say so, then an answer a line."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("code", type=Path)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("inputs", type=Path, help=".npz with input_ids of every prompt and its image")
+    parser.add_argument("--dtype", required=True)
+    parser.add_argument("--device", required=True)
+    parser.add_argument("--threads", type=int, required=True)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    model, processor = load(args.code.resolve(), args.folder, args.dtype, args.device)
+    given = np.load(args.inputs)
+    dtype = getattr(torch, args.dtype)
+    # predict_action appends Llama-2's id of the empty token, 29871; the prompts end in their own tokenizer's already,
+    # so generate, which it wraps, is what is timed.
+    steps = model.get_action_dim()
+
+    @torch.no_grad()
+    def action(index: int) -> list[int]:
+        pixel_values = processor(Image.fromarray(given["images"][index]), return_tensors="pt")["pixel_values"]
+        ids = torch.from_numpy(given[f"ids_{index}"])[None].to(args.device)
+        asked = {"pixel_values": pixel_values.to(args.device, dtype), "attention_mask": torch.ones_like(ids)}
+        return model.generate(ids, max_new_tokens=steps, do_sample=False, **asked)[0, -steps:].tolist()
+
+    work = {ACTION: action, **preprocessing(processor)}
+    versions = {name: sys.modules[name].__version__ for name in ("transformers", "timm", "torch")}
+    print("READY " + json.dumps(versions), flush=True)
+    for line in sys.stdin:
+        command, argument = json.loads(line)
+        print("DONE " + json.dumps(timed(work[command], argument, args.device)), flush=True)
+
+
+if __name__ == "__main__":
+    main()

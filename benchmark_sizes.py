@@ -1,0 +1,45 @@
+"""The sizes that benchmarks run at: OpenVLA-7B's depth, at widths that a CPU bears."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .tiny import PADDED_ROWS, build_tiny, build_tokenizer
+
+SIZES = ("tiny", "tiny-deep", "eighth", "full")
+# (language model's width, its MLP's, attention heads), the towers' widths and heads
+WIDTHS = {"tiny-deep": ((64, 172, 4), ((64, 2), (72, 2))), "eighth": ((512, 1376, 4), ((128, 2), (144, 2)))}
+
+
+def overrides(size: str) -> dict[str, Any]:
+    """Fields of the configuration of a size.
+
+    "tiny" is the embedded default; "eighth" has full depth at 1/8 of the width; "tiny-deep" has full depth and next to
+    no arithmetic, so that what is left is the host's work.
+    """
+    if size == "tiny":
+        return {}
+    (hidden, intermediate, heads), towers = WIDTHS[size]
+    vocabulary = build_tokenizer().pad_token_id + PADDED_ROWS
+    text = {"model_type": "llama", "vocab_size": vocabulary, "hidden_size": hidden, "intermediate_size": intermediate}
+    text |= {"num_hidden_layers": 32, "num_attention_heads": heads, "num_key_value_heads": heads, "rms_norm_eps": 1e-6}
+    towers = [{"embed_dim": dim, "num_heads": heads} for dim, heads in towers]
+    # The published code takes no name of a language model but those it knows.
+    return {"text_config": text, "timm_model_kwargs": towers, "llm_backbone_id": "llama2-7b-pure"}
+
+
+def write_model(size: str, folder: Path) -> None:
+    """A bfloat16 folder with its processor. The model prefers action tokens, as trained ones do."""
+    if size == "full":
+        from convert_full import write_synthetic  # of benchmarks/, whose scripts alone run at full size
+
+        return write_synthetic(folder, torch.bfloat16, spread=0.02)
+    model, processor = build_tiny(**overrides(size))
+    head, actions = model.get_output_embeddings().weight.data, model.action_token_ids
+    head[: actions.start], head[actions.stop :] = 0, 0
+    model.to(torch.bfloat16).save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return None

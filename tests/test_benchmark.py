@@ -1,0 +1,30 @@
+"""``openvla bench``: its figures belong to answers that are compared. (The published code as a peer is run by hand.)"""
+
+import json
+
+import pytest
+from openvla.__main__ import main
+
+
+def test_all_sides_answer_alike(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    file, picture = tmp_path / "figures.json", tmp_path / "figures.png"
+    asked = ["--sizes", "tiny", "--pairs", "1", "--inputs", "3", "--threads", "1"]
+    assert main(["bench", *asked, "--json", str(file), "--plot", str(picture)]) == 0
+    report = json.loads(file.read_text())
+    actions = [row for row in report["rows"] if "action" in row["row"]]
+    assert [row["side"] for row in actions][:2] == ["openvla, fast=False", "openvla"]
+    assert len(actions) == 4
+    assert all(row["equal"] == row["of"] == 21 for row in actions)
+    assert all(row["seconds"] > 0 and row["share of the floor"] > 0 for row in actions)
+    assert len(report["rows"]) - len(actions) == 3
+    assert "| tiny | float32 | an action" in capsys.readouterr().out
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_peer_needs_both_its_code_and_its_python(tmp_path, capsys):
+    assert main(["bench", "--reference", str(tmp_path)]) == 2
+    assert "--reference-python" in capsys.readouterr().err
+    asked = ["--sizes", "tiny", "--inputs", "1", "--reference", str(tmp_path), "--reference-python", "/bin/false"]
+    with pytest.raises(RuntimeError, match="status 1"):
+        main(["bench", *asked])
