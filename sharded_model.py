@@ -39,6 +39,9 @@ def shard(model: nn.Module, device: torch.device, dtype: torch.dtype | None = No
     options: dict[str, Any] = {"mesh": dist.init_device_mesh(device.type, (dist.get_world_size(),))}
     if dtype is not None:
         options["mp_policy"] = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    for parameter in model.parameters():
+        if parameter.requires_grad:  # new adapters and heads are drawn by each process; the first one's count
+            dist.broadcast(parameter.detach(), src=0)
     for unit in _units(model):
         fully_shard(unit, **options)
     fully_shard(model, **options)
