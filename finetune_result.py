@@ -25,10 +25,11 @@ def feed_back(
 
     Returns:
         ``token_accuracy`` for tokens, ``l1_loss`` in [-1, 1] units, and ``distinct``, the share of different answers.
+        In feed_back.json stands too, as ``l1_robot``, the mean distance of every dimension in the robot's own units.
     """
     model.eval()
     collator = ActionCollator(processor, model)
-    distances, right, answers = [], [], set()
+    distances, in_robot_units, right, answers = [], [], [], set()
     # Among action tokens alone, so that a model that has not learnt them is measured too.
     asked = {"return_dict": True, "constrain_actions": model.config.action_head is None}
     for step, _ in zip(data.stream(model.config.chunk_length), range(config.feed_back)):
@@ -37,13 +38,15 @@ def feed_back(
         answer = model.predict_action(**inputs, unnorm_key=step.dataset, proprio=proprio, **asked)
         wanted = collator.normalized(step).reshape(answer.normalized_actions.shape)
         distances.append(np.abs(answer.normalized_actions - wanted).mean())
+        in_robot_units.append(np.abs(np.atleast_2d(answer.actions) - step.actions).mean(0))
         if answer.token_ids is not None:
             right.append((answer.token_ids == model.action_tokenizer.encode(wanted)).mean())
         answers.add(answer.normalized_actions.tobytes())
     found = {"l1_loss": float(np.mean(distances)), "distinct": len(answers) / len(distances)}
     if right:
         found["token_accuracy"] = float(np.mean(right))
-    write_json(output / "feed_back.json", {"steps": len(distances), **found})
+    by_dimension = np.mean(in_robot_units, axis=0).tolist()
+    write_json(output / "feed_back.json", {"steps": len(distances), **found, "l1_robot": by_dimension})
     print(f"fed back {len(distances)} training steps: " + ", ".join(f"{k} {v:.3f}" for k, v in found.items()))
     if len(answers) == 1 and len(distances) > 1:
         print("WARNING: every frame got the same answer. The run has collapsed; lower learning_rate.")

@@ -2,7 +2,9 @@
 
 import json
 import os
+import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -17,7 +19,11 @@ from safetensors.torch import load_file
 pytest.importorskip("accelerate")
 
 from openvla import PLATFORMS, OpenVLAForActionPrediction, load_policy
+from openvla.adapters_openvla import lora_targets
 from openvla.finetune import FinetuneConfig, as_config, build, finetune, rate, set_trained
+from openvla.finetune_config import TRACKERS
+from openvla.merge_adapter import merge
+from openvla.quantization_openvla import QUANTIZES_ON_CPU
 from openvla.tiny import build_tiny
 from openvla.training_batch import ActionCollator, answer_metrics
 from openvla.training_state import checkpoints
@@ -309,6 +315,9 @@ def test_the_learning_rate(base, tmp_path):
         ({"method": "lorra"}, "Unknown method 'lorra'; allowed"),
         ({"decay": "linear"}, "Unknown decay 'linear'"),
         ({"decay": "step"}, "decay='step' needs decay_step"),
+        ({"parallelism": "tp"}, "Unknown parallelism 'tp'; allowed"),
+        ({"parallelism": "fsdp", "method": "qlora"}, "4-bit weights cannot be spread"),
+        ({"tracker": "mlflow"}, "Unknown tracker 'mlflow'; allowed"),
         ({"batch_size": 0}, "batch_size must be a whole number"),
         ({"learning_rate": 0.0}, "learning_rate and max_grad_norm must be positive"),
         ({"modle": "x"}, r"Unknown fields in here: \['modle'\]"),
@@ -333,6 +342,152 @@ def test_bad_data(base, tmp_path):
         collator([replace(step, images=step.images * 2)])
     with pytest.raises(ValueError, match="Unknown platform 'so100'"):
         build(settings(base, tmp_path, answer={"platform": "so100"}), Few(), torch.device("cpu"))
+    with pytest.raises(ValueError, match="fsdp spreads a model over several processes, this is one"):
+        finetune(settings(base, tmp_path, parallelism="fsdp"), Few())
+
+
+def test_an_answer_that_the_model_does_not_give(tmp_path):
+    """An OpenVLA-OFT stays what it is: to ask otherwise is an error, to ask for what it is is none."""
+    l1 = {**PLATFORMS["libero"], "parallel_decoding": True, "action_head": "l1", "num_images_in_input": 2}
+    for part in build_tiny(**l1, norm_stats={"lab": STATISTICS}):
+        part.save_pretrained(tmp_path)
+    data, device = Few(chunk=8), torch.device("cpu")
+    model, _ = build(settings(tmp_path, tmp_path, answer={"platform": "libero", "action_head": "l1"}), data, device)
+    assert model.config.action_head == "l1"
+    asked = {"platform": "aloha", "action_head": "l1"}
+    with pytest.raises(ValueError, match=r"asks for .*'chunk_length': 25.* already answers with .*'chunk_length': 8"):
+        build(settings(tmp_path, tmp_path, answer=asked), data, device)
+    with pytest.raises(ValueError, match="'action_heads': 'l1'"):
+        build(settings(tmp_path, tmp_path, answer={"action_heads": "l1"}), data, device)
+
+
+def test_statistics_that_a_model_holds_fit_the_data(tmp_path):
+    from openvla.sequence_reader import SequenceReader
+
+    six = {"action": {"q01": [-1.0] * 6, "q99": [1.0] * 6}}
+    for part in build_tiny(norm_stats={"lab": six}):
+        part.save_pretrained(tmp_path)
+    data = Few()
+    episode = [{"image": step.images[0], "action": step.actions[0]} for step in data.steps]
+    fields = {"cameras": ["image"], "action": ["action"], "instruction_text": "go"}
+    data.readers = [SequenceReader([episode], name="lab", fields=fields)]
+    with pytest.raises(ValueError, match="lab: action has 7 dimensions, but 6 in the statistics"):
+        build(settings(tmp_path, tmp_path), data, torch.device("cpu"))
+
+
+def test_bad_episodes_stop_a_run_or_are_counted(base, tmp_path, capsys, monkeypatch):
+    h5py = pytest.importorskip("h5py")
+    from openvla.__main__ import main
+
+    monkeypatch.setenv("OPENVLA_CACHE", str(tmp_path / "cache"))
+    data = tmp_path / "data"
+    shutil.copytree(REPOSITORY / "tests" / "data" / "hdf5", data)
+    file = data / "pick_up_the_red_block_demo.hdf5"
+    with h5py.File(file, "r+") as content:
+        content["data/demo_0/actions"][2, 1] = np.nan
+    fields = [{"path": str(data), "fields": {"cameras": ["obs.agentview_rgb"]}}]
+    (tmp_path / "run.yaml").write_text(json.dumps({"model": str(base), "data": fields, "method": "last-layer"}))
+    command = ["finetune", str(tmp_path / "run.yaml"), "--output", str(tmp_path / "run"), "--device", "cpu"]
+    command += ["--max-steps", "1", "--batch-size", "2", "--feed-back", "2"]
+    status = main(command)
+    said = capsys.readouterr().err
+    assert status == 2
+    assert "pick_up_the_red_block_demo.hdf5, episode" in said
+    assert "demo_0: action[1] at step 2 is nan" in said
+    with pytest.warns(UserWarning, match=r"skipped 1 of 4 episodes. The first: .*demo_0: action\[1\]") as warned:
+        assert main([*command, "--skip-bad"]) == 0
+    assert sum("Skipped, 1 so far" in str(one.message) for one in warned) <= 2  # once a stream, not once an epoch
+    statistics = json.loads((tmp_path / "run" / "model" / "dataset_statistics.json").read_text())["data"]
+    assert (statistics["num_trajectories"], statistics["num_skipped"]) == (3, 1)
+
+
+@pytest.mark.skipif(not QUANTIZES_ON_CPU, reason="needs a GPU before transformers 4.53")
+def test_qlora(base, tmp_path):
+    """Trained beside 4-bit weights; the result is the plain base with the adapter merged into it once."""
+    pytest.importorskip("bitsandbytes")
+    finetune(settings(base, tmp_path, method="qlora", max_steps=12, lora_rank=8, lora_alpha=16), Few())
+    found = losses(tmp_path)
+    assert found[-1] < 0.8 * found[0]
+    merge(tmp_path / "adapter", tmp_path / "streamed")
+    result, streamed, plain = (
+        load_policy(folder).model for folder in (tmp_path / "model", tmp_path / "streamed", base)
+    )
+    assert result.dtype == plain.dtype == torch.float32
+    assert not hasattr(result.config, "quantization_config")
+    changed = 0
+    for (name, tensor), other in zip(result.state_dict().items(), plain.state_dict().values()):
+        assert torch.equal(tensor, streamed.state_dict()[name])
+        changed += not torch.equal(tensor, other)
+    assert changed == len(lora_targets(plain, "all-linear"))
+
+
+@pytest.mark.parametrize("tracker", TRACKERS)
+def test_trackers(base, tracker, tmp_path, monkeypatch):
+    """What a tracker has written is what metrics.jsonl holds."""
+    pytest.importorskip(tracker)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+    answer = {"action_dim": 7, "chunk_length": 2, "num_images_in_input": 2}  # a mapping, for the hyperparameters
+    config = settings(base, tmp_path / "run", max_steps=2, tracker=tracker, feed_back=2, method="full", answer=answer)
+    finetune(config, Few(chunk=2))
+    wanted = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    found = read_tracker(tracker, tmp_path)
+    for name in ("train_loss", "action_accuracy", "l1_loss", "l1_bins", "gradient_norm", "learning_rate"):
+        assert found[name] == pytest.approx([line[name] for line in wanted], rel=1e-6)
+
+
+def read_tracker(tracker, folder):
+    """Values by name, in the order of steps."""
+    if tracker == "tensorboard":
+        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+        events = EventAccumulator(str(folder / "run" / "openvla")).Reload()
+        return {name: [event.value for event in events.Scalars(name)] for name in events.Tags()["scalars"]}
+    rows = list(_wandb_rows(folder)) if tracker == "wandb" else list(_trackio_rows(folder))
+    return {name: [row[name] for row in rows] for name in rows[0]}
+
+
+def _wandb_rows(folder):
+    from wandb.proto import wandb_internal_pb2
+    from wandb.sdk.internal.datastore import DataStore
+
+    store = DataStore()
+    store.open_for_scan(str(next(folder.rglob("*.wandb"))))
+    while (data := store.scan_data()) is not None:
+        record = wandb_internal_pb2.Record()
+        record.ParseFromString(data)
+        if record.WhichOneof("record_type") == "history":
+            items = record.history.item
+            yield {item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in items}
+
+
+def _trackio_rows(folder):
+    with sqlite3.connect(next((folder / "trackio").glob("*.db"))) as database:
+        for (metrics,) in database.execute("SELECT metrics FROM metrics ORDER BY step"):
+            yield json.loads(metrics)
+
+
+@pytest.mark.parametrize("tracker", TRACKERS)
+def test_a_missing_tracker_names_what_to_install(base, tracker, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, tracker, None)
+    with pytest.raises(ImportError, match=f"tracker: {tracker} needs {tracker}: pip install {tracker}"):
+        finetune(settings(base, tmp_path, tracker=tracker), Few())
+
+
+@pytest.mark.slow
+def test_twenty_episodes_are_learnt_by_heart(tmp_path):
+    """The commands of examples/toy.py, as they are written there."""
+    for package in ("h5py", "yaml"):
+        pytest.importorskip(package)
+    environment = {**os.environ, "OPENVLA_CACHE": str(tmp_path / "cache")}
+    for command in (["examples/toy.py"], ["-m", "openvla", "finetune", "examples/toy.yaml"]):
+        command = [sys.executable, *(str(REPOSITORY / part) if "/" in part else part for part in command)]
+        subprocess.run(command, check=True, cwd=tmp_path, env=environment, timeout=3000)
+    fed = json.loads((tmp_path / "toy" / "run" / "feed_back.json").read_text())
+    assert fed["steps"] == 120  # all of them
+    assert fed["token_accuracy"] > 0.95
+    assert load_policy(tmp_path / "toy" / "run" / "model").unnorm_key == "data"
 
 
 @pytest.mark.parametrize("name", ["lerobot_v3", "bridge_orig", "hdf5"])
