@@ -20,7 +20,7 @@ pytest.importorskip("accelerate")
 
 from openvla import PLATFORMS, OpenVLAForActionPrediction, load_policy
 from openvla.adapters_openvla import lora_targets
-from openvla.finetune import FinetuneConfig, as_config, build, finetune, rate, set_trained
+from openvla.finetune import FinetuneConfig, as_config, build, finetune, rate, read_yaml, set_trained
 from openvla.finetune_config import TRACKERS
 from openvla.merge_adapter import merge
 from openvla.quantization_openvla import QUANTIZES_ON_CPU
@@ -243,6 +243,7 @@ def test_two_processes_train_as_one(base, method, parallelism, tmp_path):
         answer = {"platform": "libero", "action_head": "l1", "num_images_in_input": 2, "use_film": True}
         method, chunk = "lora", PLATFORMS["libero"]["chunk_length"]
     common = {"max_steps": 4, "method": method, "save_steps": 2, "answer": answer, "feed_back": 2}
+    common["gradient_checkpointing"] = method == "full"
     script = tmp_path / "run.py"
     script.write_text(
         f"import sys; sys.path.insert(0, {str(REPOSITORY / 'tests')!r})\n"
@@ -488,6 +489,15 @@ def test_twenty_episodes_are_learnt_by_heart(tmp_path):
     assert fed["steps"] == 120  # all of them
     assert fed["token_accuracy"] > 0.95
     assert load_policy(tmp_path / "toy" / "run" / "model").unnorm_key == "data"
+
+
+@pytest.mark.parametrize("name", ["full_8gpu", "lora_24gb", "oft_libero", "qlora_16gb", "toy"])
+def test_examples_are_runs(name):
+    pytest.importorskip("yaml")
+    file = REPOSITORY / "examples" / f"{name}.yaml"
+    config = as_config({"output": "run", **read_yaml(file)}, file)
+    assert file.read_text().count(f"examples/{name}.yaml") >= 1  # the command to launch it
+    assert (config.parallelism == "fsdp") == (name == "full_8gpu")
 
 
 @pytest.mark.parametrize("name", ["lerobot_v3", "bridge_orig", "hdf5"])
