@@ -177,7 +177,7 @@ def build(
         model.config.default_unnorm_key = next(iter(data.statistics))
     set_trained(model, config)
     if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
+        model.gradient_checkpointing_enable({"use_reentrant": False})
         model.enable_input_require_grads()
     return model.train(), processor
 

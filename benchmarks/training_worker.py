@@ -42,7 +42,7 @@ def ours(folder: Path, checkpointing: bool) -> tuple[torch.nn.Module, Callable[[
     model = OpenVLAForActionPrediction.from_pretrained(folder / "base", torch_dtype=torch.float32)
     model.enable_lora(RANK, ALPHA)
     if checkpointing:
-        model.gradient_checkpointing_enable()
+        model.gradient_checkpointing_enable({"use_reentrant": False})
         model.enable_input_require_grads()
     model.train()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]

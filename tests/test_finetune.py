@@ -214,6 +214,38 @@ def test_what_each_method_trains(method, tmp_path):
     assert not without, without  # or DDP would wait for them
 
 
+def test_checkpointing_saves_the_towers_too_and_changes_no_gradient():
+    """Adapters in towers whose input needs no gradient."""
+    model, processor = build_tiny()
+    batch = ActionCollator(processor, _with_statistics(model))(Few().steps[:2])
+    model.enable_lora(r=4, alpha=8)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(generator=torch.Generator().manual_seed(len(name)), std=0.02)
+    saved, gradients = [], []
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        features, kept = _with_what_is_saved(lambda: model.train().vision_backbone(batch["pixel_values"]))
+        saved.append(kept)
+        features.sum().backward()
+        gradients.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+        model.zero_grad()
+    assert saved[1] < 0.3 * saved[0]
+    assert gradients[0]
+    assert set(gradients[0]) == set(gradients[1])
+    assert all(torch.equal(gradients[1][name], gradient) for name, gradient in gradients[0].items())
+
+
+def _with_what_is_saved(run):
+    """The result, and the bytes that wait for its backward pass."""
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor.nbytes) or tensor, lambda t: t):
+        result = run()
+    return result, sum(kept)
+
+
 def _with_statistics(model):
     model.add_norm_stats("lab", STATISTICS)
     return model
