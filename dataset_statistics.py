@@ -159,10 +159,11 @@ def require_matching(statistics: Mapping[str, Any], reader: EpisodeReader) -> No
         ValueError: Action or proprio has another number of dimensions.
     """
     for what, found in (("action", reader.action_dim), ("proprio", reader.proprio_dim)):
-        if what in statistics and found and len(statistics[what]["q01"]) != found:
-            raise ValueError(
-                f"{reader.name}: {what} has {found} dimensions, but {len(statistics[what]['q01'])} in the statistics."
-            )
+        if what not in statistics or not found:
+            continue
+        held = len(statistics[what]["q01" if "q01" in statistics[what] else "min"])  # a checkpoint may hold either
+        if held != found:
+            raise ValueError(f"{reader.name}: {what} has {found} dimensions, but {held} in the statistics.")
 
 
 def as_norm_stats(readers: Sequence[EpisodeReader], **options: Any) -> dict[str, dict[str, Any]]:

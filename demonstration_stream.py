@@ -44,7 +44,8 @@ class DemonstrationStream(IterableDataset):
         ValueError: An option is out of range, names collide, or action or proprio dimensions differ between datasets.
 
     Attributes:
-        skipped: Bad episodes and steps left out so far, in this process (a worker has its own).
+        skipped: Bad episodes and steps met so far and left out, in this process (a worker has its own); each counts,
+            and is warned of, once.
     """
 
     def __init__(
@@ -66,7 +67,7 @@ class DemonstrationStream(IterableDataset):
         self.weights = [1.0] * len(self.readers) if weights is None else [float(weight) for weight in weights]
         self.chunk_length, self.ends, self.shuffle_buffer, self.seed = chunk_length, ends, shuffle_buffer, seed
         self.repeat, self.rank, self.world_size, self.skip_bad = repeat, rank, world_size, skip_bad
-        self.skipped = 0
+        self._bad: set[str] = set()
         self._resume_batches, self._resume_batch_size = 0, 1
         self._check()
         if balance and len(self.readers) > 1:
@@ -143,8 +144,13 @@ class DemonstrationStream(IterableDataset):
         return length if self.ends == "repeat" else max(0, length - self.chunk_length + 1)
 
     def _skip(self, error: DemonstrationError) -> None:
-        self.skipped += 1
-        warnings.warn(f"Skipped, {self.skipped} so far: {error}", stacklevel=2)
+        if str(error) not in self._bad:  # which is met again in every epoch
+            self._bad.add(str(error))
+            warnings.warn(f"Skipped, {self.skipped} so far: {error}", stacklevel=2)
+
+    @property
+    def skipped(self) -> int:
+        return len(self._bad)
 
 
 @dataclasses.dataclass

@@ -39,8 +39,8 @@ class DemonstrationError(ValueError):
     """An episode that cannot be used; the message names its file and its id. ``skip_bad`` goes on after these."""
 
 
-def require(package: str, why: str) -> Any:
-    """An optional package of the extra ``train``.
+def require(package: str, why: str, install: str = "'openvla[train]'") -> Any:
+    """An optional package, of the extra ``train`` unless ``install`` says what pip should be given.
 
     Raises:
         ImportError: It is not installed.
@@ -48,7 +48,7 @@ def require(package: str, why: str) -> Any:
     try:
         return importlib.import_module(package)
     except ImportError as error:
-        raise ImportError(f"{why} needs {package}: pip install 'openvla[train]'") from error
+        raise ImportError(f"{why} needs {package}: pip install {install} ({error})") from error
 
 
 class Handles:

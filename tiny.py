@@ -103,9 +103,14 @@ def build_tiny(seed: int = 0, **overrides: Any) -> tuple[OpenVLAForActionPredict
     """
     tokenizer = build_tokenizer()
     config = build_config(tokenizer, **overrides)
+    return build_model(config, seed), OpenVLAProcessor.for_config(config, tokenizer)
+
+
+def build_model(config: OpenVLAConfig, seed: int = 0) -> OpenVLAForActionPrediction:
+    """An untrained model of a configuration, float32 in eval mode on the CPU."""
     model = OpenVLAForActionPrediction(config)
     _fill(model, seed)
-    return model.eval(), OpenVLAProcessor.for_config(config, tokenizer)
+    return model.eval()
 
 
 def _fill(model: nn.Module, seed: int) -> None:

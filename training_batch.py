@@ -147,8 +147,9 @@ def answer_metrics(
         model: Not wrapped.
 
     Returns:
-        For tokens ``action_accuracy`` (share of action tokens that are right) and ``l1_loss`` (mean distance of the
-        decoded actions, in [-1, 1] units); for an L1 head ``curr_action_l1_loss`` and ``next_actions_l1_loss``.
+        For tokens ``action_accuracy`` (share of action tokens that are right), ``l1_loss`` (mean distance of the
+        decoded actions, in [-1, 1] units) and ``l1_bins`` (the same in bins); for an L1 head ``curr_action_l1_loss``
+        and ``next_actions_l1_loss``.
     """
     if model.config.action_head == "diffusion":
         return {}
@@ -165,4 +166,5 @@ def answer_metrics(
     return {
         "action_accuracy": (predicted == wanted).float().mean(),
         "l1_loss": (centers[bins[0]] - centers[bins[1]]).abs().mean(),
+        "l1_bins": (bins[0] - bins[1]).abs().float().mean(),
     }

@@ -13,12 +13,15 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
-STATE_FILE, TRAINED_FILE = "state.pt", "trained.safetensors"
+from .sharded_model import is_sharded, share_of, spread_as
+
 CHECKPOINT = re.compile(r"step-(\d+)")
 
 
 class TrainingState:
     """What a broken run needs to go on exactly: trained weights, optimiser, rate, random states, position.
+
+    Of a model that is spread over processes each writes and reads its own shares, under its rank.
 
     Attributes:
         step: Times that the weights have moved.
@@ -29,9 +32,18 @@ class TrainingState:
         self.model, self.optimizer, self.scheduler = model, optimizer, scheduler
         self.step = self.passes = 0
 
+    @property
+    def trained(self) -> dict[str, torch.Tensor]:
+        """The parameters that are trained, by name."""
+        return {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+
+    def _files(self, folder: Path, rank: int) -> tuple[Path, Path]:
+        own = f"-{rank}" if any(map(is_sharded, self.trained.values())) else ""
+        return folder / f"trained{own}.safetensors", folder / f"state{own}.pt"
+
     def save(self, output: Path, keep: int, accelerator: Any) -> None:
         """Write checkpoints/step-N, whole or not at all, and remove all but the newest."""
-        folder = output / "checkpoints" / f"step-{self.step:07d}"
+        folder, rank = output / "checkpoints" / f"step-{self.step:07d}", accelerator.process_index
         partial = folder.with_name(f".{folder.name}.partial")
         if accelerator.is_main_process:
             shutil.rmtree(partial, ignore_errors=True)
@@ -43,13 +55,14 @@ class TrainingState:
             "python": list(random.getstate()),
             "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
         }
-        torch.save(random_states, partial / f"random-{accelerator.process_index}.pt")
-        if accelerator.is_main_process:
-            trained = {n: p.detach().cpu().contiguous() for n, p in self.model.named_parameters() if p.requires_grad}
-            save_file(trained, partial / TRAINED_FILE)
+        torch.save(random_states, partial / f"random-{rank}.pt")
+        weights_file, state_file = self._files(partial, rank)
+        if accelerator.is_main_process or any(map(is_sharded, self.trained.values())):
+            shares = share_of({name: parameter.detach() for name, parameter in self.trained.items()})
+            save_file({name: tensor.cpu().contiguous() for name, tensor in shares.items()}, weights_file)
             position = {"step": self.step, "passes": self.passes, "processes": accelerator.num_processes}
-            kept = {"optimizer": self.optimizer.state_dict(), "scheduler": self.scheduler.state_dict(), **position}
-            torch.save(kept, partial / STATE_FILE)
+            optimizer = share_of(self.optimizer.state_dict())
+            torch.save({"optimizer": optimizer, "scheduler": self.scheduler.state_dict(), **position}, state_file)
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             shutil.rmtree(folder, ignore_errors=True)
@@ -61,20 +74,26 @@ class TrainingState:
         """Go on from a checkpoint.
 
         Raises:
-            ValueError: It is of another number of processes, or does not fit the run.
+            ValueError: It is of another number of processes or parallelism, or does not fit the run.
         """
         if folder is None:
             return
-        kept = torch.load(folder / STATE_FILE, map_location="cpu", weights_only=True)
+        weights_file, state_file = self._files(folder, accelerator.process_index)
+        if not state_file.is_file():
+            raise ValueError(
+                f"{folder} has no {state_file.name}: it was written under another parallelism or by fewer processes. "
+                "Go on as it began, or begin elsewhere."
+            )
+        kept = torch.load(state_file, map_location="cpu", weights_only=True)
         if kept["processes"] != accelerator.num_processes:
             raise ValueError(f"{folder} is of {kept['processes']} processes; go on with as many, or begin elsewhere.")
-        trained, own = load_file(folder / TRAINED_FILE), dict(self.model.named_parameters())
-        if set(trained) != {name for name, parameter in own.items() if parameter.requires_grad}:
+        weights, own = load_file(weights_file), self.trained
+        if set(weights) != set(own):
             raise ValueError(f"{folder} trained other weights than this run would; begin in another output folder.")
         with torch.no_grad():
-            for name, tensor in trained.items():
-                own[name].copy_(tensor)
-        self.optimizer.load_state_dict(kept["optimizer"])
+            for name, tensor in weights.items():
+                own[name].copy_(spread_as(tensor, own[name]))
+        self._restore_optimizer(kept["optimizer"])
         self.scheduler.load_state_dict(kept["scheduler"])
         self.step, self.passes = kept["step"], kept["passes"]
         states = torch.load(folder / f"random-{accelerator.process_index}.pt", weights_only=True)
@@ -85,6 +104,15 @@ class TrainingState:
         if states["cuda"]:
             torch.cuda.set_rng_state_all(states["cuda"])
         accelerator.print(f"goes on from {folder}")
+
+    def _restore_optimizer(self, kept: dict[str, Any]) -> None:
+        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        for index, state in kept["state"].items():  # AdamW's step count has no axis and is nobody's share
+            kept["state"][index] = {
+                name: spread_as(value, parameters[index]) if torch.is_tensor(value) and value.ndim else value
+                for name, value in state.items()
+            }
+        self.optimizer.load_state_dict(kept)
 
 
 def checkpoints(output: Path) -> list[Path]:

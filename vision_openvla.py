@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from .configuration_openvla import PrismaticConfig
 
@@ -197,6 +198,7 @@ class VisionTower(nn.Module):
         self.norm_pre = nn.LayerNorm(arch.embed_dim, eps=arch.norm_eps) if arch.pre_norm else nn.Identity()
         self.blocks = nn.ModuleList(VisionBlock(arch, activation) for _ in range(arch.depth))
         self.norm = nn.LayerNorm(arch.embed_dim, eps=arch.norm_eps)
+        self.gradient_checkpointing = False  # set by transformers' gradient_checkpointing_enable
         if arch.attention_pool:
             self.attn_pool = AttentionPool(arch, activation)
 
@@ -210,7 +212,11 @@ class VisionTower(nn.Module):
         x = self._with_position(self.patch_embed(pixel_values))
         x = self.norm_pre(x)
         for block in self.blocks[:-1]:
-            x = block(x, condition)
+            if self.gradient_checkpointing and self.training:
+                # Never reentrant: images need no gradient, and then a block's adapters would silently get none.
+                x = checkpoint(block, x, condition, use_reentrant=False)
+            else:
+                x = block(x, condition)
         return x[:, self.num_prefix_tokens :]
 
     def _with_position(self, patches: torch.Tensor) -> torch.Tensor:

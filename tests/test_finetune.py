@@ -2,7 +2,9 @@
 
 import json
 import os
+import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -12,14 +14,24 @@ import numpy as np
 import pytest
 import torch
 from reference import GOLDEN, LOSS_ATOL, REPOSITORY, oft_model
+from safetensors.torch import load_file
 
 pytest.importorskip("accelerate")
 
 from openvla import PLATFORMS, OpenVLAForActionPrediction, load_policy
-from openvla.finetune import FinetuneConfig, as_config, build, finetune, rate, set_trained
+from openvla.adapters_openvla import lora_targets
+from openvla.finetune import FinetuneConfig, as_config, build, finetune, rate, read_yaml, set_trained
+from openvla.finetune_config import TRACKERS
+from openvla.merge_adapter import merge
+from openvla.quantization_openvla import QUANTIZES_ON_CPU
 from openvla.tiny import build_tiny
 from openvla.training_batch import ActionCollator, answer_metrics
 from openvla.training_state import checkpoints
+
+# A batch in two halves adds its gradients up in another order, in float32; four steps of AdamW on a tiny model make of
+# that less than 1e-4 of a loss.
+SPLIT_BATCH_RTOL = 1e-4
+SPLIT_BATCH_ACTION_ATOL = 1e-3  # of an L1 head's actions after those steps; tokens are a bin apart or equal
 
 STATISTICS = {
     "action": {"q01": [-0.5] * 7, "q99": [0.5] * 7, "mask": [True] * 6 + [False]},
@@ -43,7 +55,7 @@ class Few:
 
     def __init__(self, count=4, chunk=1):
         random = np.random.RandomState(0)
-        self.statistics = {"lab": STATISTICS}
+        self.statistics, self.readers = {"lab": STATISTICS}, ()
         self.steps = [
             Sample(
                 images=list(random.randint(0, 256, (2 if chunk > 1 else 1, 64, 64, 3), dtype=np.uint8)),
@@ -202,6 +214,38 @@ def test_what_each_method_trains(method, tmp_path):
     assert not without, without  # or DDP would wait for them
 
 
+def test_checkpointing_saves_the_towers_too_and_changes_no_gradient():
+    """Adapters in towers whose input needs no gradient."""
+    model, processor = build_tiny()
+    batch = ActionCollator(processor, _with_statistics(model))(Few().steps[:2])
+    model.enable_lora(r=4, alpha=8)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(generator=torch.Generator().manual_seed(len(name)), std=0.02)
+    saved, gradients = [], []
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        features, kept = _with_what_is_saved(lambda: model.train().vision_backbone(batch["pixel_values"]))
+        saved.append(kept)
+        features.sum().backward()
+        gradients.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+        model.zero_grad()
+    assert saved[1] < 0.3 * saved[0]
+    assert gradients[0]
+    assert set(gradients[0]) == set(gradients[1])
+    assert all(torch.equal(gradients[1][name], gradient) for name, gradient in gradients[0].items())
+
+
+def _with_what_is_saved(run):
+    """The result, and the bytes that wait for its backward pass."""
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor.nbytes) or tensor, lambda t: t):
+        result = run()
+    return result, sum(kept)
+
+
 def _with_statistics(model):
     model.add_norm_stats("lab", STATISTICS)
     return model
@@ -222,24 +266,44 @@ def test_a_broken_run_goes_on_with_the_same_losses(base, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["full", "lora"])
-def test_two_processes_train_as_one(base, method, tmp_path):
-    """Two processes with two rows each (DDP over gloo) have the losses of one with four."""
-    common = {"max_steps": 4, "method": method, "save_steps": 2, "answer": None, "feed_back": 2}
+@pytest.mark.parametrize("parallelism", ["ddp", "fsdp"])
+@pytest.mark.parametrize("method", ["full", "lora", "oft"])
+def test_two_processes_train_as_one(base, method, parallelism, tmp_path):
+    """Two processes with two rows each, broken off once (over gloo), have the losses of one with four."""
+    answer, chunk = None, 1
+    if method == "oft":  # its heads and FiLM, LoRA beside the rest
+        answer = {"platform": "libero", "action_head": "l1", "num_images_in_input": 2, "use_film": True}
+        method, chunk = "lora", PLATFORMS["libero"]["chunk_length"]
+    common = {"max_steps": 4, "method": method, "save_steps": 2, "answer": answer, "feed_back": 2}
+    common["gradient_checkpointing"] = method == "full"
     script = tmp_path / "run.py"
     script.write_text(
         f"import sys; sys.path.insert(0, {str(REPOSITORY / 'tests')!r})\n"
         "from test_finetune import Few, settings\nfrom openvla.finetune import finetune\n"
-        "steps = int(sys.argv[1])\n"
-        f"finetune(settings({str(base)!r}, {str(tmp_path / 'two')!r}, **{{**{common!r}, 'max_steps': steps}}, "
-        "batch_size=2), Few(8))\n"
+        "steps, parallelism, data = int(sys.argv[1]), sys.argv[2], Few(8, chunk=int(sys.argv[3]))\n"
+        f"common = {{**{common!r}, 'max_steps': steps, 'batch_size': 2, 'parallelism': parallelism}}\n"
+        f"finetune(settings({str(base)!r}, {str(tmp_path / 'two')!r}, **common), data)\n"
     )
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", str(script)]
     for steps in ("2", "4"):  # the second run goes on from the first
-        subprocess.run([*launch, steps], check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=300)
-    finetune(settings(base, tmp_path / "one", **common, batch_size=4), Few(8))
-    np.testing.assert_allclose(losses(tmp_path / "two"), losses(tmp_path / "one"), rtol=1e-4)
-    assert load_policy(tmp_path / "two" / "model").unnorm_key == "lab"
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        subprocess.run([*launch, steps, parallelism, str(chunk)], check=True, env=environment, timeout=300)
+    data = Few(8, chunk=chunk)
+    finetune(settings(base, tmp_path / "one", **common, batch_size=4), data)
+    np.testing.assert_allclose(losses(tmp_path / "two"), losses(tmp_path / "one"), rtol=SPLIT_BATCH_RTOL)
+    policy, alone = (load_policy(tmp_path / run / "model") for run in ("two", "one"))
+    assert policy.unnorm_key == "lab"
+    step = data.steps[0]
+    asked = {"proprio": step.proprio} if chunk > 1 else {}
+    actions = [one.act(step.images, step.instruction, **asked) for one in (policy, alone)]
+    np.testing.assert_allclose(*actions, atol=SPLIT_BATCH_ACTION_ATOL)
+    newest = checkpoints(tmp_path / "two")[-1]
+    trained = sum(file.stat().st_size for file in newest.glob("trained*"))
+    assert len(list(newest.glob("trained*"))) == (2 if parallelism == "fsdp" else 1)
+    assert trained < 1.2 * (checkpoints(tmp_path / "one")[-1] / "trained.safetensors").stat().st_size  # none twice
+    if parallelism == "fsdp":
+        with pytest.raises(ValueError, match="written under another parallelism or by fewer processes"):
+            finetune(settings(base, tmp_path / "two", **common), data)
 
 
 @pytest.mark.slow
@@ -253,20 +317,22 @@ def test_killed_at_random_moments_it_keeps_its_last_checkpoint(base, tmp_path):
     seen, random = 0, np.random.RandomState(0)
     for _ in range(4):
         process = subprocess.Popen([sys.executable, script], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        deadline = time.time() + 90
-        while time.time() < deadline and len(checkpoints(tmp_path / "run")) == 0:
+        deadline = time.time() + 120
+        while time.time() < deadline and _newest_step(tmp_path / "run") <= seen + 1:
             time.sleep(0.05)
-        before = time.time() + 12 + 4 * random.rand()
-        while time.time() < before and process.poll() is None:
-            time.sleep(0.05)
+        time.sleep(2 * random.rand())
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
+        step = _newest_step(tmp_path / "run")
+        assert step > seen + 1  # it went on, from where it had been
         newest = checkpoints(tmp_path / "run")[-1]
-        step = int(newest.name.removeprefix("step-"))
-        assert step >= seen
         assert torch.load(newest / "state.pt", weights_only=True)["step"] == step
+        assert load_file(newest / "trained.safetensors")
         seen = step
-    assert seen > 3
+
+
+def _newest_step(run):
+    return max((int(folder.name.removeprefix("step-")) for folder in checkpoints(run)), default=0)
 
 
 def test_the_learning_rate(base, tmp_path):
@@ -282,6 +348,9 @@ def test_the_learning_rate(base, tmp_path):
         ({"method": "lorra"}, "Unknown method 'lorra'; allowed"),
         ({"decay": "linear"}, "Unknown decay 'linear'"),
         ({"decay": "step"}, "decay='step' needs decay_step"),
+        ({"parallelism": "tp"}, "Unknown parallelism 'tp'; allowed"),
+        ({"parallelism": "fsdp", "method": "qlora"}, "4-bit weights cannot be spread"),
+        ({"tracker": "mlflow"}, "Unknown tracker 'mlflow'; allowed"),
         ({"batch_size": 0}, "batch_size must be a whole number"),
         ({"learning_rate": 0.0}, "learning_rate and max_grad_norm must be positive"),
         ({"modle": "x"}, r"Unknown fields in here: \['modle'\]"),
@@ -305,13 +374,162 @@ def test_bad_data(base, tmp_path):
     with pytest.raises(ValueError, match="The model takes 1 images, 'lab' gives 2: name the cameras"):
         collator([replace(step, images=step.images * 2)])
     with pytest.raises(ValueError, match="Unknown platform 'so100'"):
-        build(settings(base, tmp_path, answer={"platform": "so100"}), Few(), _cpu())
+        build(settings(base, tmp_path, answer={"platform": "so100"}), Few(), torch.device("cpu"))
+    with pytest.raises(ValueError, match="fsdp spreads a model over several processes, this is one"):
+        finetune(settings(base, tmp_path, parallelism="fsdp"), Few())
 
 
-def _cpu():
-    from accelerate import Accelerator
+def test_an_answer_that_the_model_does_not_give(tmp_path):
+    """An OpenVLA-OFT stays what it is: to ask otherwise is an error, to ask for what it is is none."""
+    l1 = {**PLATFORMS["libero"], "parallel_decoding": True, "action_head": "l1", "num_images_in_input": 2}
+    for part in build_tiny(**l1, norm_stats={"lab": STATISTICS}):
+        part.save_pretrained(tmp_path)
+    data, device = Few(chunk=8), torch.device("cpu")
+    model, _ = build(settings(tmp_path, tmp_path, answer={"platform": "libero", "action_head": "l1"}), data, device)
+    assert model.config.action_head == "l1"
+    asked = {"platform": "aloha", "action_head": "l1"}
+    with pytest.raises(ValueError, match=r"asks for .*'chunk_length': 25.* already answers with .*'chunk_length': 8"):
+        build(settings(tmp_path, tmp_path, answer=asked), data, device)
+    with pytest.raises(ValueError, match="'action_heads': 'l1'"):
+        build(settings(tmp_path, tmp_path, answer={"action_heads": "l1"}), data, device)
 
-    return Accelerator(cpu=True)
+
+def test_statistics_that_a_model_holds_fit_the_data(tmp_path):
+    from openvla.sequence_reader import SequenceReader
+
+    six = {"action": {"q01": [-1.0] * 6, "q99": [1.0] * 6}}
+    for part in build_tiny(norm_stats={"lab": six}):
+        part.save_pretrained(tmp_path)
+    data = Few()
+    episode = [{"image": step.images[0], "action": step.actions[0]} for step in data.steps]
+    fields = {"cameras": ["image"], "action": ["action"], "instruction_text": "go"}
+    data.readers = [SequenceReader([episode], name="lab", fields=fields)]
+    with pytest.raises(ValueError, match="lab: action has 7 dimensions, but 6 in the statistics"):
+        build(settings(tmp_path, tmp_path), data, torch.device("cpu"))
+
+
+def test_bad_episodes_stop_a_run_or_are_counted(base, tmp_path, capsys, monkeypatch):
+    h5py = pytest.importorskip("h5py")
+    from openvla.__main__ import main
+
+    monkeypatch.setenv("OPENVLA_CACHE", str(tmp_path / "cache"))
+    data = tmp_path / "data"
+    shutil.copytree(REPOSITORY / "tests" / "data" / "hdf5", data)
+    file = data / "pick_up_the_red_block_demo.hdf5"
+    with h5py.File(file, "r+") as content:
+        content["data/demo_0/actions"][2, 1] = np.nan
+    fields = [{"path": str(data), "fields": {"cameras": ["obs.agentview_rgb"]}}]
+    (tmp_path / "run.yaml").write_text(json.dumps({"model": str(base), "data": fields, "method": "last-layer"}))
+    command = ["finetune", str(tmp_path / "run.yaml"), "--output", str(tmp_path / "run"), "--device", "cpu"]
+    command += ["--max-steps", "1", "--batch-size", "2", "--feed-back", "2"]
+    status = main(command)
+    said = capsys.readouterr().err
+    assert status == 2
+    assert "pick_up_the_red_block_demo.hdf5, episode" in said
+    assert "demo_0: action[1] at step 2 is nan" in said
+    with pytest.warns(UserWarning, match=r"skipped 1 of 4 episodes. The first: .*demo_0: action\[1\]") as warned:
+        assert main([*command, "--skip-bad"]) == 0
+    assert sum("Skipped, 1 so far" in str(one.message) for one in warned) <= 2  # once a stream, not once an epoch
+    statistics = json.loads((tmp_path / "run" / "model" / "dataset_statistics.json").read_text())["data"]
+    assert (statistics["num_trajectories"], statistics["num_skipped"]) == (3, 1)
+
+
+@pytest.mark.skipif(not QUANTIZES_ON_CPU, reason="needs a GPU before transformers 4.53")
+def test_qlora(base, tmp_path):
+    """Trained beside 4-bit weights; the result is the plain base with the adapter merged into it once."""
+    pytest.importorskip("bitsandbytes")
+    finetune(settings(base, tmp_path, method="qlora", max_steps=12, lora_rank=8, lora_alpha=16), Few())
+    found = losses(tmp_path)
+    assert found[-1] < 0.8 * found[0]
+    merge(tmp_path / "adapter", tmp_path / "streamed")
+    result, streamed, plain = (
+        load_policy(folder).model for folder in (tmp_path / "model", tmp_path / "streamed", base)
+    )
+    assert result.dtype == plain.dtype == torch.float32
+    assert not hasattr(result.config, "quantization_config")
+    changed = 0
+    for (name, tensor), other in zip(result.state_dict().items(), plain.state_dict().values()):
+        assert torch.equal(tensor, streamed.state_dict()[name])
+        changed += not torch.equal(tensor, other)
+    assert changed == len(lora_targets(plain, "all-linear"))
+
+
+@pytest.mark.parametrize("tracker", TRACKERS)
+def test_trackers(base, tracker, tmp_path, monkeypatch):
+    """What a tracker has written is what metrics.jsonl holds."""
+    pytest.importorskip(tracker)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+    answer = {"action_dim": 7, "chunk_length": 2, "num_images_in_input": 2}  # a mapping, for the hyperparameters
+    config = settings(base, tmp_path / "run", max_steps=2, tracker=tracker, feed_back=2, method="full", answer=answer)
+    finetune(config, Few(chunk=2))
+    wanted = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    found = read_tracker(tracker, tmp_path)
+    for name in ("train_loss", "action_accuracy", "l1_loss", "l1_bins", "gradient_norm", "learning_rate"):
+        assert found[name] == pytest.approx([line[name] for line in wanted], rel=1e-6)
+
+
+def read_tracker(tracker, folder):
+    """Values by name, in the order of steps."""
+    if tracker == "tensorboard":
+        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+        events = EventAccumulator(str(folder / "run" / "openvla")).Reload()
+        return {name: [event.value for event in events.Scalars(name)] for name in events.Tags()["scalars"]}
+    rows = list(_wandb_rows(folder)) if tracker == "wandb" else list(_trackio_rows(folder))
+    return {name: [row[name] for row in rows] for name in rows[0]}
+
+
+def _wandb_rows(folder):
+    from wandb.proto import wandb_internal_pb2
+    from wandb.sdk.internal.datastore import DataStore
+
+    store = DataStore()
+    store.open_for_scan(str(next(folder.rglob("*.wandb"))))
+    while (data := store.scan_data()) is not None:
+        record = wandb_internal_pb2.Record()
+        record.ParseFromString(data)
+        if record.WhichOneof("record_type") == "history":
+            items = record.history.item
+            yield {item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in items}
+
+
+def _trackio_rows(folder):
+    with sqlite3.connect(next((folder / "trackio").glob("*.db"))) as database:
+        for (metrics,) in database.execute("SELECT metrics FROM metrics ORDER BY step"):
+            yield json.loads(metrics)
+
+
+@pytest.mark.parametrize("tracker", TRACKERS)
+def test_a_missing_tracker_names_what_to_install(base, tracker, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, tracker, None)
+    with pytest.raises(ImportError, match=f"tracker: {tracker} needs {tracker}: pip install {tracker}"):
+        finetune(settings(base, tmp_path, tracker=tracker), Few())
+
+
+@pytest.mark.slow
+def test_twenty_episodes_are_learnt_by_heart(tmp_path):
+    """The commands of examples/toy.py, as they are written there."""
+    for package in ("h5py", "yaml"):
+        pytest.importorskip(package)
+    environment = {**os.environ, "OPENVLA_CACHE": str(tmp_path / "cache")}
+    for command in (["examples/toy.py"], ["-m", "openvla", "finetune", "examples/toy.yaml"]):
+        command = [sys.executable, *(str(REPOSITORY / part) if "/" in part else part for part in command)]
+        subprocess.run(command, check=True, cwd=tmp_path, env=environment, timeout=3000)
+    fed = json.loads((tmp_path / "toy" / "run" / "feed_back.json").read_text())
+    assert fed["steps"] == 120  # all of them
+    assert fed["token_accuracy"] > 0.95
+    assert load_policy(tmp_path / "toy" / "run" / "model").unnorm_key == "data"
+
+
+@pytest.mark.parametrize("name", ["full_8gpu", "lora_24gb", "oft_libero", "qlora_16gb", "toy"])
+def test_examples_are_runs(name):
+    pytest.importorskip("yaml")
+    file = REPOSITORY / "examples" / f"{name}.yaml"
+    config = as_config({"output": "run", **read_yaml(file)}, file)
+    assert file.read_text().count(f"examples/{name}.yaml") >= 1  # the command to launch it
+    assert (config.parallelism == "fsdp") == (name == "full_8gpu")
 
 
 @pytest.mark.parametrize("name", ["lerobot_v3", "bridge_orig", "hdf5"])

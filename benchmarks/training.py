@@ -1,0 +1,145 @@
+"""Samples a second and peak memory of one LoRA step, beside the reference's own code's step on the same weights.
+
+    python benchmarks/training.py --reference DIR --reference-python PY [--batch 4] [--rounds 5]
+
+DIR is a folder with the published remote code (configuration_prismatic.py, modeling_prismatic.py), PY a Python in whose
+environment it runs (transformers 4.40.1, timm 0.9, peft 0.11.1); without them only ours is measured. The model has
+OpenVLA-7B's depth at an eighth of its width; --vocabulary 32000 gives it Llama-2's head too, which at this width weighs
+eight times what it does in OpenVLA-7B. Float32, rank 32 beside all linear layers, AdamW. Each side is a process of its
+own; they take their steps in turn, and medians are reported. Memory is the most that the process had resident while it
+trained (VmHWM, reset after loading), interpreter and libraries included; what it had before the first step stands
+beside. The losses of all steps are compared: the sides train the same adapters on the same batch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from openvla import OpenVLAForActionPrediction
+from openvla.adapters_openvla import lora_targets
+from openvla.benchmark_sizes import overrides
+from openvla.demonstrations import Step
+from openvla.processing_openvla import OpenVLAProcessor
+from openvla.tiny import UNTRAINED_KEY, build_config, build_model, build_tokenizer
+from openvla.training_batch import ActionCollator
+
+WARM = 1
+WORKER = Path(__file__).with_name("training_worker.py")
+INSTRUCTIONS = ("pick up the red block", "open the middle drawer of the cabinet")
+
+
+def write_sides(folder: Path, size: str, vocabulary: int, batch: int) -> None:
+    """The base with seeded weights, in the published layout, and a batch of noise."""
+    tokenizer = build_tokenizer(vocabulary)
+    fields = overrides(size)
+    if fields and vocabulary:
+        fields["text_config"]["vocab_size"] = tokenizer.pad_token_id + 64
+    fields |= {"llm_backbone_id": "llama2-7b-pure"}
+    model = build_model(build_config(tokenizer, **fields))
+    processor = OpenVLAProcessor.for_config(model.config, tokenizer)
+    model.save_pretrained(folder / "base")
+    (folder / "targets.json").write_text(json.dumps(lora_targets(model, "all-linear")))
+    random = np.random.RandomState(0)
+    steps = [
+        Step(
+            images=(random.randint(0, 256, (224, 224, 3), dtype=np.uint8),),
+            instruction=INSTRUCTIONS[index % 2],
+            actions=random.uniform(-1, 1, (1, 7)),
+            is_padding=np.zeros(1, dtype=bool),
+            proprio=None,
+            dataset=UNTRAINED_KEY,
+            episode_id=str(index),
+            index=0,
+        )
+        for index in range(batch)
+    ]
+    torch.save(ActionCollator(processor, model)(steps), folder / "batch.pt")
+
+
+class Side:
+    """A process that takes steps when asked."""
+
+    def __init__(self, name: str, python: str, folder: Path, args: argparse.Namespace) -> None:
+        command = [python, str(WORKER), name, str(folder), str(args.threads)]
+        command += ["--code", str(args.reference)] if name == "reference" else []
+        environment = {**os.environ, "OMP_NUM_THREADS": str(args.threads)}
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+        )
+        self.ready = self._said("READY")
+        self.steps: list[dict] = []
+
+    def _said(self, what: str) -> dict:
+        for line in self.process.stdout:
+            if line.startswith(what):
+                return json.loads(line.removeprefix(what))
+        raise RuntimeError(f"The worker ended with status {self.process.wait()}; it says why above.")
+
+    def step(self) -> None:
+        """One step."""
+        self.process.stdin.write("\n")
+        self.process.stdin.flush()
+        self.steps.append(self._said("STEP"))
+
+    def close(self) -> None:
+        """End the process."""
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def compare(folder: Path, args: argparse.Namespace) -> None:
+    """Let the sides take turns, and print a row of each."""
+    sides = {}
+    if args.reference:
+        sides["reference"] = Side("reference", args.reference_python, folder, args)
+    sides |= {name: Side(name, sys.executable, folder, args) for name in ("ours", "checkpointing")}
+    for _ in range(WARM + args.rounds):
+        for side in sides.values():
+            side.step()
+    first = next(iter(sides.values()))
+    rate = args.batch / np.median([step["seconds"] for step in first.steps[WARM:]])
+    print("| step | s | samples/s | ratio | peak MB | ratio | before MB | trained | largest difference of losses |")
+    print("|---|---|---|---|---|---|---|---|---|")
+    for name, side in sides.items():
+        seconds = float(np.median([step["seconds"] for step in side.steps[WARM:]]))
+        peak, before = side.steps[-1]["peak"], side.ready["before"]
+        off = max(abs(a["loss"] - b["loss"]) for a, b in zip(side.steps, first.steps))
+        row = [name, f"{seconds:.2f}", f"{args.batch / seconds:.3f}", f"{args.batch / seconds / rate:.2f}x"]
+        row += [f"{peak / 1e6:.0f}", f"{peak / first.steps[-1]['peak']:.2f}x", f"{before / 1e6:.0f}"]
+        row += [f"{side.ready['trained'] / 1e6:.2f} M", f"{off:.1e}"]
+        print("| " + " | ".join(row) + " |", flush=True)
+    losses = [step["loss"] for step in first.steps]
+    print(f"losses of {next(iter(sides))}: {', '.join(f'{loss:.4f}' for loss in losses)}\n", flush=True)
+    for side in sides.values():
+        side.close()
+
+
+def main() -> None:
+    """Measure at each vocabulary."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--reference", type=Path, help="folder of the published remote code")
+    parser.add_argument("--reference-python", default=sys.executable)
+    parser.add_argument("--size", choices=("tiny", "eighth"), default="eighth")
+    parser.add_argument("--vocabulary", type=int, nargs="+", default=[0], help="0: no larger than needed (675)")
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    args = parser.parse_args()
+    print(f"torch {torch.__version__}, {args.threads} CPU threads, float32, {args.size} size, batch {args.batch}\n")
+    for vocabulary in args.vocabulary:
+        with tempfile.TemporaryDirectory() as folder:
+            write_sides(Path(folder), args.size, vocabulary, args.batch)
+            print(f"vocabulary {OpenVLAForActionPrediction.config_class.from_pretrained(f'{folder}/base').vocab_size}")
+            compare(Path(folder), args)
+
+
+if __name__ == "__main__":
+    main()
