@@ -345,13 +345,12 @@ def _open_queue(output: Path) -> int:
 def _run_workers(policy: Policy, settings: dict[str, Any], output: Path, workers: int, bar: tqdm) -> None:
     """The harness in processes of their own; the policy stays here and answers over loopback."""
     api, harness = importlib.import_module("vla_eval.api"), require_harness()
-    won = 0
+    outcomes: list[bool] = []
 
     def finished(result: Mapping[str, Any]) -> None:
-        nonlocal won
-        won += bool(result["metrics"]["success"])
+        outcomes.append(bool(result["metrics"]["success"]))
         bar.update()
-        bar.set_postfix_str(f"{won} of {bar.n - bar.initial} succeeded")
+        bar.set_postfix_str(f"{sum(outcomes)} of {len(outcomes)} succeeded")
 
     server = harness.PolicyServer(policy, steps=settings["chunk_steps"], finished=finished)
     context = multiprocessing.get_context("spawn")  # a renderer does not survive a fork

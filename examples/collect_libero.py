@@ -10,14 +10,16 @@ there. Columns and conventions are those of the published LIBERO demonstrations 
 +1 close; the preset makes that OpenVLA's 1 open and 0 closed. Images are JPEG as in the published files, which is what
 ``image_preset="libero"`` repeats in evaluation.
 
-Physics runs first, without rendering; failures are left out before they cost a picture.
+Attempts that fail are left out and counted. An interrupted collection goes on.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import io
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,7 @@ from PIL import Image
 from tqdm import tqdm
 
 CONTROL_HZ = 20
+MOVING_STEPS = 30  # to another start
 SETTLING_STEPS = 10  # as in evaluation: objects fall into place
 SIZE = 256
 JPEG_QUALITY = 95  # TensorFlow's, with which the published demonstrations were stored
@@ -37,6 +40,7 @@ CAMERAS = {"observation.image": "agentview", "observation.wrist_image": "robot0_
 ACTION_NAMES = ("dx", "dy", "dz", "droll", "dpitch", "dyaw", "gripper")
 STATE_NAMES = ("x", "y", "z", "rx", "ry", "rz", "finger_left", "finger_right")
 OPEN, CLOSE = -1.0, 1.0
+STAY = np.array([0.0] * 6 + [OPEN])
 ELSEWHERE = 0.6  # share of the attempts that start elsewhere than evaluation does
 
 
@@ -134,58 +138,85 @@ class Pushes:
         return np.array([*np.clip(movement, -1, 1), *action[3:]])
 
 
+@dataclasses.dataclass
+class Attempt:
+    """What an attempt has left behind, a row a step.
+
+    Attributes:
+        succeeded: Whether the task was done.
+        states: Robot states, float64 ``(8,)``.
+        commands: The oracle's, float64 ``(7,)``.
+        images: JPEG files by the simulator's camera, upright.
+    """
+
+    succeeded: bool = False
+    states: list[np.ndarray] = dataclasses.field(default_factory=list)
+    commands: list[np.ndarray] = dataclasses.field(default_factory=list)
+    images: dict[str, list[bytes]] = dataclasses.field(default_factory=dict)
+
+
 def demonstrate(
-    environment: Any, initial_state: np.ndarray, rng: np.random.Generator, max_steps: int, disturbed: bool = True
-) -> tuple[bool, list[np.ndarray], np.ndarray, np.ndarray]:
-    """One attempt, without pictures.
+    environment: Any,
+    cameras: Sequence[str],
+    initial_state: np.ndarray,
+    rng: np.random.Generator,
+    max_steps: int,
+    disturbed: bool = True,
+) -> Attempt:
+    """One attempt at a task.
 
     Args:
         environment: The simulator with a pick-and-place task.
+        cameras: The simulator's names of those that look on.
         initial_state: One of the task's.
         rng: Of everything that differs between attempts.
         max_steps: An attempt that takes longer has failed.
         disturbed: Start elsewhere than evaluation does in most attempts, and push the arm; without, the commands alone
             repeat the attempt.
-
-    Returns:
-        Whether it succeeded, simulator states (one a step, ``(n,)``), robot states float64 ``(length, 8)``, commands
-        float64 ``(length, 7)``.
     """
     environment.reset()
+    look(environment, cameras, False)
     observation = environment.set_init_state(initial_state)
-    for _ in range(SETTLING_STEPS):
-        observation = environment.step(np.array([0.0] * 6 + [OPEN]))[0]
+    for _ in range(SETTLING_STEPS - 1):
+        observation = environment.step(STAY)[0]
     if disturbed and rng.random() < ELSEWHERE:
         start = observation["robot0_eef_pos"] + rng.uniform((-0.08, -0.1, -0.06), (0.12, 0.1, 0.06))
-        for _ in range(30):
+        for _ in range(MOVING_STEPS):
             way = np.clip((start - observation["robot0_eef_pos"]) * 15, -1, 1)
             observation = environment.step(np.array([*way, 0, 0, 0, OPEN]))[0]
+    look(environment, cameras, True)
+    observation = environment.step(STAY)[0]
     target, basket = environment.obj_of_interest
     oracle, pushes = Oracle(target, basket, rng), Pushes(rng)
-    states, robot, commands = [], [], []
-    for _ in range(max_steps):
+    attempt = Attempt(images={camera: [] for camera in cameras})
+    while len(attempt.commands) < max_steps and not attempt.succeeded:
         command, harmless = oracle.act(observation)
-        states.append(environment.get_sim_state())
-        robot.append(end_effector_state(observation))
-        commands.append(command)
+        attempt.states.append(end_effector_state(observation))
+        attempt.commands.append(command)
+        for camera in cameras:
+            attempt.images[camera].append(as_jpeg(observation[f"{camera}_image"]))
         observation = environment.step(pushes.disturbed(command, disturbed and harmless))[0]
-        if environment.check_success():
-            return True, states, np.stack(robot), np.stack(commands)
-    return False, states, np.stack(robot), np.stack(commands)
+        attempt.succeeded = bool(environment.check_success())
+    return attempt
 
 
-def pictures(environment: Any, states: list[np.ndarray], camera: str) -> list[bytes]:
-    """A JPEG a state, upright."""
-    encoded = []
-    for state in states:
-        environment.set_state(state)
-        environment.sim.forward()
-        frame = environment.sim.render(camera_name=camera, width=SIZE, height=SIZE, depth=False)
-        stream = io.BytesIO()
-        # The renderer's frame lies on its head; evaluation turns it by 180 degrees, and so did the published data.
-        Image.fromarray(frame[::-1, ::-1]).save(stream, "JPEG", quality=JPEG_QUALITY)
-        encoded.append(stream.getvalue())
-    return encoded
+def look(environment: Any, cameras: Sequence[str], on: bool) -> None:
+    """Render with every step, or not: that is nearly all that a step costs."""
+    simulation = environment.env
+    for camera in cameras:
+        simulation.modify_observable(f"{camera}_image", "enabled", on)
+        # The clock that says when in a control step it looks was moved so by a reset and an initial state.
+        for _ in range(2 * on):
+            simulation._observables[f"{camera}_image"].update(
+                simulation.model_timestep, simulation._obs_cache, force=True
+            )
+
+
+def as_jpeg(frame: np.ndarray) -> bytes:
+    """The renderer's frame lies on its head; evaluation turns it by 180 degrees, and so did the published data."""
+    stream = io.BytesIO()
+    Image.fromarray(frame[::-1, ::-1]).save(stream, "JPEG", quality=JPEG_QUALITY)
+    return stream.getvalue()
 
 
 def collect(args: argparse.Namespace) -> int:
@@ -217,23 +248,27 @@ def _collect_task(
     record = Path(args.out) / "meta" / "collection.json"
     known = _known(record)
     mine = known.setdefault(str(task_id), {"instruction": language, "attempts": 0, "failures_left_out": 0})
-    environment = make_environment(suite, task_id, use_camera_obs=False)
+    environment = make_environment(
+        suite, task_id, camera_names=list(cameras.values()), camera_heights=SIZE, camera_widths=SIZE
+    )
     initial_states = suite.get_task_init_states(task_id)
     with tqdm(total=args.episodes, initial=done, desc=language, unit="episode", file=sys.stdout) as bar:
         while bar.n < args.episodes:
-            attempt = mine["attempts"]
-            rng = np.random.default_rng([args.seed, task_id, attempt])
-            initial = initial_states[low + attempt % (high - low)]
-            succeeded, states, robot, commands = demonstrate(environment, initial, rng, args.max_steps)
-            if succeeded:
-                images = {column: pictures(environment, states, name) for column, name in cameras.items()}
-                numbers = {"action": commands, "observation.state": robot}
+            attempts = mine["attempts"]
+            rng = np.random.default_rng([args.seed, task_id, attempts])
+            initial = initial_states[low + attempts % (high - low)]
+            attempt = demonstrate(
+                environment, list(cameras.values()), initial, rng, args.max_steps, not args.undisturbed
+            )
+            if attempt.succeeded:
+                images = {column: attempt.images[name] for column, name in cameras.items()}
+                numbers = {"action": np.stack(attempt.commands), "observation.state": np.stack(attempt.states)}
                 writer.add_episode(language, numbers, images, {"language_instruction": language})
                 bar.update()
             mine["attempts"] += 1
-            mine["failures_left_out"] += not succeeded
+            mine["failures_left_out"] += not attempt.succeeded
             _record(record, args, known)
-            bar.set_postfix(failed=mine["failures_left_out"], steps=len(commands))
+            bar.set_postfix(failed=mine["failures_left_out"], steps=len(attempt.commands))
             if mine["failures_left_out"] > 20 + mine["attempts"] // 2:
                 raise ValueError(f"The oracle fails at {language!r} too often ({mine}); leave the task out.")
     environment.close()
@@ -271,6 +306,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--initial-states", type=int, nargs=2, default=(0, 30), metavar=("FROM", "TO"))
     parser.add_argument("--cameras", nargs="+", default=list(CAMERAS.values()), choices=list(CAMERAS.values()))
     parser.add_argument("--max-steps", type=int, default=250, help="an attempt that takes longer has failed")
+    parser.add_argument("--undisturbed", action="store_true", help="no pushes, and starts as in evaluation")
     parser.add_argument("--seed", type=int, default=0)
     return parser
 
