@@ -111,7 +111,8 @@ class Oracle:
         step = way * self.gain
         longest = np.abs(step).max()
         step = step * min(1.0, self.speed / longest) if longest else step
-        return np.array([*step, 0.0, 0.0, 0.0, gripper])
+        # Rounded as it will be stored: what is executed is what a dataset's reader gives.
+        return np.array([*step, 0.0, 0.0, 0.0, gripper], np.float32).astype(np.float64)
 
 
 class Pushes:
