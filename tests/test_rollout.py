@@ -9,7 +9,6 @@ import sys
 import time
 from types import SimpleNamespace
 
-import anyio
 import numpy as np
 import pytest
 from openvla import PLATFORMS, Policy, rollout, simulator
@@ -173,6 +172,7 @@ def test_the_gripper_changes_its_convention():
 
 def played(policy, observations, **settings):
     """What a client of the harness is answered: two episodes of the same observations, over a real connection."""
+    import anyio
     from openvla.libero_harness import PolicyServer
     from vla_eval.api import serve_background
     from vla_eval.connection import Connection
