@@ -16,6 +16,7 @@ from . import (
     merge_adapter,
     predict,
     publish,
+    rollout,
 )
 from .checkpoint_folder import verify
 
@@ -25,6 +26,7 @@ COMMANDS = {
     "assemble": (assemble_model.add_arguments, assemble_model.run, assemble_model.__doc__),
     "merge": (merge_adapter.add_arguments, merge_adapter.run, merge_adapter.__doc__),
     "finetune": (finetune.add_arguments, finetune.run, finetune.__doc__),
+    "evaluate": (rollout.add_arguments, rollout.run, rollout.__doc__),
     "verify": (checkpoint_folder.add_verify_arguments, checkpoint_folder.run_verify, verify.__doc__),
     "inspect-data": (inspect_data.add_arguments, inspect_data.run, inspect_data.__doc__),
     "bench": (benchmark.add_arguments, benchmark.run, benchmark.__doc__),

@@ -5,6 +5,7 @@ It is *untrained*: seeded random weights that show the way from image to action,
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -28,7 +29,9 @@ TINY_TOWERS = {
 }
 
 
-def build_tokenizer(vocab_size: int = 0, pad_token: str | None = "<pad>") -> PreTrainedTokenizerFast:
+def build_tokenizer(
+    vocab_size: int = 0, pad_token: str | None = "<pad>", words: Sequence[str] = ()
+) -> PreTrainedTokenizerFast:
     """A character tokenizer with Llama-2's pipeline (``▁`` for a space, BOS in front, bytes for the rest).
 
     Its last 256 ids stand for action bins, as in every OpenVLA vocabulary; the padding token comes after them.
@@ -36,13 +39,26 @@ def build_tokenizer(vocab_size: int = 0, pad_token: str | None = "<pad>") -> Pre
     Args:
         vocab_size: Fill up to this many ids before the padding token (32000 is Llama-2's); 0 for no more than needed.
         pad_token: None for none, as Llama-2's own.
+        words: Become tokens of their own where they follow a space (as do their beginnings): shorter prompts.
     """
     characters = ["▁", "\n", *(chr(code) for code in range(33, 127))]
     vocabulary = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *characters]
+    # Every word is merged from its beginning on; a beginning that several share has one token.
+    parts = {
+        ("▁" + word)[: end + 1]: (("▁" + word)[:end], word[end - 1])
+        for word in words
+        for end in range(1, len(word) + 1)
+    }
+    vocabulary += parts
     vocabulary += [f"<filler_{index}>" for index in range(len(vocabulary), vocab_size - N_ACTION_BINS)]
     vocabulary += [f"<action_{index}>" for index in range(N_ACTION_BINS)]
     tokenizer = Tokenizer(
-        models.BPE({token: i for i, token in enumerate(vocabulary)}, [], unk_token="<unk>", byte_fallback=True)
+        models.BPE(
+            {token: i for i, token in enumerate(vocabulary)},
+            list(parts.values()),
+            unk_token="<unk>",
+            byte_fallback=True,
+        )
     )
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     tokenizer.decoder = decoders.Sequence(

@@ -1,0 +1,316 @@
+"""Scripted demonstrations of LIBERO's pick-and-place tasks, as a LeRobot v3 dataset.
+
+    pip install 'openvla[libero,train]'
+    MUJOCO_GL=egl PYOPENGL_PLATFORM=egl python examples/collect_libero.py demos/libero_object_no_noops --episodes 120
+
+An oracle that knows where things are moves the arm; what is stored is what a camera sees and what the oracle commands
+there. Columns and conventions are those of the published LIBERO demonstrations without no-ops, so the preset
+``libero_object_no_noops`` reads them (a folder of that name finds it by itself): frames turned upright, the state
+``[position 3 (m), axis-angle 3 (rad), fingers 2 (m)]``, the action as the simulator takes it, its gripper -1 open and
++1 close; the preset makes that OpenVLA's 1 open and 0 closed. Images are JPEG as in the published files, which is what
+``image_preset="libero"`` repeats in evaluation.
+
+Attempts that fail are left out and counted. An interrupted collection goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import io
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from openvla.configuration_openvla import write_json
+from openvla.demonstrations import read_json
+from openvla.lerobot_writer import LeRobotWriter
+from openvla.simulator import end_effector_state, make_environment, open_suite, parse_tasks
+from PIL import Image
+from tqdm import tqdm
+
+CONTROL_HZ = 20
+MOVING_STEPS = 30  # to another start
+SETTLING_STEPS = 10  # as in evaluation: objects fall into place
+SIZE = 256
+JPEG_QUALITY = 95  # TensorFlow's, with which the published demonstrations were stored
+CAMERAS = {"observation.image": "agentview", "observation.wrist_image": "robot0_eye_in_hand"}
+ACTION_NAMES = ("dx", "dy", "dz", "droll", "dpitch", "dyaw", "gripper")
+STATE_NAMES = ("x", "y", "z", "rx", "ry", "rz", "finger_left", "finger_right")
+OPEN, CLOSE = -1.0, 1.0
+STAY = np.array([0.0] * 6 + [OPEN])
+ELSEWHERE = 0.6  # share of the attempts that start elsewhere than evaluation does
+
+
+class Oracle:
+    """Moves towards what the next part of the task needs, from wherever the arm is: so it recovers by itself.
+
+    Heights and speeds differ from one to the next.
+
+    Args:
+        target: Name of the object to pick up.
+        basket: Name of the object to place it in.
+        rng: Chooses heights and speeds.
+    """
+
+    def __init__(self, target: str, basket: str, rng: np.random.Generator) -> None:
+        self.target, self.basket = f"{target}_pos", f"{basket}_pos"
+        self.speed = rng.uniform(0.8, 1.0)
+        self.gain = rng.uniform(14, 20)
+        self.clearance = rng.uniform(0.04, 0.08)
+        self.grasp_offset = rng.uniform(0.0, 0.012)
+        self.carry_height = rng.uniform(0.18, 0.23)
+        self.release_height = rng.uniform(0.1, 0.13)
+        self.holding = False
+        self.released = False
+        self.grasp_height = 0.0
+        self.resting_height: float | None = None
+
+    def act(self, observation: dict[str, Any]) -> tuple[np.ndarray, bool]:
+        """The command here, float64 ``(7,)`` as the simulator takes it, and whether a push now would do no harm."""
+        hand, thing = observation["robot0_eef_pos"], observation[self.target]
+        if self.resting_height is None:
+            self.resting_height = thing[2]
+        lifted = thing[2] - self.resting_height
+        if self.holding and hand[2] - self.grasp_height > 0.06 and lifted < 0.03:
+            self.holding = self.released = False  # it slipped: again from above
+        if not self.holding:
+            return self._reach(hand, thing)
+        return self._carry(hand, thing, observation[self.basket])
+
+    def _reach(self, hand: np.ndarray, thing: np.ndarray) -> tuple[np.ndarray, bool]:
+        """A funnel: high above until the hand is over the object, then down along it."""
+        grasp = thing + [0, 0, self.grasp_offset]
+        aside = np.linalg.norm((grasp - hand)[:2])
+        above = max(self.resting_height, 0.02) + self.clearance
+        goal = grasp + [0, 0, above * np.clip((aside - 0.008) / 0.015, 0, 1)]
+        if aside < 0.012 and abs(goal[2] - hand[2]) < 0.008:
+            self.holding, self.grasp_height = True, hand[2]
+            return self._command(np.array([0, 0, 0.006]), CLOSE), False
+        return self._command(goal - hand, OPEN), aside > 0.04
+
+    def _carry(self, hand: np.ndarray, thing: np.ndarray, basket: np.ndarray) -> tuple[np.ndarray, bool]:
+        """Up, slowly while the fingers close; over to the basket once high enough; down a little; open."""
+        height = hand[2] - self.grasp_height
+        if self.released:
+            return self._command(np.array([0, 0, 0.01]), OPEN), False
+        aside = basket[:2] - hand[:2]
+        distance = np.linalg.norm(aside)
+        high = self.release_height + (self.carry_height - self.release_height) * np.clip((distance - 0.02) / 0.06, 0, 1)
+        up = np.clip(high - height, -0.05, 0.008 + 1.2 * max(height, 0.0))
+        if distance < 0.025 and abs(high - height) < 0.015:
+            self.released = True
+            return self._command(np.array([0, 0, 0.01]), OPEN), False
+        across = aside * np.clip((height - 0.08) / 0.06, 0, 1)
+        return self._command(np.array([*across, up]), CLOSE), height > 0.12 and distance > 0.06
+
+    def _command(self, way: np.ndarray, gripper: float) -> np.ndarray:
+        """A movement of ``way`` (m), no faster than the controller and this oracle's own speed."""
+        step = way * self.gain
+        longest = np.abs(step).max()
+        step = step * min(1.0, self.speed / longest) if longest else step
+        # Rounded as it will be stored: what is executed is what a dataset's reader gives.
+        return np.array([*step, 0.0, 0.0, 0.0, gripper], np.float32).astype(np.float64)
+
+
+class Pushes:
+    """What disturbs the arm, so that demonstrations show the way back: noise, and a push of some steps now and then."""
+
+    def __init__(self, rng: np.random.Generator) -> None:
+        self.rng = rng
+        self.noise = rng.choice([0.0, 0.05, 0.1])
+        self.rate = rng.choice([0.0, 0.02, 0.04])
+        self.left, self.push = 0, np.zeros(3)
+
+    def disturbed(self, action: np.ndarray, harmless: bool) -> np.ndarray:
+        """What is executed in place of the command: float64 ``(7,)``."""
+        if not harmless:
+            self.left = 0
+            return action
+        if not self.left and self.rng.random() < self.rate:
+            self.left = int(self.rng.integers(3, 8))
+            direction = self.rng.normal(size=3)
+            self.push = direction / np.linalg.norm(direction) * self.rng.uniform(0.5, 1.0)
+        movement = action[:3] + self.rng.normal(size=3) * self.noise
+        if self.left:
+            self.left, movement = self.left - 1, self.push
+        return np.array([*np.clip(movement, -1, 1), *action[3:]])
+
+
+@dataclasses.dataclass
+class Attempt:
+    """What an attempt has left behind, a row a step.
+
+    Attributes:
+        succeeded: Whether the task was done.
+        states: Robot states, float64 ``(8,)``.
+        commands: The oracle's, float64 ``(7,)``.
+        images: JPEG files by the simulator's camera, upright.
+    """
+
+    succeeded: bool = False
+    states: list[np.ndarray] = dataclasses.field(default_factory=list)
+    commands: list[np.ndarray] = dataclasses.field(default_factory=list)
+    images: dict[str, list[bytes]] = dataclasses.field(default_factory=dict)
+
+
+def demonstrate(
+    environment: Any,
+    cameras: Sequence[str],
+    initial_state: np.ndarray,
+    rng: np.random.Generator,
+    max_steps: int,
+    disturbed: bool = True,
+) -> Attempt:
+    """One attempt at a task.
+
+    Args:
+        environment: The simulator with a pick-and-place task.
+        cameras: The simulator's names of those that look on.
+        initial_state: One of the task's.
+        rng: Of everything that differs between attempts.
+        max_steps: An attempt that takes longer has failed.
+        disturbed: Start elsewhere than evaluation does in most attempts, and push the arm; without, the commands alone
+            repeat the attempt.
+    """
+    environment.reset()
+    look(environment, cameras, False)
+    observation = environment.set_init_state(initial_state)
+    for _ in range(SETTLING_STEPS - 1):
+        observation = environment.step(STAY)[0]
+    if disturbed and rng.random() < ELSEWHERE:
+        start = observation["robot0_eef_pos"] + rng.uniform((-0.08, -0.1, -0.06), (0.12, 0.1, 0.06))
+        for _ in range(MOVING_STEPS):
+            way = np.clip((start - observation["robot0_eef_pos"]) * 15, -1, 1)
+            observation = environment.step(np.array([*way, 0, 0, 0, OPEN]))[0]
+    look(environment, cameras, True)
+    observation = environment.step(STAY)[0]
+    target, basket = environment.obj_of_interest
+    oracle, pushes = Oracle(target, basket, rng), Pushes(rng)
+    attempt = Attempt(images={camera: [] for camera in cameras})
+    while len(attempt.commands) < max_steps and not attempt.succeeded:
+        command, harmless = oracle.act(observation)
+        attempt.states.append(end_effector_state(observation))
+        attempt.commands.append(command)
+        for camera in cameras:
+            attempt.images[camera].append(as_jpeg(observation[f"{camera}_image"]))
+        observation = environment.step(pushes.disturbed(command, disturbed and harmless))[0]
+        attempt.succeeded = bool(environment.check_success())
+    return attempt
+
+
+def look(environment: Any, cameras: Sequence[str], on: bool) -> None:
+    """Render with every step, or not: that is nearly all that a step costs."""
+    simulation = environment.env
+    for camera in cameras:
+        simulation.modify_observable(f"{camera}_image", "enabled", on)
+        # The clock that says when in a control step it looks was moved so by a reset and an initial state.
+        for _ in range(2 * on):
+            simulation._observables[f"{camera}_image"].update(
+                simulation.model_timestep, simulation._obs_cache, force=True
+            )
+
+
+def as_jpeg(frame: np.ndarray) -> bytes:
+    """The renderer's frame lies on its head; evaluation turns it by 180 degrees, and so did the published data."""
+    stream = io.BytesIO()
+    Image.fromarray(frame[::-1, ::-1]).save(stream, "JPEG", quality=JPEG_QUALITY)
+    return stream.getvalue()
+
+
+def collect(args: argparse.Namespace) -> int:
+    """Collect what is missing; returns the exit status."""
+    cameras = {column: name for column, name in CAMERAS.items() if name in args.cameras}
+    suite = open_suite(args.suite)
+    tasks = parse_tasks(args.tasks, suite)
+    writer = LeRobotWriter(
+        args.out,
+        fps=CONTROL_HZ,
+        numbers={"action": ACTION_NAMES, "observation.state": STATE_NAMES},
+        cameras=dict.fromkeys(cameras, (SIZE, SIZE)),
+        texts=("language_instruction",),
+        robot_type="panda",
+    )
+    for task_id in tasks:
+        _collect_task(args, suite, task_id, writer, cameras)
+    return 0
+
+
+def _collect_task(
+    args: argparse.Namespace, suite: Any, task_id: int, writer: LeRobotWriter, cameras: dict[str, str]
+) -> None:
+    """A task's missing episodes."""
+    language, (low, high) = suite.get_task(task_id).language, args.initial_states
+    done = sum(row["tasks"] == [language] for row in writer.episodes)
+    if done >= args.episodes:
+        return
+    record = Path(args.out) / "meta" / "collection.json"
+    known = _known(record)
+    mine = known.setdefault(str(task_id), {"instruction": language, "attempts": 0, "failures_left_out": 0})
+    environment = make_environment(
+        suite, task_id, camera_names=list(cameras.values()), camera_heights=SIZE, camera_widths=SIZE
+    )
+    initial_states = suite.get_task_init_states(task_id)
+    with tqdm(total=args.episodes, initial=done, desc=language, unit="episode", file=sys.stdout) as bar:
+        while bar.n < args.episodes:
+            attempts = mine["attempts"]
+            rng = np.random.default_rng([args.seed, task_id, attempts])
+            initial = initial_states[low + attempts % (high - low)]
+            attempt = demonstrate(
+                environment, list(cameras.values()), initial, rng, args.max_steps, not args.undisturbed
+            )
+            if attempt.succeeded:
+                images = {column: attempt.images[name] for column, name in cameras.items()}
+                numbers = {"action": np.stack(attempt.commands), "observation.state": np.stack(attempt.states)}
+                writer.add_episode(language, numbers, images, {"language_instruction": language})
+                bar.update()
+            mine["attempts"] += 1
+            mine["failures_left_out"] += not attempt.succeeded
+            _record(record, args, known)
+            bar.set_postfix(failed=mine["failures_left_out"], steps=len(attempt.commands))
+            if mine["failures_left_out"] > 20 + mine["attempts"] // 2:
+                raise ValueError(f"The oracle fails at {language!r} too often ({mine}); leave the task out.")
+    environment.close()
+
+
+def _known(record: Path) -> dict[str, Any]:
+    """Attempts and failures of every task so far."""
+    return read_json(record)["tasks"] if record.is_file() else {}
+
+
+def _record(record: Path, args: argparse.Namespace, tasks: dict[str, Any]) -> None:
+    """What the numbers mean and where they come from, beside LeRobot's own files."""
+    content = {
+        "suite": args.suite,
+        "seed": args.seed,
+        "initial_states": list(args.initial_states),
+        "frames": "turned by 180 degrees: upright, as LIBERO's published demonstrations; JPEG",
+        "action": "OSC_POSE as the simulator takes it, in units of 0.05 m and 0.5 rad; gripper -1 open, +1 close. What "
+        "the oracle commands: pushes and noise were executed beside it and are not in it",
+        "gripper_for_openvla": "1 open, 0 closed: preset libero_object_no_noops inverts and clips",
+        "observation.state": "end effector position (m), axis-angle (rad), finger positions (m)",
+        "tasks": tasks,
+    }
+    record.parent.mkdir(parents=True, exist_ok=True)
+    write_json(record, content)
+
+
+def arguments() -> argparse.ArgumentParser:
+    """The script's options."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("out", type=Path, metavar="DIR", help="the dataset; an interrupted collection goes on")
+    parser.add_argument("--suite", default="libero_object")
+    parser.add_argument("--tasks", nargs="+", default=None, metavar="TASK", help="numbers or names; default all")
+    parser.add_argument("--episodes", type=int, default=20, metavar="N", help="successful ones a task")
+    parser.add_argument("--initial-states", type=int, nargs=2, default=(0, 30), metavar=("FROM", "TO"))
+    parser.add_argument("--cameras", nargs="+", default=list(CAMERAS.values()), choices=list(CAMERAS.values()))
+    parser.add_argument("--max-steps", type=int, default=250, help="an attempt that takes longer has failed")
+    parser.add_argument("--undisturbed", action="store_true", help="no pushes, and starts as in evaluation")
+    parser.add_argument("--seed", type=int, default=0)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(collect(arguments().parse_args()))
