@@ -67,10 +67,11 @@ def write_sides(folder: Path, size: str, vocabulary: int, batch: int) -> None:
 class Side:
     """A process that takes steps when asked."""
 
-    def __init__(self, name: str, python: str, folder: Path, args: argparse.Namespace) -> None:
+    def __init__(self, name: str, folder: Path, args: argparse.Namespace, **environment: str) -> None:
+        python = args.reference_python if name == "reference" else sys.executable
         command = [python, str(WORKER), name, str(folder), str(args.threads)]
         command += ["--code", str(args.reference)] if name == "reference" else []
-        environment = {**os.environ, "OMP_NUM_THREADS": str(args.threads)}
+        environment = {**os.environ, "OMP_NUM_THREADS": str(args.threads), **environment}
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
         )
@@ -95,31 +96,39 @@ class Side:
         self.process.wait()
 
 
+def peak(name: str, folder: Path, args: argparse.Namespace) -> tuple[int, int]:
+    """Most resident bytes of two steps, and those before."""
+    side = Side(name, folder, args, MALLOC_MMAP_THRESHOLD_=str(2**16))
+    side.step()
+    side.step()
+    side.close()
+    return side.steps[-1]["peak"], side.ready["before"]
+
+
 def compare(folder: Path, args: argparse.Namespace) -> None:
     """Let the sides take turns, and print a row of each."""
-    sides = {}
-    if args.reference:
-        sides["reference"] = Side("reference", args.reference_python, folder, args)
-    sides |= {name: Side(name, sys.executable, folder, args) for name in ("ours", "checkpointing")}
+    names = [*(["reference"] if args.reference else []), "ours", "checkpointing"]
+    sides = {name: Side(name, folder, args) for name in names}
     for _ in range(WARM + args.rounds):
         for side in sides.values():
             side.step()
+    for side in sides.values():
+        side.close()
+    memory = {name: peak(name, folder, args) for name in names}
     first = next(iter(sides.values()))
     rate = args.batch / np.median([step["seconds"] for step in first.steps[WARM:]])
     print("| step | s | samples/s | ratio | peak MB | ratio | before MB | trained | largest difference of losses |")
     print("|---|---|---|---|---|---|---|---|---|")
     for name, side in sides.items():
         seconds = float(np.median([step["seconds"] for step in side.steps[WARM:]]))
-        peak, before = side.steps[-1]["peak"], side.ready["before"]
+        most, before = memory[name]
         off = max(abs(a["loss"] - b["loss"]) for a, b in zip(side.steps, first.steps))
         row = [name, f"{seconds:.2f}", f"{args.batch / seconds:.3f}", f"{args.batch / seconds / rate:.2f}x"]
-        row += [f"{peak / 1e6:.0f}", f"{peak / first.steps[-1]['peak']:.2f}x", f"{before / 1e6:.0f}"]
+        row += [f"{most / 1e6:.0f}", f"{most / memory[names[0]][0]:.2f}x", f"{before / 1e6:.0f}"]
         row += [f"{side.ready['trained'] / 1e6:.2f} M", f"{off:.1e}"]
         print("| " + " | ".join(row) + " |", flush=True)
     losses = [step["loss"] for step in first.steps]
     print(f"losses of {next(iter(sides))}: {', '.join(f'{loss:.4f}' for loss in losses)}\n", flush=True)
-    for side in sides.values():
-        side.close()
 
 
 def main() -> None:

@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 import sqlite3
+import struct
 import subprocess
 import sys
 import time
@@ -457,10 +458,10 @@ def test_qlora(base, tmp_path):
 @pytest.mark.parametrize("tracker", TRACKERS)
 def test_trackers(base, tracker, tmp_path, monkeypatch):
     """What a tracker has written is what metrics.jsonl holds."""
-    pytest.importorskip(tracker)
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
-    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))  # read when it is imported
+    pytest.importorskip(tracker)
     answer = {"action_dim": 7, "chunk_length": 2, "num_images_in_input": 2}  # a mapping, for the hyperparameters
     config = settings(base, tmp_path / "run", max_steps=2, tracker=tracker, feed_back=2, method="full", answer=answer)
     finetune(config, Few(chunk=2))
@@ -482,14 +483,16 @@ def read_tracker(tracker, folder):
 
 
 def _wandb_rows(folder):
-    from wandb.proto import wandb_internal_pb2
-    from wandb.sdk.internal.datastore import DataStore
+    """Its offline file: a header of 7 bytes, then records behind a checksum, their length and kind (LevelDB's log)."""
+    from wandb.proto.wandb_internal_pb2 import Record
 
-    store = DataStore()
-    store.open_for_scan(str(next(folder.rglob("*.wandb"))))
-    while (data := store.scan_data()) is not None:
-        record = wandb_internal_pb2.Record()
-        record.ParseFromString(data)
+    data, place = next(folder.rglob("*.wandb")).read_bytes(), 7
+    assert len(data) < 2**15  # one block
+    while place < len(data):
+        _, length, kind = struct.unpack_from("<IHB", data, place)
+        assert kind == 1  # a whole record
+        record = Record.FromString(data[place + 7 : place + 7 + length])
+        place += 7 + length
         if record.WhichOneof("record_type") == "history":
             items = record.history.item
             yield {item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in items}
