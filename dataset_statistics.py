@@ -149,7 +149,8 @@ def warn_constant(statistics: Mapping[str, Any], name: str, what: str) -> None:
             dimension_labels(len(low), name) if what == "action" else [(f"{what}[{i}]", "") for i in range(len(low))]
         )
         listed = ", ".join(f"{what}[{i}] ({labels[i][0]}) = {low[i]:g}" for i in constant)
-        warnings.warn(f"{name}: constant over the whole dataset: {listed}. It is normalised to 0.", stacklevel=3)
+        what_it_means = "Nothing can be learnt from it; often it is a wrong column."
+        warnings.warn(f"{name}: constant over the whole dataset: {listed}. {what_it_means}", stacklevel=3)
 
 
 def require_matching(statistics: Mapping[str, Any], reader: EpisodeReader) -> None:
