@@ -123,10 +123,9 @@ class FastDecoder:
         theta = float(_rotary_fields(config)["rope_theta"])
         tables = _rotation(theta, self.dim, length, like.device, like.dtype)
         places = self.positions if mask is None else positions_of(mask)
-        # (batch or 1, length, 1, dim): the same for every head
-        self.rotation = tuple(table[places][:, :, None] for table in tables)
+        self.rotation = tuple(table[places] for table in tables)  # (batch or 1, length, dim)
         kept = len(self.layers) if causal else 1  # without causality nothing can be added to a sequence
-        shape = (kept, 2, len(like), length, self.groups, self.dim)
+        shape = (kept, 2, len(like), self.groups, length, self.dim)
         self.cache = torch.empty(shape, dtype=like.dtype, device=like.device)
 
     def run(self, x: torch.Tensor, start: int, rows: slice | torch.LongTensor) -> torch.Tensor:
@@ -140,26 +139,34 @@ class FastDecoder:
         Returns:
             ``(batch, rows, hidden)``.
         """
-        everything, last = slice(None), len(self.layers) - 1
         end = start + x.shape[1]
+        tables, positions = [table[:, start:end] for table in self.rotation], self.positions[:, start:end]
+        rotation = tuple(table[:, None] for table in tables)  # the same for every head
+        everything = rotation, *self._mask(positions, end)
+        last = len(self.layers) - 1
         for index, layer in enumerate(self.layers):
-            read = rows if index == last else everything
             normed = layer.input_layernorm(x)
-            keys, values = self._kept(index, normed, start, end)
-            x, normed = (x, normed) if read is everything else (_rows(x, read), _rows(normed, read))
-            x = x + self._attention(layer.self_attn, normed, keys, values, start, end, read)
+            keys, values = self._kept(index, normed, rotation, start, end)
+            seen = everything
+            if index == last:
+                x, normed = _rows(x, rows), _rows(normed, rows)
+                seen = tuple(_rows(table, rows)[:, None] for table in tables), *self._mask(_rows(positions, rows), end)
+            x = x + self._attention(layer.self_attn, normed, keys, values, *seen)
             x = x + layer.mlp(layer.post_attention_layernorm(x))
         return self.norm(x)
 
-    def _kept(self, index: int, normed: torch.Tensor, start: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values ``(batch, end, groups, dim)`` of all positions so far, the new ones put into the cache."""
+    def _kept(
+        self, index: int, normed: torch.Tensor, rotation: tuple[torch.Tensor, torch.Tensor], start: int, end: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values ``(batch, groups, end, dim)`` of all positions so far, the new ones put into the cache."""
         attention = self.layers[index].self_attn
-        shape = (*normed.shape[:2], self.groups, self.dim)
-        keys, values = self.cache[index % len(self.cache), :, :, :end]
-        here = tuple(table[:, start:end] for table in self.rotation)
-        keys[:, start:] = _rotated(attention.k_proj(normed).view(shape), here)
-        values[:, start:] = attention.v_proj(normed).view(shape)
+        keys, values = self.cache[index % len(self.cache), :, :, :, :end]
+        keys[:, :, start:] = _rotated(self._by_head(attention.k_proj(normed), self.groups), rotation)
+        values[:, :, start:] = self._by_head(attention.v_proj(normed), self.groups)
         return keys, values
+
+    def _by_head(self, x: torch.Tensor, heads: int) -> torch.Tensor:
+        return x.view(*x.shape[:2], heads, self.dim).transpose(1, 2)
 
     def _attention(
         self,
@@ -167,20 +174,15 @@ class FastDecoder:
         normed: torch.Tensor,
         keys: torch.Tensor,
         values: torch.Tensor,
-        start: int,
-        end: int,
-        read: slice | torch.LongTensor,
+        rotation: tuple[torch.Tensor, torch.Tensor],
+        mask: torch.BoolTensor | None,
+        square: bool,
     ) -> torch.Tensor:
-        batch, count, _ = normed.shape
-        here = tuple(_rows(table[:, start:end], read) for table in self.rotation)
-        queries = _rotated(attention.q_proj(normed).view(batch, count, self.heads, self.dim), here)
+        queries = _rotated(self._by_head(attention.q_proj(normed), self.heads), rotation)
         if self.groups != self.heads:
-            keys, values = (x.repeat_interleave(self.heads // self.groups, dim=2) for x in (keys, values))
-        mask, square = self._mask(_rows(self.positions[:, start:end], read), end)
-        mixed = F.scaled_dot_product_attention(
-            *(x.transpose(1, 2) for x in (queries, keys, values)), attn_mask=mask, is_causal=square
-        )
-        return attention.o_proj(mixed.transpose(1, 2).reshape(batch, count, -1))
+            keys, values = (x.repeat_interleave(self.heads // self.groups, dim=1) for x in (keys, values))
+        mixed = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, is_causal=square)
+        return attention.o_proj(mixed.transpose(1, 2).flatten(2))
 
     def _mask(self, queries: torch.LongTensor, end: int) -> tuple[torch.BoolTensor | None, bool]:
         """What queries at positions ``(batch or 1, count)`` see, ``(batch or 1, 1, count, end)``; or that it is causal.
