@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test test-slow convert-full lanes lint clean
+.PHONY: demo test test-slow convert-full train-tiny lanes lint clean
 
 demo: $(INSTALLED)  ## one action from a real LIBERO frame, as a table and as demo.png
 	$(VENV)/bin/openvla predict --plot demo.png
@@ -16,6 +16,10 @@ test-slow: $(INSTALLED)  ## what takes a minute or more: kills, full disks
 
 convert-full: $(INSTALLED)  ## a full-size checkpoint there and back: time and memory beside a plain copy (31 GB of disk)
 	$(VENV)/bin/python benchmarks/convert_full.py .convert-full
+
+train-tiny: $(INSTALLED)  ## the tiny LIBERO policies from nothing: demonstrations, training, judgement (hours)
+	$(VENV)/bin/pip install --quiet -c ci/constraints.txt -e ".[libero,train,plot]"
+	$(VENV)/bin/python examples/train_tiny.py runs/train-tiny
 
 lanes:  ## parity, remote code and processors on every supported transformers, and the towers against timm
 	PYTHON=$(PYTHON) bash ci/lanes.sh

@@ -334,7 +334,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--suite", default="libero_object")
     parser.add_argument("--tasks", nargs="+", default=None, metavar="TASK", help="numbers or names; default all")
     parser.add_argument("--episodes", type=int, default=20, metavar="N", help="successful ones a task")
-    parser.add_argument("--initial-states", type=int, nargs=2, default=(0, 30), metavar=("FROM", "TO"))
+    parser.add_argument("--initial-states", type=int, nargs=2, default=(0, 25), metavar=("FROM", "TO"))
     parser.add_argument("--cameras", nargs="+", default=list(CAMERAS.values()), choices=list(CAMERAS.values()))
     parser.add_argument("--max-steps", type=int, default=250, help="an attempt that takes longer has failed")
     parser.add_argument("--workers", type=int, default=1, metavar="N", help="simulators at a time; data are the same")
