@@ -53,9 +53,11 @@ def text_of(node: ast.expr, names: dict[str, str]) -> str:
     if isinstance(node, ast.JoinedStr):
         return "".join(text_of(part, names) for part in node.values)
     if isinstance(node, ast.FormattedValue):
-        return text_of(node.value, names) if isinstance(node.value, ast.Name) else GAP
+        return text_of(node.value, names) if isinstance(node.value, (ast.Name, ast.IfExp)) else GAP
     if isinstance(node, ast.Name):
         return names.get(node.id, GAP)
+    if isinstance(node, ast.IfExp) and getattr(node.orelse, "value", None) == "":  # said only where it is known
+        return text_of(node.body, names)
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
         return text_of(node.left, names) + text_of(node.right, names)
     return GAP
@@ -70,12 +72,14 @@ def messages_of(tree: ast.Module, names: dict[str, str]) -> Iterator[str]:
         callee = call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
         if not (ERRORS.search(callee) or (callee in WARNINGS and isinstance(call.func, ast.Attribute))):
             continue
-        said = [call.args[0]]
-        maker = getattr(getattr(said[0], "func", None), "id", None)
-        if maker in functions:  # a function of this room puts the words together
-            said = [node.value for node in ast.walk(functions[maker]) if isinstance(node, ast.Return) and node.value]
+        said, known = [call.args[0]], names
+        maker = functions.get(getattr(getattr(said[0], "func", None), "id", None))
+        if maker:  # a function of this room puts the words together
+            given = zip(maker.args.args, said[0].args)
+            known = {**names, **{parameter.arg: text_of(value, names) for parameter, value in given}}
+            said = [node.value for node in ast.walk(maker) if isinstance(node, ast.Return) and node.value]
         for expression in said:
-            text = " ".join(text_of(expression, names).split())
+            text = " ".join(text_of(expression, known).split())
             text = re.sub(f"{GAP}+", GAP, text).replace("`", "")
             if re.search(r"\w", text):
                 yield text
