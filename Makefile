@@ -26,7 +26,7 @@ lint: $(INSTALLED)  ## style
 
 docs: $(INSTALLED)  ## the pages as a site, in site/; a broken link stops it
 	$(VENV)/bin/pip install --quiet -c ci/constraints.txt -e ".[docs]"
-	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --quiet
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build
 
 clean:  ## remove what the other verbs made
 	rm -rf $(VENV) .lanes demo.png openvla.egg-info build site

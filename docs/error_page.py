@@ -70,7 +70,8 @@ def messages_of(tree: ast.Module, names: dict[str, str]) -> Iterator[str]:
         if not isinstance(call, ast.Call) or not call.args:
             continue
         callee = call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
-        if not (ERRORS.search(callee) or (callee in WARNINGS and isinstance(call.func, ast.Attribute))):
+        warns = callee in WARNINGS and isinstance(call.func, ast.Attribute)
+        if not (ERRORS.search(callee) or warns or callee == "print"):
             continue
         said, known = [call.args[0]], names
         maker = functions.get(getattr(getattr(said[0], "func", None), "id", None))
@@ -81,7 +82,7 @@ def messages_of(tree: ast.Module, names: dict[str, str]) -> Iterator[str]:
         for expression in said:
             text = " ".join(text_of(expression, known).split())
             text = re.sub(f"{GAP}+", GAP, text).replace("`", "")
-            if re.search(r"\w", text):
+            if re.search(r"\w", text) and (callee != "print" or text.startswith("WARNING")):
                 yield text
 
 
@@ -121,7 +122,7 @@ def renewed(page: str) -> str:
             seen |= found
             opening = body[: rooms.end()].rstrip("\n")
             body = opening + "\n\n"
-            for message in sorted(found, key=alphabetical):
+            for message in sorted(found, key=lambda text: (alphabetical(text), text)):
                 remedy = remedies.get(message)
                 body += f"- `{message}`\n\n" + (f"    {remedy}\n\n" if remedy else "")
         whole += heading + body

@@ -1,7 +1,7 @@
 """Makes pages of the site out of the files at the repository's root, so that each text has one home.
 
-mkdocs calls ``on_files`` (``hooks`` in mkdocs.yml). Links are written as they work in the repository and are turned here
-into what works on the site.
+mkdocs calls what is named ``on_…`` (``hooks`` in mkdocs.yml). Links are written as they work in the repository and are
+turned here into what works on the site.
 """
 
 import re
