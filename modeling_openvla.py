@@ -392,7 +392,7 @@ class OpenVLAForActionPrediction(
             unnorm_key: As in ``predict_action``.
 
         Returns:
-            float64 ``(batch, candidates)``: the sum over dimensions of the log-probability of the candidate's token
+            float64 ``(batch, candidates)``, the sum over dimensions of the log-probability of the candidate's token
             given the tokens before it, in nats, over the whole vocabulary.
 
         Raises:
