@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test test-slow convert-full train-tiny lanes lint clean
+.PHONY: demo test test-slow convert-full train-tiny lanes lint docs clean
 
 demo: $(INSTALLED)  ## one action from a real LIBERO frame, as a table and as demo.png
 	$(VENV)/bin/openvla predict --plot demo.png
@@ -28,8 +28,12 @@ lint: $(INSTALLED)  ## style
 	$(VENV)/bin/pip install --quiet -c ci/constraints.txt ruff
 	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .
 
+docs: $(INSTALLED)  ## the pages as a site, in site/; a broken link stops it
+	$(VENV)/bin/pip install --quiet -c ci/constraints.txt -e ".[docs]"
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build
+
 clean:  ## remove what the other verbs made
-	rm -rf $(VENV) .lanes demo.png openvla.egg-info build
+	rm -rf $(VENV) .lanes demo.png openvla.egg-info build site
 
 $(INSTALLED): pyproject.toml ci/constraints.txt
 	$(PYTHON) -m venv $(VENV)
