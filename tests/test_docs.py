@@ -24,7 +24,7 @@ PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 # There is no GPU here, and the tiny model's towers have sizes that no registry knows.
-REPLACED = {'device_map="cuda"': 'device_map="cpu"', "--device cuda": "--device cpu"}
+REPLACED = {'device_map="cuda"': 'device_map="cpu"'}
 ADDED = {"convert runs/my-run my-openvla": ["--config-overrides", "sizes.json"]}
 # Of these commands only arguments (and a run's YAML file) are checked, since they take a simulator, downloads or hours.
 ARGUMENTS_ONLY = {"evaluate", "assemble", "bench", "finetune"}
@@ -79,10 +79,7 @@ def run_python(code, names, where):
 
 def run_shell(code, where, monkeypatch, capsys):
     """Every command of a block: ours run here, of the others it is checked that what they name is there."""
-    code = code.replace("\\\n", " ")
-    for written, here in REPLACED.items():
-        code = code.replace(written, here)
-    for line in code.splitlines():
+    for line in code.replace("\\\n", " ").splitlines():
         for command in re.split(r"&&|^#.*", line):
             words = shlex.split(command, comments=True)
             match words:
