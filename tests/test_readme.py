@@ -21,6 +21,12 @@ def test_the_first_screen_shows_the_two_commands():
     assert re.findall(r"^make (\w+)", first_screen, flags=re.MULTILINE) == ["demo", "test"]
 
 
+def test_every_file_that_it_links_to_is_in_the_repository():
+    targets = [target for target in re.findall(r"\]\(([^)]+)\)", README) if "://" not in target]
+    assert "assets/demo.png" in targets
+    assert [target for target in targets if not (REPOSITORY / target).is_file()] == []
+
+
 def write_oft(folder):
     """Two cameras, proprio and a chunk, as the README's block on OpenVLA-OFT expects them."""
     statistics = {
