@@ -97,7 +97,7 @@ def shown(cell: nbformat.NotebookNode) -> list[Any]:
             found.append((output.name, output.text))
         else:
             data = output.get("data", {})
-            found += [(kind, None if kind.startswith("image/") else content) for kind, content in data.items()]
+            found += [(kind, None if kind.startswith("image/") else content) for kind, content in sorted(data.items())]
     return found
 
 
