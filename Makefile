@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test test-slow notebooks convert-full lanes lint clean
+.PHONY: demo test test-slow notebooks convert-full train-tiny lanes lint docs clean
 
 demo: $(INSTALLED)  ## one action from a real LIBERO frame, as a table and as demo.png
 	$(VENV)/bin/openvla predict --plot demo.png
@@ -20,6 +20,10 @@ notebooks: $(INSTALLED)  ## run the notebooks of examples/ and write back what t
 convert-full: $(INSTALLED)  ## a full-size checkpoint there and back: time and memory beside a plain copy (31 GB of disk)
 	$(VENV)/bin/python benchmarks/convert_full.py .convert-full
 
+train-tiny: $(INSTALLED)  ## the tiny LIBERO policies from nothing: demonstrations, training, judgement (hours)
+	$(VENV)/bin/pip install --quiet -c ci/constraints.txt -e ".[libero,train,plot]"
+	$(VENV)/bin/python examples/train_tiny.py runs/train-tiny
+
 lanes:  ## parity, remote code and processors on every supported transformers, and the towers against timm
 	PYTHON=$(PYTHON) bash ci/lanes.sh
 
@@ -27,8 +31,12 @@ lint: $(INSTALLED)  ## style
 	$(VENV)/bin/pip install --quiet -c ci/constraints.txt ruff
 	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .
 
+docs: $(INSTALLED)  ## the pages as a site, in site/; a broken link stops it
+	$(VENV)/bin/pip install --quiet -c ci/constraints.txt -e ".[docs]"
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build
+
 clean:  ## remove what the other verbs made
-	rm -rf $(VENV) .lanes demo.png openvla.egg-info build
+	rm -rf $(VENV) .lanes demo.png openvla.egg-info build site
 
 $(INSTALLED): pyproject.toml ci/constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -30,12 +30,12 @@ class ActionChunk:
     skipped, and an answer that is past altogether, older than the one that is played, or of an earlier episode, is not
     played at all. Safe to use from several threads: one asks and answers while another plays.
 
-    A loop that waits for the policy needs ``act`` alone::
+    A loop that waits for the policy needs ``act`` alone:
 
         player = ActionChunk(policy, steps=8)
         action = player.act(images, instruction, proprio)          # every control step
 
-    One that does not wait asks when it is ``due`` and goes on playing meanwhile::
+    One that does not wait asks when it is ``due`` and goes on playing meanwhile:
 
         ticket = player.ask()
         ...                                                        # in a thread: chunk = policy.act(...)

@@ -293,7 +293,7 @@ class OpenVLAConfig(PrismaticConfig):
         normalization: Which statistics are -1 and 1: "q99" (``q01``, ``q99``) or "bounds" (``min``, ``max``).
         num_diffusion_steps_train: Noise levels that the diffusion head was trained on.
         num_diffusion_steps: Denoising steps of one answer, at most as many.
-        **kwargs: Fields of :class:`PrismaticConfig`.
+        **kwargs: Fields of ``PrismaticConfig``.
 
     Raises:
         ValueError: Statistics are inconsistent, not finite or inverted; the message names dataset and field. Or two

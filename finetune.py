@@ -35,12 +35,13 @@ from .demonstration_stream import DemonstrationStream
 from .demonstrations import open_demonstrations, require
 from .finetune_config import FinetuneConfig, add_arguments, as_config, rate, read_yaml  # noqa: F401
 from .finetune_result import export, feed_back
+from .lean_training import lean
 from .loading import AutoProcessor
 from .modeling_openvla import OpenVLAForActionPrediction
 from .processing_openvla import OpenVLAProcessor
 from .quantization_openvla import fast_dtype, quantization_config
 from .sharded_model import shard, trained_weights, whole
-from .training_batch import ActionCollator, answer_metrics
+from .training_batch import ActionCollator, answer_metrics, model_inputs
 from .training_state import TrainingState, newest_checkpoint
 
 EVALUATION_PRESET = "libero"  # the reference's evaluation of what was trained with augmentation
@@ -88,7 +89,8 @@ def finetune(config: FinetuneConfig, data: Any = None) -> Path:
     if config.parallelism == "fsdp":
         half = torch.bfloat16 if accelerator.mixed_precision == "bf16" else None
         shard(model, accelerator.device, half)
-    train(config, data, model, processor, accelerator)
+    with lean(model):
+        train(config, data, model, processor, accelerator)
     weights = None
     if config.parallelism == "fsdp":
         weights = trained_weights(model, keep=accelerator.is_main_process)
@@ -298,7 +300,7 @@ def train(
         batch = next(batches)
         state.passes += 1
         with accelerator.accumulate(model):
-            output = model(**batch, logits_at_labels=True)
+            output = model(**model_inputs(batch, state.model), logits_at_labels=True)
             accelerator.backward(output.loss)
             gathered.append({"train_loss": output.loss.detach(), **answer_metrics(output, batch, state.model)})
             if not accelerator.sync_gradients:

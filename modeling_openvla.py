@@ -266,7 +266,7 @@ class OpenVLAForActionPrediction(
             noise: Diffusion head: what denoising starts from, ``(batch, chunk, action_dim)``.
             generator: Diffusion head: what noise is drawn from where none is given.
             num_inference_steps: Diffusion head: denoising steps; None is the checkpoint's.
-            return_dict: Give an :class:`ActionOutput` with tokens, bin probabilities and entropy, hidden states.
+            return_dict: Give an ``ActionOutput`` with tokens, bin probabilities and entropy, hidden states.
             constrain_actions: Let the model choose among action tokens only.
             fast: Skip what the answer does not need (``fast_openvla``): None where the language model allows it, True
                 with a warning where it does not, False never. The same tokens, up to rounding.
@@ -392,7 +392,7 @@ class OpenVLAForActionPrediction(
             unnorm_key: As in ``predict_action``.
 
         Returns:
-            float64 ``(batch, candidates)``: the sum over dimensions of the log-probability of the candidate's token
+            float64 ``(batch, candidates)``, the sum over dimensions of the log-probability of the candidate's token
             given the tokens before it, in nats, over the whole vocabulary.
 
         Raises:

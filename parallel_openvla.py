@@ -154,7 +154,7 @@ class ParallelDecodingMixin:
         From then on it answers nothing useful until it is fine-tuned.
 
         Args:
-            **fields: Of :class:`OpenVLAConfig`: ``action_dim`` and what differs from one action in tokens, such as
+            **fields: Of ``OpenVLAConfig``: ``action_dim`` and what differs from one action in tokens, such as
                 ``**PLATFORMS["libero"], action_head="l1", num_images_in_input=2``.
 
         Raises:

@@ -41,7 +41,7 @@ class Policy:
     unnorm_key: str
 
     def act(self, image: Any, instruction: str, proprio: Any = None) -> np.ndarray:
-        """The next action, or chunk of actions; :class:`ActionChunk` plays a chunk action by action.
+        """The next action, or chunk of actions; ``ActionChunk`` plays a chunk action by action.
 
         Args:
             image: Camera image, as the processor takes it: PIL, numpy ``(H, W, 3)`` uint8 or float, torch, a path; for

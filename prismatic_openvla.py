@@ -332,7 +332,7 @@ class PrismaticForConditionalGeneration(PrismaticPreTrainedModel, GenerationMixi
             **kwargs: Of ``GenerationMixin.generate``. ``max_length`` counts prompt and new tokens, not patches.
 
         Returns:
-            int64 ``(batch, length + new tokens)``: the prompt as given, then what was generated (with
+            int64 ``(batch, length + new tokens)``, the prompt as given, then what was generated (with
             ``return_dict_in_generate=True`` transformers' output object, whose ``sequences`` is that).
 
         Raises:

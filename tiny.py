@@ -78,26 +78,13 @@ def build_tokenizer(
 
 def build_config(tokenizer: PreTrainedTokenizerFast, **overrides: Any) -> OpenVLAConfig:
     """Configuration of a 0.5 M-parameter OpenVLA; ``overrides`` replace its fields."""
-    vocab_size = tokenizer.pad_token_id
     fields: dict[str, Any] = {
         "vision_backbone_id": "dinosiglip-vit-so-224px",
         "llm_backbone_id": "tiny-llama",
         "arch_specifier": "no-align+fused-gelu-mlp",
         "image_resize_strategy": "resize-naive",
         "timm_model_kwargs": list(TINY_TOWERS.values()),
-        "text_config": {
-            "model_type": "llama",
-            "vocab_size": vocab_size + PADDED_ROWS,
-            "hidden_size": 64,
-            "intermediate_size": 172,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 4,
-            "rms_norm_eps": 1e-6,
-            "bos_token_id": tokenizer.bos_token_id,
-            "eos_token_id": tokenizer.eos_token_id,
-            "pad_token_id": tokenizer.pad_token_id,
-        },
+        "text_config": language_config(tokenizer),
         "pad_token_id": tokenizer.pad_token_id,
         "pad_to_multiple_of": PADDED_ROWS,
         "empty_token_id": tokenizer.convert_tokens_to_ids("▁"),
@@ -105,6 +92,23 @@ def build_config(tokenizer: PreTrainedTokenizerFast, **overrides: Any) -> OpenVL
         "norm_stats": {UNTRAINED_KEY: UNTRAINED_STATISTICS},
     }
     return OpenVLAConfig(**{**fields, **overrides})
+
+
+def language_config(tokenizer: PreTrainedTokenizerFast, width: int = 64, depth: int = 2) -> dict[str, Any]:
+    """``text_config`` of a Llama of this width and depth, with 4 heads."""
+    return {
+        "model_type": "llama",
+        "vocab_size": tokenizer.pad_token_id + PADDED_ROWS,
+        "hidden_size": width,
+        "intermediate_size": -(-width * 8 // 12) * 4,
+        "num_hidden_layers": depth,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "rms_norm_eps": 1e-6,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
 
 
 def build_tiny(seed: int = 0, **overrides: Any) -> tuple[OpenVLAForActionPrediction, OpenVLAProcessor]:

@@ -136,6 +136,21 @@ def _fits(model: OpenVLAForActionPrediction, key: str) -> bool:
     return has_proprio and model.config.action_dim in (None, len(statistics["action"][low]))
 
 
+def model_inputs(batch: Mapping[str, torch.Tensor], model: OpenVLAForActionPrediction) -> Mapping[str, torch.Tensor]:
+    """What of a batch a training pass needs.
+
+    Padding stands on the right, where a causal model never looks back from: it needs no mask, and without one attention
+    takes its causal kernel, which skips half of the products. Parallel decoding looks both ways and keeps it.
+
+    Args:
+        batch: As :class:`ActionCollator` made it.
+        model: Not wrapped.
+    """
+    if model.config.parallel_decoding:
+        return batch
+    return {name: tensor for name, tensor in batch.items() if name != "attention_mask"}
+
+
 def answer_metrics(
     output: Any, batch: Mapping[str, torch.Tensor], model: OpenVLAForActionPrediction
 ) -> dict[str, torch.Tensor]:

@@ -6,6 +6,7 @@ Imports neither side's code before it knows which it is, so that the reference's
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import sys
 import time
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+Side = tuple[torch.nn.Module, Callable[[], float], contextlib.AbstractContextManager]  # a step, and what stands around
 RANK, ALPHA, RATE = 32, 16, 5e-4
 NO_CLIPPING = 1e9  # ours clips, the reference does not: the norm is computed, and nothing changes
 
@@ -34,10 +36,11 @@ def seed_adapters(model: torch.nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
-def ours(folder: Path, checkpointing: bool) -> tuple[torch.nn.Module, Callable[[], float]]:
+def ours(folder: Path, checkpointing: bool) -> Side:
     """This package's model and training step."""
     from openvla import OpenVLAForActionPrediction
-    from openvla.training_batch import answer_metrics
+    from openvla.lean_training import lean
+    from openvla.training_batch import answer_metrics, model_inputs
 
     model = OpenVLAForActionPrediction.from_pretrained(folder / "base", torch_dtype=torch.float32)
     model.enable_lora(RANK, ALPHA)
@@ -50,7 +53,7 @@ def ours(folder: Path, checkpointing: bool) -> tuple[torch.nn.Module, Callable[[
     batch = torch.load(folder / "batch.pt", weights_only=True)
 
     def step() -> float:
-        output = model(**batch, logits_at_labels=True)
+        output = model(**model_inputs(batch, model), logits_at_labels=True)
         output.loss.backward()
         loss = float(output.loss.detach())
         answer_metrics(output, batch, model)
@@ -59,10 +62,10 @@ def ours(folder: Path, checkpointing: bool) -> tuple[torch.nn.Module, Callable[[
         optimizer.zero_grad()
         return loss
 
-    return model, step
+    return model, step, lean(model)
 
 
-def reference(folder: Path, code: Path) -> tuple[torch.nn.Module, Callable[[], float]]:
+def reference(folder: Path, code: Path) -> Side:
     """The published code's model, and a step as its vla-scripts/finetune.py takes it."""
     from importlib import import_module
 
@@ -104,7 +107,7 @@ def reference(folder: Path, code: Path) -> tuple[torch.nn.Module, Callable[[], f
         optimizer.zero_grad()
         return loss
 
-    return model, step
+    return model, step, contextlib.nullcontext()
 
 
 def main() -> None:
@@ -117,18 +120,19 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     if args.side == "reference":
-        model, step = reference(args.folder, args.code.resolve())
+        model, step, training = reference(args.folder, args.code.resolve())
     else:
-        model, step = ours(args.folder, args.side == "checkpointing")
+        model, step, training = ours(args.folder, args.side == "checkpointing")
     trained = seed_adapters(model)
     Path("/proc/self/clear_refs").write_text("5")  # what loading took at its peak does not count
     said = {"trained": trained, "before": peak_bytes(), "weights": sum(p.nbytes for p in model.parameters())}
     print("READY " + json.dumps(said), flush=True)
-    for _ in sys.stdin:
-        started = time.perf_counter()
-        loss = step()
-        said = {"seconds": time.perf_counter() - started, "loss": loss, "peak": peak_bytes()}
-        print("STEP " + json.dumps(said), flush=True)
+    with training:
+        for _ in sys.stdin:
+            started = time.perf_counter()
+            loss = step()
+            said = {"seconds": time.perf_counter() - started, "loss": loss, "peak": peak_bytes()}
+            print("STEP " + json.dumps(said), flush=True)
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ for lane in $lanes; do
   case $lane in
     4.40.1) packages+=(peft==0.11.1 accelerate==0.30.1) ;;
     4.49.0) ;;
+    4.57.6) packages+=(peft accelerate bitsandbytes vla-eval) ;;  # the last that vla-eval's OpenVLA server runs on
     *) packages+=(peft accelerate bitsandbytes) ;;
   esac
   make_environment "$lane" torch numpy psutil pytest safetensors "${packages[@]}"

@@ -16,10 +16,16 @@ Attempts that fail are left out and counted. An interrupted collection goes on.
 from __future__ import annotations
 
 import argparse
+import collections
+import contextlib
 import dataclasses
+import functools
 import io
+import itertools
+import multiprocessing
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -242,25 +248,19 @@ def _collect_task(
     args: argparse.Namespace, suite: Any, task_id: int, writer: LeRobotWriter, cameras: dict[str, str]
 ) -> None:
     """A task's missing episodes."""
-    language, (low, high) = suite.get_task(task_id).language, args.initial_states
+    language = suite.get_task(task_id).language
     done = sum(row["tasks"] == [language] for row in writer.episodes)
     if done >= args.episodes:
         return
     record = Path(args.out) / "meta" / "collection.json"
     known = _known(record)
     mine = known.setdefault(str(task_id), {"instruction": language, "attempts": 0, "failures_left_out": 0})
-    environment = make_environment(
-        suite, task_id, camera_names=list(cameras.values()), camera_heights=SIZE, camera_widths=SIZE
-    )
-    initial_states = suite.get_task_init_states(task_id)
-    with tqdm(total=args.episodes, initial=done, desc=language, unit="episode", file=sys.stdout) as bar:
+    with (
+        tqdm(total=args.episodes, initial=done, desc=language, unit="episode", file=sys.stdout) as bar,
+        contextlib.closing(_attempts(args, task_id, list(cameras.values()), mine["attempts"])) as attempts,
+    ):
         while bar.n < args.episodes:
-            attempts = mine["attempts"]
-            rng = np.random.default_rng([args.seed, task_id, attempts])
-            initial = initial_states[low + attempts % (high - low)]
-            attempt = demonstrate(
-                environment, list(cameras.values()), initial, rng, args.max_steps, not args.undisturbed
-            )
+            attempt = next(attempts)
             if attempt.succeeded:
                 images = {column: attempt.images[name] for column, name in cameras.items()}
                 numbers = {"action": np.stack(attempt.commands), "observation.state": np.stack(attempt.states)}
@@ -272,7 +272,37 @@ def _collect_task(
             bar.set_postfix(failed=mine["failures_left_out"], steps=len(attempt.commands))
             if mine["failures_left_out"] > 20 + mine["attempts"] // 2:
                 raise ValueError(f"The oracle fails at {language!r} too often ({mine}); leave the task out.")
-    environment.close()
+
+
+def _attempts(args: argparse.Namespace, task_id: int, cameras: list[str], first: int) -> Iterator[Attempt]:
+    """A task's attempts from number ``first`` on, without end and in their order however many processes make them."""
+    # A renderer does not survive a fork.
+    pool = ProcessPoolExecutor(args.workers, mp_context=multiprocessing.get_context("spawn"))
+    ahead: collections.deque[Future[Attempt]] = collections.deque()
+    try:
+        for number in itertools.count(first):
+            ahead.append(pool.submit(_attempt, args, task_id, cameras, number))
+            if len(ahead) > args.workers:
+                yield ahead.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+@functools.lru_cache(maxsize=1)
+def _scene(suite_name: str, task_id: int, cameras: tuple[str, ...]) -> tuple[Any, np.ndarray]:
+    """This process's simulator with a task, and the task's initial states."""
+    suite = open_suite(suite_name)
+    environment = make_environment(suite, task_id, camera_names=list(cameras), camera_heights=SIZE, camera_widths=SIZE)
+    return environment, suite.get_task_init_states(task_id)
+
+
+def _attempt(args: argparse.Namespace, task_id: int, cameras: list[str], number: int) -> Attempt:
+    """A task's attempt of this number: the same in whichever process."""
+    environment, initial_states = _scene(args.suite, task_id, tuple(cameras))
+    low, high = args.initial_states
+    rng = np.random.default_rng([args.seed, task_id, number])
+    initial = initial_states[low + number % (high - low)]
+    return demonstrate(environment, cameras, initial, rng, args.max_steps, not args.undisturbed)
 
 
 def _known(record: Path) -> dict[str, Any]:
@@ -304,9 +334,10 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--suite", default="libero_object")
     parser.add_argument("--tasks", nargs="+", default=None, metavar="TASK", help="numbers or names; default all")
     parser.add_argument("--episodes", type=int, default=20, metavar="N", help="successful ones a task")
-    parser.add_argument("--initial-states", type=int, nargs=2, default=(0, 30), metavar=("FROM", "TO"))
+    parser.add_argument("--initial-states", type=int, nargs=2, default=(0, 25), metavar=("FROM", "TO"))
     parser.add_argument("--cameras", nargs="+", default=list(CAMERAS.values()), choices=list(CAMERAS.values()))
     parser.add_argument("--max-steps", type=int, default=250, help="an attempt that takes longer has failed")
+    parser.add_argument("--workers", type=int, default=1, metavar="N", help="simulators at a time; data are the same")
     parser.add_argument("--undisturbed", action="store_true", help="no pushes, and starts as in evaluation")
     parser.add_argument("--seed", type=int, default=0)
     return parser

@@ -1,9 +1,8 @@
 """A tiny OpenVLA to train from nothing on scripted LIBERO demonstrations: random weights, ready to fine-tune.
 
-    python examples/collect_libero.py demos/libero_object_no_noops --tasks 0 7 --episodes 120
     python examples/tiny_libero.py demos/libero_object_no_noops runs/tiny-base
-    openvla finetune --model runs/tiny-base --data demos/libero_object_no_noops --method full --output runs/tiny ...
-    openvla evaluate --model runs/tiny/model --tasks 0 7 --episodes 20 --first-initial-state 30 --output runs/judged
+
+``train_tiny.py`` does this and everything before and after.
 
 Two towers as OpenVLA's, at 112 pixels with patches of 16 (49 of them), a Llama, and a tokenizer that knows the words of
 the demonstrations: a prompt is some 25 tokens in place of 100 characters.
@@ -19,7 +18,7 @@ import torch
 from openvla import OpenVLAForActionPrediction, OpenVLAProcessor
 from openvla.configuration_openvla import PROMPTS
 from openvla.demonstrations import open_demonstrations
-from openvla.tiny import PADDED_ROWS, build_config, build_tokenizer
+from openvla.tiny import build_config, build_tokenizer, language_config
 
 IMAGE_SIZE, PATCH_SIZE = 112, 16
 TOWER_WIDTH, TOWER_DEPTH = 192, 4  # features come from the second-to-last block: three are run
@@ -35,19 +34,7 @@ def build(instructions: list[str], seed: int) -> tuple[OpenVLAForActionPredictio
     config = build_config(
         tokenizer,
         timm_model_kwargs=[{**tower, "num_heads": 3}] * 2,
-        text_config={
-            "model_type": "llama",
-            "vocab_size": tokenizer.pad_token_id + PADDED_ROWS,
-            "hidden_size": LLM_WIDTH,
-            "intermediate_size": 4 * LLM_WIDTH * 2 // 3,
-            "num_hidden_layers": LLM_DEPTH,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 4,
-            "rms_norm_eps": 1e-6,
-            "bos_token_id": tokenizer.bos_token_id,
-            "eos_token_id": tokenizer.eos_token_id,
-            "pad_token_id": tokenizer.pad_token_id,
-        },
+        text_config=language_config(tokenizer, LLM_WIDTH, LLM_DEPTH),
         norm_stats=None,
     )
     torch.manual_seed(seed)

@@ -1,5 +1,6 @@
 """Fine-tuning: what is trained, that it learns, goes on after a break, and gives a folder that everyone can load."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -23,10 +24,11 @@ from openvla import PLATFORMS, OpenVLAForActionPrediction, load_policy
 from openvla.adapters_openvla import lora_targets
 from openvla.finetune import FinetuneConfig, as_config, build, finetune, rate, read_yaml, set_trained
 from openvla.finetune_config import TRACKERS
+from openvla.lean_training import lean
 from openvla.merge_adapter import merge
 from openvla.quantization_openvla import QUANTIZES_ON_CPU
 from openvla.tiny import build_tiny
-from openvla.training_batch import ActionCollator, answer_metrics
+from openvla.training_batch import ActionCollator, answer_metrics, model_inputs
 from openvla.training_state import checkpoints
 
 # A batch in two halves adds its gradients up in another order, in float32; four steps of AdamW on a tiny model make of
@@ -108,7 +110,7 @@ def losses(output):
 
 
 @pytest.mark.parametrize("name", ["fused", "siglip"])
-def test_a_step_has_the_golden_loss_with_logits_at_labels_alone(name, tmp_path):
+def test_a_step_has_the_golden_loss_however_it_is_taken(name, tmp_path):
     from reference import published_folder
 
     golden = np.load(GOLDEN / name / "train.npz")
@@ -117,16 +119,19 @@ def test_a_step_has_the_golden_loss_with_logits_at_labels_alone(name, tmp_path):
     batch = {key: torch.from_numpy(golden[key]) for key in ("input_ids", "attention_mask", "labels")}
     batch["pixel_values"] = torch.from_numpy(pixels)
     gradients = []
-    for only in (False, True):
+    ways = [(False, contextlib.nullcontext(), batch), (True, contextlib.nullcontext(), batch)]
+    for only, training, inputs in [*ways, (True, lean(model), model_inputs(batch, model))]:
         model.zero_grad()
-        out = model.train()(**batch, logits_at_labels=only)
-        assert abs(float(out.loss.detach()) - float(golden["loss"])) <= LOSS_ATOL
-        out.loss.backward()
+        with training:
+            out = model.train()(**inputs, logits_at_labels=only)
+            assert abs(float(out.loss.detach()) - float(golden["loss"])) <= LOSS_ATOL
+            out.loss.backward()
         gradients.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
     assert len(out.logits) == int((batch["labels"][:, 1:] != -100).sum())
-    assert set(gradients[0]) == set(gradients[1])
-    for key in gradients[0]:
-        torch.testing.assert_close(gradients[1][key], gradients[0][key], atol=1e-6, rtol=1e-4)
+    assert set(gradients[0]) == set(gradients[1]) == set(gradients[2])
+    for key, gradient in gradients[0].items():
+        for other in gradients[1:]:
+            torch.testing.assert_close(other[key], gradient, atol=1e-6, rtol=1e-4)
     metrics = answer_metrics(out, batch, model)
     assert float(metrics["action_accuracy"]) == pytest.approx(float(golden["finetune_action_accuracy"]), abs=1e-6)
 

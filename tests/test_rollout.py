@@ -378,10 +378,11 @@ def test_what_the_simulator_does_not_have(arguments, message, tmp_path, capsys):
 @pytest.mark.libero
 def test_a_demonstration_succeeds_again_through_reader_and_harness(tmp_path):
     """Collector, writer, preset, gripper, harness and simulator agree: what the oracle did works when replayed."""
-    collector = runpy.run_path(str(REPOSITORY / "examples" / "collect_libero.py"), run_name="collector")
+    script = REPOSITORY / "examples" / "collect_libero.py"
+    as_jpeg = runpy.run_path(str(script), run_name="collector")["as_jpeg"]
     folder = tmp_path / "libero_object_no_noops"
-    arguments = [str(folder), "--tasks", "0", "--episodes", "1", "--initial-states", "30", "31", "--undisturbed"]
-    assert collector["collect"](collector["arguments"]().parse_args(arguments)) == 0
+    arguments = [folder, "--tasks", "0", "--episodes", "1", "--initial-states", "30", "31", "--undisturbed"]
+    subprocess.run([sys.executable, script, *arguments], check=True)
     episode = open_demonstrations(folder)[0]
     assert set(episode.actions[:, -1]) == {0, 1}
     assert episode.actions[0, -1] == 1  # open: OpenVLA's convention
@@ -408,5 +409,5 @@ def test_a_demonstration_succeeds_again_through_reader_and_harness(tmp_path):
     for step in range(0, len(episode), 20):  # what evaluation shows is what was stored, byte for byte
         for shown, stored in zip(seen[step], episode.images(step)):
             upside_down = shown[::-1, ::-1]
-            np.testing.assert_array_equal(decoded_image(collector["as_jpeg"](upside_down)), stored)
+            np.testing.assert_array_equal(decoded_image(as_jpeg(upside_down)), stored)
     np.testing.assert_allclose([state for _, _, state, _ in seen], episode.proprio, atol=1e-5)

@@ -1,0 +1,41 @@
+"""Makes pages of the site out of the files at the repository's root, so that each text has one home.
+
+mkdocs calls what is named ``on_…`` (``hooks`` in mkdocs.yml). Links are written as they work in the repository and are
+turned here into what works on the site.
+"""
+
+import re
+from pathlib import Path
+
+from mkdocs.structure.files import File
+
+REPOSITORY = Path(__file__).parent.parent
+# Which page a file at the root becomes.
+ROOT_PAGES = {
+    "README.md": "index.md",
+    "PARITY.md": "parity.md",
+    "CONTRIBUTING.md": "contributing.md",
+    "CHANGELOG.md": "changelog.md",
+}
+LINK = re.compile(r"(?<=\]\()(\.\./)?([\w./-]+)(?=[#)])")
+
+
+def on_files(files, config):
+    """Add the root's pages and the pictures."""
+    for name, page in ROOT_PAGES.items():
+        text = (REPOSITORY / name).read_text(encoding="utf-8")
+        text = re.sub(r"\A---\n.*?\n---\n", "", text, flags=re.DOTALL)  # what the Hub reads of a model card
+        files.append(File.generated(config, page, content=LINK.sub(_on_the_site, text)))
+    for picture in sorted((REPOSITORY / "assets").glob("*.png")):
+        files.append(File.generated(config, f"assets/{picture.name}", abs_src_path=str(picture)))
+    return files
+
+
+def on_page_markdown(markdown, page, **_):
+    """Turn a page's links to the root."""
+    return LINK.sub(_on_the_site, markdown)
+
+
+def _on_the_site(link):
+    target = link[2].removeprefix("docs/")
+    return ROOT_PAGES.get(target, target)

@@ -1,0 +1,109 @@
+"""A tiny OpenVLA and its OpenVLA-OFT twin from nothing: demonstrations, training, judgement in the simulator.
+
+    pip install '.[libero,train]' && apt-get install -y libegl1 libgl1-mesa-dri libosmesa6
+    python examples/train_tiny.py runs/train-tiny        # or: make train-tiny
+
+Two tasks of LIBERO-Object, 100 scripted demonstrations each from the initial states 0 to 24; judged on 25 to 49, which
+no demonstration began with. All seeds are fixed. What is broken off goes on where it was. Written are:
+  demos/            the demonstrations, and demos.png to look at
+  base/             the model before training
+  openvla/, oft/    the training runs; each one's model/ is the result
+  judged/           success, videos and a contact sheet of both
+  results.json      what the table at the end holds, and the seconds that every part took
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from openvla.configuration_openvla import write_json
+from openvla.demonstrations import read_json
+from openvla.finetune_config import read_yaml
+
+HERE = Path(__file__).parent
+DATASET = "libero_object_no_noops"  # the preset of columns and gripper goes by this name
+TASKS = ("0", "7")
+HELD_OUT, STATES = 25, 50  # initial states from the first on are never demonstrated; a task has so many
+POLICIES = {"openvla": "tiny_libero.yaml", "oft": "tiny_libero_oft.yaml"}
+
+
+def parts(args: argparse.Namespace) -> dict[str, list[str | Path]]:
+    """The commands, by what they make."""
+    out, python = args.out, sys.executable
+    demos, openvla, workers = out / "demos" / DATASET, [python, "-m", "openvla"], str(args.workers)
+    collect = [python, HERE / "collect_libero.py", demos, "--tasks", *TASKS, "--episodes", str(args.episodes)]
+    collect += ["--initial-states", "0", str(HELD_OUT), "--cameras", "agentview", "--workers", workers]
+    commands = {
+        "demonstrations": collect,
+        "picture of them": [*openvla, "inspect-data", demos, "--out", out / "demos.png"],
+        "model before training": [python, HERE / "tiny_libero.py", demos, out / "base"],
+    }
+    for name in POLICIES:
+        run = ["--model", out / "base", "--output", out / name, "--max-steps", str(args.steps)]
+        commands[f"training {name}"] = [*openvla, "finetune", out / f"{name}.yaml", *run]
+    for name in POLICIES:
+        judge = ["--model", out / name / "model", "--tasks", *TASKS, "--episodes", str(args.judged)]
+        judge += ["--first-initial-state", str(HELD_OUT), "--workers", workers, "--output", out / "judged" / name]
+        commands[f"judging {name}"] = [*openvla, "evaluate", *judge]
+    return commands
+
+
+def write_runs(args: argparse.Namespace) -> None:
+    """The trainings' configurations with the place of the demonstrations."""
+    for name, file in POLICIES.items():
+        config = read_yaml(HERE / file)
+        config["data"][0]["path"] = str(args.out / "demos" / DATASET)
+        write_json(args.out / f"{name}.yaml", config)  # JSON is YAML
+
+
+def table(out: Path, seconds: dict[str, float]) -> str:
+    """What came of it."""
+    lines = ["| policy | task | success | 95 % interval |", "|---|---|---|---|"]
+    for name in POLICIES:
+        report = read_json(out / "judged" / name / "results.json")
+        for row in (*report["results"], {**report, "instruction": "all"}):
+            low, high = row["success_interval"]
+            lines.append(
+                f"| {name} | {row['instruction']} | {row['successes']}/{row['judged']} | {low:.0%} to {high:.0%} |"
+            )
+    lines += ["", "| part | minutes |", "|---|---|"]
+    lines += [f"| {part} | {spent / 60:.1f} |" for part, spent in seconds.items()]
+    return "\n".join(lines)
+
+
+def main() -> int:
+    """Run what is not done yet; returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path, metavar="DIR")
+    parser.add_argument("--episodes", type=int, default=100, help="demonstrations a task; default 100")
+    parser.add_argument("--steps", type=int, default=3000, help="of each training; default 3000")
+    parser.add_argument("--judged", type=int, default=STATES - HELD_OUT, help="episodes a task and policy; default 25")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="simulators at a time")
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    record = args.out / "results.json"
+    known = read_json(record) if record.is_file() else {"cores": os.cpu_count(), "parts": {}}
+    write_runs(args)
+    for part, command in parts(args).items():
+        if known["parts"].get(part, {}).get("done"):
+            continue
+        print(f"--- {part}", flush=True)
+        started = time.perf_counter()
+        status = subprocess.run(command).returncode
+        before = known["parts"].get(part, {}).get("seconds", 0.0)
+        known["parts"][part] = {"done": status == 0, "seconds": before + time.perf_counter() - started}
+        write_json(record, known)
+        if status:
+            print(f"{part} ended with status {status}; the same command goes on from here.", file=sys.stderr)
+            return status
+    print(table(args.out, {part: entry["seconds"] for part, entry in known["parts"].items()}))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

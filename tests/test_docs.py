@@ -1,0 +1,182 @@
+"""The README and docs/ do what they say: every page is one session, its blocks run in order in one folder.
+
+Hub ids of the texts are answered by a Hub on loopback that holds tiny models under these names; nothing else of a block
+is changed but what stands in ``REPLACED`` and ``ADDED``.
+"""
+
+import re
+import runpy
+import shlex
+import shutil
+
+import error_page
+import numpy as np
+import pytest
+import transformers
+from openvla import __main__ as command_line
+from openvla import finetune_config
+from openvla.tiny import build_tokenizer
+from PIL import Image
+from reference import REPOSITORY, native_run, oft_folder, published_folder, write_json
+from test_download import put
+
+PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
+BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+
+# There is no GPU here, and the tiny model's towers have sizes that no registry knows.
+REPLACED = {'device_map="cuda"': 'device_map="cpu"', "--device cuda": "--device cpu"}
+ADDED = {"convert runs/my-run my-openvla": ["--config-overrides", "sizes.json"]}
+# Of these commands only arguments (and a run's YAML file) are checked, since they take a simulator, downloads or hours.
+ARGUMENTS_ONLY = {"evaluate", "assemble", "bench", "finetune"}
+NEW_NAMES = tuple(map(int, transformers.__version__.split(".")[:2])) >= (4, 56)
+# What begins so is compiled, not run; how often each page may do that.
+NOT_RUN = "# Not run in CI:"
+MARKED = {"migration.md": 4}
+
+
+def blocks(page):
+    """Language, code and line of every block."""
+    text = page.read_text(encoding="utf-8")
+    return [(match[1], match[2], text[: match.start()].count("\n") + 2) for match in BLOCK.finditer(text)]
+
+
+@pytest.fixture(scope="session")
+def given(hub, tokenizer, overrides, tmp_path_factory):
+    """A folder that holds what the texts take for granted; their models are on the Hub."""
+    pytest.importorskip("h5py")
+    folder, models = tmp_path_factory.mktemp("given"), tmp_path_factory.mktemp("models")
+    plain = published_folder("fused", models / "plain", pad_token_id=build_tokenizer().pad_token_id)
+    put(hub, "openvla/openvla-7b", plain)
+    put(hub, "someone/openvla-7b-finetuned", plain)
+    put(hub, "moojink/openvla-7b-oft-finetuned-libero-spatial", oft_folder("libero", "l1", models / "oft"))
+    native_run("fused", folder / "runs" / "my-run")
+    shutil.copytree(plain, folder / "old-finetune")
+    shutil.copytree(tokenizer, folder / "llama-2-tokenizer")
+    shutil.copytree(REPOSITORY / "examples", folder / "examples")
+    runpy.run_path(str(REPOSITORY / "examples" / "toy.py"))["write"](models)
+    shutil.copytree(models / "data", folder / "my-demonstrations")
+    write_json(folder / "sizes.json", overrides["fused"])
+    for name in ("frame.png", "main.png", "wrist.png"):
+        Image.fromarray(np.random.RandomState(0).randint(0, 256, (48, 64, 3), dtype=np.uint8)).save(folder / name)
+    return folder
+
+
+@pytest.fixture
+def place(given, here, tmp_path, monkeypatch):
+    """Where a page is worked through."""
+    monkeypatch.chdir(shutil.copytree(given, tmp_path / "place"))
+    monkeypatch.setattr("sys.argv", ["example"])
+
+
+def run_python(code, names, where):
+    for written, here in REPLACED.items():
+        code = code.replace(written, here)
+    exec(compile(code, where, "exec"), names)  # noqa: S102
+    if "action" in names:
+        assert names["action"].shape == (7,), where
+        assert names["action"].dtype == np.float64, where
+
+
+def run_shell(code, where, monkeypatch, capsys):
+    """Every command of a block: ours run here, of the others it is checked that what they name is there."""
+    code = code.replace("\\\n", " ")
+    for written, here in REPLACED.items():
+        code = code.replace(written, here)
+    for line in code.splitlines():
+        for command in re.split(r"&&|^#.*", line):
+            words = shlex.split(command, comments=True)
+            match words:
+                case []:
+                    pass
+                case ["make", verb]:
+                    assert re.search(rf"^{verb}:", (REPOSITORY / "Makefile").read_text(), re.MULTILINE), where
+                case ["pip", "install", what]:
+                    for extra in re.findall(r"\[(.*)\]", what):
+                        assert re.search(rf"^{extra} = \[", (REPOSITORY / "pyproject.toml").read_text(), re.MULTILINE)
+                case ["apt-get", "install", *_]:
+                    pass
+                case ["python", file]:
+                    runpy.run_path(file, run_name="__main__")
+                case ["openvla" | "torchrun" | "python", *_]:
+                    start = 1 if words[0] == "openvla" else words.index("openvla") + 1
+                    run_command(words[start:], where, monkeypatch, capsys)
+                case _:
+                    pytest.fail(f"{where}: nobody has said how to check {command!r}")
+
+
+def run_command(arguments, where, monkeypatch, capsys):
+    for start, more in ADDED.items():
+        if " ".join(arguments).startswith(start):
+            arguments = [*arguments, *more]
+    name = arguments[0]
+    if name in ARGUMENTS_ONLY:
+        add_arguments, _, description = command_line.COMMANDS[name]
+        monkeypatch.setitem(command_line.COMMANDS, name, (add_arguments, check_arguments, description))
+    assert command_line.main(arguments) == 0, f"{where}: {capsys.readouterr().err}"
+
+
+def check_arguments(args):
+    """In the place of a command: its YAML file and flags make a run."""
+    if args.command == "finetune":
+        given = {key: value for key, value in vars(args).items() if value is not None}
+        given.pop("command")
+        file = given.pop("config", None)
+        finetune_config.as_config({**(finetune_config.read_yaml(file) if file else {}), **given})
+    return 0
+
+
+@pytest.mark.skipif(not NEW_NAMES, reason="the pages show the names of newer versions")
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)], ids=lambda page: page.name)
+def test_every_block_runs(page, place, monkeypatch, capsys):
+    names = {}
+    for language, code, line in blocks(page):
+        where = f"{page.name}:{line}"
+        if language == "python" and code.startswith(NOT_RUN):
+            compile(code, where, "exec")
+        elif language == "python":
+            run_python(code, names, where)
+        elif language == "bash" and not code.startswith(NOT_RUN):
+            run_shell(code, where, monkeypatch, capsys)
+
+
+def test_few_blocks_are_not_run():
+    """The list cannot grow silently, and no other language is without a check."""
+    marked = {page.name: sum(code.startswith(NOT_RUN) for _, code, _ in blocks(page)) for page in PAGES}
+    assert {name: count for name, count in marked.items() if count} == MARKED
+    assert {language for page in PAGES for language, _, _ in blocks(page)} <= {"python", "bash", "yaml", "text"}
+
+
+def test_the_first_screen_shows_the_two_commands():
+    readme = PAGES[0].read_text(encoding="utf-8")
+    assert re.findall(r"^make (\w+)", readme.split("## Install")[0], flags=re.MULTILINE) == ["demo", "test"]
+    assert len(readme.splitlines()) < 100
+
+
+def test_every_error_is_on_the_page():
+    """And none that the code no longer says: ``python docs/error_page.py`` brings it in step."""
+    assert error_page.PAGE.read_text(encoding="utf-8") == error_page.renewed(
+        error_page.PAGE.read_text(encoding="utf-8")
+    )
+
+
+def test_every_error_says_what_to_do():
+    """By itself, or on the page."""
+    page = error_page.PAGE.read_text(encoding="utf-8")
+    assert error_page.OTHERS not in page, "give its messages a topic"
+    silent = [said for said, remedy in error_page.ENTRY.findall(page) if not remedy.strip()]
+    assert [message for message in silent if not error_page.speaks_for_itself(message)] == []
+
+
+def test_public_names_are_documented():
+    import openvla
+
+    named = re.findall(r"^::: openvla\.(\w+)$", (REPOSITORY / "docs" / "api.md").read_text(), flags=re.MULTILINE)
+    assert sorted(named) == sorted(openvla.__all__)
+
+
+@pytest.mark.parametrize("page", [*PAGES[1:], *REPOSITORY.glob("*.md")], ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    """To files; anchors too are checked by ``make docs``, which builds the site strictly."""
+    for target in re.findall(r"\]\(([^)#]+)[)#]", page.read_text(encoding="utf-8")):
+        if not target.startswith("https://"):
+            assert (page.parent / target).is_file(), target
