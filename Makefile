@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test test-slow convert-full train-tiny lanes lint docs clean
+.PHONY: demo test test-slow notebooks convert-full train-tiny lanes lint docs clean
 
 demo: $(INSTALLED)  ## one action from a real LIBERO frame, as a table and as demo.png
 	$(VENV)/bin/openvla predict --plot demo.png
@@ -13,6 +13,9 @@ test: $(INSTALLED)  ## the default tests
 
 test-slow: $(INSTALLED)  ## what takes a minute or more: kills, full disks
 	$(VENV)/bin/python -m pytest -m slow
+
+notebooks: $(INSTALLED)  ## run the notebooks of examples/ and write back what they show
+	$(VENV)/bin/python examples/execute_notebooks.py
 
 convert-full: $(INSTALLED)  ## a full-size checkpoint there and back: time and memory beside a plain copy (31 GB of disk)
 	$(VENV)/bin/python benchmarks/convert_full.py .convert-full

@@ -96,7 +96,15 @@ def run(args: argparse.Namespace) -> int:
     }
     print(json.dumps(report) if args.json else _table(report))
     if draw:
-        (_plot if output.actions.ndim == 1 else _plot_chunk)(draw, images, output, report, args.plot)
+        labels = list(zip(report["dimensions"], report["units"]))
+        title = f"“{instruction}”\n{report['model']} · {key}"
+        args.plot.parent.mkdir(parents=True, exist_ok=True)
+        if output.actions.ndim == 1:
+            figure = draw_action(draw, images[0], output, labels, title)
+        else:
+            figure = draw_chunk(draw, images, output.actions, labels, title)
+        figure.savefig(args.plot, dpi=110)
+        draw.close(figure)
         if not args.json:
             print(f"picture     {args.plot}")
     return 0
@@ -134,58 +142,77 @@ def import_pyplot(option: str) -> Any:
     return plt
 
 
-def _plot_chunk(plt: Any, images: list[Image.Image], output: ActionOutput, report: dict[str, Any], file: Path) -> None:
-    """The images, and every dimension over the steps of the chunk."""
-    labels = report["dimensions"]
+def draw_chunk(
+    plt: Any, images: list[Image.Image], actions: np.ndarray, labels: list[tuple[str, str]], title: str
+) -> Any:
+    """The images, and every dimension over the steps of a chunk.
+
+    Args:
+        plt: matplotlib.pyplot.
+        images: What the model saw.
+        actions: ``(chunk, action_dim)``, robot units.
+        labels: Name and unit of every dimension, as ``dimension_labels`` gives them.
+        title: Above all.
+
+    Returns:
+        The figure.
+    """
     figure = plt.figure(figsize=(4 * len(images) + 3 * min(len(labels), 7), 5.2), layout="constrained")
-    figure.suptitle(f"“{report['instruction']}”\n{report['model']} · {report['unnorm_key']}", fontsize=10)
+    figure.suptitle(title, fontsize=10)
     pictures, curves = figure.subfigures(1, 2, width_ratios=[4 * len(images), 3 * min(len(labels), 7)])
     for axes, image in zip(pictures.subplots(1, len(images), squeeze=False)[0], images):
         axes.imshow(image)
         axes.set_axis_off()
     rows = -(-len(labels) // 7)
     cells = curves.subplots(rows, min(len(labels), 7), sharex=True, squeeze=False).flat
-    for axes, name, unit, values in zip(cells, labels, report["units"], output.actions.T):
+    for axes, (name, unit), values in zip(cells, labels, actions.T):
         axes.plot(range(len(values)), values, "o-", ms=3)
         axes.set(title=f"{name} ({unit})", xlabel="step")
         axes.title.set_fontsize(8)
         axes.grid(alpha=0.3)
-    _save(plt, figure, file)
+    return figure
 
 
-def _save(plt: Any, figure: Any, file: Path) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file, dpi=110)
-    plt.close(figure)
+def draw_action(
+    plt: Any, image: Image.Image, output: ActionOutput, labels: list[tuple[str, str]], title: str = ""
+) -> Any:
+    """The image, the translation seen from above with its height beside it, the gripper, and every dimension's bins.
 
+    Args:
+        plt: matplotlib.pyplot.
+        image: What the model saw.
+        output: Of ``predict_action(..., return_dict=True)``, one action in tokens.
+        labels: Name and unit of every dimension, as ``dimension_labels`` gives them.
+        title: Above all.
 
-def _plot(plt: Any, images: list[Image.Image], output: ActionOutput, report: dict[str, Any], file: Path) -> None:
-    """The image, the translation seen from above with its height beside it, the gripper, and every dimension's bins."""
+    Returns:
+        The figure.
+    """
     action = output.actions
     figure = plt.figure(figsize=(16, 4.6), layout="constrained")
-    figure.suptitle(f"“{report['instruction']}”\n{report['model']} · {report['unnorm_key']}", fontsize=10)
+    figure.suptitle(title, fontsize=10)
     end_effector = len(action) == 7
     axes = figure.subplots(1, 4 if end_effector else 2, width_ratios=[4, 3, 1, 5] if end_effector else [4, 5])
-    axes[0].imshow(images[0])
+    axes[0].imshow(image)
     axes[0].set_axis_off()
     if end_effector:
-        _plot_end_effector(axes[1], axes[2], action, report["units"])
+        _draw_end_effector(axes[1], axes[2], action, labels[0][1])
     bins = {"aspect": "auto", "cmap": "magma", "interpolation": "nearest", "extent": (-1, 1, len(action) - 0.5, -0.5)}
     axes[-1].imshow(output.bin_probabilities, **bins)
     axes[-1].plot(output.normalized_actions, range(len(action)), "o", mfc="none", mec="cyan", label="chosen bin")
-    axes[-1].set_yticks(range(len(action)), report["dimensions"])
+    axes[-1].set_yticks(range(len(action)), [name for name, _ in labels])
     axes[-1].set(xlabel="normalised action", title="bin probabilities")
     axes[-1].legend(loc="lower right", fontsize=8)
-    _save(plt, figure, file)
+    return figure
 
 
-def _plot_end_effector(above: Any, upright: Any, action: np.ndarray, units: list[str]) -> None:
+def _draw_end_effector(above: Any, upright: Any, action: np.ndarray, unit: str) -> None:
     reach = max(float(np.abs(action[:3]).max()), 1e-6) * 1.25
     arrow = {"arrowstyle": "-|>", "lw": 3, "color": "C0"}
     above.annotate("", xy=(-action[1], action[0]), xytext=(0, 0), arrowprops=arrow)
     above.plot(0, 0, "o", color="black")
     above.set(xlim=(-reach, reach), ylim=(-reach, reach), aspect="equal")
-    above.set(xlabel="right  (-dy)", ylabel="forward  (+dx)", title=f"translation from above ({units[0]})")
+    above.set(xlabel="right  (-dy)", ylabel="forward  (+dx)", title=f"from above ({unit})")
     above.grid(alpha=0.3)
     upright.bar(["dz"], [action[2]], color="C0")
     upright.set(ylim=(-reach, reach), title="up, gripper")

@@ -29,11 +29,11 @@ def picture(hand: np.ndarray, block: np.ndarray, color: str) -> np.ndarray:
     return image
 
 
-def write(folder: Path) -> None:
-    """The demonstrations and the model."""
+def demonstrations(folder: Path) -> None:
+    """The episodes, as ``folder/toy.hdf5``."""
     random = np.random.RandomState(0)
-    (folder / "data").mkdir(parents=True, exist_ok=True)
-    with h5py.File(folder / "data" / "toy.hdf5", "w") as file:
+    folder.mkdir(parents=True, exist_ok=True)
+    with h5py.File(folder / "toy.hdf5", "w") as file:
         for index in range(EPISODES):
             color = list(COLORS)[index % 2]
             start, block = random.randint(8, SIZE - 8, (2, 2))
@@ -46,10 +46,17 @@ def write(folder: Path) -> None:
             episode.attrs["language_instruction"] = f"pick up the {color} block"
             episode["actions"] = np.array(actions, dtype=np.float32)
             episode["images"] = np.stack([picture(hand, block, color) for hand in path])
+
+
+def base(folder: str | Path) -> str | Path:
+    """Writes the model to teach, the embedded default, and gives back the folder."""
     for part in build_tiny():
-        part.save_pretrained(folder / "base")
-    print(f"{folder}: {EPISODES} episodes and a base to train")
+        part.save_pretrained(folder)
+    return folder
 
 
 if __name__ == "__main__":
-    write(Path(sys.argv[1] if len(sys.argv) > 1 else "toy"))
+    place = Path(sys.argv[1] if len(sys.argv) > 1 else "toy")
+    demonstrations(place / "data")
+    base(place / "base")
+    print(f"{place}: {EPISODES} episodes and a base to train")

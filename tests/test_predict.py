@@ -4,9 +4,11 @@ import json
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 from openvla import __version__
 from openvla.__main__ import main
+from openvla.predict import draw_chunk
 from PIL import Image
 
 
@@ -73,3 +75,12 @@ def test_python_dash_m(tmp_path):
         [sys.executable, "-m", "openvla", "--version"], capture_output=True, text=True, cwd=tmp_path, check=True
     )
     assert done.stdout.strip() == f"openvla {__version__}"
+
+
+def test_a_chunk_is_drawn(tmp_path):
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    labels = [(f"action[{index}]", "dataset units") for index in range(14)]
+    figure = draw_chunk(pyplot, [Image.new("RGB", (8, 8))] * 2, np.zeros((25, 14)), labels, "two cameras")
+    curves = [line for axes in figure.get_axes() for line in axes.get_lines()]
+    assert [len(line.get_xdata()) for line in curves] == [25] * 14
+    pyplot.close(figure)
