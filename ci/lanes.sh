@@ -17,7 +17,7 @@ done
 make_environment() {  # name, requirements...
   local python=$root/$1/bin/python
   [ -x "$python" ] || "$root/uv/bin/uv" venv --quiet --python "${PYTHON:-python3}" "$root/$1"
-  "$root/uv/bin/uv" pip install --quiet --python "$python" "${find_links[@]}" -c ci/constraints.txt "${@:2}"
+  "$root/uv/bin/uv" pip install --quiet --compile-bytecode --python "$python" "${find_links[@]}" -c ci/constraints.txt "${@:2}"
   "$root/uv/bin/uv" pip install --quiet --python "$python" "${find_links[@]}" --no-deps --reinstall -e .
 }
 
