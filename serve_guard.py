@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hmac
 import ipaddress
 import json
@@ -23,6 +24,7 @@ logger = logging.getLogger("openvla.serve")
 # What anyone may read: whether the server lives, and the page, which holds no secret and asks for the token.
 OPEN_PATHS = ("/healthz", "/")
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "::1")
+LINGER_SECONDS = 2.0
 CLOSING_SECONDS = 10  # for replies that are being written when everything is answered
 
 
@@ -32,7 +34,13 @@ def error_body(message: str, field: str | None = None, id: str | None = None) ->
 
 
 class Refused(Exception):
-    """A request that gets no further than the guard."""
+    """A request that gets no further than the guard.
+
+    Attributes:
+        unread: Whether there may be more of its body.
+    """
+
+    unread = True
 
     def __init__(self, status: int, message: str, headers: dict[str, str] | None = None) -> None:
         super().__init__(message)
@@ -69,6 +77,8 @@ class Guard:
                     return None
                 receive = _replayed(body, receive)
         except Refused as refused:
+            if scope["type"] == "http" and refused.unread:
+                await _discarded(receive)
             return await _refuse(scope, receive, send, refused)
         return await self.app(scope, receive, send)
 
@@ -97,7 +107,7 @@ class Guard:
         declared = headers.get("content-length", "")
         if declared.isdecimal() and int(declared) > self.limits.body_bytes:
             raise self._too_large(declared)
-        body = bytearray()
+        body, more = bytearray(), True
         end = asyncio.get_running_loop().time() + self.limits.body_seconds
         try:
             while True:
@@ -110,15 +120,18 @@ class Guard:
                     ) from None
                 if message["type"] == "http.disconnect":
                     return None
-                chunk = message.get("body", b"")
+                chunk, more = message.get("body", b""), message.get("more_body", False)
                 body += chunk
                 self.reading += len(chunk)
                 if len(body) > self.limits.body_bytes:
                     raise self._too_large(f"more than {len(body)}")
                 if self.reading > self.limits.reading_bytes:
                     raise Refused(503, "Too many bodies are arriving; try again.", retry_after())
-                if not message.get("more_body", False):
+                if not more:
                     return bytes(body)
+        except Refused as refused:
+            refused.unread = more and refused.status != 408
+            raise
         finally:
             self.reading -= len(body)
 
@@ -158,6 +171,17 @@ def _replayed(body: bytes, receive: Any) -> Any:
         return {"type": "http.request", "body": body, "more_body": False}
 
     return again
+
+
+async def _discarded(receive: Any) -> None:
+    """Read the rest of a refused body for a moment: a client that is still sending would not see the reply."""
+
+    async def rest() -> None:
+        while (await receive()).get("more_body", False):
+            pass
+
+    with contextlib.suppress(asyncio.TimeoutError):
+        await asyncio.wait_for(rest(), LINGER_SECONDS)
 
 
 async def _refuse(scope: dict[str, Any], receive: Any, send: Any, refused: Refused) -> None:

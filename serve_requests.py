@@ -391,15 +391,13 @@ def _array_of(data: bytes, dtype: Any, shape: Any, name: str | None) -> np.ndarr
 
 def _msgpack_array(value: dict[Any, Any]) -> Any:
     """The array or number that openpi writes as a map."""
-    for mark in ("__ndarray__", "__npgeneric__"):
-        if mark in value or mark.encode() in value:
-            named = {key.decode() if isinstance(key, bytes) else key: entry for key, entry in value.items()}
-            if not isinstance(named.get("data"), bytes):
-                raise RequestError("An array's data must be bytes.")
-            shape = named.get("shape") if mark == "__ndarray__" else []
-            array = _array_of(named["data"], named.get("dtype"), shape, None)
-            return array if mark == "__ndarray__" else array.item()
-    return value
+    if b"__npgeneric__" in value and (_is_number(value.get(b"data")) or isinstance(value.get(b"data"), bool)):
+        return value[b"data"]
+    if b"__ndarray__" not in value:
+        return value
+    if not isinstance(value.get(b"data"), bytes):
+        raise RequestError("An array's data must be bytes.")
+    return _array_of(value[b"data"], value.get(b"dtype"), value.get(b"shape"), None)
 
 
 def _shown(value: Any) -> str:
