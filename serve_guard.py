@@ -292,6 +292,7 @@ def server(app: Any, queue: BatchQueue, limits: Limits, host: str, port: int) ->
         http=protocol,
         ws_max_size=limits.body_bytes,
         ws_per_message_deflate=False,  # a small message could unpack to a large one
+        timeout_keep_alive=limits.header_seconds,
         timeout_graceful_shutdown=CLOSING_SECONDS,
         access_log=False,
         server_header=False,
