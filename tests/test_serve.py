@@ -285,9 +285,26 @@ def test_slow_clients_are_given_up(server):
     assert raw(server, b"\x00\x01garbage\r\n\r\n").startswith(b"HTTP/1.1 400")
 
 
+def test_a_flood_is_held_off(frame):
+    with InThread(embedded(Limits(connections=4, reading_bytes=1000, header_seconds=1))) as server:
+        body = {"image": frame.tolist(), "instruction": INSTRUCTION}
+        flooded = ask(server, body=body)
+        assert (flooded.status, flooded.headers["retry-after"]) == (503, "1")
+        assert ask(server, body=b"{}").status == 422  # the bytes are given back
+        silent = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(4)]
+        until(lambda: len(server.server.server_state.connections) >= 4)
+        with pytest.raises(OSError, match="reset|closed"):
+            ask(server, "GET", "/healthz")
+        until(lambda: not server.server.server_state.connections)
+        assert ask(server, "GET", "/healthz").status == 200
+        for connection in silent:
+            connection.close()
+
+
 def test_only_its_own_pages_and_names(server):
     assert ask(server, "GET", "/info", Host="evil.example").status == 403
     assert ask(server, "GET", "/info", Origin="http://evil.example").status == 403
+    assert ask(server, "GET", "/info", Origin="http://[").status == 403
     here = f"127.0.0.1:{server.port}"
     assert ask(server, "GET", "/info", Origin=f"http://{here}").status == 200
 
@@ -323,10 +340,13 @@ def test_wrong_options(capsys, monkeypatch):
     for options in (["--port", "70000"], ["--batch", "0"], ["--waiting", "-1"], ["--deadline", "nan"]):
         assert main(["serve", *options]) == 2
         assert options[0] in capsys.readouterr().err
-    assert main(["serve", "--bits", "4"]) == 2
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        assert main(["serve", "--port", str(taken.getsockname()[1])]) == 2
+    assert "Address already in use" in capsys.readouterr().err
+    assert main(["serve", "--bits", "4", "--port", "0"]) == 2
     monkeypatch.delitem(sys.modules, "openvla.serve_app")
     monkeypatch.setitem(sys.modules, "fastapi", None)
-    assert main(["serve"]) == 2
+    assert main(["serve", "--port", "0"]) == 2
     assert "pip install 'openvla[serve]'" in capsys.readouterr().err
 
 
