@@ -211,6 +211,8 @@ class PolicyClient:
                 raise http.client.HTTPException(f"a reply of more than {LARGEST_REPLY} bytes")
             if connection.sock is not None:
                 connection.sock.settimeout(_left(end))
+        if reply.length:
+            raise http.client.IncompleteRead(bytes(read), reply.length)
         reply.close()  # else the connection would not take the next request
         if reply.will_close:
             self.close()

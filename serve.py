@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
+import socket
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -90,6 +91,8 @@ def run(args: argparse.Namespace) -> int:
     limits = limits_of(args)
     token = read_token(args.token_file)
     app = require_serve("serve_app")
+    # Before a large model is loaded: OSError where the port is taken.
+    socket.create_server((args.host, args.port), family=socket.AF_INET6 if ":" in args.host else socket.AF_INET).close()
     policy, name = load(args)
     served = require_serve("served_policy").ServedPolicy(policy, name, constrain_actions=not args.model, limits=limits)
     app.serve(served, host=args.host, port=args.port, token=token)

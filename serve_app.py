@@ -32,7 +32,7 @@ from .served_policy import Answer, AnswerError, Prepared, ServedPolicy
 logger = logging.getLogger("openvla.serve")
 
 PAGE = Path(__file__).parent / "assets" / "page.html"
-PREPARING_THREADS = 4  # they decode pictures while the model is busy
+PREPARING_THREADS = 4  # requests that are decoded at one time, while the model is busy
 WEBSOCKETS = 128  # open at one time
 NORMAL_ERRORS = (RequestError, QueueError, AnswerError)
 
@@ -49,6 +49,7 @@ class PolicyApp:
         self.metrics = Metrics()
         self.websockets = 0
         self._threads = ThreadPoolExecutor(PREPARING_THREADS, thread_name_prefix="prepare")
+        self._preparing = asyncio.Semaphore(PREPARING_THREADS)  # of all who wait for it the first comes first
         self.queue: BatchQueue[Prepared, Answer] = BatchQueue(
             self._answered,
             joins=lambda one, other: one.action_dim == other.action_dim,
@@ -84,9 +85,12 @@ class PolicyApp:
         in_thread = asyncio.get_running_loop().run_in_executor
         place = self.queue.enter()
         try:
-            request = await in_thread(self._threads, read, data, self.limits)
-            self.queue.identify(place, request.client_id, request.latest_only, request.deadline)
-            prepared = await in_thread(self._threads, self.served.prepare, request)
+            async with self._preparing:
+                request = await in_thread(self._threads, read, data, self.limits)
+                self.queue.identify(place, request.client_id, request.latest_only, request.deadline)
+                prepared = await in_thread(self._threads, self.served.prepare, request)
+            del data  # as the pictures, the largest part of a request: it should not be held while it waits
+            request.images.clear()
             answer = await self.queue.result(place, prepared)
         finally:
             self.queue.leave(place)
@@ -170,7 +174,7 @@ def build_app(served: ServedPolicy, *, token: str | None = None, host: str = "12
     async def act(request: Request) -> Response:
         """The action, or the chunk of actions, for an image and an instruction."""
         try:
-            asked, answer, details = await shared.act(await request.body(), read_json)
+            asked, answer, details = await shared.act((await request.receive())["body"], read_json)
             reply = JSONResponse(details if details is not None else reply_of(asked, answer.output.actions))
         except Exception as error:
             status, body = shared.over("/act", error)

@@ -76,6 +76,7 @@ class Guard:
                 if body is None:
                     return None
                 receive = _replayed(body, receive)
+                del body  # whoever takes it may let it go
         except Refused as refused:
             if scope["type"] == "http" and refused.unread:
                 await _discarded(receive)
@@ -88,7 +89,7 @@ class Guard:
         if self.only_loopback_names and host and _hostname(f"//{host}") not in LOOPBACK_NAMES:
             raise Refused(403, f"This server answers to {LOOPBACK_NAMES} only, not to the host {host!r}.")
         origin = headers.get("origin")
-        if origin is not None and urlsplit(origin).netloc != host:
+        if origin is not None and origin.partition("://")[2] != host:
             raise Refused(403, f"A page of {origin!r} may not use this server; only its own page may.")
         if self.token is None or (scope["type"] == "http" and scope["path"] in OPEN_PATHS):
             return
@@ -160,15 +161,13 @@ def _hostname(url: str) -> str | None:
 
 
 def _replayed(body: bytes, receive: Any) -> Any:
-    """A ``receive`` that gives a body that was already read, and then what comes."""
-    given = False
+    """A ``receive`` that gives a body that was already read, once and in one piece, and then what comes."""
+    whole = [body]
 
     async def again() -> dict[str, Any]:
-        nonlocal given
-        if given:
-            return await receive()
-        given = True
-        return {"type": "http.request", "body": body, "more_body": False}
+        if whole:
+            return {"type": "http.request", "body": whole.pop(), "more_body": False}
+        return await receive()
 
     return again
 
@@ -292,6 +291,7 @@ def server(app: Any, queue: BatchQueue, limits: Limits, host: str, port: int) ->
         http=protocol,
         ws_max_size=limits.body_bytes,
         ws_per_message_deflate=False,  # a small message could unpack to a large one
+        timeout_keep_alive=limits.header_seconds,
         timeout_graceful_shutdown=CLOSING_SECONDS,
         access_log=False,
         server_header=False,

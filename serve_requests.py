@@ -362,13 +362,13 @@ def _as_array(value: Any, name: str, allowed: str) -> np.ndarray:
     """The array of a json_numpy object, or one that msgpack held."""
     if isinstance(value, np.ndarray):
         return value
-    if not isinstance(value, dict) or "__numpy__" not in value:
+    if not isinstance(value, dict) or set(value) != {"__numpy__", "dtype", "shape"}:
         raise RequestError(f"{name} must be {allowed}, got {_shown(value)}.", name)
     try:
         data = base64.b64decode(value["__numpy__"], validate=True)
     except (ValueError, TypeError) as error:
         raise RequestError(f"{name}: __numpy__ must be base64: {error}", name) from error
-    return _array_of(data, value.get("dtype"), value.get("shape"), name)
+    return _array_of(data, value["dtype"], value["shape"], name)
 
 
 def _array_of(data: bytes, dtype: Any, shape: Any, name: str | None) -> np.ndarray:
