@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test test-slow convert-full lanes lint clean
+.PHONY: demo test test-slow test-browser convert-full lanes lint clean
 
 demo: $(INSTALLED)  ## one action from a real LIBERO frame, as a table and as demo.png
 	$(VENV)/bin/openvla predict --plot demo.png
@@ -13,6 +13,9 @@ test: $(INSTALLED)  ## the default tests
 
 test-slow: $(INSTALLED)  ## what takes a minute or more: kills, full disks
 	$(VENV)/bin/python -m pytest -m slow
+
+test-browser: $(INSTALLED)  ## the policy server's page in Chromium, which apt-get brings where it may
+	PYTHON=$(VENV)/bin/python bash ci/browser.sh
 
 convert-full: $(INSTALLED)  ## a full-size checkpoint there and back: time and memory beside a plain copy (31 GB of disk)
 	$(VENV)/bin/python benchmarks/convert_full.py .convert-full

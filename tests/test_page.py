@@ -432,20 +432,20 @@ def test_a_token_is_asked_for_and_kept(opened):
 def test_live_from_a_camera(plain, opened):
     page = opened(plain, permissions=["camera"])
     page.get_by_label("Instruction", exact=True).fill("go")
-    assert not page.get_by_label("Live").is_visible()
+    assert not page.get_by_role("checkbox", name="Live").is_visible()
     page.get_by_role("button", name="Image: use the camera").click()
     page.get_by_text("pixels, live").wait_for()
     frames = []
     page.on("request", lambda request: request.url.endswith("/act") and frames.append(json.loads(request.post_data)))
-    page.get_by_label("Live").check()
+    page.get_by_role("checkbox", name="Live").check()
     deadline = time.monotonic() + 60
     while len(frames) < 4 and time.monotonic() < deadline:
         page.wait_for_timeout(100)
-    page.get_by_label("Live").uncheck()
+    page.get_by_role("checkbox", name="Live").uncheck()
     assert len({frame["image"] for frame in frames}) > 1  # the picture moves
     page.wait_for_selector("#answer[aria-busy=false]")
     asked = len(frames)
     page.wait_for_timeout(1000)
     assert len(frames) == asked
     page.get_by_role("button", name="Image: use the camera").click()
-    assert not page.get_by_label("Live").is_visible()
+    assert not page.get_by_role("checkbox", name="Live").is_visible()
