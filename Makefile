@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test test-slow notebooks convert-full train-tiny lanes lint docs clean
+.PHONY: demo test test-slow test-browser notebooks convert-full train-tiny lanes lint docs clean
 
 demo: $(INSTALLED)  ## one action from a real LIBERO frame, as a table and as demo.png
 	$(VENV)/bin/openvla predict --plot demo.png
@@ -16,6 +16,9 @@ test-slow: $(INSTALLED)  ## what takes a minute or more: kills, full disks
 
 notebooks: $(INSTALLED)  ## run the notebooks of examples/ and write back what they show
 	$(VENV)/bin/python examples/execute_notebooks.py
+
+test-browser: $(INSTALLED)  ## the policy server's page in Chromium, which apt-get brings where it may
+	PYTHON=$(VENV)/bin/python bash ci/browser.sh
 
 convert-full: $(INSTALLED)  ## a full-size checkpoint there and back: time and memory beside a plain copy (31 GB of disk)
 	$(VENV)/bin/python benchmarks/convert_full.py .convert-full

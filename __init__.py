@@ -10,6 +10,7 @@ from .configuration_openvla import PLATFORMS, OpenVLAConfig, PrismaticConfig
 from .loading import AutoModelForVision2Seq, AutoProcessor, register_auto_classes
 from .modeling_openvla import ActionOutput, OpenVLAForActionPrediction
 from .policy import Policy, load_policy
+from .policy_client import PolicyClient
 from .prismatic_openvla import PrismaticForConditionalGeneration
 from .processing_openvla import (
     OpenVLAImageProcessor,
@@ -34,6 +35,7 @@ __all__ = [
     "OpenVLAImageProcessor",
     "OpenVLAProcessor",
     "Policy",
+    "PolicyClient",
     "PrismaticConfig",
     "PrismaticForConditionalGeneration",
     "PrismaticImageProcessor",

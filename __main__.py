@@ -17,6 +17,7 @@ from . import (
     predict,
     publish,
     rollout,
+    serve,
 )
 from .checkpoint_folder import verify
 
@@ -27,6 +28,7 @@ COMMANDS = {
     "merge": (merge_adapter.add_arguments, merge_adapter.run, merge_adapter.__doc__),
     "finetune": (finetune.add_arguments, finetune.run, finetune.__doc__),
     "evaluate": (rollout.add_arguments, rollout.run, rollout.__doc__),
+    "serve": (serve.add_arguments, serve.run, serve.__doc__),
     "verify": (checkpoint_folder.add_verify_arguments, checkpoint_folder.run_verify, verify.__doc__),
     "inspect-data": (inspect_data.add_arguments, inspect_data.run, inspect_data.__doc__),
     "bench": (benchmark.add_arguments, benchmark.run, benchmark.__doc__),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
+from concurrent.futures import Executor, Future
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,12 +36,13 @@ class ActionChunk:
         player = ActionChunk(policy, steps=8)
         action = player.act(images, instruction, proprio)          # every control step
 
-    One that does not wait asks when it is ``due`` and goes on playing meanwhile:
+    One that does not wait asks in a thread when it is ``due`` and goes on playing meanwhile:
 
-        ticket = player.ask()
-        ...                                                        # in a thread: chunk = policy.act(...)
-        player.answer(ticket, chunk)
-        action = player.next()
+        player.answer(player.ask(), policy.act(images, instruction, proprio))    # the first is waited for
+        with ThreadPoolExecutor(1) as thread:
+            while running:                                         # every control step
+                player.ask_in(thread, images, instruction, proprio)
+                action = player.next()
 
     Args:
         policy: What answers: ``policy.act(image, instruction, proprio)`` gives ``(chunk, action_dim)``.
@@ -64,6 +66,7 @@ class ActionChunk:
         self._asked: int | None = None
         self._waiting: Ticket | None = None
         self._answers: dict[int, np.ndarray] = {}  # by the step that they were asked at
+        self._failure: Exception | None = None  # of the last time that the policy was asked in a thread
 
     def reset(self) -> None:
         """Begin an episode: answers of the one before are not played."""
@@ -140,7 +143,9 @@ class ActionChunk:
                     if last is None
                     else f"the last chunk was for steps {last} to {last + len(self._answers[last]) - 1}"
                 )
-                raise ValueError(f"There is no action for step {self._step}: {why}. Ask the policy and answer first.")
+                raise ValueError(
+                    f"There is no action for step {self._step}: {why}. Ask the policy and answer first."
+                ) from self._failure
             if self.blend is None:
                 action = current[-1]
             else:
@@ -173,6 +178,40 @@ class ActionChunk:
             finally:
                 self._waiting = None  # also where the policy failed: the next step asks again
         return self.next()
+
+    def ask_in(self, executor: Executor, image: Any, instruction: str, proprio: Any = None) -> Future | None:
+        """Ask the policy in a thread if it is due, without waiting; ``next`` plays what there is.
+
+        Where the policy fails it is asked again at the next call; once nothing is left to play, ``next`` raises from
+        its failure.
+
+        Args:
+            executor: Whose thread asks, such as ``ThreadPoolExecutor(1)``.
+            image: As of ``act``.
+            instruction: As of ``act``.
+            proprio: As of ``act``.
+
+        Returns:
+            What ``answer`` will say, or the policy's failure; None where it is not due.
+        """
+        if not self.due:
+            return None
+        ticket = self.ask()
+
+        def asked() -> bool:
+            try:
+                played = self.answer(ticket, self.policy.act(image, instruction, proprio))
+                self._failure = None
+            except Exception as error:
+                self._failure = error
+                raise
+            finally:
+                with self._lock:
+                    if self._waiting == ticket:
+                        self._waiting = None
+            return played
+
+        return executor.submit(asked)
 
     def _current(self) -> list[np.ndarray]:
         """This step's action of every answer that holds one, the oldest answer first."""

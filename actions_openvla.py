@@ -136,6 +136,7 @@ class NormalizationStatistics:
         name: Whose statistics these are, for error messages.
         normalization: "q99" (the range is ``q01`` to ``q99``) or "bounds" (``min`` to ``max``).
         epsilon: Added to the range when values are un-normalised (OpenVLA-OFT does so).
+        unnorm_key: The dataset's key, by which the units of its dimensions are known.
 
     Raises:
         ValueError: A list is missing, empty, not finite, of another length, or the lower bound exceeds the upper.
@@ -147,6 +148,7 @@ class NormalizationStatistics:
         name: str = "action statistics",
         normalization: str = "q99",
         epsilon: float = 0.0,
+        unnorm_key: str = "",
     ) -> None:
         low, high = NORMALIZATIONS[normalization]
         missing = [field for field in (low, high) if field not in action]
@@ -166,12 +168,22 @@ class NormalizationStatistics:
             )
         mask = action.get("mask")
         self.mask = np.ones_like(action[low], dtype=bool) if mask is None else np.array(mask, dtype=bool)
-        self.name, self.epsilon = name, epsilon
+        self.name, self.epsilon, self.unnorm_key = name, epsilon, unnorm_key
 
     @property
     def dimension(self) -> int:
         """Number of action dimensions."""
         return len(self.low)
+
+    @property
+    def dimension_names(self) -> tuple[str, ...]:
+        """Name of every action dimension."""
+        return tuple(name for name, _ in dimension_labels(self.dimension, self.unnorm_key))
+
+    @property
+    def units(self) -> tuple[str, ...]:
+        """Unit of every action dimension."""
+        return tuple(unit for _, unit in dimension_labels(self.dimension, self.unnorm_key))
 
     def unnormalize(self, normalized: np.ndarray) -> np.ndarray:
         """Robot units of normalised actions, float64 ``(..., dimension)``; unmasked dimensions pass unchanged.

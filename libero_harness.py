@@ -31,24 +31,10 @@ from vla_eval.specs import (
 
 from .action_chunk import ActionChunk
 from .policy import Policy
+from .robot_conventions import convert_action
 from .simulator import make_environment, open_suite
 
 CAMERAS = {"agentview": "agentview", "wrist": "robot0_eye_in_hand"}  # the harness's names, the simulator's
-OPEN, CLOSE = -1.0, 1.0
-
-
-def to_simulator(action: np.ndarray) -> np.ndarray:
-    """An action of OpenVLA's convention as LIBERO's simulator takes it.
-
-    Args:
-        action: float ``(7,)``: movement, then the gripper, 0 closed to 1 open.
-
-    Returns:
-        float32 ``(7,)``, the gripper -1 open or +1 close and nothing between.
-    """
-    action = np.asarray(action, dtype=np.float32).copy()
-    action[-1] = OPEN if action[-1] > 0.5 else CLOSE
-    return action
 
 
 class PolicyServer(PredictModelServer):
@@ -110,7 +96,7 @@ class PolicyServer(PredictModelServer):
         state = np.asarray(obs["states"], np.float64) if self.takes_proprio else None
         actor = self.players[ctx.session_id] if self.is_chunked else self.policy
         action = actor.act(images if len(images) > 1 else images[0], obs["task_description"], state)
-        return {"actions": to_simulator(action)}
+        return {"actions": convert_action(action, "libero").astype(np.float32)}
 
 
 class LiberoSuite(LIBEROBenchmark):

@@ -49,7 +49,7 @@ class ActionOutput(ModelOutput):
     With parallel decoding every array has the axis of the chunk in front of ``action_dim``.
 
     Attributes:
-        actions: float64 ``(batch, action_dim)``, robot units.
+        actions: float64 ``(batch, action_dim)``, in ``units``.
         normalized_actions: Tokens: float64 ``(batch, action_dim)``, bin centres in (-1, 1). Continuous heads: float32,
             as the head gives them, which may leave [-1, 1].
         token_ids: int64 ``(batch, action_dim)``; None for continuous heads, as the next two.
@@ -57,6 +57,8 @@ class ActionOutput(ModelOutput):
             aligned with ``ActionTokenizer.bin_centers``; sums to 1.
         entropy: float64 ``(batch, action_dim)``, of those probabilities, in nats; 0 is certain, 5.54 is uniform.
         hidden_states: Parallel decoding: float32 ``(batch, chunk * action_dim, hidden)``, those that predict the chunk.
+        names: What the ``action_dim`` numbers are; of every row the same.
+        units: Their units, a tuple like ``names`` for every row.
     """
 
     actions: np.ndarray | None = None
@@ -65,6 +67,8 @@ class ActionOutput(ModelOutput):
     bin_probabilities: np.ndarray | None = None
     entropy: np.ndarray | None = None
     hidden_states: np.ndarray | None = None
+    names: tuple[str, ...] | None = None
+    units: tuple[Any, ...] | None = None
 
 
 class OpenVLAForActionPrediction(
@@ -371,7 +375,8 @@ class OpenVLAForActionPrediction(
         normalized, hidden = self.predict_normalized_chunk(seen, **diffusion)
         normalized = require_finite(normalized.float()).cpu().numpy()
         actions = np.stack([row.unnormalize(chunk) for row, chunk in zip(statistics, normalized)])
-        return _without_batch_of_one(return_dict, actions, normalized, None, None, None, hidden.float().cpu().numpy())
+        hidden = hidden.float().cpu().numpy()
+        return _without_batch_of_one(return_dict, statistics, actions, normalized, None, None, None, hidden)
 
     @torch.no_grad()
     def score_actions(
@@ -469,21 +474,22 @@ class OpenVLAForActionPrediction(
                 "constrain_actions=True rules such tokens out. (Said once.)"
             )
         if not return_dict:
-            return _without_batch_of_one(False, actions)
+            return _without_batch_of_one(False, statistics, actions)
         # Ids count down as bins count up; the top edge's token shares the last bin.
         by_bin = logits[..., self.action_token_ids].cpu().double().softmax(-1).flip(-1).numpy()
         probabilities = by_bin[..., :-1].copy()
         probabilities[..., -1] += by_bin[..., -1]
         entropy = -(probabilities * np.log(np.where(probabilities > 0, probabilities, 1.0))).sum(-1)
         hidden = None if hidden is None else hidden.float().cpu().numpy()
-        return _without_batch_of_one(True, actions, normalized, token_ids, probabilities, entropy, hidden)
+        return _without_batch_of_one(True, statistics, actions, normalized, token_ids, probabilities, entropy, hidden)
 
 
-def _without_batch_of_one(return_dict: bool, *fields: np.ndarray | None) -> np.ndarray | ActionOutput:
-    """The actions, or all fields of an ActionOutput in order."""
-    if len(fields[0]) == 1:
+def _without_batch_of_one(return_dict: bool, statistics: list[Any], *fields: Any) -> np.ndarray | ActionOutput:
+    """The actions, or all fields of an ActionOutput, of rows with these statistics."""
+    fields = (*fields, tuple(row.units for row in statistics))
+    if len(statistics) == 1:
         fields = tuple(None if field is None else field[0] for field in fields)
-    return ActionOutput(*fields) if return_dict else fields[0]
+    return ActionOutput(*fields[:-1], statistics[0].dimension_names, fields[-1]) if return_dict else fields[0]
 
 
 def _require_greedy(generate_kwargs: dict[str, Any]) -> None:

@@ -49,7 +49,7 @@ class NormStatsMixin:
         key, config = self.resolve_unnorm_key(unnorm_key), self.config
         entry = self.norm_stats[key]["action"]
         statistics = NormalizationStatistics(
-            entry, f"norm_stats[{key!r}]['action']", config.normalization, config.normalization_epsilon
+            entry, f"norm_stats[{key!r}]['action']", config.normalization, config.normalization_epsilon, key
         )
         if config.action_dim is not None and statistics.dimension != config.action_dim:
             raise ValueError(

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from .actions_openvla import dimension_labels
 from .modeling_openvla import ActionOutput
 from .policy import default_device, load_policy
 from .quantization_openvla import quantization_name
@@ -88,8 +87,8 @@ def run(args: argparse.Namespace) -> int:
         "dtype": str(model.dtype).removeprefix("torch."),
         "quantization": quantization_name(model),
         "action": output.actions.tolist(),
-        "dimensions": [name for name, _ in dimension_labels(output.actions.shape[-1], key)],
-        "units": [unit for _, unit in dimension_labels(output.actions.shape[-1], key)],
+        "dimensions": list(output.names),
+        "units": list(output.units),
         "token_ids": None if output.token_ids is None else output.token_ids.tolist(),
         "entropy_nats": None if output.entropy is None else output.entropy.tolist(),
         "seconds": {"load": loaded - started, "predict": predicted - loaded},

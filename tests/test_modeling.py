@@ -175,6 +175,19 @@ def test_return_dict_tells_what_was_behind_the_action(golden):
     assert batch["bin_probabilities"].shape == (2, 7, 255)
 
 
+def test_return_dict_names_the_numbers(frames):
+    keys = ["bridge_orig", "libero_object_no_noops"]
+    model, processor = build_tiny(norm_stats=dict.fromkeys(keys, UNTRAINED_STATISTICS))
+    batch = processor(instruction=["go"] * 2, images=[frames["noise"]] * 2)
+    pair = model.predict_action(**batch, unnorm_key=keys, return_dict=True)
+    assert pair.names == ("dx", "dy", "dz", "droll", "dpitch", "dyaw", "gripper")
+    metric = ("m",) * 3 + ("rad",) * 3 + ("0 closed to 1 open",)
+    assert pair.units == (metric, ("controller units",) * 7)
+    one = processor(instruction="go", images=frames["noise"])
+    single = model.predict_action(**one, unnorm_key="bridge_orig", return_dict=True)
+    assert (single.names, single.units) == (pair.names, metric)
+
+
 def test_sampling_beams_and_many_answers(golden):
     case = cases(golden)["img0_prompt0_bridge_orig"]
     cold = predict(golden, case, do_sample=True, top_k=1, return_dict=True)

@@ -85,6 +85,7 @@ def test_golden_chunks(platform, case):
     wanted = golden[f"{case['name']}/actions"]
     assert out.actions.shape == tuple(case["shape"])
     assert out.actions.dtype == np.float64
+    assert len(out.names) == len(out.units) == out.actions.shape[-1]
     difference = np.abs(out.actions - wanted).max()
     if case["name"].startswith("CAUSAL"):
         assert difference > 1

@@ -14,6 +14,7 @@ import pytest
 from openvla import PLATFORMS, Policy, rollout, simulator
 from openvla.__main__ import main
 from openvla.demonstrations import decoded_image, open_demonstrations
+from openvla.robot_conventions import convert_action
 from openvla.rollout_report import draw_contact_sheet, recorded_episodes, success_rate, video_frames, wilson_interval
 from openvla.tiny import build_tiny
 from PIL import Image
@@ -161,15 +162,6 @@ def test_weights_are_told_apart():
 # -- the two ends of the harness ------------------------------------------------------------------------------------
 
 
-def test_the_gripper_changes_its_convention():
-    harness = pytest.importorskip("openvla.libero_harness", reason="needs vla-eval", exc_type=ImportError)
-    move = [0.1, -0.2, 0.3, 0, 0, 0]
-    for openvla, expected in ((1.0, -1), (0.996, -1), (0.0, 1), (0.004, 1)):
-        sent = harness.to_simulator(np.array([*move, openvla]))
-        assert sent.dtype == np.float32
-        assert sent.tolist() == np.array([*move, expected], np.float32).tolist()
-
-
 def played(policy, observations, **settings):
     """What a client of the harness is answered: two episodes of the same observations, over a real connection."""
     import anyio
@@ -211,18 +203,18 @@ def observations(count, cameras):
 
 
 def test_single_actions_through_the_harness():
-    harness = pytest.importorskip("openvla.libero_harness", reason="needs vla-eval", exc_type=ImportError)
+    pytest.importorskip("openvla.libero_harness", reason="needs vla-eval", exc_type=ImportError)
     policy, seen = policy_of(norm_stats={"mine": STATISTICS}), observations(2, ["agentview"])
     (first, second), info = played(policy, seen)
-    expected = [harness.to_simulator(policy.act(o["images"]["agentview"], o["task_description"])) for o in seen]
-    np.testing.assert_array_equal(first, expected)
-    np.testing.assert_array_equal(second, expected)
+    expected = [convert_action(policy.act(o["images"]["agentview"], o["task_description"]), "libero") for o in seen]
+    np.testing.assert_array_equal(first, np.float32(expected))
+    np.testing.assert_array_equal(second, np.float32(expected))
     assert (info["send_wrist_image"], info["send_state"], info["quat_no_antipodal"]) == (False, False, True)
 
 
 @pytest.mark.parametrize("steps", [None, 2])
 def test_chunks_are_queued_and_every_episode_begins_anew(steps):
-    harness = pytest.importorskip("openvla.libero_harness", reason="needs vla-eval", exc_type=ImportError)
+    pytest.importorskip("openvla.libero_harness", reason="needs vla-eval", exc_type=ImportError)
     policy = policy_of(norm_stats={"mine": STATISTICS}, **{**OFT, "chunk_length": 3})
     seen = observations(4, ["agentview", "wrist"])
     (first, second), info = played(policy, seen, steps=steps)
@@ -230,9 +222,9 @@ def test_chunks_are_queued_and_every_episode_begins_anew(steps):
     for start in range(0, 4, steps or 3):
         o = seen[start]
         chunk = policy.act([o["images"]["agentview"], o["images"]["wrist"]], o["task_description"], o["states"])
-        expected += [harness.to_simulator(action) for action in chunk[: steps or 3]]
-    np.testing.assert_array_equal(first, expected[:4])
-    np.testing.assert_array_equal(second, expected[:4])
+        expected += list(convert_action(chunk[: steps or 3], "libero"))
+    np.testing.assert_array_equal(first, np.float32(expected[:4]))
+    np.testing.assert_array_equal(second, np.float32(expected[:4]))
     assert (info["send_wrist_image"], info["send_state"]) == (True, True)
 
 

@@ -1,0 +1,253 @@
+"""What a robot or simulator takes where OpenVLA says ``dx dy dz droll dpitch dyaw gripper``, and limits on the way.
+
+convert_action(action, "libero")                       # the gripper's convention, by the robot's name
+policy = ClipAction(policy, max_delta=[0.05] * 3 + [0.25] * 3, workspace=([0.1, -0.2, 0], [0.45, 0.25, 0.3]))
+action = policy.act(image, instruction, position=end_effector)
+policy.clipped                                         # what was cut of it, and by how much
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from .actions_openvla import END_EFFECTOR_DIMENSIONS, OPEN_X_UNITS, nearest_name
+
+logger = logging.getLogger(__name__)
+
+ACTION_DIM = len(END_EFFECTOR_DIMENSIONS)
+
+
+@dataclass(frozen=True)
+class RobotConvention:
+    """How one robot or simulator takes an action of seven.
+
+    Attributes:
+        frame: Along which axes it moves, and how it turns.
+        units: Of the seven numbers as the robot takes them.
+        metres_per_unit: What 1 is in the first three; None where only the dataset knows.
+        radians_per_unit: What 1 is in the next three; None where only the dataset knows.
+        convert_gripper: OpenVLA's gripper, 0 closed to 1 open, as the robot takes it.
+    """
+
+    frame: str
+    units: tuple[str, ...]
+    metres_per_unit: float | None
+    radians_per_unit: float | None
+    convert_gripper: Callable[[np.ndarray], np.ndarray]
+
+
+# OpenVLA's training data has the gripper at 0 closed to 1 open, whatever the robot's own convention was
+# (prismatic/vla/datasets/rlds/oxe/transforms.py); its un-normalised answers do, too.
+ROBOT_CONVENTIONS: dict[str, RobotConvention] = {
+    "raw": RobotConvention(
+        "the dataset's own", ("dataset units",) * 6 + OPEN_X_UNITS[6:], None, None, lambda gripper: gripper
+    ),
+    # BridgeData V2's WidowX (bridge_data_robot): movement along the axes of the robot's base, x forward, y left, z up;
+    # differences of roll, pitch and yaw. The reference sends its answers as they are
+    # (experiments/robot/bridge/run_bridgev2_eval.py); the gripper's range is the environment's (widowx_env.py).
+    "bridge": RobotConvention(
+        "base axes (x forward, y left, z up); differences of roll, pitch, yaw",
+        OPEN_X_UNITS,
+        1.0,
+        1.0,
+        lambda gripper: np.clip(gripper, 0.0, 1.0),
+    ),
+    # robosuite's OSC_POSE (controllers/config/osc_pose.json: 1 is 0.05 m or 0.5 rad, more is cut to 1) along the axes
+    # of the world, rotation as an axis-angle; Panda's gripper takes -1 for open and +1 for closed. The reference
+    # answers sign(1 - 2 g) (experiments/robot/robot_utils.py, normalize_gripper_action and invert_gripper_action).
+    "libero": RobotConvention(
+        "world axes; rotation as an axis-angle about them",
+        ("0.05 m",) * 3 + ("0.5 rad",) * 3 + ("-1 open, +1 closed",),
+        0.05,
+        0.5,
+        lambda gripper: np.where(gripper > 0.5, -1.0, 1.0),
+    ),
+}
+
+
+def robot_convention(name: str) -> RobotConvention:
+    """The convention of a robot.
+
+    Raises:
+        ValueError: It is unknown; the message names the nearest and all known ones.
+    """
+    if name not in ROBOT_CONVENTIONS:
+        near = nearest_name(name, list(ROBOT_CONVENTIONS))
+        hint = f" Did you mean {near!r}?" if near else ""
+        raise ValueError(f"Unknown robot convention {name!r}.{hint} Allowed: {list(ROBOT_CONVENTIONS)}.")
+    return ROBOT_CONVENTIONS[name]
+
+
+def convert_action(action: np.ndarray | Sequence[Any], convention: str) -> np.ndarray:
+    """An action, or a chunk, of OpenVLA as a robot takes it: movements unchanged, the gripper in its convention.
+
+    Args:
+        action: ``(7,)`` or ``(chunk, 7)``, as ``predict_action`` gives it.
+        convention: A key of ``ROBOT_CONVENTIONS``.
+
+    Returns:
+        float64 of the same shape, a copy.
+
+    Raises:
+        ValueError: The convention is unknown, it is no action of seven, or not finite.
+    """
+    gripper = robot_convention(convention).convert_gripper
+    action = _checked_actions(action).copy()
+    action[..., -1] = gripper(action[..., -1])
+    return action
+
+
+@dataclass(frozen=True)
+class Clip:
+    """One number that was cut.
+
+    Attributes:
+        step: Of the chunk; 0 for a single action.
+        name: Of the dimension, such as "dx".
+        limit: "max_delta" or "workspace".
+        asked: What it was, in the policy's units.
+        given: What it became.
+    """
+
+    step: int
+    name: str
+    limit: str
+    asked: float
+    given: float
+
+
+class ClipAction:
+    """A policy whose movements stay within limits: what exceeds them is cut, and said each time.
+
+    Around anything that acts: a ``Policy``, an ``ActionChunk``, a client of a policy server. A chunk is cut as if the
+    arm followed it: every step's position is the one before plus what was given. With ``ActionChunk``, put it outside,
+    where it sees the measured position every step. It is no substitute for the limits of the robot's own controller:
+    it does not know where the arm's other links are.
+
+    Args:
+        policy: Its ``act(image, instruction, proprio)`` gives ``(7,)`` or ``(chunk, 7)``: movements, then a gripper,
+            which is left alone.
+        max_delta: Largest movement a step of each of dx dy dz droll dpitch dyaw, either way, in the policy's units;
+            infinity for no limit. None limits none.
+        workspace: ``(low, high)``, the corners (m) of the box that the end effector stays in, along the axes that the
+            policy moves along. ``act`` then needs ``position``. From outside of it, it may only go towards it.
+        metres_per_unit: What 1 is in dx, dy, dz: 1.0 for policies in metres, 0.05 for LIBERO's
+            (``ROBOT_CONVENTIONS``).
+
+    Attributes:
+        clipped: What was cut of the last answer, a list of :class:`Clip`; empty where nothing was.
+        clipped_answers: How many answers something was cut of.
+
+    Raises:
+        ValueError: A limit is no number or out of range.
+    """
+
+    def __init__(
+        self,
+        policy: Any,
+        *,
+        max_delta: Sequence[float] | None = None,
+        workspace: tuple[Sequence[float], Sequence[float]] | None = None,
+        metres_per_unit: float = 1.0,
+    ) -> None:
+        if max_delta is None and workspace is None:
+            raise ValueError("ClipAction needs max_delta, workspace or both; without them it would limit nothing.")
+        self.max_delta = np.full(6, np.inf) if max_delta is None else np.asarray(max_delta, np.float64)
+        if self.max_delta.shape != (6,) or not (self.max_delta >= 0).all():
+            raise ValueError(
+                f"max_delta must hold six numbers, 0 or more, for {' '.join(END_EFFECTOR_DIMENSIONS[:6])}, "
+                f"got {max_delta!r}."
+            )
+        if not (np.isfinite(metres_per_unit) and metres_per_unit > 0):
+            raise ValueError(f"metres_per_unit must be above 0, got {metres_per_unit!r}.")
+        self.workspace = None if workspace is None else np.asarray(workspace, np.float64)
+        if workspace is not None and (
+            self.workspace.shape != (2, 3) or not np.all(self.workspace[0] < self.workspace[1])
+        ):
+            raise ValueError(f"workspace must be (low, high), each x y z with low below high, got {workspace!r}.")
+        self.policy, self.metres_per_unit = policy, float(metres_per_unit)
+        self.clipped: list[Clip] = []
+        self.clipped_answers = 0
+
+    def act(self, image: Any, instruction: str, proprio: Any = None, *, position: Any = None) -> np.ndarray:
+        """The policy's next action or chunk, within the limits.
+
+        Args:
+            image: As the policy takes it.
+            instruction: What the robot should do.
+            proprio: As the policy takes it.
+            position: Where the end effector is now, x y z (m); needed for ``workspace``.
+
+        Returns:
+            float64 ``(7,)`` or ``(chunk, 7)``, the policy's units.
+
+        Raises:
+            ValueError: The answer is no action of seven or not finite, or ``position`` is missing or not finite.
+        """
+        if self.workspace is not None:
+            position = _checked_position(position)  # before the policy is asked: an ActionChunk would lose an action
+        return self.clip(self.policy.act(image, instruction, proprio), position)
+
+    def clip(self, action: np.ndarray | Sequence[Any], position: Any = None) -> np.ndarray:
+        """An action or chunk within the limits; as ``act``, for one that is already there."""
+        asked = _checked_actions(action)
+        steps = np.atleast_2d(asked).copy()
+        position = None if self.workspace is None else _checked_position(position)
+        self.clipped = []
+        for index, step in enumerate(steps):
+            self._cut(index, step, "max_delta", -self.max_delta, self.max_delta)
+            if position is not None:
+                low, high = (self.workspace - position) / self.metres_per_unit
+                # From outside, 0 is the least way out; going in is not forced.
+                self._cut(index, step, "workspace", np.minimum(low, 0), np.maximum(high, 0))
+                position = position + step[:3] * self.metres_per_unit
+        if self.clipped:
+            self.clipped_answers += 1
+            logger.warning("clipped %s", "; ".join(map(_said, self.clipped)))
+        return steps.reshape(asked.shape)
+
+    def reset(self) -> None:
+        """Begin an episode."""
+        self.clipped = []
+        self.policy.reset()
+
+    def _cut(self, index: int, step: np.ndarray, limit: str, low: np.ndarray, high: np.ndarray) -> None:
+        """Cut the first dimensions of a step in place, and note it."""
+        asked = step[: len(low)].copy()
+        step[: len(low)] = given = np.clip(asked, low, high)
+        for dimension in np.flatnonzero(given != asked):
+            name = END_EFFECTOR_DIMENSIONS[dimension]
+            self.clipped.append(Clip(index, name, limit, float(asked[dimension]), float(given[dimension])))
+
+
+def _said(clip: Clip) -> str:
+    where = f"step {clip.step} " if clip.step else ""
+    return f"{where}{clip.name} from {clip.asked:+.4g} to {clip.given:+.4g} ({clip.limit})"
+
+
+def _checked_actions(action: Any) -> np.ndarray:
+    """float64 ``(7,)`` or ``(chunk, 7)``, finite."""
+    action = np.asarray(action, dtype=np.float64)
+    if action.ndim not in (1, 2) or action.shape[-1] != ACTION_DIM or action.size == 0:
+        raise ValueError(
+            f"An action must have shape ({ACTION_DIM},) or (chunk, {ACTION_DIM}): {' '.join(END_EFFECTOR_DIMENSIONS)}; "
+            f"got {action.shape}."
+        )
+    if not np.isfinite(action).all():
+        raise ValueError(f"An action must be finite, got {action.tolist()}: stop the robot.")
+    return action
+
+
+def _checked_position(position: Any) -> np.ndarray:
+    """float64 ``(3,)``, finite."""
+    if position is None:
+        raise ValueError("The workspace needs position=, where the end effector is now: x y z (m).")
+    position = np.asarray(position, dtype=np.float64)
+    if position.shape != (3,) or not np.isfinite(position).all():
+        raise ValueError(f"position must be three finite numbers, x y z (m), got {position.tolist()}.")
+    return position

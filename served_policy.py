@@ -1,0 +1,266 @@
+"""A policy as a server holds it: requests prepared one by one, answered in batches, each answer as it were alone."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+import uuid
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from .actions_openvla import END_EFFECTOR_DIMENSIONS, dimension_labels
+from .modeling_openvla import ActionOutput
+from .policy import Policy, stored_bits
+from .quantization_openvla import quantization_name
+from .serve import Limits
+from .serve_requests import ActRequest, RequestError
+
+logger = logging.getLogger("openvla.serve")
+
+# A batch computes the same numbers in another order: in float32 logits differ by some 1e-6, in 16 bits by a rounding or
+# two of numbers up to 32. A row whose chosen token leads the next by less than this (in nats) is answered again, alone.
+CLOSE_CALL = {torch.float32: 1e-3, torch.bfloat16: 0.5, torch.float16: 0.1}
+
+
+class AnswerError(RuntimeError):
+    """The model could not answer; the log has the reason under ``id``."""
+
+    def __init__(self, message: str) -> None:
+        self.id = uuid.uuid4().hex[:12]
+        super().__init__(f"{message} The server's log explains it under id {self.id}.")
+
+
+@dataclass
+class Prepared:
+    """A request as the model takes it.
+
+    Attributes:
+        inputs: What the processor gives, one row, on the CPU.
+        unnorm_key: Whose statistics give robot units.
+        proprio: float64 ``(proprio_dim,)``, or None.
+        action_dim: Numbers of one action; rows of one batch have the same.
+        details: Whether bin probabilities are wanted.
+    """
+
+    inputs: dict[str, torch.Tensor]
+    unnorm_key: str
+    proprio: np.ndarray | None
+    action_dim: int
+    details: bool
+
+
+@dataclass
+class Answer:
+    """What came of a request: the output of its row, in whose company, in how many milliseconds of the model."""
+
+    output: ActionOutput
+    rows: int
+    model_ms: float
+    again: bool = False
+
+
+class ServedPolicy:
+    """A policy and what is told about it.
+
+    Args:
+        policy: What acts.
+        name: Of the model, for people.
+        constrain_actions: As of ``predict_action``.
+        limits: Of the server.
+    """
+
+    def __init__(self, policy: Policy, name: str, constrain_actions: bool, limits: Limits) -> None:
+        self.policy, self.name, self.constrain_actions, self.limits = policy, name, constrain_actions, limits
+        self._tokenizing = threading.Lock()  # tokenizers refuse two threads at once
+        config = policy.model.config
+        # The numbers of a continuous head are the action: rounding would reach it, so every row is answered alone.
+        self.batch = limits.batch if config.action_head is None else 1
+
+    def prepare(self, request: ActRequest) -> Prepared:
+        """Check a request against the model and make tensors of it; safe to call from several threads.
+
+        Raises:
+            RequestError: It does not fit the model.
+        """
+        model, config = self.policy.model, self.policy.model.config
+        try:
+            key = model.resolve_unnorm_key(request.unnorm_key or self.policy.unnorm_key)
+            dimension = model.get_action_dim(key)
+        except (KeyError, ValueError) as error:
+            raise RequestError(error.args[0], "unnorm_key") from error
+        if len(request.images) != config.num_images_in_input:
+            raise RequestError(
+                f"The model takes {config.num_images_in_input} camera images a moment, got {len(request.images)}.",
+                request.names["image"],
+            )
+        self._require_proprio(request, key)
+        images = request.images if len(request.images) > 1 else request.images[0]
+        try:
+            with self._tokenizing:
+                inputs = dict(self.policy.processor(instruction=request.instruction, images=images))
+        except ValueError as error:
+            raise RequestError(str(error), request.names["instruction"]) from error
+        return Prepared(inputs, key, request.proprio, dimension, request.details)
+
+    def _require_proprio(self, request: ActRequest, key: str) -> None:
+        field, needed = request.names["proprio"], self.policy.model.config.proprio_dim
+        if needed is None and request.proprio is not None:
+            raise RequestError("The model was trained without the robot's state; leave it out.", field)
+        if needed is not None and request.proprio is None:
+            raise RequestError(f"The model needs the robot's state: {field}, {needed} numbers.", field)
+        if needed is not None and len(request.proprio) != needed:
+            raise RequestError(f"{field} must hold {needed} numbers, got {len(request.proprio)}.", field)
+        if needed is not None:
+            try:
+                self.policy.model.proprio_statistics(key)
+            except ValueError as error:
+                raise RequestError(str(error), "unnorm_key") from error
+
+    def answer(self, batch: Sequence[Prepared]) -> list[Answer | AnswerError]:
+        """Answers in the order of the requests, each with the tokens that it would have had alone."""
+        if len(batch) > 1:
+            try:
+                answers = self._predicted(batch)
+            except Exception:  # one row's fault must not be the others'
+                logger.exception("a batch of %d failed; its rows are answered one by one", len(batch))
+                return [self._alone(row) for row in batch]
+            return [
+                answer if self._is_clear(answer.output) else self._alone(row, again=True)
+                for row, answer in zip(batch, answers)
+            ]
+        return [self._alone(row) for row in batch]
+
+    def _alone(self, row: Prepared, again: bool = False) -> Answer | AnswerError:
+        try:
+            answer = self._predicted([row])[0]
+        except Exception as error:
+            failed = AnswerError(f"The model gave no action: {type(error).__name__}.")
+            logger.exception("no action, id %s", failed.id)
+            return failed
+        answer.again = again
+        return answer
+
+    def _predicted(self, batch: Sequence[Prepared]) -> list[Answer]:
+        started = time.perf_counter()
+        wanted = len(batch) > 1 or batch[0].details
+        output = self.policy.model.predict_action(
+            **self._joined([row.inputs for row in batch]),
+            unnorm_key=[row.unnorm_key for row in batch],
+            proprio=None if batch[0].proprio is None else np.stack([row.proprio for row in batch]),
+            return_dict=wanted,
+            constrain_actions=self.constrain_actions,
+        )
+        output = output if wanted else ActionOutput(actions=output)
+        if not np.isfinite(output.actions).all():
+            raise ValueError(f"The action is not finite: {output.actions.tolist()}.")
+        spent = (time.perf_counter() - started) * 1000
+        rows = [output] if len(batch) == 1 else [_row(output, index) for index in range(len(batch))]
+        return [Answer(row, len(batch), spent) for row in rows]
+
+    def _joined(self, rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        """One batch of single rows, shorter prompts padded on the right."""
+        longest = max(row["input_ids"].shape[1] for row in rows)
+        pad = self.policy.processor.tokenizer.pad_token_id
+        fill = {"input_ids": pad if pad is not None else 0, "attention_mask": 0}
+        joined = {"pixel_values": torch.cat([row["pixel_values"] for row in rows])}
+        for name, value in fill.items():
+            gaps = [(0, longest - row[name].shape[1]) for row in rows]
+            joined[name] = torch.cat(
+                [torch.nn.functional.pad(row[name], gap, value=value) for row, gap in zip(rows, gaps)]
+            )
+        return joined
+
+    def _is_clear(self, output: ActionOutput) -> bool:
+        """Whether every token was chosen by more than rounding could turn, and is an action token."""
+        tokens = self.policy.model.action_token_ids
+        if (output.token_ids < tokens.start).any() or (output.token_ids >= tokens.stop).any():
+            return False
+        second, first = np.moveaxis(np.sort(output.bin_probabilities, axis=-1)[..., -2:], -1, 0)
+        with np.errstate(divide="ignore"):
+            lead = np.log(first) - np.log(second)
+        return bool((lead > CLOSE_CALL.get(self.policy.model.dtype, max(CLOSE_CALL.values()))).all())
+
+    def info(self) -> dict[str, Any]:
+        """What a client or a page needs to know, ready for JSON."""
+        model, config = self.policy.model, self.policy.model.config
+        return {
+            "model": self.name,
+            "answer": config.action_head or "tokens",
+            "default_unnorm_key": self.policy.unnorm_key,
+            "unnorm_keys": {key: self._dataset(key) for key in sorted(model.norm_stats)},
+            "action_dim": model.get_action_dim(self.policy.unnorm_key),
+            "chunk_length": config.chunk_length,
+            "cameras": config.num_images_in_input,
+            "proprio_dim": config.proprio_dim,
+            "bin_centers": model.bin_centers.tolist() if config.action_head is None else None,
+            "image_size": list(self.policy.processor.image_processor.tvf_crop_params[0]["output_size"]),
+            "image_preset": self.policy.processor.image_preset,
+            "bits": stored_bits(config),
+            "quantization": quantization_name(model),
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "device": str(model.device),
+            "limits": {**asdict(self.limits), "batch": self.batch},
+        }
+
+    def _dataset(self, key: str) -> dict[str, Any]:
+        """Dimensions of a dataset's actions: names, units, the range in robot units that the model can answer with."""
+        statistics = self.policy.model.action_statistics(key)
+        low, high = (statistics.unnormalize(np.full(statistics.dimension, end)) for end in (-1.0, 1.0))
+        labels = dimension_labels(statistics.dimension, key)
+        return {
+            "action_dim": statistics.dimension,
+            "names": [name for name, _ in labels],
+            "units": [unit for _, unit in labels],
+            "low": low.tolist(),
+            "high": high.tolist(),
+            "mask": statistics.mask.tolist(),
+        }
+
+    def details(self, answer: Answer, unnorm_key: str, latency: float) -> dict[str, Any]:
+        """An answer with what was behind it, ready for JSON.
+
+        Args:
+            answer: Of ``answer``.
+            unnorm_key: Whose statistics gave its units.
+            latency: Seconds from the request's arrival.
+        """
+        output = answer.output
+        dimension = output.actions.shape[-1]
+        labels = dimension_labels(dimension, unnorm_key)
+        listed = {
+            name: None if getattr(output, name) is None else getattr(output, name).tolist()
+            for name in ("actions", "normalized_actions", "token_ids", "bin_probabilities", "entropy")
+        }
+        has_gripper = dimension == len(END_EFFECTOR_DIMENSIONS)
+        return {
+            **listed,
+            "names": [name for name, _ in labels],
+            "units": [unit for _, unit in labels],
+            "gripper": output.actions[..., -1].tolist() if has_gripper else None,
+            "unnorm_key": unnorm_key,
+            "latency_ms": latency * 1000,
+            "model_ms": answer.model_ms,
+            "batch": answer.rows,
+            "answered_again": answer.again,
+        }
+
+
+def _row(output: ActionOutput, index: int) -> ActionOutput:
+    return ActionOutput(
+        *(
+            None if value is None else value[index]
+            for value in (
+                output.actions,
+                output.normalized_actions,
+                output.token_ids,
+                output.bin_probabilities,
+                output.entropy,
+                None,
+            )
+        )
+    )

@@ -1,0 +1,144 @@
+"""Policy servers on loopback: in a thread of this process, or in a process of their own that signals can reach."""
+
+import http.client
+import json
+import multiprocessing
+import socket
+import threading
+import time
+
+import torch
+from openvla.policy import Policy
+from openvla.serve import Limits
+from openvla.tiny import build_tiny
+
+HOST = "127.0.0.1"
+LIMITS = Limits(body_bytes=2**21, header_seconds=1.0, body_seconds=1.0)
+STATISTICS = {
+    "action": {"q01": [-0.5] * 7, "q99": [0.5] * 7, "mask": [True] * 6 + [False]},
+    "proprio": {"q01": [-2.0] * 8, "q99": [2.0] * 8},
+}
+
+
+def embedded(limits=LIMITS, **overrides):
+    """A served policy whose answers a test can hold back: ``gate.clear()``, or slow down: ``pause``."""
+    from openvla.served_policy import ServedPolicy
+
+    class Held(ServedPolicy):
+        gate, pause = threading.Event(), 0.0
+
+        def answer(self, batch):
+            assert self.gate.wait(30)
+            time.sleep(self.pause)
+            return super().answer(batch)
+
+    Held.gate.set()
+    model, processor = build_tiny(**overrides)
+    policy = Policy(model, processor, model.resolve_unnorm_key())
+    return Held(policy, "tiny", constrain_actions=model.config.action_head is None, limits=limits)
+
+
+class InThread:
+    """A server in a thread: ``with InThread(served) as server``."""
+
+    def __init__(self, served, token=None, port=0, host=HOST):
+        from openvla.serve_app import build_app
+        from openvla.serve_guard import server
+
+        self.served, self.app = served, build_app(served, token=token, host=host)
+        self.shared = self.app.state.policy_app
+        self.server = server(self.app, self.shared.queue, served.limits, HOST, port)
+        self.thread = threading.Thread(target=self.server.run, daemon=True)
+
+    def __enter__(self):
+        self.thread.start()
+        until(lambda: self.server.started)
+        self.port = self.server.servers[0].sockets[0].getsockname()[1]
+        self.url = f"http://{HOST}:{self.port}"
+        return self
+
+    def __exit__(self, *_):
+        self.served.gate.set()
+        self.server.should_exit = True
+        self.thread.join(20)
+
+    def waiting(self, count):
+        """Wait until so many requests are held, ready for the model."""
+        held = self.shared.queue._held
+        until(lambda: sum(place.item is not None for place in list(held.values())) == len(held) == count)
+
+
+class InProcess:
+    """A forked server with a real end: ``kill`` it with any signal. As torch's data loaders do, it uses one thread."""
+
+    def __init__(self, served, port=0):
+        self.socket = socket.create_server((HOST, port))  # so that the port is known, and the server's own
+        self.port = self.socket.getsockname()[1]
+        self.url = f"http://{HOST}:{self.port}"
+        self.socket.close()
+        self.process = multiprocessing.get_context("fork").Process(target=self._run, args=(served,), daemon=True)
+        self.process.start()
+        until(lambda: self.answers(), 60)
+
+    def _run(self, served):
+        from openvla.serve_app import serve
+
+        torch.set_num_threads(1)
+        serve(served, host=HOST, port=self.port)
+
+    def answers(self):
+        try:
+            return ask(self, "GET", "/healthz").status == 200
+        except OSError:
+            return False
+
+
+def until(condition, seconds=20):
+    """Wait for something to become true."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not come to pass"
+        time.sleep(0.005)
+
+
+class Reply:
+    """Status, headers and body; ``json`` is the body read."""
+
+    def __init__(self, response):
+        self.status, self.headers, self.body = response.status, dict(response.getheaders()), response.read()
+
+    @property
+    def json(self):
+        return json.loads(self.body)
+
+    @property
+    def error(self):
+        return self.json["error"]
+
+
+def ask(server, method="POST", path="/act", body=None, **headers):
+    """One request as it is, with no header that was not asked for."""
+    connection = http.client.HTTPConnection(HOST, server.port, timeout=30)
+    try:
+        data = json.dumps(body).encode() if isinstance(body, dict) else body
+        named = {name.replace("_", "-"): value for name, value in headers.items()}
+        connection.request(method, path, data, named, encode_chunked="Transfer-Encoding" in named)
+        return Reply(connection.getresponse())
+    finally:
+        connection.close()
+
+
+def in_threads(*calls):
+    """What each call gives, all made at once."""
+    results = [None] * len(calls)
+
+    def run(index):
+        try:
+            results[index] = calls[index]()
+        except Exception as error:
+            results[index] = error
+
+    threads = [threading.Thread(target=run, args=(index,)) for index in range(len(calls))]
+    for thread in threads:
+        thread.start()
+    return threads, results
