@@ -52,7 +52,7 @@ class PolicyApp:
         self._preparing = asyncio.Semaphore(PREPARING_THREADS)  # of all who wait for it the first comes first
         self.queue: BatchQueue[Prepared, Answer] = BatchQueue(
             self._answered,
-            joins=lambda one, other: one.action_dim == other.action_dim,
+            joins=Prepared.joins,
             places=self.limits.waiting,
             batch=served.batch,
             deadline=self.limits.deadline,
