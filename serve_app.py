@@ -163,7 +163,7 @@ def build_app(served: ServedPolicy, *, token: str | None = None, host: str = "12
         swagger_ui_oauth2_redirect_url=None,
     )
     app.state.policy_app = shared
-    app.add_middleware(Guard, limits=served.limits, token=token, host=host)
+    app.add_middleware(Guard, limits=served.limits, token=token, host=host, count=shared.metrics.count)
 
     @app.exception_handler(HTTPException)
     async def refused(request: Request, error: HTTPException) -> Response:

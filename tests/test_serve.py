@@ -238,8 +238,10 @@ def test_an_unexpected_failure_has_an_id(small, caplog, monkeypatch):
 
 def test_metrics(server):
     ask(server, body={})
+    ask(server, body=b" " * (LIMITS.body_bytes + 1))
     text = ask(server, "GET", "/metrics").body.decode()
     assert 'openvla_requests_total{route="/act",status="422"}' in text
+    assert 'openvla_requests_total{route="guard",status="413"}' in text
     assert "openvla_waiting_requests 0.0" in text
     assert "openvla_batch_rows_bucket" in text
     assert "python_gc" not in text  # a registry of its own
