@@ -31,7 +31,7 @@ ARGUMENTS_ONLY = {"evaluate", "assemble", "bench", "finetune"}
 NEW_NAMES = tuple(map(int, transformers.__version__.split(".")[:2])) >= (4, 56)
 # What begins so is compiled, not run; how often each page may do that.
 NOT_RUN = "# Not run in CI:"
-MARKED = {"migration.md": 4}
+MARKED = {"migration.md": 4, "serving.md": 5}
 
 
 def blocks(page):
@@ -53,8 +53,7 @@ def given(hub, tokenizer, overrides, tmp_path_factory):
     shutil.copytree(plain, folder / "old-finetune")
     shutil.copytree(tokenizer, folder / "llama-2-tokenizer")
     shutil.copytree(REPOSITORY / "examples", folder / "examples")
-    runpy.run_path(str(REPOSITORY / "examples" / "toy.py"))["write"](models)
-    shutil.copytree(models / "data", folder / "my-demonstrations")
+    runpy.run_path(str(REPOSITORY / "examples" / "toy.py"))["demonstrations"](folder / "my-demonstrations")
     write_json(folder / "sizes.json", overrides["fused"])
     for name in ("frame.png", "main.png", "wrist.png"):
         Image.fromarray(np.random.RandomState(0).randint(0, 256, (48, 64, 3), dtype=np.uint8)).save(folder / name)
