@@ -1,10 +1,12 @@
 """The quick way from embeddings to answers: only what one answer reads is computed, into a cache that does not grow.
 
-``FastDecoder`` runs the modules of a language model that transformers loaded, adapters and quantised weights included,
-and writes out attention alone. Keys and values go to their place in one tensor instead of being concatenated; the last
-layer computes queries, output and MLP only for the rows that are read, and so does the head; drafted tokens are
-verified in the pass of the prompt. In exact arithmetic nothing changes; in floating point a product of one row may
-round otherwise than that of many.
+``FastDecoder`` writes out the layers of a language model that transformers loaded: plain products and norms without the
+modules' machinery, adapters and quantised weights by calling their modules. Keys and values go to their place in one
+tensor instead of being concatenated; the last layer computes queries, output and MLP only for the rows that are read,
+and so does the head; drafted tokens are verified in the pass of the prompt. In exact arithmetic nothing changes; in
+floating point a product of one row may round otherwise than that of many.
+
+Nothing of the model is kept from one answer to the next, so no change to it can be missed.
 
 Where ``reason_against`` names a reason, the language model's own forward is taken (``decode_greedily``).
 """
@@ -94,7 +96,7 @@ def _rotation(theta: float, dim: int, length: int, device: torch.device, dtype: 
         return torch.cat([angles, angles], dim=-1).cos().to(dtype), torch.cat([-sines, sines], dim=-1)
 
 
-def _rotated(x: torch.Tensor, rotation: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+def _rotated(x: torch.Tensor, rotation: Sequence[torch.Tensor]) -> torch.Tensor:
     cos, sin = rotation
     return (x * cos).add_(x.roll(x.shape[-1] // 2, -1).mul_(sin))
 
@@ -112,18 +114,23 @@ def _bare(module: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
 
     Made anew for every answer, so that weights that were changed, moved, wrapped or quantised since count.
     """
-    if not _is_hooked(module) and type(module) is nn.Linear and type(module.weight) is nn.Parameter:
-        return functools.partial(F.linear, weight=module.weight, bias=module.bias)
-    if not _is_hooked(module) and type(module).__name__ in NORMS and type(module.weight) is nn.Parameter:
-        return functools.partial(_rms_normed, weight=module.weight, epsilon=module.variance_epsilon)
+    kind, weight = type(module), getattr(module, "weight", None)
+    if not _is_hooked(module) and (weight is None or type(weight) is nn.Parameter):
+        if kind is nn.Linear:
+            return functools.partial(F.linear, weight=weight, bias=module.bias)
+        if kind.__name__ in NORMS:
+            epsilon = torch.tensor(module.variance_epsilon, dtype=torch.float32, device="cpu")  # faster than a number
+            return functools.partial(_rms_normed, weight=weight, epsilon=epsilon)
+        if kind is nn.SiLU:
+            return F.silu
     return lambda x: module(x[None])[0]  # adapters and quantised weights are used to batches
 
 
-def _rms_normed(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
+def _rms_normed(x: torch.Tensor, weight: torch.Tensor, epsilon: torch.Tensor) -> torch.Tensor:
     """RMSNorm, rounded where transformers rounds."""
-    exact = x.float()
-    exact = exact * torch.rsqrt(exact.pow(2).mean(-1, keepdim=True) + epsilon)
-    return weight * exact.to(x.dtype)
+    exact = x if x.dtype is torch.float32 else x.float()
+    exact = exact * torch.rsqrt(exact.pow(2).mean(-1, keepdim=True).add_(epsilon))
+    return weight * (exact if x.dtype is torch.float32 else exact.to(x.dtype))
 
 
 class _Layer:
@@ -135,7 +142,7 @@ class _Layer:
         attention, mlp = layer.self_attn, layer.mlp
         self.before, self.between = _bare(layer.input_layernorm), _bare(layer.post_attention_layernorm)
         self.query, self.key, self.value = _bare(attention.q_proj), _bare(attention.k_proj), _bare(attention.v_proj)
-        self.output, self.activation = _bare(attention.o_proj), mlp.act_fn
+        self.output, self.activation = _bare(attention.o_proj), _bare(mlp.act_fn)
         self.gate, self.up, self.down = _bare(mlp.gate_proj), _bare(mlp.up_proj), _bare(mlp.down_proj)
 
 
@@ -170,7 +177,7 @@ class FastDecoder:
         places = self.positions if mask is None else positions_of(mask)
         self.rotation = tuple(table[places][:, :, None] for table in tables)  # (batch or 1, length, 1, dim)
         kept = len(self.layers) if causal else 1  # without causality nothing can be added to a sequence
-        shape = (2, kept, len(like), self.groups, length, self.dim)
+        shape = (2, kept, len(like), length, self.groups, self.dim)
         self.cache = torch.empty(shape, dtype=like.dtype, device=like.device)
 
     def run(self, x: torch.Tensor, start: int, rows: slice | torch.LongTensor | None = None) -> torch.Tensor:
@@ -186,35 +193,28 @@ class FastDecoder:
         """
         batch, count, size = x.shape
         end = start + count
-        turn, positions = tuple(table[:, start:end] for table in self.rotation), self.positions[:, start:end]
+        turn, positions = [table[:, start:end] for table in self.rotation], self.positions[:, start:end]
         mask = self._mask(positions, end)
-        so_far = [part.unbind() for part in self.cache[..., :end, :]]
-        new = [part.unbind() for part in self.cache[..., start:end, :]]
-        x = x.reshape(-1, size)
+        so_far = [part.transpose(2, 3).unbind() for part in self.cache[:, :, :, :end]]
+        new = [part.unbind() for part in self.cache[:, :, :, start:end]]
+        x, by_head = x.reshape(-1, size), (batch, count, -1, self.dim)
         for index, layer in enumerate(self.layers):
             kept = index % len(so_far[0])
             normed = layer.before(x)
-            new[1][kept].copy_(self._by_head(layer.value(normed), batch))
+            new[1][kept].copy_(layer.value(normed).view(by_head))
             if rows is not None and index == len(self.layers) - 1:
-                new[0][kept].copy_(_rotated(self._by_row(layer.key(normed), batch), turn).transpose(1, 2))
+                new[0][kept].copy_(_rotated(layer.key(normed).view(by_head), turn))
                 x, normed = (_rows(y.view(batch, count, size), rows).flatten(0, 1) for y in (x, normed))
-                turn = tuple(_rows(table, rows) for table in turn)
-                mask = self._mask(_rows(positions, rows), end)
-                queries = _rotated(self._by_row(layer.query(normed), batch), turn)
+                turn, mask = [_rows(table, rows) for table in turn], self._mask(_rows(positions, rows), end)
+                queries = _rotated(layer.query(normed).view(batch, -1, self.heads, self.dim), turn)
             else:
-                both = self._by_row(torch.cat([layer.query(normed), layer.key(normed)], dim=-1), batch)
-                queries, keys = _rotated(both, turn).split((self.heads, self.groups), dim=2)
-                new[0][kept].copy_(keys.transpose(1, 2))
+                both = torch.cat([layer.query(normed), layer.key(normed)], dim=-1).view(by_head)
+                queries, keys = torch.split_with_sizes(_rotated(both, turn), (self.heads, self.groups), 2)
+                new[0][kept].copy_(keys)
             x = x + layer.output(self._attention(queries, so_far[0][kept], so_far[1][kept], *mask))
             normed = layer.between(x)
-            x = x + layer.down(layer.activation(layer.gate(normed)) * layer.up(normed))
+            x = x + layer.down(layer.activation(layer.gate(normed)).mul_(layer.up(normed)))
         return self.norm(x).view(batch, -1, size)
-
-    def _by_row(self, x: torch.Tensor, batch: int) -> torch.Tensor:
-        return x.view(batch, len(x) // batch, -1, self.dim)
-
-    def _by_head(self, x: torch.Tensor, batch: int) -> torch.Tensor:
-        return self._by_row(x, batch).transpose(1, 2)
 
     def _attention(
         self,
