@@ -80,7 +80,8 @@ def _rotary_fields(config: object) -> dict:
 
 def _is_hooked(module: nn.Module) -> bool:
     """Whether calling it does more than its class says: hooks, accelerate's or kernels put in its place."""
-    return bool(module._forward_hooks or module._forward_pre_hooks or {"_hf_hook", "forward"} & module.__dict__.keys())
+    own = module.__dict__
+    return bool(own["_forward_hooks"] or own["_forward_pre_hooks"] or "_hf_hook" in own or "forward" in own)
 
 
 @functools.lru_cache(maxsize=8)
@@ -98,7 +99,7 @@ def _rotation(theta: float, dim: int, length: int, device: torch.device, dtype: 
 
 def _rotated(x: torch.Tensor, rotation: Sequence[torch.Tensor]) -> torch.Tensor:
     cos, sin = rotation
-    return (x * cos).add_(x.roll(x.shape[-1] // 2, -1).mul_(sin))
+    return (x * cos).add_(x.roll(x.shape[-1] // 2, -1) * sin)
 
 
 def _rows(x: torch.Tensor, rows: slice | torch.LongTensor) -> torch.Tensor:

@@ -171,6 +171,8 @@ def test_weights_that_changed_since_the_last_answer_count(frames):
         seen = now
     model.load_state_dict(build_tiny()[0].state_dict())
     assert np.array_equal(_alike(model.to(torch.float32), inputs), before)
+    with pytest.raises(RuntimeError, match="meta"):  # a device without numbers: no action
+        model.to("meta").predict_action(**inputs)
 
 
 @pytest.mark.lane
