@@ -20,19 +20,16 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
 
 from . import benchmark_reference
 from .benchmark_reference import ACTION, preprocessing, timed
-from .benchmark_sizes import SIZES, write_model
+from .benchmark_sizes import SIZES, sample_inputs, write_model
 from .configuration_openvla import DTYPE_FIELD, write_json
 from .loading import AutoProcessor
 from .modeling_openvla import OpenVLAForActionPrediction
-from .predict import SAMPLE_IMAGE
 
-INSTRUCTIONS = ("pick up the alphabet soup", "open the drawer", "put the bowl on the plate", "close the microwave")
 WARM = 2
 REFERENCE, PLAIN, FAST = "reference", "openvla, fast=False", "openvla"
 DRAFTED, MISLED = "openvla, draft all right", "openvla, draft all wrong"
@@ -63,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
     if args.pairs < 1 or args.inputs < 1:
         raise ValueError("--pairs and --inputs must be at least 1.")
     torch.set_num_threads(args.threads)
-    report: dict[str, Any] = {"machine": machine(args), "rows": []}
+    report: dict[str, Any] = {"machine": machine(args), "rows": [], "not run": not_run(args)}
     for size in args.sizes:
         for dtype in args.dtypes:
             with tempfile.TemporaryDirectory() as place:
@@ -87,6 +84,15 @@ def machine(args: argparse.Namespace) -> dict[str, Any]:
     }
     rates = {f"{name} GFLOP/s": gemm_rate(args.device, getattr(torch, name)) / 1e9 for name in args.dtypes}
     return described | rates | {"read GB/s": read_rate(args.device) / 1e9}
+
+
+def not_run(args: argparse.Namespace) -> list[str]:
+    """What this run leaves open, and why."""
+    left = [] if args.reference else ["beside the published code: --reference and --reference-python were not given"]
+    if not args.device.startswith("cuda"):
+        why = "--device was cpu" if torch.cuda.is_available() else "there is none here"
+        left.append(f"on a GPU: {why}")
+    return left
 
 
 def _lines(file: str) -> list[str]:
@@ -134,18 +140,11 @@ def measure(size: str, dtype: str, args: argparse.Namespace, place: Path, ceilin
 
 
 def prepare(folder: Path, dtype: str, args: argparse.Namespace) -> tuple[Any, Any, list[torch.Tensor], np.ndarray]:
-    """The model, its processor, and prompts and images: crops of a real frame under noise of several strengths."""
+    """The model, its processor, and prompts and images."""
     keywords = {DTYPE_FIELD: getattr(torch, dtype)}
     model = OpenVLAForActionPrediction.from_pretrained(folder, **keywords).to(args.device).eval()
     processor = AutoProcessor.from_pretrained(folder)
-    frame = np.asarray(Image.open(SAMPLE_IMAGE).convert("RGB")).astype(np.float64)
-    random = np.random.RandomState(0)
-    images = np.empty((args.inputs, 192, 192, 3), np.uint8)
-    for i in range(args.inputs):
-        top, left = random.randint(0, 64, 2)
-        crop = frame[top : top + 192, left : left + 192]
-        images[i] = np.clip(crop + random.randn(*crop.shape) * 20 * (i % 4), 0, 255)
-    texts = [INSTRUCTIONS[i % len(INSTRUCTIONS)] for i in range(args.inputs)]
+    texts, images = sample_inputs(args.inputs)
     prompts = [processor(instruction=text, images=images[0])["input_ids"] for text in texts]
     return model, processor, prompts, images
 
@@ -252,7 +251,7 @@ def table(report: dict[str, Any]) -> list[str]:
         times = f"{1e3 * row['seconds']:.1f} ({low:.1f}-{high:.1f}) | {1e3 * row['cpu seconds']:.1f}"
         names = f"{row['size']} | {row['dtype']} | {row['row']} | {row['side']}"
         lines.append(f"| {names} | {times} | {row['faster']:.2f}x | {share} | {row['equal']} of {row['of']} |")
-    return lines
+    return [*lines, "", *[f"Not run {left}." for left in report["not run"]]]
 
 
 def _short(value: Any) -> str:

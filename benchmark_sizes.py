@@ -1,14 +1,19 @@
-"""The sizes that benchmarks run at: OpenVLA-7B's depth, at widths that a CPU bears."""
+"""What benchmarks run on: OpenVLA-7B's depth, at widths that a CPU bears; crops of a real frame."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 
+from .predict import SAMPLE_IMAGE
 from .tiny import PADDED_ROWS, build_tiny, build_tokenizer
 
+INSTRUCTIONS = ("pick up the alphabet soup", "open the drawer", "put the bowl on the plate", "close the microwave")
+CROP = 192  # pixels
 SIZES = ("tiny", "tiny-deep", "eighth", "full")
 # (language model's width, its MLP's, attention heads), the towers' widths and heads
 WIDTHS = {"tiny-deep": ((64, 172, 4), ((64, 2), (72, 2))), "eighth": ((512, 1376, 4), ((128, 2), (144, 2)))}
@@ -43,3 +48,15 @@ def write_model(size: str, folder: Path) -> None:
     model.to(torch.bfloat16).save_pretrained(folder)
     processor.save_pretrained(folder)
     return None
+
+
+def sample_inputs(count: int) -> tuple[list[str], np.ndarray]:
+    """Instructions, and uint8 images ``(count, 192, 192, 3)``: crops of a frame under noise of several strengths."""
+    frame = np.asarray(Image.open(SAMPLE_IMAGE).convert("RGB")).astype(np.float64)
+    random = np.random.RandomState(0)
+    images = np.empty((count, CROP, CROP, 3), np.uint8)
+    for i in range(count):
+        top, left = random.randint(0, 64, 2)
+        crop = frame[top : top + CROP, left : left + CROP]
+        images[i] = np.clip(crop + random.randn(*crop.shape) * 20 * (i % 4), 0, 255)
+    return [INSTRUCTIONS[i % len(INSTRUCTIONS)] for i in range(count)], images

@@ -1,10 +1,12 @@
 """The quick way from embeddings to answers: only what one answer reads is computed, into a cache that does not grow.
 
-``FastDecoder`` runs the modules of a language model that transformers loaded, adapters and quantised weights included,
-and writes out attention alone. Keys and values go to their place in one tensor instead of being concatenated; the last
-layer computes queries, output and MLP only for the rows that are read, and so does the head; drafted tokens are
-verified in the pass of the prompt. In exact arithmetic nothing changes; in floating point a product of one row may
-round otherwise than that of many.
+``FastDecoder`` writes out the layers of a language model that transformers loaded: plain products and norms without the
+modules' machinery, adapters and quantised weights by calling their modules. Keys and values go to their place in one
+tensor instead of being concatenated; the last layer computes queries, output and MLP only for the rows that are read,
+and so does the head; drafted tokens are verified in the pass of the prompt. In exact arithmetic nothing changes; in
+floating point a product of one row may round otherwise than that of many.
+
+Nothing of the model is kept from one answer to the next, so no change to it can be missed.
 
 Where ``reason_against`` names a reason, the language model's own forward is taken (``decode_greedily``).
 """
@@ -12,7 +14,7 @@ Where ``reason_against`` names a reason, the language model's own forward is tak
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
@@ -25,14 +27,15 @@ logger = logging.get_logger(__name__)
 
 # Language models of one shape: rotary positions, a norm before attention and one before a gated MLP.
 FAMILIES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM")
+NORMS = tuple(f"{family.removesuffix('ForCausalLM')}RMSNorm" for family in FAMILIES)
 PLAIN_ROTARY = {"rope_theta", "rope_type", "type"}
 
 
 def reason_against(language_model: nn.Module, length: int) -> str | None:
     """Why this language model has to run a sequence of ``length`` its own way; None if it does not."""
-    config = language_model.config
-    if type(language_model).__name__ not in FAMILIES:
-        return f"{type(language_model).__name__} is none of {', '.join(FAMILIES)}"
+    config, name = language_model.config, type(language_model).__name__
+    if name not in FAMILIES:
+        return f"{name} is none of {', '.join(FAMILIES)}"
     if language_model.training:
         return "the model is in training mode"
     if config._attn_implementation != "sdpa":
@@ -46,9 +49,17 @@ def reason_against(language_model: nn.Module, length: int) -> str | None:
     if windowed and (getattr(config, "sliding_window", None) or length) < length:
         return f"its attention slides over {config.sliding_window} positions, fewer than {length}"
     decoder = language_model.get_decoder()
-    if any(_is_hooked(module) for layer in decoder.layers for module in (layer, layer.self_attn)):
-        return "hooks hang on its layers, or they are spread over devices"
-    return "hooks hang on its decoder" if _is_hooked(decoder) or _is_hooked(language_model) else None
+    if _is_hooked(decoder) or _is_hooked(language_model):
+        return "hooks hang on its decoder"
+    for layer in decoder.layers:
+        for part in (layer, layer.self_attn, layer.mlp):
+            if not type(part).__name__.startswith(name.removesuffix("ForCausalLM")):
+                return f"a {type(part).__name__} is among its layers"
+            if _is_hooked(part):
+                return "hooks hang on its layers, or they are spread over devices"
+        if any(type(part).__name__ == "Linear8bitLt" for part in (*layer.self_attn.children(), *layer.mlp.children())):
+            return "its weights are LLM.int8, where what else is in a product changes a row's result"
+    return None
 
 
 def goes_fast(fast: bool | None, language_model: nn.Module, length: int) -> bool:
@@ -68,22 +79,27 @@ def _rotary_fields(config: object) -> dict:
 
 
 def _is_hooked(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks or hasattr(module, "_hf_hook"))
+    """Whether calling it does more than its class says: hooks, accelerate's or kernels put in its place."""
+    own = module.__dict__
+    return bool(own["_forward_hooks"] or own["_forward_pre_hooks"] or "_hf_hook" in own or "forward" in own)
 
 
 @functools.lru_cache(maxsize=8)
 def _rotation(theta: float, dim: int, length: int, device: torch.device, dtype: torch.dtype) -> tuple:
-    """Cosines and sines ``(length, dim)`` of rotary positions (Su et al. 2021), rounded as transformers does."""
-    frequencies = 1.0 / (theta ** (torch.arange(0, dim, 2, dtype=torch.int64, device="cpu").float() / dim))
-    angles = torch.arange(length, device=device)[:, None].float() * frequencies.to(device)
-    angles = torch.cat([angles, angles], dim=-1)
-    return angles.cos().to(dtype), angles.sin().to(dtype)
+    """Cosines and sines ``(length, dim)`` of rotary positions (Su et al. 2021), rounded as transformers does.
+
+    The first half of the sines is negated, so that a rotation need not negate half of what it turns.
+    """
+    with torch.inference_mode(False):  # whoever asks next may need gradients
+        frequencies = 1.0 / (theta ** (torch.arange(0, dim, 2, dtype=torch.int64, device="cpu").float() / dim))
+        angles = torch.arange(length, device=device)[:, None].float() * frequencies.to(device)
+        sines = angles.sin().to(dtype)
+        return torch.cat([angles, angles], dim=-1).cos().to(dtype), torch.cat([-sines, sines], dim=-1)
 
 
-def _rotated(x: torch.Tensor, rotation: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-    half = x.shape[-1] // 2
+def _rotated(x: torch.Tensor, rotation: Sequence[torch.Tensor]) -> torch.Tensor:
     cos, sin = rotation
-    return x * cos + torch.cat([-x[..., half:], x[..., :half]], dim=-1) * sin
+    return (x * cos).add_(x.roll(x.shape[-1] // 2, -1) * sin)
 
 
 def _rows(x: torch.Tensor, rows: slice | torch.LongTensor) -> torch.Tensor:
@@ -94,8 +110,45 @@ def _rows(x: torch.Tensor, rows: slice | torch.LongTensor) -> torch.Tensor:
     return x.expand(len(rows), *x.shape[1:]).gather(1, index)
 
 
+def _bare(module: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
+    """What a module makes of rows ``(count, size)``: a plain one's arithmetic without its machinery, else the module.
+
+    Made anew for every answer, so that weights that were changed, moved, wrapped or quantised since count.
+    """
+    kind, weight = type(module), getattr(module, "weight", None)
+    if not _is_hooked(module) and (weight is None or type(weight) is nn.Parameter):
+        if kind is nn.Linear:
+            return functools.partial(F.linear, weight=weight, bias=module.bias)
+        if kind.__name__ in NORMS:
+            epsilon = torch.tensor(module.variance_epsilon, dtype=torch.float32, device="cpu")  # faster than a number
+            return functools.partial(_rms_normed, weight=weight, epsilon=epsilon)
+        if kind is nn.SiLU:
+            return F.silu
+    return lambda x: module(x[None])[0]  # adapters and quantised weights are used to batches
+
+
+def _rms_normed(x: torch.Tensor, weight: torch.Tensor, epsilon: torch.Tensor) -> torch.Tensor:
+    """RMSNorm, rounded where transformers rounds."""
+    exact = x if x.dtype is torch.float32 else x.float()
+    exact = exact * torch.rsqrt(exact.pow(2).mean(-1, keepdim=True).add_(epsilon))
+    return weight * (exact if x.dtype is torch.float32 else exact.to(x.dtype))
+
+
+class _Layer:
+    """What one layer computes, by the names of its parts."""
+
+    __slots__ = ("activation", "before", "between", "down", "gate", "key", "output", "query", "up", "value")
+
+    def __init__(self, layer: nn.Module) -> None:
+        attention, mlp = layer.self_attn, layer.mlp
+        self.before, self.between = _bare(layer.input_layernorm), _bare(layer.post_attention_layernorm)
+        self.query, self.key, self.value = _bare(attention.q_proj), _bare(attention.k_proj), _bare(attention.v_proj)
+        self.output, self.activation = _bare(attention.o_proj), _bare(mlp.act_fn)
+        self.gate, self.up, self.down = _bare(mlp.gate_proj), _bare(mlp.up_proj), _bare(mlp.down_proj)
+
+
 class FastDecoder:
-    """The layers of a language model, for one batch of sequences.
+    """The layers of a language model, for one batch of sequences and one answer.
 
     Args:
         language_model: One that ``reason_against`` has nothing against.
@@ -115,7 +168,7 @@ class FastDecoder:
     ) -> None:
         config = language_model.config
         decoder = language_model.get_decoder()
-        self.layers, self.norm = decoder.layers, decoder.norm
+        self.layers, self.norm = [_Layer(layer) for layer in decoder.layers], _bare(decoder.norm)
         self.heads, self.groups = config.num_attention_heads, config.num_key_value_heads
         self.dim = getattr(config, "head_dim", None) or config.hidden_size // self.heads
         self.visible, self.causal = None if mask is None else mask.to(torch.bool), causal
@@ -123,66 +176,61 @@ class FastDecoder:
         theta = float(_rotary_fields(config)["rope_theta"])
         tables = _rotation(theta, self.dim, length, like.device, like.dtype)
         places = self.positions if mask is None else positions_of(mask)
-        self.rotation = tuple(table[places] for table in tables)  # (batch or 1, length, dim)
+        self.rotation = tuple(table[places][:, :, None] for table in tables)  # (batch or 1, length, 1, dim)
         kept = len(self.layers) if causal else 1  # without causality nothing can be added to a sequence
-        shape = (kept, 2, len(like), self.groups, length, self.dim)
+        shape = (2, kept, len(like), length, self.groups, self.dim)
         self.cache = torch.empty(shape, dtype=like.dtype, device=like.device)
 
-    def run(self, x: torch.Tensor, start: int, rows: slice | torch.LongTensor) -> torch.Tensor:
+    def run(self, x: torch.Tensor, start: int, rows: slice | torch.LongTensor | None = None) -> torch.Tensor:
         """Normalised last hidden states of some rows; the keys and values of all are kept.
 
         Args:
             x: Embeddings ``(batch, count, hidden)``.
             start: The position of the first; what stands before it was run before.
-            rows: Which of them are read: a slice, or int64 ``(batch, rows)``.
+            rows: Which of them are read: a slice, or int64 ``(batch, rows)``; None for all.
 
         Returns:
             ``(batch, rows, hidden)``.
         """
-        end = start + x.shape[1]
-        tables, positions = [table[:, start:end] for table in self.rotation], self.positions[:, start:end]
-        rotation = tuple(table[:, None] for table in tables)  # the same for every head
-        everything = rotation, *self._mask(positions, end)
-        last = len(self.layers) - 1
+        batch, count, size = x.shape
+        end = start + count
+        turn, positions = [table[:, start:end] for table in self.rotation], self.positions[:, start:end]
+        mask = self._mask(positions, end)
+        so_far = [part.transpose(2, 3).unbind() for part in self.cache[:, :, :, :end]]
+        new = [part.unbind() for part in self.cache[:, :, :, start:end]]
+        x, by_head = x.reshape(-1, size), (batch, count, -1, self.dim)
         for index, layer in enumerate(self.layers):
-            normed = layer.input_layernorm(x)
-            keys, values = self._kept(index, normed, rotation, start, end)
-            seen = everything
-            if index == last:
-                x, normed = _rows(x, rows), _rows(normed, rows)
-                seen = tuple(_rows(table, rows)[:, None] for table in tables), *self._mask(_rows(positions, rows), end)
-            x = x + self._attention(layer.self_attn, normed, keys, values, *seen)
-            x = x + layer.mlp(layer.post_attention_layernorm(x))
-        return self.norm(x)
-
-    def _kept(
-        self, index: int, normed: torch.Tensor, rotation: tuple[torch.Tensor, torch.Tensor], start: int, end: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values ``(batch, groups, end, dim)`` of all positions so far, the new ones put into the cache."""
-        attention = self.layers[index].self_attn
-        keys, values = self.cache[index % len(self.cache), :, :, :, :end]
-        keys[:, :, start:] = _rotated(self._by_head(attention.k_proj(normed), self.groups), rotation)
-        values[:, :, start:] = self._by_head(attention.v_proj(normed), self.groups)
-        return keys, values
-
-    def _by_head(self, x: torch.Tensor, heads: int) -> torch.Tensor:
-        return x.view(*x.shape[:2], heads, self.dim).transpose(1, 2)
+            kept = index % len(so_far[0])
+            normed = layer.before(x)
+            new[1][kept].copy_(layer.value(normed).view(by_head))
+            if rows is not None and index == len(self.layers) - 1:
+                new[0][kept].copy_(_rotated(layer.key(normed).view(by_head), turn))
+                x, normed = (_rows(y.view(batch, count, size), rows).flatten(0, 1) for y in (x, normed))
+                turn, mask = [_rows(table, rows) for table in turn], self._mask(_rows(positions, rows), end)
+                queries = _rotated(layer.query(normed).view(batch, -1, self.heads, self.dim), turn)
+            else:
+                both = torch.cat([layer.query(normed), layer.key(normed)], dim=-1).view(by_head)
+                queries, keys = torch.split_with_sizes(_rotated(both, turn), (self.heads, self.groups), 2)
+                new[0][kept].copy_(keys)
+            x = x + layer.output(self._attention(queries, so_far[0][kept], so_far[1][kept], *mask))
+            normed = layer.between(x)
+            x = x + layer.down(layer.activation(layer.gate(normed)).mul_(layer.up(normed)))
+        return self.norm(x).view(batch, -1, size)
 
     def _attention(
         self,
-        attention: nn.Module,
-        normed: torch.Tensor,
+        queries: torch.Tensor,
         keys: torch.Tensor,
         values: torch.Tensor,
-        rotation: tuple[torch.Tensor, torch.Tensor],
         mask: torch.BoolTensor | None,
         square: bool,
     ) -> torch.Tensor:
-        queries = _rotated(self._by_head(attention.q_proj(normed), self.heads), rotation)
+        """What queries ``(batch, count, heads, dim)`` read: ``(batch * count, heads * dim)``."""
         if self.groups != self.heads:
             keys, values = (x.repeat_interleave(self.heads // self.groups, dim=1) for x in (keys, values))
+        queries = queries.transpose(1, 2)
         mixed = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, is_causal=square)
-        return attention.o_proj(mixed.transpose(1, 2).flatten(2))
+        return mixed.transpose(1, 2).reshape(-1, self.heads * self.dim)
 
     def _mask(self, queries: torch.LongTensor, end: int) -> tuple[torch.BoolTensor | None, bool]:
         """What queries at positions ``(batch or 1, count)`` see, ``(batch or 1, 1, count, end)``; or that it is causal.
@@ -234,7 +282,8 @@ def decode_fast(
     embed, head = language_model.get_input_embeddings(), language_model.get_output_embeddings()
 
     def choose(x: torch.Tensor, start: int, count: int) -> tuple[torch.LongTensor, torch.FloatTensor]:
-        logits = head(decoder.run(x.to(embeds.dtype), start, slice(x.shape[1] - count, None))).float()
+        rows = None if x.shape[1] == count else slice(x.shape[1] - count, None)
+        logits = head(decoder.run(x.to(embeds.dtype), start, rows)).float()
         return (logits if allowed is None else only(logits, allowed)).argmax(-1), logits
 
     if draft is None:

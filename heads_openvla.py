@@ -164,4 +164,5 @@ def _alphas_cumprod(num_train_steps: int) -> torch.Tensor:
 
     times = [step / num_train_steps for step in range(num_train_steps + 1)]
     betas = [min(1 - alpha_bar(later) / alpha_bar(now), MAX_BETA) for now, later in zip(times, times[1:])]
-    return torch.cumprod(1.0 - torch.tensor(betas, dtype=torch.float32, device="cpu"), dim=0)
+    with torch.inference_mode(False):  # whoever asks next may train
+        return torch.cumprod(1.0 - torch.tensor(betas, dtype=torch.float32, device="cpu"), dim=0)

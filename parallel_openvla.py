@@ -10,6 +10,7 @@ Stock transformers does the rest: the mask is given in four dimensions, which la
 from __future__ import annotations
 
 import contextlib
+import copy
 import os
 from dataclasses import dataclass
 from typing import Any
@@ -310,14 +311,14 @@ class ParallelDecodingMixin:
         embeds = torch.stack([shown, changed, shown, changed])
         mask = torch.ones(4, 3, dtype=torch.long, device=device)
         mask[2:, 2] = 0
-        decoder, training = self.language_model.get_decoder(), self.language_model.training
-        layers = decoder.layers
+        decoder = self.language_model.get_decoder()
+        training = decoder.training
+        first_layer = copy.copy(decoder)  # another thread may be using the decoder itself
+        first_layer._modules = {**decoder._modules, "layers": decoder.layers[:1]}
         try:
-            decoder.layers = layers[:1]
-            seen, seen_changed, hidden, hidden_changed = self._decode(decoder.eval(), embeds, mask)[:, 0]
+            seen, seen_changed, hidden, hidden_changed = self._decode(first_layer.eval(), embeds, mask)[:, 0]
         finally:
-            decoder.layers = layers
-            decoder.train(training)
+            first_layer.train(training)
         finite = bool(torch.isfinite(seen).all())  # weights that are not finite have an error of their own
         if finite and (torch.equal(seen, seen_changed) or not torch.equal(hidden, hidden_changed)):
             raise RuntimeError(

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 from transformers import AutoTokenizer
 from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
@@ -164,7 +165,10 @@ class OpenVLAImageProcessor(BaseImageProcessor):
             TypeError: Not an image at all.
             FileNotFoundError: No file at a path.
         """
-        pixel_values = np.stack([self._transformed(image) for image in as_images(images)])
+        rows = [self._transformed(image) for image in as_images(images)]
+        pixel_values = rows[0][None] if len(rows) == 1 else np.stack(rows)
+        if return_tensors == "pt":  # BatchFeature would copy an array
+            pixel_values = torch.from_numpy(pixel_values)
         return BatchFeature(data={"pixel_values": pixel_values}, tensor_type=return_tensors)
 
     def __call__(self, images: ImageInput | Sequence[ImageInput], **kwargs: Any) -> BatchFeature:
@@ -174,17 +178,22 @@ class OpenVLAImageProcessor(BaseImageProcessor):
         """float32 ``(3 * towers, height, width)``: letterbox, resize, centre crop, normalise, as torchvision does."""
         if self.tvf_do_letterbox:
             image = padded_to_square(image, tuple(self.tvf_letterbox_fill))
-        prepared, planes = {}, []  # the towers of one model mostly want the same pixels
-        for resize, crop, normalize in zip(self.tvf_resize_params, self.tvf_crop_params, self.tvf_normalize_params):
+        prepared, planes = {}, None  # the towers of one model mostly want the same pixels
+        towers = list(zip(self.tvf_resize_params, self.tvf_crop_params, self.tvf_normalize_params))
+        for index, (resize, crop, normalize) in enumerate(towers):
             wanted = (str(resize["size"]), resize["interpolation"], str(crop["output_size"]))
             if wanted not in prepared:
                 pixels = center_crop(resized(image, resize["size"], resize["interpolation"]), crop["output_size"])
-                prepared[wanted] = np.asarray(pixels).transpose(2, 0, 1)
-            mean, std = (np.array(normalize[name], dtype=np.float32)[:, None] for name in ("mean", "std"))
-            # A byte has 256 values: each is divided and normalised once.
-            values = (np.arange(256, dtype=np.float32) / np.float32(255) - mean) / std
-            planes += [of_channel[bytes_] for of_channel, bytes_ in zip(values, prepared[wanted])]
-        return np.stack(planes)
+                pixels = np.asarray(pixels).transpose(2, 0, 1)
+                unit = np.empty(pixels.shape, np.float32)
+                prepared[wanted] = np.divide(pixels, np.float32(255), out=unit, dtype=np.float32)
+            unit = prepared[wanted]
+            mean, std = (np.array(normalize[name], dtype=np.float32)[:, None, None] for name in ("mean", "std"))
+            if planes is None:
+                planes = np.empty((len(towers), *unit.shape), np.float32)
+            np.subtract(unit, mean, out=planes[index])
+            planes[index] /= std
+        return planes.reshape(-1, *planes.shape[2:])
 
 
 class PrismaticImageProcessor(OpenVLAImageProcessor):

@@ -26,13 +26,10 @@ import numpy as np
 import torch
 import transformers
 from openvla import OpenVLAForActionPrediction, OpenVLAProcessor, quantization_config
-from openvla.benchmark_sizes import SIZES, write_model
+from openvla.benchmark_sizes import SIZES, sample_inputs, write_model
 from openvla.configuration_openvla import DTYPE_FIELD
-from openvla.predict import SAMPLE_IMAGE
 from openvla.quantization_openvla import fast_dtype
-from PIL import Image
 
-INSTRUCTIONS = ("pick up the alphabet soup", "open the drawer", "put the bowl on the plate", "close the microwave")
 BATCH = 10
 TIMED = 10
 ROWS = ("whole", "int8", "nf4", "nf4 + towers", "everything, fp4")
@@ -47,15 +44,8 @@ def quantization(row: str) -> transformers.BitsAndBytesConfig | None:
 
 
 def inputs(processor: OpenVLAProcessor, count: int) -> list[dict]:
-    """Crops of a real frame, under noise of several strengths, with one of four instructions each; as batches."""
-    frame = np.asarray(Image.open(SAMPLE_IMAGE).convert("RGB"))
-    random = np.random.RandomState(0)
-    images = []
-    for i in range(count):
-        top, left = random.randint(0, 64, 2)
-        crop = frame[top : top + 192, left : left + 192].astype(np.float64)
-        images.append(np.clip(crop + random.randn(*crop.shape) * 20 * (i % 4), 0, 255).astype(np.uint8))
-    texts = [INSTRUCTIONS[i % len(INSTRUCTIONS)] for i in range(count)]
+    """The benchmarks' images and instructions, as batches."""
+    texts, images = sample_inputs(count)
     return [
         processor(instruction=texts[i : i + BATCH], images=images[i : i + BATCH], padding=True)
         for i in range(0, count, BATCH)

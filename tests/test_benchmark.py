@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 from openvla.__main__ import main
 
 
@@ -18,7 +19,10 @@ def test_all_sides_answer_alike(tmp_path, capsys):
     assert all(row["equal"] == row["of"] == 21 for row in actions)
     assert all(row["seconds"] > 0 and row["share of the floor"] > 0 for row in actions)
     assert len(report["rows"]) - len(actions) == 3
-    assert "| tiny | float32 | an action" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "| tiny | float32 | an action" in said
+    assert "Not run beside the published code: --reference" in said
+    assert ("Not run on a GPU" in said) == (not torch.cuda.is_available())
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 

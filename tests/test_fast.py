@@ -1,11 +1,15 @@
 """The fast way gives what the language model's own forward gives, or is not taken."""
 
+from concurrent.futures import ThreadPoolExecutor
+from itertools import product
+
 import numpy as np
 import pytest
 import torch
-from openvla import fast_openvla
+from openvla import OpenVLAForActionPrediction, fast_openvla, quantization_config
 from openvla.decoding_openvla import decode_greedily
 from openvla.fast_openvla import FastDecoder, decode_fast, goes_fast, reason_against
+from openvla.quantization_openvla import QUANTIZES_ON_CPU
 from openvla.tiny import build_tiny
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -115,18 +119,125 @@ def test_predict_action_takes_it_and_can_be_told_not_to(tiny, frames):
         model.predict_action(**asked, draft=[0.0] * 3)
 
 
-def test_an_adapter_added_later_counts(frames):
+@pytest.mark.lane
+def test_threads_do_not_disturb_each_other(frames):
+    model, processor = build_tiny()
+    asked = [
+        {**processor(instruction=text, images=frames[name]), "constrain_actions": True, "fast": fast}
+        for text, name, fast in product(("open the drawer", "pick up the block"), frames, (None, False))
+    ]
+    serial = [model.predict_action(**one) for one in asked]
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(lambda one: model.predict_action(**one), asked * 2))
+    assert all(np.array_equal(*pair) for pair in zip(together, serial * 2))
+    assert len({action.tobytes() for action in serial}) > 2
+
+
+def _alike(model, inputs):
+    """The answer, which is the same whichever way it is made."""
+    asked = {**inputs, "return_dict": True, "constrain_actions": True}
+    own, quick = (model.predict_action(**asked, fast=fast) for fast in (False, True))
+    assert np.array_equal(own.token_ids, quick.token_ids)
+    return quick.bin_probabilities
+
+
+@pytest.mark.lane
+def test_weights_that_changed_since_the_last_answer_count(frames):
+    model, processor = build_tiny()
+    inputs = processor(instruction="open the drawer", images=frames["noise"])
+    layer = model.get_decoder().layers[0]
+    before = seen = _alike(model, inputs)
+
+    def in_place():
+        layer.mlp.up_proj.weight.data.mul_(3)
+
+    def another_storage():
+        layer.self_attn.v_proj.weight.data = layer.self_attn.v_proj.weight.data.flip(0)
+
+    def another_parameter():
+        layer.input_layernorm.weight = torch.nn.Parameter(layer.input_layernorm.weight * 2)
+
+    def another_module():
+        layer.self_attn.k_proj = torch.nn.Linear(*layer.self_attn.k_proj.weight.T.shape, bias=False)
+
+    def another_dtype():
+        model.to(torch.float64)
+
+    for change in (in_place, another_storage, another_parameter, another_module, another_dtype):
+        with torch.no_grad():
+            change()
+        now = _alike(model, inputs)
+        assert not np.array_equal(now, seen), change
+        seen = now
+    model.load_state_dict(build_tiny()[0].state_dict())
+    assert np.array_equal(_alike(model.to(torch.float32), inputs), before)
+    with pytest.raises(RuntimeError, match="meta"):  # a device without numbers: no action
+        model.to("meta").predict_action(**inputs)
+
+
+@pytest.mark.lane
+def test_an_answer_under_inference_mode_leaves_nothing_behind():
+    fast_openvla._rotation.cache_clear()
+    with torch.inference_mode():
+        decode_fast(language_model("llama"), prompt(), None, 2, None)
+    assert fast_openvla._rotation.cache_info().currsize == 1
+    table, _ = fast_openvla._rotation(10000.0, 8, 10, torch.device("cpu"), torch.float32)
+    assert fast_openvla._rotation.cache_info().hits == 1
+    (torch.ones(8, requires_grad=True) * table).sum().backward()
+
+
+@pytest.mark.lane
+@torch.no_grad()
+def test_a_part_of_another_kind_or_with_hooks_is_called_as_it_is():
+    model = language_model("llama")
+    expected, _ = decode_fast(model, prompt(), None, 7, None)
+    calls = []
+    for name in ("self_attn.q_proj", "mlp.down_proj", "post_attention_layernorm"):
+        model.get_decoder().layers[1].get_submodule(name).register_forward_hook(lambda *_: calls.append(1))
+    assert reason_against(model, 20) is None
+    assert torch.equal(decode_fast(model, prompt(), None, 7, None)[0], expected)
+    assert len(calls) == 3 * 7
+    layer = model.get_decoder().layers[1]
+    layer.mlp = torch.nn.Sequential(layer.mlp)
+    layer.mlp.down_proj = layer.mlp[0].down_proj
+    assert "a Sequential is among its layers" in reason_against(model, 20)
+
+
+def test_an_adapter_that_comes_moves_and_goes_counts(frames):
     pytest.importorskip("peft")
     model, processor = build_tiny()
     inputs = processor(instruction="open the drawer", images=frames["noise"])
-    asked = {**inputs, "return_dict": True, "constrain_actions": True}
-    before = model.predict_action(**asked)
+    before = _alike(model, inputs)
     model.enable_lora(r=4)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 parameter.normal_(std=0.5)
     model.eval()
-    own, quick = (model.predict_action(**asked, fast=fast) for fast in (False, True))
-    assert np.array_equal(own.token_ids, quick.token_ids)
-    assert not np.array_equal(before.token_ids, quick.token_ids)
+    adapted = _alike(model, inputs)
+    assert not np.array_equal(adapted, before)
+    model.disable_adapters()
+    assert np.array_equal(_alike(model, inputs), before)
+    model.enable_adapters()
+    assert np.array_equal(_alike(model, inputs), adapted)
+    merged = _alike(model.merge_lora().eval(), inputs)
+    np.testing.assert_allclose(merged, adapted, rtol=0, atol=1e-4)  # the sum W + BA is rounded once
+    assert not np.array_equal(merged, before)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_quantised_weights_take_drafts_where_rows_do_not_depend_on_each_other(bits, frames, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    if not QUANTIZES_ON_CPU:
+        pytest.skip("needs a GPU before transformers 4.53")
+    model, processor = build_tiny()
+    model.save_pretrained(tmp_path)
+    settings = quantization_config(bits=bits)
+    model = OpenVLAForActionPrediction.from_pretrained(tmp_path, quantization_config=settings).eval()
+    asked = processor(instruction="open the drawer", images=frames["noise"])
+    asked = {**asked, "constrain_actions": True, "return_dict": True}
+    own = model.predict_action(**asked, fast=False)
+    for draft in (None, own.actions, -own.actions):
+        assert np.array_equal(model.predict_action(**asked, draft=draft).token_ids, own.token_ids)
+    reason = reason_against(model.language_model, 20)
+    assert reason is None if bits == 4 else "LLM.int8" in reason
