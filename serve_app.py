@@ -52,7 +52,7 @@ class PolicyApp:
         self._preparing = asyncio.Semaphore(PREPARING_THREADS)  # of all who wait for it the first comes first
         self.queue: BatchQueue[Prepared, Answer] = BatchQueue(
             self._answered,
-            joins=lambda one, other: one.action_dim == other.action_dim,
+            joins=Prepared.joins,
             places=self.limits.waiting,
             batch=served.batch,
             deadline=self.limits.deadline,
@@ -163,7 +163,7 @@ def build_app(served: ServedPolicy, *, token: str | None = None, host: str = "12
         swagger_ui_oauth2_redirect_url=None,
     )
     app.state.policy_app = shared
-    app.add_middleware(Guard, limits=served.limits, token=token, host=host)
+    app.add_middleware(Guard, limits=served.limits, token=token, host=host, count=shared.metrics.count)
 
     @app.exception_handler(HTTPException)
     async def refused(request: Request, error: HTTPException) -> Response:

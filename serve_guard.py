@@ -9,6 +9,7 @@ import ipaddress
 import json
 import logging
 import signal
+from collections.abc import Callable
 from types import FrameType
 from typing import Any
 from urllib.parse import urlsplit
@@ -58,10 +59,13 @@ class Guard:
         token: That requests must carry; None for none.
         host: The address that is listened on. On loopback without a token, other host names are refused: a web page
             may have made its own name point here.
+        count: Told of every request that goes no further: "guard", and its status.
     """
 
-    def __init__(self, app: Any, limits: Limits, token: str | None, host: str) -> None:
-        self.app, self.limits, self.token = app, limits, token
+    def __init__(
+        self, app: Any, limits: Limits, token: str | None, host: str, count: Callable[[str, int | str], None]
+    ) -> None:
+        self.app, self.limits, self.token, self.count = app, limits, token, count
         self.only_loopback_names = token is None and is_loopback(host)
         self.reading = 0  # bytes of all bodies that are arriving
 
@@ -74,10 +78,12 @@ class Guard:
             if scope["type"] == "http":
                 body = await self.read(headers, receive)
                 if body is None:
-                    return None
+                    return self.count("guard", "disconnected")
                 receive = _replayed(body, receive)
                 del body  # whoever takes it may let it go
         except Refused as refused:
+            logger.info("%s %d: %s", scope["path"], refused.status, refused)
+            self.count("guard", refused.status)
             if scope["type"] == "http" and refused.unread:
                 await _discarded(receive)
             return await _refuse(scope, receive, send, refused)

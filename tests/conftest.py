@@ -104,3 +104,27 @@ def here(hub, monkeypatch, tmp_path):
     monkeypatch.setattr(constants, "ENDPOINT", hub.url)
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     return hub
+
+
+@pytest.fixture(scope="session")
+def server():
+    """A policy server of the embedded default on loopback."""
+    from serving import InThread, embedded
+
+    with InThread(embedded()) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def chunks():
+    """A policy server whose model answers in chunks, from three cameras, as ALOHA's, and a state."""
+    from serving import OFT, InThread, embedded
+
+    with InThread(embedded(num_images_in_input=3, **OFT)) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def frame():
+    """Noise, uint8 (60, 80, 3)."""
+    return np.random.RandomState(0).randint(0, 256, (60, 80, 3), dtype=np.uint8)

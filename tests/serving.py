@@ -1,16 +1,23 @@
 """Policy servers on loopback: in a thread of this process, or in a process of their own that signals can reach."""
 
+import base64
+import contextlib
 import http.client
+import io
 import json
 import multiprocessing
 import socket
 import threading
 import time
 
+import numpy as np
+import pytest
 import torch
+from openvla import PLATFORMS
 from openvla.policy import Policy
 from openvla.serve import Limits
 from openvla.tiny import build_tiny
+from PIL import Image
 
 HOST = "127.0.0.1"
 LIMITS = Limits(body_bytes=2**21, header_seconds=1.0, body_seconds=1.0)
@@ -18,6 +25,12 @@ STATISTICS = {
     "action": {"q01": [-0.5] * 7, "q99": [0.5] * 7, "mask": [True] * 6 + [False]},
     "proprio": {"q01": [-2.0] * 8, "q99": [2.0] * 8},
 }
+
+
+INSTRUCTION = "open the drawer"
+STATE = np.linspace(-1, 1, 8)
+GOOD = {"image": [[[0, 0, 0]] * 2] * 2, "instruction": "go"}
+OFT = {**PLATFORMS["libero"], "parallel_decoding": True, "action_head": "l1", "norm_stats": {"lab": STATISTICS}}
 
 
 def embedded(limits=LIMITS, **overrides):
@@ -142,3 +155,57 @@ def in_threads(*calls):
     for thread in threads:
         thread.start()
     return threads, results
+
+
+def encoded(array):
+    array = np.asarray(array)
+    return {"__numpy__": base64.b64encode(array.tobytes()).decode(), "dtype": array.dtype.str, "shape": array.shape}
+
+
+def picture(image, form="PNG"):
+    buffer = io.BytesIO()
+    (image if isinstance(image, Image.Image) else Image.fromarray(image)).save(buffer, form)
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+def expected(server, images, instruction=INSTRUCTION, state=None):
+    """What the model itself says."""
+    served = getattr(server, "served", server)
+    inputs = served.policy.processor(instruction=instruction, images=images)
+    return served.policy.model.predict_action(**inputs, proprio=state, constrain_actions=served.constrain_actions)
+
+
+def openpi(server, headers=None):
+    """A session of openpi's protocol: the metadata, and a function that sends a frame and gives the reply."""
+    import msgpack
+    from websockets.sync.client import connect
+
+    def packed(value):
+        data = {b"__ndarray__": True, b"data": value.tobytes()}
+        return {**data, b"dtype": value.dtype.str, b"shape": value.shape}
+
+    def unpacked(value):
+        if b"__ndarray__" in value:
+            return np.ndarray(value[b"shape"], value[b"dtype"], value[b"data"])
+        return value
+
+    @contextlib.contextmanager
+    def session():
+        with connect(f"ws://127.0.0.1:{server.port}", compression=None, additional_headers=headers) as socket:
+
+            def infer(frame):
+                socket.send(frame if isinstance(frame, (bytes, str)) else msgpack.packb(frame, default=packed))
+                reply = socket.recv(timeout=20)
+                return reply if isinstance(reply, str) else msgpack.unpackb(reply, object_hook=unpacked)
+
+            yield msgpack.unpackb(socket.recv(timeout=20)), infer
+
+    return session()
+
+
+def refused_by_websocket(server, **headers):
+    from websockets.exceptions import InvalidStatus
+
+    with pytest.raises(InvalidStatus) as refused, openpi(server, headers):
+        pass
+    return refused.value.response.status_code

@@ -16,7 +16,6 @@ from hypothesis import HealthCheck, Phase, given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 from schemathesis import GenerationMode  # noqa: E402
 from schemathesis.checks import CHECKS, load_all_checks  # noqa: E402
-from serving import InThread, embedded  # noqa: E402
 
 load_all_checks()
 # What a document cannot say: that base64 is a picture, that rows are of equal length, that a state fits the model.
@@ -36,12 +35,6 @@ schemathesis.openapi.format("array", st.binary(max_size=24).map(lambda data: bas
 schemathesis.openapi.format(
     "encoded-request", PICTURES.map(lambda image: json.dumps({"image": image, "instruction": "go"}))
 )
-
-
-@pytest.fixture(scope="module")
-def server():
-    with InThread(embedded()) as server:
-        yield server
 
 
 @pytest.fixture(scope="module")
