@@ -36,7 +36,8 @@ lint: $(INSTALLED)  ## style
 
 docs: $(INSTALLED)  ## the pages as a site, in site/; a broken link stops it
 	$(VENV)/bin/pip install --quiet -c ci/constraints.txt -e ".[docs]"
-	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build
+	# As a module: beside the script lies the command openvla, which the reader of the API would take for the package.
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs build
 
 clean:  ## remove what the other verbs made
 	rm -rf $(VENV) .lanes demo.png openvla.egg-info build site
