@@ -21,13 +21,13 @@ LINK = re.compile(r"(?<=\]\()(\.\./)?([\w./-]+)(?=[#)])")
 
 
 def on_files(files, config):
-    """Add the root's pages and the pictures."""
+    """Add the root's pages, the pictures and the notebooks."""
     for name, page in ROOT_PAGES.items():
         text = (REPOSITORY / name).read_text(encoding="utf-8")
         text = re.sub(r"\A---\n.*?\n---\n", "", text, flags=re.DOTALL)  # what the Hub reads of a model card
         files.append(File.generated(config, page, content=LINK.sub(_on_the_site, text)))
-    for picture in sorted((REPOSITORY / "assets").glob("*.png")):
-        files.append(File.generated(config, f"assets/{picture.name}", abs_src_path=str(picture)))
+    for linked in sorted([*REPOSITORY.glob("assets/*.png"), *REPOSITORY.glob("examples/*.ipynb")]):
+        files.append(File.generated(config, str(linked.relative_to(REPOSITORY)), abs_src_path=str(linked)))
     return files
 
 
