@@ -89,6 +89,7 @@ def hub():
 def here(hub, monkeypatch, tmp_path):
     """This process uses the Hub on loopback."""
     import huggingface_hub.utils
+    import transformers.utils.hub
     from hub import TOKEN
     from huggingface_hub import constants, file_download
 
@@ -102,6 +103,7 @@ def here(hub, monkeypatch, tmp_path):
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+    monkeypatch.setattr(transformers.utils.hub, "_hf_api", None, raising=False)  # one that asks where it was made
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     return hub
 
