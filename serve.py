@@ -27,7 +27,7 @@ from .tiny import build_tiny
 
 TOKEN_VARIABLE = "OPENVLA_SERVE_TOKEN"
 SHORTEST_TOKEN = 16
-INSTALL = "pip install 'openvla[serve]'"
+INSTALL_SERVER = "pip install 'openvla[serve]'"
 DRAIN_SECONDS = 60.0  # for what was accepted, once the server is told to stop
 
 
@@ -154,4 +154,4 @@ def require_serve(room: str):
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("openvla"):
             raise
-        raise ImportError(f"The policy server needs {error.name}: {INSTALL}") from error
+        raise ImportError(f"The policy server needs {error.name}: {INSTALL_SERVER}") from error
