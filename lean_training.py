@@ -8,6 +8,7 @@ of six, whose sums are rounded elsewhere but no more often. Modules that are not
 from __future__ import annotations
 
 import contextlib
+import functools
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -59,36 +60,49 @@ def _lean_forwards(model: nn.Module, recomputed: _Recomputed) -> list[tuple[nn.M
             continue
         elif type(module).__name__ in GATED_MLPS:
             found.append((module, _gated(module, recomputed)))
-        elif isinstance(module, (nn.LayerNorm, *ACTIVATIONS)) or type(module).__name__.endswith("RMSNorm"):
-            found.append((module, _again(module.forward, recomputed)))
+        elif type(module).__name__.endswith("RMSNorm"):
+            found.append((module, _rms_norm(module, recomputed)))
+        elif isinstance(module, (nn.LayerNorm, *ACTIVATIONS)):
+            found.append((module, functools.partial(recomputed, module.forward)))
     return found
 
 
-def _again(compute: Callable, recomputed: _Recomputed) -> Callable:
+def _rms_norm(norm: nn.Module, recomputed: _Recomputed) -> Callable:
+    """Written out in several operations, which keep copies of their own where they widen, or a gain is trained."""
+    plain = norm.forward
+
+    def within(x: torch.Tensor) -> torch.Tensor:
+        return checkpoint(plain, x, use_reentrant=False, preserve_rng_state=False)
+
     def forward(hidden_states: torch.Tensor) -> torch.Tensor:
-        return recomputed(compute, hidden_states)
+        keeps = hidden_states.dtype != torch.float32 or norm.weight.requires_grad
+        return recomputed(plain, hidden_states, first=within if keeps and torch.is_grad_enabled() else plain)
 
     return forward
 
 
 def _gated(mlp: nn.Module, recomputed: _Recomputed) -> Callable:
-    def product(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-        return mlp.act_fn(gate) * up
-
     def forward(x: torch.Tensor) -> torch.Tensor:
-        return mlp.down_proj(recomputed(product, mlp.gate_proj(x), mlp.up_proj(x)))
+        gate = recomputed(mlp.act_fn, mlp.gate_proj(x))
+        return mlp.down_proj(recomputed(torch.mul, gate, mlp.up_proj(x)))
 
     return forward
 
 
 class _Result:
-    """What a computation gave: known as long as it lives, computed again from then on."""
+    """What a computation gave: known as long as it lives, computed again from then on.
 
-    def __init__(self, output: torch.Tensor, compute: Callable, inputs: tuple[torch.Tensor, ...]) -> None:
-        self.compute, self.inputs = compute, tuple(tensor.detach() for tensor in inputs)
+    Args:
+        output: It.
+        compute: Makes it once more.
+        inputs: Of ``compute``, packed.
+    """
+
+    def __init__(self, output: torch.Tensor, compute: Callable, inputs: tuple[Any, ...]) -> None:
+        self.compute, self.inputs = compute, inputs
         self.dtype, self.size, self.version = output.dtype, output.numel(), output._version
         self.autocast = _autocast(output.device.type)
-        self.readers = 0  # gradients that have yet to ask
+        self.readers = 0  # who have yet to ask
         self.value: torch.Tensor | None = None
 
     def again(self, shape: torch.Size) -> torch.Tensor:
@@ -96,30 +110,30 @@ class _Result:
         value = self.value
         if value is None:
             with torch.no_grad(), self.autocast():
-                value = self.compute(*self.inputs)
+                value = self.compute(*map(_Recomputed.unpack, self.inputs))
         self.readers -= 1
         self.value = value if self.readers > 0 else None
         return value.view(shape)
 
 
 class _Recomputed:
-    """Calls functions of cheap operations so that neither their result nor what is within stays for the gradient."""
+    """Calls functions of cheap operations so that their result does not stay for the gradient; around a pass."""
 
     def __init__(self) -> None:
         self.results: dict[int, _Result] = {}  # by address, of outputs that live
 
-    def __call__(self, compute: Callable, *inputs: torch.Tensor) -> torch.Tensor:
-        if not torch.is_grad_enabled():
-            return compute(*inputs)
-        output = checkpoint(compute, *inputs, use_reentrant=False, preserve_rng_state=False)
-        if output.is_contiguous():
+    def __call__(self, compute: Callable, *inputs: torch.Tensor, first: Callable | None = None) -> torch.Tensor:
+        """The output of ``first`` (or ``compute``, which gives the same)."""
+        output = (first or compute)(*inputs)
+        if output.requires_grad and output.is_contiguous():
             address = output.data_ptr()
-            self.results[address] = _Result(output, compute, inputs)
+            packed = tuple(self.pack(tensor.detach()) for tensor in inputs)
+            self.results[address] = _Result(output, compute, packed)
             weakref.finalize(output, self.results.pop, address, None)
         return output
 
     def pack(self, tensor: torch.Tensor) -> Any:
-        """What autograd keeps in the place of a tensor."""
+        """What is kept in the place of a tensor."""
         result = self.results.get(tensor.data_ptr()) if type(tensor) is torch.Tensor else None
         if result is None or not tensor.is_contiguous():
             return tensor

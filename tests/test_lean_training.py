@@ -103,8 +103,8 @@ def test_less_waits_for_the_backward_pass(monkeypatch):
         kept = {}
 
         class Counting(lean_training._Recomputed):
-            def __call__(self, compute, *inputs, computes_again=computes_again):
-                return super().__call__(compute, *inputs) if computes_again else compute(*inputs)
+            def __call__(self, compute, *inputs, first=None, computes_again=computes_again):
+                return super().__call__(compute, *inputs, first=first) if computes_again else compute(*inputs)
 
             def pack(self, tensor, kept=kept):
                 packed = super().pack(tensor)
