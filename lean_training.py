@@ -48,8 +48,7 @@ def lean(model: nn.Module) -> Iterator[None]:
 def _lean_forwards(model: nn.Module, recomputed: _Recomputed) -> list[tuple[nn.Module, Callable]]:
     """What stands in for the forward of which module."""
     found: list[tuple[nn.Module, Callable]] = []
-    gated = [module for module in model.modules() if type(module).__name__ in GATED_MLPS]
-    inner = {module.act_fn for module in gated}
+    inner = {module.act_fn for module in model.modules() if type(module).__name__ in GATED_MLPS}
     checkpointed = any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
     for module in model.modules():
         if "forward" in vars(module):  # someone else's, such as accelerate's

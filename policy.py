@@ -18,6 +18,7 @@ from .loading import AutoProcessor
 from .modeling_openvla import OpenVLAForActionPrediction
 from .processing_openvla import OpenVLAProcessor
 from .quantization_openvla import UNQUANTIZED_MODULES, VISION_TOWERS, fast_dtype, quantization_config
+from .tiny import build_tiny
 
 # Beside the weights: cache, activations, what the allocator does not give back.
 HEADROOM = 1.1
@@ -104,6 +105,17 @@ def load_policy(
     own_processor = any(optional_file(model, name) for name in PREPROCESSOR_FILES)
     processor = AutoProcessor.from_pretrained(model) if own_processor else AutoProcessor.from_pretrained(base, **at)
     return Policy(loaded, processor, loaded.resolve_unnorm_key(unnorm_key))
+
+
+def embedded_policy(device: str | torch.device | None = None, unnorm_key: str | None = None) -> Policy:
+    """The embedded default, which needs no download: random weights, to be held to action tokens.
+
+    Args:
+        device: As for ``load_policy``.
+        unnorm_key: As for ``predict_action``.
+    """
+    model, processor = build_tiny()
+    return Policy(model.to(device or default_device()), processor, model.resolve_unnorm_key(unnorm_key))
 
 
 def default_device() -> str:

