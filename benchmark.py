@@ -8,12 +8,13 @@ the side that is compared with. Weights are random, from a seed, and the same fo
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import platform
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -120,9 +121,10 @@ def measure(size: str, dtype: str, args: argparse.Namespace, place: Path, ceilin
     sides = own_sides(model, processor, prompts, images)
     peer = None
     if args.reference:
-        peer = Peer(args, place, dtype)
-        ceilings["versions"]["reference"] = peer.versions
-        sides = {REFERENCE: peer.work(next(iter(sides.values()))), **sides}
+        peer = reference(args, place, dtype)
+        ceilings["versions"]["reference"] = peer.ready
+        rows = next(iter(sides.values()))
+        sides = {REFERENCE: {row: functools.partial(peer.ask, row) for row in rows}, **sides}
     try:
         rows = [
             {"size": size, "dtype": dtype, "row": row, **figures}
@@ -171,37 +173,48 @@ def own_sides(model: Any, processor: Any, prompts: list[torch.Tensor], images: n
     }
 
 
-class Peer:
-    """The reference, resident in a process and an environment of its own."""
+class Resident:
+    """A process that loads once and then answers a line with a line, in an environment of its own.
 
-    def __init__(self, args: argparse.Namespace, place: Path, dtype: str) -> None:
-        command = [args.reference_python, benchmark_reference.__file__, args.reference, place / "model"]
-        command += [place / "inputs.npz", "--dtype", dtype, "--device", args.device, "--threads", str(args.threads)]
+    Args:
+        command: Starts it.
+        environment: In place of this process's own.
+
+    Attributes:
+        ready: What it said when it had loaded.
+    """
+
+    def __init__(self, command: Sequence[Any], environment: Mapping[str, str] | None = None) -> None:
+        words = [str(word) for word in command]
         self.process = subprocess.Popen(
-            [str(word) for word in command], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
         )
-        self.versions = self._answer("READY ")
+        self.ready = self._answer("READY ")
 
     def _answer(self, mark: str) -> Any:
         for line in self.process.stdout:
             if line.startswith(mark):
                 return json.loads(line[len(mark) :])
-        raise RuntimeError(f"The reference's process ended with status {self.process.wait()}; it said why above.")
+        raise RuntimeError(f"{self.process.args[1]} ended with status {self.process.wait()}; it said why above.")
 
-    def ask(self, row: str, index: int) -> dict[str, Any]:
+    def ask(self, *what: Any) -> dict[str, Any]:
         """An answer, timed there."""
-        self.process.stdin.write(json.dumps([row, index]) + "\n")
+        self.process.stdin.write(json.dumps(what) + "\n")
         self.process.stdin.flush()
         return self._answer("DONE ")
-
-    def work(self, rows: Work) -> Work:
-        """The rows of another side, asked of the peer."""
-        return {row: lambda index, row=row: self.ask(row, index) for row in rows}
 
     def stop(self) -> None:
         """End the process."""
         self.process.stdin.close()
         self.process.wait()
+
+
+def reference(args: argparse.Namespace, place: Path, dtype: str) -> Resident:
+    """The reference, resident."""
+    command = [args.reference_python, benchmark_reference.__file__, args.reference, place / "model"]
+    return Resident(
+        [*command, place / "inputs.npz", "--dtype", dtype, "--device", args.device, "--threads", args.threads]
+    )
 
 
 def compare(row: str, sides: dict[str, Work], args: argparse.Namespace) -> list[dict[str, Any]]:

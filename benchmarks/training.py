@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -25,6 +24,7 @@ import numpy as np
 import torch
 from openvla import OpenVLAForActionPrediction
 from openvla.adapters_openvla import lora_targets
+from openvla.benchmark import Resident
 from openvla.benchmark_sizes import overrides
 from openvla.demonstrations import Step
 from openvla.processing_openvla import OpenVLAProcessor
@@ -64,71 +64,48 @@ def write_sides(folder: Path, size: str, vocabulary: int, batch: int) -> None:
     torch.save(ActionCollator(processor, model)(steps), folder / "batch.pt")
 
 
-class Side:
-    """A process that takes steps when asked."""
-
-    def __init__(self, name: str, folder: Path, args: argparse.Namespace, **environment: str) -> None:
-        python = args.reference_python if name == "reference" else sys.executable
-        command = [python, str(WORKER), name, str(folder), str(args.threads)]
-        command += ["--code", str(args.reference)] if name == "reference" else []
-        environment = {**os.environ, "OMP_NUM_THREADS": str(args.threads), **environment}
-        self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
-        )
-        self.ready = self._said("READY")
-        self.steps: list[dict] = []
-
-    def _said(self, what: str) -> dict:
-        for line in self.process.stdout:
-            if line.startswith(what):
-                return json.loads(line.removeprefix(what))
-        raise RuntimeError(f"The worker ended with status {self.process.wait()}; it says why above.")
-
-    def step(self) -> None:
-        """One step."""
-        self.process.stdin.write("\n")
-        self.process.stdin.flush()
-        self.steps.append(self._said("STEP"))
-
-    def close(self) -> None:
-        """End the process."""
-        self.process.stdin.close()
-        self.process.wait()
+def side(name: str, folder: Path, args: argparse.Namespace, **environment: str) -> Resident:
+    """A process that takes a step when asked."""
+    python = args.reference_python if name == "reference" else sys.executable
+    command = [python, WORKER, name, folder, args.threads]
+    command += ["--code", args.reference] if name == "reference" else []
+    return Resident(command, {**os.environ, "OMP_NUM_THREADS": str(args.threads), **environment})
 
 
 def peak(name: str, folder: Path, args: argparse.Namespace) -> tuple[int, int]:
     """Most resident bytes of two steps, and those before."""
-    side = Side(name, folder, args, MALLOC_MMAP_THRESHOLD_=str(2**16))
-    side.step()
-    side.step()
-    side.close()
-    return side.steps[-1]["peak"], side.ready["before"]
+    worker = side(name, folder, args, MALLOC_MMAP_THRESHOLD_=str(2**16))
+    worker.ask()
+    last = worker.ask()
+    worker.stop()
+    return last["peak"], worker.ready["before"]
 
 
 def compare(folder: Path, args: argparse.Namespace) -> None:
     """Let the sides take turns, and print a row of each."""
     names = [*(["reference"] if args.reference else []), "ours", "checkpointing"]
-    sides = {name: Side(name, folder, args) for name in names}
+    sides = {name: side(name, folder, args) for name in names}
+    steps: dict[str, list[dict]] = {name: [] for name in names}
     for _ in range(WARM + args.rounds):
-        for side in sides.values():
-            side.step()
-    for side in sides.values():
-        side.close()
+        for name, worker in sides.items():
+            steps[name].append(worker.ask())
+    for worker in sides.values():
+        worker.stop()
     memory = {name: peak(name, folder, args) for name in names}
-    first = next(iter(sides.values()))
-    rate = args.batch / np.median([step["seconds"] for step in first.steps[WARM:]])
+    first = steps[names[0]]
+    rate = args.batch / np.median([step["seconds"] for step in first[WARM:]])
     print("| step | s | samples/s | ratio | peak MB | ratio | before MB | trained | largest difference of losses |")
     print("|---|---|---|---|---|---|---|---|---|")
-    for name, side in sides.items():
-        seconds = float(np.median([step["seconds"] for step in side.steps[WARM:]]))
+    for name, worker in sides.items():
+        seconds = float(np.median([step["seconds"] for step in steps[name][WARM:]]))
         most, before = memory[name]
-        off = max(abs(a["loss"] - b["loss"]) for a, b in zip(side.steps, first.steps))
+        off = max(abs(a["loss"] - b["loss"]) for a, b in zip(steps[name], first))
         row = [name, f"{seconds:.2f}", f"{args.batch / seconds:.3f}", f"{args.batch / seconds / rate:.2f}x"]
         row += [f"{most / 1e6:.0f}", f"{most / memory[names[0]][0]:.2f}x", f"{before / 1e6:.0f}"]
-        row += [f"{side.ready['trained'] / 1e6:.2f} M", f"{off:.1e}"]
+        row += [f"{worker.ready['trained'] / 1e6:.2f} M", f"{off:.1e}"]
         print("| " + " | ".join(row) + " |", flush=True)
-    losses = [step["loss"] for step in first.steps]
-    print(f"losses of {next(iter(sides))}: {', '.join(f'{loss:.4f}' for loss in losses)}\n", flush=True)
+    losses = [step["loss"] for step in first]
+    print(f"losses of {names[0]}: {', '.join(f'{loss:.4f}' for loss in losses)}\n", flush=True)
 
 
 def main() -> None:

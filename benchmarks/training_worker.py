@@ -132,7 +132,7 @@ def main() -> None:
             started = time.perf_counter()
             loss = step()
             said = {"seconds": time.perf_counter() - started, "loss": loss, "peak": peak_bytes()}
-            print("STEP " + json.dumps(said), flush=True)
+            print("DONE " + json.dumps(said), flush=True)
 
 
 if __name__ == "__main__":

@@ -48,6 +48,8 @@ STATE_NAMES = ("x", "y", "z", "rx", "ry", "rz", "finger_left", "finger_right")
 OPEN, CLOSE = -1.0, 1.0
 STAY = np.array([0.0] * 6 + [OPEN])
 ELSEWHERE = 0.6  # share of the attempts that start elsewhere than evaluation does
+MOVED_FROM = 2  # passes over the initial states that leave things where they are; later ones move every thing
+MOVED_BY = 0.015  # m; LIBERO-Object itself places things within squares of 0.05 m, which lie as close to each other
 
 
 class Oracle:
@@ -207,6 +209,15 @@ def demonstrate(
     return attempt
 
 
+def moved(environment: Any, initial_state: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """An initial state, flat as MuJoCo's ``[time, qpos, qvel]``, whose every thing lies a little elsewhere."""
+    state = initial_state.copy()
+    for thing in environment.env.objects_dict.values():
+        first, _ = environment.sim.model.get_joint_qpos_addr(thing.joints[-1])
+        state[1 + first : 3 + first] += rng.uniform(-MOVED_BY, MOVED_BY, 2)
+    return state
+
+
 def look(environment: Any, cameras: Sequence[str], on: bool) -> None:
     """Render with every step, or not: that is nearly all that a step costs."""
     simulation = environment.env
@@ -301,7 +312,10 @@ def _attempt(args: argparse.Namespace, task_id: int, cameras: list[str], number:
     environment, initial_states = _scene(args.suite, task_id, tuple(cameras))
     low, high = args.initial_states
     rng = np.random.default_rng([args.seed, task_id, number])
-    initial = initial_states[low + number % (high - low)]
+    passes, index = divmod(number, high - low)
+    initial = initial_states[low + index]
+    if passes >= MOVED_FROM and not args.undisturbed:
+        initial = moved(environment, initial, rng)
     return demonstrate(environment, cameras, initial, rng, args.max_steps, not args.undisturbed)
 
 
@@ -316,6 +330,8 @@ def _record(record: Path, args: argparse.Namespace, tasks: dict[str, Any]) -> No
         "suite": args.suite,
         "seed": args.seed,
         "initial_states": list(args.initial_states),
+        "moved": f"from attempt {MOVED_FROM * (args.initial_states[1] - args.initial_states[0])} on, every thing lies "
+        f"up to {MOVED_BY} m from where its initial state has it, in x and in y",
         "frames": "turned by 180 degrees: upright, as LIBERO's published demonstrations; JPEG",
         "action": "OSC_POSE as the simulator takes it, in units of 0.05 m and 0.5 rad; gripper -1 open, +1 close. What "
         "the oracle commands: pushes and noise were executed beside it and are not in it",

@@ -40,7 +40,8 @@ def parts(args: argparse.Namespace) -> dict[str, list[str | Path]]:
     collect += ["--initial-states", "0", str(HELD_OUT), "--cameras", "agentview", "--workers", workers]
     commands = {
         "demonstrations": collect,
-        "picture of them": [*openvla, "inspect-data", demos, "--out", out / "demos.png"],
+        "picture of them": [*openvla, "inspect-data", demos, "--fields", "{cameras: [observation.image]}"]
+        + ["--out", out / "demos.png"],
         "model before training": [python, HERE / "tiny_libero.py", demos, out / "base"],
     }
     for name in POLICIES:
