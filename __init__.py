@@ -6,9 +6,10 @@ checkpoints load without ``trust_remote_code``.
 
 from .action_chunk import ActionChunk
 from .actions_openvla import ActionTokenizer, NormalizationStatistics
+from .answers_openvla import ActionOutput
 from .configuration_openvla import PLATFORMS, OpenVLAConfig, PrismaticConfig
 from .loading import AutoModelForVision2Seq, AutoProcessor, register_auto_classes
-from .modeling_openvla import ActionOutput, OpenVLAForActionPrediction
+from .modeling_openvla import OpenVLAForActionPrediction
 from .policy import Policy, load_policy
 from .policy_client import PolicyClient
 from .prismatic_openvla import PrismaticForConditionalGeneration

@@ -195,6 +195,7 @@ def decode_greedily(
 
 def require_whole_actions(tokens: torch.LongTensor, steps: int, end_ids: int | Sequence[int] | None) -> None:
     """Raise ValueError if a row of generated tokens ``(rows, at most steps)`` ended before its last step."""
+    tokens = tokens.cpu()  # at once: the device is waited for a single time
     ends = _as_tensor(end_ids, tokens.device)
     for step in range(steps - 1):
         _require_going_on(tokens[:, step : step + 1], ends, step, steps)

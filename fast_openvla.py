@@ -15,19 +15,22 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
 from transformers.utils import logging
 
-from .decoding_openvla import only, positions_of, require_finite, require_whole_actions
+from .decoding_openvla import only, positions_of
 
 logger = logging.get_logger(__name__)
 
 # Language models of one shape: rotary positions, a norm before attention and one before a gated MLP.
 FAMILIES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM")
 NORMS = tuple(f"{family.removesuffix('ForCausalLM')}RMSNorm" for family in FAMILIES)
+TABLE = 512  # positions that a table of rotations is made for, or a multiple
 PLAIN_ROTARY = {"rope_theta", "rope_type", "type"}
 
 
@@ -84,7 +87,7 @@ def _is_hooked(module: nn.Module) -> bool:
     return bool(own["_forward_hooks"] or own["_forward_pre_hooks"] or "_hf_hook" in own or "forward" in own)
 
 
-@functools.lru_cache(maxsize=8)
+@functools.cache  # for good: recorded answers read these tables
 def _rotation(theta: float, dim: int, length: int, device: torch.device, dtype: torch.dtype) -> tuple:
     """Cosines and sines ``(length, dim)`` of rotary positions (Su et al. 2021), rounded as transformers does.
 
@@ -174,7 +177,7 @@ class FastDecoder:
         self.visible, self.causal = None if mask is None else mask.to(torch.bool), causal
         self.positions = torch.arange(length, device=like.device)[None]
         theta = float(_rotary_fields(config)["rope_theta"])
-        tables = _rotation(theta, self.dim, length, like.device, like.dtype)
+        tables = _rotation(theta, self.dim, -(-length // TABLE) * TABLE, like.device, like.dtype)
         places = self.positions if mask is None else positions_of(mask)
         self.rotation = tuple(table[places][:, :, None] for table in tables)  # (batch or 1, length, 1, dim)
         kept = len(self.layers) if causal else 1  # without causality nothing can be added to a sequence
@@ -248,32 +251,46 @@ class FastDecoder:
         return seen, False
 
 
+def draft_tokens(draft: Any, tokenizer: Any, statistics: Sequence[Any]) -> torch.LongTensor:
+    """All tokens but the last of a guessed action.
+
+    Args:
+        draft: Robot units, ``(action_dim,)`` or ``(batch, action_dim)``.
+        tokenizer: The model's ``ActionTokenizer``.
+        statistics: Of every row.
+
+    Raises:
+        ValueError: Its shape is another.
+    """
+    guesses = np.atleast_2d(np.asarray(draft, dtype=np.float64))
+    if guesses.shape != (len(statistics), statistics[0].dimension):
+        expected = f"({len(statistics)}, {statistics[0].dimension})"
+        raise ValueError(f"draft must be one action a row, {expected}, got shape {np.shape(draft)}.")
+    tokens = [tokenizer.encode(row.normalize(guess)) for row, guess in zip(statistics, guesses)]
+    return torch.from_numpy(np.stack(tokens)[:, :-1])
+
+
 def decode_fast(
     language_model: nn.Module,
     embeds: torch.Tensor,
     mask: torch.LongTensor | None,
     steps: int,
-    end_ids: int | Sequence[int] | None,
     allowed: slice | None = None,
     draft: torch.LongTensor | None = None,
 ) -> tuple[torch.LongTensor, torch.FloatTensor]:
-    """What ``decode_greedily`` gives, the quick way.
+    """What ``decode_greedily`` gives, the quick way and unchecked: without a draft it never waits for the device.
 
     Args:
         language_model: As of ``decode_greedily``; ``reason_against`` has nothing against it.
         embeds: ``(batch, length, hidden)``, left-padded.
         mask: int64 ``(batch, length)``; None if nothing is masked.
         steps: Number of tokens.
-        end_ids: Ids that end a sequence.
         allowed: Ids to choose from; None for all.
         draft: int64 ``(batch, steps - 1)``, a guess of all tokens but the last. Those that the model would have chosen
             itself, in every row, need no step of their own; the others are dropped.
 
     Returns:
         int64 tokens ``(batch, steps)`` and the float32 logits ``(batch, steps, vocabulary)`` they were chosen from.
-
-    Raises:
-        ValueError: Logits are not finite, or a sequence ended before its last step.
     """
     length, later = embeds.shape[1], steps - 1
     if mask is not None:
@@ -297,6 +314,4 @@ def decode_fast(
         tokens, logits = choose(embed(all_tokens[-1][:, -1:]), length + step - 1, 1)
         all_tokens.append(tokens)
         all_logits.append(logits)
-    tokens, logits = torch.cat(all_tokens, dim=1), require_finite(torch.cat(all_logits, dim=1))
-    require_whole_actions(tokens, steps, end_ids)
-    return tokens, logits
+    return torch.cat(all_tokens, dim=1), torch.cat(all_logits, dim=1)

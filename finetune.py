@@ -103,7 +103,7 @@ def finetune(config: FinetuneConfig, data: Any = None) -> Path:
             accelerator.free_memory()
             model, _ = build(config, data, accelerator.device)
             take_weights(model, weights)
-        processor.image_preset = EVALUATION_PRESET if config.augment else None
+        processor.image_preset = EVALUATION_PRESET if config.augment else "none"
         feed_back(config, model, processor, data, output)
         export(model, processor, output)
     return output / "model"

@@ -50,7 +50,7 @@ class FinetuneConfig:
         skip_bad: Leave out episodes that cannot be used, and count them; else the first one stops the run.
         shuffle_buffer: Samples to shuffle among.
         augment: Crop and colour changes, as the reference trains; the result's processor then prepares images as its
-            evaluation does (``image_preset``).
+            evaluation does, and else leaves them as they are (``image_preset``).
         parallelism: Of several processes. "ddp": each holds the model. "fsdp" (FSDP2): each holds its share of every
             weight, gradient and moment, and layers are gathered when they run.
         gradient_checkpointing: Less memory, about a third more time.

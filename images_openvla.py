@@ -18,6 +18,7 @@ ImageInput = Any  # a PIL image, a numpy array, a torch tensor, or a path to an 
 
 # What was done to camera frames in evaluation, before the image processor.
 IMAGE_PRESETS = {
+    "none": "nothing: for what was trained on frames as they are",
     "center-crop": "the middle 90 % of the area, as for every checkpoint fine-tuned with image augmentation",
     "libero": "JPEG and Lanczos to the model's size (unless the frame has it already), then center-crop",
     "libero-raw": "the simulator's own frames: turned by 180 degrees and never skipped, else as libero",
@@ -124,8 +125,10 @@ def preset_image(image: Image.Image, preset: str, size: Sequence[int]) -> Image.
         size: Height and width that the model takes.
 
     Returns:
-        RGB, of that size.
+        RGB, of that size but for "none", which leaves it as it is.
     """
+    if preset == "none":
+        return image
     pixels = np.array(image)
     if preset == "libero-raw":
         pixels = pixels[::-1, ::-1]

@@ -11,22 +11,22 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from transformers import GenerationMixin
-from transformers.modeling_outputs import ModelOutput
 from transformers.utils import logging
 
 from .actions_openvla import ActionTokenizer, NormalizationStatistics
 from .adapter_files_openvla import adapter_source, base_of, base_record, optional_file, revision_of
 from .adapters_openvla import LoraMixin
+from .answers_openvla import ActionOutput, numbers_answer, tokens_answer
 from .configuration_openvla import OpenVLAConfig, write_json
 from .decoding_openvla import append_token, decode_greedily, only, positions_of, require_finite, require_whole_actions
-from .fast_openvla import decode_fast, goes_fast
+from .fast_openvla import decode_fast, draft_tokens, goes_fast
+from .graphs_openvla import recorded
 from .heads_openvla import NoiseSchedule  # noqa: F401
 from .norm_stats_openvla import NormStatsMixin
 from .parallel_openvla import ChunkOutput, ParallelDecodingMixin, refuse_loose_parts, with_action_slots
@@ -40,35 +40,6 @@ logger = logging.get_logger(__name__)
 STATISTICS_FILE = "dataset_statistics.json"
 # generate() keywords with which predict_action decodes greedily by itself; any other goes to transformers' generate.
 GREEDY_KEYWORDS = {"do_sample", "num_beams", "use_cache", "eos_token_id"}
-
-
-@dataclass
-class ActionOutput(ModelOutput):
-    """What ``predict_action(..., return_dict=True)`` gives; without the batch axis for one row.
-
-    With parallel decoding every array has the axis of the chunk in front of ``action_dim``.
-
-    Attributes:
-        actions: float64 ``(batch, action_dim)``, in ``units``.
-        normalized_actions: Tokens: float64 ``(batch, action_dim)``, bin centres in (-1, 1). Continuous heads: float32,
-            as the head gives them, which may leave [-1, 1].
-        token_ids: int64 ``(batch, action_dim)``; None for continuous heads, as the next two.
-        bin_probabilities: float64 ``(batch, action_dim, n_action_bins - 1)``: softmax over the action tokens alone,
-            aligned with ``ActionTokenizer.bin_centers``; sums to 1.
-        entropy: float64 ``(batch, action_dim)``, of those probabilities, in nats; 0 is certain, 5.54 is uniform.
-        hidden_states: Parallel decoding: float32 ``(batch, chunk * action_dim, hidden)``, those that predict the chunk.
-        names: What the ``action_dim`` numbers are; of every row the same.
-        units: Their units, a tuple like ``names`` for every row.
-    """
-
-    actions: np.ndarray | None = None
-    normalized_actions: np.ndarray | None = None
-    token_ids: np.ndarray | None = None
-    bin_probabilities: np.ndarray | None = None
-    entropy: np.ndarray | None = None
-    hidden_states: np.ndarray | None = None
-    names: tuple[str, ...] | None = None
-    units: tuple[Any, ...] | None = None
 
 
 class OpenVLAForActionPrediction(
@@ -311,18 +282,23 @@ class OpenVLAForActionPrediction(
         if proprio is not None:
             raise ValueError("This model was trained without proprio; leave it out.")
         action_dim = statistics[0].dimension
-        embeds, mask, _, _ = self.embed_inputs(input_ids, pixel_values, attention_mask)
+        prompt = (input_ids, pixel_values, attention_mask)
         end_ids = generate_kwargs.pop("eos_token_id", self.generation_config.eos_token_id)
         allowed = self.action_token_ids if constrain_actions else None
         sampled = generate_kwargs.get("do_sample") or (generate_kwargs.get("num_beams") or 1) > 1
         if set(generate_kwargs) <= GREEDY_KEYWORDS and not sampled:
             use_cache = generate_kwargs.get("use_cache") is not False
-            asked = (self.language_model, embeds, mask, action_dim, end_ids, allowed)
-            if use_cache and goes_fast(fast, self.language_model, embeds.shape[1] + action_dim):
-                tokens, logits = decode_fast(*asked, self._draft_tokens(draft, statistics, embeds.device))
+            length = input_ids.shape[1] + self.vision_backbone.patches_per_prompt + action_dim
+            if use_cache and goes_fast(fast, self.language_model, length):
+                guess = None if draft is None else draft_tokens(draft, self.action_tokenizer, statistics)
+                tokens, logits = self._decode_fast(prompt, action_dim, allowed, guess)
+                require_whole_actions(tokens, action_dim, end_ids)
             else:
+                embeds, mask, _, _ = self.embed_inputs(*prompt)
+                asked = (self.language_model, embeds, mask, action_dim, end_ids, allowed)
                 tokens, logits = decode_greedily(*asked, use_cache)
         else:
+            embeds, mask, _, _ = self.embed_inputs(*prompt)
             if return_dict and (generate_kwargs.get("num_beams") or 1) > 1:
                 raise ValueError("Bin probabilities are not defined for beam search; drop num_beams or return_dict.")
             if allowed is not None:
@@ -335,20 +311,24 @@ class OpenVLAForActionPrediction(
             logits = torch.stack(output.logits, dim=1).float() if return_dict else None
             require_whole_actions(tokens, action_dim, end_ids)
         statistics = [row for row in statistics for _ in range(len(tokens) // len(statistics))]
-        return self._decoded(tokens, logits, statistics, return_dict)
+        return tokens_answer(self.action_tokenizer, tokens, logits, statistics, return_dict)
 
-    def _draft_tokens(
-        self, draft: Any, statistics: list[NormalizationStatistics], device: torch.device
-    ) -> torch.LongTensor | None:
-        """All tokens but the last of a guessed action."""
-        if draft is None:
-            return None
-        guesses = np.atleast_2d(np.asarray(draft, dtype=np.float64))
-        if guesses.shape != (len(statistics), statistics[0].dimension):
-            expected = f"({len(statistics)}, {statistics[0].dimension})"
-            raise ValueError(f"draft must be one action a row, {expected}, got shape {np.shape(draft)}.")
-        tokens = [self.action_tokenizer.encode(s.normalize(guess)) for s, guess in zip(statistics, guesses)]
-        return torch.from_numpy(np.stack(tokens)[:, :-1]).to(device)
+    def _decode_fast(
+        self,
+        prompt: tuple[torch.Tensor | None, ...],
+        steps: int,
+        allowed: slice | None,
+        draft: torch.LongTensor | None,
+    ) -> tuple[torch.LongTensor, torch.FloatTensor]:
+        """Tokens and finite logits, from one CUDA graph where the prompt was recorded."""
+
+        def answer(*prompt: torch.Tensor) -> tuple[torch.LongTensor, torch.FloatTensor]:
+            embeds, mask, _, _ = self.embed_inputs(*prompt)
+            guess = None if draft is None else draft.to(embeds.device)
+            return decode_fast(self.language_model, embeds, mask, steps, allowed, guess)
+
+        tokens, logits = answer(*prompt) if draft is not None else recorded(self, answer, prompt, (steps, str(allowed)))
+        return tokens, require_finite(logits)
 
     def _predict_chunk(
         self,
@@ -363,20 +343,25 @@ class OpenVLAForActionPrediction(
         fast: bool | None,
     ) -> np.ndarray | ActionOutput:
         """The chunk of every row, in one pass."""
-        end_id = self.config.text_config.eos_token_id
-        with_slots = with_action_slots(input_ids, attention_mask, self.tokens_per_chunk, end_id)
-        seen = self.observe(*with_slots, pixel_values, proprio)
-        seen.fast = fast
-        if self.config.action_head is None:
-            logits, hidden = self.chunk_logits(seen)
-            logits = require_finite(logits).unflatten(1, (self.config.chunk_length, -1))
-            choices = only(logits, self.action_token_ids) if constrain_actions else logits
-            return self._decoded(choices.argmax(-1), logits, statistics, return_dict, hidden)
-        normalized, hidden = self.predict_normalized_chunk(seen, **diffusion)
-        normalized = require_finite(normalized.float()).cpu().numpy()
-        actions = np.stack([row.unnormalize(chunk) for row, chunk in zip(statistics, normalized)])
-        hidden = hidden.float().cpu().numpy()
-        return _without_batch_of_one(return_dict, statistics, actions, normalized, None, None, None, hidden)
+        head, end_id = self.config.action_head, self.config.text_config.eos_token_id
+
+        def answer(*given: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            input_ids, attention_mask, pixel_values, proprio = given
+            with_slots = with_action_slots(input_ids, attention_mask, self.tokens_per_chunk, end_id)
+            seen = self.observe(*with_slots, pixel_values, proprio)
+            seen.fast = fast
+            return self.chunk_logits(seen) if head is None else self.predict_normalized_chunk(seen, **diffusion)
+
+        given = (input_ids, attention_mask, pixel_values, proprio)
+        length = input_ids.shape[1] + self.vision_backbone.patches_per_prompt + self.tokens_per_chunk
+        waits = head == "diffusion" or self.config.use_film or not goes_fast(fast, self.language_model, length)
+        numbers, hidden = answer(*given) if waits else recorded(self, answer, given, "chunk")
+        numbers = require_finite(numbers.float())
+        if head is None:
+            logits = numbers.unflatten(1, (self.config.chunk_length, -1))
+            tokens = (only(logits, self.action_token_ids) if constrain_actions else logits).argmax(-1)
+            return tokens_answer(self.action_tokenizer, tokens, logits, statistics, return_dict, hidden)
+        return numbers_answer(numbers, statistics, return_dict, hidden)
 
     @torch.no_grad()
     def score_actions(
@@ -453,43 +438,6 @@ class OpenVLAForActionPrediction(
     def action_token_ids(self) -> slice:
         """The ids that are action tokens: the last ``n_action_bins`` of the unpadded vocabulary."""
         return slice(self.action_tokenizer.first_token_id, self.action_tokenizer.vocab_size)
-
-    def _decoded(
-        self,
-        tokens: torch.LongTensor,
-        logits: torch.FloatTensor | None,
-        statistics: list[NormalizationStatistics],
-        return_dict: bool,
-        hidden: torch.Tensor | None = None,
-    ) -> np.ndarray | ActionOutput:
-        """Tokens ``(batch, ..., action_dim)`` as actions in robot units, and what was behind them when asked for."""
-        token_ids = tokens.cpu().numpy()
-        normalized = self.action_tokenizer.decode(token_ids)
-        actions = np.stack([row.unnormalize(values) for row, values in zip(statistics, normalized)])
-        outside = int((token_ids < self.action_token_ids.start).sum() + (token_ids >= self.action_token_ids.stop).sum())
-        if outside:
-            logger.warning_once(
-                f"{outside} of {token_ids.size} predicted tokens are not action tokens; they decode to the extreme "
-                "bins, as in the reference. If this checkpoint was trained, check that prompt and image fit it; "
-                "constrain_actions=True rules such tokens out. (Said once.)"
-            )
-        if not return_dict:
-            return _without_batch_of_one(False, statistics, actions)
-        # Ids count down as bins count up; the top edge's token shares the last bin.
-        by_bin = logits[..., self.action_token_ids].cpu().double().softmax(-1).flip(-1).numpy()
-        probabilities = by_bin[..., :-1].copy()
-        probabilities[..., -1] += by_bin[..., -1]
-        entropy = -(probabilities * np.log(np.where(probabilities > 0, probabilities, 1.0))).sum(-1)
-        hidden = None if hidden is None else hidden.float().cpu().numpy()
-        return _without_batch_of_one(True, statistics, actions, normalized, token_ids, probabilities, entropy, hidden)
-
-
-def _without_batch_of_one(return_dict: bool, statistics: list[Any], *fields: Any) -> np.ndarray | ActionOutput:
-    """The actions, or all fields of an ActionOutput, of rows with these statistics."""
-    fields = (*fields, tuple(row.units for row in statistics))
-    if len(statistics) == 1:
-        fields = tuple(None if field is None else field[0] for field in fields)
-    return ActionOutput(*fields[:-1], statistics[0].dimension_names, fields[-1]) if return_dict else fields[0]
 
 
 def _require_greedy(generate_kwargs: dict[str, Any]) -> None:

@@ -81,16 +81,15 @@ class Observation:
 
 def with_action_slots(
     input_ids: torch.LongTensor, mask: torch.LongTensor | None, count: int, end_id: int
-) -> tuple[torch.LongTensor, torch.LongTensor | None, torch.BoolTensor]:
+) -> tuple[torch.LongTensor, torch.LongTensor | None, torch.LongTensor]:
     """Left-padded prompts followed by ``count`` slots and the end token, their mask, and where the slots are."""
     rows, length = input_ids.shape
     behind = input_ids.new_full((rows, count + 1), PLACEHOLDER_ID)
     behind[:, -1] = end_id
     if mask is not None:
         mask = torch.cat([mask, torch.ones_like(behind)], dim=1)
-    at_slots = torch.zeros(rows, length + count + 1, dtype=torch.bool, device=input_ids.device)
-    at_slots[:, length:-1] = True
-    return torch.cat([input_ids, behind], dim=1), mask, at_slots
+    slots = torch.arange(length, length + count, device=input_ids.device).expand(rows, -1)
+    return torch.cat([input_ids, behind], dim=1), mask, slots
 
 
 def bidirectional_mask(visible: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -190,7 +189,7 @@ class ParallelDecodingMixin:
         self,
         input_ids: torch.LongTensor,
         mask: torch.LongTensor | None,
-        at_slots: torch.BoolTensor,
+        slots: torch.LongTensor,
         pixel_values: torch.Tensor,
         proprio: torch.Tensor | None,
     ) -> Observation:
@@ -199,24 +198,19 @@ class ParallelDecodingMixin:
         Args:
             input_ids: int64 ``(batch, length)`` with slots.
             mask: ``(batch, length)``, or None.
-            at_slots: ``(batch, length)``, as many True in every row as the chunk has numbers.
+            slots: int64 ``(batch, chunk * action_dim)``, their positions.
             pixel_values: float ``(batch, images * (3 or 6), size, size)``.
             proprio: float ``(batch, proprio_dim)``, normalised; None for a model without.
 
         Raises:
-            ValueError: Another number of slots; proprio or images do not fit the model.
+            ValueError: Proprio or images do not fit the model.
         """
-        counts = at_slots.sum(1)
-        if bool((counts != self.tokens_per_chunk).any()):
-            raise ValueError(
-                f"Every row needs {self.tokens_per_chunk} action tokens ({self.config.chunk_length} actions of "
-                f"{self.config.action_dim} numbers), got {counts.tolist()}."
-            )
         if not torch.is_tensor(pixel_values) or len(pixel_values) != len(input_ids):
             got = len(pixel_values) if torch.is_tensor(pixel_values) else pixel_values
             raise ValueError(f"The batch has {len(input_ids)} prompts but {got} rows of images; give each its images.")
         self._require_proprio(proprio, len(input_ids))
         text = self.get_input_embeddings()(input_ids)
+        at_slots = torch.zeros_like(input_ids, dtype=torch.bool).scatter(1, slots, True)
         condition = None
         if self.config.use_film:  # the mean of all but slots and padding; the end token counts, as trained
             words = ~at_slots if mask is None else ~at_slots & mask.to(torch.bool)
@@ -226,7 +220,6 @@ class ParallelDecodingMixin:
         if proprio is not None:
             token = self.proprio_projector(proprio.to(device=text.device, dtype=text.dtype))
             prefix = torch.cat([prefix, token.to(text.dtype)[:, None]], dim=1)
-        slots = at_slots.nonzero()[:, 1].view(len(input_ids), -1)
         return Observation(text.masked_fill(at_slots[..., None], 0), prefix, mask, slots)
 
     def hidden_at(
@@ -356,7 +349,14 @@ class ParallelDecodingMixin:
         ids = self.action_token_ids
         mask = None if attention_mask is None or bool(attention_mask.all()) else attention_mask.to(torch.long)
         at_slots = (labels >= ids.start) & (labels < ids.stop)
-        seen = self.observe(input_ids, mask, at_slots, pixel_values, proprio)
+        counts = at_slots.sum(1)
+        if bool((counts != self.tokens_per_chunk).any()):
+            raise ValueError(
+                f"Every row needs {self.tokens_per_chunk} action tokens ({self.config.chunk_length} actions of "
+                f"{self.config.action_dim} numbers), got {counts.tolist()}."
+            )
+        slots = at_slots.nonzero()[:, 1].view(len(input_ids), -1)
+        seen = self.observe(input_ids, mask, slots, pixel_values, proprio)
         head = self.config.action_head
         if head is None:
             return self._token_loss(seen, labels)

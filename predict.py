@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from .modeling_openvla import ActionOutput
+from .answers_openvla import ActionOutput
 from .policy import default_device, embedded_policy, load_policy
 from .quantization_openvla import quantization_name
 

@@ -209,7 +209,8 @@ class OpenVLAProcessor(PushToHub, ProcessorMixin):
         prompt_style: A key of ``PROMPTS``; None when unknown. ``from_pretrained`` reads it from the checkpoint.
         empty_token_id: Id appended to every prompt built from an instruction; None for none.
         num_images_in_input: Images of one moment (cameras) that the model takes with a prompt.
-        image_preset: A key of ``IMAGE_PRESETS``, done to every image before the image processor; None for nothing.
+        image_preset: A key of ``IMAGE_PRESETS``, done to every image before the image processor. None is
+            nothing too, but of a checkpoint that does not say so: LIBERO's evaluation then takes its own.
 
     Raises:
         ValueError: Unknown prompt style or image preset.

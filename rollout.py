@@ -64,7 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--unnorm-key", metavar="K", help="dataset whose statistics give robot units")
     parser.add_argument(
         "--image-preset",
-        choices=("none", *(name for name in IMAGE_PRESETS if name != "libero-raw")),
+        choices=[name for name in IMAGE_PRESETS if name != "libero-raw"],
         help=f"what is done to frames; default the checkpoint's own, or {PRESET}",
     )
     parser.add_argument("--chunk-steps", type=int, metavar="N", help="actions played of a chunk; default all")
@@ -143,7 +143,7 @@ def evaluate_libero(
         workers: Simulators beside each other, a process each; they share the policy, which answers one at a time. With
             more than one, draws of a diffusion head depend on who asks first.
         seed: Of the simulator and of what the policy draws.
-        image_preset: "none" or a key of ``IMAGE_PRESETS``; None is the processor's own, or "libero".
+        image_preset: A key of ``IMAGE_PRESETS``; None is the processor's own, or "libero".
         chunk_steps: Actions played of a chunk before the next is asked for; None plays all of it.
         progress: Show a bar.
 
@@ -180,7 +180,7 @@ def evaluate_libero(
     total, done = episodes * len(task_ids), _open_queue(output)
     torch.manual_seed(seed)
     if done < total:
-        own, policy.processor.image_preset = policy.processor.image_preset, None if preset == "none" else preset
+        own, policy.processor.image_preset = policy.processor.image_preset, preset
         try:
             with tqdm(total=total, initial=done, desc=suite, unit="episode", disable=not progress) as bar:
                 _run_workers(policy, settings, output, min(workers, total - done), bar)
@@ -216,7 +216,7 @@ def fingerprint(model: torch.nn.Module) -> str:
 
 
 def settled_image_preset(policy: Policy, asked: str | None) -> str:
-    """What is done to frames: what was asked for, or the processor's own, or LIBERO's; "none" leaves them as they are.
+    """What is done to frames: what was asked for, or the processor's own, or LIBERO's.
 
     The harness sends frames that are turned already, so "libero-raw" becomes "libero".
 
@@ -225,8 +225,8 @@ def settled_image_preset(policy: Policy, asked: str | None) -> str:
     """
     preset = asked or policy.processor.image_preset or PRESET
     preset = PRESET if preset == "libero-raw" else preset
-    if preset != "none" and preset not in IMAGE_PRESETS:
-        raise ValueError(f"Unknown image_preset {preset!r}. Allowed: {['none', *IMAGE_PRESETS]}.")
+    if preset not in IMAGE_PRESETS:
+        raise ValueError(f"Unknown image_preset {preset!r}. Allowed: {list(IMAGE_PRESETS)}.")
     return preset
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from .actions_openvla import END_EFFECTOR_DIMENSIONS, dimension_labels
-from .modeling_openvla import ActionOutput
+from .answers_openvla import ActionOutput
 from .policy import Policy, stored_bits
 from .quantization_openvla import quantization_name
 from .serve import Limits

@@ -258,6 +258,11 @@ class PrismaticVisionBackbone(nn.Module):
                 block.add_film(config.film_dim)
 
     @property
+    def patches_per_prompt(self) -> int:
+        """Patch features of all images of a prompt."""
+        return self.num_images * self.featurizer.num_patches
+
+    @property
     def num_channels(self) -> int:
         """Channels of one image in ``pixel_values``: three a tower."""
         return 3 if self.fused_featurizer is None else 6

@@ -200,7 +200,7 @@ def test_oft_heads(base, head, tmp_path):
         assert found[-1] < 0.8 * found[0]
     policy = load_policy(tmp_path / "model")
     assert policy.model.config.action_head == head
-    assert policy.processor.image_preset == ("libero" if head == "l1" else None)
+    assert policy.processor.image_preset == ("libero" if head == "l1" else "none")
 
 
 @pytest.mark.parametrize("method", ["full", "frozen-vision", "sandwich", "last-layer"])

@@ -1,0 +1,241 @@
+"""Recorded answers are the plain ones, or are not taken. What only a GPU can show is marked ``gpu``."""
+
+import copy
+import pickle
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from openvla import PLATFORMS, graphs_openvla, modeling_openvla
+from openvla.graphs_openvla import KEPT, CudaRecording, Recordings
+from openvla.parallel_openvla import FIRST_TRANSFORMERS
+from openvla.tiny import build_tiny
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+
+BOUNDS = {"q01": -1.0, "q99": 1.0, "min": -1.0, "max": 1.0}
+SIZES = {part: PLATFORMS["libero"][f"{part}_dim"] for part in ("action", "proprio")}
+STATISTICS = {part: {name: [value] * size for name, value in BOUNDS.items()} for part, size in SIZES.items()}
+L1 = {
+    **PLATFORMS["libero"],
+    "parallel_decoding": True,
+    "action_head": "l1",
+    "num_images_in_input": 2,
+    "norm_stats": {"made up": STATISTICS},
+}
+TOKENS = {**L1, "action_head": None, "proprio_dim": None, "num_images_in_input": 1}
+
+
+class StandIn:
+    """A recording without a GPU: it keeps copies of its inputs and computes anew from them."""
+
+    made, replayed = 0, 0
+
+    def __init__(self, compute, inputs, beside=None):
+        assert beside is None or type(beside) is StandIn
+        StandIn.made += 1
+        self.compute, self.inputs = compute, [tensor.clone() for tensor in inputs]
+
+    def replay(self, inputs):
+        StandIn.replayed += 1
+        for place, tensor in zip(self.inputs, inputs):
+            place.copy_(tensor)
+        return self.compute(*self.inputs)
+
+
+@pytest.fixture
+def recording(monkeypatch):
+    """A tiny model that records, its processor, and what was warned of."""
+    said = []
+    monkeypatch.setattr(graphs_openvla.logger, "warning_once", said.append)
+    monkeypatch.setattr(graphs_openvla, "_records", lambda model, inputs: True)
+    monkeypatch.setattr(StandIn, "made", 0)
+    monkeypatch.setattr(StandIn, "replayed", 0)
+    model, processor = build_tiny()
+    model._recordings = Recordings(model, StandIn)
+    return model, processor, said
+
+
+def asked(processor, frame, instruction="open the drawer"):
+    return {**processor(instruction=instruction, images=frame), "return_dict": True, "constrain_actions": True}
+
+
+def same(model, inputs):
+    """The answer, which is the plain one."""
+    plain, taken = (model.predict_action(**inputs, fast=fast) for fast in (False, None))
+    assert np.array_equal(plain.token_ids, taken.token_ids)
+    assert np.array_equal(plain.actions, taken.actions)
+    return taken.bin_probabilities
+
+
+def test_the_second_answer_of_a_shape_is_recorded_and_the_third_replayed(recording, frames):
+    model, processor, said = recording
+    seen = [same(model, asked(processor, frames["noise"])) for _ in range(3)]
+    assert (StandIn.made, StandIn.replayed) == (1, 2)  # one replay was the recording's check
+    assert all(np.array_equal(seen[0], other) for other in seen)
+    other = same(model, asked(processor, 255 - np.asarray(frames["noise"])))
+    assert not np.array_equal(seen[0], other)
+    assert (StandIn.made, StandIn.replayed) == (1, 3)
+    same(model, asked(processor, frames["noise"], "open the drawers"))
+    assert StandIn.made == 1  # another length, for the first time
+    model.predict_action(**asked(processor, frames["noise"]), draft=np.zeros(7))
+    assert (StandIn.made, StandIn.replayed) == (1, 3)
+    assert not said
+
+
+def test_the_least_recently_used_recording_goes(recording, frames):
+    model, processor, _ = recording
+    prompts = [asked(processor, frames["noise"], "go" + " on" * count) for count in range(KEPT + 1)]
+    for prompt in prompts[:KEPT]:
+        same(model, prompt)
+        same(model, prompt)
+    same(model, prompts[0])
+    same(model, prompts[KEPT])
+    assert StandIn.made == KEPT
+    same(model, prompts[0])
+    assert StandIn.replayed == KEPT + 2
+    same(model, prompts[1])  # which had gone
+    assert StandIn.replayed == KEPT + 2
+
+
+def test_what_was_changed_since_counts(recording, frames):
+    model, processor, said = recording
+    inputs = asked(processor, frames["noise"])
+    layer = model.get_decoder().layers[0]
+
+    def another_storage():
+        layer.self_attn.v_proj.weight.data = layer.self_attn.v_proj.weight.data.flip(0)
+
+    def another_parameter():
+        layer.input_layernorm.weight = torch.nn.Parameter(layer.input_layernorm.weight * 2)
+
+    def another_module():
+        layer.self_attn.k_proj = torch.nn.Linear(*layer.self_attn.k_proj.weight.T.shape, bias=False)
+
+    def another_dtype():
+        model.to(torch.float64)
+
+    def a_hook():
+        model.projector.fc1.register_forward_hook(lambda module, args, output: output * 2)
+
+    seen = same(model, inputs)
+    for change in (another_storage, another_parameter, another_module, another_dtype, a_hook):
+        same(model, inputs)
+        same(model, inputs)
+        made, replayed = StandIn.made, StandIn.replayed
+        with torch.no_grad():
+            change()
+        now = same(model, inputs)
+        assert not np.array_equal(now, seen), change
+        assert (StandIn.made, StandIn.replayed) == (made, replayed), change
+        seen = now
+    assert StandIn.made == 5
+    assert "was changed" in said[0]
+
+
+def test_adapters_that_come_switch_and_go_count(recording, frames):
+    pytest.importorskip("peft")
+    model, processor, _ = recording
+    inputs = asked(processor, frames["noise"])
+    before = [same(model, inputs) for _ in range(3)][0]
+    model.enable_lora(r=4)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.5)
+    model.eval()
+    adapted = [same(model, inputs) for _ in range(3)]
+    assert not np.array_equal(adapted[2], before)
+    made, replayed = StandIn.made, StandIn.replayed
+    model.disable_adapters()
+    assert np.array_equal(same(model, inputs), before)
+    assert (StandIn.made, StandIn.replayed) == (made, replayed)
+    model.enable_adapters()
+    assert np.array_equal(same(model, inputs), adapted[0])
+    assert (StandIn.made, StandIn.replayed) == (made + 1, replayed + 1)  # anew
+    model.merge_lora().eval()
+    assert not np.array_equal(same(model, inputs), before)
+
+
+def test_a_recording_that_fails_or_answers_otherwise_is_not_taken(recording, frames, monkeypatch):
+    model, processor, said = recording
+    inputs = asked(processor, frames["noise"])
+
+    def no_memory(*_):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory.\nTried to allocate")
+
+    model._recordings.record = no_memory
+    before = [same(model, inputs) for _ in range(4)][0]
+    assert said == ["The same actions, but not as one CUDA graph: OutOfMemoryError: CUDA out of memory.. (Said once.)"]
+    model._recordings = Recordings(model, StandIn)
+    monkeypatch.setattr(StandIn, "replay", lambda self, inputs: (torch.zeros(1, 7), torch.zeros(1, 7, 611)))
+    assert all(np.array_equal(same(model, inputs), before) for _ in range(4))
+    assert "the recording answers otherwise" in said[1]
+
+
+def test_threads_do_not_share_a_recordings_memory(recording, frames):
+    model, processor, _ = recording
+    inputs = [asked(processor, frame) for frame in (frames["noise"], 255 - np.asarray(frames["noise"]))]
+    expected = [model.predict_action(**one, fast=False).bin_probabilities for one in inputs]
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(lambda one: model.predict_action(**one).token_ids, inputs * 12))
+    plain = [model.predict_action(**one, fast=False).token_ids for one in inputs]
+    assert all(np.array_equal(taken, plain[index % 2]) for index, taken in enumerate(together))
+    assert not np.array_equal(*expected)
+    with model._recordings.lock:  # as if another thread were at it
+        replayed = StandIn.replayed
+        same(model, inputs[0])
+        assert StandIn.replayed == replayed
+
+
+def test_copies_record_for_themselves(recording, frames):
+    model, processor, _ = recording
+    inputs = asked(processor, frames["noise"])
+    before = [same(model, inputs) for _ in range(3)][0]
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert other._recordings is None
+        replayed = StandIn.replayed
+        assert np.array_equal(other.predict_action(**inputs).bin_probabilities, before)
+        assert StandIn.replayed == replayed
+
+
+@pytest.mark.lane
+@pytest.mark.parametrize("fields", [{}, L1, TOKENS], ids=["tokens one by one", "l1 chunk", "token chunk"])
+def test_an_answer_never_waits_for_the_device(fields, frames, monkeypatch):
+    if fields and tuple(map(int, transformers.__version__.split(".")[:2])) < FIRST_TRANSFORMERS:
+        pytest.skip("parallel decoding needs transformers 4.46")
+    model, processor = build_tiny(**fields)
+    calls = []
+    monkeypatch.setattr(
+        modeling_openvla,
+        "recorded",
+        lambda model, compute, inputs, key: calls.append((compute, inputs)) or compute(*inputs),
+    )
+    images = [frames["noise"]] * model.config.num_images_in_input
+    inputs = processor(instruction="open the drawer", images=images)
+    proprio = {} if model.config.proprio_dim is None else {"proprio": np.zeros(model.config.proprio_dim)}
+    model.predict_action(**inputs, **proprio, constrain_actions=True)
+    compute, tensors = calls[0]
+    with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fake = [None if tensor is None else mode.from_tensor(tensor) for tensor in tensors]
+        outputs = compute(*fake)
+        assert len(outputs) == 2
+        with pytest.raises(DataDependentOutputException):
+            bool(outputs[0].isfinite().all())  # this is how waiting would have shown
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_cuda_graph_gives_the_plain_answer(dtype, frames):
+    model, processor = build_tiny()
+    model.to("cuda", dtype)
+    for name in ("noise", *frames):
+        inputs = asked(processor, frames[name])
+        plain = model.predict_action(**inputs, fast=False)
+        taken = [model.predict_action(**inputs) for _ in range(3)]
+        assert all(np.array_equal(plain.token_ids, one.token_ids) for one in taken)
+        assert all(np.array_equal(taken[0].bin_probabilities, one.bin_probabilities) for one in taken)
+    made = [one for one in model._recordings.made.values() if one]
+    assert made
+    assert all(type(one) is CudaRecording for one in made)
