@@ -4,7 +4,7 @@
 
 ``train_tiny.py`` does this and everything before and after.
 
-Two towers as OpenVLA's, at 112 pixels with patches of 16 (49 of them), a Llama, and a tokenizer that knows the words of
+Two towers as OpenVLA's, at 112 pixels with patches of 28 (16 of them: compute asks for it), a Llama, and a tokenizer that knows the words of
 the demonstrations: a prompt is some 25 tokens in place of 100 characters.
 """
 
@@ -20,9 +20,9 @@ from openvla.configuration_openvla import PROMPTS
 from openvla.demonstrations import open_demonstrations
 from openvla.tiny import build_config, build_tokenizer, language_config
 
-IMAGE_SIZE, PATCH_SIZE = 112, 16
+IMAGE_SIZE, PATCH_SIZE = 112, 28
 TOWER_WIDTH, TOWER_DEPTH = 192, 4  # features come from the second-to-last block: three are run
-LLM_WIDTH, LLM_DEPTH = 256, 4
+LLM_WIDTH, LLM_DEPTH = 192, 3
 
 
 def build(instructions: list[str], seed: int) -> tuple[OpenVLAForActionPrediction, OpenVLAProcessor]:
