@@ -4,8 +4,8 @@
 
 ``train_tiny.py`` does this and everything before and after.
 
-Two towers as OpenVLA's, at 112 pixels with patches of 28 (16 of them: compute asks for it), a Llama, and a tokenizer that knows the words of
-the demonstrations: a prompt is some 25 tokens in place of 100 characters.
+Two towers as OpenVLA's, at 112 pixels with patches of 28 (16 of them: a CPU's compute asks for it), a Llama, and a
+tokenizer that knows the words of the demonstrations: a prompt is some 25 tokens in place of 100 characters.
 """
 
 from __future__ import annotations
