@@ -89,22 +89,30 @@ def _as_bytes(image: np.ndarray) -> np.ndarray:
 
 def padded_to_square(image: Image.Image, fill: tuple[int, ...]) -> Image.Image:
     """A border on both sides of the shorter dimension. An odd difference stays one pixel short, as in the reference."""
-    width, height = image.size
-    left, top = (max(width, height) - width) // 2, (max(width, height) - height) // 2
-    padded = Image.new("RGB", (width + 2 * left, height + 2 * top), fill)
+    left, top, size = padded_size(*image.size)
+    padded = Image.new("RGB", size, fill)
     padded.paste(image, (left, top))
     return padded
 
 
+def padded_size(width: int, height: int) -> tuple[int, int, tuple[int, int]]:
+    """Where an image lies on its square, left and top, and the square's width and height."""
+    left, top = (max(width, height) - width) // 2, (max(width, height) - height) // 2
+    return left, top, (width + 2 * left, height + 2 * top)
+
+
 def resized(image: Image.Image, size: int | Sequence[int], resampling: int) -> Image.Image:
     """To ``(height, width)``, or the shorter side to ``size`` keeping the aspect (torchvision's rounding)."""
-    width, height = image.size
-    if isinstance(size, int):
-        short, long = min(width, height), int(size * max(width, height) / min(width, height))
-        target = (width, height) if short == size else ((size, long) if width <= height else (long, size))
-    else:
-        target = (size[1], size[0]) if len(size) == 2 else (size[0], size[0])
-    return image if target == (width, height) else image.resize(target, resampling)
+    target = target_size(*image.size, size)
+    return image if target == image.size else image.resize(target, resampling)
+
+
+def target_size(width: int, height: int, size: int | Sequence[int]) -> tuple[int, int]:
+    """Width and height that ``resized`` gives."""
+    if not isinstance(size, int):
+        return (size[1], size[0]) if len(size) == 2 else (size[0], size[0])
+    short, long = min(width, height), int(size * max(width, height) / min(width, height))
+    return (width, height) if short == size else ((size, long) if width <= height else (long, size))
 
 
 def center_crop(image: Image.Image, size: Sequence[int]) -> Image.Image:
@@ -112,8 +120,56 @@ def center_crop(image: Image.Image, size: Sequence[int]) -> Image.Image:
     height, width = size
     if image.size == (width, height):
         return image
-    left, top = round((image.width - width) / 2.0), round((image.height - height) / 2.0)
+    left, top = crop_corner(*image.size, size)
     return image.crop((left, top, left + width, top + height))
+
+
+def crop_corner(width: int, height: int, size: Sequence[int]) -> tuple[int, int]:
+    """Left and top of ``center_crop``."""
+    return round((width - size[1]) / 2.0), round((height - size[0]) / 2.0)
+
+
+def normalized_pixels(
+    image: Image.Image, towers: Sequence[tuple[dict, dict, dict]], fill: Sequence[int] | None
+) -> np.ndarray:
+    """Letterbox, resize, centre crop, normalise, as torchvision does.
+
+    Args:
+        image: RGB.
+        towers: Of every tower, how to resize, crop and normalise: fields of torchvision's transforms.
+        fill: Colour of the border that makes the image square; None for no border.
+
+    Returns:
+        float32 ``(3 * towers, height, width)``.
+    """
+    image = image if fill is None else padded_to_square(image, tuple(fill))
+    prepared, planes = {}, None  # the towers of one model mostly want the same pixels
+    for index, (resize, crop, normalize) in enumerate(towers):
+        wanted = (str(resize["size"]), resize["interpolation"], str(crop["output_size"]))
+        if wanted not in prepared:
+            pixels = center_crop(resized(image, resize["size"], resize["interpolation"]), crop["output_size"])
+            prepared[wanted] = _unit(np.asarray(pixels).transpose(2, 0, 1))
+        if planes is None:
+            planes = np.empty((len(towers), *prepared[wanted].shape), np.float32)
+        _normalized(prepared[wanted], normalize["mean"], normalize["std"], planes[index])
+    return planes.reshape(-1, *planes.shape[2:])
+
+
+def normalization_table(mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
+    """What ``normalized_pixels`` makes of every byte: float32 ``(3, 256)``."""
+    unit = np.broadcast_to(_unit(np.arange(256, dtype=np.uint8)), (3, 1, 256))
+    return _normalized(unit, mean, std, np.empty(unit.shape, np.float32))[:, 0]
+
+
+def _unit(pixels: np.ndarray) -> np.ndarray:
+    return np.divide(pixels, np.float32(255), out=np.empty(pixels.shape, np.float32), dtype=np.float32)
+
+
+def _normalized(unit: np.ndarray, mean: Sequence[float], std: Sequence[float], out: np.ndarray) -> np.ndarray:
+    mean, std = (np.array(numbers, dtype=np.float32)[:, None, None] for numbers in (mean, std))
+    np.subtract(unit, mean, out=out)
+    out /= std
+    return out
 
 
 def preset_image(image: Image.Image, preset: str, size: Sequence[int]) -> Image.Image:
