@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,6 +25,8 @@ from .tiny import build_tiny
 HEADROOM = 1.1
 # Bytes a weight: the value, and one scale (quantised itself at 4 bits) a block of 64 or a row.
 BYTES_OF_BITS = {8: 1.0, 4: 0.5 + 1 / 64 + 4 / (64 * 256)}
+EMBEDDED_NAME = "embedded default (tiny, UNTRAINED: random weights that show the way, not a policy)"
+DTYPES = ("float32", "bfloat16", "float16")
 PREPROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 
 
@@ -53,11 +56,21 @@ class Policy:
         Returns:
             float64 ``(action_dim,)`` or ``(chunk, action_dim)`` in robot units, as ``predict_action``.
         """
-        inputs = self.processor(instruction=instruction, images=image)
+        device = self.model.device if self.model.device.type == "cuda" else None
+        inputs = self.processor(instruction=instruction, images=image, device=device)
         return self.model.predict_action(**inputs, unnorm_key=self.unnorm_key, proprio=proprio)
 
     def reset(self) -> None:
         """Begin an episode. The model remembers nothing from one image to the next."""
+
+
+class EmbeddedPolicy(Policy):
+    """The embedded default: random weights need to be held to action tokens."""
+
+    def act(self, image: Any, instruction: str, proprio: Any = None) -> np.ndarray:
+        """As ``Policy.act``."""
+        inputs = self.processor(instruction=instruction, images=image)
+        return self.model.predict_action(**inputs, unnorm_key=self.unnorm_key, constrain_actions=True)
 
 
 def load_policy(
@@ -107,6 +120,29 @@ def load_policy(
     return Policy(loaded, processor, loaded.resolve_unnorm_key(unnorm_key))
 
 
+def add_policy_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of every command that needs a policy."""
+    parser.add_argument(
+        "--model", metavar="DIR_OR_ID", help="checkpoint folder or Hub id; without it the embedded default"
+    )
+    parser.add_argument("--unnorm-key", metavar="K", help="dataset whose statistics give robot units")
+    parser.add_argument("--bits", type=int, choices=(8, 4), help="quantise the weights (extra: openvla[quant])")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, mps; default cuda where there is one, else cpu")
+    parser.add_argument(
+        "--dtype", choices=DTYPES, help="of the computation; default bfloat16 on a GPU, the checkpoint's own on a CPU"
+    )
+
+
+def policy_from(args: argparse.Namespace) -> tuple[Policy, str]:
+    """The policy that the options of ``add_policy_arguments`` name, and its name; errors as of ``load_policy``."""
+    if args.model is None:
+        if args.bits or args.dtype:
+            raise ValueError("--bits and --dtype are for --model; the embedded default is tiny as it is.")
+        return embedded_policy(args.device, args.unnorm_key), EMBEDDED_NAME
+    policy = load_policy(args.model, bits=args.bits, device=args.device, dtype=args.dtype, unnorm_key=args.unnorm_key)
+    return policy, str(args.model)
+
+
 def embedded_policy(device: str | torch.device | None = None, unnorm_key: str | None = None) -> Policy:
     """The embedded default, which needs no download: random weights, to be held to action tokens.
 
@@ -115,7 +151,7 @@ def embedded_policy(device: str | torch.device | None = None, unnorm_key: str | 
         unnorm_key: As for ``predict_action``.
     """
     model, processor = build_tiny()
-    return Policy(model.to(device or default_device()), processor, model.resolve_unnorm_key(unnorm_key))
+    return EmbeddedPolicy(model.to(device or default_device()), processor, model.resolve_unnorm_key(unnorm_key))
 
 
 def default_device() -> str:

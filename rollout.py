@@ -25,15 +25,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
 from .configuration_openvla import write_json
 from .demonstrations import read_json
 from .images_openvla import IMAGE_PRESETS
-from .policy import Policy, default_device, embedded_policy, load_policy
-from .predict import EMBEDDED
+from .policy import Policy, add_policy_arguments, policy_from
 from .rollout_report import PACKAGES, as_table, draw_contact_sheet, recorded_episodes, success_rate, version_of
 from .simulator import INSTALL, choose_renderer, open_suite, parse_tasks
 
@@ -46,9 +44,7 @@ HARNESS = "openvla"  # the recording's name in the harness
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``openvla evaluate``."""
-    parser.add_argument(
-        "--model", metavar="DIR_OR_ID", help="checkpoint folder or Hub id; without it the embedded default"
-    )
+    add_policy_arguments(parser)
     parser.add_argument("--suite", default=SUITE, help=f"of LIBERO; default {SUITE}")
     parser.add_argument("--tasks", nargs="+", metavar="TASK", help="numbers, names, or parts of them; default all")
     parser.add_argument(
@@ -61,42 +57,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", type=Path, default=Path("evaluation"), metavar="DIR", help="default: evaluation")
     parser.add_argument("--workers", type=int, default=1, metavar="N", help="simulators beside each other")
     parser.add_argument("--seed", type=int, default=0, help="of the simulator and of what the policy draws")
-    parser.add_argument("--unnorm-key", metavar="K", help="dataset whose statistics give robot units")
     parser.add_argument(
         "--image-preset",
         choices=[name for name in IMAGE_PRESETS if name != "libero-raw"],
         help=f"what is done to frames; default the checkpoint's own, or {PRESET}",
     )
     parser.add_argument("--chunk-steps", type=int, metavar="N", help="actions played of a chunk; default all")
-    parser.add_argument("--bits", type=int, choices=(8, 4), help="quantise the weights (extra: openvla[quant])")
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, mps; default cuda where there is one, else cpu")
     parser.add_argument("--json", action="store_true", help="print results.json and nothing else")
-
-
-class EmbeddedPolicy(Policy):
-    """The embedded default: random weights need to be held to action tokens."""
-
-    def act(self, image: Any, instruction: str, proprio: Any = None) -> np.ndarray:
-        """As ``Policy.act``."""
-        inputs = self.processor(instruction=instruction, images=image)
-        return self.model.predict_action(**inputs, unnorm_key=self.unnorm_key, constrain_actions=True)
 
 
 def run(args: argparse.Namespace) -> int:
     """Evaluate and report; returns the exit status."""
-    if args.bits and not args.model:
-        raise ValueError("--bits is for --model; the embedded default is tiny as it is.")
     require_harness()
     suite = open_suite(args.suite)  # a mistake here should not wait for a model to load
     parse_tasks(args.tasks, suite)
-    device = args.device or default_device()
-    if args.model:
-        policy = load_policy(args.model, bits=args.bits, device=device, unnorm_key=args.unnorm_key)
-    else:
-        policy = EmbeddedPolicy(**vars(embedded_policy(device, args.unnorm_key)))
+    policy, name = policy_from(args)
     report = evaluate_libero(
         policy,
-        name=args.model or EMBEDDED,
+        name=name,
         suite=args.suite,
         tasks=args.tasks,
         episodes=args.episodes,

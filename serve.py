@@ -21,8 +21,7 @@ import socket
 from dataclasses import dataclass
 from pathlib import Path
 
-from .policy import Policy, embedded_policy, load_policy
-from .predict import EMBEDDED
+from .policy import add_policy_arguments, policy_from
 
 TOKEN_VARIABLE = "OPENVLA_SERVE_TOKEN"
 SHORTEST_TOKEN = 16
@@ -61,12 +60,7 @@ class Limits:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``openvla serve``."""
-    parser.add_argument(
-        "--model", metavar="DIR_OR_ID", help="checkpoint folder or Hub id; without it the embedded default"
-    )
-    parser.add_argument("--unnorm-key", metavar="K", help="dataset whose statistics give robot units by default")
-    parser.add_argument("--bits", type=int, choices=(8, 4), help="quantise the weights (extra: openvla[quant])")
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, mps; default cuda where there is one, else cpu")
+    add_policy_arguments(parser)
     parser.add_argument(
         "--host", default="127.0.0.1", help="address to listen on; default 127.0.0.1, this machine only"
     )
@@ -92,7 +86,7 @@ def run(args: argparse.Namespace) -> int:
     app = require_serve("serve_app")
     # Before a large model is loaded: OSError where the port is taken.
     socket.create_server((args.host, args.port), family=socket.AF_INET6 if ":" in args.host else socket.AF_INET).close()
-    policy, name = load(args)
+    policy, name = policy_from(args)
     served = require_serve("served_policy").ServedPolicy(policy, name, constrain_actions=not args.model, limits=limits)
     app.serve(served, host=args.host, port=args.port, token=token)
     return 0
@@ -128,16 +122,6 @@ def read_token(file: Path | None) -> str | None:
             "characters; make one with: python -c 'import secrets; print(secrets.token_urlsafe())'"
         )
     return token
-
-
-def load(args: argparse.Namespace) -> tuple[Policy, str]:
-    """The policy that the options name, and its name."""
-    if args.model:
-        policy = load_policy(args.model, bits=args.bits, device=args.device, unnorm_key=args.unnorm_key)
-        return policy, str(args.model)
-    if args.bits:
-        raise ValueError("--bits is for --model; the embedded default is tiny as it is.")
-    return embedded_policy(args.device, args.unnorm_key), EMBEDDED
 
 
 def require_serve(room: str):

@@ -13,7 +13,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from openvla import PLATFORMS, Policy
-from openvla.predict import EMBEDDED, SAMPLE_IMAGE
+from openvla.policy import EMBEDDED_NAME
+from openvla.predict import SAMPLE_IMAGE
 from openvla.tiny import build_tiny
 from PIL import Image
 
@@ -45,7 +46,7 @@ def serving(token=None, **overrides):
 
     model, processor = build_tiny(**overrides)
     policy = Policy(model, processor, model.resolve_unnorm_key(overrides.get("default_unnorm_key")))
-    served = ServedPolicy(policy, EMBEDDED, constrain_actions=True, limits=Limits(image_side=2000))
+    served = ServedPolicy(policy, EMBEDDED_NAME, constrain_actions=True, limits=Limits(image_side=2000))
     app = build_app(served, token=token)
     running = server(app, app.state.policy_app.queue, served.limits, "127.0.0.1", 0)
     thread = threading.Thread(target=running.run)
@@ -143,7 +144,7 @@ def sent_image(body, name="image"):
 
 def test_an_image_and_an_instruction_become_an_action(plain, opened):
     page = opened(plain)
-    assert page.title() == EMBEDDED
+    assert page.title() == EMBEDDED_NAME
     fill(page)
     body, reply = act(page)
     assert sent_image(body) == SAMPLE_IMAGE.read_bytes()  # what the model sees is the file itself

@@ -103,7 +103,7 @@ def test_what_cannot_fit_is_refused_before_reading(tmp_path):
 
 def test_bits_need_a_model_and_a_known_number(capsys):
     assert main(["predict", "--bits", "4"]) == 2
-    assert "--bits is for --model" in capsys.readouterr().err
+    assert "--bits and --dtype are for --model" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["predict", "--bits", "5"])
 
