@@ -27,7 +27,7 @@ from .native_checkpoint import read_json
 from .publishing_openvla import CARD_FILE, publishable, push_folder
 
 # What a processor alone needs.
-PROCESSOR_CODE = {"images_openvla.py", "jpeg_openvla.py", "processing_openvla.py"}
+PROCESSOR_CODE = {"device_images_openvla.py", "images_openvla.py", "jpeg_openvla.py", "processing_openvla.py"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from openvla import OpenVLAForActionPrediction, fast_openvla, quantization_config
 from openvla.decoding_openvla import decode_greedily
-from openvla.fast_openvla import FastDecoder, decode_fast, goes_fast, reason_against
+from openvla.fast_openvla import TABLE, FastDecoder, decode_fast, goes_fast, reason_against
 from openvla.quantization_openvla import QUANTIZES_ON_CPU
 from openvla.tiny import build_tiny
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -41,7 +41,7 @@ def prompt(rows: int = 3) -> torch.Tensor:
 def test_equals_the_models_own_forward(family, mask):
     model = language_model(family)
     assert reason_against(model, 20) is None
-    tokens, logits = decode_fast(model, prompt(), mask, 7, None)
+    tokens, logits = decode_fast(model, prompt(), mask, 7)
     own_tokens, own_logits = decode_greedily(model, prompt(), mask, 7, None)
     assert torch.equal(tokens, own_tokens)
     torch.testing.assert_close(logits, own_logits, rtol=0, atol=LOGIT_ATOL)
@@ -60,7 +60,7 @@ def test_a_draft_saves_the_steps_that_it_has_right(right, mask, monkeypatch):
         draft[1, right] += 1  # one row that disagrees holds up all
     passes, run = [], FastDecoder.run
     monkeypatch.setattr(FastDecoder, "run", lambda self, *args: passes.append(args[1]) or run(self, *args))
-    tokens, logits = decode_fast(model, prompt(), mask, 7, None, draft=draft)
+    tokens, logits = decode_fast(model, prompt(), mask, 7, draft=draft)
     assert torch.equal(tokens, own_tokens)
     torch.testing.assert_close(logits, own_logits, rtol=0, atol=LOGIT_ATOL)
     assert passes == [0, *range(9 + right, 15)]
@@ -68,15 +68,17 @@ def test_a_draft_saves_the_steps_that_it_has_right(right, mask, monkeypatch):
 
 @pytest.mark.lane
 @torch.no_grad()
-def test_ends_and_numbers_that_are_not_finite_are_as_loud():
-    model = language_model("llama")
-    tokens, _ = decode_fast(model, prompt(1), None, 7, None)
+def test_ends_and_numbers_that_are_not_finite_are_as_loud(frames):
+    model, processor = build_tiny()
+    asked = {**processor(instruction="open the drawer", images=frames["noise"]), "constrain_actions": True}
+    tokens = model.predict_action(**asked, return_dict=True, fast=True).token_ids
     with pytest.raises(ValueError, match="ended the sequence after 3 of 7"):
-        decode_fast(model, prompt(1), None, 7, [int(tokens[0, 2])])
-    chosen, _ = decode_fast(model, prompt(1), None, 7, None, allowed=slice(90, 96))
-    assert chosen.min() >= 90
+        model.predict_action(**asked, fast=True, eos_token_id=int(tokens[2]))
+    model.projector.fc1.bias.fill_(torch.nan)
     with pytest.raises(ValueError, match="not finite"):
-        decode_fast(model, prompt(1) * torch.nan, None, 7, None)
+        model.predict_action(**asked, fast=True)
+    chosen, _ = decode_fast(language_model("llama"), prompt(1), None, 7, allowed=slice(90, 96))
+    assert chosen.min() >= 90
 
 
 @pytest.mark.lane
@@ -179,9 +181,9 @@ def test_weights_that_changed_since_the_last_answer_count(frames):
 def test_an_answer_under_inference_mode_leaves_nothing_behind():
     fast_openvla._rotation.cache_clear()
     with torch.inference_mode():
-        decode_fast(language_model("llama"), prompt(), None, 2, None)
+        decode_fast(language_model("llama"), prompt(), None, 2)
     assert fast_openvla._rotation.cache_info().currsize == 1
-    table, _ = fast_openvla._rotation(10000.0, 8, 10, torch.device("cpu"), torch.float32)
+    table, _ = fast_openvla._rotation(10000.0, 8, TABLE, torch.device("cpu"), torch.float32)
     assert fast_openvla._rotation.cache_info().hits == 1
     (torch.ones(8, requires_grad=True) * table).sum().backward()
 
@@ -190,12 +192,12 @@ def test_an_answer_under_inference_mode_leaves_nothing_behind():
 @torch.no_grad()
 def test_a_part_of_another_kind_or_with_hooks_is_called_as_it_is():
     model = language_model("llama")
-    expected, _ = decode_fast(model, prompt(), None, 7, None)
+    expected, _ = decode_fast(model, prompt(), None, 7)
     calls = []
     for name in ("self_attn.q_proj", "mlp.down_proj", "post_attention_layernorm"):
         model.get_decoder().layers[1].get_submodule(name).register_forward_hook(lambda *_: calls.append(1))
     assert reason_against(model, 20) is None
-    assert torch.equal(decode_fast(model, prompt(), None, 7, None)[0], expected)
+    assert torch.equal(decode_fast(model, prompt(), None, 7)[0], expected)
     assert len(calls) == 3 * 7
     layer = model.get_decoder().layers[1]
     layer.mlp = torch.nn.Sequential(layer.mlp)

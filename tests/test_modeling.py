@@ -355,7 +355,7 @@ def test_tokens_that_are_no_actions_are_said_once(golden):
     case = cases(golden)["img0_prompt0_bridge_orig"]
     outside = [t for t in case["action_token_ids"] if not 31744 <= t < 32000]
     assert outside  # else this golden case proves nothing
-    module_logger = logging.get_logger("openvla.modeling_openvla")
+    module_logger = logging.get_logger("openvla.answers_openvla")
     module_logger.warning_once.cache_clear()
     seen = []
     module_logger.addFilter(lambda record: seen.append(record.getMessage()) or True)
