@@ -39,14 +39,15 @@ def build_tokenizer(
     Args:
         vocab_size: Fill up to this many ids before the padding token (32000 is Llama-2's); 0 for no more than needed.
         pad_token: None for none, as Llama-2's own.
-        words: Become tokens of their own where they follow a space (as do their beginnings): shorter prompts.
+        words: Become tokens of their own where they follow a space (as do their beginnings): shorter prompts. So may
+            several words together.
     """
     characters = ["▁", "\n", *(chr(code) for code in range(33, 127))]
     vocabulary = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *characters]
     # Every word is merged from its beginning on; a beginning that several share has one token.
     parts = {
         ("▁" + word)[: end + 1]: (("▁" + word)[:end], word[end - 1])
-        for word in words
+        for word in (entry.replace(" ", "▁") for entry in words)
         for end in range(1, len(word) + 1)
     }
     vocabulary += parts

@@ -46,6 +46,10 @@ CAMERAS = {"observation.image": "agentview", "observation.wrist_image": "robot0_
 ACTION_NAMES = ("dx", "dy", "dz", "droll", "dpitch", "dyaw", "gripper")
 STATE_NAMES = ("x", "y", "z", "rx", "ry", "rz", "finger_left", "finger_right")
 OPEN, CLOSE = -1.0, 1.0
+SPEED, GAIN = (
+    0.9,
+    17.0,
+)  # of what is stored: what differs between attempts without a reason to be seen is not to be learnt
 STAY = np.array([0.0] * 6 + [OPEN])
 ELSEWHERE = 0.6  # share of the attempts that start elsewhere than evaluation does
 MOVED_FROM = 2  # passes over the initial states that leave things where they are; later ones move every thing
@@ -55,18 +59,19 @@ MOVED_BY = 0.015  # m; LIBERO-Object itself places things within squares of 0.05
 class Oracle:
     """Moves towards what the next part of the task needs, from wherever the arm is: so it recovers by itself.
 
-    Heights and speeds differ from one to the next.
+    Heights and speeds differ from one to the next; what is stored is what one of the usual speed would do in its place.
 
     Args:
         target: Name of the object to pick up.
         basket: Name of the object to place it in.
         rng: Chooses heights and speeds.
+        usual_speed: Move at it.
     """
 
-    def __init__(self, target: str, basket: str, rng: np.random.Generator) -> None:
+    def __init__(self, target: str, basket: str, rng: np.random.Generator, usual_speed: bool = False) -> None:
         self.target, self.basket = f"{target}_pos", f"{basket}_pos"
-        self.speed = rng.uniform(0.8, 1.0)
-        self.gain = rng.uniform(14, 20)
+        own = rng.uniform(0.8, 1.0), rng.uniform(14, 20)
+        self.speed, self.gain = (SPEED, GAIN) if usual_speed else own
         self.clearance = rng.uniform(0.04, 0.08)
         self.grasp_offset = rng.uniform(0.0, 0.012)
         self.carry_height = rng.uniform(0.18, 0.23)
@@ -76,8 +81,16 @@ class Oracle:
         self.grasp_height = 0.0
         self.resting_height: float | None = None
 
-    def act(self, observation: dict[str, Any]) -> tuple[np.ndarray, bool]:
-        """The command here, float64 ``(7,)`` as the simulator takes it, and whether a push now would do no harm."""
+    def act(self, observation: dict[str, Any]) -> tuple[np.ndarray, np.ndarray, bool]:
+        """What to execute and what to store here, and whether a push now would do no harm.
+
+        Both commands are float64 ``(7,)``, as the simulator takes them.
+        """
+        way, gripper, harmless = self._next(observation)
+        return as_command(way, gripper, self.speed, self.gain), as_command(way, gripper, SPEED, GAIN), harmless
+
+    def _next(self, observation: dict[str, Any]) -> tuple[np.ndarray, float, bool]:
+        """Where to (m), the gripper, and whether a push would do no harm."""
         hand, thing = observation["robot0_eef_pos"], observation[self.target]
         if self.resting_height is None:
             self.resting_height = thing[2]
@@ -88,7 +101,7 @@ class Oracle:
             return self._reach(hand, thing)
         return self._carry(hand, thing, observation[self.basket])
 
-    def _reach(self, hand: np.ndarray, thing: np.ndarray) -> tuple[np.ndarray, bool]:
+    def _reach(self, hand: np.ndarray, thing: np.ndarray) -> tuple[np.ndarray, float, bool]:
         """A funnel: high above until the hand is over the object, then down along it."""
         grasp = thing + [0, 0, self.grasp_offset]
         aside = np.linalg.norm((grasp - hand)[:2])
@@ -96,31 +109,32 @@ class Oracle:
         goal = grasp + [0, 0, above * np.clip((aside - 0.008) / 0.015, 0, 1)]
         if aside < 0.012 and abs(goal[2] - hand[2]) < 0.008:
             self.holding, self.grasp_height = True, hand[2]
-            return self._command(np.array([0, 0, 0.006]), CLOSE), False
-        return self._command(goal - hand, OPEN), aside > 0.04
+            return np.array([0, 0, 0.006]), CLOSE, False
+        return goal - hand, OPEN, aside > 0.04
 
-    def _carry(self, hand: np.ndarray, thing: np.ndarray, basket: np.ndarray) -> tuple[np.ndarray, bool]:
+    def _carry(self, hand: np.ndarray, thing: np.ndarray, basket: np.ndarray) -> tuple[np.ndarray, float, bool]:
         """Up, slowly while the fingers close; over to the basket once high enough; down a little; open."""
         height = hand[2] - self.grasp_height
         if self.released:
-            return self._command(np.array([0, 0, 0.01]), OPEN), False
+            return np.array([0, 0, 0.01]), OPEN, False
         aside = basket[:2] - hand[:2]
         distance = np.linalg.norm(aside)
         high = self.release_height + (self.carry_height - self.release_height) * np.clip((distance - 0.02) / 0.06, 0, 1)
         up = np.clip(high - height, -0.05, 0.008 + 1.2 * max(height, 0.0))
         if distance < 0.025 and abs(high - height) < 0.015:
             self.released = True
-            return self._command(np.array([0, 0, 0.01]), OPEN), False
+            return np.array([0, 0, 0.01]), OPEN, False
         across = aside * np.clip((height - 0.08) / 0.06, 0, 1)
-        return self._command(np.array([*across, up]), CLOSE), height > 0.12 and distance > 0.06
+        return np.array([*across, up]), CLOSE, height > 0.12 and distance > 0.06
 
-    def _command(self, way: np.ndarray, gripper: float) -> np.ndarray:
-        """A movement of ``way`` (m), no faster than the controller and this oracle's own speed."""
-        step = way * self.gain
-        longest = np.abs(step).max()
-        step = step * min(1.0, self.speed / longest) if longest else step
-        # Rounded as it will be stored: what is executed is what a dataset's reader gives.
-        return np.array([*step, 0.0, 0.0, 0.0, gripper], np.float32).astype(np.float64)
+
+def as_command(way: np.ndarray, gripper: float, speed: float, gain: float) -> np.ndarray:
+    """A movement of ``way`` (m) at a gain, no faster than a speed (of the controller's): float64 ``(7,)``."""
+    step = way * gain
+    longest = np.abs(step).max()
+    step = step * min(1.0, speed / longest) if longest else step
+    # Rounded as it will be stored: what is executed is what a dataset's reader gives.
+    return np.array([*step, 0.0, 0.0, 0.0, gripper], np.float32).astype(np.float64)
 
 
 class Pushes:
@@ -154,7 +168,7 @@ class Attempt:
     Attributes:
         succeeded: Whether the task was done.
         states: Robot states, float64 ``(8,)``.
-        commands: The oracle's, float64 ``(7,)``.
+        commands: The oracle's at its usual speed, float64 ``(7,)``.
         images: JPEG files by the simulator's camera, upright.
     """
 
@@ -196,12 +210,12 @@ def demonstrate(
     look(environment, cameras, True)
     observation = environment.step(STAY)[0]
     target, basket = environment.obj_of_interest
-    oracle, pushes = Oracle(target, basket, rng), Pushes(rng)
+    oracle, pushes = Oracle(target, basket, rng, usual_speed=not disturbed), Pushes(rng)
     attempt = Attempt(images={camera: [] for camera in cameras})
     while len(attempt.commands) < max_steps and not attempt.succeeded:
-        command, harmless = oracle.act(observation)
+        command, stored, harmless = oracle.act(observation)
         attempt.states.append(end_effector_state(observation))
-        attempt.commands.append(command)
+        attempt.commands.append(stored)
         for camera in cameras:
             attempt.images[camera].append(as_jpeg(observation[f"{camera}_image"]))
         observation = environment.step(pushes.disturbed(command, disturbed and harmless))[0]
@@ -334,7 +348,7 @@ def _record(record: Path, args: argparse.Namespace, tasks: dict[str, Any]) -> No
         f"up to {MOVED_BY} m from where its initial state has it, in x and in y",
         "frames": "turned by 180 degrees: upright, as LIBERO's published demonstrations; JPEG",
         "action": "OSC_POSE as the simulator takes it, in units of 0.05 m and 0.5 rad; gripper -1 open, +1 close. What "
-        "the oracle commands: pushes and noise were executed beside it and are not in it",
+        "the oracle commands at its usual speed: its own speed, pushes and noise were executed and are not in it",
         "gripper_for_openvla": "1 open, 0 closed: preset libero_object_no_noops inverts and clips",
         "observation.state": "end effector position (m), axis-angle (rad), finger positions (m)",
         "tasks": tasks,

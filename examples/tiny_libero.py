@@ -4,8 +4,8 @@
 
 ``train_tiny.py`` does this and everything before and after.
 
-Two towers as OpenVLA's, at 112 pixels with patches of 28 (16 of them: a CPU's compute asks for it), a Llama, and a
-tokenizer that knows the words of the demonstrations: a prompt is some 25 tokens in place of 100 characters.
+Two towers as OpenVLA's, with patches of 28 (64 of them: a CPU's compute asks for it), a Llama, and a tokenizer that
+knows the prompt and the words of the demonstrations: some 20 tokens in place of 100 characters.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ from openvla.configuration_openvla import PROMPTS
 from openvla.demonstrations import open_demonstrations
 from openvla.tiny import build_config, build_tokenizer, language_config
 
-IMAGE_SIZE, PATCH_SIZE = 112, 28
-TOWER_WIDTH, TOWER_DEPTH = 192, 4  # features come from the second-to-last block: three are run
+IMAGE_SIZE, PATCH_SIZE = 224, 28
+TOWER_WIDTH, TOWER_DEPTH = 128, 4  # features come from the second-to-last block: three are run
 LLM_WIDTH, LLM_DEPTH = 192, 3
 
 
 def build(instructions: list[str], seed: int) -> tuple[OpenVLAForActionPrediction, OpenVLAProcessor]:
     """The model, float32, and its processor."""
-    spoken = " ".join([PROMPTS["openvla"].format(instruction=""), *(text.lower() for text in instructions)])
-    words = sorted({word.strip("?:\n") for word in spoken.split()} - {""})
-    tokenizer = build_tokenizer(words=words)
+    before, _ = PROMPTS["openvla"].split(" {instruction}")
+    words = {word for text in instructions for word in text.lower().split()}
+    tokenizer = build_tokenizer(words=[before, *sorted(words)])
     tower = {"img_size": IMAGE_SIZE, "patch_size": PATCH_SIZE, "embed_dim": TOWER_WIDTH, "depth": TOWER_DEPTH}
     config = build_config(
         tokenizer,
-        timm_model_kwargs=[{**tower, "num_heads": 3}] * 2,
+        timm_model_kwargs=[{**tower, "num_heads": 2}] * 2,
         text_config=language_config(tokenizer, LLM_WIDTH, LLM_DEPTH),
         norm_stats=None,
     )
