@@ -4,7 +4,7 @@
 
 ``train_tiny.py`` does this and everything before and after.
 
-Two towers as OpenVLA's, with patches of 28 (64 of them: a CPU's compute asks for it), a Llama, and a tokenizer that
+Two towers as OpenVLA's, with patches of 32 (49 of them: a CPU's compute asks for it), a Llama, and a tokenizer that
 knows the prompt and the words of the demonstrations: some 20 tokens in place of 100 characters.
 """
 
@@ -20,9 +20,9 @@ from openvla.configuration_openvla import PROMPTS
 from openvla.demonstrations import open_demonstrations
 from openvla.tiny import build_config, build_tokenizer, language_config
 
-IMAGE_SIZE, PATCH_SIZE = 224, 28
+IMAGE_SIZE, PATCH_SIZE = 224, 32
 TOWER_WIDTH, TOWER_DEPTH = 128, 4  # features come from the second-to-last block: three are run
-LLM_WIDTH, LLM_DEPTH = 192, 3
+LLM_WIDTH, LLM_DEPTH = 192, 2
 
 
 def build(instructions: list[str], seed: int) -> tuple[OpenVLAForActionPrediction, OpenVLAProcessor]:

@@ -104,7 +104,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, metavar="DIR")
     parser.add_argument("--episodes", type=int, default=100, help="demonstrations a task; default 100")
-    parser.add_argument("--steps", type=int, default=4000, help="of each training; default 4000")
+    parser.add_argument("--steps", type=int, default=3000, help="of each training; default 3000")
     parser.add_argument("--judged", type=int, default=STATES - HELD_OUT, help="episodes a task and policy; default 25")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="simulators at a time")
     args = parser.parse_args()
