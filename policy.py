@@ -38,11 +38,13 @@ class Policy:
         model: In eval mode, on its device.
         processor: The checkpoint's own.
         unnorm_key: The dataset whose statistics give robot units.
+        constrain_actions: As of ``predict_action``; random weights need it.
     """
 
     model: OpenVLAForActionPrediction
     processor: OpenVLAProcessor
     unnorm_key: str
+    constrain_actions: bool = False
 
     def act(self, image: Any, instruction: str, proprio: Any = None) -> np.ndarray:
         """The next action, or chunk of actions; ``ActionChunk`` plays a chunk action by action.
@@ -58,19 +60,11 @@ class Policy:
         """
         device = self.model.device if self.model.device.type == "cuda" else None
         inputs = self.processor(instruction=instruction, images=image, device=device)
-        return self.model.predict_action(**inputs, unnorm_key=self.unnorm_key, proprio=proprio)
+        asked = {"unnorm_key": self.unnorm_key, "constrain_actions": self.constrain_actions}
+        return self.model.predict_action(**inputs, **asked, proprio=proprio)
 
     def reset(self) -> None:
         """Begin an episode. The model remembers nothing from one image to the next."""
-
-
-class EmbeddedPolicy(Policy):
-    """The embedded default: random weights need to be held to action tokens."""
-
-    def act(self, image: Any, instruction: str, proprio: Any = None) -> np.ndarray:
-        """As ``Policy.act``."""
-        inputs = self.processor(instruction=instruction, images=image)
-        return self.model.predict_action(**inputs, unnorm_key=self.unnorm_key, constrain_actions=True)
 
 
 def load_policy(
@@ -151,7 +145,7 @@ def embedded_policy(device: str | torch.device | None = None, unnorm_key: str | 
         unnorm_key: As for ``predict_action``.
     """
     model, processor = build_tiny()
-    return EmbeddedPolicy(model.to(device or default_device()), processor, model.resolve_unnorm_key(unnorm_key))
+    return Policy(model.to(device or default_device()), processor, model.resolve_unnorm_key(unnorm_key), True)
 
 
 def default_device() -> str:

@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
     loaded = time.perf_counter()
     inputs = processor(instruction=instruction, images=images)
     output = model.predict_action(
-        **inputs, unnorm_key=key, proprio=args.proprio, return_dict=True, constrain_actions=not args.model
+        **inputs, unnorm_key=key, proprio=args.proprio, return_dict=True, constrain_actions=policy.constrain_actions
     )
     predicted = time.perf_counter()
 
