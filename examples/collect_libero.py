@@ -46,10 +46,11 @@ CAMERAS = {"observation.image": "agentview", "observation.wrist_image": "robot0_
 ACTION_NAMES = ("dx", "dy", "dz", "droll", "dpitch", "dyaw", "gripper")
 STATE_NAMES = ("x", "y", "z", "rx", "ry", "rz", "finger_left", "finger_right")
 OPEN, CLOSE = -1.0, 1.0
-SPEED, GAIN = (
-    0.9,
-    17.0,
-)  # of what is stored: what differs between attempts without a reason to be seen is not to be learnt
+# Of what is stored. What differs between attempts without a reason to be seen is not to be learnt; and a model that
+# takes the most probable token needs few: spread over many, the phase that moves loses to the one that stands still.
+SPEED, GAIN = 0.9, 17.0
+SPEEDS = np.array([0.0, 0.1, 0.3, 0.9])
+NEXT_SPEED_FROM = np.array([0.05, 0.1732, 0.52])  # half of the slowest, then geometric means
 STAY = np.array([0.0] * 6 + [OPEN])
 ELSEWHERE = 0.6  # share of the attempts that start elsewhere than evaluation does
 MOVED_FROM = 2  # passes over the initial states that leave things where they are; later ones move every thing
@@ -59,19 +60,19 @@ MOVED_BY = 0.015  # m; LIBERO-Object itself places things within squares of 0.05
 class Oracle:
     """Moves towards what the next part of the task needs, from wherever the arm is: so it recovers by itself.
 
-    Heights and speeds differ from one to the next; what is stored is what one of the usual speed would do in its place.
+    Heights and speeds differ from one to the next; what is stored is what one of few speeds would do in its place.
 
     Args:
         target: Name of the object to pick up.
         basket: Name of the object to place it in.
         rng: Chooses heights and speeds.
-        usual_speed: Move at it.
+        as_stored: Move as what is stored says.
     """
 
-    def __init__(self, target: str, basket: str, rng: np.random.Generator, usual_speed: bool = False) -> None:
+    def __init__(self, target: str, basket: str, rng: np.random.Generator, as_stored: bool = False) -> None:
         self.target, self.basket = f"{target}_pos", f"{basket}_pos"
-        own = rng.uniform(0.8, 1.0), rng.uniform(14, 20)
-        self.speed, self.gain = (SPEED, GAIN) if usual_speed else own
+        self.speed, self.gain = rng.uniform(0.8, 1.0), rng.uniform(14, 20)
+        self.as_stored = as_stored
         self.clearance = rng.uniform(0.04, 0.08)
         self.grasp_offset = rng.uniform(0.0, 0.012)
         self.carry_height = rng.uniform(0.18, 0.23)
@@ -87,7 +88,8 @@ class Oracle:
         Both commands are float64 ``(7,)``, as the simulator takes them.
         """
         way, gripper, harmless = self._next(observation)
-        return as_command(way, gripper, self.speed, self.gain), as_command(way, gripper, SPEED, GAIN), harmless
+        stored = at_few_speeds(as_command(way, gripper, SPEED, GAIN))
+        return stored if self.as_stored else as_command(way, gripper, self.speed, self.gain), stored, harmless
 
     def _next(self, observation: dict[str, Any]) -> tuple[np.ndarray, float, bool]:
         """Where to (m), the gripper, and whether a push would do no harm."""
@@ -137,6 +139,13 @@ def as_command(way: np.ndarray, gripper: float, speed: float, gain: float) -> np
     return np.array([*step, 0.0, 0.0, 0.0, gripper], np.float32).astype(np.float64)
 
 
+def at_few_speeds(command: np.ndarray) -> np.ndarray:
+    """The command with each of its movements at the nearest of ``SPEEDS``: float64 ``(7,)``."""
+    step = command[:3]
+    few = np.sign(step) * SPEEDS[np.searchsorted(NEXT_SPEED_FROM, np.abs(step), side="right")]
+    return np.array([*few, *command[3:]], np.float32).astype(np.float64)
+
+
 class Pushes:
     """What disturbs the arm, so that demonstrations show the way back: noise, and a push of some steps now and then."""
 
@@ -168,7 +177,7 @@ class Attempt:
     Attributes:
         succeeded: Whether the task was done.
         states: Robot states, float64 ``(8,)``.
-        commands: The oracle's at its usual speed, float64 ``(7,)``.
+        commands: The oracle's at its usual speeds, float64 ``(7,)``.
         images: JPEG files by the simulator's camera, upright.
     """
 
@@ -210,7 +219,7 @@ def demonstrate(
     look(environment, cameras, True)
     observation = environment.step(STAY)[0]
     target, basket = environment.obj_of_interest
-    oracle, pushes = Oracle(target, basket, rng, usual_speed=not disturbed), Pushes(rng)
+    oracle, pushes = Oracle(target, basket, rng, as_stored=not disturbed), Pushes(rng)
     attempt = Attempt(images={camera: [] for camera in cameras})
     while len(attempt.commands) < max_steps and not attempt.succeeded:
         command, stored, harmless = oracle.act(observation)
@@ -348,7 +357,8 @@ def _record(record: Path, args: argparse.Namespace, tasks: dict[str, Any]) -> No
         f"up to {MOVED_BY} m from where its initial state has it, in x and in y",
         "frames": "turned by 180 degrees: upright, as LIBERO's published demonstrations; JPEG",
         "action": "OSC_POSE as the simulator takes it, in units of 0.05 m and 0.5 rad; gripper -1 open, +1 close. What "
-        "the oracle commands at its usual speed: its own speed, pushes and noise were executed and are not in it",
+        f"the oracle commands at the speeds {SPEEDS.tolist()}: its own speed, pushes and noise were executed and are "
+        "not in it",
         "gripper_for_openvla": "1 open, 0 closed: preset libero_object_no_noops inverts and clips",
         "observation.state": "end effector position (m), axis-angle (rad), finger positions (m)",
         "tasks": tasks,

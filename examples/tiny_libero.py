@@ -11,6 +11,7 @@ knows the prompt and the words of the demonstrations: some 20 tokens in place of
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from pathlib import Path
 
@@ -44,13 +45,26 @@ def build(instructions: list[str], seed: int) -> tuple[OpenVLAForActionPredictio
 
 
 def _start(model: OpenVLAForActionPrediction) -> None:
-    """Weights to train from; LayerScale starts at 1, as a pretrained tower's small values would take long to grow."""
+    """Weights to train from; LayerScale starts at 1, as a pretrained tower's small values would take long to grow.
+
+    Positions start as sines and cosines (Dosovitskiy et al. 2021 learn them; these say from the first step where).
+    """
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "norm" in name or name.endswith(("bias", "scale_factor")):
+            if name.endswith("pos_embed"):
+                parameter.copy_(_positions(IMAGE_SIZE // PATCH_SIZE, parameter.shape[-1]))
+            elif "norm" in name or name.endswith(("bias", "scale_factor")):
                 parameter.fill_(0.0 if name.endswith("bias") else 1.0)
             else:
                 parameter.normal_(std=0.02)
+
+
+def _positions(side: int, width: int) -> torch.Tensor:
+    """Row and column of every patch as waves of 4 to 80 patches: float32 ``(1, side * side, width)``."""
+    frequencies = math.pi / 2 * 20 ** -torch.linspace(0, 1, width // 4)
+    rows, columns = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
+    angles = [place.reshape(-1, 1) * frequencies for place in (rows, columns)]
+    return torch.cat([wave(angle) for angle in angles for wave in (torch.sin, torch.cos)], dim=1)[None]
 
 
 def main() -> int:

@@ -49,7 +49,7 @@ def demonstrations(folder: Path) -> None:
 
 
 def base(folder: str | Path) -> str | Path:
-    """Writes the model to teach, the embedded default, and gives back the folder."""
+    """Writes the model to teach, `openvla.tiny`'s, and gives back the folder."""
     for part in build_tiny():
         part.save_pretrained(folder)
     return folder

@@ -7,8 +7,8 @@ Two tasks of LIBERO-Object, 100 scripted demonstrations each from the initial st
 no demonstration began with. All seeds are fixed. What is broken off goes on where it was. Written are:
   demos/            the demonstrations, and demos.png to look at
   base/             the model before training
-  openvla/, oft/    the training runs; each one's packed/ is the result in bfloat16, as it ships and as it is judged
-  beside.log        what the one training says while the other shows its progress
+  openvla/, oft/    the training runs, the twin's from what the first has learnt; each one's packed/ is the result in
+                    bfloat16, as it ships and as it is judged
   judged/           success, videos and a contact sheet of both
   results.json      what the table at the end holds, and the seconds that every part took
 """
@@ -31,49 +31,37 @@ DATASET = "libero_object_no_noops"  # the preset of columns and gripper goes by 
 TASKS = ("0", "7")
 HELD_OUT, STATES = 25, 50  # initial states from the first on are never demonstrated; a task has so many
 POLICIES = {"openvla": "tiny_libero.yaml", "oft": "tiny_libero_oft.yaml"}
+BATCH_SIZE = 32  # of all processes
 
 
-def parts(args: argparse.Namespace) -> dict[str, list[list[str | Path]]]:
-    """The commands, those of a part beside each other, by what they make."""
+def parts(args: argparse.Namespace) -> dict[str, list[str | Path]]:
+    """The commands by what they make."""
     out, python = args.out, sys.executable
     demos, openvla, workers = out / "demos" / DATASET, [python, "-m", "openvla"], str(args.workers)
+    processes = next(count for count in (8, 4, 2, 1) if count <= args.workers)  # whole numbers of steps for each
+    launch = [python, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     collect = [python, HERE / "collect_libero.py", demos, "--tasks", *TASKS, "--episodes", str(args.episodes)]
     collect += ["--initial-states", "0", str(HELD_OUT), "--cameras", "agentview", "--workers", workers]
     look = [*openvla, "inspect-data", demos, "--fields", "{cameras: [observation.image]}", "--out", out / "demos.png"]
-    train, pack, judge = [], [], {}
+    done = {
+        "demonstrations": collect,
+        "picture of them": look,
+        "model before training": [python, HERE / "tiny_libero.py", demos, out / "base"],
+    }
+    base = out / "base"
     for name in POLICIES:
-        run, packed = ["--model", out / "base", "--output", out / name], out / name / "packed"
-        train.append([*openvla, "finetune", out / f"{name}.yaml", *run, "--max-steps", str(args.steps)])
-        pack.append([*openvla, "convert", out / name / "model", packed, "--dtype", "bf16"])
+        result, packed = out / name / "model", out / name / "packed"
+        run = ["--model", base, "--output", out / name, "--batch-size", str(BATCH_SIZE // processes)]
+        steps = [] if args.steps is None else ["--max-steps", str(args.steps)]
         held_out = ["--tasks", *TASKS, "--episodes", str(args.judged), "--first-initial-state", str(HELD_OUT)]
         written = ["--workers", workers, "--output", out / "judged" / name]
-        judge[f"judging {name}"] = [
-            [*openvla, "evaluate", "--model", packed, "--dtype", "float32", *held_out, *written]
-        ]
-    return {
-        "demonstrations": [collect],
-        "picture of them": [look],
-        "model before training": [[python, HERE / "tiny_libero.py", demos, out / "base"]],
-        "training": train,
-        "packing": pack,
-        **judge,
-    }
-
-
-def run(commands: list[list[str | Path]], log: Path) -> int:
-    """Run commands beside each other, each with its share of the cores; the output of all but the first goes to a log.
-
-    Returns:
-        The first exit status that is not 0, else 0.
-    """
-    shares = {**os.environ, "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // len(commands)))}
-    with open(log, "ab") as other:
-        places: list[dict] = [{}, *({"stdout": other, "stderr": other} for _ in commands[1:])]
-        running = [
-            subprocess.Popen(command, env=shares if len(commands) > 1 else None, **place)
-            for command, place in zip(commands, places)
-        ]
-        return next((status for status in [process.wait() for process in running] if status), 0)
+        done |= {
+            f"training {name}": [*launch, "-m", "openvla", "finetune", out / f"{name}.yaml", *run, *steps],
+            f"packing {name}": [*openvla, "convert", result, packed, "--dtype", "bf16"],
+            f"judging {name}": [*openvla, "evaluate", "--model", packed, "--dtype", "float32", *held_out, *written],
+        }
+        base = result
+    return done
 
 
 def write_runs(args: argparse.Namespace) -> None:
@@ -104,7 +92,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, metavar="DIR")
     parser.add_argument("--episodes", type=int, default=100, help="demonstrations a task; default 100")
-    parser.add_argument("--steps", type=int, default=3000, help="of each training; default 3000")
+    parser.add_argument("--steps", type=int, help="of each training; default as their files say")
     parser.add_argument("--judged", type=int, default=STATES - HELD_OUT, help="episodes a task and policy; default 25")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="simulators at a time")
     args = parser.parse_args()
@@ -112,12 +100,12 @@ def main() -> int:
     record = args.out / "results.json"
     known = read_json(record) if record.is_file() else {"cores": os.cpu_count(), "parts": {}}
     write_runs(args)
-    for part, commands in parts(args).items():
+    for part, command in parts(args).items():
         if known["parts"].get(part, {}).get("done"):
             continue
         print(f"--- {part}", flush=True)
         started = time.perf_counter()
-        status = run(commands, args.out / "beside.log")
+        status = subprocess.run(command).returncode
         before = known["parts"].get(part, {}).get("seconds", 0.0)
         known["parts"][part] = {"done": status == 0, "seconds": before + time.perf_counter() - started}
         write_json(record, known)

@@ -7,6 +7,7 @@ Each part runs where its libraries are installed (tests/data/README.md); the tes
     python tests/make_data.py lerobot tests/data            # lerobot-dataset 0.4.4: v3.0
     python tests/make_data.py lerobot tests/data            # lerobot 0.3.2: v2.1
     python tests/make_data.py hdf5 tests/data               # h5py
+    python tests/make_data.py episode tests/data --reference demos/libero_object_no_noops   # pyarrow; its first episode
 """
 
 import argparse
@@ -390,11 +391,26 @@ def make_hdf5(out):
                 obs.create_dataset("eye_in_hand_rgb", data=images(number, 1), **packed)
 
 
+def make_episode(out, demos):
+    """Ten steps of a demonstration that was collected on an initial state which training leaves out."""
+    import pyarrow.parquet
+
+    file = min(demos.glob("data/*/*.parquet"))
+    rows = pyarrow.parquet.read_table(file, filters=[("episode_index", "=", 0)]).to_pylist()
+    steps = [rows[index] for index in np.linspace(0, len(rows) - 1, 10).round().astype(int)]
+    (out / "libero_episode").mkdir(exist_ok=True)
+    for number, step in enumerate(steps):
+        (out / "libero_episode" / f"{number}.jpg").write_bytes(step["observation.image"]["bytes"])
+    fields = ("frame_index", "language_instruction", "observation.state", "action")
+    kept = [{name: step[name] for name in fields} for step in steps]
+    (out / "libero_episode" / "steps.json").write_text(json.dumps(kept, indent=1) + "\n")
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
-    parser.add_argument("part", choices=("rlds", "presets", "lerobot", "hdf5"))
+    parser.add_argument("part", choices=("rlds", "presets", "lerobot", "hdf5", "episode"))
     parser.add_argument("out", type=Path)
-    parser.add_argument("--reference", type=Path, help="a checkout of openvla-oft")
+    parser.add_argument("--reference", type=Path, help="a checkout of openvla-oft; of episode the demonstrations")
     args = parser.parse_args()
-    extra = (args.reference,) if args.part == "presets" else ()
+    extra = (args.reference,) if args.part in ("presets", "episode") else ()
     globals()[f"make_{args.part}"](args.out, *extra)
