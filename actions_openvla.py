@@ -111,6 +111,14 @@ class ActionTokenizer:
         clipped = np.clip(actions, self.min_action, self.max_action)
         return (self.vocab_size - np.digitize(clipped, self.bins)).astype(np.int64)
 
+    def encode_decoded(self, actions: np.ndarray | Sequence[float]) -> np.ndarray:
+        """Token ids behind what ``decode`` gave: as ``encode``, but all of the highest bin has the top edge's token.
+
+        That one and the bin's own decode alike; clipped and saturated labels (an open gripper) are trained as the edge.
+        """
+        tokens = self.encode(actions)
+        return np.where(tokens == self.first_token_id + 1, self.first_token_id, tokens)
+
     def bin_indices(self, token_ids: np.ndarray | Sequence[int]) -> np.ndarray:
         """Index into ``bin_centers`` of each token id: int64, same shape, ids outside the action range clipped."""
         token_ids = np.asarray(token_ids)

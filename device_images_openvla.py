@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from .images_openvla import as_images, crop_corner, normalization_table, padded_size, target_size
+from .images_openvla import as_images, crop_corner, each_tower, normalization_table, padded_size, target_size
 
 WEIGHT_BITS = 22  # Pillow's: a byte, two bits for sums above one, 32 in all
 ACROSS, DOWN = "across", "down"
@@ -73,18 +73,19 @@ def pixels_on(
 def _transformed(
     image: Any, device: torch.device, towers: Sequence[tuple[dict, dict, dict]], fill: Sequence[int] | None
 ) -> torch.Tensor | None:
-    pixels, planes, prepared = _bytes_on(image, device), [], {}
+    pixels, planes = _bytes_on(image, device), []
     if fill is not None:
         pixels = _padded(pixels, fill)
-    for resize, crop, normalize in towers:
-        wanted = (str(resize["size"]), resize["interpolation"], str(crop["output_size"]))
-        if wanted not in prepared:
-            resized = _resized(pixels, resize["size"], resize["interpolation"])
-            if resized is None:
-                return None
-            prepared[wanted] = _cropped(resized, crop["output_size"]).long()
+
+    def prepare(size: Any, resampling: int, crop: Sequence[int]) -> torch.Tensor | None:
+        resized = _resized(pixels, size, resampling)
+        return None if resized is None else _cropped(resized, crop).long()
+
+    for normalize, prepared in each_tower(towers, prepare):
+        if prepared is None:
+            return None
         table = _table(tuple(normalize["mean"]), tuple(normalize["std"]), device)
-        planes.append(table.gather(1, prepared[wanted].flatten(1)).view(prepared[wanted].shape))
+        planes.append(table.gather(1, prepared.flatten(1)).view(prepared.shape))
     return torch.cat(planes)
 
 

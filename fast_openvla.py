@@ -266,7 +266,7 @@ def draft_tokens(draft: Any, tokenizer: Any, statistics: Sequence[Any]) -> torch
     if guesses.shape != (len(statistics), statistics[0].dimension):
         expected = f"({len(statistics)}, {statistics[0].dimension})"
         raise ValueError(f"draft must be one action a row, {expected}, got shape {np.shape(draft)}.")
-    tokens = [tokenizer.encode(row.normalize(guess)) for row, guess in zip(statistics, guesses)]
+    tokens = [tokenizer.encode_decoded(row.normalize(guess)) for row, guess in zip(statistics, guesses)]
     return torch.from_numpy(np.stack(tokens)[:, :-1])
 
 

@@ -5,7 +5,7 @@ TensorFlow does to frames before that (``IMAGE_PRESETS``), pixel for pixel.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -143,16 +143,31 @@ def normalized_pixels(
         float32 ``(3 * towers, height, width)``.
     """
     image = image if fill is None else padded_to_square(image, tuple(fill))
-    prepared, planes = {}, None  # the towers of one model mostly want the same pixels
-    for index, (resize, crop, normalize) in enumerate(towers):
-        wanted = (str(resize["size"]), resize["interpolation"], str(crop["output_size"]))
-        if wanted not in prepared:
-            pixels = center_crop(resized(image, resize["size"], resize["interpolation"]), crop["output_size"])
-            prepared[wanted] = _unit(np.asarray(pixels).transpose(2, 0, 1))
+    planes = None
+
+    def prepare(size: Any, resampling: int, crop: Sequence[int]) -> np.ndarray:
+        return _unit(np.asarray(center_crop(resized(image, size, resampling), crop)).transpose(2, 0, 1))
+
+    for index, (normalize, unit) in enumerate(each_tower(towers, prepare)):
         if planes is None:
-            planes = np.empty((len(towers), *prepared[wanted].shape), np.float32)
-        _normalized(prepared[wanted], normalize["mean"], normalize["std"], planes[index])
+            planes = np.empty((len(towers), *unit.shape), np.float32)
+        _normalized(unit, normalize["mean"], normalize["std"], planes[index])
     return planes.reshape(-1, *planes.shape[2:])
+
+
+def each_tower(towers: Sequence[tuple[dict, dict, dict]], prepare: Callable) -> Iterator[tuple[dict, Any]]:
+    """Every tower's normalisation, and its pixels: towers of one model mostly want the same, which are made once.
+
+    Args:
+        towers: As of ``normalized_pixels``.
+        prepare: Makes pixels of a size, a resampling filter and the size of the crop.
+    """
+    prepared = {}
+    for resize, crop, normalize in towers:
+        wanted = resize["size"], resize["interpolation"], crop["output_size"]
+        if str(wanted) not in prepared:
+            prepared[str(wanted)] = prepare(*wanted)
+        yield normalize, prepared[str(wanted)]
 
 
 def normalization_table(mean: Sequence[float], std: Sequence[float]) -> np.ndarray:

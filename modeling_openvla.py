@@ -382,8 +382,9 @@ class OpenVLAForActionPrediction(
             unnorm_key: As in ``predict_action``.
 
         Returns:
-            float64 ``(batch, candidates)``, the sum over dimensions of the log-probability of the candidate's token
-            given the tokens before it, in nats, over the whole vocabulary.
+            float64 ``(batch, candidates)``, the sum over dimensions of the log-probability of the candidate's bin
+            given the tokens before it, in nats, over the whole vocabulary. (Two tokens decode to the highest bin; the
+            top edge's is what stands before the next.)
 
         Raises:
             ValueError: Shapes disagree, values are not finite, or the model answers in parallel, where the numbers of
@@ -404,7 +405,8 @@ class OpenVLAForActionPrediction(
                 f"actions must have shape (candidates, action_dim) or ({len(input_ids)}, candidates, action_dim) with "
                 f"at least one candidate, got {np.shape(actions)}."
             )
-        tokens = np.stack([self.action_tokenizer.encode(s.normalize(c)) for s, c in zip(statistics, candidates)])
+        encode, top = self.action_tokenizer.encode_decoded, self.action_tokenizer.first_token_id
+        tokens = np.stack([encode(row.normalize(actions)) for row, actions in zip(statistics, candidates)])
         embeds, mask, _, _ = self.embed_inputs(input_ids, pixel_values, attention_mask)
         _, count, action_dim = tokens.shape
         tokens = torch.from_numpy(tokens).to(embeds.device).flatten(0, 1)
@@ -422,7 +424,9 @@ class OpenVLAForActionPrediction(
         )
         # The logits at the prompt's last position and at all action tokens but the last one.
         logits = require_finite(output.logits[:, -action_dim:].float())
-        chosen = logits.log_softmax(-1).gather(-1, tokens.to(logits.device)[..., None]).squeeze(-1)
+        likely, tokens = logits.log_softmax(-1), tokens.to(logits.device)
+        chosen = likely.gather(-1, tokens[..., None]).squeeze(-1)
+        chosen = torch.where(tokens == top, torch.logaddexp(chosen, likely[..., top + 1]), chosen)
         return chosen.cpu().double().sum(-1).view(-1, count).numpy()
 
     def _prompts(

@@ -12,6 +12,7 @@ from openvla.fast_openvla import TABLE, FastDecoder, decode_fast, goes_fast, rea
 from openvla.quantization_openvla import QUANTIZES_ON_CPU
 from openvla.tiny import build_tiny
 from transformers import AutoConfig, AutoModelForCausalLM
+from ways import adapt, alike, changes
 
 # Products of one row sum in another order than those of many: a few units in the last place of logits of order one.
 LOGIT_ATOL = 2e-5
@@ -135,44 +136,24 @@ def test_threads_do_not_disturb_each_other(frames):
     assert len({action.tobytes() for action in serial}) > 2
 
 
-def _alike(model, inputs):
-    """The answer, which is the same whichever way it is made."""
-    asked = {**inputs, "return_dict": True, "constrain_actions": True}
-    own, quick = (model.predict_action(**asked, fast=fast) for fast in (False, True))
-    assert np.array_equal(own.token_ids, quick.token_ids)
-    return quick.bin_probabilities
-
-
 @pytest.mark.lane
 def test_weights_that_changed_since_the_last_answer_count(frames):
     model, processor = build_tiny()
     inputs = processor(instruction="open the drawer", images=frames["noise"])
     layer = model.get_decoder().layers[0]
-    before = seen = _alike(model, inputs)
+    before = seen = alike(model, inputs)
 
     def in_place():
         layer.mlp.up_proj.weight.data.mul_(3)
 
-    def another_storage():
-        layer.self_attn.v_proj.weight.data = layer.self_attn.v_proj.weight.data.flip(0)
-
-    def another_parameter():
-        layer.input_layernorm.weight = torch.nn.Parameter(layer.input_layernorm.weight * 2)
-
-    def another_module():
-        layer.self_attn.k_proj = torch.nn.Linear(*layer.self_attn.k_proj.weight.T.shape, bias=False)
-
-    def another_dtype():
-        model.to(torch.float64)
-
-    for change in (in_place, another_storage, another_parameter, another_module, another_dtype):
+    for change in (in_place, *changes(model)):
         with torch.no_grad():
             change()
-        now = _alike(model, inputs)
+        now = alike(model, inputs)
         assert not np.array_equal(now, seen), change
         seen = now
     model.load_state_dict(build_tiny()[0].state_dict())
-    assert np.array_equal(_alike(model.to(torch.float32), inputs), before)
+    assert np.array_equal(alike(model.to(torch.float32), inputs), before)
     with pytest.raises(RuntimeError, match="meta"):  # a device without numbers: no action
         model.to("meta").predict_action(**inputs)
 
@@ -209,20 +190,15 @@ def test_an_adapter_that_comes_moves_and_goes_counts(frames):
     pytest.importorskip("peft")
     model, processor = build_tiny()
     inputs = processor(instruction="open the drawer", images=frames["noise"])
-    before = _alike(model, inputs)
-    model.enable_lora(r=4)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                parameter.normal_(std=0.5)
-    model.eval()
-    adapted = _alike(model, inputs)
+    before = alike(model, inputs)
+    adapt(model)
+    adapted = alike(model, inputs)
     assert not np.array_equal(adapted, before)
     model.disable_adapters()
-    assert np.array_equal(_alike(model, inputs), before)
+    assert np.array_equal(alike(model, inputs), before)
     model.enable_adapters()
-    assert np.array_equal(_alike(model, inputs), adapted)
-    merged = _alike(model.merge_lora().eval(), inputs)
+    assert np.array_equal(alike(model, inputs), adapted)
+    merged = alike(model.merge_lora().eval(), inputs)
     np.testing.assert_allclose(merged, adapted, rtol=0, atol=1e-4)  # the sum W + BA is rounded once
     assert not np.array_equal(merged, before)
 

@@ -1,6 +1,7 @@
 """Recorded answers are the plain ones, or are not taken. What only a GPU can show is marked ``gpu``."""
 
 import copy
+import functools
 import pickle
 from concurrent.futures import ThreadPoolExecutor
 
@@ -13,6 +14,7 @@ from openvla.graphs_openvla import KEPT, CudaRecording, Recordings
 from openvla.parallel_openvla import FIRST_TRANSFORMERS
 from openvla.tiny import build_tiny
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from ways import adapt, alike, changes
 
 BOUNDS = {"q01": -1.0, "q99": 1.0, "min": -1.0, "max": 1.0}
 SIZES = {part: PLATFORMS["libero"][f"{part}_dim"] for part in ("action", "proprio")}
@@ -61,12 +63,7 @@ def asked(processor, frame, instruction="open the drawer"):
     return {**processor(instruction=instruction, images=frame), "return_dict": True, "constrain_actions": True}
 
 
-def same(model, inputs):
-    """The answer, which is the plain one."""
-    plain, taken = (model.predict_action(**inputs, fast=fast) for fast in (False, None))
-    assert np.array_equal(plain.token_ids, taken.token_ids)
-    assert np.array_equal(plain.actions, taken.actions)
-    return taken.bin_probabilities
+same = functools.partial(alike, fast=None)
 
 
 def test_the_second_answer_of_a_shape_is_recorded_and_the_third_replayed(recording, frames):
@@ -102,25 +99,12 @@ def test_the_least_recently_used_recording_goes(recording, frames):
 def test_what_was_changed_since_counts(recording, frames):
     model, processor, said = recording
     inputs = asked(processor, frames["noise"])
-    layer = model.get_decoder().layers[0]
-
-    def another_storage():
-        layer.self_attn.v_proj.weight.data = layer.self_attn.v_proj.weight.data.flip(0)
-
-    def another_parameter():
-        layer.input_layernorm.weight = torch.nn.Parameter(layer.input_layernorm.weight * 2)
-
-    def another_module():
-        layer.self_attn.k_proj = torch.nn.Linear(*layer.self_attn.k_proj.weight.T.shape, bias=False)
-
-    def another_dtype():
-        model.to(torch.float64)
 
     def a_hook():
         model.projector.fc1.register_forward_hook(lambda module, args, output: output * 2)
 
     seen = same(model, inputs)
-    for change in (another_storage, another_parameter, another_module, another_dtype, a_hook):
+    for change in (*changes(model), a_hook):
         same(model, inputs)
         same(model, inputs)
         made, replayed = StandIn.made, StandIn.replayed
@@ -139,12 +123,7 @@ def test_adapters_that_come_switch_and_go_count(recording, frames):
     model, processor, _ = recording
     inputs = asked(processor, frames["noise"])
     before = [same(model, inputs) for _ in range(3)][0]
-    model.enable_lora(r=4)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                parameter.normal_(std=0.5)
-    model.eval()
+    adapt(model)
     adapted = [same(model, inputs) for _ in range(3)]
     assert not np.array_equal(adapted[2], before)
     made, replayed = StandIn.made, StandIn.replayed
