@@ -5,8 +5,13 @@ INSTALLED := $(VENV)/.installed
 
 .PHONY: demo test test-slow test-browser notebooks convert-full train-tiny lanes lint docs clean
 
-demo: $(INSTALLED)  ## one action from a real LIBERO frame, as a table and as demo.png
+demo: $(INSTALLED)  ## one action from a real LIBERO frame, as a table and as demo.png; with the simulator an episode too
 	$(VENV)/bin/openvla predict --plot demo.png
+	@if $(VENV)/bin/python -c 'import importlib.util, sys; sys.exit(not importlib.util.find_spec("libero"))'; then \
+	  $(VENV)/bin/openvla evaluate --tasks 0 --episodes 1 --first-initial-state 25 --output demo; \
+	else \
+	  echo "To see it act, install the simulator, then again: $(VENV)/bin/pip install -c ci/constraints.txt -e '.[libero]'"; \
+	fi
 
 test: $(INSTALLED)  ## the default tests
 	$(VENV)/bin/python -m pytest
@@ -40,7 +45,7 @@ docs: $(INSTALLED)  ## the pages as a site, in site/; a broken link stops it
 	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs build
 
 clean:  ## remove what the other verbs made
-	rm -rf $(VENV) .lanes demo.png openvla.egg-info build site
+	rm -rf $(VENV) .lanes demo demo.png openvla.egg-info build site
 
 $(INSTALLED): pyproject.toml ci/constraints.txt
 	$(PYTHON) -m venv $(VENV)

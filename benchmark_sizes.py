@@ -22,8 +22,8 @@ WIDTHS = {"tiny-deep": ((64, 172, 4), ((64, 2), (72, 2))), "eighth": ((512, 1376
 def overrides(size: str) -> dict[str, Any]:
     """Fields of the configuration of a size.
 
-    "tiny" is the embedded default; "eighth" has full depth at 1/8 of the width; "tiny-deep" has full depth and next to
-    no arithmetic, so that what is left is the host's work.
+    "tiny" is that of ``openvla.tiny``; "eighth" has full depth at 1/8 of the width; "tiny-deep" has full depth and next
+    to no arithmetic, so that what is left is the host's work.
     """
     if size == "tiny":
         return {}

@@ -6,6 +6,7 @@ import argparse
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,13 +20,13 @@ from .loading import AutoProcessor
 from .modeling_openvla import OpenVLAForActionPrediction
 from .processing_openvla import OpenVLAProcessor
 from .quantization_openvla import UNQUANTIZED_MODULES, VISION_TOWERS, fast_dtype, quantization_config
-from .tiny import build_tiny
 
 # Beside the weights: cache, activations, what the allocator does not give back.
 HEADROOM = 1.1
 # Bytes a weight: the value, and one scale (quantised itself at 4 bits) a block of 64 or a row.
 BYTES_OF_BITS = {8: 1.0, 4: 0.5 + 1 / 64 + 4 / (64 * 256)}
-EMBEDDED_NAME = "embedded default (tiny, UNTRAINED: random weights that show the way, not a policy)"
+EMBEDDED = Path(__file__).parent / "assets" / "libero"  # its README.md says how it was made and what it can do
+EMBEDDED_NAME = "embedded default (4 M parameters, trained on two tasks of LIBERO-Object)"
 DTYPES = ("float32", "bfloat16", "float16")
 PREPROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 
@@ -68,7 +69,7 @@ class Policy:
 
 
 def load_policy(
-    model: str | os.PathLike,
+    model: str | os.PathLike | None = None,
     *,
     bits: int | None = None,
     device: str | torch.device | None = None,
@@ -78,10 +79,11 @@ def load_policy(
     """Load a checkpoint, or an adapter on its base, straight onto a device.
 
     Args:
-        model: Folder or Hub id.
+        model: Folder or Hub id; None is the embedded default, which needs no download.
         bits: 8 or 4 for quantised weights (see ``quantization_config``); None for whole ones, or as saved.
         device: None is the GPU where there is one, else the CPU.
-        dtype: None is bfloat16 on a GPU that has it (else float16), and the checkpoint's own on a CPU.
+        dtype: None is bfloat16 on a GPU that has it (else float16), and the checkpoint's own on a CPU (float32 for the
+            embedded default: many CPUs have no bfloat16).
         unnorm_key: As for ``predict_action``; settled here, so that a wrong one does not wait for the first action.
 
     Raises:
@@ -91,6 +93,8 @@ def load_policy(
         ImportError: A package for ``bits`` or an adapter is missing.
     """
     device = torch.device(device or default_device())
+    if model is None:
+        model, dtype = EMBEDDED, dtype or (torch.float32 if device.type == "cpu" else None)
     is_adapter = optional_file(model, ADAPTER_CONFIG_FILE) is not None
     base, revision = base_of(model, {}) if is_adapter else (model, None)
     at = {"revision": revision} if revision else {}
@@ -129,23 +133,8 @@ def add_policy_arguments(parser: argparse.ArgumentParser) -> None:
 
 def policy_from(args: argparse.Namespace) -> tuple[Policy, str]:
     """The policy that the options of ``add_policy_arguments`` name, and its name; errors as of ``load_policy``."""
-    if args.model is None:
-        if args.bits or args.dtype:
-            raise ValueError("--bits and --dtype are for --model; the embedded default is tiny as it is.")
-        return embedded_policy(args.device, args.unnorm_key), EMBEDDED_NAME
     policy = load_policy(args.model, bits=args.bits, device=args.device, dtype=args.dtype, unnorm_key=args.unnorm_key)
-    return policy, str(args.model)
-
-
-def embedded_policy(device: str | torch.device | None = None, unnorm_key: str | None = None) -> Policy:
-    """The embedded default, which needs no download: random weights, to be held to action tokens.
-
-    Args:
-        device: As for ``load_policy``.
-        unnorm_key: As for ``predict_action``.
-    """
-    model, processor = build_tiny()
-    return Policy(model.to(device or default_device()), processor, model.resolve_unnorm_key(unnorm_key), True)
+    return policy, str(args.model or EMBEDDED_NAME)
 
 
 def default_device() -> str:

@@ -1,6 +1,7 @@
 """A tiny OpenVLA with a tokenizer of its own, built in a second: for a first try without a download, and for tests.
 
-It is *untrained*: seeded random weights that show the way from image to action, not a policy.
+It is *untrained*: seeded random weights that show the way from image to action, not a policy. Tests, benchmarks and
+examples build on it.
 """
 
 from __future__ import annotations

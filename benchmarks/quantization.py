@@ -2,7 +2,7 @@
 
     python benchmarks/quantization.py [--sizes tiny eighth full] [--inputs 200]
 
-Sizes: "tiny", the embedded default; "eighth", OpenVLA-7B's depth at an eighth of its width; "full", its size. Weights
+Sizes: "tiny", `openvla.tiny`'s; "eighth", OpenVLA-7B's depth at an eighth of its width; "full", its size. Weights
 are random, so the agreement says how far quantisation moves the arithmetic, not how a trained policy would fare; it is
 over free-running greedy decoding among action tokens, where one other token changes all that follow. Each row is a
 process of its own. What is not quantised is bfloat16 and computed as such where the hardware can; elsewhere the same

@@ -31,10 +31,9 @@ from urllib.parse import urlsplit
 import numpy as np
 import psutil
 import torch
-from openvla import PolicyClient
+from openvla import PolicyClient, load_policy
 from openvla.policy_client import PolicyServerError
 from openvla.serve import DRAIN_SECONDS
-from openvla.tiny import build_tiny
 
 INSTRUCTIONS = ("open the drawer", "pick up the red block", "put the spoon on the towel beside the pot")
 FRAMES = 4
@@ -70,14 +69,11 @@ class Tally:
 
 def known_answers() -> list[tuple[np.ndarray, str, np.ndarray]]:
     """Frames, instructions, and what the policy answers to them."""
-    model, processor = build_tiny()
+    policy = load_policy()
     generator = np.random.RandomState(0)
     frames = [generator.randint(0, 256, (SIDE, SIDE, 3), dtype=np.uint8) for _ in range(FRAMES)]
     pairs = [(frame, instruction) for frame in frames for instruction in INSTRUCTIONS]
-    return [
-        (frame, text, model.predict_action(**processor(instruction=text, images=frame), constrain_actions=True))
-        for frame, text in pairs
-    ]
+    return [(frame, text, policy.act(frame, text)) for frame, text in pairs]
 
 
 def good_client(url: str, answers: list, period: float, tally: Tally, stop: threading.Event, seed: int) -> None:

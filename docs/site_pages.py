@@ -10,9 +10,10 @@ from pathlib import Path
 from mkdocs.structure.files import File
 
 REPOSITORY = Path(__file__).parent.parent
-# Which page a file at the root becomes.
+# Which page a file outside docs/ becomes.
 ROOT_PAGES = {
     "README.md": "index.md",
+    "assets/libero/README.md": "embedded.md",
     "PARITY.md": "parity.md",
     "CONTRIBUTING.md": "contributing.md",
     "CHANGELOG.md": "changelog.md",
@@ -21,12 +22,12 @@ LINK = re.compile(r"(?<=\]\()(\.\./)?([\w./-]+)(?=[#)])")
 
 
 def on_files(files, config):
-    """Add the root's pages, the pictures and the notebooks."""
+    """Add the pages, the pictures and the notebooks."""
     for name, page in ROOT_PAGES.items():
         text = (REPOSITORY / name).read_text(encoding="utf-8")
         text = re.sub(r"\A---\n.*?\n---\n", "", text, flags=re.DOTALL)  # what the Hub reads of a model card
         files.append(File.generated(config, page, content=LINK.sub(_on_the_site, text)))
-    for linked in sorted([*REPOSITORY.glob("assets/*.png"), *REPOSITORY.glob("examples/*.ipynb")]):
+    for linked in sorted([*REPOSITORY.glob("assets/*.[jp]*g"), *REPOSITORY.glob("examples/*.ipynb")]):
         files.append(File.generated(config, str(linked.relative_to(REPOSITORY)), abs_src_path=str(linked)))
     return files
 

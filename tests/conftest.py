@@ -110,7 +110,7 @@ def here(hub, monkeypatch, tmp_path):
 
 @pytest.fixture(scope="session")
 def server():
-    """A policy server of the embedded default on loopback."""
+    """A policy server of a tiny model on loopback."""
     from serving import InThread, embedded
 
     with InThread(embedded()) as server:

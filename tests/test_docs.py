@@ -25,9 +25,13 @@ BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 # There is no GPU here, and the tiny model's towers have sizes that no registry knows.
 REPLACED = {'device_map="cuda"': 'device_map="cpu"'}
-ADDED = {"convert runs/my-run my-openvla": ["--config-overrides", "sizes.json"]}
-# Of these commands only arguments (and a run's YAML file) are checked, since they take a simulator, downloads or hours.
-ARGUMENTS_ONLY = {"evaluate", "assemble", "bench", "finetune"}
+ADDED = {
+    "convert runs/my-run my-openvla": ["--config-overrides", "sizes.json"],
+    "finetune": shlex.split("--max-steps 1 --batch-size 2 --feed-back 2 --device cpu --tracker tensorboard"),
+}
+# Of these commands, and of what torchrun launches, only arguments (and a run's YAML file) are checked, since they take
+# a simulator, downloads or many processes.
+ARGUMENTS_ONLY = {"evaluate", "assemble", "bench"}
 NEW_NAMES = tuple(map(int, transformers.__version__.split(".")[:2])) >= (4, 56)
 # What begins so is compiled, not run; how often each page may do that.
 NOT_RUN = "# Not run in CI:"
@@ -53,6 +57,7 @@ def given(hub, tokenizer, overrides, tmp_path_factory):
     shutil.copytree(plain, folder / "old-finetune")
     shutil.copytree(tokenizer, folder / "llama-2-tokenizer")
     shutil.copytree(REPOSITORY / "examples", folder / "examples")
+    shutil.copytree(REPOSITORY / "tests" / "data" / "bridge_orig", folder / "datasets" / "bridge_orig")
     runpy.run_path(str(REPOSITORY / "examples" / "toy.py"))["demonstrations"](folder / "my-demonstrations")
     write_json(folder / "sizes.json", overrides["fused"])
     for name in ("frame.png", "main.png", "wrist.png"):
@@ -95,19 +100,20 @@ def run_shell(code, where, monkeypatch, capsys):
                     runpy.run_path(file, run_name="__main__")
                 case ["openvla" | "torchrun" | "python", *_]:
                     start = 1 if words[0] == "openvla" else words.index("openvla") + 1
-                    run_command(words[start:], where, monkeypatch, capsys)
+                    with monkeypatch.context() as patch:
+                        if words[0] == "torchrun" or words[start] in ARGUMENTS_ONLY:
+                            add_arguments, _, description = command_line.COMMANDS[words[start]]
+                            stand_in = (add_arguments, check_arguments, description)
+                            patch.setitem(command_line.COMMANDS, words[start], stand_in)
+                        run_command(words[start:], where, capsys)
                 case _:
                     pytest.fail(f"{where}: nobody has said how to check {command!r}")
 
 
-def run_command(arguments, where, monkeypatch, capsys):
+def run_command(arguments, where, capsys):
     for start, more in ADDED.items():
         if " ".join(arguments).startswith(start):
             arguments = [*arguments, *more]
-    name = arguments[0]
-    if name in ARGUMENTS_ONLY:
-        add_arguments, _, description = command_line.COMMANDS[name]
-        monkeypatch.setitem(command_line.COMMANDS, name, (add_arguments, check_arguments, description))
     assert command_line.main(arguments) == 0, f"{where}: {capsys.readouterr().err}"
 
 

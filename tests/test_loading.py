@@ -244,7 +244,7 @@ def test_saving_again_keeps_our_code_in_the_auto_map(fused_folder, tmp_path):
 
 
 def test_tiny_is_the_same_everywhere():
-    """The embedded default does not depend on the transformers version (lanes compare the files themselves)."""
+    """The tiny model does not depend on the transformers version (lanes compare the files themselves)."""
     first, second = build_tiny()[0], build_tiny()[0]
     assert digests(first) == digests(second)
     assert digests(first) != digests(build_tiny(seed=1)[0])

@@ -101,9 +101,18 @@ def test_what_cannot_fit_is_refused_before_reading(tmp_path):
         load_policy(tmp_path)
 
 
-def test_bits_need_a_model_and_a_known_number(capsys):
-    assert main(["predict", "--bits", "4"]) == 2
-    assert "--bits and --dtype are for --model" in capsys.readouterr().err
+@here_it_works
+def test_the_embedded_default_comes_in_any_precision(capsys):
+    pytest.importorskip("bitsandbytes")
+    found = {}
+    for asked in ([], ["--bits", "4"], ["--dtype", "bfloat16"]):
+        assert main(["predict", "--json", *asked]) == 0
+        found[" ".join(asked)] = json.loads(capsys.readouterr().out)
+    assert [report["dtype"] for report in found.values()] == ["float32", "float32", "bfloat16"]
+    assert [report["quantization"] for report in found.values()] == [None, "nf4", None]
+
+
+def test_bits_are_a_known_number():
     with pytest.raises(SystemExit):
         main(["predict", "--bits", "5"])
 

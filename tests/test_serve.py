@@ -128,7 +128,6 @@ def test_wrong_options(capsys, monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         assert main(["serve", "--port", str(taken.getsockname()[1])]) == 2
     assert "Address already in use" in capsys.readouterr().err
-    assert main(["serve", "--bits", "4", "--port", "0"]) == 2
     monkeypatch.delitem(sys.modules, "openvla.serve_app")
     monkeypatch.setitem(sys.modules, "fastapi", None)
     assert main(["serve", "--port", "0"]) == 2
