@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+import os
 import sys
 import warnings
 import zipfile
@@ -18,6 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from .direct_files import PIECE, Place
 
 ZIP_ERRORS = (zipfile.BadZipFile, EOFError, RuntimeError, ValueError, zlib.error)  # by what is damaged
+MAPS = Path("/proc/self/maps")  # Linux: what this process has mapped, and where
 
 
 def is_archive(path: Path) -> bool:
@@ -65,37 +67,23 @@ def mapped_to_read(path: Path) -> Any:
 def records(path: Path, tensors: Mapping[str, torch.Tensor]) -> dict[str, Place]:
     """Which record of a torch.save file each mapped tensor is; those that are only a part of one are left out.
 
-    A tensor says where it lies in memory, the file's directory where records lie in the file. All of a file is mapped
-    at once, so there must be one beginning of the map by which every tensor's storage is a record of its size. Were
-    there none, or two, nothing is returned.
+    A tensor says where it lies in memory, the system where in memory the file lies, the file's directory where records
+    lie in the file.
 
     Raises:
         ValueError: A record's own header is damaged.
     """
     found = _stored(path)
-    storages = {s.data_ptr(): s.nbytes() for s in (tensor.untyped_storage() for tensor in tensors.values())}
-    storages = {address: size for address, size in storages.items() if size}
-    lowest = min(storages, default=0)
-    begins = [
-        lowest - offset
-        for offset, place in found.items()
-        if place.size == storages.get(lowest) and (lowest - offset) % mmap.PAGESIZE == 0
-    ]
-    fitting = [
-        begin
-        for begin in begins
-        if all(address - begin in found and found[address - begin].size == n for address, n in storages.items())
-    ]
-    if len(fitting) != 1:
-        return {}
-    at = {name: found.get(tensor.data_ptr() - fitting[0]) for name, tensor in tensors.items()}
+    begins = _mapped_at(path)
+    begins = _fitting(found, tensors) if begins is None else begins
     return {
         name: place
-        for name, place in at.items()
-        if place
-        and tensors[name].is_contiguous()
-        and tensors[name].nbytes == place.size
-        and place.offset % tensors[name].itemsize == 0
+        for name, tensor in tensors.items()
+        for begin in begins
+        if (place := found.get(tensor.data_ptr() - begin))
+        and tensor.is_contiguous()
+        and tensor.nbytes == place.size
+        and place.offset % tensor.itemsize == 0
     }
 
 
@@ -117,6 +105,33 @@ def require_intact(path: Path, but: Collection[str] = ()) -> None:
 def damaged_record(path: Path, record: str) -> ValueError:
     """The error to raise."""
     return ValueError(f"{path} is damaged: {record} does not match its checksum. Copy it again from its source.")
+
+
+def _mapped_at(path: Path) -> list[int] | None:
+    """The addresses at which this process has the beginning of a file mapped; None where the system does not say."""
+    if not MAPS.exists():
+        return None
+    fields = [line.split(maxsplit=5) for line in MAPS.read_bytes().splitlines()]  # addresses, rights, offset, …, path
+    begins = [line for line in fields if len(line) == 6 and int(line[2], 16) == 0 and os.path.exists(line[5])]
+    return [int(line[0].partition(b"-")[0], 16) for line in begins if os.path.samefile(line[5], path)]
+
+
+def _fitting(found: dict[int, Place], tensors: Mapping[str, torch.Tensor]) -> list[int]:
+    """The address, if there is just one, from which on every tensor's storage would be a record of its size."""
+    storages = {s.data_ptr(): s.nbytes() for s in (tensor.untyped_storage() for tensor in tensors.values())}
+    storages = {address: size for address, size in storages.items() if size}
+    lowest = min(storages, default=0)
+    begins = [
+        lowest - offset
+        for offset, place in found.items()
+        if place.size == storages.get(lowest) and (lowest - offset) % mmap.PAGESIZE == 0
+    ]
+    fitting = [
+        begin
+        for begin in begins
+        if all(address - begin in found and found[address - begin].size == n for address, n in storages.items())
+    ]
+    return fitting if len(fitting) == 1 else []
 
 
 def _stored(path: Path) -> dict[int, Place]:

@@ -87,9 +87,7 @@ def run(args: argparse.Namespace) -> int:
     # Before a large model is loaded: OSError where the port is taken.
     socket.create_server((args.host, args.port), family=socket.AF_INET6 if ":" in args.host else socket.AF_INET).close()
     policy, name = policy_from(args)
-    served = require_serve("served_policy").ServedPolicy(
-        policy, name, constrain_actions=policy.constrain_actions, limits=limits
-    )
+    served = require_serve("served_policy").ServedPolicy(policy, name, limits)
     app.serve(served, host=args.host, port=args.port, token=token)
     return 0
 

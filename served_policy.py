@@ -77,12 +77,11 @@ class ServedPolicy:
     Args:
         policy: What acts.
         name: Of the model, for people.
-        constrain_actions: As of ``predict_action``.
         limits: Of the server.
     """
 
-    def __init__(self, policy: Policy, name: str, constrain_actions: bool, limits: Limits) -> None:
-        self.policy, self.name, self.constrain_actions, self.limits = policy, name, constrain_actions, limits
+    def __init__(self, policy: Policy, name: str, limits: Limits) -> None:
+        self.policy, self.name, self.limits = policy, name, limits
         self._tokenizing = threading.Lock()  # tokenizers refuse two threads at once
         config = policy.model.config
         # The numbers of a continuous head are the action: rounding would reach it, so every row is answered alone.
@@ -160,7 +159,7 @@ class ServedPolicy:
             unnorm_key=[row.unnorm_key for row in batch],
             proprio=None if batch[0].proprio is None else np.stack([row.proprio for row in batch]),
             return_dict=wanted,
-            constrain_actions=self.constrain_actions,
+            constrain_actions=self.policy.constrain_actions,
         )
         output = output if wanted else ActionOutput(actions=output)
         if not np.isfinite(output.actions).all():

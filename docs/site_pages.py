@@ -10,8 +10,8 @@ from pathlib import Path
 from mkdocs.structure.files import File
 
 REPOSITORY = Path(__file__).parent.parent
-# Which page a file outside docs/ becomes.
-ROOT_PAGES = {
+# Which page of the site a file outside docs/ becomes.
+PAGES = {
     "README.md": "index.md",
     "assets/libero/README.md": "embedded.md",
     "PARITY.md": "parity.md",
@@ -23,7 +23,7 @@ LINK = re.compile(r"(?<=\]\()(\.\./)?([\w./-]+)(?=[#)])")
 
 def on_files(files, config):
     """Add the pages, the pictures and the notebooks."""
-    for name, page in ROOT_PAGES.items():
+    for name, page in PAGES.items():
         text = (REPOSITORY / name).read_text(encoding="utf-8")
         text = re.sub(r"\A---\n.*?\n---\n", "", text, flags=re.DOTALL)  # what the Hub reads of a model card
         files.append(File.generated(config, page, content=LINK.sub(_on_the_site, text)))
@@ -39,4 +39,4 @@ def on_page_markdown(markdown, page, **_):
 
 def _on_the_site(link):
     target = link[2].removeprefix("docs/")
-    return ROOT_PAGES.get(target, target)
+    return PAGES.get(target, target)

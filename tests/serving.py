@@ -47,8 +47,8 @@ def embedded(limits=LIMITS, **overrides):
 
     Held.gate.set()
     model, processor = build_tiny(**overrides)
-    policy = Policy(model, processor, model.resolve_unnorm_key())
-    return Held(policy, "tiny", constrain_actions=model.config.action_head is None, limits=limits)
+    policy = Policy(model, processor, model.resolve_unnorm_key(), constrain_actions=model.config.action_head is None)
+    return Held(policy, "tiny", limits)
 
 
 class InThread:
@@ -170,9 +170,9 @@ def picture(image, form="PNG"):
 
 def expected(server, images, instruction=INSTRUCTION, state=None):
     """What the model itself says."""
-    served = getattr(server, "served", server)
-    inputs = served.policy.processor(instruction=instruction, images=images)
-    return served.policy.model.predict_action(**inputs, proprio=state, constrain_actions=served.constrain_actions)
+    policy = getattr(server, "served", server).policy
+    inputs = policy.processor(instruction=instruction, images=images)
+    return policy.model.predict_action(**inputs, proprio=state, constrain_actions=policy.constrain_actions)
 
 
 def openpi(server, headers=None):

@@ -1,5 +1,6 @@
 """torch.save files read record by record, and shards that are read back: damage on either side is loud."""
 
+import mmap
 import random
 import resource
 import sys
@@ -8,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from openvla import checkpoint_files, direct_files
+from openvla import archive_files, checkpoint_files, direct_files
 from openvla.archive_files import records, require_intact
 from openvla.checkpoint_files import (
     differing,
@@ -64,7 +65,10 @@ def test_tensors_are_read_from_their_records(dtype, tensors, small_pieces, tmp_p
     assert written == digests(places_of(weight_files(tmp_path / "hub")))
 
 
-def test_only_whole_records_are_paired(tmp_path):
+@pytest.mark.parametrize("says", [True, False], ids=["the system says where", "it does not"])
+def test_only_whole_records_are_paired(says, tmp_path, monkeypatch):
+    if not says:
+        monkeypatch.setattr(archive_files, "MAPS", tmp_path / "none")
     whole = torch.arange(12.0).reshape(3, 4)
     state = {"whole": whole, "tied": whole, "turned": whole.T, "part": torch.arange(100.0)[10:20], "none": whole[:0]}
     torch.save(state, tmp_path / "a.pt")
@@ -73,11 +77,23 @@ def test_only_whole_records_are_paired(tmp_path):
     assert set(places) == {"whole", "tied"}
     offset, size = places["whole"][1:3]
     assert (tmp_path / "a.pt").read_bytes()[offset : offset + size] == whole.numpy().tobytes()
-    assert records(tmp_path / "a.pt", {"whole": whole}) == {}  # lies in memory, not in the file
     converted(tmp_path / "a.pt", tmp_path / "hub")
     shards = (tmp_path / "hub").glob("*.safetensors")
     found = {name: tensor for shard in shards for name, tensor in load_file(shard).items()}
     assert all(torch.equal(found[name], tensor) for name, tensor in state.items())
+
+
+@pytest.mark.skipif(not archive_files.MAPS.exists(), reason="Only Linux says where a file is mapped.")
+def test_what_lies_in_memory_is_no_record(tmp_path):
+    """Not even where the file would be, were it mapped."""
+    whole = torch.arange(12.0)
+    torch.save({"whole": whole}, tmp_path / "a.pt")
+    offset = records(tmp_path / "a.pt", read_pickle(tmp_path / "a.pt"))["whole"].offset
+    memory = torch.frombuffer(mmap.mmap(-1, 2 * mmap.PAGESIZE), dtype=torch.uint8)
+    lying = memory[offset : offset + whole.nbytes].view(torch.float32)
+    assert (lying.data_ptr() - offset) % mmap.PAGESIZE == 0
+    lying.copy_(whole)
+    assert records(tmp_path / "a.pt", {"whole": lying}) == {}
 
 
 def test_a_file_larger_than_memory_is_mapped_to_be_read(tensors, tmp_path):

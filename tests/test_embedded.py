@@ -34,8 +34,7 @@ def answers(policy, steps, order):
     found = []
     for step, frame in zip(steps, order):
         with Image.open(EPISODE / f"{frame}.jpg") as image:
-            action = policy.act(image.convert("RGB"), step["language_instruction"])
-        found.append(action if action.ndim == 1 else action[0])
+            found.append(policy.act(image.convert("RGB"), step["language_instruction"]))
     return np.stack(found)
 
 

@@ -54,4 +54,4 @@ def test_it_gives_our_actions(tmp_path):
     ours = [server.predict({"images": {"agentview": frame}, "task_description": TASK}, None) for frame in shown]
     found = np.stack([answer["actions"] for answer in ours])
     np.testing.assert_array_equal(np.load(tmp_path / "actions.npy"), found)
-    assert len(np.unique(found, axis=0)) >= len(shown) // 2  # the frames are seen
+    assert len(np.unique(found, axis=0)) > len(shown) // 2  # the frames are seen

@@ -45,8 +45,10 @@ def serving(token=None, **overrides):
     from openvla.served_policy import ServedPolicy
 
     model, processor = build_tiny(**overrides)
-    policy = Policy(model, processor, model.resolve_unnorm_key(overrides.get("default_unnorm_key")))
-    served = ServedPolicy(policy, EMBEDDED_NAME, constrain_actions=True, limits=Limits(image_side=2000))
+    policy = Policy(
+        model, processor, model.resolve_unnorm_key(overrides.get("default_unnorm_key")), constrain_actions=True
+    )
+    served = ServedPolicy(policy, EMBEDDED_NAME, Limits(image_side=2000))
     app = build_app(served, token=token)
     running = server(app, app.state.policy_app.queue, served.limits, "127.0.0.1", 0)
     thread = threading.Thread(target=running.run)
