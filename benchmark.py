@@ -8,6 +8,7 @@ the side that is compared with. Weights are random, from a seed, and the same fo
 from __future__ import annotations
 
 import argparse
+import copy
 import functools
 import json
 import platform
@@ -30,10 +31,12 @@ from .benchmark_sizes import SIZES, sample_inputs, write_model
 from .configuration_openvla import DTYPE_FIELD, write_json
 from .loading import AutoProcessor
 from .modeling_openvla import OpenVLAForActionPrediction
+from .prepacked_model import prepack
 
 WARM = 2
 REFERENCE, PLAIN, FAST = "reference", "openvla, fast=False", "openvla"
 DRAFTED, MISLED = "openvla, draft all right", "openvla, draft all wrong"
+PREPACKED = "openvla, prepack"
 
 Work = dict[str, Callable[[int], Any]]
 
@@ -155,7 +158,7 @@ def own_sides(model: Any, processor: Any, prompts: list[torch.Tensor], images: n
     """Ways of this package to make an action, each ``index of the input -> tokens``."""
     drafts: dict[tuple[str, int], np.ndarray] = {}
 
-    def action(index: int, draft: str | None = None, **options: Any) -> list[int]:
+    def action(index: int, draft: str | None = None, model: Any = model, **options: Any) -> list[int]:
         pixel_values = processor.image_processor(images[index], return_tensors="pt")["pixel_values"]
         pixel_values = pixel_values.to(model.device, model.dtype)
         if draft:
@@ -165,12 +168,17 @@ def own_sides(model: Any, processor: Any, prompts: list[torch.Tensor], images: n
             drafts[DRAFTED, index], drafts[MISLED, index] = output.actions, -output.actions + 0.013
         return output.token_ids.tolist()
 
-    return {
+    sides = {
         PLAIN: {ACTION: lambda index: action(index, fast=False), **preprocessing(processor.image_processor)},
         FAST: {ACTION: lambda index: action(index, fast=True)},
         DRAFTED: {ACTION: lambda index: action(index, DRAFTED, fast=True)},
         MISLED: {ACTION: lambda index: action(index, MISLED, fast=True)},
     }
+    if model.device.type == "cpu":
+        prepacked = copy.deepcopy(model)
+        prepack(prepacked)
+        sides[PREPACKED] = {ACTION: lambda index: action(index, model=prepacked, fast=True)}
+    return sides
 
 
 class Resident:

@@ -127,6 +127,8 @@ def _bare(module: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
             return functools.partial(_rms_normed, weight=weight, epsilon=epsilon)
         if kind is nn.SiLU:
             return F.silu
+        if kind.__name__ == "PrepackedLinear":
+            return module.forward
     return lambda x: module(x[None])[0]  # adapters and quantised weights are used to batches
 
 

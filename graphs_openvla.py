@@ -99,8 +99,32 @@ def _records(model: nn.Module, inputs: Sequence[Any]) -> bool:
         and len(set((getattr(model, "hf_device_map", None) or {}).values())) <= 1
         and not is_quantized(model)
         and not torch.is_grad_enabled()
-        and not torch.cuda.is_current_stream_capturing()
+        and not is_recording(inputs[0].device)
     )
+
+
+def is_recording(device: torch.device) -> bool:
+    """Whether what is computed on a device now is being recorded, by this thread."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def beside(first: Callable[[], Any], second: Callable[[], Any], recording: bool) -> tuple[Any, Any]:
+    """What two independent computations give; a recording launches their kernels beside each other, on two streams.
+
+    Args:
+        first: Computes on the current device.
+        second: Computes there too.
+        recording: As of ``is_recording``.
+    """
+    if not recording:
+        return first(), second()
+    here, aside = torch.cuda.current_stream(), torch.cuda.Stream()
+    aside.wait_stream(here)
+    with torch.cuda.stream(aside):
+        other = second()
+    one = first()
+    here.wait_stream(aside)
+    return one, other
 
 
 class Ingredients:

@@ -15,6 +15,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from .configuration_openvla import PrismaticConfig
+from .graphs_openvla import beside, is_recording
 
 
 @dataclass(frozen=True)
@@ -299,9 +300,17 @@ class PrismaticVisionBackbone(nn.Module):
             raise ValueError("The vision towers have FiLM and need the instruction's embedding; use predict_action.")
         if images > 1:
             pixel_values = pixel_values.unflatten(1, (images, self.num_channels)).flatten(0, 1)
-        features = self.featurizer(pixel_values[:, :3], condition)
-        if self.fused_featurizer is not None:
-            features = torch.cat([features, self.fused_featurizer(pixel_values[:, 3:], condition)], dim=2)
+        if self.fused_featurizer is None:
+            features = self.featurizer(pixel_values, condition)
+        else:
+            features = torch.cat(
+                beside(
+                    lambda: self.featurizer(pixel_values[:, :3], condition),
+                    lambda: self.fused_featurizer(pixel_values[:, 3:], condition),
+                    recording=is_recording(pixel_values.device),
+                ),
+                dim=2,
+            )
         return features.unflatten(0, (-1, images)).flatten(1, 2) if images > 1 else features
 
 

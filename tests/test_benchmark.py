@@ -15,7 +15,7 @@ def test_all_sides_answer_alike(tmp_path, capsys):
     report = json.loads(file.read_text())
     actions = [row for row in report["rows"] if "action" in row["row"]]
     assert [row["side"] for row in actions][:2] == ["openvla, fast=False", "openvla"]
-    assert len(actions) == 4
+    assert len(actions) == 5
     assert all(row["equal"] == row["of"] == 21 for row in actions)
     assert all(row["seconds"] > 0 and row["share of the floor"] > 0 for row in actions)
     assert len(report["rows"]) - len(actions) == 3

@@ -1,0 +1,76 @@
+"""Weights laid out once for a CPU's matrix products, instead of at every product.
+
+oneDNN, which torch multiplies with, wants weights in blocks of its own. A plain ``Linear`` has them rearranged for each
+answer, which in bfloat16 takes as long as the product of one row itself. Here they are kept rearranged, and only so:
+nothing needs more memory, and a weight that can no longer be read cannot be changed without anybody noticing.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+ROWS = 256  # of a product that the layout suits: patches and prompt; a product of one row is quick in it too
+DTYPES = (torch.bfloat16, torch.float32)
+
+
+class PrepackedLinear(nn.Module):
+    """What a ``Linear`` computes, in inference only; a saved folder holds the plain weight.
+
+    Args:
+        linear: On a CPU, in bfloat16 or float32.
+    """
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), ROWS)
+        self.bias = None if linear.bias is None else linear.bias.detach()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.requires_grad:
+            raise RuntimeError("Prepacked weights answer only; to train, load the model without prepack.")
+        return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        destination[f"{prefix}weight"] = self.packed.to_dense()
+        if self.bias is not None:
+            destination[f"{prefix}bias"] = self.bias
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        raise RuntimeError("Prepacked weights cannot be loaded into; load the model without prepack.")
+
+    def __deepcopy__(self, memo: dict) -> PrepackedLinear:
+        """Packed weights are never changed, so a copy shares them."""
+        return self
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, dtype={self.packed.dtype}"
+
+
+def prepack(model: nn.Module) -> None:
+    """Lay out the weights of all linear layers but the output embeddings for this CPU, in place.
+
+    Args:
+        model: On a CPU, in bfloat16 or float32, neither quantised nor with adapters. Afterwards it can answer and be
+            saved, but not be trained, adapted, quantised or moved.
+
+    Raises:
+        ValueError: The model is elsewhere or of another kind, or this torch has no oneDNN.
+    """
+    if not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")):
+        raise ValueError("prepack needs a torch with oneDNN, as its CPU builds have.")
+    kinds = {(parameter.device.type, parameter.dtype) for parameter in model.parameters()}
+    if not kinds <= {("cpu", dtype) for dtype in DTYPES}:
+        found = ", ".join(sorted(f"{dtype} on {device}" for device, dtype in kinds))
+        raise ValueError(f"prepack is for whole weights on a CPU in bfloat16 or float32, not for {found}.")
+    if any(hasattr(module, "base_layer") for module in model.modules()):
+        raise ValueError("prepack is for a model without adapters; merge them first (model.merge_lora()).")
+    kept = model.get_output_embeddings()  # transformers reads its weight
+    # A list of all would keep every plain weight to the end.
+    for parent in [module for module in model.modules() if type(module) is not nn.Linear]:
+        for name, child in parent.named_children():
+            if type(child) is nn.Linear and child is not kept:
+                setattr(parent, name, PrepackedLinear(child))
