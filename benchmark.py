@@ -2,7 +2,8 @@
 
 All sides take turns, one answer each, in resident processes; medians and quartiles are reported. The ceilings (matrix
 products, reading memory) are measured in the same run, and beside every speed stands how many answers equal those of
-the side that is compared with. Weights are random, from a seed, and the same for every side.
+the side that is compared with, and in other dtypes than float32 how many equal float32's. Weights are random, from a
+seed, and the same for every side.
 """
 
 from __future__ import annotations
@@ -122,6 +123,7 @@ def measure(size: str, dtype: str, args: argparse.Namespace, place: Path, ceilin
     model, processor, prompts, images = prepare(place / "model", dtype, args)
     np.savez(place / "inputs.npz", images=images, **{f"ids_{i}": ids[0].numpy() for i, ids in enumerate(prompts)})
     sides = own_sides(model, processor, prompts, images)
+    exact = None if dtype == "float32" else exact_answers(place / "model", args)
     peer = None
     if args.reference:
         peer = reference(args, place, dtype)
@@ -132,7 +134,9 @@ def measure(size: str, dtype: str, args: argparse.Namespace, place: Path, ceilin
         rows = [
             {"size": size, "dtype": dtype, "row": row, **figures}
             for row in (ACTION, *preprocessing(processor.image_processor))
-            for figures in compare(row, {name: work for name, work in sides.items() if row in work}, args)
+            for figures in compare(
+                row, {name: work for name, work in sides.items() if row in work}, args, exact if row == ACTION else None
+            )
         ]
     finally:
         if peer:
@@ -181,6 +185,12 @@ def own_sides(model: Any, processor: Any, prompts: list[torch.Tensor], images: n
     return sides
 
 
+def exact_answers(folder: Path, args: argparse.Namespace) -> list[list[int]]:
+    """The tokens of every input in float32: where rounding turns a near tie over, this is what is right."""
+    plain = own_sides(*prepare(folder, "float32", args))[PLAIN][ACTION]
+    return [plain(index) for index in tqdm(range(args.inputs), desc="in float32", unit="input", file=sys.stderr)]
+
+
 class Resident:
     """A process that loads once and then answers a line with a line, in an environment of its own.
 
@@ -225,8 +235,17 @@ def reference(args: argparse.Namespace, place: Path, dtype: str) -> Resident:
     )
 
 
-def compare(row: str, sides: dict[str, Work], args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Every side's figures in one row, the sides in turn."""
+def compare(
+    row: str, sides: dict[str, Work], args: argparse.Namespace, exact: list[list[int]] | None = None
+) -> list[dict[str, Any]]:
+    """Every side's figures in one row, the sides in turn.
+
+    Args:
+        row: What is measured.
+        sides: What does it, by name.
+        args: How often.
+        exact: The right result of every input, where it is known.
+    """
     seen: dict[str, list[dict]] = {name: [] for name in sides}
     turns = max(args.pairs + WARM, args.inputs if row == ACTION else 0)
     for turn in tqdm(range(turns), desc=row, unit="turn", file=sys.stderr):
@@ -248,6 +267,9 @@ def compare(row: str, sides: dict[str, Work], args: argparse.Namespace) -> list[
         low, high = np.quantile(seconds, [0.25, 0.75])
         figures = {"side": name, "seconds": float(np.median(seconds)), "quartiles": [float(low), float(high)]}
         figures |= {"cpu seconds": float(np.median(cpu)), "faster": float(np.median(base / seconds))}
+        if exact is not None:
+            right = [exact[turn % args.inputs] for turn in range(turns)]
+            figures["equal to float32"] = int((np.array([answer["result"] for answer in answers]) == right).sum())
         rows.append(figures | {"compared with": first, "equal": int(equal.sum()), "of": int(equal.size)})
     return rows
 
@@ -264,14 +286,18 @@ def floor_seconds(model: Any, answer: Callable[[int], Any], gflops: float, gbyte
 def table(report: dict[str, Any]) -> list[str]:
     """The report as lines of Markdown."""
     lines = [", ".join(f"{name} {_short(value)}" for name, value in report["machine"].items()), ""]
-    lines.append("| size | dtype | row | side | ms (quartiles) | CPU ms | faster | share of the floor | equal |")
-    lines.append("|---" * 9 + "|")
+    columns = "size, dtype, row, side, ms (quartiles), CPU ms, faster, share of the floor, equal, equal to float32"
+    columns = columns.split(", ")
+    lines += [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for row in report["rows"]:
         low, high = (1e3 * quartile for quartile in row["quartiles"])
         share = f"{row['share of the floor']:.2f}" if "share of the floor" in row else ""
         times = f"{1e3 * row['seconds']:.1f} ({low:.1f}-{high:.1f}) | {1e3 * row['cpu seconds']:.1f}"
         names = f"{row['size']} | {row['dtype']} | {row['row']} | {row['side']}"
-        lines.append(f"| {names} | {times} | {row['faster']:.2f}x | {share} | {row['equal']} of {row['of']} |")
+        exact = f"{row['equal to float32']} of {row['of']}" if "equal to float32" in row else ""
+        lines.append(
+            f"| {names} | {times} | {row['faster']:.2f}x | {share} | {row['equal']} of {row['of']} | {exact} |"
+        )
     return [*lines, "", *[f"Not run {left}." for left in report["not run"]]]
 
 

@@ -24,19 +24,26 @@ ACTION = "an action, image in to tokens out"
 FRAME_SIZES = ((224, 224), (640, 480), (1280, 720))  # width, height in pixels
 
 
+def imported(code: Path) -> list[Any]:
+    """The reference's modules of the model, its configuration and its processor."""
+    code = code.resolve()
+    sys.path.insert(0, str(code.parent))
+    return [
+        importlib.import_module(f"{code.name}.{part}_prismatic") for part in ("modeling", "configuration", "processing")
+    ]
+
+
 def load(code: Path, folder: Path, dtype: str, device: str) -> tuple[Any, Any]:
-    """The reference's model and image processor on a folder that this package saved."""
+    """The reference's model and image processor on a folder that this package saved, as its README loads them."""
     import timm
 
-    sys.path.insert(0, str(code.parent))
-    modeling, configuration, processing = (
-        importlib.import_module(f"{code.name}.{part}_prismatic") for part in ("modeling", "configuration", "processing")
-    )
+    modeling, configuration, processing = imported(code)
     written = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     sizes = dict(zip(written["timm_model_ids"], written["timm_model_kwargs"]))
     create = timm.create_model  # of another width than the id says; the reference has no field for it
     timm.create_model = lambda name, **options: create(name, **options, **sizes[name])
     keywords = {"config": configuration.OpenVLAConfig.from_pretrained(folder), "torch_dtype": getattr(torch, dtype)}
+    keywords["low_cpu_mem_usage"] = True
     model = modeling.OpenVLAForActionPrediction.from_pretrained(folder, **keywords)
     fields = json.loads((folder / "preprocessor_config.json").read_text(encoding="utf-8"))
     return model.to(device).eval(), processing.PrismaticImageProcessor(**fields)
@@ -78,7 +85,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, required=True)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    model, processor = load(args.code.resolve(), args.folder, args.dtype, args.device)
+    model, processor = load(args.code, args.folder, args.dtype, args.device)
     given = np.load(args.inputs)
     dtype = getattr(torch, args.dtype)
     # predict_action appends Llama-2's id of the empty token, 29871; the prompts end in their own tokenizer's already,

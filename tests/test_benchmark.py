@@ -10,15 +10,20 @@ from openvla.__main__ import main
 def test_all_sides_answer_alike(tmp_path, capsys):
     pytest.importorskip("matplotlib")
     file, picture = tmp_path / "figures.json", tmp_path / "figures.png"
-    asked = ["--sizes", "tiny", "--pairs", "1", "--inputs", "3", "--threads", "1"]
+    asked = ["--sizes", "tiny", "--dtypes", "float32", "bfloat16", "--pairs", "1", "--inputs", "3", "--threads", "1"]
     assert main(["bench", *asked, "--json", str(file), "--plot", str(picture)]) == 0
     report = json.loads(file.read_text())
     actions = [row for row in report["rows"] if "action" in row["row"]]
     assert [row["side"] for row in actions][:2] == ["openvla, fast=False", "openvla"]
-    assert len(actions) == 5
-    assert all(row["equal"] == row["of"] == 21 for row in actions)
+    assert [row["dtype"] for row in actions] == ["float32"] * 5 + ["bfloat16"] * 5
+    assert all(row["equal"] == row["of"] == 21 for row in actions if row["dtype"] == "float32")
+    in_bfloat16 = actions[5:]
+    assert all(0 < row["equal to float32"] <= 21 for row in in_bfloat16)
+    assert in_bfloat16[-1]["side"] == "openvla, prepack"
+    # The same bits as without.
+    assert in_bfloat16[-1]["equal to float32"] == in_bfloat16[1]["equal to float32"]
     assert all(row["seconds"] > 0 and row["share of the floor"] > 0 for row in actions)
-    assert len(report["rows"]) - len(actions) == 3
+    assert len(report["rows"]) - len(actions) == 6
     said = capsys.readouterr().out
     assert "| tiny | float32 | an action" in said
     assert "Not run beside the published code: --reference" in said

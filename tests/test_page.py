@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from openvla import PLATFORMS, Policy
+from openvla import PLATFORMS, Policy, load_policy
 from openvla.policy import EMBEDDED_NAME
 from openvla.predict import SAMPLE_IMAGE
 from openvla.tiny import build_tiny
@@ -37,17 +37,17 @@ OFT = {**PLATFORMS["libero"], "parallel_decoding": True, "num_images_in_input": 
 
 
 @contextlib.contextmanager
-def serving(token=None, **overrides):
-    """A server of a tiny model on a free port: its address, its policy, and what it was asked."""
+def serving(token=None, policy=None, **overrides):
+    """A server of a policy, else of a tiny model, on a free port: its address, and the policy."""
     from openvla.serve import Limits
     from openvla.serve_app import build_app
     from openvla.serve_guard import server
     from openvla.served_policy import ServedPolicy
 
-    model, processor = build_tiny(**overrides)
-    policy = Policy(
-        model, processor, model.resolve_unnorm_key(overrides.get("default_unnorm_key")), constrain_actions=True
-    )
+    if policy is None:
+        model, processor = build_tiny(**overrides)
+        key = model.resolve_unnorm_key(overrides.get("default_unnorm_key"))
+        policy = Policy(model, processor, key, constrain_actions=True)
     served = ServedPolicy(policy, EMBEDDED_NAME, Limits(image_side=2000))
     app = build_app(served, token=token)
     running = server(app, app.state.policy_app.queue, served.limits, "127.0.0.1", 0)
@@ -76,6 +76,13 @@ def browser():
 
 @pytest.fixture(scope="module")
 def plain():
+    with serving(policy=load_policy()) as served:
+        yield served
+
+
+@pytest.fixture(scope="module")
+def untrained():
+    """What answers any picture; a trained policy may have no action to one that it does not know, and says so."""
     with serving() as served:
         yield served
 
@@ -151,7 +158,7 @@ def test_an_image_and_an_instruction_become_an_action(plain, opened):
     body, reply = act(page)
     assert sent_image(body) == SAMPLE_IMAGE.read_bytes()  # what the model sees is the file itself
     inputs = plain.policy.processor(instruction=INSTRUCTION, images=Image.open(SAMPLE_IMAGE))
-    expected = plain.policy.model.predict_action(**inputs, return_dict=True, constrain_actions=True)
+    expected = plain.policy.model.predict_action(**inputs, return_dict=True)
     assert reply.json()["actions"] == expected.actions.tolist()
     shown = dimensions(page)
     assert [(name, unit) for name, _, unit in shown] == list(zip(expected.names, expected.units))
@@ -432,8 +439,8 @@ def test_a_token_is_asked_for_and_kept(opened):
         assert act(page)[1].status == 200
 
 
-def test_live_from_a_camera(plain, opened):
-    page = opened(plain, permissions=["camera"])
+def test_live_from_a_camera(untrained, opened):
+    page = opened(untrained, permissions=["camera"])
     page.get_by_label("Instruction", exact=True).fill("go")
     assert not page.get_by_role("checkbox", name="Live").is_visible()
     page.get_by_role("button", name="Image: use the camera").click()
