@@ -17,6 +17,7 @@ from transformers.utils import is_flash_attn_2_available, logging
 from .actions_openvla import ActionTokenizer  # noqa: F401  transformers up to 5.8 copies direct imports only
 from .configuration_openvla import TRANSFORMERS_4, PrismaticConfig
 from .decoding_openvla import align_prompts, cached_length, has_gap, insert_after_bos, positions_of
+from .graphs_openvla import beside  # noqa: F401
 from .heads_openvla import HEAD_MODULES  # noqa: F401
 from .publishing_openvla import PushToHub
 from .quantization_openvla import QuantizedModelMixin, prepare_quantization
