@@ -77,6 +77,7 @@ def load_policy(
     dtype: torch.dtype | str | None = None,
     unnorm_key: str | None = None,
     prepack: bool = False,
+    constrain_actions: bool = False,
 ) -> Policy:
     """Load a checkpoint, or an adapter on its base, straight onto a device.
 
@@ -89,6 +90,7 @@ def load_policy(
         unnorm_key: As for ``predict_action``; settled here, so that a wrong one does not wait for the first action.
         prepack: On a CPU, lay the weights out for its products once (``prepacked_model.prepack``): faster answers, in
             bfloat16 the same in every bit, of a model that can do nothing else.
+        constrain_actions: As of ``predict_action``: then the policy has an action to images that it does not know, too.
 
     Raises:
         ValueError: The model does not fit on the device; the message says what it needs and which ``bits`` would fit.
@@ -121,7 +123,7 @@ def load_policy(
         prepack_weights(loaded)
     own_processor = any(optional_file(model, name) for name in PREPROCESSOR_FILES)
     processor = AutoProcessor.from_pretrained(model) if own_processor else AutoProcessor.from_pretrained(base, **at)
-    return Policy(loaded, processor, loaded.resolve_unnorm_key(unnorm_key))
+    return Policy(loaded, processor, loaded.resolve_unnorm_key(unnorm_key), constrain_actions)
 
 
 def add_policy_arguments(parser: argparse.ArgumentParser) -> None:
@@ -136,13 +138,19 @@ def add_policy_arguments(parser: argparse.ArgumentParser) -> None:
         "--dtype", choices=DTYPES, help="of the computation; default bfloat16 on a GPU, the checkpoint's own on a CPU"
     )
     parser.add_argument(
+        "--constrain-actions",
+        action="store_true",
+        help="choose among action tokens only; else a model that ends an action too early is an error",
+    )
+    parser.add_argument(
         "--prepack", action="store_true", help="lay the weights out for this CPU's products once: faster"
     )
 
 
 def policy_from(args: argparse.Namespace) -> tuple[Policy, str]:
     """The policy that the options of ``add_policy_arguments`` name, and its name; errors as of ``load_policy``."""
-    named = {name: getattr(args, name) for name in ("bits", "device", "dtype", "unnorm_key", "prepack")}
+    names = ("bits", "device", "dtype", "unnorm_key", "prepack", "constrain_actions")
+    named = {name: getattr(args, name) for name in names}
     return load_policy(args.model, **named), str(args.model or EMBEDDED_NAME)
 
 

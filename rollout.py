@@ -146,6 +146,7 @@ def evaluate_libero(
         "weights": fingerprint(policy.model),
         "unnorm_key": policy.unnorm_key,
         "image_preset": preset,
+        "constrain_actions": policy.constrain_actions,
         "suite": suite,
         "tasks": task_ids,
         "episodes": episodes,

@@ -112,6 +112,18 @@ def test_the_embedded_default_comes_in_any_precision(capsys):
     assert [report["quantization"] for report in found.values()] == [None, "nf4", None]
 
 
+@here_it_works
+def test_a_policy_can_be_held_to_action_tokens(tmp_path, capsys):
+    """The embedded default has no action to this picture: it would end the sequence."""
+    Image.new("RGB", (64, 64)).save(tmp_path / "black.png")
+    asked = ["predict", "--json", "--image", str(tmp_path / "black.png"), "--instruction", "open the drawer"]
+    assert main(asked) == 2
+    assert "ended the sequence after" in capsys.readouterr().err
+    assert main([*asked, "--constrain-actions"]) == 0
+    action = json.loads(capsys.readouterr().out)["action"]
+    assert load_policy(constrain_actions=True).act(str(tmp_path / "black.png"), "open the drawer").tolist() == action
+
+
 def test_bits_are_a_known_number():
     with pytest.raises(SystemExit):
         main(["predict", "--bits", "5"])
