@@ -178,7 +178,7 @@ def own_sides(model: Any, processor: Any, prompts: list[torch.Tensor], images: n
         DRAFTED: {ACTION: lambda index: action(index, DRAFTED, fast=True)},
         MISLED: {ACTION: lambda index: action(index, MISLED, fast=True)},
     }
-    if model.device.type == "cpu":
+    if model.device.type == "cpu" and (model.dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported()):
         prepacked = copy.deepcopy(model)
         prepack(prepacked)
         sides[PREPACKED] = {ACTION: lambda index: action(index, model=prepacked, fast=True)}

@@ -58,7 +58,7 @@ def prepack(model: nn.Module) -> None:
             saved, but not be trained, adapted, quantised or moved.
 
     Raises:
-        ValueError: The model is elsewhere or of another kind, or this torch has no oneDNN.
+        ValueError: The model is elsewhere or of another kind, this torch has no oneDNN, or this CPU no bfloat16 in it.
     """
     if not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")):
         raise ValueError("prepack needs a torch with oneDNN, as its CPU builds have.")
@@ -66,6 +66,8 @@ def prepack(model: nn.Module) -> None:
     if not kinds <= {("cpu", dtype) for dtype in DTYPES}:
         found = ", ".join(sorted(f"{dtype} on {device}" for device, dtype in kinds))
         raise ValueError(f"prepack is for whole weights on a CPU in bfloat16 or float32, not for {found}.")
+    if ("cpu", torch.bfloat16) in kinds and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        raise ValueError("prepack needs AVX-512 for bfloat16, which this CPU has not; give dtype='float32'.")
     if any(hasattr(module, "base_layer") for module in model.modules()):
         raise ValueError("prepack is for a model without adapters; merge them first (model.merge_lora()).")
     kept = model.get_output_embeddings()  # transformers reads its weight

@@ -7,6 +7,7 @@ import torch
 from openvla.__main__ import main
 
 
+@pytest.mark.skipif(not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="oneDNN has no bfloat16 on this CPU.")
 def test_all_sides_answer_alike(tmp_path, capsys):
     pytest.importorskip("matplotlib")
     file, picture = tmp_path / "figures.json", tmp_path / "figures.png"

@@ -14,6 +14,8 @@ from openvla.tiny import build_tiny
 from safetensors.torch import load_file
 
 pytest.importorskip("accelerate")
+if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    pytest.skip("oneDNN has no bfloat16 on this CPU.", allow_module_level=True)
 INSTRUCTIONS = ("pick up the milk and place it in the basket", "pick up the alphabet soup and place it in the basket")
 
 
