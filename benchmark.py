@@ -32,7 +32,7 @@ from .benchmark_sizes import SIZES, sample_inputs, write_model
 from .configuration_openvla import DTYPE_FIELD, write_json
 from .loading import AutoProcessor
 from .modeling_openvla import OpenVLAForActionPrediction
-from .prepacked_model import prepack
+from .prepacked_model import multiplies, prepack
 
 WARM = 2
 REFERENCE, PLAIN, FAST = "reference", "openvla, fast=False", "openvla"
@@ -158,16 +158,21 @@ def prepare(folder: Path, dtype: str, args: argparse.Namespace) -> tuple[Any, An
     return model, processor, prompts, images
 
 
+def answer(model: Any, processor: Any, prompt: torch.Tensor, image: np.ndarray, **options: Any) -> Any:
+    """The ``ActionOutput`` for a prompt and an image, by way of ``options``."""
+    pixel_values = processor.image_processor(image, return_tensors="pt")["pixel_values"]
+    pixel_values = pixel_values.to(model.device, model.dtype)
+    return model.predict_action(prompt.to(model.device), pixel_values, return_dict=True, **options)
+
+
 def own_sides(model: Any, processor: Any, prompts: list[torch.Tensor], images: np.ndarray) -> dict[str, Work]:
     """Ways of this package to make an action, each ``index of the input -> tokens``."""
     drafts: dict[tuple[str, int], np.ndarray] = {}
 
     def action(index: int, draft: str | None = None, model: Any = model, **options: Any) -> list[int]:
-        pixel_values = processor.image_processor(images[index], return_tensors="pt")["pixel_values"]
-        pixel_values = pixel_values.to(model.device, model.dtype)
         if draft:
             options["draft"] = drafts[draft, index]
-        output = model.predict_action(prompts[index].to(model.device), pixel_values, return_dict=True, **options)
+        output = answer(model, processor, prompts[index], images[index], **options)
         if not draft:
             drafts[DRAFTED, index], drafts[MISLED, index] = output.actions, -output.actions + 0.013
         return output.token_ids.tolist()
@@ -178,7 +183,7 @@ def own_sides(model: Any, processor: Any, prompts: list[torch.Tensor], images: n
         DRAFTED: {ACTION: lambda index: action(index, DRAFTED, fast=True)},
         MISLED: {ACTION: lambda index: action(index, MISLED, fast=True)},
     }
-    if model.device.type == "cpu" and (model.dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported()):
+    if model.device.type == "cpu" and multiplies(model.dtype):
         prepacked = copy.deepcopy(model)
         prepack(prepacked)
         sides[PREPACKED] = {ACTION: lambda index: action(index, model=prepacked, fast=True)}
@@ -187,8 +192,9 @@ def own_sides(model: Any, processor: Any, prompts: list[torch.Tensor], images: n
 
 def exact_answers(folder: Path, args: argparse.Namespace) -> list[list[int]]:
     """The tokens of every input in float32: where rounding turns a near tie over, this is what is right."""
-    plain = own_sides(*prepare(folder, "float32", args))[PLAIN][ACTION]
-    return [plain(index) for index in tqdm(range(args.inputs), desc="in float32", unit="input", file=sys.stderr)]
+    model, processor, prompts, images = prepare(folder, "float32", args)
+    inputs = tqdm(zip(prompts, images), total=len(prompts), desc="in float32", unit="input", file=sys.stderr)
+    return [answer(model, processor, *given, fast=False).token_ids.tolist() for given in inputs]
 
 
 class Resident:

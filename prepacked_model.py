@@ -50,6 +50,11 @@ class PrepackedLinear(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}, dtype={self.packed.dtype}"
 
 
+def multiplies(dtype: torch.dtype) -> bool:
+    """Whether oneDNN multiplies in one of ``DTYPES`` on this CPU."""
+    return dtype is torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
 def prepack(model: nn.Module) -> None:
     """Lay out the weights of all linear layers but the output embeddings for this CPU, in place.
 
@@ -66,7 +71,7 @@ def prepack(model: nn.Module) -> None:
     if not kinds <= {("cpu", dtype) for dtype in DTYPES}:
         found = ", ".join(sorted(f"{dtype} on {device}" for device, dtype in kinds))
         raise ValueError(f"prepack is for whole weights on a CPU in bfloat16 or float32, not for {found}.")
-    if ("cpu", torch.bfloat16) in kinds and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    if not all(multiplies(dtype) for _, dtype in kinds):
         raise ValueError("prepack needs AVX-512 for bfloat16, which this CPU has not; give dtype='float32'.")
     if any(hasattr(module, "base_layer") for module in model.modules()):
         raise ValueError("prepack is for a model without adapters; merge them first (model.merge_lora()).")

@@ -4,9 +4,9 @@
 
 "eighth" is OpenVLA-7B's depth at an eighth of its width, "full" its size (15 GB of disk, and of memory on a CPU). The
 folder is in the system's cache, as far as it fits. "host peak" is the most memory of the process itself (RssAnon, seen
-every few milliseconds) above what it held before, so mapped files do not count. "weights equal" compares a digest of
-every weight that both sides hold. With --device cuda the model goes straight there; the published code is loaded as its
-README says, and moved.
+every few milliseconds) above what it held before, so mapped files do not count. "weights equal" compares digests
+of some forty weights, evenly chosen. With --device cuda the model goes straight there; the published code is loaded as
+its README says, and moved.
 """
 
 from __future__ import annotations

@@ -9,13 +9,12 @@ from openvla import load_policy
 from openvla.__main__ import main
 from openvla.policy import EMBEDDED
 from openvla.predict import SAMPLE_IMAGE
-from openvla.prepacked_model import PrepackedLinear, prepack
+from openvla.prepacked_model import PrepackedLinear, multiplies, prepack
 from openvla.tiny import build_tiny
 from safetensors.torch import load_file
 
 pytest.importorskip("accelerate")
-if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-    pytest.skip("oneDNN has no bfloat16 on this CPU.", allow_module_level=True)
+in_bfloat16 = pytest.mark.skipif(not multiplies(torch.bfloat16), reason="oneDNN has no bfloat16 on this CPU.")
 INSTRUCTIONS = ("pick up the milk and place it in the basket", "pick up the alphabet soup and place it in the basket")
 
 
@@ -31,6 +30,7 @@ def linears(model):
     return [module for module in model.modules() if isinstance(module, (torch.nn.Linear, PrepackedLinear))]
 
 
+@in_bfloat16
 @pytest.mark.parametrize("fast", [True, False])
 def test_in_bfloat16_every_bit_is_the_same(fast):
     plain, prepacked = load_policy(dtype="bfloat16"), load_policy(dtype="bfloat16", prepack=True)
@@ -47,6 +47,7 @@ def test_in_float32_the_tokens_are_the_same():
         assert ours.token_ids.tolist() == expected.token_ids.tolist()
 
 
+@in_bfloat16
 def test_parallel_decoding_film_and_heads_answer_alike():
     model, processor = build_tiny(parallel_decoding=True, action_dim=7, chunk_length=4, action_head="l1", use_film=True)
     policy = type(load_policy())(model.to(torch.bfloat16), processor, model.resolve_unnorm_key())
@@ -55,7 +56,7 @@ def test_parallel_decoding_film_and_heads_answer_alike():
     assert [output.actions.tolist() for output in answers(policy)] == expected
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("dtype", [pytest.param("bfloat16", marks=in_bfloat16), "float32"])
 def test_a_saved_folder_holds_the_plain_weights(dtype, tmp_path):
     load_policy(dtype=dtype, prepack=True).model.save_pretrained(tmp_path)
     found, expected = load_file(tmp_path / "model.safetensors"), load_file(EMBEDDED / "model.safetensors")
@@ -105,6 +106,7 @@ def test_quantised_weights_are_refused(capsys):
     assert "prepack is for whole weights" in capsys.readouterr().err
 
 
+@in_bfloat16
 def test_the_command_takes_it(capsys):
     def said(*options):
         assert main(["predict", "--dtype", "bfloat16", *options]) == 0
