@@ -11,6 +11,10 @@ there. Columns and conventions are those of the published LIBERO demonstrations 
 ``image_preset="libero"`` repeats in evaluation.
 
 Attempts that fail are left out and counted. An interrupted collection goes on.
+
+With ``--policy`` a trained policy drives the first part of every further attempt, and the oracle the rest; what is
+stored is what the oracle commands throughout, so that the next training sees the way back from where this policy's own
+mistakes lead (DAgger: Ross, Gordon and Bagnell 2011).
 """
 
 from __future__ import annotations
@@ -30,9 +34,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from openvla.configuration_openvla import write_json
 from openvla.demonstrations import read_json
 from openvla.lerobot_writer import LeRobotWriter
+from openvla.policy import Policy, load_policy
+from openvla.robot_conventions import convert_action
 from openvla.simulator import end_effector_state, make_environment, open_suite, parse_tasks
 from PIL import Image
 from tqdm import tqdm
@@ -54,6 +61,7 @@ NEXT_SPEED_FROM = np.array([0.05, 0.1732, 0.52])  # half of the slowest, then ge
 STAY = np.array([0.0] * 6 + [OPEN])
 ELSEWHERE = 0.6  # share of the attempts that start elsewhere than evaluation does
 MOVED_FROM = 2  # passes over the initial states that leave things where they are; later ones move every thing
+DRIVEN_STEPS = (20, 140)  # by a policy, before the oracle takes over
 MOVED_BY = 0.015  # m; LIBERO-Object itself places things within squares of 0.05 m, which lie as close to each other
 
 
@@ -99,6 +107,8 @@ class Oracle:
         lifted = thing[2] - self.resting_height
         if self.holding and hand[2] - self.grasp_height > 0.06 and lifted < 0.03:
             self.holding = self.released = False  # it slipped: again from above
+        elif not self.holding and lifted > 0.015 and np.linalg.norm(thing - hand) < 0.04:
+            self.holding, self.grasp_height = True, hand[2] - lifted  # a policy that drove has grasped it
         if not self.holding:
             return self._reach(hand, thing)
         return self._carry(hand, thing, observation[self.basket])
@@ -155,7 +165,7 @@ class Pushes:
         self.rate = rng.choice([0.0, 0.02, 0.04])
         self.left, self.push = 0, np.zeros(3)
 
-    def disturbed(self, action: np.ndarray, harmless: bool) -> np.ndarray:
+    def executed(self, action: np.ndarray, harmless: bool, observation: dict[str, Any]) -> np.ndarray:
         """What is executed in place of the command: float64 ``(7,)``."""
         if not harmless:
             self.left = 0
@@ -168,6 +178,31 @@ class Pushes:
         if self.left:
             self.left, movement = self.left - 1, self.push
         return np.array([*np.clip(movement, -1, 1), *action[3:]])
+
+
+class Undisturbed:
+    """Nothing disturbs the arm."""
+
+    def executed(self, action: np.ndarray, harmless: bool, observation: dict[str, Any]) -> np.ndarray:
+        """The command itself."""
+        return action
+
+
+class Driven:
+    """A policy drives for some steps; its mistakes are what disturbs the arm."""
+
+    def __init__(self, policy: Policy, instruction: str, cameras: Sequence[str], rng: np.random.Generator) -> None:
+        self.policy, self.instruction, self.cameras = policy, instruction, cameras
+        self.left = int(rng.integers(*DRIVEN_STEPS))
+
+    def executed(self, action: np.ndarray, harmless: bool, observation: dict[str, Any]) -> np.ndarray:
+        """What the policy does here, and when its steps are over the command: float64 ``(7,)``."""
+        if not self.left:
+            return action
+        self.left -= 1
+        frames = [upright(observation[f"{camera}_image"]) for camera in self.cameras]
+        answer = self.policy.act(frames if len(frames) > 1 else frames[0], self.instruction)
+        return convert_action(answer, "libero")
 
 
 @dataclasses.dataclass
@@ -194,6 +229,7 @@ def demonstrate(
     rng: np.random.Generator,
     max_steps: int,
     disturbed: bool = True,
+    driver: tuple[Policy, str] | None = None,
 ) -> Attempt:
     """One attempt at a task.
 
@@ -205,6 +241,7 @@ def demonstrate(
         max_steps: An attempt that takes longer has failed.
         disturbed: Start elsewhere than evaluation does in most attempts, and push the arm; without, the commands alone
             repeat the attempt.
+        driver: A policy, and its instruction, that drives first in place of the pushes.
     """
     environment.reset()
     look(environment, cameras, False)
@@ -219,7 +256,11 @@ def demonstrate(
     look(environment, cameras, True)
     observation = environment.step(STAY)[0]
     target, basket = environment.obj_of_interest
-    oracle, pushes = Oracle(target, basket, rng, as_stored=not disturbed), Pushes(rng)
+    oracle = Oracle(target, basket, rng, as_stored=not disturbed)
+    if driver:
+        disturbance = Driven(*driver, cameras, rng)
+    else:
+        disturbance = Pushes(rng) if disturbed else Undisturbed()
     attempt = Attempt(images={camera: [] for camera in cameras})
     while len(attempt.commands) < max_steps and not attempt.succeeded:
         command, stored, harmless = oracle.act(observation)
@@ -227,7 +268,7 @@ def demonstrate(
         attempt.commands.append(stored)
         for camera in cameras:
             attempt.images[camera].append(as_jpeg(observation[f"{camera}_image"]))
-        observation = environment.step(pushes.disturbed(command, disturbed and harmless))[0]
+        observation = environment.step(disturbance.executed(command, harmless, observation))[0]
         attempt.succeeded = bool(environment.check_success())
     return attempt
 
@@ -253,10 +294,15 @@ def look(environment: Any, cameras: Sequence[str], on: bool) -> None:
             )
 
 
-def as_jpeg(frame: np.ndarray) -> bytes:
+def upright(frame: np.ndarray) -> np.ndarray:
     """The renderer's frame lies on its head; evaluation turns it by 180 degrees, and so did the published data."""
+    return np.ascontiguousarray(frame[::-1, ::-1])
+
+
+def as_jpeg(frame: np.ndarray) -> bytes:
+    """The renderer's frame as it is stored."""
     stream = io.BytesIO()
-    Image.fromarray(frame[::-1, ::-1]).save(stream, "JPEG", quality=JPEG_QUALITY)
+    Image.fromarray(upright(frame)).save(stream, "JPEG", quality=JPEG_QUALITY)
     return stream.getvalue()
 
 
@@ -289,6 +335,8 @@ def _collect_task(
     record = Path(args.out) / "meta" / "collection.json"
     known = _known(record)
     mine = known.setdefault(str(task_id), {"instruction": language, "attempts": 0, "failures_left_out": 0})
+    if args.policy:
+        mine.setdefault("first_attempt_that_a_policy_began", mine["attempts"])
     with (
         tqdm(total=args.episodes, initial=done, desc=language, unit="episode", file=sys.stdout) as bar,
         contextlib.closing(_attempts(args, task_id, list(cameras.values()), mine["attempts"])) as attempts,
@@ -323,23 +371,31 @@ def _attempts(args: argparse.Namespace, task_id: int, cameras: list[str], first:
 
 
 @functools.lru_cache(maxsize=1)
-def _scene(suite_name: str, task_id: int, cameras: tuple[str, ...]) -> tuple[Any, np.ndarray]:
-    """This process's simulator with a task, and the task's initial states."""
+def _scene(suite_name: str, task_id: int, cameras: tuple[str, ...]) -> tuple[Any, np.ndarray, str]:
+    """This process's simulator with a task, the task's initial states, and its instruction."""
     suite = open_suite(suite_name)
     environment = make_environment(suite, task_id, camera_names=list(cameras), camera_heights=SIZE, camera_widths=SIZE)
-    return environment, suite.get_task_init_states(task_id)
+    return environment, suite.get_task_init_states(task_id), suite.get_task(task_id).language
+
+
+@functools.lru_cache(maxsize=1)
+def _policy(model: str) -> Policy:
+    """This process's policy, on one thread: processes share the cores."""
+    torch.set_num_threads(1)
+    return load_policy(model, dtype="float32", constrain_actions=True)
 
 
 def _attempt(args: argparse.Namespace, task_id: int, cameras: list[str], number: int) -> Attempt:
     """A task's attempt of this number: the same in whichever process."""
-    environment, initial_states = _scene(args.suite, task_id, tuple(cameras))
+    environment, initial_states, instruction = _scene(args.suite, task_id, tuple(cameras))
     low, high = args.initial_states
     rng = np.random.default_rng([args.seed, task_id, number])
     passes, index = divmod(number, high - low)
     initial = initial_states[low + index]
     if passes >= MOVED_FROM and not args.undisturbed:
         initial = moved(environment, initial, rng)
-    return demonstrate(environment, cameras, initial, rng, args.max_steps, not args.undisturbed)
+    driver = (_policy(args.policy), instruction) if args.policy else None
+    return demonstrate(environment, cameras, initial, rng, args.max_steps, not args.undisturbed, driver)
 
 
 def _known(record: Path) -> dict[str, Any]:
@@ -379,6 +435,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--max-steps", type=int, default=250, help="an attempt that takes longer has failed")
     parser.add_argument("--workers", type=int, default=1, metavar="N", help="simulators at a time; data are the same")
     parser.add_argument("--undisturbed", action="store_true", help="no pushes, and starts as in evaluation")
+    parser.add_argument("--policy", metavar="DIR", help="a trained policy, which drives first in what is still missing")
     parser.add_argument("--seed", type=int, default=0)
     return parser
 

@@ -4,10 +4,12 @@
     python examples/train_tiny.py runs/train-tiny        # or: make train-tiny
 
 Two tasks of LIBERO-Object, 100 scripted demonstrations each from the initial states 0 to 24; judged on 25 to 49, which
-no demonstration began with. All seeds are fixed. What is broken off goes on where it was. Written are:
+no demonstration began with. A first training sees 70 of each; the other 30 begin with what that first policy does, and
+show the way back from its mistakes. All seeds are fixed. What is broken off goes on where it was. Written are:
   demos/            the demonstrations, and demos.png to look at
   base/             the model before training
-  openvla/, oft/    the training runs, the twin's from what the first has learnt; each one's packed/ is the result in
+  first/            the first training
+  openvla/, oft/    the others, each from what the one before has learnt; a training's packed/ is its result in
                     bfloat16, as it ships and as it is judged
   judged/           success, videos and a contact sheet of both
   results.json      what the table at the end holds, and the seconds that every part took
@@ -30,7 +32,13 @@ HERE = Path(__file__).parent
 DATASET = "libero_object_no_noops"  # the preset of columns and gripper goes by this name
 TASKS = ("0", "7")
 HELD_OUT, STATES = 25, 50  # initial states from the first on are never demonstrated; a task has so many
-POLICIES = {"openvla": "tiny_libero.yaml", "oft": "tiny_libero_oft.yaml"}
+TRAININGS = {  # each from what the one before has learnt: its configuration, and its steps where they are others
+    "first": ("tiny_libero.yaml", 1500),
+    "openvla": ("tiny_libero.yaml", None),
+    "oft": ("tiny_libero_oft.yaml", None),
+}
+JUDGED = ("openvla", "oft")
+BEFORE_THE_FIRST = 0.7  # of the demonstrations are collected before the first training
 BATCH_SIZE = 32  # of all processes
 
 
@@ -40,33 +48,36 @@ def parts(args: argparse.Namespace) -> dict[str, list[str | Path]]:
     demos, openvla, workers = out / "demos" / DATASET, [python, "-m", "openvla"], str(args.workers)
     processes = next(count for count in (8, 4, 2, 1) if count <= args.workers)  # whole numbers of steps for each
     launch = [python, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    collect = [python, HERE / "collect_libero.py", demos, "--tasks", *TASKS, "--episodes", str(args.episodes)]
-    collect += ["--initial-states", "0", str(HELD_OUT), "--cameras", "agentview", "--workers", workers]
+    collect = [python, HERE / "collect_libero.py", demos, "--tasks", *TASKS, "--workers", workers]
+    collect += ["--initial-states", "0", str(HELD_OUT), "--cameras", "agentview"]
+    first, all_of_them = str(round(args.episodes * BEFORE_THE_FIRST)), str(args.episodes)
+    corrections = [*collect, "--episodes", all_of_them, "--policy", out / "first" / "packed"]
     look = [*openvla, "inspect-data", demos, "--fields", "{cameras: [observation.image]}", "--out", out / "demos.png"]
     done = {
-        "demonstrations": collect,
-        "picture of them": look,
+        "demonstrations": [*collect, "--episodes", first],
         "model before training": [python, HERE / "tiny_libero.py", demos, out / "base"],
     }
     base = out / "base"
-    for name in POLICIES:
+    for name, (_, steps) in TRAININGS.items():
         result, packed = out / name / "model", out / name / "packed"
         run = ["--model", base, "--output", out / name, "--batch-size", str(BATCH_SIZE // processes)]
-        steps = [] if args.steps is None else ["--max-steps", str(args.steps)]
-        held_out = ["--tasks", *TASKS, "--episodes", str(args.judged), "--first-initial-state", str(HELD_OUT)]
-        written = ["--workers", workers, "--output", out / "judged" / name]
-        done |= {
-            f"training {name}": [*launch, "-m", "openvla", "finetune", out / f"{name}.yaml", *run, *steps],
-            f"packing {name}": [*openvla, "convert", result, packed, "--dtype", "bf16"],
-            f"judging {name}": [*openvla, "evaluate", "--model", packed, "--dtype", "float32", *held_out, *written],
-        }
+        steps = args.steps or steps
+        run += ["--max-steps", str(steps)] if steps else []
+        done[f"training {name}"] = [*launch, "-m", "openvla", "finetune", out / f"{name}.yaml", *run]
+        done[f"packing {name}"] = [*openvla, "convert", result, packed, "--dtype", "bf16"]
+        if name in JUDGED:
+            held_out = ["--tasks", *TASKS, "--episodes", str(args.judged), "--first-initial-state", str(HELD_OUT)]
+            judge = [*openvla, "evaluate", "--model", packed, "--dtype", "float32", *held_out, "--workers", workers]
+            done[f"judging {name}"] = [*judge, "--output", out / "judged" / name]
+        else:
+            done |= {"corrections of its mistakes": corrections, "picture of the demonstrations": look}
         base = result
     return done
 
 
 def write_runs(args: argparse.Namespace) -> None:
     """The trainings' configurations with the place of the demonstrations."""
-    for name, file in POLICIES.items():
+    for name, (file, _) in TRAININGS.items():
         config = read_yaml(HERE / file)
         config["data"][0]["path"] = str(args.out / "demos" / DATASET)
         write_json(args.out / f"{name}.yaml", config)  # JSON is YAML
@@ -75,7 +86,7 @@ def write_runs(args: argparse.Namespace) -> None:
 def table(out: Path, seconds: dict[str, float]) -> str:
     """What came of it."""
     lines = ["| policy | task | success | 95 % interval |", "|---|---|---|---|"]
-    for name in POLICIES:
+    for name in JUDGED:
         report = read_json(out / "judged" / name / "results.json")
         for row in (*report["results"], {**report, "instruction": "all"}):
             low, high = row["success_interval"]
