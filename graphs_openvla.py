@@ -108,15 +108,15 @@ def is_recording(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
-def beside(first: Callable[[], Any], second: Callable[[], Any], recording: bool) -> tuple[Any, Any]:
+def beside(first: Callable[[], Any], second: Callable[[], Any], device: torch.device) -> tuple[Any, Any]:
     """What two independent computations give; a recording launches their kernels beside each other, on two streams.
 
     Args:
-        first: Computes on the current device.
+        first: Computes on the device.
         second: Computes there too.
-        recording: As of ``is_recording``.
+        device: The current one.
     """
-    if not recording:
+    if not is_recording(device):
         return first(), second()
     here, aside = torch.cuda.current_stream(), torch.cuda.Stream()
     aside.wait_stream(here)

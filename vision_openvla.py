@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from .configuration_openvla import PrismaticConfig
-from .graphs_openvla import beside, is_recording
+from .graphs_openvla import beside
 
 
 @dataclass(frozen=True)
@@ -307,7 +307,7 @@ class PrismaticVisionBackbone(nn.Module):
                 beside(
                     lambda: self.featurizer(pixel_values[:, :3], condition),
                     lambda: self.fused_featurizer(pixel_values[:, 3:], condition),
-                    recording=is_recording(pixel_values.device),
+                    pixel_values.device,
                 ),
                 dim=2,
             )
