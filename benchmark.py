@@ -38,6 +38,7 @@ WARM = 2
 REFERENCE, PLAIN, FAST = "reference", "openvla, fast=False", "openvla"
 DRAFTED, MISLED = "openvla, draft all right", "openvla, draft all wrong"
 PREPACKED = "openvla, prepack"
+STATIC_CACHE = "transformers, static cache"  # its own way to be fast, which it compiles by itself on a GPU
 
 Work = dict[str, Callable[[int], Any]]
 
@@ -179,6 +180,7 @@ def own_sides(model: Any, processor: Any, prompts: list[torch.Tensor], images: n
 
     sides = {
         PLAIN: {ACTION: lambda index: action(index, fast=False), **preprocessing(processor.image_processor)},
+        STATIC_CACHE: {ACTION: lambda index: action(index, cache_implementation="static")},
         FAST: {ACTION: lambda index: action(index, fast=True)},
         DRAFTED: {ACTION: lambda index: action(index, DRAFTED, fast=True)},
         MISLED: {ACTION: lambda index: action(index, MISLED, fast=True)},

@@ -15,16 +15,16 @@ def test_all_sides_answer_alike(tmp_path, capsys):
     assert main(["bench", *asked, "--json", str(file), "--plot", str(picture)]) == 0
     report = json.loads(file.read_text())
     actions = [row for row in report["rows"] if "action" in row["row"]]
-    assert [row["side"] for row in actions][:2] == ["openvla, fast=False", "openvla"]
+    assert [row["side"] for row in actions][:3] == ["openvla, fast=False", "transformers, static cache", "openvla"]
     in_both = multiplies(torch.bfloat16)  # else nothing is prepacked in bfloat16
-    assert [row["dtype"] for row in actions] == ["float32"] * 5 + ["bfloat16"] * (4 + in_both)
+    assert [row["dtype"] for row in actions] == ["float32"] * 6 + ["bfloat16"] * (5 + in_both)
     assert all(row["equal"] == row["of"] == 21 for row in actions if row["dtype"] == "float32")
-    in_bfloat16 = actions[5:]
+    in_bfloat16 = actions[6:]
     assert all(0 < row["equal to float32"] <= 21 for row in in_bfloat16)
     if in_both:
         assert in_bfloat16[-1]["side"] == "openvla, prepack"
         # The same bits as without.
-        assert in_bfloat16[-1]["equal to float32"] == in_bfloat16[1]["equal to float32"]
+        assert in_bfloat16[-1]["equal to float32"] == in_bfloat16[2]["equal to float32"]
     assert all(row["seconds"] > 0 and row["share of the floor"] > 0 for row in actions)
     assert len(report["rows"]) - len(actions) == 6
     said = capsys.readouterr().out
