@@ -45,7 +45,7 @@ Work = dict[str, Callable[[int], Any]]
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``openvla bench``."""
-    parser.add_argument("--sizes", nargs="+", choices=SIZES[:-1], default=["tiny-deep", "eighth"])
+    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=["tiny-deep", "eighth"])
     parser.add_argument("--dtypes", nargs="+", choices=("float32", "bfloat16"), default=["float32"])
     parser.add_argument("--pairs", type=int, default=20, help="turns of every side")
     parser.add_argument("--inputs", type=int, default=64, help="images and instructions, one after the other")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import importlib
+import itertools
 import json
 import sys
 import time
@@ -39,7 +40,7 @@ def load(code: Path, folder: Path, dtype: str, device: str) -> tuple[Any, Any]:
 
     modeling, configuration, processing = imported(code)
     written = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    sizes = dict(zip(written["timm_model_ids"], written["timm_model_kwargs"]))
+    sizes = dict(zip(written["timm_model_ids"], written.get("timm_model_kwargs") or itertools.repeat({})))
     create = timm.create_model  # of another width than the id says; the reference has no field for it
     timm.create_model = lambda name, **options: create(name, **options, **sizes[name])
     keywords = {"config": configuration.OpenVLAConfig.from_pretrained(folder), "torch_dtype": getattr(torch, dtype)}

@@ -1,4 +1,4 @@
-"""What benchmarks run on: OpenVLA-7B's depth, at widths that a CPU bears; crops of a real frame."""
+"""What benchmarks run on: OpenVLA-7B's size, or its depth at widths that a CPU bears; crops of a real frame."""
 
 from __future__ import annotations
 
@@ -9,11 +9,18 @@ import numpy as np
 import torch
 from PIL import Image
 
+from .checkpoint_files import write_shards
+from .checkpoint_folder import write_surroundings
+from .configuration_openvla import DTYPE_FIELD, PROMPTS
+from .modeling_openvla import OpenVLAForActionPrediction
 from .predict import SAMPLE_IMAGE
-from .tiny import PADDED_ROWS, build_tiny, build_tokenizer
+from .processing_openvla import OpenVLAProcessor
+from .tiny import PADDED_ROWS, build_config, build_tiny, build_tokenizer, seeded_weight
 
 INSTRUCTIONS = ("pick up the alphabet soup", "open the drawer", "put the bowl on the plate", "close the microwave")
 CROP = 192  # pixels
+LLAMA_2_TOKENS = 32000
+SHARD_BYTES = 5 * 10**9
 SIZES = ("tiny", "tiny-deep", "eighth", "full")
 # (language model's width, its MLP's, attention heads), the towers' widths and heads
 WIDTHS = {"tiny-deep": ((64, 172, 4), ((64, 2), (72, 2))), "eighth": ((512, 1376, 4), ((128, 2), (144, 2)))}
@@ -39,15 +46,45 @@ def overrides(size: str) -> dict[str, Any]:
 def write_model(size: str, folder: Path) -> None:
     """A bfloat16 folder with its processor. The model prefers action tokens, as trained ones do."""
     if size == "full":
-        from convert_full import write_synthetic  # of benchmarks/, whose scripts alone run at full size
-
-        return write_synthetic(folder, torch.bfloat16, spread=0.02)
+        write_full(folder, torch.bfloat16)
+        return
     model, processor = build_tiny(**overrides(size))
-    head, actions = model.get_output_embeddings().weight.data, model.action_token_ids
-    head[: actions.start], head[actions.stop :] = 0, 0
+    with torch.no_grad():
+        _prefer_actions(model.get_output_embeddings().weight, model.action_token_ids)
     model.to(torch.bfloat16).save_pretrained(folder)
     processor.save_pretrained(folder)
-    return None
+
+
+def write_full(folder: Path, dtype: torch.dtype) -> dict[str, str]:
+    """As ``write_model`` at OpenVLA-7B's own size, a tensor in memory at a time; returns every tensor's sha256."""
+    words = {word for text in (PROMPTS["openvla"].format(instruction=""), *INSTRUCTIONS) for word in text.split()}
+    tokenizer = build_tokenizer(LLAMA_2_TOKENS, "<PAD>", sorted(words))  # prompts about as long as Llama-2's
+    config = build_config(
+        tokenizer,
+        timm_model_kwargs=None,
+        llm_backbone_id="llama2-7b-pure",
+        text_config={"model_type": "llama", "vocab_size": LLAMA_2_TOKENS + PADDED_ROWS, "pad_token_id": LLAMA_2_TOKENS},
+    )
+    setattr(config, DTYPE_FIELD, dtype)
+    with torch.device("meta"):
+        model = OpenVLAForActionPrediction(config)
+    generator = torch.Generator().manual_seed(0)
+
+    def weight(name: str, empty: torch.Tensor) -> torch.Tensor:
+        values = seeded_weight(name, empty.shape, generator)
+        return _prefer_actions(values, model.action_token_ids) if name.endswith("lm_head.weight") else values
+
+    folder.mkdir()
+    digests = write_shards(folder, model.state_dict(), dtype, SHARD_BYTES, weight)
+    OpenVLAProcessor.for_config(config, tokenizer).save_pretrained(folder)
+    write_surroundings(folder, config)
+    return digests
+
+
+def _prefer_actions(head: torch.Tensor, actions: slice) -> torch.Tensor:
+    """The head's weights with those of every other token at 0, in place."""
+    head[: actions.start], head[actions.stop :] = 0, 0
+    return head
 
 
 def sample_inputs(count: int) -> tuple[list[str], np.ndarray]:

@@ -136,15 +136,19 @@ def build_model(config: OpenVLAConfig, seed: int = 0) -> OpenVLAForActionPredict
 
 
 def _fill(model: nn.Module, seed: int) -> None:
-    """Seeded weights that do not depend on how a transformers version initialises; large enough to see the image."""
+    """Seeded weights that do not depend on how a transformers version initialises."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in sorted(model.named_parameters()):
-            if "norm" in name:
-                parameter.fill_(1.0 if name.endswith("weight") else 0.0)
-            elif name.endswith("scale_factor"):
-                parameter.fill_(0.5)
-            else:
-                is_table = name.endswith(("embed_tokens.weight", "_embed", "_token"))
-                spread = 1.0 if is_table else 1.5 * parameter[0].numel() ** -0.5 if parameter.ndim > 1 else 0.1
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * spread)
+            parameter.copy_(seeded_weight(name, parameter.shape, generator))
+
+
+def seeded_weight(name: str, shape: torch.Size, generator: torch.Generator) -> torch.Tensor:
+    """A weight to start from, float32, by its name; large enough that the model sees the image."""
+    if "norm" in name:
+        return torch.full(shape, 1.0 if name.endswith("weight") else 0.0)
+    if name.endswith("scale_factor"):
+        return torch.full(shape, 0.5)
+    is_table = name.endswith(("embed_tokens.weight", "_embed", "_token"))
+    spread = 1.0 if is_table else 1.5 * shape[1:].numel() ** -0.5 if len(shape) > 1 else 0.1
+    return torch.randn(shape, generator=generator) * spread

@@ -2,8 +2,7 @@
 
     python benchmarks/convert_full.py WORK_DIR [--dtype bf16|fp32] [--repeat 3]
 
-The weights are synthetic (seeded noise, repeated), the tokenizer is a stand-in of Llama-2's size; every tensor is
-compared.
+The weights are seeded noise, the tokenizer is a stand-in of Llama-2's size; every tensor is compared.
 WORK_DIR needs 31 GB free for bf16, 62 GB for fp32, and is removed at the end. Anonymous memory is the process's own;
 pages of mapped files, which the system takes back at need, are not in it.
 
@@ -25,41 +24,11 @@ import sys
 import time
 from pathlib import Path
 
-import torch
-from openvla import OpenVLAConfig, OpenVLAForActionPrediction, OpenVLAProcessor
-from openvla.checkpoint_files import write_shards
-from openvla.checkpoint_folder import MANIFEST_FILE, write_manifest, write_surroundings
-from openvla.configuration_openvla import DTYPE_FIELD, write_json
+from openvla.benchmark_sizes import write_full
+from openvla.checkpoint_folder import MANIFEST_FILE
+from openvla.configuration_openvla import write_json
 from openvla.convert_checkpoint import DTYPES
-from openvla.tiny import UNTRAINED_STATISTICS, build_tokenizer
-
-SHARD_BYTES = 5 * 10**9
-
-
-def write_synthetic(folder: Path, dtype: torch.dtype, spread: float = 1.0) -> None:
-    """A full-size Hub folder whose tensors are noise of that deviation, repeated along their first dimension."""
-    config = OpenVLAConfig(
-        vision_backbone_id="dinosiglip-vit-so-224px",
-        llm_backbone_id="llama2-7b-pure",
-        arch_specifier="no-align+fused-gelu-mlp",
-        image_resize_strategy="resize-naive",
-        text_config={"model_type": "llama", "vocab_size": 32064, "pad_token_id": 32000},
-        norm_stats={"bridge_orig": UNTRAINED_STATISTICS},
-    )
-    setattr(config, DTYPE_FIELD, dtype)
-    with torch.device("meta"):
-        model = OpenVLAForActionPrediction(config)
-    generator = torch.Generator().manual_seed(0)
-    tensors = {}
-    for name, tensor in model.state_dict().items():
-        noise = (torch.randn(tensor.shape[1:], generator=generator) * spread).to(dtype)
-        tensors[name] = noise.expand(tensor.shape)
-    folder.mkdir()
-    digests = write_shards(folder, tensors, dtype, SHARD_BYTES)
-    OpenVLAProcessor.for_config(config, build_tokenizer(32000, "<PAD>")).save_pretrained(folder)
-    write_surroundings(folder, config)
-    write_json(folder / "native_config.json", {"vla": {"base_vlm": "prism-dinosiglip-224px+7b"}})
-    write_manifest(folder, digests)
+from openvla.tiny import build_tokenizer
 
 
 def emptied_cache() -> str:
@@ -116,13 +85,13 @@ def main() -> None:
     args.work.mkdir(parents=True)
     try:
         hub, native, again = args.work / "hub", args.work / "native", args.work / "again"
-        write_synthetic(hub, DTYPES[args.dtype])
+        digests = write_full(hub, DTYPES[args.dtype])
+        write_json(hub / "native_config.json", {"vla": {"base_vlm": "prism-dinosiglip-224px+7b"}})
         openvla = [sys.executable, "-m", "openvla"]
         size = sum(file.stat().st_size for file in hub.glob("*.safetensors"))
         measured("first imports, which cache bytecode", [*openvla, "--version"], 0)
         rows = [measured("imports alone", [*openvla, "--version"], 0) for _ in range(args.repeat)]
         rows += [measured("Hub folder to native (--reverse)", [*openvla, "convert", hub, native, "--reverse"], size)]
-        expected = json.loads((hub / MANIFEST_FILE).read_text())["tensors"]
         tokenizer = args.work / "tokenizer"
         build_tokenizer(32000, "<PAD>").save_pretrained(tokenizer)
         shutil.rmtree(hub)
@@ -139,7 +108,7 @@ def main() -> None:
             rows.append(measured("native to Hub folder", convert, size))
         rows.append(measured("openvla verify", [*openvla, "verify", again], size))
         found = json.loads((again / MANIFEST_FILE).read_text())["tensors"]
-        if found != expected:
+        if found != digests:
             raise SystemExit("the tensors are not what they were")
         print(f"{len(found)} tensors equal after there and back, {size / 1e9:.2f} GB in {args.dtype}\n")
         print(table(rows))
