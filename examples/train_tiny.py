@@ -67,8 +67,8 @@ def parts(args: argparse.Namespace) -> dict[str, list[str | Path]]:
         done[f"packing {name}"] = [*openvla, "convert", result, packed, "--dtype", "bf16"]
         if name in JUDGED:
             held_out = ["--tasks", *TASKS, "--episodes", str(args.judged), "--first-initial-state", str(HELD_OUT)]
-            judge = [*openvla, "evaluate", "--model", packed, "--dtype", "float32", *held_out, "--workers", workers]
-            done[f"judging {name}"] = [*judge, "--output", out / "judged" / name]
+            judge = [*openvla, "evaluate", "--model", packed, "--dtype", "float32", "--constrain-actions", *held_out]
+            done[f"judging {name}"] = [*judge, "--workers", workers, "--output", out / "judged" / name]
         else:
             done |= {"corrections of its mistakes": corrections, "picture of the demonstrations": look}
         base = result
