@@ -1,13 +1,15 @@
-"""The embedded default sees where it is: on an episode that it was not trained on, it does what was demonstrated."""
+"""The embedded policies see where they are: on an episode that none was trained on, they do what was demonstrated."""
 
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
+import transformers
 from openvla import load_policy
 from openvla.fast_openvla import FastDecoder
-from openvla.policy import EMBEDDED
+from openvla.parallel_openvla import FIRST_TRANSFORMERS
+from openvla.policy import EMBEDDED, EMBEDDED_OFT
 from PIL import Image
 
 pytest.importorskip("accelerate")
@@ -16,6 +18,8 @@ EPISODE = Path(__file__).parent / "data" / "libero_episode"
 LARGEST_BYTES = 20e6
 # Cosine between the movement that was made and the one that was demonstrated, mean over ten steps.
 FOLLOWS, SHUFFLED = 0.8, 0.5
+# In controller units, mean over ten steps and three axes; another step's frame is worse by this factor at least.
+TWIN_ERROR, TWIN_SHUFFLED = 0.15, 3.0
 SCORE_ATOL = 0.01  # nats: a pass over all tokens at once, and probability that is not on action tokens
 
 
@@ -30,11 +34,11 @@ def steps():
 
 
 def answers(policy, steps, order):
-    """The next action at every step, float64 ``(steps, 7)``, each seeing the frame of another."""
+    """The next action at every step, float64 ``(steps, 7)``, each seeing the frame of another; of a chunk the first."""
     found = []
     for step, frame in zip(steps, order):
         with Image.open(EPISODE / f"{frame}.jpg") as image:
-            found.append(policy.act(image.convert("RGB"), step["language_instruction"]))
+            found.append(np.atleast_2d(policy.act(image.convert("RGB"), step["language_instruction"]))[0])
     return np.stack(found)
 
 
@@ -47,9 +51,11 @@ def agreement(actions, steps):
 
 
 def test_it_fits_in_the_box():
-    assert sum(file.stat().st_size for file in EMBEDDED.iterdir()) < LARGEST_BYTES
-    assert {"README.md", "config.json", "model.safetensors"} <= {file.name for file in EMBEDDED.iterdir()}
-    assert not list(EMBEDDED.glob("*.py"))
+    folders = (EMBEDDED, EMBEDDED_OFT)
+    assert sum(file.stat().st_size for folder in folders for file in folder.iterdir()) < LARGEST_BYTES
+    for folder in folders:
+        assert {"README.md", "config.json", "model.safetensors"} <= {file.name for file in folder.iterdir()}
+        assert not list(folder.glob("*.py"))
 
 
 def test_it_follows_the_demonstrated_direction_and_shuffled_images_do_not(policy, steps):
@@ -59,6 +65,18 @@ def test_it_follows_the_demonstrated_direction_and_shuffled_images_do_not(policy
     assert cosine > FOLLOWS
     assert gripper >= 0.9
     assert max(other for other, _ in turned) < SHUFFLED
+
+
+@pytest.mark.skipif(
+    tuple(map(int, transformers.__version__.split(".")[:2])) < FIRST_TRANSFORMERS, reason="no OpenVLA-OFT before"
+)
+def test_the_twin_does_what_was_demonstrated_and_with_shuffled_images_does_not(steps):
+    twin, order = load_policy(EMBEDDED_OFT, dtype="float32"), list(range(len(steps)))
+    shown = np.array([step["action"] for step in steps])[:, :3]
+    error, *turned = [np.abs(answers(twin, steps, np.roll(order, by))[:, :3] - shown).mean() for by in (0, 3, 5, 7)]
+    assert error < TWIN_ERROR
+    assert min(turned) > TWIN_SHUFFLED * error
+    assert twin.model.config.proprio_dim is None
 
 
 def test_its_own_answer_is_the_likeliest_and_as_a_draft_saves_every_step(policy, steps, monkeypatch):
