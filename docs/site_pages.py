@@ -14,6 +14,7 @@ REPOSITORY = Path(__file__).parent.parent
 PAGES = {
     "README.md": "index.md",
     "assets/libero/README.md": "embedded.md",
+    "assets/libero_oft/README.md": "embedded-oft.md",
     "PARITY.md": "parity.md",
     "CONTRIBUTING.md": "contributing.md",
     "CHANGELOG.md": "changelog.md",
