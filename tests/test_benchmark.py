@@ -4,8 +4,11 @@ import json
 
 import pytest
 import torch
+from openvla import OpenVLAForActionPrediction, OpenVLAProcessor, benchmark_sizes
 from openvla.__main__ import main
+from openvla.checkpoint_files import digests, places_of, weight_files
 from openvla.prepacked_model import multiplies
+from openvla.tiny import TINY_TOWERS, build_config, language_config
 
 
 def test_all_sides_answer_alike(tmp_path, capsys):
@@ -40,3 +43,29 @@ def test_a_peer_needs_both_its_code_and_its_python(tmp_path, capsys):
     asked = ["--sizes", "tiny", "--inputs", "1", "--reference", str(tmp_path), "--reference-python", "/bin/false"]
     with pytest.raises(RuntimeError, match="status 1"):
         main(["bench", *asked])
+
+
+def test_full_size_weights_are_written_one_by_one_and_answer_with_actions(tmp_path, monkeypatch, frames):
+    """The way they are written, of a model with Llama-2's vocabulary that is small otherwise."""
+
+    def narrow(tokenizer, **fields):
+        text = {**language_config(tokenizer), **fields["text_config"]}
+        return build_config(
+            tokenizer, **{**fields, "timm_model_kwargs": list(TINY_TOWERS.values()), "text_config": text}
+        )
+
+    monkeypatch.setattr(benchmark_sizes, "build_config", narrow)
+    written = benchmark_sizes.write_full(tmp_path / "model", torch.bfloat16)
+    assert written == digests(places_of(weight_files(tmp_path / "model")))
+    model = OpenVLAForActionPrediction.from_pretrained(tmp_path / "model").eval()
+    processor = OpenVLAProcessor.from_pretrained(tmp_path / "model")
+    assert model.dtype == torch.bfloat16
+    assert model.get_output_embeddings().weight.shape[0] == 32064
+    answers = []
+    for frame in (frames["noise"], frames["white"]):
+        inputs = processor(instruction=benchmark_sizes.INSTRUCTIONS[0], images=frame)
+        assert inputs["input_ids"].shape[1] < 30
+        answers.append(model.predict_action(**inputs, return_dict=True).token_ids.tolist())
+    actions = model.action_token_ids
+    assert all(actions.start <= token < actions.stop for tokens in answers for token in tokens)
+    assert answers[0] != answers[1]
