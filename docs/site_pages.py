@@ -4,6 +4,7 @@ mkdocs calls what is named ``on_…`` (``hooks`` in mkdocs.yml). Links are writt
 turned here into what works on the site.
 """
 
+import posixpath
 import re
 from pathlib import Path
 
@@ -19,7 +20,7 @@ PAGES = {
     "CONTRIBUTING.md": "contributing.md",
     "CHANGELOG.md": "changelog.md",
 }
-LINK = re.compile(r"(?<=\]\()(\.\./)?([\w./-]+)(?=[#)])")
+LINK = re.compile(r"(?<=\]\()[\w./-]+(?=[#)])")
 
 
 def on_files(files, config):
@@ -27,17 +28,22 @@ def on_files(files, config):
     for name, page in PAGES.items():
         text = (REPOSITORY / name).read_text(encoding="utf-8")
         text = re.sub(r"\A---\n.*?\n---\n", "", text, flags=re.DOTALL)  # what the Hub reads of a model card
-        files.append(File.generated(config, page, content=LINK.sub(_on_the_site, text)))
+        files.append(File.generated(config, page, content=_on_the_site(text, posixpath.dirname(name))))
     for linked in sorted([*REPOSITORY.glob("assets/*.[jp]*g"), *REPOSITORY.glob("examples/*.ipynb")]):
         files.append(File.generated(config, str(linked.relative_to(REPOSITORY)), abs_src_path=str(linked)))
     return files
 
 
 def on_page_markdown(markdown, page, **_):
-    """Turn a page's links to the root."""
-    return LINK.sub(_on_the_site, markdown)
+    """Turn a page's links out of docs/."""
+    return _on_the_site(markdown, "docs")
 
 
-def _on_the_site(link):
-    target = link[2].removeprefix("docs/")
-    return PAGES.get(target, target)
+def _on_the_site(text, folder):
+    """A text of a folder of the repository, whose links lead where their files are on the site."""
+
+    def place(link):
+        target = posixpath.normpath(posixpath.join(folder, link[0])).removeprefix("docs/")
+        return PAGES.get(target, target)
+
+    return LINK.sub(place, text)
