@@ -92,6 +92,11 @@ def with_action_slots(
     return torch.cat([input_ids, behind], dim=1), mask, slots
 
 
+def takes_bidirectional_masks() -> bool:
+    """Whether this transformers can run OpenVLA-OFT."""
+    return tuple(map(int, transformers.__version__.split(".")[:2])) >= FIRST_TRANSFORMERS
+
+
 def bidirectional_mask(visible: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Additive mask ``(batch, 1, length, length)`` of ``(batch, length)``: every query sees every visible key."""
     length = visible.shape[1]
@@ -133,7 +138,7 @@ class ParallelDecodingMixin:
         self._bidirectional_under = None
         if not config.parallel_decoding:
             return
-        if tuple(map(int, transformers.__version__.split(".")[:2])) < FIRST_TRANSFORMERS:
+        if not takes_bidirectional_masks():
             raise ImportError(
                 f"Parallel decoding (OFT) needs transformers {'.'.join(map(str, FIRST_TRANSFORMERS))} or newer; "
                 f"{transformers.__version__} would read its bidirectional mask otherwise and give wrong actions."

@@ -6,14 +6,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-import transformers
 from openvla import PLATFORMS, OpenVLAConfig, OpenVLAForActionPrediction
 from openvla.configuration_openvla import LLM_MODEL_TYPES
-from openvla.parallel_openvla import FIRST_TRANSFORMERS, with_action_slots
+from openvla.parallel_openvla import takes_bidirectional_masks, with_action_slots
 from openvla.tiny import build_tiny
 from reference import GOLDEN, oft_model
 
-SUPPORTED = tuple(map(int, transformers.__version__.split(".")[:2])) >= FIRST_TRANSFORMERS
+SUPPORTED = takes_bidirectional_masks()
 pytestmark = [pytest.mark.lane]
 parallel = pytest.mark.skipif(not SUPPORTED, reason="this transformers has no bidirectional masks")
 
