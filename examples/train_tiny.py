@@ -69,7 +69,7 @@ def parts(args: argparse.Namespace) -> dict[str, list[str | Path]]:
             held_out = ["--tasks", *TASKS, "--episodes", str(args.judged), "--first-initial-state", str(HELD_OUT)]
             judge = [*openvla, "evaluate", "--model", packed, "--dtype", "float32", "--constrain-actions", *held_out]
             done[f"judging {name}"] = [*judge, "--workers", workers, "--output", out / "judged" / name]
-        else:
+        if name == "first":
             done |= {"corrections of its mistakes": corrections, "picture of the demonstrations": look}
         base = result
     return done

@@ -10,6 +10,7 @@ import pytest
 pytest.importorskip("pyarrow")
 collector = SimpleNamespace(**runpy.run_path(str(Path(__file__).parents[1] / "examples" / "collect_libero.py")))
 METRES = 0.02  # a command of 1 moves the hand so far in one step
+FRAME = np.arange(12, dtype=np.uint8).reshape(2, 2, 3)  # what its camera sees, whatever happens
 WITHIN = np.array([0.02, 0.02, 0.02])  # of the thing the fingers hold it
 
 
@@ -21,8 +22,8 @@ class World:
         self.table, self.closed = self.thing[2], False
 
     def observe(self):
-        seen = {"robot0_eef_pos": self.hand, "thing_pos": self.thing, "basket_pos": self.basket, "top_image": None}
-        return {name: None if value is None else value.copy() for name, value in seen.items()}
+        seen = {"robot0_eef_pos": self.hand, "thing_pos": self.thing, "basket_pos": self.basket, "top_image": FRAME}
+        return {name: value.copy() for name, value in seen.items()}
 
     def step(self, command):
         held = self.closed and (np.abs(self.hand - self.thing) < WITHIN).all()
@@ -63,17 +64,15 @@ def test_a_policy_drives_first_and_what_is_stored_is_the_oracles():
             asked.append((image, instruction))
             return np.array([-1.0, 0, 0, 0, 0, 0, 0.0])  # OpenVLA's convention: closed
 
-    frame = np.arange(12, dtype=np.uint8).reshape(2, 2, 3)
     driven = collector.Driven(Away(), "pick it up", ["top"], np.random.default_rng(0))
     driven.left, commands = 3, np.eye(7)[:5]
-    executed = [driven.executed(command, True, {"top_image": frame}) for command in commands]
+    executed = [driven.executed(command, True, {"top_image": FRAME}) for command in commands]
     np.testing.assert_array_equal(executed[:3], [[-1, 0, 0, 0, 0, 0, collector.CLOSE]] * 3)
     np.testing.assert_array_equal(executed[3:], commands[3:])
     assert [instruction for _, instruction in asked] == ["pick it up"] * 3
-    np.testing.assert_array_equal(asked[0][0], frame[::-1, ::-1])
+    np.testing.assert_array_equal(asked[0][0], FRAME[::-1, ::-1])
 
     world, driven.left = World([-0.1, 0.0, 0.3], [0.05, -0.1, 0.05]), 20
-    world.observe = lambda: {**World.observe(world), "top_image": frame}
     stored = run(world, collector.Oracle("thing", "basket", np.random.default_rng(0)), driven)
     assert (stored[:20, 0] > 0).all()  # the way back, while the policy went the other way
     assert (stored[:20, 6] == collector.OPEN).all()
