@@ -75,6 +75,11 @@ class InThread:
         self.server.should_exit = True
         self.thread.join(20)
 
+    def busy(self):
+        """Wait until the model has taken what is held: what comes next is not in its batch."""
+        held = self.shared.queue._held
+        until(lambda: held and all(place.started for place in list(held.values())))
+
     def waiting(self, count):
         """Wait until so many requests are held, ready for the model."""
         held = self.shared.queue._held

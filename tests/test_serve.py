@@ -161,12 +161,13 @@ def test_many_robots_share_a_batch(server, frame):
         return ask(server, body=body).json
 
     server.served.gate.clear()
-    threads, replies = in_threads(*(lambda index=index: asking(index) for index in range(7)))
+    first_thread, first_reply = in_threads(lambda: asking(0))
+    server.busy()
+    threads, replies = in_threads(*(lambda index=index: asking(index) for index in range(1, 7)))
     server.waiting(7)
-    server.served.gate.set()
-    for thread in threads:
-        thread.join()
-    assert max(reply["batch"] for reply in replies) >= 6  # the first may have begun alone
+    released(server, first_thread + threads)
+    replies = first_reply + replies
+    assert [reply["batch"] for reply in replies] == [1] + [6] * 6
     for index, reply in enumerate(replies):
         wanted = expected(server, np.roll(frame, index), f"go {index}")
         assert reply["actions"] == wanted.tolist()
@@ -219,8 +220,8 @@ def test_a_deadline(small):
 def test_a_stale_frame_is_dropped_for_a_newer_one():
     with InThread(embedded(Limits(waiting=8))) as server:
         mine = {**GOOD, "client_id": "arm", "latest_only": True}
-        threads, replies = held(server, GOOD)  # the model is busy with this one
-        server.waiting(1)
+        threads, replies = held(server, GOOD)
+        server.busy()
         more, rest = held(
             server, mine, {**GOOD, "client_id": "other", "latest_only": True}, {**GOOD, "client_id": "arm"}
         )
