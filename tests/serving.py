@@ -34,15 +34,14 @@ OFT = {**PLATFORMS["libero"], "parallel_decoding": True, "action_head": "l1", "n
 
 
 def embedded(limits=LIMITS, **overrides):
-    """A served policy whose answers a test can hold back: ``gate.clear()``, or slow down: ``pause``."""
+    """A served policy whose answers a test can hold back: ``gate.clear()``."""
     from openvla.served_policy import ServedPolicy
 
     class Held(ServedPolicy):
-        gate, pause = threading.Event(), 0.0
+        gate = threading.Event()
 
         def answer(self, batch):
             assert self.gate.wait(30)
-            time.sleep(self.pause)
             return super().answer(batch)
 
     Held.gate.set()

@@ -82,7 +82,7 @@ def test_an_answer_that_is_late_is_an_error_in_time(server, frame):
     started = time.monotonic()
     with pytest.raises(ServerUnavailable, match="504|timed out"):
         PolicyClient(server.url, timeout=0.3).act(frame, INSTRUCTION)
-    assert 0.2 < time.monotonic() - started < 2
+    assert 0.2 < time.monotonic() - started < Limits().deadline / 2  # its own, not the one of the server
     server.served.gate.set()
     server.waiting(0)
 
@@ -173,13 +173,13 @@ def test_a_robot_loop_keeps_its_rate_behind_a_slow_server(frame):
         player = ActionChunk(PolicyClient(server.url, timeout=30), steps=10)
         player.answer(player.ask(), player.policy.act(frame, INSTRUCTION, STATE))  # the first is waited for
         served.gate.clear()
-        asked, started = [], time.monotonic()
+        asked = []
         for step in range(25):
             asked.append(player.ask_in(thread, frame, INSTRUCTION, STATE))
             assert player.next().tolist() == chunk[step].tolist()
             time.sleep(period)
-        assert time.monotonic() - started < 25 * period + 2  # nothing was waited for: the gate is still closed
         assert [step for step, future in enumerate(asked) if future] == [10]
+        assert not asked[10].done()  # nothing was waited for
         served.gate.set()
         assert asked[10].result(30)
         assert player.next().tolist() == chunk[15].tolist()  # the answer to step 10, at step 25

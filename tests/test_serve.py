@@ -1,6 +1,7 @@
 """The policy server: who may ask and how slowly, its queue, its page, its command, its end."""
 
 import logging
+import multiprocessing
 import os
 import re
 import signal
@@ -211,7 +212,7 @@ def test_a_deadline(small):
     late = ask(small, body={**GOOD, "deadline_ms": 100})
     assert late.status == 504
     assert "deadline of 100 ms" in late.error["message"]
-    assert time.monotonic() - started < 2
+    assert time.monotonic() - started < LIMITS.deadline / 2  # its own, not the one of the server
     released(small, threads)
     assert replies[0][0].status == 200
     assert ask(small, body=GOOD).json == replies[0][0].json
@@ -268,22 +269,20 @@ def test_the_page_may_run_its_own_script_only(server, tmp_path, monkeypatch):
 def test_sigterm_answers_all_that_was_accepted(frame):
     """Under load; meanwhile new requests are told to go elsewhere, and the process ends with status 0."""
     served = embedded()
-    served.pause = 0.3
+    served.gate = multiprocessing.get_context("fork").Event()
     wanted = expected(served, frame).tolist()
     server = InProcess(served)
     body = {"image": frame.tolist(), "instruction": INSTRUCTION}
     threads, replies = in_threads(*[lambda: ask(server, body=body)] * 24)
-    until(lambda: ask(server, "GET", "/healthz").json["waiting"] >= 20)
+    until(lambda: ask(server, "GET", "/healthz").json["waiting"] == 24)
     os.kill(server.process.pid, signal.SIGTERM)
     until(lambda: ask(server, "GET", "/healthz").status == 503)
     assert ask(server, "GET", "/healthz").json["status"] == "draining"
     refused = ask(server, body=body)
     assert (refused.status, refused.headers["retry-after"]) == (503, "1")
+    served.gate.set()
     for thread in threads:
         thread.join()
-    answered = [reply.json for reply in replies if reply.status == 200]
-    assert answered == [wanted] * len(answered)
-    assert len(answered) >= 20
-    assert {reply.status for reply in replies} <= {200, 503}
+    assert [reply.json for reply in replies] == [wanted] * 24
     server.process.join(20)
     assert server.process.exitcode == 0
