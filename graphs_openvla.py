@@ -52,16 +52,21 @@ class CudaRecording:
         self, compute: Callable[..., Tensors], inputs: Sequence[torch.Tensor], beside: CudaRecording | None
     ) -> None:
         self.inputs = [tensor.clone() for tensor in inputs]
-        here, aside = torch.cuda.current_stream(), torch.cuda.Stream()
-        aside.wait_stream(here)
-        with torch.cuda.stream(aside):
+        here = torch.cuda.current_stream()
+        # Of this device: the stream that torch would take is of whichever device recorded first.
+        self.stream = beside.stream if beside else torch.cuda.Stream()
+        self.stream.wait_stream(here)
+        with torch.cuda.stream(self.stream):
             compute(*self.inputs)  # libraries take their workspaces at the first call on a stream
-        here.wait_stream(aside)
+        here.wait_stream(self.stream)
         self.graph = torch.cuda.CUDAGraph()
         self.done = beside.done if beside else torch.cuda.Event()
         pool = beside.graph.pool() if beside else None
-        with torch.cuda.graph(self.graph, pool=pool, capture_error_mode="thread_local"):
-            self.outputs = compute(*self.inputs)
+        with torch.cuda.stream(here):  # torch does not come back to it where the recording fails
+            with torch.cuda.graph(self.graph, pool=pool, stream=self.stream, capture_error_mode="thread_local"):
+                self.outputs = compute(*self.inputs)
+        for output in self.outputs:  # so that a replay which computes nothing does not pass for one that does
+            output.zero_()
 
     def replay(self, inputs: Sequence[torch.Tensor]) -> Tensors:
         """What the computation gives for these inputs."""
@@ -99,6 +104,7 @@ def _records(model: nn.Module, inputs: Sequence[Any]) -> bool:
         and len(set((getattr(model, "hf_device_map", None) or {}).values())) <= 1
         and not is_quantized(model)
         and not torch.is_grad_enabled()
+        and not torch.is_autocast_enabled()  # its copies of weights do not outlive it
         and not is_recording(inputs[0].device)
     )
 
@@ -215,15 +221,19 @@ class Recordings:
         """The recording, or False where there is none to be had; one that answers otherwise is not kept."""
         if self.ingredients is None:
             self.ingredients = Ingredients(self.model)
+        if {tensor.device for tensor in self.ingredients.tensors} != {inputs[0].device}:
+            return self._not_recorded("the model is spread over devices")
         try:
             recording = self.record(compute, inputs, next(filter(None, self.made.values()), None))
             replayed = recording.replay(inputs)
         except (RuntimeError, ValueError) as error:  # of memory too
-            reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-        else:
-            if all(map(torch.equal, replayed, expected)):
-                return recording
-            reason = "the recording answers otherwise"
+            return self._not_recorded(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
+        if all(map(torch.equal, replayed, expected)):
+            return recording
+        return self._not_recorded("the recording answers otherwise")
+
+    @staticmethod
+    def _not_recorded(reason: str) -> bool:
         logger.warning_once(f"The same actions, but not as one CUDA graph: {reason}. (Said once.)")
         return False
 
@@ -236,12 +246,14 @@ class Recordings:
 
 def _circumstances(inputs: Sequence[torch.Tensor]) -> Hashable:
     """What a recording depends on beside the model."""
-    device = inputs[0].device.type
-    matmul = torch.backends.cuda.matmul
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    if hasattr(cudnn, "conv"):  # from torch 2.9 on asking for the old names raises where the new ones were set
+        float32 = matmul.fp32_precision, cudnn.conv.fp32_precision
+    else:
+        float32 = matmul.allow_tf32, cudnn.allow_tf32
     return (
         tuple((tensor.shape, tensor.dtype, tensor.device) for tensor in inputs),
-        torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device),
         torch.is_inference_mode_enabled(),
-        (matmul.allow_tf32, matmul.allow_bf16_reduced_precision_reduction, torch.backends.cudnn.allow_tf32),
+        (*float32, matmul.allow_bf16_reduced_precision_reduction),
         torch.are_deterministic_algorithms_enabled(),
     )

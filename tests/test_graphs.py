@@ -1,9 +1,11 @@
 """Recorded answers are the plain ones, or are not taken. What only a GPU can show is marked ``gpu``."""
 
+import contextlib
 import copy
 import functools
 import pickle
 from concurrent.futures import ThreadPoolExecutor
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -150,6 +152,48 @@ def test_a_recording_that_fails_or_answers_otherwise_is_not_taken(recording, fra
     monkeypatch.setattr(StandIn, "replay", lambda self, inputs: (torch.zeros(1, 7), torch.zeros(1, 7, 611)))
     assert all(np.array_equal(same(model, inputs), before) for _ in range(4))
     assert "the recording answers otherwise" in said[1]
+
+
+def test_a_recording_of_nothing_is_not_taken(recording, frames, monkeypatch):
+    """As where the kernels go to another device's stream: they run while it is made, and no replay computes."""
+    model, processor, said = recording
+    for name in ("CUDAGraph", "Event", "Stream", "current_stream"):
+        monkeypatch.setattr(torch.cuda, name, MagicMock())
+    for name in ("device", "stream", "graph"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_, **__: contextlib.nullcontext())
+    model._recordings = Recordings(model, CudaRecording)
+    for frame in (frames["noise"], frames["noise"], 255 - np.asarray(frames["noise"])):
+        inputs = asked(processor, frame)
+        plain = model.predict_action(**inputs, fast=False)
+        assert np.array_equal(model.predict_action(**inputs).token_ids, plain.token_ids)
+    assert said == ["The same actions, but not as one CUDA graph: the recording answers otherwise. (Said once.)"]
+
+
+def test_a_model_spread_over_devices_is_not_recorded(recording, frames):
+    model, processor, said = recording
+    model.projector.register_buffer("elsewhere", torch.zeros(1, device="meta"))
+    seen = [same(model, asked(processor, frames["noise"])) for _ in range(3)]
+    assert all(np.array_equal(seen[0], other) for other in seen)
+    assert StandIn.made == 0
+    assert "spread over devices" in said[0]
+
+
+def test_the_precision_of_products_counts_by_whichever_name_it_was_set(recording, frames):
+    """On torch from 2.9 on the old names cannot be read any more once the new ones were set."""
+    model, processor, _ = recording
+    inputs = asked(processor, frames["noise"])
+    matmul = torch.backends.cuda.matmul
+    name, value = ("fp32_precision", "tf32") if hasattr(matmul, "fp32_precision") else ("allow_tf32", True)
+    before = getattr(matmul, name)
+    for _ in range(3):
+        same(model, inputs)
+    try:
+        setattr(matmul, name, value)
+        for _ in range(2):
+            same(model, inputs)
+    finally:
+        setattr(matmul, name, before)
+    assert (StandIn.made, StandIn.replayed) == (2, 3)
 
 
 def test_threads_do_not_share_a_recordings_memory(recording, frames):
