@@ -37,8 +37,12 @@ def mapped_to_read(path: Path) -> Any:
     Raises:
         ValueError: torch is too old to say where tensors lie, or the bytes are in the order of another processor.
     """
-    with FakeTensorMode():
-        content = torch.load(path, map_location="cpu", weights_only=True)
+    too_large = f"{path} is larger than memory and swap; to map it, add swap or take a newer torch."
+    try:
+        with FakeTensorMode():
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch 2.2 raises NameError
+        raise ValueError(too_large) from error
     with open(path, "rb") as file:
         whole = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     begins = _stored(path)
@@ -53,7 +57,7 @@ def mapped_to_read(path: Path) -> Any:
             return value
         size, offset = value.untyped_storage().nbytes(), getattr(value.untyped_storage(), "_checkpoint_offset", None)
         if size and offset not in begins:
-            raise ValueError(f"{path} is larger than memory and swap; to map it, add swap or take a newer torch.")
+            raise ValueError(too_large)
         if size and offset not in storages:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # that it cannot be written

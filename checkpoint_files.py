@@ -56,12 +56,13 @@ def read_pickle(path: Path) -> dict[str, Any]:
         reason = "it is empty" if not head else "it is truncated, or no PyTorch checkpoint"
         raise ValueError(f"{path} cannot be read: {reason}. Copy it again from its source.")
     try:
-        return torch.load(path, map_location="cpu", mmap=mapped, weights_only=True)
+        # As a string: before torch 2.3 a path cannot be mapped.
+        return torch.load(str(path), map_location="cpu", mmap=mapped, weights_only=True)
     except Exception as error:  # torch raises UnpicklingError, RuntimeError, EOFError ... by the kind of damage
         first = str(error).replace("\n", " ")
         if mapped and os.strerror(errno.ENOMEM) in first:
             return mapped_to_read(path)
-        code = re.search(r"GLOBAL (\S+)", first)
+        code = re.search(r"(?:GLOBAL|Unsupported class) ([\w.]+\w)", first)
         if code:
             raise ValueError(
                 f"{path} holds code, {code[1]}, not only tensors; it was not run. Ask its author for tensors alone."

@@ -149,8 +149,17 @@ class _Recomputed:
 
 def _autocast(device: str) -> Callable:
     """What makes the mixed precision of now once more."""
-    enabled, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
-    return lambda: torch.autocast(device, dtype, enabled)
+    dtype = _autocast_dtype(device)
+    return lambda: torch.autocast(device, dtype, dtype is not None)
+
+
+def _autocast_dtype(device: str) -> torch.dtype | None:
+    """What mixed precision computes in on a kind of device; None where it is off."""
+    if hasattr(torch, "get_autocast_dtype"):
+        return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    if device == "cuda":  # torch up to 2.3 has a pair of functions for each kind
+        return torch.get_autocast_gpu_dtype() if torch.is_autocast_enabled() else None
+    return torch.get_autocast_cpu_dtype() if device == "cpu" and torch.is_autocast_cpu_enabled() else None
 
 
 def _is_plain_lora(module: nn.Module) -> bool:
@@ -176,8 +185,7 @@ def _adapted(layer: nn.Module) -> Callable:
     plain = layer.forward
 
     def forward(x: torch.Tensor) -> torch.Tensor:
-        device = x.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        dtype = _autocast_dtype(x.device.type) or x.dtype
         if base.weight.dtype != dtype or not torch.is_grad_enabled():
             return plain(x)
         return _AdaptedLinear.apply(x, base.weight, base.bias, down.weight, up.weight, scaling)

@@ -110,7 +110,11 @@ def test_a_file_larger_than_memory_is_mapped_to_be_read(tensors, tmp_path):
     resource.setrlimit(resource.RLIMIT_DATA, (used + (1 << 26), limits[1]))
     try:
         with pytest.raises(RuntimeError, match="Cannot allocate memory"):
-            torch.load(tmp_path / "a.pt", mmap=True, weights_only=True)
+            torch.load(str(tmp_path / "a.pt"), mmap=True, weights_only=True)
+        if torch.__version__.startswith("2.2."):
+            with pytest.raises(ValueError, match="add swap or take a newer torch"):
+                read_pickle(tmp_path / "a.pt")
+            return
         content = read_pickle(tmp_path / "a.pt")["model"]
     finally:
         resource.setrlimit(resource.RLIMIT_DATA, limits)
