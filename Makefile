@@ -8,7 +8,7 @@ INSTALLED := $(VENV)/.installed
 demo: $(INSTALLED)  ## one action from a real LIBERO frame, as a table and as demo.png; with the simulator an episode too
 	$(VENV)/bin/openvla predict --plot demo.png
 	@if $(VENV)/bin/python -c 'import importlib.util, sys; sys.exit(not importlib.util.find_spec("libero"))'; then \
-	  $(VENV)/bin/openvla evaluate --model assets/libero_oft --dtype float32 --tasks 7 --episodes 1 --first-initial-state 25 --output demo; \
+	  $(VENV)/bin/openvla evaluate --model assets/libero_oft --tasks 7 --episodes 1 --first-initial-state 25 --output demo; \
 	else \
 	  echo "To see it act, install the simulator, then again: $(VENV)/bin/pip install -c ci/constraints.txt -e '.[libero]'"; \
 	fi

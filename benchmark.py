@@ -23,18 +23,24 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
 
 from . import benchmark_reference
-from .benchmark_reference import ACTION, preprocessing, timed
+from .benchmark_reference import ACTION, BATCH, FIRST_TOKEN, PIXELS, TOWERS, batch_of, preprocessing, timed
 from .benchmark_sizes import SIZES, sample_inputs, write_model
 from .configuration_openvla import DTYPE_FIELD, write_json
+from .decoding_openvla import decode_greedily
+from .fast_openvla import decode_fast
+from .graphs_openvla import recorded
 from .loading import AutoProcessor
 from .modeling_openvla import OpenVLAForActionPrediction
 from .prepacked_model import multiplies, prepack
 
 WARM = 2
+STEP = "a decode step"  # the rest of the tokens, after the first
+ROWS = {"action": ACTION, "pixels": PIXELS, "first-token": FIRST_TOKEN, "towers": TOWERS, "batch": BATCH}
 REFERENCE, PLAIN, FAST = "reference", "openvla, fast=False", "openvla"
 DRAFTED, MISLED = "openvla, draft all right", "openvla, draft all wrong"
 PREPACKED = "openvla, prepack"
@@ -47,6 +53,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``openvla bench``."""
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=["tiny-deep", "eighth"])
     parser.add_argument("--dtypes", nargs="+", choices=("float32", "bfloat16"), default=["float32"])
+    parser.add_argument(
+        "--rows", nargs="+", choices=[*ROWS, "preprocessing"], help="default all; on a CPU all but batch"
+    )
     parser.add_argument("--pairs", type=int, default=20, help="turns of every side")
     parser.add_argument("--inputs", type=int, default=64, help="images and instructions, one after the other")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -65,6 +74,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("--reference (the code) and --reference-python (what runs it) belong together.")
     if args.pairs < 1 or args.inputs < 1:
         raise ValueError("--pairs and --inputs must be at least 1.")
+    args.rows = args.rows or [row for row in (*ROWS, "preprocessing") if row != "batch" or _on_gpu(args)]
     torch.set_num_threads(args.threads)
     report: dict[str, Any] = {"machine": machine(args), "rows": [], "not run": not_run(args)}
     for size in args.sizes:
@@ -81,10 +91,9 @@ def run(args: argparse.Namespace) -> int:
 
 def machine(args: argparse.Namespace) -> dict[str, Any]:
     """What ran this, and how fast it can be."""
-    on_gpu = args.device.startswith("cuda")
     names = [line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
     described = {
-        "device": torch.cuda.get_device_name(args.device) if on_gpu else (names or [platform.processor()])[0],
+        "device": torch.cuda.get_device_name(args.device) if _on_gpu(args) else (names or [platform.processor()])[0],
         "threads": args.threads,
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
     }
@@ -95,10 +104,14 @@ def machine(args: argparse.Namespace) -> dict[str, Any]:
 def not_run(args: argparse.Namespace) -> list[str]:
     """What this run leaves open, and why."""
     left = [] if args.reference else ["beside the published code: --reference and --reference-python were not given"]
-    if not args.device.startswith("cuda"):
+    if not _on_gpu(args):
         why = "--device was cpu" if torch.cuda.is_available() else "there is none here"
         left.append(f"on a GPU: {why}")
     return left
+
+
+def _on_gpu(args: argparse.Namespace) -> bool:
+    return args.device.startswith("cuda")
 
 
 def _lines(file: str) -> list[str]:
@@ -132,9 +145,11 @@ def measure(size: str, dtype: str, args: argparse.Namespace, place: Path, ceilin
         rows = next(iter(sides.values()))
         sides = {REFERENCE: {row: functools.partial(peer.ask, row) for row in rows}, **sides}
     try:
+        asked = [*(ROWS[row] for row in args.rows if row in ROWS)]
+        asked += preprocessing(processor.image_processor) if "preprocessing" in args.rows else []
         rows = [
             {"size": size, "dtype": dtype, "row": row, **figures}
-            for row in (ACTION, *preprocessing(processor.image_processor))
+            for row in asked
             for figures in compare(
                 row, {name: work for name, work in sides.items() if row in work}, args, exact if row == ACTION else None
             )
@@ -142,10 +157,11 @@ def measure(size: str, dtype: str, args: argparse.Namespace, place: Path, ceilin
     finally:
         if peer:
             peer.stop()
-    floor = floor_seconds(model, sides[PLAIN][ACTION], ceilings[f"{dtype} GFLOP/s"], ceilings["read GB/s"])
+    rows += decode_steps(rows, model)
+    floors = floors_of(model, sides[PLAIN], asked, ceilings[f"{dtype} GFLOP/s"], ceilings["read GB/s"])
     for figures in rows:
-        if figures["row"] == ACTION:
-            figures["share of the floor"] = floor / figures["seconds"]
+        if figures["row"] in floors:
+            figures["share of the floor"] = floors[figures["row"]] / figures["seconds"]
     return rows
 
 
@@ -167,8 +183,13 @@ def answer(model: Any, processor: Any, prompt: torch.Tensor, image: np.ndarray, 
 
 
 def own_sides(model: Any, processor: Any, prompts: list[torch.Tensor], images: np.ndarray) -> dict[str, Work]:
-    """Ways of this package to make an action, each ``index of the input -> tokens``."""
+    """Ways of this package to fill the rows, each ``index of the input -> tokens``, or features of the towers."""
     drafts: dict[tuple[str, int], np.ndarray] = {}
+    prompts = [prompt.to(model.device) for prompt in prompts]
+    pixels = [
+        processor.image_processor(image, return_tensors="pt")["pixel_values"].to(model.device, model.dtype)
+        for image in images
+    ]
 
     def action(index: int, draft: str | None = None, model: Any = model, **options: Any) -> list[int]:
         if draft:
@@ -178,10 +199,45 @@ def own_sides(model: Any, processor: Any, prompts: list[torch.Tensor], images: n
             drafts[DRAFTED, index], drafts[MISLED, index] = output.actions, -output.actions + 0.013
         return output.token_ids.tolist()
 
+    def batch(index: int, fast: bool) -> list[list[int]]:
+        rows = batch_of(index, len(prompts))
+        ids = pad_sequence([prompts[row][0] for row in rows], batch_first=True, padding_value=model.pad_token_id)
+        mask = pad_sequence([torch.ones_like(prompts[row][0]) for row in rows], batch_first=True)
+        images = torch.cat([pixels[row] for row in rows])
+        return model.predict_action(ids, images, mask, return_dict=True, fast=fast).token_ids.tolist()
+
+    def from_pixels(index: int, fast: bool) -> list[int]:
+        return model.predict_action(prompts[index], pixels[index], return_dict=True, fast=fast).token_ids.tolist()
+
+    def first_of(ids: torch.Tensor, pixel_values: torch.Tensor, fast: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        embeds, mask, _, _ = model.embed_inputs(ids, pixel_values)
+        asked = model.language_model, embeds, mask, 1
+        return decode_fast(*asked) if fast else decode_greedily(*asked, end_ids=None)
+
+    @torch.no_grad()
+    def first_token(index: int, fast: bool) -> list[int]:
+        compute = functools.partial(first_of, fast=fast)
+        given = prompts[index], pixels[index]
+        tokens, _ = recorded(model, compute, given, FIRST_TOKEN) if fast else compute(*given)
+        return tokens[0].tolist()
+
+    @torch.no_grad()
+    def towers(index: int, fast: bool) -> np.ndarray:
+        def compute(pixel_values: torch.Tensor) -> tuple[torch.Tensor]:
+            return (model.vision_backbone(pixel_values),)
+
+        (features,) = recorded(model, compute, [pixels[index]], TOWERS) if fast else compute(pixels[index])
+        return features.float().cpu().numpy()
+
+    rows = {ACTION: action, PIXELS: from_pixels, FIRST_TOKEN: first_token, TOWERS: towers, BATCH: batch}
+
+    def every_row(fast: bool) -> Work:
+        return {row: functools.partial(work, fast=fast) for row, work in rows.items()}
+
     sides = {
-        PLAIN: {ACTION: lambda index: action(index, fast=False), **preprocessing(processor.image_processor)},
+        PLAIN: {**every_row(fast=False), **preprocessing(processor.image_processor)},
         STATIC_CACHE: {ACTION: lambda index: action(index, cache_implementation="static")},
-        FAST: {ACTION: lambda index: action(index, fast=True)},
+        FAST: every_row(fast=True),
         DRAFTED: {ACTION: lambda index: action(index, DRAFTED, fast=True)},
         MISLED: {ACTION: lambda index: action(index, MISLED, fast=True)},
     }
@@ -275,6 +331,9 @@ def compare(
         low, high = np.quantile(seconds, [0.25, 0.75])
         figures = {"side": name, "seconds": float(np.median(seconds)), "quartiles": [float(low), float(high)]}
         figures |= {"cpu seconds": float(np.median(cpu)), "faster": float(np.median(base / seconds))}
+        figures["first seconds"] = [answer["seconds"] for answer in answers[:WARM]]  # the second records on a GPU
+        if "GPU bytes" in answers[0]:
+            figures["GPU bytes"] = max(answer["GPU bytes"] for answer in answers)
         if exact is not None:
             right = [exact[turn % args.inputs] for turn in range(turns)]
             figures["equal to float32"] = int((np.array([answer["result"] for answer in answers]) == right).sum())
@@ -282,30 +341,45 @@ def compare(
     return rows
 
 
-def floor_seconds(model: Any, answer: Callable[[int], Any], gflops: float, gbytes: float) -> float:
-    """What the arithmetic alone would take, and reading the language model for every token with a step of its own."""
-    with FlopCounterMode(display=False) as counter:
-        answer(0)
-    weights = sum(parameter.nbytes for parameter in model.language_model.parameters())
-    steps = 0 if model.config.parallel_decoding else model.get_action_dim() - 1
-    return counter.get_total_flops() / gflops / 1e9 + steps * weights / gbytes / 1e9
+def decode_steps(rows: list[dict[str, Any]], model: Any) -> list[dict[str, Any]]:
+    """A decode step of every side: an even share of what an action takes beyond its first token, of the medians."""
+    by_side = {(row["row"], row["side"]): row for row in rows}
+    steps = []
+    for (row, side), whole in by_side.items():
+        if row == PIXELS and (FIRST_TOKEN, side) in by_side:
+            first, later = by_side[FIRST_TOKEN, side], model.get_action_dim() - 1
+            took = {field: (whole[field] - first[field]) / later for field in ("seconds", "cpu seconds")}
+            steps.append({field: whole[field] for field in ("size", "dtype", "side", "compared with")} | took)
+    return [{**step, "row": STEP, "faster": steps[0]["seconds"] / step["seconds"]} for step in steps]
+
+
+def floors_of(model: Any, plain: Work, rows: Sequence[str], gflops: float, gbytes: float) -> dict[str, float]:
+    """Seconds that a row's arithmetic alone would take, and reading the language model for every decode step."""
+    step = sum(parameter.nbytes for parameter in model.language_model.parameters()) / gbytes / 1e9
+    floors = {STEP: step}
+    for row in set(rows) & set(ROWS.values()):
+        with FlopCounterMode(display=False) as counter:
+            plain[row](0)
+        steps = model.get_action_dim() - 1 if row in (ACTION, PIXELS, BATCH) else 0
+        floors[row] = counter.get_total_flops() / gflops / 1e9 + steps * step
+    return floors
 
 
 def table(report: dict[str, Any]) -> list[str]:
     """The report as lines of Markdown."""
     lines = [", ".join(f"{name} {_short(value)}" for name, value in report["machine"].items()), ""]
     columns = "size, dtype, row, side, ms (quartiles), CPU ms, faster, share of the floor, equal, equal to float32"
-    columns = columns.split(", ")
+    columns = columns.split(", ") + ["GPU MB"] * any("GPU bytes" in row for row in report["rows"])
     lines += [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for row in report["rows"]:
-        low, high = (1e3 * quartile for quartile in row["quartiles"])
-        share = f"{row['share of the floor']:.2f}" if "share of the floor" in row else ""
-        times = f"{1e3 * row['seconds']:.1f} ({low:.1f}-{high:.1f}) | {1e3 * row['cpu seconds']:.1f}"
-        names = f"{row['size']} | {row['dtype']} | {row['row']} | {row['side']}"
-        exact = f"{row['equal to float32']} of {row['of']}" if "equal to float32" in row else ""
-        lines.append(
-            f"| {names} | {times} | {row['faster']:.2f}x | {share} | {row['equal']} of {row['of']} | {exact} |"
-        )
+        low, high = (1e3 * quartile for quartile in row.get("quartiles", [0, 0]))
+        cells = [row["size"], row["dtype"], row["row"], row["side"]]
+        cells += [f"{1e3 * row['seconds']:.1f}" + (f" ({low:.1f}-{high:.1f})" if high else "")]
+        cells += [f"{1e3 * row['cpu seconds']:.1f}", f"{row['faster']:.2f}x"]
+        cells += [f"{row['share of the floor']:.2f}" if "share of the floor" in row else ""]
+        cells += [f"{row[field]} of {row['of']}" if field in row else "" for field in ("equal", "equal to float32")]
+        cells += [f"{row['GPU bytes'] / 1e6:.0f}"] if "GPU bytes" in row else []
+        lines.append(f"| {' | '.join(cells)} |")
     return [*lines, "", *[f"Not run {left}." for left in report["not run"]]]
 
 

@@ -22,6 +22,11 @@ import torch
 from PIL import Image
 
 ACTION = "an action, image in to tokens out"
+PIXELS = "an action, pixels in to tokens out"
+FIRST_TOKEN = "pixels in to the first token"
+TOWERS = "vision towers"
+BATCH = "8 actions, pixels in to tokens out"
+BATCH_SIZE = 8
 FRAME_SIZES = ((224, 224), (640, 480), (1280, 720))  # width, height in pixels
 
 
@@ -50,13 +55,22 @@ def load(code: Path, folder: Path, dtype: str, device: str) -> tuple[Any, Any]:
     return model.to(device).eval(), processing.PrismaticImageProcessor(**fields)
 
 
+def batch_of(index: int, inputs: int) -> list[int]:
+    """The inputs that are a batch with one, which is its first."""
+    return [(index + later) % inputs for later in range(BATCH_SIZE)]
+
+
 def timed(work: Callable[[int], Any], index: int, device: str) -> dict[str, Any]:
-    """What ``work`` makes of an input (an array's digest), its wall and CPU time in seconds."""
+    """What ``work`` makes of an input (an array's digest), its wall and CPU time in seconds, its most GPU memory."""
+    if device.startswith("cuda"):
+        torch.cuda.reset_peak_memory_stats()
     started, cpu_started = time.perf_counter(), time.process_time()
     result = work(index)
     if device.startswith("cuda"):
         torch.cuda.synchronize()
     took = {"seconds": time.perf_counter() - started, "cpu": time.process_time() - cpu_started}
+    if device.startswith("cuda"):
+        took["GPU bytes"] = torch.cuda.max_memory_allocated()
     if isinstance(result, np.ndarray):  # to be compared, not sent
         result = hashlib.sha256(np.ascontiguousarray(result).tobytes()).hexdigest()
     return {"result": result, **took}
@@ -93,14 +107,29 @@ def main() -> None:
     # so generate, which it wraps, is what is timed.
     steps = model.get_action_dim()
 
-    @torch.no_grad()
-    def action(index: int) -> list[int]:
-        pixel_values = processor(Image.fromarray(given["images"][index]), return_tensors="pt")["pixel_values"]
-        ids = torch.from_numpy(given[f"ids_{index}"])[None].to(args.device)
-        asked = {"pixel_values": pixel_values.to(args.device, dtype), "attention_mask": torch.ones_like(ids)}
-        return model.generate(ids, max_new_tokens=steps, do_sample=False, **asked)[0, -steps:].tolist()
+    def seen(image: np.ndarray) -> torch.Tensor:
+        return processor(Image.fromarray(image), return_tensors="pt")["pixel_values"].to(args.device, dtype)
 
-    work = {ACTION: action, **preprocessing(processor)}
+    pixels = list(map(seen, given["images"]))
+
+    @torch.no_grad()
+    def tokens(index: int, pixel_values: torch.Tensor, count: int = steps) -> list[int]:
+        ids = torch.from_numpy(given[f"ids_{index}"])[None].to(args.device)
+        asked = {"pixel_values": pixel_values, "attention_mask": torch.ones_like(ids)}
+        return model.generate(ids, max_new_tokens=count, do_sample=False, **asked)[0, -count:].tolist()
+
+    @torch.no_grad()
+    def towers(index: int) -> np.ndarray:
+        return model.vision_backbone(pixels[index]).float().cpu().numpy()
+
+    work = {
+        ACTION: lambda index: tokens(index, seen(given["images"][index])),
+        PIXELS: lambda index: tokens(index, pixels[index]),
+        FIRST_TOKEN: lambda index: tokens(index, pixels[index], 1),
+        TOWERS: towers,
+        BATCH: lambda index: [tokens(one, pixels[one]) for one in batch_of(index, len(pixels))],  # it takes no batch
+        **preprocessing(processor),
+    }
     versions = {name: sys.modules[name].__version__ for name in ("transformers", "timm", "torch")}
     print("READY " + json.dumps(versions), flush=True)
     for line in sys.stdin:

@@ -62,9 +62,9 @@ class CudaRecording:
         self.graph = torch.cuda.CUDAGraph()
         self.done = beside.done if beside else torch.cuda.Event()
         pool = beside.graph.pool() if beside else None
-        with torch.cuda.stream(here):  # torch does not come back to it where the recording fails
-            with torch.cuda.graph(self.graph, pool=pool, stream=self.stream, capture_error_mode="thread_local"):
-                self.outputs = compute(*self.inputs)
+        recording = torch.cuda.graph(self.graph, pool=pool, stream=self.stream, capture_error_mode="thread_local")
+        with torch.cuda.stream(here), recording:  # torch does not come back to it where the recording fails
+            self.outputs = compute(*self.inputs)
         for output in self.outputs:  # so that a replay which computes nothing does not pass for one that does
             output.zero_()
 

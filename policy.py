@@ -26,7 +26,7 @@ from .quantization_openvla import UNQUANTIZED_MODULES, VISION_TOWERS, fast_dtype
 HEADROOM = 1.1
 # Bytes a weight: the value, and one scale (quantised itself at 4 bits) a block of 64 or a row.
 BYTES_OF_BITS = {8: 1.0, 4: 0.5 + 1 / 64 + 4 / (64 * 256)}
-EMBEDDED = Path(__file__).parent / "assets" / "libero"  # its README.md says how it was made and what it can do
+EMBEDDED = Path(__file__).resolve().parent / "assets" / "libero"  # its README.md says how it was made and what it can do
 EMBEDDED_OFT = EMBEDDED.with_name("libero_oft")  # its twin, which answers chunks; judged in float32
 EMBEDDED_NAME = "embedded default (4 M parameters, trained on two tasks of LIBERO-Object)"
 DTYPES = ("float32", "bfloat16", "float16")
@@ -87,7 +87,7 @@ def load_policy(
         bits: 8 or 4 for quantised weights (see ``quantization_config``); None for whole ones, or as saved.
         device: None is the GPU where there is one, else the CPU.
         dtype: None is bfloat16 on a GPU that has it (else float16), and the checkpoint's own on a CPU (float32 for the
-            embedded default: many CPUs have no bfloat16).
+            embedded ones: many CPUs have no bfloat16).
         unnorm_key: As for ``predict_action``; settled here, so that a wrong one does not wait for the first action.
         prepack: On a CPU, lay the weights out for its products once (``prepacked_model.prepack``): faster answers, in
             bfloat16 the same in every bit, of a model that can do nothing else.
@@ -100,8 +100,9 @@ def load_policy(
         ImportError: A package for ``bits`` or an adapter is missing.
     """
     device = torch.device(device or default_device())
-    if model is None:
-        model, dtype = EMBEDDED, dtype or (torch.float32 if device.type == "cpu" else None)
+    model = EMBEDDED if model is None else model
+    if dtype is None and device.type == "cpu" and Path(model).resolve() in (EMBEDDED, EMBEDDED_OFT):
+        dtype = torch.float32
     is_adapter = optional_file(model, ADAPTER_CONFIG_FILE) is not None
     base, revision = base_of(model, {}) if is_adapter else (model, None)
     at = {"revision": revision} if revision else {}

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from openvla import OpenVLAForActionPrediction, OpenVLAProcessor, benchmark_sizes
+from openvla import OpenVLAForActionPrediction, OpenVLAProcessor, benchmark, benchmark_sizes
 from openvla.__main__ import main
 from openvla.checkpoint_files import digests, places_of, weight_files
 from openvla.prepacked_model import multiplies
@@ -15,9 +15,10 @@ def test_all_sides_answer_alike(tmp_path, capsys):
     pytest.importorskip("matplotlib")
     file, picture = tmp_path / "figures.json", tmp_path / "figures.png"
     asked = ["--sizes", "tiny", "--dtypes", "float32", "bfloat16", "--pairs", "1", "--inputs", "3", "--threads", "1"]
+    asked += ["--rows", *benchmark.ROWS, "preprocessing"]
     assert main(["bench", *asked, "--json", str(file), "--plot", str(picture)]) == 0
     report = json.loads(file.read_text())
-    actions = [row for row in report["rows"] if "action" in row["row"]]
+    actions = [row for row in report["rows"] if row["row"] == benchmark.ACTION]
     assert [row["side"] for row in actions][:3] == ["openvla, fast=False", "transformers, static cache", "openvla"]
     in_both = multiplies(torch.bfloat16)  # else nothing is prepacked in bfloat16
     assert [row["dtype"] for row in actions] == ["float32"] * 6 + ["bfloat16"] * (5 + in_both)
@@ -29,7 +30,20 @@ def test_all_sides_answer_alike(tmp_path, capsys):
         # The same bits as without.
         assert in_bfloat16[-1]["equal to float32"] == in_bfloat16[2]["equal to float32"]
     assert all(row["seconds"] > 0 and row["share of the floor"] > 0 for row in actions)
-    assert len(report["rows"]) - len(actions) == 6
+    others = [row for row in report["rows"] if row not in actions]
+    parts = [benchmark.PIXELS, benchmark.FIRST_TOKEN, benchmark.TOWERS, benchmark.BATCH, benchmark.STEP]
+    frames = [row for row in others if row["row"] not in parts]
+    assert len(frames) == 6
+    assert all(row["equal"] == row["of"] == 3 for row in frames)
+    by_row = {part: [row for row in others if row["row"] == part] for part in parts}
+    assert all(len(rows) == 4 for rows in by_row.values())  # two sides in two dtypes
+    assert all(row["share of the floor"] for rows in by_row.values() for row in rows)
+    for part, values in zip(parts[:-1], (7, 1, 1, 8 * 7)):
+        assert all(row["of"] == 3 * values for row in by_row[part])
+        assert all(row["equal"] == row["of"] for row in by_row[part] if row["dtype"] == "float32")
+    three = (by_row[part] for part in (benchmark.STEP, benchmark.PIXELS, benchmark.FIRST_TOKEN))
+    for step, whole, first in zip(*three):
+        assert step["seconds"] == pytest.approx((whole["seconds"] - first["seconds"]) / 6)
     said = capsys.readouterr().out
     assert "| tiny | float32 | an action" in said
     assert "Not run beside the published code: --reference" in said

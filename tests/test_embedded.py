@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from openvla import load_policy
 from openvla.fast_openvla import FastDecoder
 from openvla.parallel_openvla import takes_bidirectional_masks
@@ -68,12 +69,13 @@ def test_it_follows_the_demonstrated_direction_and_shuffled_images_do_not(policy
 
 @pytest.mark.skipif(not takes_bidirectional_masks(), reason="this transformers cannot run OpenVLA-OFT")
 def test_the_twin_does_what_was_demonstrated_and_with_shuffled_images_does_not(steps):
-    twin, order = load_policy(EMBEDDED_OFT, dtype="float32"), list(range(len(steps)))
+    twin, order = load_policy(EMBEDDED_OFT, device="cpu"), list(range(len(steps)))
     shown = np.array([step["action"] for step in steps])[:, :3]
     error, *turned = [np.abs(answers(twin, steps, np.roll(order, by))[:, :3] - shown).mean() for by in (0, 3, 5, 7)]
     assert error < TWIN_ERROR
     assert min(turned) > TWIN_SHUFFLED * error
     assert twin.model.config.proprio_dim is None
+    assert twin.model.dtype == torch.float32  # as it was judged
 
 
 def test_its_own_answer_is_the_likeliest_and_as_a_draft_saves_every_step(policy, steps, monkeypatch):
