@@ -37,12 +37,11 @@ def mapped_to_read(path: Path) -> Any:
     Raises:
         ValueError: torch is too old to say where tensors lie, or the bytes are in the order of another processor.
     """
-    too_large = f"{path} is larger than memory and swap; to map it, add swap or take a newer torch."
     try:
         with FakeTensorMode():
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch 2.2 raises NameError
-        raise ValueError(too_large) from error
+        raise _too_large(path) from error
     with open(path, "rb") as file:
         whole = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     begins = _stored(path)
@@ -57,7 +56,7 @@ def mapped_to_read(path: Path) -> Any:
             return value
         size, offset = value.untyped_storage().nbytes(), getattr(value.untyped_storage(), "_checkpoint_offset", None)
         if size and offset not in begins:
-            raise ValueError(too_large)
+            raise _too_large(path)
         if size and offset not in storages:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # that it cannot be written
@@ -66,6 +65,10 @@ def mapped_to_read(path: Path) -> Any:
         return torch.empty(0, dtype=value.dtype).set_(storage, value.storage_offset(), value.shape, value.stride())
 
     return real(content)
+
+
+def _too_large(path: Path) -> ValueError:
+    return ValueError(f"{path} is larger than memory and swap; to map it, add swap or take a newer torch.")
 
 
 def records(path: Path, tensors: Mapping[str, torch.Tensor]) -> dict[str, Place]:

@@ -32,7 +32,7 @@ from .benchmark_reference import ACTION, BATCH, FIRST_TOKEN, PIXELS, TOWERS, bat
 from .benchmark_sizes import SIZES, sample_inputs, write_model
 from .configuration_openvla import DTYPE_FIELD, write_json
 from .decoding_openvla import decode_greedily
-from .fast_openvla import decode_fast
+from .fast_openvla import decode_fast, fuse
 from .graphs_openvla import recorded
 from .loading import AutoProcessor
 from .modeling_openvla import OpenVLAForActionPrediction
@@ -44,6 +44,7 @@ ROWS = {"action": ACTION, "pixels": PIXELS, "first-token": FIRST_TOKEN, "towers"
 REFERENCE, PLAIN, FAST = "reference", "openvla, fast=False", "openvla"
 DRAFTED, MISLED = "openvla, draft all right", "openvla, draft all wrong"
 PREPACKED = "openvla, prepack"
+COMPILED = "openvla, compile"
 STATIC_CACHE = "transformers, static cache"  # its own way to be fast, which it compiles by itself on a GPU
 
 Work = dict[str, Callable[[int], Any]]
@@ -59,6 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--pairs", type=int, default=20, help="turns of every side")
     parser.add_argument("--inputs", type=int, default=64, help="images and instructions, one after the other")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--compile", action="store_true", help="one more side, its small operations fused")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of the CPU")
     parser.add_argument("--reference", type=Path, metavar="DIR", help="the published remote code, to run beside")
     parser.add_argument(
@@ -136,7 +138,7 @@ def measure(size: str, dtype: str, args: argparse.Namespace, place: Path, ceilin
     write_model(size, place / "model")
     model, processor, prompts, images = prepare(place / "model", dtype, args)
     np.savez(place / "inputs.npz", images=images, **{f"ids_{i}": ids[0].numpy() for i, ids in enumerate(prompts)})
-    sides = own_sides(model, processor, prompts, images)
+    sides = own_sides(model, processor, prompts, images, args.compile)
     exact = None if dtype == "float32" else exact_answers(place / "model", args)
     peer = None
     if args.reference:
@@ -182,7 +184,9 @@ def answer(model: Any, processor: Any, prompt: torch.Tensor, image: np.ndarray, 
     return model.predict_action(prompt.to(model.device), pixel_values, return_dict=True, **options)
 
 
-def own_sides(model: Any, processor: Any, prompts: list[torch.Tensor], images: np.ndarray) -> dict[str, Work]:
+def own_sides(
+    model: Any, processor: Any, prompts: list[torch.Tensor], images: np.ndarray, compiled: bool
+) -> dict[str, Work]:
     """Ways of this package to fill the rows, each ``index of the input -> tokens``, or features of the towers."""
     drafts: dict[tuple[str, int], np.ndarray] = {}
     prompts = [prompt.to(model.device) for prompt in prompts]
@@ -241,6 +245,11 @@ def own_sides(model: Any, processor: Any, prompts: list[torch.Tensor], images: n
         DRAFTED: {ACTION: lambda index: action(index, DRAFTED, fast=True)},
         MISLED: {ACTION: lambda index: action(index, MISLED, fast=True)},
     }
+    if compiled:
+        fused = copy.copy(model)  # of the same weights
+        fused._modules = {**model._modules, "language_model": copy.copy(model.language_model)}
+        fuse(fused)
+        sides[COMPILED] = {ACTION: lambda index: action(index, model=fused, fast=True)}
     if model.device.type == "cpu" and multiplies(model.dtype):
         prepacked = copy.deepcopy(model)
         prepack(prepacked)

@@ -6,7 +6,8 @@ tensor instead of being concatenated; the last layer computes queries, output an
 and so does the head; drafted tokens are verified in the pass of the prompt. In exact arithmetic nothing changes; in
 floating point a product of one row may round otherwise than that of many.
 
-Nothing of the model is kept from one answer to the next, so no change to it can be missed.
+Nothing of the model is kept from one answer to the next, so no change to it can be missed. ``fuse`` lets torch.compile
+make one kernel of each group of small operations between the products.
 
 Where ``reason_against`` names a reason, the language model's own forward is taken (``decode_greedily``).
 """
@@ -32,6 +33,7 @@ FAMILIES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM")
 NORMS = tuple(f"{family.removesuffix('ForCausalLM')}RMSNorm" for family in FAMILIES)
 TABLE = 512  # positions that a table of rotations is made for, or a multiple
 PLAIN_ROTARY = {"rope_theta", "rope_type", "type"}
+FUSED = "_small_operations_are_fused"  # an attribute of the language model
 
 
 def reason_against(language_model: nn.Module, length: int) -> str | None:
@@ -75,6 +77,50 @@ def goes_fast(fast: bool | None, language_model: nn.Module, length: int) -> bool
     return reason is None
 
 
+def fuse(model: nn.Module) -> None:
+    """Let torch.compile make one kernel of each norm, rotation and gate of the language model's answers.
+
+    The first answer waits for the compiler. Where that fails, one warning says so, and nothing is fused. Sums may be
+    rounded in another order, as on another device.
+
+    Args:
+        model: An ``OpenVLAForActionPrediction`` in eval mode.
+
+    Raises:
+        ValueError: Its language model does not go the fast way, so that there is nothing to fuse.
+    """
+    reason = reason_against(model.language_model, 1)
+    if reason:
+        raise ValueError(f"compile is for models that go the fast way: {reason}.")
+    setattr(model.language_model, FUSED, True)
+    model._recordings = None  # of what was not fused
+
+
+class _Fused:
+    """A function of small operations as one kernel; the function itself where torch.compile does not work."""
+
+    def __init__(self, function: Callable[..., torch.Tensor]) -> None:
+        self.function, self.compiled = function, None
+
+    def __call__(self, *tensors: torch.Tensor) -> torch.Tensor:
+        if self.compiled is None:
+            import torch._inductor.config as settings
+
+            # Rounds between the operations as they do by themselves.
+            options = {name: True for name in ("emulate_precision_casts",) if hasattr(settings, name)}
+            self.compiled = torch.compile(self.function, dynamic=True, options=options)
+        if self.compiled is not self.function:
+            try:
+                return self.compiled(*tensors)
+            except Exception as error:  # of the compiler, which has errors of many kinds
+                reason = str(error).strip().splitlines() or [type(error).__name__]
+                logger.warning_once(
+                    f"The same actions, but nothing fused: torch.compile says {reason[0]}. (Said once.)"
+                )
+                self.compiled = self.function
+        return self.function(*tensors)
+
+
 def _rotary_fields(config: object) -> dict:
     """``rope_theta`` and what scales it: one field since transformers 5, two before."""
     fields = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
@@ -113,19 +159,26 @@ def _rows(x: torch.Tensor, rows: slice | torch.LongTensor) -> torch.Tensor:
     return x.expand(len(rows), *x.shape[1:]).gather(1, index)
 
 
-def _bare(module: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
+def _bare(module: nn.Module, fused: bool = False) -> Callable[[torch.Tensor], torch.Tensor]:
     """What a module makes of rows ``(count, size)``: a plain one's arithmetic without its machinery, else the module.
 
     Made anew for every answer, so that weights that were changed, moved, wrapped or quantised since count.
+
+    Args:
+        module: A linear layer, a norm, an activation, or what took its place.
+        fused: Whether a norm is one kernel.
     """
     kind, weight = type(module), getattr(module, "weight", None)
     if not _is_hooked(module) and (weight is None or type(weight) is nn.Parameter):
         if kind is nn.Linear:
             return functools.partial(F.linear, weight=weight, bias=module.bias)
+        if kind.__name__ in NORMS and fused:
+            norm = _fused_norm(module.variance_epsilon)
+            return lambda x: norm(x, weight)
         if kind.__name__ in NORMS:
             epsilon = torch.tensor(module.variance_epsilon, dtype=torch.float32, device="cpu")  # faster than a number
             return functools.partial(_rms_normed, weight=weight, epsilon=epsilon)
-        if kind is nn.SiLU:
+        if kind.__name__ in ("SiLU", "SiLUActivation"):
             return F.silu
         if kind.__name__ == "PrepackedLinear":
             return module.forward
@@ -139,17 +192,31 @@ def _rms_normed(x: torch.Tensor, weight: torch.Tensor, epsilon: torch.Tensor) ->
     return weight * (exact if x.dtype is torch.float32 else exact.to(x.dtype))
 
 
+def _gated(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    return F.silu(gate).mul_(up)
+
+
+@functools.cache
+def _fused_norm(epsilon: float) -> _Fused:
+    return _Fused(lambda x, weight: _rms_normed(x, weight, epsilon))
+
+
+_fused_rotated, _fused_gated = _Fused(lambda x, cos, sin: _rotated(x, (cos, sin))), _Fused(_gated)
+
+
 class _Layer:
     """What one layer computes, by the names of its parts."""
 
-    __slots__ = ("activation", "before", "between", "down", "gate", "key", "output", "query", "up", "value")
+    __slots__ = ("before", "between", "down", "gate", "gated", "key", "output", "query", "up", "value")
 
-    def __init__(self, layer: nn.Module) -> None:
+    def __init__(self, layer: nn.Module, fused: bool) -> None:
         attention, mlp = layer.self_attn, layer.mlp
-        self.before, self.between = _bare(layer.input_layernorm), _bare(layer.post_attention_layernorm)
+        self.before, self.between = _bare(layer.input_layernorm, fused), _bare(layer.post_attention_layernorm, fused)
         self.query, self.key, self.value = _bare(attention.q_proj), _bare(attention.k_proj), _bare(attention.v_proj)
-        self.output, self.activation = _bare(attention.o_proj), _bare(mlp.act_fn)
+        self.output, activation = _bare(attention.o_proj), _bare(mlp.act_fn)
         self.gate, self.up, self.down = _bare(mlp.gate_proj), _bare(mlp.up_proj), _bare(mlp.down_proj)
+        plain = _gated if activation is F.silu else lambda gate, up: activation(gate) * up
+        self.gated = _fused_gated if fused and activation is F.silu else plain
 
 
 class FastDecoder:
@@ -173,7 +240,9 @@ class FastDecoder:
     ) -> None:
         config = language_model.config
         decoder = language_model.get_decoder()
-        self.layers, self.norm = [_Layer(layer) for layer in decoder.layers], _bare(decoder.norm)
+        fused = getattr(language_model, FUSED, False)
+        self.layers, self.norm = [_Layer(layer, fused) for layer in decoder.layers], _bare(decoder.norm, fused)
+        self.rotated = (lambda x, turn: _fused_rotated(x, *turn)) if fused else _rotated
         self.heads, self.groups = config.num_attention_heads, config.num_key_value_heads
         self.dim = getattr(config, "head_dim", None) or config.hidden_size // self.heads
         self.visible, self.causal = None if mask is None else mask.to(torch.bool), causal
@@ -209,17 +278,17 @@ class FastDecoder:
             normed = layer.before(x)
             new[1][kept].copy_(layer.value(normed).view(by_head))
             if rows is not None and index == len(self.layers) - 1:
-                new[0][kept].copy_(_rotated(layer.key(normed).view(by_head), turn))
+                new[0][kept].copy_(self.rotated(layer.key(normed).view(by_head), turn))
                 x, normed = (_rows(y.view(batch, count, size), rows).flatten(0, 1) for y in (x, normed))
                 turn, mask = [_rows(table, rows) for table in turn], self._mask(_rows(positions, rows), end)
-                queries = _rotated(layer.query(normed).view(batch, -1, self.heads, self.dim), turn)
+                queries = self.rotated(layer.query(normed).view(batch, -1, self.heads, self.dim), turn)
             else:
                 both = torch.cat([layer.query(normed), layer.key(normed)], dim=-1).view(by_head)
-                queries, keys = torch.split_with_sizes(_rotated(both, turn), (self.heads, self.groups), 2)
+                queries, keys = torch.split_with_sizes(self.rotated(both, turn), (self.heads, self.groups), 2)
                 new[0][kept].copy_(keys)
             x = x + layer.output(self._attention(queries, so_far[0][kept], so_far[1][kept], *mask))
             normed = layer.between(x)
-            x = x + layer.down(layer.activation(layer.gate(normed)).mul_(layer.up(normed)))
+            x = x + layer.down(layer.gated(layer.gate(normed), layer.up(normed)))
         return self.norm(x).view(batch, -1, size)
 
     def _attention(

@@ -16,6 +16,7 @@ from torch import nn
 
 from .adapter_files_openvla import ADAPTER_CONFIG_FILE, base_of, optional_file
 from .configuration_openvla import DTYPE_FIELD, OpenVLAConfig
+from .fast_openvla import fuse
 from .loading import AutoProcessor
 from .modeling_openvla import OpenVLAForActionPrediction
 from .prepacked_model import prepack as prepack_weights
@@ -26,7 +27,9 @@ from .quantization_openvla import UNQUANTIZED_MODULES, VISION_TOWERS, fast_dtype
 HEADROOM = 1.1
 # Bytes a weight: the value, and one scale (quantised itself at 4 bits) a block of 64 or a row.
 BYTES_OF_BITS = {8: 1.0, 4: 0.5 + 1 / 64 + 4 / (64 * 256)}
-EMBEDDED = Path(__file__).resolve().parent / "assets" / "libero"  # its README.md says how it was made and what it can do
+EMBEDDED = (
+    Path(__file__).resolve().parent / "assets" / "libero"
+)  # its README.md says how it was made and what it can do
 EMBEDDED_OFT = EMBEDDED.with_name("libero_oft")  # its twin, which answers chunks; judged in float32
 EMBEDDED_NAME = "embedded default (4 M parameters, trained on two tasks of LIBERO-Object)"
 DTYPES = ("float32", "bfloat16", "float16")
@@ -78,6 +81,7 @@ def load_policy(
     dtype: torch.dtype | str | None = None,
     unnorm_key: str | None = None,
     prepack: bool = False,
+    compile: bool = False,
     constrain_actions: bool = False,
 ) -> Policy:
     """Load a checkpoint, or an adapter on its base, straight onto a device.
@@ -91,11 +95,13 @@ def load_policy(
         unnorm_key: As for ``predict_action``; settled here, so that a wrong one does not wait for the first action.
         prepack: On a CPU, lay the weights out for its products once (``prepacked_model.prepack``): faster answers, in
             bfloat16 the same in every bit, of a model that can do nothing else.
+        compile: Let torch.compile fuse the small operations of an answer (``fast_openvla.fuse``), for a GPU; the first
+            answer waits for it.
         constrain_actions: As of ``predict_action``: then the policy has an action to images that it does not know, too.
 
     Raises:
         ValueError: The model does not fit on the device; the message says what it needs and which ``bits`` would fit.
-            Or it is already quantised with other bits, or cannot be prepacked.
+            Or it is already quantised with other bits, or cannot be prepacked or fused.
         KeyError: Unknown ``unnorm_key``.
         ImportError: A package for ``bits`` or an adapter is missing.
     """
@@ -123,6 +129,8 @@ def load_policy(
     loaded = OpenVLAForActionPrediction.from_pretrained(model, **keywords).eval()
     if prepack:
         prepack_weights(loaded)
+    if compile:
+        fuse(loaded)
     own_processor = any(optional_file(model, name) for name in PREPROCESSOR_FILES)
     processor = AutoProcessor.from_pretrained(model) if own_processor else AutoProcessor.from_pretrained(base, **at)
     return Policy(loaded, processor, loaded.resolve_unnorm_key(unnorm_key), constrain_actions)
@@ -145,13 +153,16 @@ def add_policy_arguments(parser: argparse.ArgumentParser) -> None:
         help="choose among action tokens only; else a model that ends an action too early is an error",
     )
     parser.add_argument(
+        "--compile", action="store_true", help="let torch.compile fuse small operations; the first answer waits for it"
+    )
+    parser.add_argument(
         "--prepack", action="store_true", help="lay the weights out for this CPU's products once: faster"
     )
 
 
 def policy_from(args: argparse.Namespace) -> tuple[Policy, str]:
     """The policy that the options of ``add_policy_arguments`` name, and its name; errors as of ``load_policy``."""
-    names = ("bits", "device", "dtype", "unnorm_key", "prepack", "constrain_actions")
+    names = ("bits", "device", "dtype", "unnorm_key", "prepack", "compile", "constrain_actions")
     named = {name: getattr(args, name) for name in names}
     return load_policy(args.model, **named), str(args.model or EMBEDDED_NAME)
 

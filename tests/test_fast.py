@@ -1,14 +1,17 @@
 """The fast way gives what the language model's own forward gives, or is not taken."""
 
+import os
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from itertools import product
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from openvla import OpenVLAForActionPrediction, fast_openvla, quantization_config
 from openvla.decoding_openvla import decode_greedily
-from openvla.fast_openvla import TABLE, FastDecoder, decode_fast, goes_fast, reason_against
+from openvla.fast_openvla import TABLE, FastDecoder, decode_fast, fuse, goes_fast, reason_against
 from openvla.quantization_openvla import QUANTIZES_ON_CPU
 from openvla.tiny import build_tiny
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -219,3 +222,49 @@ def test_quantised_weights_take_drafts_where_rows_do_not_depend_on_each_other(bi
         assert np.array_equal(model.predict_action(**asked, draft=draft).token_ids, own.token_ids)
     reason = reason_against(model.language_model, 20)
     assert reason is None if bits == 4 else "LLM.int8" in reason
+
+
+@pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")), reason="torch.compile needs a C++ compiler")
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_fused_operations_answer_alike(family, monkeypatch):
+    said = []
+    monkeypatch.setattr(fast_openvla.logger, "warning_once", said.append)
+    model = language_model(family)
+    plain = [decode_fast(model, prompt(), MASK, 7), decode_fast(model, prompt(1), None, 7)]
+    fuse(SimpleNamespace(language_model=model))
+    fused = [decode_fast(model, prompt(), MASK, 7), decode_fast(model, prompt(1), None, 7)]
+    for (tokens, logits), (own_tokens, own_logits) in zip(fused, plain):
+        assert torch.equal(tokens, own_tokens)
+        torch.testing.assert_close(logits, own_logits, rtol=0, atol=LOGIT_ATOL)
+    norm = fast_openvla._fused_norm(model.config.rms_norm_eps)
+    for one in (norm, fast_openvla._fused_rotated, fast_openvla._fused_gated):
+        assert one.compiled not in (None, one.function)
+    assert not said
+
+
+def test_without_a_compiler_nothing_is_fused(monkeypatch):
+    def no_compiler(function, **options):
+        def compiled(*tensors):
+            raise RuntimeError("No working C++ compiler found\nin PATH")
+
+        return compiled
+
+    said = []
+    monkeypatch.setattr(torch, "compile", no_compiler)
+    monkeypatch.setattr(fast_openvla.logger, "warning_once", said.append)
+    double = fast_openvla._Fused(lambda x: 2 * x)
+    assert [double(torch.ones(1)).item() for _ in range(2)] == [2, 2]
+    assert len(said) == 1
+    assert said[0].endswith("torch.compile says No working C++ compiler found. (Said once.)")
+
+
+def test_what_does_not_go_the_fast_way_is_not_fused(frames):
+    model, processor = build_tiny()
+    with pytest.raises(ValueError, match="compile is for .*: the model is in training mode"):
+        fuse(model.train())
+    inputs = {**processor(instruction="open the drawer", images=frames["noise"]), "constrain_actions": True}
+    model.eval()._recordings = "of what was not fused"
+    fuse(model)
+    assert model._recordings is None
+    assert np.array_equal(model.predict_action(**inputs), model.predict_action(**inputs, fast=False))
