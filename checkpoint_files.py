@@ -55,9 +55,9 @@ def read_pickle(path: Path) -> dict[str, Any]:
     if not mapped and head != LEGACY_MAGIC:
         reason = "it is empty" if not head else "it is truncated, or no PyTorch checkpoint"
         raise ValueError(f"{path} cannot be read: {reason}. Copy it again from its source.")
+    name = str(path)  # before torch 2.3 a Path cannot be mapped
     try:
-        # As a string: before torch 2.3 a path cannot be mapped.
-        return torch.load(str(path), map_location="cpu", mmap=mapped, weights_only=True)
+        return torch.load(name, map_location="cpu", mmap=mapped, weights_only=True)
     except Exception as error:  # torch raises UnpicklingError, RuntimeError, EOFError ... by the kind of damage
         first = str(error).replace("\n", " ")
         if mapped and os.strerror(errno.ENOMEM) in first:
