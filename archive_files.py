@@ -40,7 +40,7 @@ def mapped_to_read(path: Path) -> Any:
     try:
         with FakeTensorMode():
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch 2.2 raises NameError
+    except NameError as error:  # torch 2.2
         raise _too_large(path) from error
     with open(path, "rb") as file:
         whole = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)

@@ -76,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("--reference (the code) and --reference-python (what runs it) belong together.")
     if args.pairs < 1 or args.inputs < 1:
         raise ValueError("--pairs and --inputs must be at least 1.")
-    args.rows = args.rows or [row for row in (*ROWS, "preprocessing") if row != "batch" or _on_gpu(args)]
+    args.rows = args.rows or [row for row in (*ROWS, "preprocessing") if row != "batch" or _on_gpu(args.device)]
     torch.set_num_threads(args.threads)
     report: dict[str, Any] = {"machine": machine(args), "rows": [], "not run": not_run(args)}
     for size in args.sizes:
@@ -95,7 +95,9 @@ def machine(args: argparse.Namespace) -> dict[str, Any]:
     """What ran this, and how fast it can be."""
     names = [line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
     described = {
-        "device": torch.cuda.get_device_name(args.device) if _on_gpu(args) else (names or [platform.processor()])[0],
+        "device": torch.cuda.get_device_name(args.device)
+        if _on_gpu(args.device)
+        else (names or [platform.processor()])[0],
         "threads": args.threads,
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
     }
@@ -106,14 +108,14 @@ def machine(args: argparse.Namespace) -> dict[str, Any]:
 def not_run(args: argparse.Namespace) -> list[str]:
     """What this run leaves open, and why."""
     left = [] if args.reference else ["beside the published code: --reference and --reference-python were not given"]
-    if not _on_gpu(args):
+    if not _on_gpu(args.device):
         why = "--device was cpu" if torch.cuda.is_available() else "there is none here"
         left.append(f"on a GPU: {why}")
     return left
 
 
-def _on_gpu(args: argparse.Namespace) -> bool:
-    return args.device.startswith("cuda")
+def _on_gpu(device: str) -> bool:
+    return device.startswith("cuda")
 
 
 def _lines(file: str) -> list[str]:
@@ -122,14 +124,14 @@ def _lines(file: str) -> list[str]:
 
 def gemm_rate(device: str, dtype: torch.dtype) -> float:
     """Floating-point operations a second of a large matrix product."""
-    size = 8192 if device.startswith("cuda") else 2048
+    size = 8192 if _on_gpu(device) else 2048
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     return 2 * size**3 / min(timed(lambda _: a @ b, 0, device)["seconds"] for _ in range(5))
 
 
 def read_rate(device: str) -> float:
     """Bytes a second of reading much memory."""
-    data = torch.ones(2**28 if device.startswith("cuda") else 2**27, device=device)
+    data = torch.ones(2**28 if _on_gpu(device) else 2**27, device=device)
     return data.nbytes / min(timed(lambda _: data.sum(), 0, device)["seconds"] for _ in range(5))
 
 
@@ -137,7 +139,7 @@ def measure(size: str, dtype: str, args: argparse.Namespace, place: Path, ceilin
     """All rows of one size and dtype."""
     write_model(size, place / "model")
     model, processor, prompts, images = prepare(place / "model", dtype, args)
-    np.savez(place / "inputs.npz", images=images, **{f"ids_{i}": ids[0].numpy() for i, ids in enumerate(prompts)})
+    np.savez(place / "inputs.npz", images=images, **{f"ids_{i}": ids[0].cpu().numpy() for i, ids in enumerate(prompts)})
     sides = own_sides(model, processor, prompts, images, args.compile)
     exact = None if dtype == "float32" else exact_answers(place / "model", args)
     peer = None
@@ -147,7 +149,7 @@ def measure(size: str, dtype: str, args: argparse.Namespace, place: Path, ceilin
         rows = next(iter(sides.values()))
         sides = {REFERENCE: {row: functools.partial(peer.ask, row) for row in rows}, **sides}
     try:
-        asked = [*(ROWS[row] for row in args.rows if row in ROWS)]
+        asked = [ROWS[row] for row in args.rows if row in ROWS]
         asked += preprocessing(processor.image_processor) if "preprocessing" in args.rows else []
         rows = [
             {"size": size, "dtype": dtype, "row": row, **figures}
@@ -173,15 +175,18 @@ def prepare(folder: Path, dtype: str, args: argparse.Namespace) -> tuple[Any, An
     model = OpenVLAForActionPrediction.from_pretrained(folder, **keywords).to(args.device).eval()
     processor = AutoProcessor.from_pretrained(folder)
     texts, images = sample_inputs(args.inputs)
-    prompts = [processor(instruction=text, images=images[0])["input_ids"] for text in texts]
+    prompts = [processor(instruction=text, images=images[0])["input_ids"].to(args.device) for text in texts]
     return model, processor, prompts, images
 
 
 def answer(model: Any, processor: Any, prompt: torch.Tensor, image: np.ndarray, **options: Any) -> Any:
     """The ``ActionOutput`` for a prompt and an image, by way of ``options``."""
-    pixel_values = processor.image_processor(image, return_tensors="pt")["pixel_values"]
-    pixel_values = pixel_values.to(model.device, model.dtype)
-    return model.predict_action(prompt.to(model.device), pixel_values, return_dict=True, **options)
+    return model.predict_action(prompt, pixels_of(model, processor, image), return_dict=True, **options)
+
+
+def pixels_of(model: Any, processor: Any, image: np.ndarray) -> torch.Tensor:
+    """An image as the model takes it."""
+    return processor.image_processor(image, return_tensors="pt")["pixel_values"].to(model.device, model.dtype)
 
 
 def own_sides(
@@ -189,11 +194,7 @@ def own_sides(
 ) -> dict[str, Work]:
     """Ways of this package to fill the rows, each ``index of the input -> tokens``, or features of the towers."""
     drafts: dict[tuple[str, int], np.ndarray] = {}
-    prompts = [prompt.to(model.device) for prompt in prompts]
-    pixels = [
-        processor.image_processor(image, return_tensors="pt")["pixel_values"].to(model.device, model.dtype)
-        for image in images
-    ]
+    pixels = [pixels_of(model, processor, image) for image in images]
 
     def action(index: int, draft: str | None = None, model: Any = model, **options: Any) -> list[int]:
         if draft:

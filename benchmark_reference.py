@@ -25,8 +25,8 @@ ACTION = "an action, image in to tokens out"
 PIXELS = "an action, pixels in to tokens out"
 FIRST_TOKEN = "pixels in to the first token"
 TOWERS = "vision towers"
-BATCH = "8 actions, pixels in to tokens out"
 BATCH_SIZE = 8
+BATCH = f"{BATCH_SIZE} actions, pixels in to tokens out"
 FRAME_SIZES = ((224, 224), (640, 480), (1280, 720))  # width, height in pixels
 
 

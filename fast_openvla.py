@@ -107,7 +107,7 @@ class _Fused:
             import torch._inductor.config as settings
 
             # Rounds between the operations as they do by themselves.
-            options = {name: True for name in ("emulate_precision_casts",) if hasattr(settings, name)}
+            options = {"emulate_precision_casts": True} if hasattr(settings, "emulate_precision_casts") else {}
             self.compiled = torch.compile(self.function, dynamic=True, options=options)
         if self.compiled is not self.function:
             try:
@@ -172,10 +172,10 @@ def _bare(module: nn.Module, fused: bool = False) -> Callable[[torch.Tensor], to
     if not _is_hooked(module) and (weight is None or type(weight) is nn.Parameter):
         if kind is nn.Linear:
             return functools.partial(F.linear, weight=weight, bias=module.bias)
-        if kind.__name__ in NORMS and fused:
-            norm = _fused_norm(module.variance_epsilon)
-            return lambda x: norm(x, weight)
         if kind.__name__ in NORMS:
+            if fused:
+                norm = _fused_norm(module.variance_epsilon)
+                return lambda x: norm(x, weight)
             epsilon = torch.tensor(module.variance_epsilon, dtype=torch.float32, device="cpu")  # faster than a number
             return functools.partial(_rms_normed, weight=weight, epsilon=epsilon)
         if kind.__name__ in ("SiLU", "SiLUActivation"):
@@ -185,7 +185,7 @@ def _bare(module: nn.Module, fused: bool = False) -> Callable[[torch.Tensor], to
     return lambda x: module(x[None])[0]  # adapters and quantised weights are used to batches
 
 
-def _rms_normed(x: torch.Tensor, weight: torch.Tensor, epsilon: torch.Tensor) -> torch.Tensor:
+def _rms_normed(x: torch.Tensor, weight: torch.Tensor, epsilon: torch.Tensor | float) -> torch.Tensor:
     """RMSNorm, rounded where transformers rounds."""
     exact = x if x.dtype is torch.float32 else x.float()
     exact = exact * torch.rsqrt(exact.pow(2).mean(-1, keepdim=True).add_(epsilon))

@@ -27,9 +27,8 @@ from .quantization_openvla import UNQUANTIZED_MODULES, VISION_TOWERS, fast_dtype
 HEADROOM = 1.1
 # Bytes a weight: the value, and one scale (quantised itself at 4 bits) a block of 64 or a row.
 BYTES_OF_BITS = {8: 1.0, 4: 0.5 + 1 / 64 + 4 / (64 * 256)}
-EMBEDDED = (
-    Path(__file__).resolve().parent / "assets" / "libero"
-)  # its README.md says how it was made and what it can do
+# Their README.md say how they were made and what they can do.
+EMBEDDED = Path(__file__).resolve().parent / "assets" / "libero"
 EMBEDDED_OFT = EMBEDDED.with_name("libero_oft")  # its twin, which answers chunks; judged in float32
 EMBEDDED_NAME = "embedded default (4 M parameters, trained on two tasks of LIBERO-Object)"
 DTYPES = ("float32", "bfloat16", "float16")
