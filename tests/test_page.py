@@ -109,6 +109,7 @@ def opened(browser):
         page.on("request", lambda request: asked.append(request.url))
         assert page.goto(served.url).status == 200
         page.origin = served.url
+        page.locator("#inputs:visible, #token-field:visible").wait_for()  # its server has said what it is, or asked
         return page
 
     yield open_page
