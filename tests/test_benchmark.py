@@ -9,6 +9,7 @@ from openvla.__main__ import main
 from openvla.checkpoint_files import digests, places_of, weight_files
 from openvla.prepacked_model import multiplies
 from openvla.tiny import TINY_TOWERS, build_config, language_config
+from ways import needs_compiler
 
 
 def test_all_sides_answer_alike(tmp_path, capsys):
@@ -49,6 +50,19 @@ def test_all_sides_answer_alike(tmp_path, capsys):
     assert "Not run beside the published code: --reference" in said
     assert ("Not run on a GPU" in said) == (not torch.cuda.is_available())
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+@needs_compiler
+def test_a_fused_side_is_compiled_answers_alike_and_leaves_the_others_alone(tmp_path, monkeypatch):
+    file, compiled, plain = tmp_path / "figures.json", [], torch.compile
+    monkeypatch.setattr(torch, "compile", lambda *given, **options: compiled.append(1) or plain(*given, **options))
+    asked = ["--sizes", "tiny", "--dtypes", "float32", "--pairs", "1", "--inputs", "3", "--threads", "1"]
+    assert main(["bench", *asked, "--rows", "action", "--json", str(file)]) == 0
+    assert not compiled
+    assert main(["bench", *asked, "--rows", "action", "--compile", "--json", str(file)]) == 0
+    assert compiled
+    rows = {row["side"]: row for row in json.loads(file.read_text())["rows"]}
+    assert rows[benchmark.COMPILED]["equal"] == rows[benchmark.COMPILED]["of"] == 21
 
 
 def test_a_peer_needs_both_its_code_and_its_python(tmp_path, capsys):

@@ -1,7 +1,5 @@
 """The fast way gives what the language model's own forward gives, or is not taken."""
 
-import os
-import shutil
 from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 from types import SimpleNamespace
@@ -15,7 +13,7 @@ from openvla.fast_openvla import TABLE, FastDecoder, decode_fast, fuse, goes_fas
 from openvla.quantization_openvla import QUANTIZES_ON_CPU
 from openvla.tiny import build_tiny
 from transformers import AutoConfig, AutoModelForCausalLM
-from ways import adapt, alike, changes
+from ways import adapt, alike, changes, needs_compiler
 
 # Products of one row sum in another order than those of many: a few units in the last place of logits of order one.
 LOGIT_ATOL = 2e-5
@@ -224,7 +222,7 @@ def test_quantised_weights_take_drafts_where_rows_do_not_depend_on_each_other(bi
     assert reason is None if bits == 4 else "LLM.int8" in reason
 
 
-@pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")), reason="torch.compile needs a C++ compiler")
+@needs_compiler
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
 def test_fused_operations_answer_alike(family, monkeypatch):

@@ -1,7 +1,14 @@
 """The ways to one answer beside each other, and what may change a model between two answers."""
 
+import os
+import shutil
+
 import numpy as np
+import pytest
 import torch
+
+COMPILER = shutil.which(os.environ.get("CXX", "g++"))
+needs_compiler = pytest.mark.skipif(not COMPILER, reason="torch.compile needs a C++ compiler")
 
 
 def alike(model, inputs, fast=True):
