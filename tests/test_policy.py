@@ -9,7 +9,7 @@ from openvla import OpenVLAForActionPrediction, load_policy
 from openvla.__main__ import main
 from openvla.policy import HEADROOM, free_bytes, weight_bytes, without_weights
 from openvla.quantization_openvla import QUANTIZES_ON_CPU
-from openvla.tiny import build_config, build_tokenizer
+from openvla.tiny import build_config, build_tiny, build_tokenizer
 from PIL import Image
 
 pytest.importorskip("accelerate")
@@ -112,16 +112,26 @@ def test_the_embedded_default_comes_in_any_precision(capsys):
     assert [report["quantization"] for report in found.values()] == [None, "nf4", None]
 
 
-@here_it_works
+@torch.no_grad()
 def test_a_policy_can_be_held_to_action_tokens(tmp_path, capsys):
-    """The embedded default has no action to this picture: it would end the sequence."""
-    Image.new("RGB", (64, 64)).save(tmp_path / "black.png")
-    asked = ["predict", "--json", "--image", str(tmp_path / "black.png"), "--instruction", "open the drawer"]
+    """A model that would end the sequence in place of its first action token."""
+    model, processor = build_tiny()
+    picture = tmp_path / "black.png"
+    Image.new("RGB", (64, 64)).save(picture)
+    head = model.get_output_embeddings().weight
+    logits = model(**processor(instruction="open the drawer", images=Image.open(picture))).logits[0, -1]
+    assert logits.max() > 0
+    head[model.generation_config.eos_token_id] = 2 * head[logits.argmax()]
+    for part in (model, processor):
+        part.save_pretrained(tmp_path / "model")
+    asked = ["predict", "--json", "--model", str(tmp_path / "model"), "--image", str(picture)]
+    asked += ["--instruction", "open the drawer"]
     assert main(asked) == 2
-    assert "ended the sequence after" in capsys.readouterr().err
+    assert "ended the sequence after 1 of 7" in capsys.readouterr().err
     assert main([*asked, "--constrain-actions"]) == 0
     action = json.loads(capsys.readouterr().out)["action"]
-    assert load_policy(constrain_actions=True).act(str(tmp_path / "black.png"), "open the drawer").tolist() == action
+    policy = load_policy(tmp_path / "model", constrain_actions=True)
+    assert policy.act(str(picture), "open the drawer").tolist() == action
 
 
 def test_bits_are_a_known_number():
