@@ -17,6 +17,7 @@ from openvla.policy import EMBEDDED_NAME
 from openvla.predict import SAMPLE_IMAGE
 from openvla.tiny import build_tiny
 from PIL import Image
+from ways import ends_at_once
 
 pytestmark = pytest.mark.browser
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -420,6 +421,21 @@ def test_a_server_that_is_gone(opened):
         act(page)
     page.get_by_role("button", name="Act", exact=True).click()
     page.locator("#error", has_text="The server cannot be reached").wait_for()
+
+
+def test_a_model_that_gives_no_action_is_said(opened):
+    model, processor = build_tiny()
+    ends_at_once(model, processor(instruction=INSTRUCTION, images=Image.open(SAMPLE_IMAGE)))
+    with serving(policy=Policy(model, processor, model.resolve_unnorm_key())) as served:
+        page = opened(served)
+        fill(page)
+        assert act(page)[1].status == 500
+        page.locator("#error", has_text="The model gave no action: ValueError").wait_for()
+        assert dimensions(page) == []
+        served.policy.constrain_actions = True
+        assert act(page)[1].status == 200
+        assert len(dimensions(page)) == 7
+        assert page.locator(".error:not(:empty)").count() == 0
 
 
 def test_a_token_is_asked_for_and_kept(opened):

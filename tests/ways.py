@@ -11,6 +11,14 @@ COMPILER = shutil.which(os.environ.get("CXX", "g++"))
 needs_compiler = pytest.mark.skipif(not COMPILER, reason="torch.compile needs a C++ compiler")
 
 
+@torch.no_grad()
+def ends_at_once(model, inputs):
+    """Make a model's first choice for these inputs the end of the sequence in place of an action token."""
+    head, logits = model.get_output_embeddings().weight, model(**inputs).logits[0, -1]
+    assert logits.max() > 0
+    head[model.generation_config.eos_token_id] = 2 * head[logits.argmax()]
+
+
 def alike(model, inputs, fast=True):
     """Bin probabilities of an answer whose tokens and action are the plain way's."""
     asked = {**inputs, "return_dict": True, "constrain_actions": True}
