@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from openvla import OpenVLAForActionPrediction, OpenVLAProcessor, benchmark, benchmark_sizes
+from openvla import OpenVLAForActionPrediction, OpenVLAProcessor, benchmark, benchmark_sizes, fast_openvla
 from openvla.__main__ import main
 from openvla.checkpoint_files import digests, places_of, weight_files
 from openvla.prepacked_model import multiplies
@@ -55,6 +55,7 @@ def test_all_sides_answer_alike(tmp_path, capsys):
 @needs_compiler
 def test_a_fused_side_is_compiled_answers_alike_and_leaves_the_others_alone(tmp_path, monkeypatch):
     file, compiled, plain = tmp_path / "figures.json", [], torch.compile
+    monkeypatch.setattr(fast_openvla._fused_gated, "compiled", None)  # as before the first answer of a process
     monkeypatch.setattr(torch, "compile", lambda *given, **options: compiled.append(1) or plain(*given, **options))
     asked = ["--sizes", "tiny", "--dtypes", "float32", "--pairs", "1", "--inputs", "3", "--threads", "1"]
     assert main(["bench", *asked, "--rows", "action", "--json", str(file)]) == 0
