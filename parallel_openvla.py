@@ -4,7 +4,7 @@ One answer, in order: ``with_action_slots`` puts an empty slot for every number 
 the prompt; ``observe`` embeds text, images and proprio; ``hidden_at`` runs the language model with a bidirectional
 mask and takes the hidden states that predict the slots; a head, or the language model's own, turns them into actions.
 
-Stock transformers does the rest: the mask is given in four dimensions, which language models take as it is.
+Stock transformers does the rest: the mask is given in four dimensions, as this version's language models read it.
 """
 
 from __future__ import annotations
@@ -39,8 +39,6 @@ from .prismatic_openvla import logits_before
 PLACEHOLDER_ID = 1  # stands where an action will be; its embedding is replaced
 # Which attention takes a mask in four dimensions; flash attention knows only causal and full, of unpadded rows.
 MASKED_ATTENTION = ("sdpa", "eager")
-# From here on all language models take such a mask as it is; before, some negate it and some ignore it.
-FIRST_TRANSFORMERS = (4, 46)
 
 
 @dataclass
@@ -92,16 +90,18 @@ def with_action_slots(
     return torch.cat([input_ids, behind], dim=1), mask, slots
 
 
-def takes_bidirectional_masks() -> bool:
-    """Whether this transformers can run OpenVLA-OFT."""
-    return tuple(map(int, transformers.__version__.split(".")[:2])) >= FIRST_TRANSFORMERS
+def bidirectional_mask(visible: torch.Tensor, dtype: torch.dtype, added: bool) -> torch.Tensor:
+    """Mask ``(batch, 1, length, length)`` of ``(batch, length)``: every query sees every visible key.
 
-
-def bidirectional_mask(visible: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Additive mask ``(batch, 1, length, length)`` of ``(batch, length)``: every query sees every visible key."""
-    length = visible.shape[1]
-    row = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
-    row = row.masked_fill(~visible.to(torch.bool), torch.finfo(dtype).min)
+    Args:
+        visible: bool or int64 ``(batch, length)``.
+        dtype: Of the mask.
+        added: 0 where a key is visible, the lowest number elsewhere; else 1 and 0.
+    """
+    length, visible = visible.shape[1], visible.to(torch.bool)
+    row = visible.to(dtype)
+    if added:
+        row = torch.zeros_like(row).masked_fill(~visible, torch.finfo(dtype).min)
     return row[:, None, None, :].expand(-1, 1, length, length)
 
 
@@ -132,17 +132,11 @@ class ParallelDecodingMixin:
         """Add the modules that the configuration names.
 
         Raises:
-            ImportError: This transformers has no bidirectional masks.
-            ValueError: The attention implementation takes none.
+            ValueError: The attention implementation takes no bidirectional mask.
         """
-        self._bidirectional_under = None
+        self._mask_is_added: dict[str, bool] = {}  # by attention implementation
         if not config.parallel_decoding:
             return
-        if not takes_bidirectional_masks():
-            raise ImportError(
-                f"Parallel decoding (OFT) needs transformers {'.'.join(map(str, FIRST_TRANSFORMERS))} or newer; "
-                f"{transformers.__version__} would read its bidirectional mask otherwise and give wrong actions."
-            )
         self._require_masked_attention()
         hidden = config.text_config.hidden_size
         if config.action_head == "l1":
@@ -165,7 +159,6 @@ class ParallelDecodingMixin:
         Raises:
             ValueError: The model already answers in parallel or has an adapter, or fields are unknown or contradict
                 each other; the model is left as it was.
-            ImportError: As when a parallel-decoding model is loaded.
         """
         if self.config.parallel_decoding:
             raise ValueError(f"This model already answers in parallel: {self.config.answer}.")
@@ -269,15 +262,15 @@ class ParallelDecodingMixin:
 
     def _bidirectional_pass(self, embeds: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         """Last hidden states ``(batch, length, hidden)``, every position seeing every visible one."""
-        self.require_bidirectional()
-        return self._decode(self.language_model.get_decoder(), embeds, mask)
+        added = self.require_bidirectional()
+        return self._decode(self.language_model.get_decoder(), embeds, mask, added)
 
     @staticmethod
-    def _decode(decoder: nn.Module, embeds: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    def _decode(decoder: nn.Module, embeds: torch.Tensor, mask: torch.Tensor | None, added: bool) -> torch.Tensor:
         visible = torch.ones(embeds.shape[:2], dtype=torch.bool, device=embeds.device) if mask is None else mask
         return decoder(
             inputs_embeds=embeds,
-            attention_mask=bidirectional_mask(visible, embeds.dtype),
+            attention_mask=bidirectional_mask(visible, embeds.dtype, added),
             position_ids=None if mask is None else positions_of(mask),
             use_cache=False,
             return_dict=True,
@@ -293,15 +286,30 @@ class ParallelDecodingMixin:
         return attention
 
     @torch.no_grad()
-    def require_bidirectional(self) -> None:
-        """Raise RuntimeError unless a later token influences an earlier one, and a masked one none. Checked once.
+    def require_bidirectional(self) -> bool:
+        """How this transformers reads a mask in four dimensions: added to the scores (True), or 1 for visible (4.40).
 
-        A causal language model gives plausible, wrong chunks (LIBERO success falls from 97 % to about 56 %). Only the
-        first layer is run.
+        Tried, not told by the version: with the right one a later token influences an earlier one, and a masked one
+        none. Done once; only the first layer is run.
+
+        Raises:
+            RuntimeError: Neither does. A causal language model gives plausible, wrong chunks (LIBERO success falls
+                from 97 % to about 56 %).
         """
         attention = self._require_masked_attention()
-        if self._bidirectional_under == attention:
-            return
+        if attention not in self._mask_is_added:
+            added = next((added for added in (True, False) if self._is_bidirectional(added)), None)
+            if added is None:
+                raise RuntimeError(
+                    f"transformers {transformers.__version__} does not run this {type(self.language_model).__name__} "
+                    f"bidirectionally under {attention} attention: a later token does not influence an earlier one, or "
+                    "a masked one does. Its chunks would be wrong. Use another transformers version, or "
+                    "attn_implementation='eager'."
+                )
+            self._mask_is_added[attention] = added
+        return self._mask_is_added[attention]
+
+    def _is_bidirectional(self, added: bool) -> bool:
         embeddings = self.get_input_embeddings()
         device = torch.device("cpu") if embeddings.weight.device.type == "meta" else embeddings.weight.device
         first, last, other = embeddings(torch.arange(3, 6, device=device))
@@ -314,18 +322,13 @@ class ParallelDecodingMixin:
         first_layer = copy.copy(decoder)  # another thread may be using the decoder itself
         first_layer._modules = {**decoder._modules, "layers": decoder.layers[:1]}
         try:
-            seen, seen_changed, hidden, hidden_changed = self._decode(first_layer.eval(), embeds, mask)[:, 0]
+            seen, seen_changed, hidden, hidden_changed = self._decode(first_layer.eval(), embeds, mask, added)[:, 0]
+        except ValueError:  # transformers 4.40 takes no such mask for some language models under sdpa
+            return False
         finally:
             first_layer.train(training)
         finite = bool(torch.isfinite(seen).all())  # weights that are not finite have an error of their own
-        if finite and (torch.equal(seen, seen_changed) or not torch.equal(hidden, hidden_changed)):
-            raise RuntimeError(
-                f"transformers {transformers.__version__} does not run this {type(self.language_model).__name__} "
-                f"bidirectionally under {attention} attention: a later token does not influence an earlier one, or a "
-                "masked one does. Its chunks would be wrong. Use another transformers version, or "
-                "attn_implementation='eager'."
-            )
-        self._bidirectional_under = attention
+        return not finite or (not torch.equal(seen, seen_changed) and torch.equal(hidden, hidden_changed))
 
     def _require_proprio(self, proprio: torch.Tensor | np.ndarray | None, rows: int) -> None:
         needed = self.config.proprio_dim

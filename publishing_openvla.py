@@ -172,4 +172,4 @@ def _answer_of(config: dict[str, Any]) -> str:
     takes = f"{config.get('num_images_in_input', 1)} image(s) of one moment and an instruction"
     if config.get("proprio_dim"):
         takes += f", and `proprio=`, the robot's state in its own units ({config['proprio_dim']} numbers)"
-    return f"OpenVLA-OFT ({head}{film}): takes {takes}; answers with a chunk of {chunk} numbers (transformers 4.46+)."
+    return f"OpenVLA-OFT ({head}{film}): takes {takes}; answers with a chunk of {chunk} numbers."

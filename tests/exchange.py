@@ -21,25 +21,29 @@ def predicted(model, processor):
     """Everything that must not depend on the version."""
     frame = np.random.RandomState(0).randint(0, 256, (240, 320, 3), dtype=np.uint8)
     inputs = processor(instruction=INSTRUCTION, images=frame)
-    output = model.predict_action(**inputs, constrain_actions=True, return_dict=True)
+    options = {} if model.config.action_head else {"constrain_actions": True}
+    output = model.predict_action(**inputs, **options, return_dict=True)
     return {
         "input_ids": inputs["input_ids"].tolist(),
         "odd_ids": processor.tokenizer(ODD_TEXT)["input_ids"],
         "pixel_sum": float(inputs["pixel_values"].double().sum()),
-        "token_ids": output.token_ids.tolist(),
+        "token_ids": None if output.token_ids is None else output.token_ids.tolist(),
         "actions": output.actions.tolist(),
     }
 
 
 def write(folder):
-    """Two models: a Llama with an untied head, and a Qwen with a tied one and a rotary base that is not Llama's."""
+    """A Llama with an untied head, its OpenVLA-OFT, and a Qwen with a tied head and a rotary base that is not Llama's."""
+    from openvla import PLATFORMS
     from openvla.tiny import PADDED_ROWS, build_tiny, build_tokenizer
 
     vocabulary = build_tokenizer().pad_token_id
     qwen = {"model_type": "qwen2", "vocab_size": vocabulary + PADDED_ROWS, "rope_theta": 1e6, "hidden_size": 64}
     qwen |= {"intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
     qwen |= {"tie_word_embeddings": True, "bos_token_id": 1, "eos_token_id": 2}
-    for name, overrides in (("llama", {}), ("qwen2", {"text_config": qwen, "empty_token_id": None})):
+    oft = {**PLATFORMS["libero"], "parallel_decoding": True, "action_head": "l1", "proprio_dim": None}
+    kinds = {"llama": {}, "oft": oft, "qwen2": {"text_config": qwen, "empty_token_id": None}}
+    for name, overrides in kinds.items():
         model, processor = build_tiny(**overrides)
         model.save_pretrained(folder / name)
         processor.save_pretrained(folder / name)

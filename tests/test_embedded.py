@@ -8,7 +8,6 @@ import pytest
 import torch
 from openvla import load_policy
 from openvla.fast_openvla import FastDecoder
-from openvla.parallel_openvla import takes_bidirectional_masks
 from openvla.policy import EMBEDDED, EMBEDDED_OFT
 from PIL import Image
 
@@ -67,7 +66,6 @@ def test_it_follows_the_demonstrated_direction_and_shuffled_images_do_not(policy
     assert max(other for other, _ in turned) < SHUFFLED
 
 
-@pytest.mark.skipif(not takes_bidirectional_masks(), reason="this transformers cannot run OpenVLA-OFT")
 def test_the_twin_does_what_was_demonstrated_and_with_shuffled_images_does_not(steps):
     twin, order = load_policy(EMBEDDED_OFT, device="cpu"), list(range(len(steps)))
     shown = np.array([step["action"] for step in steps])[:, :3]

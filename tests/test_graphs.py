@@ -12,7 +12,6 @@ import pytest
 import torch
 from openvla import PLATFORMS, graphs_openvla, modeling_openvla
 from openvla.graphs_openvla import KEPT, CudaRecording, Recordings
-from openvla.parallel_openvla import takes_bidirectional_masks
 from openvla.tiny import build_tiny
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from ways import adapt, alike, changes
@@ -225,8 +224,6 @@ def test_copies_record_for_themselves(recording, frames):
 @pytest.mark.lane
 @pytest.mark.parametrize("fields", [{}, L1, TOKENS], ids=["tokens one by one", "l1 chunk", "token chunk"])
 def test_an_answer_never_waits_for_the_device(fields, frames, monkeypatch):
-    if fields and not takes_bidirectional_masks():
-        pytest.skip("parallel decoding needs transformers 4.46")
     model, processor = build_tiny(**fields)
     calls = []
     monkeypatch.setattr(

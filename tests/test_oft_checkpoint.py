@@ -15,9 +15,9 @@ from openvla.convert_checkpoint import convert
 from openvla.download_checkpoint import _needed
 from reference import GOLDEN, oft_folder, oft_model
 from safetensors.torch import load_file
-from test_parallel import parallel, prompt, raw_proprio, stack_images
+from test_parallel import prompt, raw_proprio, stack_images
 
-pytestmark = [pytest.mark.lane, parallel]
+pytestmark = pytest.mark.lane
 KEY = "libero_spatial_no_noops"
 
 

@@ -10,9 +10,8 @@ from openvla.__main__ import main
 from openvla.merge_adapter import merge
 from openvla.quantization_openvla import QUANTIZES_ON_CPU
 from openvla.tiny import build_tiny
-from test_parallel import parallel
 
-pytestmark = [pytest.mark.lane, parallel]
+pytestmark = pytest.mark.lane
 INSTRUCTION = "open the drawer"
 STATE = np.linspace(-1, 1, 8)
 STATISTICS = {
