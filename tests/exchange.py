@@ -33,7 +33,7 @@ def predicted(model, processor):
 
 
 def write(folder):
-    """A Llama with an untied head, its OpenVLA-OFT, and a Qwen with a tied head and a rotary base that is not Llama's."""
+    """A Llama with an untied head, also as OpenVLA-OFT; a Qwen with a tied head and a rotary base of its own."""
     from openvla import PLATFORMS
     from openvla.tiny import PADDED_ROWS, build_tiny, build_tokenizer
 
