@@ -32,10 +32,10 @@ HERE = Path(__file__).parent
 DATASET = "libero_object_no_noops"  # the preset of columns and gripper goes by this name
 TASKS = ("0", "7")
 HELD_OUT, STATES = 25, 50  # initial states from the first on are never demonstrated; a task has so many
-TRAININGS = {  # each from what the one before has learnt: its configuration, and the fields in which it departs from it
-    "first": ("tiny_libero.yaml", {"max_steps": 1500}),
-    "openvla": ("tiny_libero.yaml", {"method": "frozen-vision"}),
-    "oft": ("tiny_libero_oft.yaml", {}),
+TRAININGS = {  # each from what the one before has learnt: its configuration, and its steps where they are others
+    "first": ("tiny_libero.yaml", 1500),
+    "openvla": ("tiny_libero.yaml", None),
+    "oft": ("tiny_libero_oft.yaml", None),
 }
 JUDGED = ("openvla", "oft")
 BEFORE_THE_FIRST = 0.7  # of the demonstrations are collected before the first training
@@ -58,10 +58,11 @@ def parts(args: argparse.Namespace) -> dict[str, list[str | Path]]:
         "model before training": [python, HERE / "tiny_libero.py", demos, out / "base"],
     }
     base = out / "base"
-    for name in TRAININGS:
+    for name, (_, steps) in TRAININGS.items():
         result, packed = out / name / "model", out / name / "packed"
         run = ["--model", base, "--output", out / name, "--batch-size", str(BATCH_SIZE // processes)]
-        run += ["--max-steps", str(args.steps)] if args.steps else []
+        steps = args.steps or steps
+        run += ["--max-steps", str(steps)] if steps else []
         done[f"training {name}"] = [*launch, "-m", "openvla", "finetune", out / f"{name}.yaml", *run]
         done[f"packing {name}"] = [*openvla, "convert", result, packed, "--dtype", "bf16"]
         if name in JUDGED:
@@ -76,8 +77,8 @@ def parts(args: argparse.Namespace) -> dict[str, list[str | Path]]:
 
 def write_runs(args: argparse.Namespace) -> None:
     """The trainings' configurations with the place of the demonstrations."""
-    for name, (file, others) in TRAININGS.items():
-        config = read_yaml(HERE / file) | others
+    for name, (file, _) in TRAININGS.items():
+        config = read_yaml(HERE / file)
         config["data"][0]["path"] = str(args.out / "demos" / DATASET)
         write_json(args.out / f"{name}.yaml", config)  # JSON is YAML
 
