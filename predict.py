@@ -130,7 +130,7 @@ def import_pyplot(option: str) -> Any:
 def draw_chunk(
     plt: Any, images: list[Image.Image], actions: np.ndarray, labels: list[tuple[str, str]], title: str
 ) -> Any:
-    """The images, and every dimension over the steps of a chunk.
+    """The images, and every dimension over the steps of a chunk; those of one unit have one scale, with 0 in it.
 
     Args:
         plt: matplotlib.pyplot.
@@ -150,9 +150,13 @@ def draw_chunk(
         axes.set_axis_off()
     rows = -(-len(labels) // 7)
     cells = curves.subplots(rows, min(len(labels), 7), sharex=True, squeeze=False).flat
+    units = np.array([unit for _, unit in labels])
     for axes, (name, unit), values in zip(cells, labels, actions.T):
+        alike = actions[:, units == unit]
+        low, high = min(alike.min(), 0.0), max(alike.max(), 0.0)
+        margin = 0.05 * (high - low) or 1.0
         axes.plot(range(len(values)), values, "o-", ms=3)
-        axes.set(title=f"{name} ({unit})", xlabel="step")
+        axes.set(title=f"{name} ({unit})", xlabel="step", ylim=(low - margin, high + margin))
         axes.title.set_fontsize(8)
         axes.grid(alpha=0.3)
     return figure

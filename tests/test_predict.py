@@ -85,3 +85,16 @@ def test_a_chunk_is_drawn(tmp_path):
     curves = [line for axes in figure.get_axes() for line in axes.get_lines()]
     assert [len(line.get_xdata()) for line in curves] == [25] * 14
     pyplot.close(figure)
+
+
+def test_what_is_next_to_nothing_looks_like_nothing_in_a_chunk():
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    labels = [("dx", "m"), ("dy", "m"), ("gripper", "1 open")]
+    actions = np.stack([np.linspace(-0.9, 0.3, 8), np.linspace(0, 1e-9, 8), np.linspace(0, 2e-9, 8)], axis=1)
+    figure = draw_chunk(pyplot, [Image.new("RGB", (8, 8))], actions, labels, "rounding in dy")
+    _, *metres, gripper = [axes.get_ylim() for axes in figure.get_axes()]
+    assert metres[0] == metres[1]
+    assert metres[0][0] < -0.9
+    assert metres[0][1] > 0.3
+    assert 0 < gripper[1] < 1e-8
+    pyplot.close(figure)
