@@ -194,15 +194,18 @@ class Driven:
     def __init__(self, policy: Policy, instruction: str, cameras: Sequence[str], rng: np.random.Generator) -> None:
         self.policy, self.instruction, self.cameras = policy, instruction, cameras
         self.left = int(rng.integers(*DRIVEN_STEPS))
+        self.answered: list[np.ndarray] = []  # actions of a chunk that are still to be played
 
     def executed(self, action: np.ndarray, harmless: bool, observation: dict[str, Any]) -> np.ndarray:
         """What the policy does here, and when its steps are over the command: float64 ``(7,)``."""
         if not self.left:
             return action
         self.left -= 1
-        frames = [upright(observation[f"{camera}_image"]) for camera in self.cameras]
-        answer = self.policy.act(frames if len(frames) > 1 else frames[0], self.instruction)
-        return convert_action(answer, "libero")
+        if not self.answered:
+            frames = [upright(observation[f"{camera}_image"]) for camera in self.cameras]
+            answer = self.policy.act(frames if len(frames) > 1 else frames[0], self.instruction)
+            self.answered.extend(np.atleast_2d(answer))
+        return convert_action(self.answered.pop(0), "libero")
 
 
 @dataclasses.dataclass

@@ -78,6 +78,21 @@ def test_a_policy_drives_first_and_what_is_stored_is_the_oracles():
     assert (stored[:20, 6] == collector.OPEN).all()
 
 
+def test_a_policy_that_answers_chunks_is_asked_when_one_is_played():
+    asked = []
+
+    class Chunks:
+        def act(self, image, instruction):
+            asked.append(image)
+            return np.arange(1, 3)[:, None] * np.array([0.1, 0, 0, 0, 0, 0, 10.0]) * len(asked)
+
+    driven = collector.Driven(Chunks(), "pick it up", ["top"], np.random.default_rng(0))
+    driven.left = 3
+    executed = [driven.executed(np.eye(7)[1], True, {"top_image": FRAME}) for _ in range(4)]
+    np.testing.assert_allclose([action[0] for action in executed], [0.1, 0.2, 0.2, 0])
+    assert len(asked) == 2
+
+
 def test_what_a_policy_has_grasped_is_carried_on():
     """Askew, as the oracle would not have grasped it."""
     world = World([0.065, -0.1, 0.10], [0.05, -0.1, 0.05])
