@@ -35,6 +35,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from openvla.action_chunk import ActionChunk
 from openvla.configuration_openvla import write_json
 from openvla.demonstrations import read_json
 from openvla.lerobot_writer import LeRobotWriter
@@ -192,20 +193,18 @@ class Driven:
     """A policy drives for some steps; its mistakes are what disturbs the arm."""
 
     def __init__(self, policy: Policy, instruction: str, cameras: Sequence[str], rng: np.random.Generator) -> None:
-        self.policy, self.instruction, self.cameras = policy, instruction, cameras
+        self.actor = ActionChunk(policy) if policy.model.config.chunk_length > 1 else policy
+        self.instruction, self.cameras = instruction, cameras
         self.left = int(rng.integers(*DRIVEN_STEPS))
-        self.answered: list[np.ndarray] = []  # actions of a chunk that are still to be played
 
     def executed(self, action: np.ndarray, harmless: bool, observation: dict[str, Any]) -> np.ndarray:
         """What the policy does here, and when its steps are over the command: float64 ``(7,)``."""
         if not self.left:
             return action
         self.left -= 1
-        if not self.answered:
-            frames = [upright(observation[f"{camera}_image"]) for camera in self.cameras]
-            answer = self.policy.act(frames if len(frames) > 1 else frames[0], self.instruction)
-            self.answered.extend(np.atleast_2d(answer))
-        return convert_action(self.answered.pop(0), "libero")
+        frames = [upright(observation[f"{camera}_image"]) for camera in self.cameras]
+        answer = self.actor.act(frames if len(frames) > 1 else frames[0], self.instruction)
+        return convert_action(answer, "libero")
 
 
 @dataclasses.dataclass

@@ -60,6 +60,8 @@ def test_a_policy_drives_first_and_what_is_stored_is_the_oracles():
     asked = []
 
     class Away:
+        model = SimpleNamespace(config=SimpleNamespace(chunk_length=1))
+
         def act(self, image, instruction):
             asked.append((image, instruction))
             return np.array([-1.0, 0, 0, 0, 0, 0, 0.0])  # OpenVLA's convention: closed
@@ -82,7 +84,9 @@ def test_a_policy_that_answers_chunks_is_asked_when_one_is_played():
     asked = []
 
     class Chunks:
-        def act(self, image, instruction):
+        model = SimpleNamespace(config=SimpleNamespace(chunk_length=2))
+
+        def act(self, image, instruction, proprio):
             asked.append(image)
             return np.arange(1, 3)[:, None] * np.array([0.1, 0, 0, 0, 0, 0, 10.0]) * len(asked)
 
