@@ -5,12 +5,12 @@
 
 Two tasks of LIBERO-Object, 100 scripted demonstrations each from the initial states 0 to 24; judged on 25 to 49, which
 no demonstration began with. A first training sees 70 of each; the other 30 begin with what that first policy does, and
-show the way back from its mistakes. All seeds are fixed. What is broken off goes on where it was. Written are:
+show the way back from its mistakes. A second sees all of them. From there both policies are trained for as many steps
+again, with the vision towers as they are. All seeds are fixed. What is broken off goes on where it was. Written are:
   demos/            the demonstrations, and demos.png to look at
   base/             the model before training
-  first/            the first training
-  openvla/, oft/    the others, each from what the one before has learnt; a training's packed/ is its result in
-                    bfloat16, as it ships and as it is judged
+  first/, second/   the first two trainings
+  openvla/, oft/    the two policies; a training's packed/ is its result in bfloat16, as it ships and as it is judged
   judged/           success, videos and a contact sheet of both
   results.json      what the table at the end holds, and the seconds that every part took
 """
@@ -32,10 +32,11 @@ HERE = Path(__file__).parent
 DATASET = "libero_object_no_noops"  # the preset of columns and gripper goes by this name
 TASKS = ("0", "7")
 HELD_OUT, STATES = 25, 50  # initial states from the first on are never demonstrated; a task has so many
-TRAININGS = {  # each from what the one before has learnt: its configuration, and its steps where they are others
-    "first": ("tiny_libero.yaml", 1500),
-    "openvla": ("tiny_libero.yaml", None),
-    "oft": ("tiny_libero_oft.yaml", None),
+TRAININGS = {  # what each begins with, its configuration, and the fields in which it departs from that
+    "first": ("base", "tiny_libero.yaml", {"max_steps": 1500}),
+    "second": ("first", "tiny_libero.yaml", {}),
+    "openvla": ("second", "tiny_libero.yaml", {"method": "frozen-vision", "max_steps": 1500}),
+    "oft": ("second", "tiny_libero_oft.yaml", {}),
 }
 JUDGED = ("openvla", "oft")
 BEFORE_THE_FIRST = 0.7  # of the demonstrations are collected before the first training
@@ -57,28 +58,26 @@ def parts(args: argparse.Namespace) -> dict[str, list[str | Path]]:
         "demonstrations": [*collect, "--episodes", first],
         "model before training": [python, HERE / "tiny_libero.py", demos, out / "base"],
     }
-    base = out / "base"
-    for name, (_, steps) in TRAININGS.items():
-        result, packed = out / name / "model", out / name / "packed"
-        run = ["--model", base, "--output", out / name, "--batch-size", str(BATCH_SIZE // processes)]
-        steps = args.steps or steps
-        run += ["--max-steps", str(steps)] if steps else []
+    models = {"base": out / "base"} | {name: out / name / "model" for name in TRAININGS}
+    for name, (start, _, _) in TRAININGS.items():
+        packed = out / name / "packed"
+        run = ["--model", models[start], "--output", out / name, "--batch-size", str(BATCH_SIZE // processes)]
+        run += ["--max-steps", str(args.steps)] if args.steps else []
         done[f"training {name}"] = [*launch, "-m", "openvla", "finetune", out / f"{name}.yaml", *run]
-        done[f"packing {name}"] = [*openvla, "convert", result, packed, "--dtype", "bf16"]
+        done[f"packing {name}"] = [*openvla, "convert", models[name], packed, "--dtype", "bf16"]
         if name in JUDGED:
             held_out = ["--tasks", *TASKS, "--episodes", str(args.judged), "--first-initial-state", str(HELD_OUT)]
             judge = [*openvla, "evaluate", "--model", packed, "--dtype", "float32", "--constrain-actions", *held_out]
             done[f"judging {name}"] = [*judge, "--workers", workers, "--output", out / "judged" / name]
         if name == "first":
             done |= {"corrections of its mistakes": corrections, "picture of the demonstrations": look}
-        base = result
     return done
 
 
 def write_runs(args: argparse.Namespace) -> None:
     """The trainings' configurations with the place of the demonstrations."""
-    for name, (file, _) in TRAININGS.items():
-        config = read_yaml(HERE / file)
+    for name, (_, file, departures) in TRAININGS.items():
+        config = read_yaml(HERE / file) | departures
         config["data"][0]["path"] = str(args.out / "demos" / DATASET)
         write_json(args.out / f"{name}.yaml", config)  # JSON is YAML
 
