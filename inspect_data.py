@@ -155,6 +155,7 @@ def _plot(plt: Any, reader: EpisodeReader, report: dict[str, Any], file: Path) -
             axes.axvline(statistics[quantile][index], color="C3", lw=1, ls="--", label="q01, q99")
         axes.set_title(f"{label} ({unit})" + ("" if statistics["mask"][index] else "\nnot normalised"), fontsize=8)
         axes.set_yscale("log")
+        axes.set_ylim(bottom=0.5)  # half a step: else the smallest bar begins at nothing
         axes.tick_params(labelsize=7)
     for axes in list(cells)[len(labels) :]:
         axes.set_visible(False)
