@@ -30,7 +30,8 @@ from .adapter_files_openvla import (
     read_adapter,
     require_same_base,
 )
-from .configuration_openvla import DTYPE_FIELD, write_json
+from .compatibility_openvla import DTYPE_FIELD
+from .configuration_openvla import write_json
 from .heads_openvla import FILM_LAYER, HEAD_MODULES, belongs_to_answer
 from .quantization_openvla import is_quantized
 

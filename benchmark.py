@@ -30,7 +30,8 @@ from tqdm.auto import tqdm
 from . import benchmark_reference
 from .benchmark_reference import ACTION, BATCH, FIRST_TOKEN, PIXELS, TOWERS, batch_of, preprocessing, timed
 from .benchmark_sizes import SIZES, sample_inputs, write_model
-from .configuration_openvla import DTYPE_FIELD, write_json
+from .compatibility_openvla import DTYPE_FIELD
+from .configuration_openvla import write_json
 from .decoding_openvla import decode_greedily
 from .fast_openvla import decode_fast, fuse
 from .graphs_openvla import recorded

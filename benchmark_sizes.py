@@ -11,7 +11,8 @@ from PIL import Image
 
 from .checkpoint_files import write_shards
 from .checkpoint_folder import write_surroundings
-from .configuration_openvla import DTYPE_FIELD, PROMPTS
+from .compatibility_openvla import DTYPE_FIELD
+from .configuration_openvla import PROMPTS
 from .modeling_openvla import OpenVLAForActionPrediction
 from .predict import SAMPLE_IMAGE
 from .processing_openvla import OpenVLAProcessor

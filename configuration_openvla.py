@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import os
 from pathlib import Path
 from typing import Any
 
-import transformers
-from transformers import PretrainedConfig
-from transformers.models.auto import CONFIG_MAPPING
+from transformers import CONFIG_MAPPING, PretrainedConfig
 
 from .actions_openvla import NORMALIZATION_EPSILON, NORMALIZATIONS, nearest_name, validate_norm_stats
+from .compatibility_openvla import DTYPE_FIELD
 
 # The vision backbones of the reference's registry: per tower its timm id, input size in pixels and activation override
 # (None keeps timm's GELU).
@@ -97,12 +95,6 @@ AUTO = "auto"
 
 # Keywords of from_pretrained that say where files come from.
 HUB_KEYWORDS = ("cache_dir", "force_download", "proxies", "token", "revision", "local_files_only", "subfolder")
-
-# transformers 5 removed load_in_8bit= and load_in_4bit=, and infers a processor's parts where 4.x needs them declared.
-TRANSFORMERS_4 = int(transformers.__version__.split(".")[0]) < 5
-
-# transformers 4.56 renamed a configuration's torch_dtype to dtype and warns about the old name. Files carry both.
-DTYPE_FIELD = "dtype" if "dtype" in inspect.signature(PretrainedConfig.__init__).parameters else "torch_dtype"
 
 
 class PrismaticConfig(PretrainedConfig):

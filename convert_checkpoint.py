@@ -56,7 +56,8 @@ from .checkpoint_files import (
 )
 from .checkpoint_folder import appearing_whole, write_card, write_manifest, write_surroundings
 from .compare_forward import compare_forward
-from .configuration_openvla import ANSWER_FIELDS, DTYPE_FIELD, PLATFORMS, OpenVLAConfig, PrismaticConfig, write_json
+from .compatibility_openvla import DTYPE_FIELD
+from .configuration_openvla import ANSWER_FIELDS, PLATFORMS, OpenVLAConfig, PrismaticConfig, write_json
 from .direct_files import DirectWriter
 from .download_checkpoint import local_folder
 from .heads_openvla import belongs_to_answer

@@ -6,10 +6,11 @@ Plain functions on tensors and on a language model; nothing here knows about ima
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import nn
+
+from .compatibility_openvla import CACHE_FIELD, cache_of, cached_length
 
 
 def align_prompts(
@@ -111,15 +112,6 @@ def has_gap(mask: torch.Tensor) -> bool:
     return bool((mask[:, 1:] < mask[:, :-1]).any())
 
 
-def cached_length(past_key_values: Any) -> int:
-    """Tokens in a cache; an empty cache object, which newer transformers hand over at the first pass, has none."""
-    if past_key_values is None:
-        return 0
-    if hasattr(past_key_values, "get_seq_length"):
-        return int(past_key_values.get_seq_length())
-    return past_key_values[0][0].shape[-2] if len(past_key_values) else 0
-
-
 def require_finite(logits: torch.Tensor) -> torch.Tensor:
     """What the model gave, logits or actions, if every number is finite; else ValueError."""
     if not bool(torch.isfinite(logits).all()):
@@ -171,16 +163,16 @@ def decode_greedily(
             **step_inputs,
             attention_mask=mask,
             position_ids=positions,
-            past_key_values=past,
             use_cache=use_cache,
             return_dict=True,
+            **{CACHE_FIELD: past},
         )
         logits.append(require_finite(output.logits[:, -1].float()))
         tokens.append((logits[-1] if allowed is None else only(logits[-1], allowed)).argmax(-1))
         if step == steps - 1:
             break
         _require_going_on(tokens[-1][:, None], ends, step, steps)
-        past = output.past_key_values if use_cache else None
+        past = cache_of(output) if use_cache else None
         if mask is not None:
             mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
             positions = positions_of(mask)

@@ -24,6 +24,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.utils import logging
 
+from .compatibility_openvla import attention_implementation, rotary_fields
 from .decoding_openvla import only, positions_of
 
 logger = logging.get_logger(__name__)
@@ -43,9 +44,9 @@ def reason_against(language_model: nn.Module, length: int) -> str | None:
         return f"{name} is none of {', '.join(FAMILIES)}"
     if language_model.training:
         return "the model is in training mode"
-    if config._attn_implementation != "sdpa":
-        return f"attention is {config._attn_implementation}, not sdpa"
-    rotary = _rotary_fields(config)
+    if attention_implementation(config) != "sdpa":
+        return f"attention is {attention_implementation(config)}, not sdpa"
+    rotary = rotary_fields(config)
     if rotary.get("rope_type", rotary.get("type", "default")) != "default" or set(rotary) - PLAIN_ROTARY:
         return f"its rotary positions are scaled: {rotary}"
     if getattr(config, "pretraining_tp", 1) > 1:
@@ -119,12 +120,6 @@ class _Fused:
                 )
                 self.compiled = self.function
         return self.function(*tensors)
-
-
-def _rotary_fields(config: object) -> dict:
-    """``rope_theta`` and what scales it: one field since transformers 5, two before."""
-    fields = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
-    return {"rope_theta": getattr(config, "rope_theta", None), **fields}
 
 
 def _is_hooked(module: nn.Module) -> bool:
@@ -247,7 +242,7 @@ class FastDecoder:
         self.dim = getattr(config, "head_dim", None) or config.hidden_size // self.heads
         self.visible, self.causal = None if mask is None else mask.to(torch.bool), causal
         self.positions = torch.arange(length, device=like.device)[None]
-        theta = float(_rotary_fields(config)["rope_theta"])
+        theta = float(rotary_fields(config)["rope_theta"])
         tables = _rotation(theta, self.dim, -(-length // TABLE) * TABLE, like.device, like.dtype)
         places = self.positions if mask is None else positions_of(mask)
         self.rotation = tuple(table[places][:, :, None] for table in tables)  # (batch or 1, length, 1, dim)

@@ -29,7 +29,8 @@ from tqdm import tqdm
 
 from .adapters_openvla import answer_modules, idle_modules
 from .augmentation import ImageAugmentation
-from .configuration_openvla import DTYPE_FIELD, PLATFORMS, write_json
+from .compatibility_openvla import DTYPE_FIELD, enable_checkpointing
+from .configuration_openvla import PLATFORMS, write_json
 from .dataset_statistics import as_norm_stats, require_matching
 from .demonstration_stream import DemonstrationStream
 from .demonstrations import open_demonstrations, require
@@ -179,7 +180,7 @@ def build(
         model.config.default_unnorm_key = next(iter(data.statistics))
     set_trained(model, config)
     if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        enable_checkpointing(model)
         model.enable_input_require_grads()
     return model.train(), processor
 

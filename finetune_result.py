@@ -9,7 +9,8 @@ import numpy as np
 import torch
 
 from .checkpoint_folder import appearing_whole, write_card
-from .configuration_openvla import DTYPE_FIELD, OpenVLAConfig, write_json
+from .compatibility_openvla import DTYPE_FIELD
+from .configuration_openvla import OpenVLAConfig, write_json
 from .finetune_config import FinetuneConfig
 from .modeling_openvla import OpenVLAForActionPrediction
 from .processing_openvla import OpenVLAProcessor

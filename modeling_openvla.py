@@ -23,6 +23,7 @@ from .actions_openvla import ActionTokenizer, NormalizationStatistics
 from .adapter_files_openvla import adapter_source, base_of, base_record, optional_file, revision_of
 from .adapters_openvla import LoraMixin
 from .answers_openvla import ActionOutput, numbers_answer, tokens_answer
+from .compatibility_openvla import requested_attention
 from .configuration_openvla import OpenVLAConfig, write_json
 from .decoding_openvla import append_token, decode_greedily, only, positions_of, require_finite, require_whole_actions
 from .fast_openvla import decode_fast, draft_tokens, goes_fast
@@ -81,8 +82,8 @@ class OpenVLAForActionPrediction(
     @classmethod
     def _from_adapter(cls, adapter: str | os.PathLike, hub: dict[str, Any], kwargs: dict[str, Any]) -> Any:
         config = kwargs.pop("config", None)  # that an Auto class read, of the adapter or the base; the base has its own
-        if getattr(config, "_attn_implementation_internal", None):
-            kwargs.setdefault("attn_implementation", config._attn_implementation_internal)
+        if requested_attention(config):
+            kwargs.setdefault("attn_implementation", requested_attention(config))
         base, kwargs["revision"] = base_of(adapter, hub)
         for name in ("subfolder", "_commit_hash"):  # of the adapter
             kwargs.pop(name, None)
@@ -141,6 +142,7 @@ class OpenVLAForActionPrediction(
         noise: torch.FloatTensor | None = None,
         timesteps: torch.LongTensor | None = None,
         generator: torch.Generator | None = None,
+        cache: Any = None,
     ) -> PrismaticCausalLMOutputWithPast | ChunkOutput | tuple:
         """One pass: of ``PrismaticForConditionalGeneration.forward``, or with parallel decoding a training pass.
 
@@ -152,7 +154,7 @@ class OpenVLAForActionPrediction(
             pixel_values: float ``(batch, images * (3 or 6), size, size)``.
             labels: int64 ``(batch, length)``, -100 where there is neither an action token nor the end token. They say
                 where the chunk stands; what stands there in ``input_ids`` is not seen.
-            inputs_embeds: Must be None, as ``past_key_values`` and ``position_ids``.
+            inputs_embeds: Must be None, as ``past_key_values``, ``cache`` and ``position_ids``.
             past_key_values: None.
             use_cache: Ignored, as the following ones.
             output_attentions: Ignored.
@@ -166,6 +168,7 @@ class OpenVLAForActionPrediction(
             noise: Diffusion: ``(batch, chunk, action_dim)``; None draws it from the normal distribution.
             timesteps: Diffusion: int64 ``(batch,)`` noise levels; None draws them evenly.
             generator: What noise and levels are drawn from.
+            cache: None.
 
         Returns:
             ``ChunkOutput``, with the loss.
@@ -192,8 +195,10 @@ class OpenVLAForActionPrediction(
                 return_dict,
                 position_ids,
                 logits_at_labels,
+                cache,
             )
-        given = {"inputs_embeds": inputs_embeds, "past_key_values": past_key_values, "position_ids": position_ids}
+        given = {"inputs_embeds": inputs_embeds, "past_key_values": past_key_values, "cache": cache}
+        given["position_ids"] = position_ids
         unused = [name for name, value in given.items() if value is not None]
         if unused:
             raise ValueError(f"A parallel-decoding model's forward takes no {', '.join(unused)}.")

@@ -22,6 +22,7 @@ from huggingface_hub import HfApi
 from torch import nn
 from transformers.modeling_outputs import ModelOutput
 
+from .compatibility_openvla import attention_implementation
 from .configuration_openvla import OpenVLAConfig
 from .decoding_openvla import insert_after_bos, positions_of
 from .fast_openvla import FastDecoder, goes_fast
@@ -277,7 +278,7 @@ class ParallelDecodingMixin:
         ).last_hidden_state
 
     def _require_masked_attention(self) -> str:
-        attention = self.language_model.config._attn_implementation
+        attention = attention_implementation(self.language_model.config)
         if attention not in MASKED_ATTENTION:
             raise ValueError(
                 f"Parallel decoding needs a bidirectional mask, which {attention} does not take (it would silently be "

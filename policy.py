@@ -15,7 +15,8 @@ import torch
 from torch import nn
 
 from .adapter_files_openvla import ADAPTER_CONFIG_FILE, base_of, optional_file
-from .configuration_openvla import DTYPE_FIELD, OpenVLAConfig
+from .compatibility_openvla import DTYPE_FIELD
+from .configuration_openvla import OpenVLAConfig
 from .fast_openvla import fuse
 from .loading import AutoProcessor
 from .modeling_openvla import OpenVLAForActionPrediction

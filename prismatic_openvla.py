@@ -10,13 +10,24 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
-from transformers.modeling_outputs import ModelOutput
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import is_flash_attn_2_available, logging
 
 from .actions_openvla import ActionTokenizer  # noqa: F401  transformers up to 5.8 copies direct imports only
-from .configuration_openvla import TRANSFORMERS_4, PrismaticConfig
-from .decoding_openvla import align_prompts, cached_length, has_gap, insert_after_bos, positions_of
+from .compatibility_openvla import (
+    CACHE_FIELD,
+    TRANSFORMERS_4,
+    attention_implementation,
+    cache_of,
+    cached_length,
+    is_checkpointing,
+    language_model_class,
+    requested_attention,
+    set_attention_implementation,
+    tied_weight_names,
+)
+from .configuration_openvla import PrismaticConfig
+from .decoding_openvla import align_prompts, has_gap, insert_after_bos, positions_of
 from .graphs_openvla import beside  # noqa: F401
 from .heads_openvla import HEAD_MODULES  # noqa: F401
 from .publishing_openvla import PushToHub
@@ -30,23 +41,18 @@ DEFAULT_NEW_TOKENS = 20  # transformers' own default length, counted in new toke
 
 
 @dataclass
-class PrismaticCausalLMOutputWithPast(ModelOutput):
+class PrismaticCausalLMOutputWithPast(CausalLMOutputWithPast):
     """Output of the language model, plus the visual features that it saw.
 
     Attributes:
         loss: Mean cross entropy over labelled positions, float scalar; present with ``labels``.
         logits: ``(batch, length, padded vocabulary)``, where length counts patches and text.
-        past_key_values: The language model's cache.
+        cache: The KV cache; named ``past_key_values`` before transformers 5.24.
         hidden_states: Per layer ``(batch, length, hidden)``, when asked for.
         attentions: Per layer ``(batch, heads, length, length)``, when asked for.
         projector_features: ``(batch, patches, hidden)``; present with ``pixel_values``.
     """
 
-    loss: torch.FloatTensor | None = None
-    logits: torch.FloatTensor | None = None
-    past_key_values: Any = None
-    hidden_states: tuple[torch.FloatTensor, ...] | None = None
-    attentions: tuple[torch.FloatTensor, ...] | None = None
     projector_features: torch.FloatTensor | None = None
 
 
@@ -57,7 +63,7 @@ class PrismaticPreTrainedModel(PushToHub, QuantizedModelMixin, PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["PrismaticProjector", "VisionBlock"]
-    _skip_keys_device_placement = "past_key_values"
+    _skip_keys_device_placement = [CACHE_FIELD]
     _supports_sdpa = True
     _supports_flash_attn = True  # transformers 4.54 and later
     _supports_flash_attn_2 = True
@@ -116,15 +122,14 @@ class PrismaticForConditionalGeneration(PrismaticPreTrainedModel, GenerationMixi
         self.projector = PrismaticProjector(
             config.use_fused_vision_backbone, self.vision_backbone.embed_dim, config.text_config.hidden_size
         )
-        language_model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config.text_config)]
-        attention = config._attn_implementation
-        if attention == "sdpa" and not language_model_class._supports_sdpa:  # Phi on transformers 4.40
+        model_class = language_model_class(config.text_config)
+        attention = attention_implementation(config)
+        if attention == "sdpa" and not model_class._supports_sdpa:  # Phi on transformers 4.40
             attention = "eager"
-        config.text_config._attn_implementation = attention
-        self.language_model = language_model_class(config.text_config)
-        # transformers 4.x looks for tied names in the outermost model only; 5.x (a dict) asks each part.
-        tied = self.language_model._tied_weights_keys
-        if config.text_config.tie_word_embeddings and isinstance(tied, (list, tuple)):
+        set_attention_implementation(config.text_config, attention)
+        self.language_model = model_class(config.text_config)
+        tied = tied_weight_names(self.language_model)
+        if config.text_config.tie_word_embeddings and tied:
             self._tied_weights_keys = [f"language_model.{name}" for name in tied]
         self.vocab_size = config.text_config.vocab_size
         self.pad_token_id = config.pad_token_id
@@ -222,6 +227,7 @@ class PrismaticForConditionalGeneration(PrismaticPreTrainedModel, GenerationMixi
         return_dict: bool | None = None,
         position_ids: torch.LongTensor | None = None,
         logits_at_labels: bool = False,
+        cache: Any = None,
     ) -> PrismaticCausalLMOutputWithPast | tuple:
         """One pass of the model: image and text, text alone, or the continuation of a cached sequence.
 
@@ -232,7 +238,7 @@ class PrismaticForConditionalGeneration(PrismaticPreTrainedModel, GenerationMixi
             pixel_values: float ``(batch, 3 or 6, size, size)``.
             labels: int64 ``(batch, length)``, -100 where nothing is learnt; patches are left out of the loss.
             inputs_embeds: ``(batch, length, hidden)`` in place of ``input_ids``.
-            past_key_values: Cache of an earlier pass; an empty one is a first pass.
+            past_key_values: KV cache of an earlier pass; an empty one is a first pass.
             use_cache: Return a cache; ignored in training.
             output_attentions: Return attention weights.
             output_hidden_states: Return all hidden states.
@@ -241,6 +247,7 @@ class PrismaticForConditionalGeneration(PrismaticPreTrainedModel, GenerationMixi
             position_ids: int64 ``(batch, length + patches)``; by default left padding is not counted.
             logits_at_labels: Compute logits, and so the loss, only where there are labels: ``(labelled positions,
                 padded vocabulary)``, row by row. The loss is the same; training needs a fraction of the memory.
+            cache: The name of ``past_key_values`` since transformers 5.24; either is taken on every version.
 
         Raises:
             ValueError: Inputs are missing or contradict each other; an image together with a filled cache, since
@@ -248,13 +255,16 @@ class PrismaticForConditionalGeneration(PrismaticPreTrainedModel, GenerationMixi
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of input_ids and inputs_embeds.")
-        filled = cached_length(past_key_values) > 0
+        if cache is not None and past_key_values is not None:
+            raise ValueError("cache and past_key_values are one argument under two names; give one of them.")
+        cache = past_key_values if cache is None else cache
+        filled = cached_length(cache) > 0
         if filled and labels is not None:
             raise ValueError("labels cannot be used together with a filled cache; train on whole sequences.")
         if filled and pixel_values is not None:
             raise ValueError(
                 "pixel_values were given together with a filled cache, so the image would not be seen. Give the image "
-                "in the first pass only, or start without past_key_values."
+                "in the first pass only, or start without a cache."
             )
         patches = None
         if pixel_values is not None:
@@ -274,22 +284,22 @@ class PrismaticForConditionalGeneration(PrismaticPreTrainedModel, GenerationMixi
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             labels=labels,
             use_cache=use_cache and not self.training,
             output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,
             return_dict=True,
+            **{CACHE_FIELD: cache},
         )
         as_tuple = return_dict is False or (return_dict is None and getattr(self.config, "return_dict", True) is False)
         output = PrismaticCausalLMOutputWithPast(
             loss=output.loss,
             logits=output.logits,
-            past_key_values=output.past_key_values,
             hidden_states=output.hidden_states,
             attentions=output.attentions,
             projector_features=patches if output_projector_features or not as_tuple else None,
+            **{CACHE_FIELD: cache_of(output)},
         )
         return output.to_tuple() if as_tuple else output
 
@@ -358,7 +368,7 @@ class PrismaticForConditionalGeneration(PrismaticPreTrainedModel, GenerationMixi
 
     def _generate_from(self, embeds: torch.Tensor, mask: torch.Tensor | None, kwargs: dict[str, Any]) -> Any:
         """Transformers' ``generate`` on embeddings; its result holds the new tokens only."""
-        if self.training and self.is_gradient_checkpointing:  # it switches the cache off, and with it the image
+        if self.training and is_checkpointing(self):  # it switches the cache off, and with it the image
             raise ValueError("generate() needs model.eval() when gradient checkpointing is enabled.")
         if mask is None:
             mask = torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device)
@@ -425,7 +435,7 @@ def _refuse_removed_keywords(kwargs: dict[str, Any]) -> None:
 def _replace_missing_flash_attention(kwargs: dict[str, Any]) -> None:
     """Use sdpa, with one warning, where flash_attention_2 was asked for but is not installed."""
     config = kwargs.get("config")
-    asked = kwargs.get("attn_implementation") or getattr(config, "_attn_implementation_internal", None)
+    asked = kwargs.get("attn_implementation") or requested_attention(config)
     if kwargs.pop("use_flash_attention_2", False):
         asked = "flash_attention_2"
     if asked != "flash_attention_2" or is_flash_attn_2_available():
@@ -434,5 +444,5 @@ def _replace_missing_flash_attention(kwargs: dict[str, Any]) -> None:
         "flash_attention_2 is not installed (package flash-attn); using sdpa, which gives the same tokens."
     )
     if isinstance(config, PretrainedConfig):
-        config._attn_implementation = "sdpa"
+        set_attention_implementation(config, "sdpa")
     kwargs["attn_implementation"] = "sdpa"

@@ -16,10 +16,10 @@ from transformers.processing_utils import ProcessorMixin
 from transformers.utils import logging
 
 from .actions_openvla import nearest_name  # noqa: F401  transformers up to 5.8 copies direct imports only
+from .compatibility_openvla import TRANSFORMERS_4
 from .configuration_openvla import (
     IMAGE_RESIZE_STRATEGIES,
     PROMPTS,
-    TRANSFORMERS_4,
     OpenVLAConfig,
     PrismaticConfig,
     hub_keywords,

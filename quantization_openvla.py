@@ -7,7 +7,6 @@ import importlib
 import importlib.util
 import logging
 import os
-import re
 from typing import Any
 
 import torch
@@ -15,7 +14,8 @@ import transformers
 from torch import nn
 from transformers import BitsAndBytesConfig, PretrainedConfig
 
-from .configuration_openvla import DTYPE_FIELD, hub_keywords
+from .compatibility_openvla import DTYPE_FIELD, QUANTIZES_ON_CPU
+from .configuration_openvla import hub_keywords
 from .heads_openvla import HEAD_MODULES
 
 # Never quantised: what turns features into embeddings, hidden states into logits and actions. transformers matches such
@@ -26,10 +26,6 @@ VISION_TOWERS = "vision_backbone"
 QUANT_TYPES = ("nf4", "fp4")
 
 CPU_PACKING_ROWS = 32  # rows of a weight that bitsandbytes packs together for AVX512-BF16
-
-# Before 4.53 transformers checks devices in a way that fails without an accelerator (4.40: "No GPU found"; 4.46 to 4.52
-# with today's bitsandbytes: 'frozenset' object has no attribute 'discard').
-QUANTIZES_ON_CPU = tuple(int(part) for part in re.findall(r"\d+", transformers.__version__)[:2]) >= (4, 53)
 
 
 def quantization_config(

@@ -70,7 +70,7 @@ def worker(args: argparse.Namespace) -> None:
     torch.set_num_threads(args.threads)
     if args.worker == "openvla":
         from openvla import OpenVLAForActionPrediction
-        from openvla.configuration_openvla import DTYPE_FIELD
+        from openvla.compatibility_openvla import DTYPE_FIELD
 
         placed = {} if args.device == "cpu" else {"device_map": {"": args.device}}
 

@@ -27,7 +27,7 @@ import torch
 import transformers
 from openvla import OpenVLAForActionPrediction, OpenVLAProcessor, quantization_config
 from openvla.benchmark_sizes import SIZES, sample_inputs, write_model
-from openvla.configuration_openvla import DTYPE_FIELD
+from openvla.compatibility_openvla import DTYPE_FIELD
 from openvla.quantization_openvla import fast_dtype
 
 BATCH = 10

@@ -39,13 +39,14 @@ def seed_adapters(model: torch.nn.Module) -> int:
 def ours(folder: Path, checkpointing: bool) -> Side:
     """This package's model and training step."""
     from openvla import OpenVLAForActionPrediction
+    from openvla.compatibility_openvla import enable_checkpointing
     from openvla.lean_training import lean
     from openvla.training_batch import answer_metrics, model_inputs
 
     model = OpenVLAForActionPrediction.from_pretrained(folder / "base", torch_dtype=torch.float32)
     model.enable_lora(RANK, ALPHA)
     if checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        enable_checkpointing(model)
         model.enable_input_require_grads()
     model.train()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]

@@ -15,8 +15,8 @@ import transformers
 from openvla import AutoModelForVision2Seq, OpenVLAForActionPrediction, load_policy, quantization_config
 from openvla.__main__ import main
 from openvla.adapter_files_openvla import read_adapter
+from openvla.compatibility_openvla import QUANTIZES_ON_CPU, is_checkpointing
 from openvla.merge_adapter import merge
-from openvla.quantization_openvla import QUANTIZES_ON_CPU
 from openvla.tiny import PADDED_ROWS, build_tiny, build_tokenizer
 from PIL import Image
 from reference import GOLDEN, REPOSITORY
@@ -464,7 +464,7 @@ def test_qlora_trains_and_merges_into_the_plain_base(bits, tiny, base, tmp_path)
     tiny.processor.save_pretrained(tmp_path / "quantised")
     model = peft.prepare_model_for_kbit_training(load(tmp_path / "quantised"), use_gradient_checkpointing=True)
     model.enable_lora(r=8, alpha=16)
-    assert model.is_gradient_checkpointing
+    assert is_checkpointing(model)
     lora = {p.dtype for name, p in model.named_parameters() if "lora_" in name}
     assert lora == {torch.bfloat16}
     losses = train(model, tiny.processor)

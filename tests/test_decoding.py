@@ -4,10 +4,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from openvla.compatibility_openvla import CACHE_FIELD, cached_length
 from openvla.decoding_openvla import (
     align_prompts,
     append_token,
-    cached_length,
     decode_greedily,
     has_gap,
     insert_after_bos,
@@ -66,7 +66,7 @@ class Scripted(torch.nn.Module):
     def forward(self, **inputs):
         self.calls.append(inputs)
         logits = self.steps[len(self.calls) - 1][None, None].expand(1, 3, -1)
-        return SimpleNamespace(logits=logits, past_key_values=((torch.zeros(1, 1, 3, 1),) * 2,))
+        return SimpleNamespace(logits=logits, **{CACHE_FIELD: ((torch.zeros(1, 1, 3, 1),) * 2,)})
 
 
 def test_of_equal_logits_the_first_wins():
@@ -75,7 +75,7 @@ def test_of_equal_logits_the_first_wins():
     assert tokens.tolist() == [[1, 0]]
     assert logits.dtype == torch.float32
     assert model.calls[1]["input_ids"].tolist() == [[1]]
-    assert cached_length(model.calls[1]["past_key_values"]) == 3
+    assert cached_length(model.calls[1][CACHE_FIELD]) == 3
 
 
 def test_constrained_tokens_stay_in_their_range():

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 from openvla import OpenVLAForActionPrediction, fast_openvla, quantization_config
+from openvla.compatibility_openvla import QUANTIZES_ON_CPU
 from openvla.decoding_openvla import decode_greedily
 from openvla.fast_openvla import TABLE, FastDecoder, decode_fast, fuse, goes_fast, reason_against
-from openvla.quantization_openvla import QUANTIZES_ON_CPU
 from openvla.tiny import build_tiny
 from transformers import AutoConfig, AutoModelForCausalLM
 from ways import adapt, alike, changes, needs_compiler

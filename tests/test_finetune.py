@@ -22,11 +22,11 @@ pytest.importorskip("accelerate")
 
 from openvla import PLATFORMS, OpenVLAForActionPrediction, load_policy
 from openvla.adapters_openvla import lora_targets
+from openvla.compatibility_openvla import QUANTIZES_ON_CPU, enable_checkpointing
 from openvla.finetune import FinetuneConfig, as_config, build, finetune, rate, read_yaml, set_trained
 from openvla.finetune_config import TRACKERS
 from openvla.lean_training import lean
 from openvla.merge_adapter import merge
-from openvla.quantization_openvla import QUANTIZES_ON_CPU
 from openvla.tiny import build_tiny
 from openvla.training_batch import ActionCollator, answer_metrics, model_inputs
 from openvla.training_state import checkpoints
@@ -232,7 +232,7 @@ def test_checkpointing_saves_the_towers_too_and_changes_no_gradient():
     saved, gradients = [], []
     for checkpointing in (False, True):
         if checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            enable_checkpointing(model)
         features, kept = _with_what_is_saved(lambda: model.train().vision_backbone(batch["pixel_values"]))
         saved.append(kept)
         features.sum().backward()

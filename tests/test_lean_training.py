@@ -10,6 +10,7 @@ from torch import nn
 pytest.importorskip("peft")
 
 from openvla import lean_training
+from openvla.compatibility_openvla import enable_checkpointing
 from openvla.lean_training import lean
 from openvla.tiny import build_tiny
 
@@ -71,7 +72,7 @@ def test_lora_has_peft_s_gradients(checkpointing):
     model, processor = build_tiny()
     with_lora(model)
     if checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        enable_checkpointing(model)
         model.enable_input_require_grads()
     found, loss = gradients(model, step(processor))
     wanted, wanted_loss = gradients(model, step(processor), plainly)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from openvla import ActionOutput, OpenVLAForActionPrediction
+from openvla.compatibility_openvla import disable_checkpointing, enable_checkpointing
 from openvla.tiny import UNTRAINED_STATISTICS, build_tiny
 from PIL import Image
 from transformers.utils import logging
@@ -373,13 +374,13 @@ def test_training_mode_with_checkpointing_still_sees_the_image(golden):
     """No cache comes back then; a loop that trusts in one would feed single tokens to an empty model."""
     case = cases(golden)["img1_prompt1_bridge_orig"]
     golden.model.train()
-    golden.model.gradient_checkpointing_enable({"use_reentrant": False})
+    enable_checkpointing(golden.model)
     try:
         assert predict(golden, case).tolist() == case["actions"]
         with pytest.raises(ValueError, match="needs model.eval()"):
             predict(golden, case, do_sample=True)
     finally:
-        golden.model.gradient_checkpointing_disable()
+        disable_checkpointing(golden.model)
         golden.model.eval()
 
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 from openvla import PLATFORMS, ActionChunk, OpenVLAForActionPrediction, load_policy
 from openvla.__main__ import main
+from openvla.compatibility_openvla import QUANTIZES_ON_CPU
 from openvla.merge_adapter import merge
-from openvla.quantization_openvla import QUANTIZES_ON_CPU
 from openvla.tiny import build_tiny
 
 pytestmark = pytest.mark.lane

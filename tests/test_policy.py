@@ -7,8 +7,8 @@ import pytest
 import torch
 from openvla import OpenVLAForActionPrediction, load_policy
 from openvla.__main__ import main
+from openvla.compatibility_openvla import QUANTIZES_ON_CPU
 from openvla.policy import HEADROOM, free_bytes, weight_bytes, without_weights
-from openvla.quantization_openvla import QUANTIZES_ON_CPU
 from openvla.tiny import build_config, build_tiny, build_tokenizer
 from PIL import Image
 from ways import ends_at_once

@@ -4,6 +4,13 @@ import numpy as np
 import pytest
 import torch
 from openvla import PrismaticConfig, PrismaticForConditionalGeneration
+from openvla.compatibility_openvla import (
+    CACHE_FIELD,
+    cache_of,
+    disable_checkpointing,
+    enable_checkpointing,
+    is_checkpointing,
+)
 from openvla.tiny import build_tokenizer
 from reference import GRADIENT_ATOL, LOGIT_ATOL, LOSS_ATOL
 
@@ -48,7 +55,7 @@ def test_golden_hidden_states_and_cache(golden):
     expected = golden.forward
     np.testing.assert_allclose(output.hidden_states[-1], expected["mm0/hidden_last"], rtol=0, atol=LOGIT_ATOL)
     np.testing.assert_allclose(output.hidden_states[0][:, ::8], expected["mm0/hidden_embed"], rtol=0, atol=LOGIT_ATOL)
-    past = output.past_key_values
+    past = cache_of(output)
     key, value = (past.layers[0].keys, past.layers[0].values) if hasattr(past, "layers") else past[0][:2]
     np.testing.assert_allclose(key[:, :, -4:], expected["mm0/past_k0_last4"], rtol=0, atol=LOGIT_ATOL)
     np.testing.assert_allclose(value[:, :, -4:], expected["mm0/past_v0_last4"], rtol=0, atol=LOGIT_ATOL)
@@ -98,29 +105,38 @@ def test_each_row_alone_has_the_reference_s_loss(golden):
         assert abs(loss.item() - float(golden.train[f"row{row}_loss"])) < LOSS_ATOL
 
 
-def test_cached_continuation_equals_the_whole_pass(golden):
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+def test_cached_continuation_equals_the_whole_pass(golden, name):
     input_ids = golden.prompts[0]
     pixels = golden.pixel_values[:1]
     with torch.no_grad():
         whole = golden.model(input_ids=input_ids, pixel_values=pixels).logits[:, -1]
         first = golden.model(input_ids=input_ids[:, :-1], pixel_values=pixels, use_cache=True)
-        last = golden.model(input_ids=input_ids[:, -1:], past_key_values=first.past_key_values, use_cache=True)
+        last = golden.model(input_ids=input_ids[:, -1:], use_cache=True, **{name: cache_of(first)})
     np.testing.assert_allclose(last.logits[:, -1], whole, rtol=0, atol=LOGIT_ATOL)
 
 
 def test_an_empty_cache_is_a_first_pass(golden):
     cache = pytest.importorskip("transformers").DynamicCache()
     expected = run(golden, "mm0").logits
-    got = run(golden, "mm0", past_key_values=cache, use_cache=True).logits
+    got = run(golden, "mm0", cache=cache, use_cache=True).logits
     np.testing.assert_allclose(got, expected, rtol=0, atol=LOGIT_ATOL)
 
 
 def test_an_image_behind_a_filled_cache_is_refused(golden):
-    past = run(golden, "mm0", use_cache=True).past_key_values
+    past = cache_of(run(golden, "mm0", use_cache=True))
     with pytest.raises(ValueError, match="would not be seen"):
-        golden.model(input_ids=golden.prompts[0], pixel_values=golden.pixel_values[:1], past_key_values=past)
+        golden.model(input_ids=golden.prompts[0], pixel_values=golden.pixel_values[:1], cache=past)
     with pytest.raises(ValueError, match="labels"):
-        golden.model(input_ids=golden.prompts[0], labels=golden.prompts[0], past_key_values=past)
+        golden.model(input_ids=golden.prompts[0], labels=golden.prompts[0], cache=past)
+    with pytest.raises(ValueError, match="one argument under two names"):
+        golden.model(input_ids=golden.prompts[0][:, -1:], cache=past, past_key_values=past)
+
+
+def test_the_cache_of_an_output_has_transformers_own_name(golden):
+    output = run(golden, "mm0", use_cache=True)
+    assert output[CACHE_FIELD] is cache_of(output) is not None
+    assert list(output) == ["logits", CACHE_FIELD, "projector_features"]
 
 
 @pytest.mark.parametrize(
@@ -252,13 +268,13 @@ def test_gradient_checkpointing_changes_no_gradient(golden):
     try:
         for checkpointing in (False, True):
             if checkpointing:
-                model.gradient_checkpointing_enable({"use_reentrant": False})
-                assert model.is_gradient_checkpointing
+                enable_checkpointing(model)
+                assert is_checkpointing(model)
             model(**inputs).loss.backward()
             gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
             model.zero_grad()
     finally:
-        model.gradient_checkpointing_disable()
+        disable_checkpointing(model)
         model.eval()
     assert set(gradients[0]) == set(gradients[1])
     for name, gradient in gradients[0].items():

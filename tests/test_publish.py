@@ -12,9 +12,9 @@ from hub import TOKEN
 from huggingface_hub import constants, snapshot_download
 from openvla import OpenVLAForActionPrediction, OpenVLAProcessor, quantization_config
 from openvla.__main__ import main
+from openvla.compatibility_openvla import QUANTIZES_ON_CPU
 from openvla.convert_checkpoint import convert
 from openvla.publishing_openvla import publishable
-from openvla.quantization_openvla import QUANTIZES_ON_CPU
 from openvla.tiny import build_tokenizer
 from reference import REPOSITORY, published_folder
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 from openvla import AutoModelForVision2Seq, OpenVLAForActionPrediction, quantization_config
-from openvla.quantization_openvla import QUANTIZES_ON_CPU
+from openvla.compatibility_openvla import QUANTIZES_ON_CPU
 from safetensors.torch import load_file, save_file
 
 bitsandbytes = pytest.importorskip("bitsandbytes")

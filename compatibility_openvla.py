@@ -1,0 +1,104 @@
+"""Bridge what differs between transformers versions: one constant or function for each difference.
+
+A version in a comment is the first one with the newer behaviour; the oldest supported one is 4.40.1, the newest one
+that was run is 5.24.0. ``tests/library_surface.py`` lists every unstable name that this package touches, these and the
+others, and ``tests/test_library_surface.py`` fails by name when one of them changes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import re
+from typing import Any
+
+import transformers
+from torch import nn
+from transformers import PretrainedConfig
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+TRANSFORMERS_VERSION = tuple(int(part) for part in re.findall(r"\d+", transformers.__version__)[:2])
+
+# transformers 5.0 removed load_in_8bit= and load_in_4bit=, and infers a processor's parts; 4.x needs them declared.
+TRANSFORMERS_4 = TRANSFORMERS_VERSION < (5, 0)
+
+# transformers 4.56 renamed a configuration's torch_dtype to dtype and warns about the old name. Files carry both.
+DTYPE_FIELD = "dtype" if "dtype" in inspect.signature(PretrainedConfig.__init__).parameters else "torch_dtype"
+
+# transformers 5.24 renamed past_key_values to cache, in forward's arguments and in its output. The old name warns, and
+# is announced to go in 5.40 (forward) and 6.0 (generate).
+CACHE_FIELD = (
+    "cache" if "cache" in {field.name for field in dataclasses.fields(CausalLMOutputWithPast)} else "past_key_values"
+)
+
+# Before 4.53 transformers checks devices in a way that fails without an accelerator (4.40: "No GPU found"; 4.46 to 4.52
+# with today's bitsandbytes: 'frozenset' object has no attribute 'discard').
+QUANTIZES_ON_CPU = TRANSFORMERS_VERSION >= (4, 53)
+
+
+def language_model_class(config: PretrainedConfig) -> type[nn.Module]:
+    """Return transformers' causal language model for a configuration such as ``LlamaConfig``."""
+    return transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+
+
+def cache_of(output: Any) -> Any:
+    """Return the KV cache in a model's output; None where it has none."""
+    return getattr(output, CACHE_FIELD, None)
+
+
+def cached_length(cache: Any) -> int:
+    """Return the number of tokens in a KV cache: an object, or the tuples of transformers 4.40; 0 for None.
+
+    Newer transformers hand an empty cache over at the first pass; it has 0 tokens.
+    """
+    if cache is None:
+        return 0
+    if hasattr(cache, "get_seq_length"):
+        return int(cache.get_seq_length())
+    return cache[0][0].shape[-2] if len(cache) else 0
+
+
+def attention_implementation(config: PretrainedConfig) -> str | None:
+    """Return how a loaded model computes attention: "eager", "sdpa", "flash_attention_2", ..."""
+    return config._attn_implementation  # no public way to read it up to 5.24
+
+
+def set_attention_implementation(config: PretrainedConfig, implementation: str | None) -> None:
+    """Set how a model that is built from this configuration computes attention."""
+    config._attn_implementation = implementation  # public from 4.54, on a built model only (set_attn_implementation)
+
+
+def requested_attention(config: Any) -> str | None:
+    """Return the attention that a configuration asks for; None where it leaves the choice to transformers."""
+    return getattr(config, "_attn_implementation_internal", None)  # _attn_implementation gives a default before 5.0
+
+
+def tied_weight_names(model: nn.Module) -> list[str]:
+    """Return the tied names that the outermost model has to repeat: on 4.x, which looks there only; none on 5.x."""
+    tied = getattr(model, "_tied_weights_keys", None)
+    return list(tied) if isinstance(tied, (list, tuple)) else []  # a dict, of each part's own, since 5.0
+
+
+def rotary_fields(config: Any) -> dict[str, Any]:
+    """Return ``rope_theta`` and what scales it: one field, ``rope_parameters``, since 5.0, two before."""
+    fields = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    return {"rope_theta": getattr(config, "rope_theta", None), **fields}
+
+
+def enable_checkpointing(model: Any) -> None:
+    """Compute activations anew in the backward pass, in every part of the model, without reentrance."""
+    # 5.24 renamed gradient checkpointing to activation checkpointing; the old methods warn, and go in 6.0.
+    old = not hasattr(model, "activation_checkpointing_enable")
+    enable = model.gradient_checkpointing_enable if old else model.activation_checkpointing_enable
+    enable({"use_reentrant": False})
+
+
+def disable_checkpointing(model: Any) -> None:
+    """Keep activations for the backward pass again."""
+    old = not hasattr(model, "activation_checkpointing_disable")
+    (model.gradient_checkpointing_disable if old else model.activation_checkpointing_disable)()
+
+
+def is_checkpointing(model: nn.Module) -> bool:
+    """Return whether some part of the model computes its activations anew in the backward pass."""
+    return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
