@@ -6,7 +6,7 @@ import copy
 import importlib
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from .adapter_files_openvla import (
     read_adapter,
     require_same_base,
 )
-from .compatibility_openvla import DTYPE_FIELD
+from .compatibility_openvla import DTYPE_FIELD, require_peft_of_transformers
 from .configuration_openvla import write_json
 from .heads_openvla import FILM_LAYER, HEAD_MODULES, belongs_to_answer
 from .quantization_openvla import is_quantized
@@ -41,10 +41,28 @@ ADAPTER_NAME = "default"
 NAMED_TARGETS = ("all-linear", "language", "sandwich")
 
 
+def _as_transformers(name: str, own: str) -> Callable[..., Any]:
+    """Return transformers' own method of this name, which says clearly where peft is too old for it."""
+
+    def method(self: LoraMixin, *args: Any, **kwargs: Any) -> Any:
+        require_peft_of_transformers(name, own)
+        return getattr(super(LoraMixin, self), name)(*args, **kwargs)
+
+    method.__name__ = name
+    method.__doc__ = f"As transformers' own; :meth:`{own}` needs no particular version of peft."
+    return method
+
+
 class LoraMixin:
     """LoRA on a model. Only making and using adapters needs peft (``pip install 'openvla[lora]'``)."""
 
     _lora: LoraAdapter | None = None  # settings of the adapter in use; its tensors are parameters of the modules
+
+    add_adapter = _as_transformers("add_adapter", "enable_lora")
+    load_adapter = _as_transformers("load_adapter", "load_lora")
+    set_adapter = _as_transformers("set_adapter", "load_lora")
+    delete_adapter = _as_transformers("delete_adapter", "merge_lora")
+    get_adapter_state_dict = _as_transformers("get_adapter_state_dict", "save_lora")
 
     def enable_lora(
         self,
@@ -183,6 +201,40 @@ class LoraMixin:
             for name, weight in weights.items():
                 weight.copy_(lora.merged(name, weight))
         return plain._without_lora()
+
+    def disable_adapters(self) -> None:
+        """Predict as the base does, heads included, until ``enable_adapters``.
+
+        Raises:
+            ValueError: There is no adapter.
+        """
+        self._switch_adapters(False)
+
+    def enable_adapters(self) -> None:
+        """Predict with the adapter again, with the modules that were trained whole too.
+
+        transformers' own method (seen up to 5.24) leaves those switched off.
+
+        Raises:
+            ValueError: There is no adapter.
+        """
+        self._switch_adapters(True)
+
+    def active_adapters(self) -> list[str]:
+        """Return the names of the adapters in use: one, since the model takes one.
+
+        Raises:
+            ValueError: There is no adapter.
+        """
+        self._require_adapter()
+        return [ADAPTER_NAME]
+
+    def _switch_adapters(self, enabled: bool) -> None:
+        self._require_adapter()
+        kinds = (_import_peft("tuners.tuners_utils").BaseTunerLayer, _import_peft("utils").ModulesToSaveWrapper)
+        for module in self.modules():
+            if isinstance(module, kinds):
+                module.enable_adapters(enabled)
 
     def _inject(self, settings: LoraAdapter, names: list[str], whole: list[str], dropout: float) -> None:
         """Wrap modules in peft's layers, in place."""
@@ -335,8 +387,8 @@ def _fits(module: nn.Module | None, change: torch.Tensor | None) -> bool:
     return isinstance(module, nn.Embedding) and change.shape == module.weight.shape
 
 
-def _import_peft() -> Any:
+def _import_peft(module: str = "") -> Any:
     try:
-        return importlib.import_module("peft")
+        return importlib.import_module(f"peft.{module}".rstrip("."))
     except ImportError as error:
         raise ImportError(f"LoRA needs peft: pip install 'openvla[lora]' ({error})") from error

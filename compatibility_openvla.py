@@ -8,6 +8,8 @@ others, and ``tests/test_library_surface.py`` fails by name when one of them cha
 from __future__ import annotations
 
 import dataclasses
+import importlib
+import importlib.metadata
 import inspect
 import re
 from typing import Any
@@ -17,7 +19,13 @@ from torch import nn
 from transformers import PretrainedConfig
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-TRANSFORMERS_VERSION = tuple(int(part) for part in re.findall(r"\d+", transformers.__version__)[:2])
+
+def _release(version: str) -> tuple[int, ...]:
+    """Return the first two numbers of a version, for comparison."""
+    return tuple(int(part) for part in re.findall(r"\d+", version)[:2])
+
+
+TRANSFORMERS_VERSION = _release(transformers.__version__)
 
 # transformers 5.0 removed load_in_8bit= and load_in_4bit=, and infers a processor's parts; 4.x needs them declared.
 TRANSFORMERS_4 = TRANSFORMERS_VERSION < (5, 0)
@@ -102,3 +110,25 @@ def disable_checkpointing(model: Any) -> None:
 def is_checkpointing(model: nn.Module) -> bool:
     """Return whether some part of the model computes its activations anew in the backward pass."""
     return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+
+
+def require_peft_of_transformers(method: str, own: str) -> None:
+    """Check that peft is new enough for transformers' own adapter methods; this package's ways need peft 0.11.1.
+
+    Args:
+        method: The method of transformers that was called.
+        own: This package's method, which the message recommends.
+
+    Raises:
+        ImportError: peft is missing or older than this transformers asks for (5.24.0: peft 0.22).
+    """
+    needed = importlib.import_module("transformers.integrations.peft").MIN_PEFT_VERSION
+    try:
+        installed = importlib.metadata.version("peft")
+    except importlib.metadata.PackageNotFoundError:
+        installed = "none"
+    if installed == "none" or _release(installed) < _release(needed):
+        raise ImportError(
+            f"{method}() is transformers' own: transformers {transformers.__version__} needs peft {needed} or newer "
+            f"for it; installed: {installed}. Use {own}() of this model, which runs with peft 0.11.1 and newer."
+        )

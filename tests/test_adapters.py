@@ -18,6 +18,7 @@ from openvla.adapter_files_openvla import read_adapter
 from openvla.compatibility_openvla import QUANTIZES_ON_CPU, is_checkpointing
 from openvla.merge_adapter import merge
 from openvla.tiny import PADDED_ROWS, build_tiny, build_tokenizer
+from packaging.version import parse as version
 from PIL import Image
 from reference import GOLDEN, REPOSITORY
 from safetensors.torch import load_file, save_file
@@ -96,6 +97,39 @@ def trained(tiny, base, tmp_path_factory):
 
 def adapted(model):
     return {name for name, module in model.named_modules() if hasattr(module, "lora_A")}
+
+
+def test_an_adapter_is_switched_off_and_on_with_what_was_trained_whole(tiny, base):
+    model = load(base)
+    before = logits(model, tiny.processor)
+    model.enable_lora(r=4, alpha=8, modules_to_save=["projector"])
+    train(model, tiny.processor, steps=2)
+    adapted = logits(model, tiny.processor)
+    assert not torch.equal(adapted, before)
+    assert model.active_adapters() == ["default"]
+    model.disable_adapters()
+    assert torch.equal(logits(model, tiny.processor), before)
+    model.enable_adapters()
+    assert torch.equal(logits(model, tiny.processor), adapted)
+    model.merge_lora()
+    for switch in (model.disable_adapters, model.enable_adapters, model.active_adapters):
+        with pytest.raises(ValueError, match="no adapter"):
+            switch()
+
+
+def test_transformers_own_adapter_methods_work_or_say_which_peft_they_need(tiny, base):
+    from transformers.integrations.peft import MIN_PEFT_VERSION
+
+    model, config = load(base), peft.LoraConfig(target_modules=["q_proj"])
+    if version(peft.__version__) >= version(MIN_PEFT_VERSION):
+        model.add_adapter(config)
+        assert model.get_adapter_state_dict()
+        return
+    for name, own in (("add_adapter", "enable_lora"), ("load_adapter", "load_lora"), ("delete_adapter", "merge_lora")):
+        with pytest.raises(ImportError, match=rf"needs peft {MIN_PEFT_VERSION}.*installed: .*Use {own}\(\)"):
+            getattr(model, name)(config)
+    model.enable_lora(r=4, alpha=8)  # ours works with the peft that is installed
+    assert train(model, tiny.processor, steps=1)
 
 
 LAYER = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"]
