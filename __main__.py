@@ -18,12 +18,14 @@ from . import (
     publish,
     rollout,
     serve,
+    upgrade_checkpoint,
 )
 from .checkpoint_folder import verify
 
 COMMANDS = {
     "predict": (predict.add_arguments, predict.run, predict.__doc__),
     "convert": (convert_checkpoint.add_arguments, convert_checkpoint.run, convert_checkpoint.__doc__),
+    "upgrade": (upgrade_checkpoint.add_arguments, upgrade_checkpoint.run, upgrade_checkpoint.__doc__),
     "assemble": (assemble_model.add_arguments, assemble_model.run, assemble_model.__doc__),
     "merge": (merge_adapter.add_arguments, merge_adapter.run, merge_adapter.__doc__),
     "finetune": (finetune.add_arguments, finetune.run, finetune.__doc__),

@@ -23,6 +23,7 @@ from .native_checkpoint import read_json
 from .publishing_openvla import CARD_FILE, model_card
 
 MANIFEST_FILE = "openvla_manifest.json"
+GENERATION_FILE = "generation_config.json"
 
 
 def add_verify_arguments(parser: argparse.ArgumentParser) -> None:
@@ -60,13 +61,17 @@ def verify(folder: str | os.PathLike) -> int:
 
 
 def write_surroundings(folder: Path, config: PrismaticConfig) -> None:
-    """Everything but weights, processor and card: configuration, code, statistics."""
+    """Write everything but weights, processor and card: configuration, code, statistics.
+
+    A generation_config.json that is there already stays.
+    """
     config.architectures = [MODEL_CLASSES[config.model_type].__name__]
     config.save_pretrained(folder)
     text = config.text_config
-    GenerationConfig(
-        bos_token_id=text.bos_token_id, eos_token_id=text.eos_token_id, pad_token_id=config.pad_token_id
-    ).save_pretrained(folder)
+    if not (folder / GENERATION_FILE).is_file():
+        GenerationConfig(
+            bos_token_id=text.bos_token_id, eos_token_id=text.eos_token_id, pad_token_id=config.pad_token_id
+        ).save_pretrained(folder)
     for code in sorted(Path(__file__).parent.glob("*_openvla.py")):
         shutil.copy(code, folder / code.name)
     if getattr(config, "norm_stats", None):
@@ -100,7 +105,12 @@ def appearing_whole(target: Path) -> Iterator[Path]:
         yield folder
         if target.exists():
             os.replace(target, previous)
-        os.replace(folder, target)
+        try:
+            os.replace(folder, target)
+        except OSError:
+            if previous.exists():
+                os.replace(previous, target)
+            raise
         shutil.rmtree(previous, ignore_errors=True)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)

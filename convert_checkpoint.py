@@ -54,7 +54,7 @@ from .checkpoint_files import (
     weight_files,
     write_shards,
 )
-from .checkpoint_folder import appearing_whole, write_card, write_manifest, write_surroundings
+from .checkpoint_folder import GENERATION_FILE, appearing_whole, write_card, write_manifest, write_surroundings
 from .compare_forward import compare_forward
 from .compatibility_openvla import DTYPE_FIELD
 from .configuration_openvla import ANSWER_FIELDS, PLATFORMS, OpenVLAConfig, PrismaticConfig, write_json
@@ -191,7 +191,7 @@ def convert(
     if target.exists() and not overwrite:
         raise FileExistsError(f"{target} exists; give another name, or --overwrite to replace it.")
     source = local_folder(name, checkpoint=checkpoint, revision=revision, token=token)
-    kind = _kind(source)
+    kind = kind_of(source)
     print(f"{name}: {kind}")
     if reverse and kind == "native run":
         raise ValueError(f"{source} is already in the native layout.")
@@ -207,14 +207,20 @@ def convert(
             if kind == "native run":
                 tensors, config = _write_hub(source, native_file(source, checkpoint), folder, *as_asked)
             else:
-                tensors, config = _upgrade(source, folder, *as_asked, answer, checkpoint, base)
+                tensors, config = make_current(source, folder, *as_asked, answer, checkpoint, base)
             write_card(folder, target.name)
         if forward:
             print(compare_forward(source if reverse else folder, tensors, config))
     print(f"{target}: complete, every tensor compared with its source")
 
 
-def _kind(source: Path) -> str:
+def kind_of(source: Path) -> str:
+    """Return what a source is, in words: a native run, a Hub folder, a run of OpenVLA-OFT.
+
+    Raises:
+        FileNotFoundError: It has no config.json.
+        ValueError: It is a model of another kind.
+    """
     if unmerged_adapter(source) is not None:
         return "OpenVLA-OFT run with an adapter"
     fields = read_json(source / "config.json")
@@ -282,19 +288,40 @@ def _write_hub(
     return tensors, config
 
 
-def _upgrade(
+def make_current(
     source: Path,
     folder: Path,
-    tokenizer: str | os.PathLike | None,
-    dtype: str | None,
-    shard_bytes: int,
-    overrides: dict[str, Any],
-    image_preset: str | None,
-    asked: dict[str, Any],
-    step: str | None,
-    base: str | os.PathLike | None,
+    tokenizer: str | os.PathLike | None = None,
+    dtype: str | None = None,
+    shard_bytes: int = 0,
+    overrides: dict[str, Any] | None = None,
+    image_preset: str | None = None,
+    asked: dict[str, Any] | None = None,
+    step: str | None = None,
+    base: str | os.PathLike | None = None,
 ) -> Converted:
-    """A folder of the old remote code, made current; OFT's parts become part of the weights."""
+    """Write a saved folder again with today's code and configuration; OFT's parts become part of the weights.
+
+    Args:
+        source: A folder of the published code or of any openvla.
+        folder: An empty folder to write to.
+        tokenizer: Another tokenizer than the folder's.
+        dtype: Of the weights; None leaves their files as they are, linked or copied.
+        shard_bytes: Of the weight files where they are written anew.
+        overrides: Fields of config.json.
+        image_preset: What evaluation does to frames first; None keeps the folder's.
+        asked: Of OFT: preset, num_images and parallel_decoding.
+        step: Of OFT: which part files, where there are several.
+        base: Of OFT with an adapter alone: its base.
+
+    Returns:
+        The tensors by their names, and the configuration.
+
+    Raises:
+        ValueError: The source is damaged, or does not fit its configuration.
+        FileNotFoundError: There is no tokenizer.
+    """
+    overrides = overrides or {}
     adapter, whole = unmerged_adapter(source), source
     if adapter is not None:
         whole = local_folder(str(base or base_of(source / ADAPTER_FOLDER, {})[0]))
@@ -308,16 +335,17 @@ def _upgrade(
     tensors = dict(read_tensors(files)) if files else pickled_tensors(whole)
     tensors.update(read_parts(folded, next(iter(tensors.values())).dtype))
     if isinstance(config, OpenVLAConfig) and not config.parallel_decoding:
-        answer = read_answer(tensors, overrides, source=source, **asked)
+        answer = read_answer(tensors, overrides, source=source, **(asked or {}))
         config.set_answer(**(answer or {}))
         if answer and image_preset is None:
             print("note: OFT's checkpoints were evaluated on frames prepared as --image-preset libero does")
-    require_fit({name: tuple(tensor.shape) for name, tensor in tensors.items()}, config, source)
+    if "quantization_config" not in fields:  # packed weights have shapes of their own
+        require_fit({name: tuple(tensor.shape) for name, tensor in tensors.items()}, config, source)
     found = _tokenizer(source, tokenizer, config)
     image_processor = OpenVLAImageProcessor.from_pretrained(source)
     processor = OpenVLAProcessor.for_config(config, found, image_processor)
     if dtype is None and files and not folded and adapter is None:
-        linked = [_link_or_copy(file, folder / file.name) for file in {*files.values(), *source.glob(INDEX_FILE)}]
+        linked = [link_or_copy(file, folder / file.name) for file in {*files.values(), *source.glob(INDEX_FILE)}]
         written = digests(places_of(files))
         if not all(linked):
             require_equal(weight_files(folder), written)
@@ -333,6 +361,8 @@ def _upgrade(
         for name in COPIED_TOKENIZER_FILES:
             if (source / name).is_file():
                 shutil.copy(source / name, folder / name)
+    if (source / GENERATION_FILE).is_file():
+        shutil.copy(source / GENERATION_FILE, folder / GENERATION_FILE)
     write_surroundings(folder, config)
     write_manifest(folder, written)
     return tensors, config
@@ -402,8 +432,9 @@ def _tokenizer(source: Path, given: str | os.PathLike | None, config: PrismaticC
     return tokenizer
 
 
-def _link_or_copy(source: Path, target: Path) -> bool:
-    """A hard link where the file system allows one, else a copy; whether it is a link."""
+def link_or_copy(source: str | os.PathLike, target: str | os.PathLike) -> bool:
+    """Make a hard link where the file system allows one, else a copy; return whether it is a link."""
+    source = Path(source)
     try:
         os.link(source.resolve(), target)
     except OSError:

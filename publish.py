@@ -15,6 +15,7 @@ Examples:
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 from .adapter_files_openvla import ADAPTER_CONFIG_FILE, read_adapter
@@ -44,36 +45,78 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Check, list, upload; returns the exit status."""
-    require_complete(args.folder)
-    files = publishable(args.folder)
+    """Check, list, upload; return the exit status."""
+    return publish(
+        args.folder,
+        args.repo_id,
+        private=args.private,
+        branch=args.branch,
+        create_pr=args.create_pr,
+        message=args.message,
+        token=args.token,
+        dry_run=args.dry_run,
+    )
+
+
+def publish(
+    folder: Path,
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    branch: str | None = None,
+    create_pr: bool = False,
+    message: str = "Upload model",
+    token: str | None = None,
+    dry_run: bool = False,
+    remove: Sequence[str] = (),
+) -> int:
+    """Check a folder, list what goes up, upload it in one commit; return the exit status.
+
+    Args:
+        folder: A complete folder of this package.
+        repo_id: "name" or "organization/name".
+        private: Whether a new repository is private.
+        branch: Branch to push to; None is main.
+        create_pr: Open a pull request instead.
+        message: Title of the commit.
+        token: Access token; None takes the one of ``hf auth login``.
+        dry_run: Upload nothing.
+        remove: Files of the repository that the commit removes, such as old code.
+
+    Raises:
+        ValueError: Others could not load the folder.
+        FileNotFoundError: There is no folder, or no config.json in it.
+    """
+    require_complete(folder)
+    files = publishable(folder)
     size = sum(path.stat().st_size for path in files.values())
     for name, path in files.items():
         print(f"{path.stat().st_size:>15,}  {name}")
     if CARD_FILE not in files:
         print(f"{'':>15}  {CARD_FILE} (written where the repository has none)")
     left_out = sorted(
-        path.relative_to(args.folder).as_posix()
-        for path in args.folder.rglob("*")
+        path.relative_to(folder).as_posix()
+        for path in folder.rglob("*")
         if path.is_file() and path not in files.values()
     )
     if left_out:
         print(f"left out, hidden or able to run code when read: {left_out}")
-    print(f"{size:>15,}  bytes in {len(files)} files for {args.repo_id}", end="")
-    print(f", branch {args.branch}" if args.branch else "")
-    if args.dry_run:
+    print(f"{size:>15,}  bytes in {len(files)} files for {repo_id}", end="")
+    print(f", branch {branch}" if branch else "")
+    if dry_run:
         print("dry run: nothing was uploaded")
         return 0
     commit = push_folder(
-        args.folder,
-        args.repo_id,
-        private=args.private,
-        token=args.token,
-        revision=args.branch,
-        create_pr=args.create_pr,
-        commit_message=args.message,
+        folder,
+        repo_id,
+        private=private,
+        token=token,
+        revision=branch,
+        create_pr=create_pr,
+        commit_message=message,
+        remove=remove,
     )
-    print(commit.pr_url if args.create_pr else commit.commit_url)
+    print(commit.pr_url if create_pr else commit.commit_url)
     return 0
 
 
@@ -92,7 +135,7 @@ def require_complete(folder: Path) -> None:
     if not code or not code <= shipped:
         raise ValueError(
             f"{folder} carries the old remote code ({sorted(code) or 'no auto_map'}), for transformers 4.40.1 "
-            f"only. Make it current first: openvla convert {folder} NEW_DIR."
+            f"only. Make it current first: openvla upgrade {folder} NEW_DIR."
         )
     is_adapter = (folder / ADAPTER_CONFIG_FILE).is_file()
     alone = is_adapter and not (folder / "processor_config.json").is_file()  # the processor is then the base's

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, ModelCard
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard
 
 from .actions_openvla import NORMALIZATIONS, dimension_labels
 
@@ -87,8 +88,11 @@ def push_folder(
     commit_message: str = "Upload model",
     commit_description: str | None = None,
     tags: list[str] | None = None,
+    remove: Sequence[str] = (),
 ) -> CommitInfo:
     """Upload a folder in one commit; the arguments are those of :meth:`PushToHub.push_to_hub`.
+
+    ``remove`` names files of the repository that the same commit removes, where they are there.
 
     A folder with a configuration but no card gets one, unless the repository has its own already.
     """
@@ -97,7 +101,10 @@ def push_folder(
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
     if revision is not None and not create_pr and not revision.startswith("refs/pr"):
         api.create_branch(repo_id, branch=revision, exist_ok=True)
-    operations = [CommitOperationAdd(name, str(path)) for name, path in files.items()]
+    operations: list[Any] = [CommitOperationAdd(name, str(path)) for name, path in files.items()]
+    if remove:
+        there = set(api.list_repo_files(repo_id, revision=revision))
+        operations += [CommitOperationDelete(name) for name in remove if name in there and name not in files]
     if CARD_FILE not in files and "config.json" in files and not api.file_exists(repo_id, CARD_FILE, revision=revision):
         config = json.loads(files["config.json"].read_text(encoding="utf-8"))
         card = ModelCard(model_card(config, repo_id))

@@ -1,6 +1,7 @@
 """Fixtures: the golden checkpoints laid out as published folders, and tiny models of our own."""
 
 import json
+import logging
 import os
 from types import SimpleNamespace
 
@@ -10,6 +11,25 @@ import torch
 from reference import GOLDEN, published_folder
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+TRANSFORMERS_OWN_DEPRECATIONS = ()  # what transformers says of its own calls
+
+
+def pytest_collection_modifyitems(items):
+    """What a library changed is reported first, by its name, before whatever else fails because of it."""
+    items.sort(key=lambda item: item.path.name != "test_library_surface.py")
+
+
+class _Deprecations(logging.Handler):
+    """Raise where transformers logs that something which our code just did is announced to go."""
+
+    def emit(self, record):
+        if "deprecated" in record.getMessage() and record.getMessage() not in TRANSFORMERS_OWN_DEPRECATIONS:
+            raise DeprecationWarning(record.getMessage())
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _deprecations_are_errors():
+    logging.getLogger("transformers").addHandler(_Deprecations(logging.WARNING))
 
 
 @pytest.fixture(scope="session", params=["fused", "siglip"])

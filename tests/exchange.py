@@ -8,6 +8,7 @@ import json
 import os
 import sys
 import tempfile
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -63,6 +64,8 @@ def read(folder):
 
 
 if __name__ == "__main__":
+    for kind in (FutureWarning, DeprecationWarning):  # of what the folder's code or this package does
+        warnings.simplefilter("error", kind)
     verb, folders = sys.argv[1], [Path(argument).resolve() for argument in sys.argv[2:]]
     if verb == "write":
         write(folders[0])

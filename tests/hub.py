@@ -246,6 +246,8 @@ class Handler(BaseHTTPRequestHandler):
                 files[value["path"]] = base64.b64decode(value["content"])
             elif entry["key"] == "lfsFile":
                 files[value["path"]] = self.server.blobs[value["oid"]]
+            elif entry["key"] == "deletedFile":
+                del files[value["path"]]
             elif entry["key"] != "header":
                 raise Refused(400, "BadRequest", f"unknown operation {entry['key']}")
         branches = self.server.branches[repo]
