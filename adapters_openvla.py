@@ -221,16 +221,16 @@ class LoraMixin:
         self._switch_adapters(True)
 
     def active_adapters(self) -> list[str]:
-        """Return the names of the adapters in use: one, since the model takes one.
+        """Return the names of the adapters in use: one of this package's, or those of transformers' ``add_adapter``.
 
         Raises:
             ValueError: There is no adapter.
         """
-        self._require_adapter()
-        return [ADAPTER_NAME]
+        self._require_any_adapter()
+        return [ADAPTER_NAME] if self._lora is not None else super().active_adapters()
 
     def _switch_adapters(self, enabled: bool) -> None:
-        self._require_adapter()
+        self._require_any_adapter()
         kinds = (_import_peft("tuners.tuners_utils").BaseTunerLayer, _import_peft("utils").ModulesToSaveWrapper)
         for module in self.modules():
             if isinstance(module, kinds):
@@ -260,6 +260,11 @@ class LoraMixin:
     def _require_no_adapter(self) -> None:
         if self._lora is not None:
             raise ValueError("This model already has an adapter; call merge_lora(), or load the base again.")
+
+    def _require_any_adapter(self) -> None:
+        """Raise without an adapter, of this package or of transformers."""
+        if not self._hf_peft_config_loaded:
+            self._require_adapter()
 
     def _require_adapter(self) -> LoraAdapter:
         if self._lora is None:

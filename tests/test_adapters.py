@@ -102,7 +102,7 @@ def adapted(model):
 def test_an_adapter_is_switched_off_and_on_with_what_was_trained_whole(tiny, base):
     model = load(base)
     before = logits(model, tiny.processor)
-    model.enable_lora(r=4, alpha=8, modules_to_save=["projector"])
+    model.enable_lora(r=4, alpha=8, targets="language", modules_to_save=["projector"])
     train(model, tiny.processor, steps=2)
     adapted = logits(model, tiny.processor)
     assert not torch.equal(adapted, before)
@@ -123,7 +123,7 @@ def test_transformers_own_adapter_methods_work_or_say_which_peft_they_need(tiny,
     model, config = load(base), peft.LoraConfig(target_modules=["q_proj"])
     if version(peft.__version__) >= version(MIN_PEFT_VERSION):
         model.add_adapter(config)
-        assert model.get_adapter_state_dict()
+        assert model.get_adapter_state_dict("default")
         return
     for name, own in (("add_adapter", "enable_lora"), ("load_adapter", "load_lora"), ("delete_adapter", "merge_lora")):
         with pytest.raises(ImportError, match=rf"needs peft {MIN_PEFT_VERSION}.*installed: .*Use {own}\(\)"):
