@@ -119,7 +119,7 @@ def upgrade(
         OSError: The disk is full.
     """
     if in_place == (target is not None):
-        raise ValueError("Give either OUT, the folder to write, or --in-place.")
+        raise ValueError("An upgrade needs OUT, the folder to write, or --in-place; give one of them.")
     if in_place and not Path(source).exists():
         raise ValueError(f"--in-place is for a folder; {source} is none. Give OUT.")
     folder = local_folder(source, revision=revision, token=token)
@@ -142,7 +142,7 @@ def upgrade(
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise
-        raise OSError(errno.ENOSPC, f"No space left on the disk of {target}; nothing was changed", None) from error
+        raise OSError(f"No space left on the disk of {target}; nothing was changed.") from error
     removed = [name for name in old_code if not (target / name).is_file()]
     print(f"{source}: {'; '.join(changed + [f'removed {name}' for name in removed]) or 'current already'}")
     print(f"{target}: complete, weights as they were")
@@ -186,7 +186,8 @@ def _write(source: Path, folder: Path, name: str) -> None:
             require_equal(weight_files(folder), read_json(source / MANIFEST_FILE)["tensors"])
         except ValueError as error:
             raise ValueError(
-                f"{error} If the weights were changed on purpose, delete {MANIFEST_FILE} and run it again."
+                f"{str(error).rstrip('.')}; if the weights were changed on purpose, delete {MANIFEST_FILE} and run it "
+                "again."
             ) from error
     if not (source / CARD_FILE).is_file():
         write_card(folder, name)

@@ -182,7 +182,7 @@ def test_a_card_on_the_hub_is_kept(here, folder, tmp_path):
     [
         ("processor", "preprocessor_config.json', 'a tokenizer'"),
         ("code", "images_openvla.py"),
-        ("old code", "openvla convert"),
+        ("old code", "openvla upgrade"),
         ("statistics", "no action statistics"),
         ("weights", "does not fit its configuration"),
         ("changed", "is not what was written"),

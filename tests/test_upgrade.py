@@ -281,8 +281,8 @@ def test_a_disk_that_is_really_full(saved, tmp_path):
 
 def test_wrong_arguments(saved, tmp_path, capsys):
     for arguments, message in (
-        ([str(saved)], "either OUT"),
-        ([str(saved), str(tmp_path / "new"), "--in-place"], "either OUT"),
+        ([str(saved)], "needs OUT"),
+        ([str(saved), str(tmp_path / "new"), "--in-place"], "needs OUT"),
         ([str(saved), str(saved)], "exists; give another name"),
         (["nobody/nothing", "--in-place"], "--in-place is for a folder"),
         ([str(saved), str(tmp_path / "new"), "--publish"], "need a Hub id"),

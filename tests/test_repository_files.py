@@ -1,0 +1,92 @@
+"""The files of .github/ and others at the root agree with what they name; no other test would notice."""
+
+import re
+
+import openvla
+import pytest
+import yaml
+from packaging.specifiers import SpecifierSet
+from reference import REPOSITORY
+
+WORKFLOWS = sorted((REPOSITORY / ".github" / "workflows").glob("*.yml"))
+PYTHONS = ["3.10", "3.11", "3.12", "3.13"]
+
+
+def read(*parts):
+    return REPOSITORY.joinpath(*parts).read_text(encoding="utf-8")
+
+
+def workflow(name):
+    return yaml.safe_load(read(".github", "workflows", name))
+
+
+def commands(workflow):
+    """All shell steps of a workflow, as one text."""
+    return "\n".join(step.get("run", "") for job in workflow["jobs"].values() for step in job["steps"])
+
+
+def default_lanes():
+    """What ``ci/lanes.sh`` runs when nobody says otherwise: ``name=${NAME:-these words}``."""
+    lists = dict(re.findall(r"^(\w+)=\$\{\w+:?-([^}]*)\}", read("ci", "lanes.sh"), re.MULTILINE))
+    return set(f"{lists['lanes']} {lists['beside']}".split())
+
+
+def test_workflows_are_found():
+    assert {path.stem for path in WORKFLOWS} >= {"tests", "lint", "docs", "lanes", "latest", "release"}
+
+
+def test_the_tests_run_on_every_supported_python():
+    """YAML reads an unquoted 3.10 as 3.1."""
+    matrix = workflow("tests.yml")["jobs"]["tests"]["strategy"]["matrix"]["python"]
+    supported = SpecifierSet(re.search(r'^requires-python = "(.*)"', read("pyproject.toml"), re.MULTILINE)[1])
+    assert matrix[: len(PYTHONS)] == PYTHONS
+    assert all(version in supported for version in matrix)
+    assert [f"3.{minor}" for minor in range(14) if f"3.{minor}" in supported] == PYTHONS
+
+
+def test_every_lane_runs_somewhere():
+    lanes = workflow("lanes.yml")["jobs"]["lane"]["strategy"]["matrix"]["lane"]
+    daily = re.findall(r"ci/lane\.sh ([\w.-]+)", commands(workflow("latest.yml")))
+    assert set(lanes) <= default_lanes()
+    assert set(lanes) | set(daily) == default_lanes()
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.name)
+def test_what_a_workflow_calls_is_there(path):
+    text = commands(yaml.safe_load(path.read_text(encoding="utf-8")))
+    for verb in re.findall(r"\bmake ([\w-]+)", text):
+        assert re.search(rf"^{verb}:", read("Makefile"), re.MULTILINE), verb
+    for script in re.findall(r"\bbash (\S+)", text):
+        assert (REPOSITORY / script).is_file(), script
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.name)
+def test_a_workflow_may_only_read_and_ends(path):
+    """Jobs that need more ask for it themselves; none of them runs the repository's code."""
+    content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    assert content["permissions"] == {"contents": "read"}
+    for name, job in content["jobs"].items():
+        assert job["timeout-minutes"] <= 90, name
+        if "permissions" in job:
+            assert not any("checkout" in step.get("uses", "") for step in job["steps"]), name
+
+
+def test_the_citation_has_the_version():
+    assert yaml.safe_load(read("CITATION.cff"))["version"] == openvla.__version__
+
+
+@pytest.mark.parametrize("name", ["bug.yml", "checkpoint.yml"])
+def test_a_form_asks_for_the_versions(name):
+    """And names only files that are there."""
+    form = yaml.safe_load(read(".github", "ISSUE_TEMPLATE", name))
+    fields = {field.get("id"): field["attributes"] for field in form["body"]}
+    for package in ("openvla", "transformers", "torch", "Pillow", "peft"):
+        assert f"{package}:" in fields["versions"]["value"]
+    for file in re.findall(r"`([\w/]+\.md)`", fields[None]["value"]):
+        assert (REPOSITORY / file).is_file(), file
+
+
+@pytest.mark.parametrize("name", ["SECURITY.md", ".github/pull_request_template.md"])
+def test_links_lead_somewhere(name):
+    for link in re.findall(r"\]\(([^)#]+)[^)]*\)", read(name)):
+        assert (REPOSITORY / link).is_file(), link
