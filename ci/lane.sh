@@ -57,6 +57,6 @@ fi
 case $lane in
   timm-*) "$python" -m pytest -q -m timm -p torchvision_beside_cpu_torch; exit ;;
 esac
-"$python" -m pytest -q -m "lane and not slow and not gpu"
+"$python" -m pytest -q -m "lane and not slow and not surface and not gpu"
 rm -rf "$root/saved/$lane"
 "$python" tests/exchange.py write "$root/saved/$lane"

@@ -1,0 +1,37 @@
+#!/usr/bin/env bash
+# transformers 5.23.0, peft 0.21.2 (torch 2.13.0): enable_adapters() does not switch on all that disable_adapters() switched off.
+#
+# A model with LoRA on q_proj and a whole trained copy of lm_head (modules_to_save) is switched off and on again.
+#
+# Expected: after disable_adapters() and enable_adapters() the model gives the logits that it gave before.
+# Seen: disable_adapters() switches off LoRA layers and modules_to_save; enable_adapters() switches on LoRA layers alone.
+#   The model goes on with the old lm_head, without a warning. (5.24.0 has the same loop, but refuses this peft.)
+#
+# Output seen:
+#   transformers 5.23.0, peft 0.21.2: largest difference of the logits after off and on: 0.264
+set -euo pipefail
+folder=$(mktemp -d)
+trap 'rm -rf "$folder"' EXIT
+cat >"$folder/try.py" <<'EOF'
+import peft
+import torch
+import transformers
+
+torch.manual_seed(0)
+sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+model = transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=50, **sizes)).eval()
+model.add_adapter(peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"]))
+with torch.no_grad():  # as training would change it
+    model.lm_head.modules_to_save["default"].weight.mul_(2)
+ids = torch.arange(5)[None]
+before = model(ids).logits
+model.disable_adapters()
+model.enable_adapters()
+difference = float((model(ids).logits - before).detach().abs().max())
+print(f"transformers {transformers.__version__}, peft {peft.__version__}: ", end="")
+print(f"largest difference of the logits after off and on: {difference:.3f}")
+raise SystemExit(difference == 0)
+EOF
+python3 -m venv "$folder/venv"
+"$folder/venv/bin/pip" install --quiet torch==2.13.0 transformers==5.23.0 peft==0.21.2
+"$folder/venv/bin/python" "$folder/try.py" || { echo "this has changed" >&2; exit 1; }

@@ -1,0 +1,47 @@
+#!/usr/bin/env bash
+# transformers 5.23.0 and 5.24.0 (torch 2.13.0): a model's _skip_keys_device_placement given as a string becomes a set of letters.
+#
+# Model code outside transformers says with this attribute which keyword (the KV cache) must not be moved between devices
+# when a model is spread over several. transformers' own models gave one string for years, and accelerate's dispatch_model
+# takes a string or a list.
+#
+# Expected: "past_key_values" goes on meaning that keyword, or is refused.
+# Seen: up to 5.5.4 the string is kept. In 5.23.0 and 5.24.0 post_init() makes set("past_key_values") of it, a
+#   set of single letters, without a word.
+#
+# Output seen:
+#   5.5.4 past_key_values
+#   5.23.0 ['_', 'a', 'e', 'k', 'l', 'p', 's', 't', 'u', 'v', 'y']
+#   5.24.0 ['_', 'a', 'e', 'k', 'l', 'p', 's', 't', 'u', 'v', 'y']
+set -euo pipefail
+folder=$(mktemp -d)
+trap 'rm -rf "$folder"' EXIT
+cat >"$folder/try.py" <<'EOF'
+import torch
+import transformers
+
+
+class Model(transformers.PreTrainedModel):
+    config_class = transformers.PretrainedConfig
+    _skip_keys_device_placement = "past_key_values"
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.layer = torch.nn.Linear(2, 2)
+        self.post_init()
+
+
+found = Model(transformers.PretrainedConfig())._skip_keys_device_placement
+print(transformers.__version__, found if isinstance(found, str) else sorted(found))
+EOF
+python3 -m venv "$folder/venv"
+for version in 5.5.4 5.23.0 5.24.0; do
+  "$folder/venv/bin/pip" install --quiet torch==2.13.0 "transformers==$version"
+  "$folder/venv/bin/python" "$folder/try.py" 2>/dev/null | tee -a "$folder/output"
+done
+cat >"$folder/expected" <<'EOF'
+5.5.4 past_key_values
+5.23.0 ['_', 'a', 'e', 'k', 'l', 'p', 's', 't', 'u', 'v', 'y']
+5.24.0 ['_', 'a', 'e', 'k', 'l', 'p', 's', 't', 'u', 'v', 'y']
+EOF
+diff "$folder/expected" "$folder/output" || { echo "this has changed" >&2; exit 1; }

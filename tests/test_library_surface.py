@@ -1,0 +1,199 @@
+"""What the libraries under this package no longer have fails here, by its name, before anything else does."""
+
+import ast
+import importlib.metadata
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+import xml.etree.ElementTree
+from pathlib import Path
+
+import pytest
+from library_surface import CACHE, ROOT, SURFACE
+
+pytestmark = pytest.mark.lane
+
+SOURCES = sorted(ROOT.glob("*.py"))
+BRIDGE = "compatibility_openvla.py"
+# Private names that are no library's surface as it may change: (a pattern, why).
+OWN = (
+    (r"_\d{3}", "HTTP statuses, keywords of replies() in serve_schema.py"),
+    (r"_recordings", "graphs_openvla.py hangs it on a model"),
+    (r"_exit", "os._exit of Python's own library, which documents it"),
+)
+# Announced to go; compatibility_openvla.py alone knows them.
+GOING = {"gradient_checkpointing_enable", "gradient_checkpointing_disable", "is_gradient_checkpointing"}
+PROVEN = [touch for touch in SURFACE if touch.renamed]
+# Proven in every run; the others take minutes.
+ALWAYS = ("PretrainedConfig._attn_implementation", f"ModelOutput.{CACHE}")
+
+
+def is_private(name):
+    return isinstance(name, str) and re.fullmatch(r"_[A-Za-z0-9]\w*", name) is not None
+
+
+def nodes():
+    """Yield every file and node of the package."""
+    for path in SOURCES:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            yield path, node
+
+
+def strings_asked_for(node):
+    """Return what getattr and its kind are called with."""
+    asks = isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
+    if not asks or node.func.id not in ("getattr", "hasattr", "setattr", "delattr") or len(node.args) < 2:
+        return []
+    return [node.args[1].value] if isinstance(node.args[1], ast.Constant) else []
+
+
+def defined():
+    """Return the names that the package defines: functions, classes, variables, attributes of its own objects."""
+    names = set()
+    for _, node in nodes():
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            names.add(node.name)
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            names.add(node.id)
+        elif isinstance(node, ast.arg):
+            names.add(node.arg)
+        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and ast.unparse(node.value) == "self":
+            names.add(node.attr)
+    return names
+
+
+def lacks_a_listed_name(error):
+    """Whether a library wants a name of transformers whose own check fails; one failure is then enough."""
+    wanted = re.match(r"cannot import name '(\w+)' from 'transformers", str(error))
+    return wanted is not None and wanted[1] in {touch.name for touch in SURFACE if touch.library == "transformers"}
+
+
+@pytest.mark.parametrize("touch", SURFACE, ids=lambda touch: touch.name)
+def test_the_library_still_has(touch):
+    if importlib.util.find_spec(touch.library) is None:
+        pytest.skip(f"{touch.library} is not installed")
+    try:
+        touch.check()
+    except Exception as error:
+        if touch.library != "transformers" and lacks_a_listed_name(error):
+            pytest.skip(f"{touch.library} cannot be imported with this transformers: {error}")
+        folder = Path(importlib.util.find_spec(touch.library).origin).parent
+        where = f"{touch.library} {importlib.metadata.version(touch.library)} in {folder}"
+        pytest.fail(
+            f"{touch.name} is not what it was: {where}. Seen: {touch.seen}. ({type(error).__name__}: {error})\n"
+            f"What to change: {touch.change}",
+            pytrace=False,
+        )
+
+
+def test_every_touch_has_a_name_of_its_own_and_is_used():
+    names = [touch.name for touch in SURFACE]
+    assert len(set(names)) == len(names)
+    assert {file for touch in SURFACE for file in touch.used_in} <= {path.name for path in SOURCES}
+
+
+def test_every_private_name_is_listed():
+    listed = {part for touch in SURFACE for part in re.split(r"\W+", touch.name)}
+    listed |= {touch.renamed[0] for touch in PROVEN}
+    # Of other versions than the installed one.
+    listed |= {word for touch in SURFACE for word in re.findall(r"\w+", touch.seen)}
+    own, missing = defined(), set()
+    for path, node in nodes():
+        used = strings_asked_for(node)
+        if isinstance(node, ast.Attribute):
+            used.append(node.attr)
+        elif isinstance(node, ast.Call):
+            used += [keyword.arg for keyword in node.keywords]
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            used += [*node.module.split("."), *(alias.name for alias in node.names)]
+        elif isinstance(node, ast.Import):
+            used += [part for alias in node.names for part in alias.name.split(".")]
+        for name in filter(is_private, used):
+            known = name in own or name in listed or any(re.fullmatch(pattern, name) for pattern, _ in OWN)
+            if not known:
+                missing.add(f"{name} ({path.name}, line {node.lineno})")
+    assert not missing, f"List in SURFACE (tests/library_surface.py), with a check each: {sorted(missing)}"
+
+
+def test_no_file_uses_a_name_that_is_announced_to_go():
+    found = []
+    for path, node in nodes():
+        used = set(strings_asked_for(node))
+        if isinstance(node, ast.Attribute):
+            used.add(node.attr)
+        elif isinstance(node, ast.Call):
+            used |= {keyword.arg for keyword in node.keywords}
+        if path.name != BRIDGE and used & (GOING | {"past_key_values"}):
+            found.append(f"{path.name}, line {node.lineno}: {used & (GOING | {'past_key_values'})}")
+    assert not found, f"Use {BRIDGE}'s name for it: {found}"
+
+
+def link(source, target):
+    """Put a file in a second place: the same bytes, or a copy where the place is on another disk."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+
+
+@pytest.fixture(scope="module")
+def copied(tmp_path_factory):
+    """The installed transformers, copied by links, and a folder that is imported from first."""
+    original = Path(importlib.util.find_spec("transformers").origin).parent
+    folder = tmp_path_factory.mktemp("renamed")
+    shutil.copytree(original, folder / "transformers", copy_function=link)
+    return original, folder
+
+
+def rewrite(path, old, new):
+    """Write a new file in the place of a link, so that the original stays as it is."""
+    text = path.read_text(encoding="utf-8")
+    changed = re.sub(rf"\b{re.escape(old)}\b", new, text)
+    if changed == text:
+        return False
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(changed, encoding="utf-8")
+    os.replace(temporary, path)
+    return True
+
+
+@pytest.mark.parametrize(
+    "touch",
+    [pytest.param(touch, marks=[] if touch.name in ALWAYS else pytest.mark.surface) for touch in PROVEN],
+    ids=lambda touch: touch.name,
+)
+def test_a_renamed_attribute_fails_by_its_name(touch, copied, tmp_path):
+    original, folder = copied
+    copy = folder / "transformers"
+    identifier, files = touch.renamed
+    changed = [path for path in sorted(copy.glob(files)) if rewrite(path, identifier, f"{identifier}_renamed")]
+    if not changed:
+        pytest.skip(f"this transformers has no {identifier}; seen: {touch.seen}")
+    try:
+        report = tmp_path / "report.xml"
+        options = ["-q", "-k", "still_has", "-p", "no:cacheprovider", f"--junitxml={report}"]
+        environment = {**os.environ, "PYTHONPATH": str(folder), "HF_HUB_OFFLINE": "1"}
+        environment.pop("PYTEST_ADDOPTS", None)
+        run = subprocess.run(
+            [sys.executable, "-m", "pytest", *options, str(Path(__file__))],
+            env=environment,
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+        )
+    finally:
+        for path in changed:
+            path.unlink()
+            link(original / path.relative_to(copy), path)
+    assert report.is_file(), run.stdout + run.stderr
+    cases = xml.etree.ElementTree.parse(report).getroot().iter("testcase")
+    messages = {case.get("name"): case.findtext("failure") or case.findtext("error") for case in cases}
+    failed = {name: message for name, message in messages.items() if message is not None}
+    assert list(failed) == [f"test_the_library_still_has[{touch.name}]"], run.stdout[-3000:]
+    assert len(messages) == len(SURFACE)
+    (message,) = failed.values()
+    assert touch.change in message
+    assert f"in {copy}." in message  # and not the installed one was asked
