@@ -19,7 +19,7 @@ import torch
 from transformers import GenerationMixin
 from transformers.utils import logging
 
-from .actions_openvla import ActionTokenizer, NormalizationStatistics
+from .actions_openvla import ActionTokenizer, NormalizationStatistics, validate_norm_stats
 from .adapter_files_openvla import adapter_source, base_of, base_record, optional_file, revision_of
 from .adapters_openvla import LoraMixin
 from .answers_openvla import ActionOutput, numbers_answer, tokens_answer
@@ -110,16 +110,46 @@ class OpenVLAForActionPrediction(
     def save_pretrained(self, save_directory: str | os.PathLike, is_main_process: bool = True, **kwargs: Any) -> Any:
         """Save weights, configuration, code and, in dataset_statistics.json, the action statistics.
 
+        Statistics in the folder of datasets that the model does not know stay: the published scripts write the robot's
+        there first, then save the merged model. No dataset is then the default of the saved folder, so ``unnorm_key``
+        has to be given; a warning says so.
+
         A model with an adapter saves the adapter; ``merge_lora()`` first for whole weights.
+
+        Raises:
+            ValueError: The folder's dataset_statistics.json is not usable.
         """
+        default = self.config.default_unnorm_key
         if is_main_process and self.norm_stats and not os.path.isfile(save_directory):
             os.makedirs(save_directory, exist_ok=True)
-            write_json(Path(save_directory) / STATISTICS_FILE, self.norm_stats)
-        if self._lora is not None:
-            return self.save_lora(save_directory, kwargs.get("state_dict")) if is_main_process else None
-        if is_quantized(self):  # so that an adapter trained on the saved folder still knows its base
-            self.config.quantized_from = base_record(self)
-        return super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
+            file = Path(save_directory) / STATISTICS_FILE
+            others = self._other_statistics(file)
+            write_json(file, {**others, **self.norm_stats})
+            if others:
+                self.config.default_unnorm_key = None
+                logger.warning(
+                    f"{file} keeps the statistics of {sorted(others)}, which this model does not know. The saved "
+                    "folder has no default dataset: give unnorm_key to predict_action."
+                )
+        try:
+            if self._lora is not None:
+                return self.save_lora(save_directory, kwargs.get("state_dict")) if is_main_process else None
+            if is_quantized(self):  # so that an adapter trained on the saved folder still knows its base
+                self.config.quantized_from = base_record(self)
+            return super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
+        finally:
+            self.config.default_unnorm_key = default
+
+    def _other_statistics(self, file: Path) -> dict[str, dict[str, Any]]:
+        """Return the statistics in a folder's file of datasets that this model does not know."""
+        if not file.is_file():
+            return {}
+        try:
+            there = json.loads(file.read_text(encoding="utf-8"))
+            validate_norm_stats(there, self.config.normalization)
+        except ValueError as error:
+            raise ValueError(f"{file} is there already and not usable ({error}); mend or delete it first.") from error
+        return {key: statistics for key, statistics in there.items() if key not in self.norm_stats}
 
     # Every argument is named, not collected: transformers' Trainer keeps the columns that it finds in this signature.
     def forward(

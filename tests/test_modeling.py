@@ -298,6 +298,26 @@ def test_the_statistics_file_wins_and_its_only_key_is_the_default(tmp_path):
         OpenVLAForActionPrediction.from_pretrained(tmp_path)
 
 
+def test_statistics_that_lie_in_the_folder_survive_saving(tmp_path, caplog):
+    """As at the end of the published fine-tuning scripts, which write the robot's statistics first."""
+    model, _ = build_tiny()
+    model.config.default_unnorm_key = "untrained"  # as that of a base with one dataset
+    mine = {"my_robot": {"action": {"q01": [-0.05] * 7, "q99": [0.05] * 7, "mask": [True] * 6 + [False]}}}
+    (tmp_path / "dataset_statistics.json").write_text(json.dumps(mine))
+    model.save_pretrained(tmp_path)
+    assert model.config.default_unnorm_key == "untrained"  # the model itself is as it was
+    again = OpenVLAForActionPrediction.from_pretrained(tmp_path)
+    assert set(again.norm_stats) == {"my_robot", "untrained"}
+    assert again.norm_stats["my_robot"] == mine["my_robot"]
+    assert again.config.default_unnorm_key is None  # which robot it is has to be said
+    model.save_pretrained(tmp_path / "other")
+    model.save_pretrained(tmp_path / "other")
+    assert OpenVLAForActionPrediction.from_pretrained(tmp_path / "other").config.default_unnorm_key == "untrained"
+    (tmp_path / "dataset_statistics.json").write_text("{")
+    with pytest.raises(ValueError, match="there already and not usable"):
+        model.save_pretrained(tmp_path)
+
+
 def test_a_model_without_statistics_says_so(frames):
     model, processor = build_tiny(norm_stats=None)
     with pytest.raises(ValueError, match="no action statistics"):
