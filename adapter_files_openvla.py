@@ -33,8 +33,16 @@ ADAPTER_WEIGHTS_FILE = "adapter_model.safetensors"
 RECORD_FILE = "openvla_adapter.json"
 MATRICES = (".lora_A.weight", ".lora_B.weight", ".lora_embedding_A", ".lora_embedding_B")
 PEFT_PREFIX = "base_model.model."
-# Fields of peft's configuration that change what the same matrices mean; such adapters are refused.
-UNSUPPORTED_FIELDS = ("alpha_pattern", "rank_pattern", "fan_in_fan_out", "layer_replication", "use_dora", "lora_bias")
+# Fields of peft's configuration that leave W + scaling * B A as it is. Any other one that is set (use_dora,
+# rank_pattern, alora_invocation_tokens, what a future peft adds) may give the same matrices another meaning: refused.
+PLAIN_FIELDS = {"task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "bias"}
+PLAIN_FIELDS |= {"inference_mode", "r", "lora_alpha", "lora_dropout", "use_rslora", "init_lora_weights"}
+PLAIN_FIELDS |= {"target_modules", "exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern"}
+# Of a variant that another field switches on.
+PLAIN_FIELDS |= {"megatron_core", "qalora_group_size", "eva_config", "loftq_config", "corda_config", "lora_ga_config"}
+PLAIN_FIELDS |= {"runtime_config"}
+# Ways in which the matrices begin without a change of the base; pissa, olora, corda, loftq and lora_ga change it.
+PLAIN_INITIALISATIONS = (True, False, "gaussian", "eva", "orthogonal", "mica")
 # What in a configuration gives the weights their meaning, apart from their shapes.
 CONFIG_FIELDS = ("timm_model_ids", "timm_override_act_layers", "image_sizes", "image_resize_strategy", "vocab_size")
 CONFIG_FIELDS += ("prompt_style", "empty_token_id", "n_action_bins")
@@ -229,9 +237,7 @@ def read_adapter(name_or_path: str | os.PathLike, **hub: Any) -> LoraAdapter:
         missing = ADAPTER_WEIGHTS_FILE if config_file else ADAPTER_CONFIG_FILE
         raise FileNotFoundError(f"{name_or_path} is no adapter: it has no {missing}.")
     config = json.loads(Path(config_file).read_text(encoding="utf-8"))
-    unsupported = [name for name in UNSUPPORTED_FIELDS if config.get(name)]
-    if config.get("peft_type") != "LORA" or config.get("bias", "none") != "none" or unsupported:
-        raise ValueError(f"{name_or_path} is not plain LoRA ({unsupported or config.get('peft_type')}): not supported.")
+    _require_plain(config, name_or_path)
     record = json.loads(Path(record_file).read_text(encoding="utf-8")) if record_file else {}
     try:
         tensors = {name.removeprefix(PEFT_PREFIX): tensor for name, tensor in load_file(file).items()}
@@ -252,6 +258,22 @@ def read_adapter(name_or_path: str | os.PathLike, **hub: Any) -> LoraAdapter:
         record.get("answer"),
         tensors,
     )
+
+
+def _require_plain(config: dict[str, Any], name_or_path: str | os.PathLike) -> None:
+    """Raise unless a configuration of peft describes W + scaling * B A on the base as it is."""
+    if config.get("peft_type") != "LORA" or config.get("bias", "none") != "none":
+        raise ValueError(f"{name_or_path} is not plain LoRA ({config.get('peft_type')}): not supported.")
+    unusual = sorted(name for name, value in config.items() if value and name not in PLAIN_FIELDS)
+    if unusual:
+        raise ValueError(f"{name_or_path} is not plain LoRA ({unusual}): not supported.")
+    start = config.get("init_lora_weights", True)
+    if start not in PLAIN_INITIALISATIONS:
+        raise ValueError(
+            f"{name_or_path} was trained from init_lora_weights={start!r}, which also changes the base; on the base as "
+            "it is, it would be another model. Convert it to plain LoRA with peft: "
+            "save_pretrained(..., path_initial_model_for_weight_conversion=...)."
+        )
 
 
 def adapter_source(

@@ -197,9 +197,10 @@ def test_peft_reads_the_folder(tiny, base, trained):
     assert torch.equal(found, logits(model, tiny.processor))
 
 
-def test_an_adapter_that_peft_made_is_read(tiny, base, tmp_path, caplog):
+@pytest.mark.parametrize("start", [False, True, "gaussian"])
+def test_an_adapter_that_peft_made_is_read(start, tiny, base, tmp_path, caplog):
     model = load(base)
-    config = peft.LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    config = peft.LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj", "v_proj"], init_lora_weights=start)
     made = peft.get_peft_model(model, config)
     made.save_pretrained(tmp_path)
     expected = logits(made, tiny.processor)
@@ -385,8 +386,18 @@ def test_damaged_adapters(base, trained, tmp_path):
     attempt({name: tensor for name, tensor in tensors.items() if name != key}, "not a pair of rank 4")
     attempt({**tensors, key.replace("lora_A", "lora_Q"): tensors[key].clone()}, "is not plain LoRA .*lora_Q")
     config = json.loads((tmp_path / "adapter_config.json").read_text())
-    (tmp_path / "adapter_config.json").write_text(json.dumps({**config, "use_dora": True}))
-    attempt(tensors, "not plain LoRA")
+    for field, value in (
+        ("use_dora", True),
+        ("rank_pattern", {"q_proj": 2}),
+        ("alora_invocation_tokens", [5, 6]),
+        ("trainable_token_indices", [1]),
+        ("a_field_of_a_future_peft", "on"),
+    ):
+        (tmp_path / "adapter_config.json").write_text(json.dumps({**config, field: value}))
+        attempt(tensors, rf"not plain LoRA \(\['{field}'\]\)")
+    for start in ("pissa", "pissa_niter_4", "olora", "corda", "loftq", "lora_ga", "what a future peft adds"):
+        (tmp_path / "adapter_config.json").write_text(json.dumps({**config, "init_lora_weights": start}))
+        attempt(tensors, f"init_lora_weights='{start}', which also changes the base")
 
 
 def test_merging_what_is_not_finite_leaves_the_model_as_it_was(base):
