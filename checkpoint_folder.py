@@ -97,8 +97,8 @@ def appearing_whole(target: Path) -> Iterator[Path]:
     What a killed run left beside the target is cleared away first, and what it had moved aside comes back.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    host = f".{target.name}.{platform.node()}."
-    _clear_after_killed_runs(target, host)
+    clear_after_killed_runs(target)
+    host = _hidden_prefix(target)
     folder, previous = (target.parent / f"{host}{os.getpid()}.{kind}" for kind in ("partial", "previous"))
     folder.mkdir()
     try:
@@ -117,8 +117,16 @@ def appearing_whole(target: Path) -> Iterator[Path]:
         raise
 
 
-def _clear_after_killed_runs(target: Path, host: str) -> None:
-    """Only of processes that ran on this machine and are gone."""
+def _hidden_prefix(target: Path) -> str:
+    return f".{target.name}.{platform.node()}."
+
+
+def clear_after_killed_runs(target: Path) -> None:
+    """Put back what a killed run had moved aside, and remove what it had written beside the target.
+
+    Only of processes that ran on this machine and are gone.
+    """
+    host = _hidden_prefix(target)
     for left in target.parent.glob(f"{glob.escape(host)}*"):
         pid, _, kind = left.name.removeprefix(host).partition(".")
         if not pid.isdigit() or psutil.pid_exists(int(pid)) and int(pid) != os.getpid():

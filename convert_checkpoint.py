@@ -291,14 +291,14 @@ def _write_hub(
 def make_current(
     source: Path,
     folder: Path,
-    tokenizer: str | os.PathLike | None = None,
-    dtype: str | None = None,
-    shard_bytes: int = 0,
-    overrides: dict[str, Any] | None = None,
-    image_preset: str | None = None,
-    asked: dict[str, Any] | None = None,
-    step: str | None = None,
-    base: str | os.PathLike | None = None,
+    tokenizer: str | os.PathLike | None,
+    dtype: str | None,
+    shard_bytes: int,
+    overrides: dict[str, Any],
+    image_preset: str | None,
+    asked: dict[str, Any],
+    step: str | None,
+    base: str | os.PathLike | None,
 ) -> Converted:
     """Write a saved folder again with today's code and configuration; OFT's parts become part of the weights.
 
@@ -321,39 +321,72 @@ def make_current(
         ValueError: The source is damaged, or does not fit its configuration.
         FileNotFoundError: There is no tokenizer.
     """
-    overrides = overrides or {}
     adapter, whole = unmerged_adapter(source), source
     if adapter is not None:
         whole = local_folder(str(base or base_of(source / ADAPTER_FOLDER, {})[0]))
     fields = {**read_json(whole / "config.json"), **overrides}
     folded = {} if fields.get("parallel_decoding") else part_files(source, step)
     plain = {name: value for name, value in fields.items() if not folded or name not in ANSWER_FIELDS}
-    config = MODEL_CLASSES[fields["model_type"]].config_class.from_dict(plain)
-    if isinstance(config, OpenVLAConfig) and (source / STATISTICS_FILE).is_file():
-        config.merge_statistics(read_json(source / STATISTICS_FILE))
+    config = current_config(source, plain)
     files = weight_files(whole) if has_safetensors(whole) else {}
     tensors = dict(read_tensors(files)) if files else pickled_tensors(whole)
     tensors.update(read_parts(folded, next(iter(tensors.values())).dtype))
     if isinstance(config, OpenVLAConfig) and not config.parallel_decoding:
-        answer = read_answer(tensors, overrides, source=source, **(asked or {}))
+        answer = read_answer(tensors, overrides, source=source, **asked)
         config.set_answer(**(answer or {}))
         if answer and image_preset is None:
             print("note: OFT's checkpoints were evaluated on frames prepared as --image-preset libero does")
-    if "quantization_config" not in fields:  # packed weights have shapes of their own
-        require_fit({name: tuple(tensor.shape) for name, tensor in tensors.items()}, config, source)
-    found = _tokenizer(source, tokenizer, config)
-    image_processor = OpenVLAImageProcessor.from_pretrained(source)
-    processor = OpenVLAProcessor.for_config(config, found, image_processor)
+    require_fit({name: tuple(tensor.shape) for name, tensor in tensors.items()}, config, source)
+    write_processor(source, folder, config, tokenizer, image_preset)
     if dtype is None and files and not folded and adapter is None:
-        linked = [link_or_copy(file, folder / file.name) for file in {*files.values(), *source.glob(INDEX_FILE)}]
-        written = digests(places_of(files))
-        if not all(linked):
-            require_equal(weight_files(folder), written)
+        written = link_weights(source, folder, files)
     else:
         if dtype is not None:
             setattr(config, DTYPE_FIELD, DTYPES[dtype])
         change = None if adapter is None else adapter.merged
         written = write_shards(folder, tensors, dtype and DTYPES[dtype], shard_bytes, change)
+    if (source / GENERATION_FILE).is_file():
+        shutil.copy(source / GENERATION_FILE, folder / GENERATION_FILE)
+    write_surroundings(folder, config)
+    write_manifest(folder, written)
+    return tensors, config
+
+
+def current_config(source: Path, fields: dict[str, Any]) -> PrismaticConfig:
+    """Return today's configuration of a saved folder: that of its fields, with the statistics that lie beside them."""
+    config = MODEL_CLASSES[fields["model_type"]].config_class.from_dict(fields)
+    if isinstance(config, OpenVLAConfig) and (source / STATISTICS_FILE).is_file():
+        config.merge_statistics(read_json(source / STATISTICS_FILE))
+    return config
+
+
+def link_weights(source: Path, folder: Path, files: Mapping[str, Path]) -> dict[str, str]:
+    """Link a folder's weight files into another one, or copy and compare them; return the digests of all tensors."""
+    linked = [link_or_copy(file, folder / file.name) for file in {*files.values(), *source.glob(INDEX_FILE)}]
+    written = digests(places_of(files))
+    if not all(linked):
+        require_equal(weight_files(folder), written)
+    return written
+
+
+def write_processor(
+    source: Path,
+    folder: Path,
+    config: PrismaticConfig,
+    tokenizer: str | os.PathLike | None = None,
+    image_preset: str | None = None,
+) -> None:
+    """Write a saved folder's processor in the layout that every transformers version reads.
+
+    Args:
+        source: The folder.
+        folder: Where to.
+        config: The model's, which says how it is asked.
+        tokenizer: Another tokenizer than the folder's, whose own files are copied as they are.
+        image_preset: What evaluation does to frames first; None keeps the folder's.
+    """
+    chosen = _tokenizer(source, tokenizer, config)
+    processor = OpenVLAProcessor.for_config(config, chosen, OpenVLAImageProcessor.from_pretrained(source))
     kept = source / "processor_config.json"
     processor.image_preset = image_preset or (read_json(kept).get("image_preset") if kept.is_file() else None)
     processor.save_pretrained(folder)
@@ -361,11 +394,6 @@ def make_current(
         for name in COPIED_TOKENIZER_FILES:
             if (source / name).is_file():
                 shutil.copy(source / name, folder / name)
-    if (source / GENERATION_FILE).is_file():
-        shutil.copy(source / GENERATION_FILE, folder / GENERATION_FILE)
-    write_surroundings(folder, config)
-    write_manifest(folder, written)
-    return tensors, config
 
 
 def _write_native(source: Path, folder: Path) -> Converted:

@@ -1,11 +1,12 @@
 """``openvla upgrade``: give a saved folder today's code and configuration; its weights stay as they are.
 
 A folder carries the code that it was saved with. Published folders carry code for transformers 4.40.1; folders of an
-older openvla carry code that a newer transformers may break. This replaces the code, rewrites config.json and the
-processor's files for every supported transformers, and keeps everything else: weights (linked, not copied), tokenizer,
-statistics, README.md, your own files. Whole models, 8- and 4-bit models and adapters (LoRA) alike.
+older openvla carry code that a newer transformers may break. This replaces that code, rewrites config.json and the
+processor's files for every supported transformers, adds README.md and openvla_manifest.json where they are missing, and
+keeps the rest: weights (linked, not copied), tokenizer, statistics, your own files. Whole models, 8- and 4-bit models
+and adapters (LoRA) alike. With OUT, hidden files stay behind; from a Hub id, only the model's files are fetched.
 
-pytorch_model.bin, OpenVLA-OFT's part files and native runs need other weights files: ``openvla convert`` makes them.
+pytorch_model.bin, OpenVLA-OFT's part files and native runs need other weights files: openvla convert makes them.
 
 Examples:
   openvla upgrade my-openvla upgraded
@@ -18,43 +19,69 @@ Examples:
 from __future__ import annotations
 
 import argparse
+import contextlib
 import errno
 import json
 import os
 import re
 import shutil
+import stat
 from pathlib import Path
 from typing import Any
 
 from .adapter_files_openvla import ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE, read_adapter
-from .checkpoint_files import has_safetensors, require_equal, weight_files
-from .checkpoint_folder import GENERATION_FILE, MANIFEST_FILE, appearing_whole, write_card, write_surroundings
-from .convert_checkpoint import kind_of, link_or_copy, make_current
+from .checkpoint_files import has_safetensors, require_equal, shapes, weight_files
+from .checkpoint_folder import (
+    GENERATION_FILE,
+    MANIFEST_FILE,
+    appearing_whole,
+    clear_after_killed_runs,
+    write_card,
+    write_manifest,
+    write_surroundings,
+)
+from .convert_checkpoint import (
+    TOKENIZER_FILES,
+    current_config,
+    kind_of,
+    link_or_copy,
+    link_weights,
+    require_fit,
+    write_processor,
+)
 from .download_checkpoint import local_folder
-from .loading import MODEL_CLASSES
 from .native_checkpoint import read_json
 from .oft_checkpoint import part_files
 from .publish import publish
 from .publishing_openvla import CARD_FILE
 
 CONFIG_FILES = ("config.json", "preprocessor_config.json", "processor_config.json")
-OWN_CODE = re.compile(r"\w+_openvla\.py")
+# Code files that saved folders carry: the published code's, and every name that an openvla has ever shipped.
+OLD_CODE = {f"{part}_prismatic.py" for part in ("configuration", "modeling", "processing")}
+OLD_CODE |= {path.name for path in Path(__file__).parent.glob("*_openvla.py")}
 WEIGHTS = (".safetensors", ".safetensors.index.json")
-# Temporary names under which this package, huggingface_hub and others write before they rename.
-TEMPORARY = re.compile(r".*\.(tmp|partial|incomplete)")
+# Temporary names under which this package and huggingface_hub write before they rename.
+TEMPORARY = re.compile(r"\..*\.\d+\.tmp|.*\.incomplete")
+COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``openvla upgrade``."""
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("source", metavar="DIR_OR_ID", help="saved folder, or Hub id")
-    parser.add_argument("target", metavar="OUT", type=Path, nargs="?", help="folder to write; must not exist")
-    parser.add_argument("--in-place", action="store_true", help="replace the folder itself, at once or not at all")
-    parser.add_argument("--overwrite", action="store_true", help="replace OUT")
+    parser.add_argument(
+        "target", metavar="OUT", type=Path, nargs="?", help="folder to write; must not exist without --overwrite"
+    )
+    parser.add_argument(
+        "--in-place", action="store_true", help="in place of OUT: replace the folder itself, at once or not at all"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace OUT, if it is a saved folder")
     parser.add_argument("--revision", help="of a Hub id: branch, tag or commit (default main)")
     parser.add_argument("--token", help="of a Hub id: access token (default that of `hf auth login`, or $HF_TOKEN)")
-    parser.add_argument("--publish", action="store_true", help="of a Hub id: also commit the result to its repository")
-    parser.add_argument("--create-pr", action="store_true", help="of a Hub id: open a pull request with the result")
+    parser.add_argument(
+        "--publish", action="store_true", help="of a Hub id: also commit OUT to its repository, on --revision's branch"
+    )
+    parser.add_argument("--create-pr", action="store_true", help="of a Hub id: open a pull request with OUT")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -64,6 +91,11 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(
             f"--publish and --create-pr need a Hub id (organization/name), got {args.source}; for a folder run "
             "openvla publish OUT REPO_ID afterwards."
+        )
+    if pushes and args.revision and (args.create_pr or COMMIT.fullmatch(args.revision)):
+        raise ValueError(
+            "--publish needs a branch as --revision, and --create-pr takes none (it goes to main); got "
+            f"{args.revision}. Leave out what does not fit, or run openvla publish OUT REPO_ID afterwards."
         )
     removed = upgrade(
         args.source,
@@ -120,25 +152,33 @@ def upgrade(
     """
     if in_place == (target is not None):
         raise ValueError("An upgrade needs OUT, the folder to write, or --in-place; give one of them.")
-    if in_place and not Path(source).exists():
+    if os.path.lexists(Path(source).parent):
+        clear_after_killed_runs(Path(os.path.abspath(source)))
+    if in_place and not Path(source).is_dir():
         raise ValueError(f"--in-place is for a folder; {source} is none. Give OUT.")
     folder = local_folder(source, revision=revision, token=token)
+    if not folder.is_dir():
+        raise ValueError(f"{source} is a file; give the folder that it lies in.")
     if in_place:
-        target = folder = folder.resolve()
-    target = Path(target)
-    if target.exists() and not (in_place or overwrite):
-        raise FileExistsError(f"{target} exists; give another name, or --overwrite to replace it.")
+        folder = folder.resolve()
+    target = folder if in_place else Path(target)
+    if not in_place:
+        _require_writable(target, folder, overwrite)
     _require_upgradable(folder)
     before = _state(folder)
-    old_code = _code(folder)
+    old_code = sorted(name for name in OLD_CODE if (folder / name).is_file())
     try:
         with appearing_whole(target) as new:
             _write(folder, new, target.name)
             _carry_over(folder, new, {MANIFEST_FILE, *old_code}, everything=in_place)
+            if in_place:
+                _keep_owners(folder, new)
             changed = _differences(folder, new)
             written = dict(set(_state(folder).items()) ^ set(before.items()))
             if written:
                 raise ValueError(_being_written(folder, min(written)))
+            if not in_place:
+                _require_writable(target, folder, overwrite)
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise
@@ -146,7 +186,22 @@ def upgrade(
     removed = [name for name in old_code if not (target / name).is_file()]
     print(f"{source}: {'; '.join(changed + [f'removed {name}' for name in removed]) or 'current already'}")
     print(f"{target}: complete, weights as they were")
+    if in_place and Path(os.path.abspath(source)) == Path(os.environ.get("PWD", "")):
+        print(f"This folder was replaced while your shell is in it; go there again: cd {target}")
     return removed
+
+
+def _require_writable(target: Path, folder: Path, overwrite: bool) -> None:
+    """Raise where OUT may not be written, or replaced."""
+    here, there = folder.resolve(), Path(os.path.realpath(target))
+    if here == there or here in there.parents or there in here.parents:
+        raise ValueError(f"OUT ({target}) must lie beside {folder}, not in it or around it; or use --in-place.")
+    if not os.path.lexists(target):
+        return
+    if not overwrite:
+        raise FileExistsError(f"{target} exists; give another name, or --overwrite to replace it.")
+    if not (target / "config.json").is_file():
+        raise FileExistsError(f"{target} is no saved folder (it has no config.json), so it is not replaced.")
 
 
 def _require_upgradable(folder: Path) -> None:
@@ -154,6 +209,8 @@ def _require_upgradable(folder: Path) -> None:
     temporary = sorted(path.name for path in folder.iterdir() if TEMPORARY.fullmatch(path.name))
     if temporary:
         raise ValueError(_being_written(folder, temporary[0]))
+    if _is_adapter(folder) and not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"{folder} is an adapter of peft alone: it has no config.json and no code to upgrade.")
     read_json(folder / "config.json")
     kind = kind_of(folder)
     needs_convert = None
@@ -173,22 +230,33 @@ def _is_adapter(folder: Path) -> bool:
 
 def _write(source: Path, folder: Path, name: str) -> None:
     """Write what is new: configuration, code, processor; link the weights."""
+    fields = read_json(source / "config.json")
+    config = current_config(source, fields)
+    if (source / "preprocessor_config.json").is_file() and any((source / file).is_file() for file in TOKENIZER_FILES):
+        write_processor(source, folder, config)
     if _is_adapter(source):
         read_adapter(source)  # raises where it is damaged
-        fields = read_json(source / "config.json")
         link_or_copy(source / ADAPTER_WEIGHTS_FILE, folder / ADAPTER_WEIGHTS_FILE)
-        write_surroundings(folder, MODEL_CLASSES[fields["model_type"]].config_class.from_dict(fields))
-        (folder / GENERATION_FILE).unlink()  # the base's counts
+        write_surroundings(folder, config)
+        if not (source / GENERATION_FILE).is_file():
+            (folder / GENERATION_FILE).unlink()  # the base's counts
         return
-    make_current(source, folder)
+    files = weight_files(source)
+    if "quantization_config" not in fields:  # packed weights have shapes of their own
+        require_fit(shapes(files), config, source)
+    written = link_weights(source, folder, files)
     if (source / MANIFEST_FILE).is_file():
         try:
-            require_equal(weight_files(folder), read_json(source / MANIFEST_FILE)["tensors"])
+            require_equal(files, read_json(source / MANIFEST_FILE)["tensors"])
         except ValueError as error:
             raise ValueError(
                 f"{str(error).rstrip('.')}; if the weights were changed on purpose, delete {MANIFEST_FILE} and run it "
                 "again."
             ) from error
+    if (source / GENERATION_FILE).is_file():
+        shutil.copy(source / GENERATION_FILE, folder / GENERATION_FILE)
+    write_surroundings(folder, config)
+    write_manifest(folder, written)
     if not (source / CARD_FILE).is_file():
         write_card(folder, name)
 
@@ -202,38 +270,55 @@ def _carry_over(source: Path, folder: Path, left_out: set[str], everything: bool
         left_out: Names that are not wanted there.
         everything: Hidden files, too.
     """
+
+    def carry(path: str | os.PathLike, new: str | os.PathLike) -> None:
+        link = everything or str(path).endswith(WEIGHTS)
+        (link_or_copy if link else shutil.copy2)(path, new)
+
     for path in sorted(source.iterdir()):
-        if path.name in left_out or not (everything or not path.name.startswith(".")):
+        new = folder / path.name
+        hidden = path.name.startswith(".") and not everything
+        if path.name in left_out or hidden or os.path.lexists(new):
             continue
-        if (folder / path.name).exists():
-            continue
-        carry = link_or_copy if everything or path.name.endswith(WEIGHTS) else shutil.copy2
-        if path.is_dir():
-            shutil.copytree(path, folder / path.name, copy_function=carry)
+        if path.is_symlink() and (everything or not path.exists()):
+            new.symlink_to(os.readlink(path))
+        elif path.is_symlink() and path.is_dir():
+            new.symlink_to(path.resolve())
+        elif path.is_dir():
+            shutil.copytree(path, new, copy_function=carry, symlinks=True)
         else:
-            carry(path, folder / path.name)
+            carry(path, new)
 
 
-def _code(folder: Path) -> list[str]:
-    """Return the names of the code files that came with the folder: those that its JSON files name, and ours."""
-    names = {path.name for path in folder.glob("*.py") if OWN_CODE.fullmatch(path.name)}
-    for file in (*CONFIG_FILES, "tokenizer_config.json"):
-        if not (folder / file).is_file():
+def _keep_owners(source: Path, folder: Path) -> None:
+    """Give the new folder and its files the modes and owners of those that they replace."""
+    for path in [folder, *folder.iterdir()]:
+        old = source / path.relative_to(folder)
+        found = (old if os.path.lexists(old) else source).lstat()
+        if path.is_symlink():
             continue
-        references = (read_json(folder / file).get("auto_map") or {}).values()
-        flat = [name for entry in references for name in (entry if isinstance(entry, list) else [entry]) if name]
-        names |= {f"{name.rpartition('--')[2].split('.')[0]}.py" for name in flat}
-    return sorted(name for name in names if (folder / name).is_file())
+        if old.exists():
+            os.chmod(path, stat.S_IMODE(found.st_mode))
+        if (found.st_uid, found.st_gid) != (path.stat().st_uid, path.stat().st_gid):
+            with contextlib.suppress(PermissionError):  # only root may give files away
+                os.chown(path, found.st_uid, found.st_gid)
 
 
 def _state(folder: Path) -> dict[str, tuple[int, int]]:
     """Return size and time of change of every file, by which a writer is noticed."""
-    files = [path for path in folder.rglob("*") if path.is_file()]
-    return {str(path.relative_to(folder)): (path.stat().st_size, path.stat().st_mtime_ns) for path in files}
+    found = {}
+    for where, _, names in os.walk(folder):
+        for name in names:
+            path = Path(where, name)
+            found[str(path.relative_to(folder))] = (path.lstat().st_size, path.lstat().st_mtime_ns)
+    return found
 
 
 def _being_written(folder: Path, name: str) -> str:
-    return f"{folder} is being written ({name}); nothing was changed. Run it again when the folder is complete."
+    return (
+        f"{folder} is being written ({name}); nothing was changed. Run it again when the folder is complete, or delete "
+        "that file if nothing writes it."
+    )
 
 
 def _differences(source: Path, folder: Path) -> list[str]:
@@ -249,7 +334,8 @@ def _differences(source: Path, folder: Path) -> list[str]:
             fields = sorted(key for key in {*old, *new} if old.get(key) != new.get(key))
             if fields:
                 said.append(f"{name}: {', '.join(fields)}")
-    return said
+    added = {path.name for path in folder.iterdir()} - {path.name for path in source.iterdir()} - set(code)
+    return [*said, f"added {', '.join(sorted(added))}"] if added else said
 
 
 def _same(one: Path, other: Path) -> bool:

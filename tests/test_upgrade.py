@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -88,6 +89,7 @@ def test_a_published_folder(tmp_path):
     for name in ("modeling_prismatic.py", "configuration_prismatic.py", "processing_prismatic.py"):
         (source / name).write_text("import timm_of_long_ago\n")
     (source / "my_robot.py").write_text("mine")
+    (source / "eval_openvla.py").write_text("mine")
     (source / "README.md").write_text("my card")
     (source / "logs").mkdir()
     (source / "logs" / "losses.txt").write_text("1 2 3")
@@ -98,7 +100,14 @@ def test_a_published_folder(tmp_path):
     assert removed == ["configuration_prismatic.py", "modeling_prismatic.py", "processing_prismatic.py"]
     assert contents(source) == before
     after = contents(tmp_path / "new")
-    kept = {"my_robot.py", "README.md", "logs/losses.txt", "model.safetensors", "generation_config.json"}
+    kept = {
+        "my_robot.py",
+        "eval_openvla.py",
+        "README.md",
+        "logs/losses.txt",
+        "model.safetensors",
+        "generation_config.json",
+    }
     assert {name: after[name] for name in kept} == {name: before[name] for name in kept}
     assert not set(removed) & set(after)
     assert json.loads(after["config.json"])["auto_map"]["AutoModel"] == "modeling_openvla.OpenVLAForActionPrediction"
@@ -138,6 +147,89 @@ def test_an_adapter(saved, tmp_path):
     assert files["adapter_model.safetensors"] == expected["adapter_model.safetensors"]
     assert files["modeling_openvla.py"] == (REPOSITORY / "modeling_openvla.py").read_bytes()
     OpenVLAForActionPrediction.from_pretrained(tmp_path / "new")
+
+
+def test_an_adapter_s_own_statistics_and_processor(saved, tiny, tmp_path):
+    pytest.importorskip("peft")
+    upgrade(saved, tmp_path / "base")
+    model = OpenVLAForActionPrediction.from_pretrained(tmp_path / "base")
+    model.enable_lora(r=2, targets="language")
+    model.save_pretrained(tmp_path / "adapter")
+    tiny.processor.save_pretrained(tmp_path / "adapter")
+    file = tmp_path / "adapter" / "dataset_statistics.json"
+    mine = {"my_robot": {"action": {"q01": [-5.0] * 7, "q99": [5.0] * 7, "mask": [True] * 7}}}
+    file.write_text(json.dumps({**json.loads(file.read_text()), **mine}))
+    for name in ("preprocessor_config.json", "tokenizer_config.json"):  # as published processors name their code
+        fields = json.loads((tmp_path / "adapter" / name).read_text())
+        fields["auto_map"] = {"AutoProcessor": "processing_prismatic.PrismaticProcessor"}
+        write_json(tmp_path / "adapter" / name, fields)
+    upgrade(tmp_path / "adapter", in_place=True)
+    assert json.loads(file.read_text())["my_robot"] == mine["my_robot"]
+    fields = json.loads((tmp_path / "adapter" / "preprocessor_config.json").read_text())
+    assert fields["auto_map"]["AutoProcessor"] == "processing_openvla.OpenVLAProcessor"
+    assert "my_robot" in OpenVLAForActionPrediction.from_pretrained(tmp_path / "adapter").norm_stats
+
+
+def test_code_of_the_user_s_own_stays(saved, tmp_path):
+    """Also where a configuration names it: a tokenizer's class, a model class."""
+    (saved / "my_tokenizer.py").write_text("mine")
+    (saved / "my_model.py").write_text("mine")
+    for name, reference in (("config.json", "my_model.M"), ("tokenizer_config.json", [None, "my_tokenizer.T"])):
+        fields = json.loads((saved / name).read_text())
+        fields["auto_map"] = {"AutoModel" if name == "config.json" else "AutoTokenizer": reference}
+        write_json(saved / name, fields)
+    assert upgrade(saved, in_place=True) == []
+    assert (saved / "my_tokenizer.py").read_text() == (saved / "my_model.py").read_text() == "mine"
+
+
+def test_a_model_without_a_processor(tiny, tmp_path, capsys):
+    tiny.model.save_pretrained(tmp_path / "model")
+    upgrade(tmp_path / "model", in_place=True)
+    assert "added README.md, openvla_manifest.json" in capsys.readouterr().out
+    assert not (tmp_path / "model" / "preprocessor_config.json").exists()
+    AutoModelForVision2Seq.from_pretrained(tmp_path / "model")
+
+
+def test_links_modes_and_owners_in_place(saved, tmp_path):
+    (tmp_path / "dataset").mkdir()
+    (saved / "data").symlink_to("../dataset")
+    (saved / "gone").symlink_to("nowhere")
+    (saved / "logs").mkdir()
+    (saved / "logs" / "self").symlink_to(".")
+    os.chmod(saved, 0o700)
+    os.chmod(saved / "config.json", 0o600)
+    upgrade(saved, tmp_path / "new")
+    assert (tmp_path / "new" / "data").resolve() == tmp_path / "dataset"
+    upgrade(saved, in_place=True)
+    assert os.readlink(saved / "data") == "../dataset"
+    assert os.readlink(saved / "gone") == "nowhere"
+    assert os.readlink(saved / "logs" / "self") == "."
+    assert (saved.stat().st_mode & 0o777, (saved / "config.json").stat().st_mode & 0o777) == (0o700, 0o600)
+
+
+def test_what_a_killed_upgrade_moved_aside_comes_back_first(saved, tmp_path):
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    saved.rename(tmp_path / f".saved.{platform.node()}.{gone.pid}.previous")
+    upgrade(saved, in_place=True)
+    assert verify(saved)
+
+
+def test_out_is_never_in_or_around_the_source(saved, tmp_path):
+    before = contents(tmp_path)
+    for out in (saved, saved / "out", tmp_path):
+        with pytest.raises(ValueError, match="must lie beside"):
+            upgrade(saved, out, overwrite=True)
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "precious" / "file").write_text("mine")
+    with pytest.raises(FileExistsError, match="no saved folder"):
+        upgrade(saved, tmp_path / "precious", overwrite=True)
+    shutil.rmtree(tmp_path / "precious")
+    assert contents(tmp_path) == before
+    upgrade(saved, tmp_path / "out")
+    with pytest.raises(FileExistsError, match="give another name"):
+        upgrade(saved, tmp_path / "out")
+    upgrade(saved, tmp_path / "out", overwrite=True)
 
 
 def test_quantised_weights(saved, tmp_path, frames):
@@ -283,7 +375,10 @@ def test_wrong_arguments(saved, tmp_path, capsys):
     for arguments, message in (
         ([str(saved)], "needs OUT"),
         ([str(saved), str(tmp_path / "new"), "--in-place"], "needs OUT"),
-        ([str(saved), str(saved)], "exists; give another name"),
+        ([str(saved), str(tmp_path / "weights")], "exists; give another name"),
+        ([str(saved / "config.json"), str(tmp_path / "new")], "is a file"),
+        (["me/robot", str(tmp_path / "new"), "--create-pr", "--revision", "v1"], "takes none"),
+        (["me/robot", str(tmp_path / "new"), "--publish", "--revision", "0" * 40], "needs a branch"),
         (["nobody/nothing", "--in-place"], "--in-place is for a folder"),
         ([str(saved), str(tmp_path / "new"), "--publish"], "need a Hub id"),
         ([str(native_run("fused", tmp_path / "run")), str(tmp_path / "new")], "native run; make a folder of it"),
