@@ -201,7 +201,7 @@ def _require_writable(target: Path, folder: Path, overwrite: bool) -> None:
     if not overwrite:
         raise FileExistsError(f"{target} exists; give another name, or --overwrite to replace it.")
     if not (target / "config.json").is_file():
-        raise FileExistsError(f"{target} is no saved folder (it has no config.json), so it is not replaced.")
+        raise FileExistsError(f"{target} is no saved folder (no config.json) and is kept; give another name.")
 
 
 def _require_upgradable(folder: Path) -> None:
