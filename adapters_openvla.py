@@ -49,7 +49,7 @@ def _as_transformers(name: str, own: str) -> Callable[..., Any]:
         return getattr(super(LoraMixin, self), name)(*args, **kwargs)
 
     method.__name__ = name
-    method.__doc__ = f"As transformers' own; :meth:`{own}` needs no particular version of peft."
+    method.__doc__ = f"Do as transformers' own method; :meth:`{own}` needs no particular version of peft."
     return method
 
 

@@ -56,7 +56,8 @@ from .publish import publish
 from .publishing_openvla import CARD_FILE
 
 CONFIG_FILES = ("config.json", "preprocessor_config.json", "processor_config.json")
-# Code files that saved folders carry: the published code's, and every name that an openvla has ever shipped.
+# Code files that saved folders carry: the published code's and ours. So far every name that was ever shipped still is;
+# add the old name here when a shipped file is renamed or dropped.
 OLD_CODE = {f"{part}_prismatic.py" for part in ("configuration", "modeling", "processing")}
 OLD_CODE |= {path.name for path in Path(__file__).parent.glob("*_openvla.py")}
 WEIGHTS = (".safetensors", ".safetensors.index.json")

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import subprocess
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,7 +16,7 @@ OLD_SCRIPTS = "`torch_dtype` is deprecated!"  # what transformers says of a scri
 
 
 def pytest_collection_modifyitems(items):
-    """What a library changed is reported first, by its name, before whatever else fails because of it."""
+    """Run the tests of the library surface first, so that a changed name is reported before the failures it causes."""
     items.sort(key=lambda item: item.path.name != "test_library_surface.py")
 
 
@@ -58,6 +59,20 @@ def golden(request, tmp_path_factory):
 @pytest.fixture(scope="session")
 def fused_folder(tmp_path_factory):
     return published_folder("fused", tmp_path_factory.mktemp("fused") / "published")
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 1 MB."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder], capture_output=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip("needs the right to mount a small tmpfs")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
 
 
 @pytest.fixture(scope="session")

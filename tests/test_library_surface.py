@@ -1,4 +1,4 @@
-"""What the libraries under this package no longer have fails here, by its name, before anything else does."""
+"""Check every name of other libraries that this package relies on; a missing one fails under its own name."""
 
 import ast
 import importlib.metadata
@@ -66,7 +66,7 @@ def defined():
 
 
 def lacks_a_listed_name(error):
-    """Whether a library wants a name of transformers whose own check fails; one failure is then enough."""
+    """Return whether an import failed for want of a listed name of transformers, which has a check of its own."""
     wanted = re.match(r"cannot import name '(\w+)' from 'transformers", str(error))
     return wanted is not None and wanted[1] in {touch.name for touch in SURFACE if touch.library == "transformers"}
 

@@ -26,7 +26,7 @@ def commands(workflow):
 
 
 def default_lanes():
-    """What ``ci/lanes.sh`` runs when nobody says otherwise: ``name=${NAME:-these words}``."""
+    """Return the default words of a variable in ``ci/lanes.sh``, written ``name=${NAME:-these words}``."""
     lists = dict(re.findall(r"^(\w+)=\$\{\w+:?-([^}]*)\}", read("ci", "lanes.sh"), re.MULTILINE))
     return set(f"{lists['lanes']} {lists['beside']}".split())
 

@@ -336,7 +336,6 @@ def test_a_folder_that_changes_meanwhile(saved, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "_write", while_somebody_writes)
     with pytest.raises(ValueError, match=r"is being written \(config.json\)"):
         upgrade(saved, in_place=True)
-    assert "0.1.0" not in os.listdir(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["saved", "weights"]
 
 
@@ -355,20 +354,10 @@ def test_a_full_disk(saved, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_disk_that_is_really_full(saved, tmp_path):
-    small = tmp_path / "small"
-    small.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", small], capture_output=True, check=False
-    )
-    if mounted.returncode:
-        pytest.skip("needs the right to mount a small tmpfs")
-    try:
-        with pytest.raises(OSError, match="No space left on the disk of"):
-            upgrade(saved, small / "new")
-        assert list(small.iterdir()) == []
-    finally:
-        subprocess.run(["umount", small], check=True)
+def test_a_disk_that_is_really_full(saved, small_disk):
+    with pytest.raises(OSError, match="No space left on the disk of"):
+        upgrade(saved, small_disk / "new")
+    assert list(small_disk.iterdir()) == []
 
 
 def test_wrong_arguments(saved, tmp_path, capsys):
