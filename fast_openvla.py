@@ -26,13 +26,13 @@ from transformers.utils import logging
 
 from .compatibility_openvla import attention_implementation, rotary_fields
 from .decoding_openvla import only, positions_of
+from .own_functions_openvla import changed_number, head_dim, is_hooked, patched_function, rotary_of
 
 logger = logging.get_logger(__name__)
 
 # Language models of one shape: rotary positions, a norm before attention and one before a gated MLP.
 FAMILIES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM")
 NORMS = tuple(f"{family.removesuffix('ForCausalLM')}RMSNorm" for family in FAMILIES)
-TABLE = 512  # positions that a table of rotations is made for, or a multiple
 PLAIN_ROTARY = {"rope_theta", "rope_type", "type"}
 FUSED = "_small_operations_are_fused"  # an attribute of the language model
 
@@ -55,17 +55,17 @@ def reason_against(language_model: nn.Module, length: int) -> str | None:
     if windowed and (getattr(config, "sliding_window", None) or length) < length:
         return f"its attention slides over {config.sliding_window} positions, fewer than {length}"
     decoder = language_model.get_decoder()
-    if _is_hooked(decoder) or _is_hooked(language_model):
+    if is_hooked(decoder) or is_hooked(language_model):
         return "hooks hang on its decoder"
     for layer in decoder.layers:
         for part in (layer, layer.self_attn, layer.mlp):
             if not type(part).__name__.startswith(name.removesuffix("ForCausalLM")):
                 return f"a {type(part).__name__} is among its layers"
-            if _is_hooked(part):
+            if is_hooked(part):
                 return "hooks hang on its layers, or they are spread over devices"
         if any(type(part).__name__ == "Linear8bitLt" for part in (*layer.self_attn.children(), *layer.mlp.children())):
             return "its weights are LLM.int8, where what else is in a product changes a row's result"
-    return None
+    return changed_number(language_model) or patched_function(language_model)
 
 
 def goes_fast(fast: bool | None, language_model: nn.Module, length: int) -> bool:
@@ -122,23 +122,20 @@ class _Fused:
         return self.function(*tensors)
 
 
-def _is_hooked(module: nn.Module) -> bool:
-    """Whether calling it does more than its class says: hooks, accelerate's or kernels put in its place."""
-    own = module.__dict__
-    return bool(own["_forward_hooks"] or own["_forward_pre_hooks"] or "_hf_hook" in own or "forward" in own)
-
-
-@functools.cache  # for good: recorded answers read these tables
-def _rotation(theta: float, dim: int, length: int, device: torch.device, dtype: torch.dtype) -> tuple:
-    """Cosines and sines ``(length, dim)`` of rotary positions (Su et al. 2021), rounded as transformers does.
+def _rotation(frequencies: torch.Tensor, length: int, device: torch.device, dtype: torch.dtype) -> tuple:
+    """Compute cosines and sines ``(length, dim)`` of rotary positions (Su et al. 2021), rounded as transformers does.
 
     The first half of the sines is negated, so that a rotation need not negate half of what it turns.
+
+    Args:
+        frequencies: ``(dim / 2,)``, as the model has them now, so that a change of them counts.
+        length: Number of positions.
+        device: Of the result.
+        dtype: Of the result.
     """
-    with torch.inference_mode(False):  # whoever asks next may need gradients
-        frequencies = 1.0 / (theta ** (torch.arange(0, dim, 2, dtype=torch.int64, device="cpu").float() / dim))
-        angles = torch.arange(length, device=device)[:, None].float() * frequencies.to(device)
-        sines = angles.sin().to(dtype)
-        return torch.cat([angles, angles], dim=-1).cos().to(dtype), torch.cat([-sines, sines], dim=-1)
+    angles = torch.arange(length, device=device)[:, None].float() * frequencies.to(device, torch.float32)
+    sines, cosines = angles.sin().to(dtype), angles.cos().to(dtype)
+    return torch.cat([cosines, cosines], dim=-1), torch.cat([-sines, sines], dim=-1)
 
 
 def _rotated(x: torch.Tensor, rotation: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -164,7 +161,7 @@ def _bare(module: nn.Module, fused: bool = False) -> Callable[[torch.Tensor], to
         fused: Whether a norm is one kernel.
     """
     kind, weight = type(module), getattr(module, "weight", None)
-    if not _is_hooked(module) and (weight is None or type(weight) is nn.Parameter):
+    if not is_hooked(module) and (weight is None or type(weight) is nn.Parameter):
         if kind is nn.Linear:
             return functools.partial(F.linear, weight=weight, bias=module.bias)
         if kind.__name__ in NORMS:
@@ -239,11 +236,10 @@ class FastDecoder:
         self.layers, self.norm = [_Layer(layer, fused) for layer in decoder.layers], _bare(decoder.norm, fused)
         self.rotated = (lambda x, turn: _fused_rotated(x, *turn)) if fused else _rotated
         self.heads, self.groups = config.num_attention_heads, config.num_key_value_heads
-        self.dim = getattr(config, "head_dim", None) or config.hidden_size // self.heads
+        self.dim = head_dim(config)
         self.visible, self.causal = None if mask is None else mask.to(torch.bool), causal
         self.positions = torch.arange(length, device=like.device)[None]
-        theta = float(rotary_fields(config)["rope_theta"])
-        tables = _rotation(theta, self.dim, -(-length // TABLE) * TABLE, like.device, like.dtype)
+        tables = _rotation(rotary_of(decoder).inv_freq, length, like.device, like.dtype)
         places = self.positions if mask is None else positions_of(mask)
         self.rotation = tuple(table[places][:, :, None] for table in tables)  # (batch or 1, length, 1, dim)
         kept = len(self.layers) if causal else 1  # without causality nothing can be added to a sequence

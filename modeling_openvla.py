@@ -30,6 +30,7 @@ from .fast_openvla import decode_fast, draft_tokens, goes_fast
 from .graphs_openvla import recorded
 from .heads_openvla import NoiseSchedule  # noqa: F401
 from .norm_stats_openvla import NormStatsMixin
+from .own_functions_openvla import head_dim  # noqa: F401
 from .parallel_openvla import ChunkOutput, ParallelDecodingMixin, refuse_loose_parts, with_action_slots
 from .prismatic_openvla import PrismaticCausalLMOutputWithPast, PrismaticForConditionalGeneration
 from .publishing_openvla import PushToHub  # noqa: F401

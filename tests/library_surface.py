@@ -477,7 +477,8 @@ SURFACE: tuple[Touch, ...] = (
         library="bitsandbytes",
     ),
     *touches(
-        "graphs_openvla lean_training fast_openvla parallel_openvla prepacked_model quantization_openvla archive_files",
+        "graphs_openvla lean_training own_functions_openvla parallel_openvla prepacked_model quantization_openvla "
+        "archive_files",
         "Use what took the place of {name} in {files}, and the old one where torch still has it.",
         *parts("nn.Module.", lambda: SimpleNamespace(**nn.Linear(1, 1).__dict__), *MODULE_DICTS),
         *members("nn.Module.", "torch.nn:Module.", "_save_to_state_dict", "_load_from_state_dict"),
@@ -485,13 +486,14 @@ SURFACE: tuple[Touch, ...] = (
         *(row(f"torch.ops.mkldnn.{name}", functools.partial(check_onednn, name)) for name in ONEDNN),
         *members("torch._inductor.config.", "torch._inductor.config:", "emulate_precision_casts"),
         *members("torch._subclasses.fake_tensor.", "torch._subclasses.fake_tensor:", "FakeTensorMode"),
+        *members("torch.", "torch.nn.modules.module:", "_global_forward_hooks", "_global_forward_pre_hooks"),
         row("UntypedStorage._checkpoint_offset", holds(mapped_storage, "_checkpoint_offset")),
         library="torch",
     ),
     *touches(
-        "fast_openvla graphs_openvla prismatic_openvla",
-        "Ask for the new name of {name}: _is_hooked in fast_openvla.py, _records in graphs_openvla.py, _left_empty in "
-        "prismatic_openvla.py.",
+        "own_functions_openvla graphs_openvla prismatic_openvla",
+        "Ask for the new name of {name}: is_hooked in own_functions_openvla.py, _records in graphs_openvla.py, "
+        "_left_empty in prismatic_openvla.py.",
         row("nn.Module._hf_hook", holds(hooked, "_hf_hook")),
         row("PreTrainedModel.hf_device_map", holds(dispatched, "hf_device_map")),
         library="accelerate",

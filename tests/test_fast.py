@@ -1,5 +1,7 @@
 """The fast way gives what the language model's own forward gives, or is not taken."""
 
+import functools
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 from types import SimpleNamespace
@@ -7,10 +9,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from openvla import OpenVLAForActionPrediction, fast_openvla, quantization_config
+from openvla import OpenVLAForActionPrediction, fast_openvla, own_functions_openvla, quantization_config
 from openvla.compatibility_openvla import QUANTIZES_ON_CPU
 from openvla.decoding_openvla import decode_greedily
-from openvla.fast_openvla import TABLE, FastDecoder, decode_fast, fuse, goes_fast, reason_against
+from openvla.fast_openvla import FastDecoder, decode_fast, fuse, goes_fast, reason_against
+from openvla.own_functions_openvla import rotary_of
 from openvla.tiny import build_tiny
 from transformers import AutoConfig, AutoModelForCausalLM
 from ways import adapt, alike, changes, needs_compiler
@@ -161,13 +164,127 @@ def test_weights_that_changed_since_the_last_answer_count(frames):
 
 @pytest.mark.lane
 def test_an_answer_under_inference_mode_leaves_nothing_behind():
-    fast_openvla._rotation.cache_clear()
+    model = language_model("llama")
     with torch.inference_mode():
-        decode_fast(language_model("llama"), prompt(), None, 2)
-    assert fast_openvla._rotation.cache_info().currsize == 1
-    table, _ = fast_openvla._rotation(10000.0, 8, TABLE, torch.device("cpu"), torch.float32)
-    assert fast_openvla._rotation.cache_info().hits == 1
-    (torch.ones(8, requires_grad=True) * table).sum().backward()
+        decode_fast(model, prompt(), None, 2)
+    rotation = FastDecoder(model, prompt(), 9).rotation
+    (torch.ones(8, requires_grad=True) * rotation[0]).sum().backward()
+
+
+def half(function):
+    def patched(*args, **kwargs):
+        out = function(*args, **kwargs)
+        return out * 0.5 if torch.is_tensor(out) else (out[0] * 0.5, *out[1:])
+
+    return patched
+
+
+def patch_class(monkeypatch, model, part):
+    kind = type(part(model.get_decoder()))
+    monkeypatch.setattr(kind, "forward", half(kind.forward))
+
+
+def patch_call(monkeypatch, model):
+    kind = type(model.get_decoder().layers[0].mlp)
+    monkeypatch.setattr(kind, "__call__", half(kind.__call__))
+
+
+def patch_wrapped(monkeypatch, model):
+    kind = type(model.get_decoder().layers[0].mlp)
+    monkeypatch.setattr(kind, "forward", functools.wraps(kind.forward)(half(kind.forward)))
+
+
+def patch_function(monkeypatch, model):
+    module = sys.modules[type(model).__module__]
+    monkeypatch.setattr(module, "rotate_half", half(module.rotate_half))
+
+
+def patch_table(monkeypatch, model):
+    table = getattr(sys.modules[type(model).__module__], "ALL_ATTENTION_FUNCTIONS", None)
+    if table is None:
+        pytest.skip("this transformers has a class for each attention")
+    original = table["sdpa"]
+    monkeypatch.setitem(table, "sdpa", lambda *args, **kwargs: (original(*args, **kwargs)[0] * 0.5, None))
+
+
+def patch_scaling(monkeypatch, model):
+    attention = model.get_decoder().layers[1].self_attn
+    if "scaling" not in vars(attention):
+        pytest.skip("this transformers computes the scaling at every call")
+    monkeypatch.setattr(attention, "scaling", attention.scaling * 3)
+
+
+CLASSES = {
+    "layer": lambda decoder: decoder.layers[0],
+    "attention": lambda decoder: decoder.layers[0].self_attn,
+    "MLP": lambda decoder: decoder.layers[0].mlp,
+    "norm": lambda decoder: decoder.norm,
+    "linear layer": lambda decoder: decoder.layers[0].self_attn.q_proj,
+    "activation": lambda decoder: decoder.layers[0].mlp.act_fn,
+    "rotary embedding": rotary_of,
+}
+PATCHES = {name: functools.partial(patch_class, part=part) for name, part in CLASSES.items()}
+PATCHES |= {
+    "function of the module": patch_function,
+    "call": patch_call,
+    "wrapped forward": patch_wrapped,
+    "attention table": patch_table,
+    "scaling": patch_scaling,
+}
+
+
+@pytest.mark.lane
+@pytest.mark.parametrize("patch", PATCHES)
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_a_patched_model_runs_its_own_forward(family, patch, monkeypatch):
+    model = language_model(family)
+    _, plain = decode_fast(model, prompt(), None, 7)
+    with monkeypatch.context() as patched:
+        PATCHES[patch](patched, model)
+        _, logits = decode_greedily(model, prompt(), None, 7, None)
+        assert not torch.allclose(logits, plain, rtol=0, atol=LOGIT_ATOL)
+        assert not goes_fast(None, model, 20)
+    assert goes_fast(None, model, 20)
+    assert torch.equal(decode_fast(model, prompt(), None, 7)[1], plain)
+
+
+@pytest.mark.lane
+def test_a_hook_on_every_module_of_the_process_is_seen():
+    model = language_model("llama")
+    handle = torch.nn.modules.module.register_module_forward_hook(lambda *_: None)
+    assert "hooks" in reason_against(model, 20)
+    handle.remove()
+    assert reason_against(model, 20) is None
+
+
+@pytest.mark.lane
+@pytest.mark.parametrize("part", ["layer", "attention"])
+def test_a_class_patched_before_the_first_answer_is_seen(part, monkeypatch):
+    own_functions_openvla._places.cache_clear()
+    model = language_model("llama")
+    with monkeypatch.context() as patched:
+        patch_class(patched, model, CLASSES[part])
+        assert "is not transformers' own" in reason_against(model, 20)
+    assert reason_against(model, 20) is None
+
+
+@pytest.mark.lane
+@torch.no_grad()
+def test_changed_frequencies_count():
+    model = language_model("llama")
+    _, before = decode_fast(model, prompt(), None, 7)
+    for rotary in {rotary_of(model.get_decoder()), *filter(None, map(own_rotary, model.get_decoder().layers))}:
+        rotary.inv_freq.data.mul_(0.1)
+    tokens, logits = decode_fast(model, prompt(), None, 7)
+    own_tokens, own_logits = decode_greedily(model, prompt(), None, 7, None)
+    assert torch.equal(tokens, own_tokens)
+    assert not torch.allclose(logits, before, rtol=0, atol=LOGIT_ATOL)
+    torch.testing.assert_close(logits, own_logits, rtol=0, atol=LOGIT_ATOL)
+
+
+def own_rotary(layer):
+    return getattr(layer.self_attn, "rotary_emb", None)
 
 
 @pytest.mark.lane
