@@ -25,6 +25,7 @@ from transformers.utils.hub import extract_commit_hash
 from .configuration_openvla import PrismaticConfig, hub_keywords
 from .heads_openvla import belongs_to_answer
 from .quantization_openvla import is_quantized, quantization_name
+from .saved_folder_openvla import INDEX_FILE, SINGLE_FILE
 
 logger = logging.get_logger(__name__)
 
@@ -211,10 +212,10 @@ def weights_digest(tensors: Iterable[tuple[str, torch.Tensor]], config: Prismati
 
 
 def _tensors_of_files(source: str) -> Iterator[tuple[str, torch.Tensor]]:
-    """Names and tensors, mapped from disk, of a folder's or Hub repository's safetensors."""
-    index = optional_file(source, "model.safetensors.index.json")
+    """Yield names and tensors, mapped from disk, of the safetensors that transformers loads from a source."""
+    index = None if optional_file(source, SINGLE_FILE) else optional_file(source, INDEX_FILE)
     if index is None:
-        names = ["model.safetensors"]
+        names = [SINGLE_FILE]
     else:
         names = sorted(set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values()))
     for name in names:

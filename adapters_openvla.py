@@ -34,6 +34,7 @@ from .compatibility_openvla import DTYPE_FIELD, require_peft_of_transformers
 from .configuration_openvla import write_json
 from .heads_openvla import FILM_LAYER, HEAD_MODULES, belongs_to_answer
 from .quantization_openvla import is_quantized
+from .saved_folder_openvla import mark_code
 
 logger = logging.get_logger(__name__)
 
@@ -171,6 +172,7 @@ class LoraMixin:
         for field in ("quantization_config", "_pre_quantization_dtype"):
             config.__dict__.pop(field, None)
         custom_object_save(self, folder, config=config)
+        mark_code(folder)
         config.save_pretrained(folder)
         record = {"base": lora.base, "default_unnorm_key": config.default_unnorm_key, "answer": lora.answer}
         write_json(folder / RECORD_FILE, record)

@@ -21,9 +21,8 @@ from tqdm import tqdm
 from .archive_files import damaged_record, is_archive, mapped_to_read, require_intact
 from .configuration_openvla import write_json
 from .direct_files import PIECE, DirectWriter, Place, read_spans
+from .saved_folder_openvla import INDEX_FILE, SINGLE_FILE, warn_of_two_sets
 
-INDEX_FILE = "model.safetensors.index.json"
-SINGLE_FILE = "model.safetensors"
 PICKLED_INDEX_FILE = "pytorch_model.bin.index.json"
 PICKLED_FILE = "pytorch_model.bin"
 LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19"  # torch.save before 1.6
@@ -71,17 +70,18 @@ def read_pickle(path: Path) -> dict[str, Any]:
 
 
 def weight_files(folder: Path) -> dict[str, Path]:
-    """Which file of a Hub folder holds which tensor; files are safetensors.
+    """Return which file of a Hub folder holds which tensor, as transformers loads it; files are safetensors.
 
     Raises:
         ValueError: There are none, an index names a file outside the folder or one that is not there.
     """
-    index = folder / INDEX_FILE
+    index, single = folder / INDEX_FILE, folder / SINGLE_FILE
+    warn_of_two_sets(folder)
+    if single.is_file():
+        return dict.fromkeys(_names(single), single)
     if index.is_file():
         return _indexed(index)
-    if not (folder / SINGLE_FILE).is_file():
-        raise ValueError(f"{folder} holds neither {SINGLE_FILE} nor {INDEX_FILE}.")
-    return dict.fromkeys(_names(folder / SINGLE_FILE), folder / SINGLE_FILE)
+    raise ValueError(f"{folder} holds neither {SINGLE_FILE} nor {INDEX_FILE}.")
 
 
 def has_safetensors(folder: Path) -> bool:
@@ -98,7 +98,7 @@ def pickled_tensors(folder: Path) -> dict[str, torch.Tensor]:
         ValueError: As :func:`read_pickle` and :func:`weight_files`.
     """
     index = folder / PICKLED_INDEX_FILE
-    if not index.is_file():
+    if (folder / PICKLED_FILE).is_file() or not index.is_file():
         require_intact(folder / PICKLED_FILE)
         return read_pickle(folder / PICKLED_FILE)
     files = _indexed(index)

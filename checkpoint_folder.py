@@ -21,6 +21,7 @@ from .loading import MODEL_CLASSES
 from .modeling_openvla import STATISTICS_FILE
 from .native_checkpoint import read_json
 from .publishing_openvla import CARD_FILE, model_card
+from .saved_folder_openvla import mark_code
 
 MANIFEST_FILE = "openvla_manifest.json"
 GENERATION_FILE = "generation_config.json"
@@ -74,6 +75,7 @@ def write_surroundings(folder: Path, config: PrismaticConfig) -> None:
         ).save_pretrained(folder)
     for code in sorted(Path(__file__).parent.glob("*_openvla.py")):
         shutil.copy(code, folder / code.name)
+    mark_code(folder)
     if getattr(config, "norm_stats", None):
         write_json(folder / STATISTICS_FILE, config.norm_stats)
 

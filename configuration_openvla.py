@@ -9,6 +9,10 @@ from typing import Any
 
 from transformers import CONFIG_MAPPING, PretrainedConfig
 
+from .saved_folder_openvla import require_one_code
+
+require_one_code(__name__)
+
 from .actions_openvla import NORMALIZATION_EPSILON, NORMALIZATIONS, nearest_name, validate_norm_stats
 from .compatibility_openvla import DTYPE_FIELD
 

@@ -42,6 +42,7 @@ from .adapter_files_openvla import base_of
 from .archive_files import records, require_intact
 from .checkpoint_files import (
     INDEX_FILE,
+    SINGLE_FILE,
     differing,
     digests,
     has_safetensors,
@@ -362,7 +363,8 @@ def current_config(source: Path, fields: dict[str, Any]) -> PrismaticConfig:
 
 def link_weights(source: Path, folder: Path, files: Mapping[str, Path]) -> dict[str, str]:
     """Link a folder's weight files into another one, or copy and compare them; return the digests of all tensors."""
-    linked = [link_or_copy(file, folder / file.name) for file in {*files.values(), *source.glob(INDEX_FILE)}]
+    indexed = [] if source / SINGLE_FILE in files.values() else source.glob(INDEX_FILE)
+    linked = [link_or_copy(file, folder / file.name) for file in {*files.values(), *indexed}]
     written = digests(places_of(files))
     if not all(linked):
         require_equal(weight_files(folder), written)

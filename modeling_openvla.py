@@ -19,6 +19,10 @@ import torch
 from transformers import GenerationMixin
 from transformers.utils import logging
 
+from .saved_folder_openvla import require_one_code
+
+require_one_code(__name__)
+
 from .actions_openvla import ActionTokenizer, NormalizationStatistics, validate_norm_stats
 from .adapter_files_openvla import adapter_source, base_of, base_record, optional_file, revision_of
 from .adapters_openvla import LoraMixin

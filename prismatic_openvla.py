@@ -13,6 +13,10 @@ from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import is_flash_attn_2_available, logging
 
+from .saved_folder_openvla import mark_code, one_set_of_weights, require_one_code, warn_of_two_sets
+
+require_one_code(__name__)
+
 from .actions_openvla import ActionTokenizer  # noqa: F401  transformers up to 5.8 copies direct imports only
 from .compatibility_openvla import (
     CACHE_FIELD,
@@ -90,6 +94,8 @@ class PrismaticPreTrainedModel(PushToHub, QuantizedModelMixin, PreTrainedModel):
             ImportError: It should be quantised, or is, and bitsandbytes is missing or cannot be used here.
         """
         _refuse_removed_keywords(kwargs)
+        if pretrained_model_name_or_path is not None:
+            warn_of_two_sets(os.path.join(pretrained_model_name_or_path, kwargs.get("subfolder") or ""))
         prepare_quantization(pretrained_model_name_or_path, kwargs)
         _replace_missing_flash_attention(kwargs)
         with_info = kwargs.pop("output_loading_info", False)
@@ -105,6 +111,17 @@ class PrismaticPreTrainedModel(PushToHub, QuantizedModelMixin, PreTrainedModel):
         _require_complete(info, pretrained_model_name_or_path, ignore_mismatched_sizes)
         model._after_loading()
         return (model, info) if with_info else model
+
+    def save_pretrained(self, save_directory: str | os.PathLike, is_main_process: bool = True, **kwargs: Any) -> Any:
+        """Save weights, configuration and code; weights of an earlier save in the other layout are removed.
+
+        Takes what ``PreTrainedModel.save_pretrained`` takes.
+        """
+        with one_set_of_weights(save_directory):
+            saved = super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
+        if is_main_process:
+            mark_code(save_directory)
+        return saved
 
     @classmethod
     def _from_config(cls, config: PretrainedConfig, **kwargs: Any) -> PreTrainedModel:

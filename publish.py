@@ -100,7 +100,7 @@ def publish(
         if path.is_file() and path not in files.values()
     )
     if left_out:
-        print(f"left out, hidden or able to run code when read: {left_out}")
+        print(f"left out, hidden, able to run code when read, or shards that are not loaded: {left_out}")
     print(f"{size:>15,}  bytes in {len(files)} files for {repo_id}", end="")
     print(f", branch {branch}" if branch else "")
     if dry_run:

@@ -12,6 +12,7 @@ from typing import Any
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard
 
 from .actions_openvla import NORMALIZATIONS, dimension_labels
+from .saved_folder_openvla import INDEX_FILE, SHARD, SINGLE_FILE, unused_weights
 
 CARD_FILE = "README.md"
 # Formats that can run code when they are read; nobody should have to trust one, so none is uploaded.
@@ -92,7 +93,8 @@ def push_folder(
 ) -> CommitInfo:
     """Upload a folder in one commit; the arguments are those of :meth:`PushToHub.push_to_hub`.
 
-    ``remove`` names files of the repository that the same commit removes, where they are there.
+    ``remove`` names files of the repository that the same commit removes, where they are there. Weights that are
+    there in another layout (shards, or one file) are removed too.
 
     A folder with a configuration but no card gets one, unless the repository has its own already.
     """
@@ -102,9 +104,10 @@ def push_folder(
     if revision is not None and not create_pr and not revision.startswith("refs/pr"):
         api.create_branch(repo_id, branch=revision, exist_ok=True)
     operations: list[Any] = [CommitOperationAdd(name, str(path)) for name, path in files.items()]
-    if remove:
-        there = set(api.list_repo_files(repo_id, revision=revision))
-        operations += [CommitOperationDelete(name) for name in remove if name in there and name not in files]
+    there = set(api.list_repo_files(repo_id, revision=revision))
+    if SINGLE_FILE in files or INDEX_FILE in files:  # weights of another layout would be loaded in their place
+        remove = [*remove, *(name for name in there if name in (SINGLE_FILE, INDEX_FILE) or SHARD.fullmatch(name))]
+    operations += [CommitOperationDelete(name) for name in sorted({*remove} & there - {*files})]
     if CARD_FILE not in files and "config.json" in files and not api.file_exists(repo_id, CARD_FILE, revision=revision):
         config = json.loads(files["config.json"].read_text(encoding="utf-8"))
         card = ModelCard(model_card(config, repo_id))
@@ -121,15 +124,20 @@ def push_folder(
 
 
 def publishable(folder: str | os.PathLike) -> dict[str, Path]:
-    """Name in the repository and path of every file to upload: all but hidden ones and formats that can run code."""
+    """Return name in the repository and path of every file to upload.
+
+    Left out are hidden files, formats that can run code, and shards that transformers would not load.
+    """
     folder = Path(folder)
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
     names = {path.relative_to(folder).as_posix(): path for path in paths}
+    unused = unused_weights(names)
     return {
         name: path
         for name, path in names.items()
         if not any(part.startswith((".", "__pycache__")) for part in name.split("/"))
         and path.suffix not in UNSAFE_SUFFIXES
+        and name not in unused
     }
 
 

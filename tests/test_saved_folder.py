@@ -1,0 +1,165 @@
+"""A saved folder has one meaning: one set of weights, and code files that were saved together."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from openvla import OpenVLAForActionPrediction
+from openvla.checkpoint_files import read_tensors, weight_files
+from openvla.compatibility_openvla import TRANSFORMERS_VERSION
+from openvla.convert_checkpoint import convert
+from openvla.publish import require_complete
+from openvla.publishing_openvla import publishable
+from openvla.saved_folder_openvla import INDEX_FILE, SINGLE_FILE, warn_of_two_sets
+from openvla.tiny import build_tiny
+from reference import REPOSITORY
+
+pytestmark = pytest.mark.lane
+
+SHARDED = {"max_shard_size": "1MB"}
+MARKED = re.compile(r'^from __future__ import annotations; CODE_DIGEST = "([0-9a-f]{64})"$', re.MULTILINE)
+
+
+def scaled(scale: float):
+    """Return a model whose head has this scale, and the processor."""
+    model, processor = build_tiny()
+    with torch.no_grad():
+        model.language_model.lm_head.weight.fill_(scale)
+    return model, processor
+
+
+def head_of(folder) -> float:
+    model = OpenVLAForActionPrediction.from_pretrained(folder)
+    return model.language_model.lm_head.weight[0, 0].item()
+
+
+@pytest.mark.parametrize(("first", "second"), [({}, SHARDED), (SHARDED, {}), (SHARDED, SHARDED), ({}, {})])
+def test_a_folder_that_was_saved_twice_holds_the_second_weights_alone(first, second, tmp_path):
+    scaled(1.0)[0].save_pretrained(tmp_path / "model", **first)
+    model, processor = scaled(2.0)
+    model.save_pretrained(tmp_path / "model", **second)
+    processor.save_pretrained(tmp_path / "model")
+    assert head_of(tmp_path / "model") == 2.0
+    assert dict(read_tensors(weight_files(tmp_path / "model")))["language_model.lm_head.weight"][0, 0] == 2.0
+    weights = {
+        path.name
+        for path in (tmp_path / "model").iterdir()
+        if path.name.startswith("model.") or ".safetensors" in path.name
+    }
+    assert ({SINGLE_FILE} <= weights) == (not second)
+    assert ({INDEX_FILE} <= weights) == bool(second)
+    if not second:
+        assert weights == {SINGLE_FILE}
+    require_complete(tmp_path / "model")
+    convert(tmp_path / "model", tmp_path / "converted")
+    assert head_of(tmp_path / "converted") == 2.0
+
+
+@pytest.fixture(scope="module", params=["shards", "index alone"])
+def two_sets(request, tmp_path_factory):
+    """A folder in which somebody else left an index, with or without its shards, beside model.safetensors."""
+    folder = tmp_path_factory.mktemp("sets") / "model"
+    model, processor = scaled(1.0)
+    model.save_pretrained(folder, **SHARDED)
+    processor.save_pretrained(folder)
+    scaled(2.0)[0].save_pretrained(folder.parent / "other")
+    shutil.copy(folder.parent / "other" / SINGLE_FILE, folder / SINGLE_FILE)
+    if request.param == "index alone":
+        for shard in folder.glob("model-*.safetensors"):
+            shard.unlink()
+    return folder
+
+
+def test_of_two_sets_everything_reads_what_transformers_loads(two_sets, tmp_path):
+    assert head_of(two_sets) == 2.0
+    convert(two_sets, tmp_path / "converted")
+    assert head_of(tmp_path / "converted") == 2.0
+    require_complete(two_sets)
+    assert [name for name in publishable(two_sets) if "safetensors" in name] == [SINGLE_FILE]
+
+
+def test_two_sets_are_warned_of(two_sets, monkeypatch):
+    from openvla import saved_folder_openvla
+
+    said = []
+    monkeypatch.setattr(saved_folder_openvla.logger, "warning_once", said.append)
+    warn_of_two_sets(two_sets)
+    OpenVLAForActionPrediction.from_pretrained(two_sets)
+    assert len(said) == 2
+    assert "if the shards are the newer weights, delete it" in said[0]
+
+
+def marks(folder) -> set[str]:
+    found = {path.name: MARKED.findall(path.read_text()) for path in folder.glob("*_openvla.py")}
+    assert all(len(digests) == 1 for digests in found.values()), found
+    return {digests[0] for digests in found.values()}
+
+
+def test_all_code_of_a_folder_carries_one_digest(tmp_path):
+    model, processor = build_tiny()
+    model.save_pretrained(tmp_path / "model")
+    assert len(marks(tmp_path / "model")) == 1
+    processor.save_pretrained(tmp_path / "model")
+    names = {path.name for path in (tmp_path / "model").glob("*.py")}
+    assert names == {path.name for path in REPOSITORY.glob("*_openvla.py")}
+    convert(tmp_path / "model", tmp_path / "converted")
+    processor.image_processor.save_pretrained(tmp_path / "images")
+    one = marks(tmp_path / "model")
+    assert len(one) == 1
+    assert marks(tmp_path / "converted") == marks(tmp_path / "images") == one
+    for path in (tmp_path / "model").glob("*_openvla.py"):
+        unmarked = MARKED.sub("from __future__ import annotations", path.read_text())
+        assert unmarked == (REPOSITORY / path.name).read_text()
+
+
+def test_a_users_own_code_stays_as_it_is(tmp_path):
+    (tmp_path / "eval_openvla.py").write_text("from __future__ import annotations\n")
+    build_tiny()[0].save_pretrained(tmp_path)
+    assert (tmp_path / "eval_openvla.py").read_text() == "from __future__ import annotations\n"
+
+
+LOAD_BOTH = """
+import json, sys
+sys.modules["openvla"] = None
+import transformers
+door = getattr(transformers, "AutoModelForImageTextToText", None) or transformers.AutoModelForVision2Seq
+seen = []
+for folder in sys.argv[1:]:
+    try:
+        model = door.from_pretrained(folder, trust_remote_code=True)
+        package = type(model).__module__.rpartition(".")[0]
+        seen.append([getattr(sys.modules[f"{package}.{name}_openvla"], "VERSION", 1) for name in ("actions", "heads")])
+    except ImportError as error:
+        seen.append(str(error))
+print(json.dumps(seen))
+"""
+
+
+@pytest.mark.parametrize("changed", ["actions", "heads"])
+def test_code_of_namesake_folders_is_never_mixed(changed, tmp_path):
+    model, _ = build_tiny()
+    first, second = tmp_path / "one" / "model", tmp_path / "two" / "model"
+    for folder in (first, second):
+        model.save_pretrained(folder)
+    # As a later version of the package would save it.
+    helper = second / f"{changed}_openvla.py"
+    helper.write_text(helper.read_text() + "\nVERSION = 2\n")
+    for path in second.glob("*_openvla.py"):
+        path.write_text(re.sub('CODE_DIGEST = ".{64}"', f'CODE_DIGEST = "{"2" * 64}"', path.read_text()))
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path / "modules")}
+    command = [sys.executable, "-c", LOAD_BOTH, str(first), str(second)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    own, other = json.loads(done.stdout.splitlines()[-1])
+    assert own == [1, 1]
+    if isinstance(other, str):
+        assert TRANSFORMERS_VERSION < (5, 23)  # 4.40.1 to 5.5.4 file the code of both folders under one name
+        assert "another folder of the same name" in other
+        assert "rename it" in other
+    else:
+        assert other == [2 if changed == name else 1 for name in ("actions", "heads")]
