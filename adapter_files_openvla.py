@@ -48,6 +48,9 @@ PLAIN_INITIALISATIONS = (True, False, "gaussian", "eva", "orthogonal", "mica")
 CONFIG_FIELDS = ("timm_model_ids", "timm_override_act_layers", "image_sizes", "image_resize_strategy", "vocab_size")
 CONFIG_FIELDS += ("prompt_style", "empty_token_id", "n_action_bins")
 TEXT_CONFIG_FIELDS = ("model_type", "num_attention_heads", "num_key_value_heads")
+# The share <W, D> / <D, D> of an adapter's change D in a weight W is 1 where D was added to W, else 0 up to noise of
+# |W| / sqrt(size of W) / |D|. It is believed where the noise is below NOISE, for one weight or for all together.
+HELD, NOISE = (0.7, 1.3), 0.1
 SAMPLES = 64  # values of each tensor that go into the digest of the weights
 
 
@@ -178,6 +181,49 @@ def require_same_base(wanted: dict[str, Any] | None, found: dict[str, Any], adap
         )
     if not (wanted["weights"] and found["weights"]):
         logger.warning(f"{adapter} was trained on {wanted['id']!r}; whether these are its weights could not be told.")
+
+
+def require_not_merged(lora: LoraAdapter, weights: Mapping[str, torch.Tensor], adapter: Any) -> None:
+    """Raise where the base holds an adapter already, which would then be added twice.
+
+    Args:
+        lora: The adapter.
+        weights: The base's tensors by name, ``X.weight`` for each adapted ``X``; quantised ones are not looked at.
+        adapter: Its name, for the message.
+
+    Raises:
+        ValueError: The weights lie along the adapter as far as a merge would have moved them.
+    """
+    shares, inner, size, variance = [], 0.0, 0.0, 0.0
+    for module in lora.adapted:
+        weight, down, up = weights.get(f"{module}.weight"), *(lora.tensors.get(module + name) for name in MATRICES[:2])
+        if weight is None or down is None or up is None or not weight.is_floating_point() or weight.is_meta:
+            continue
+        weight, down, up = (tensor.detach().to(weight.device, torch.float32) for tensor in (weight, down, up))
+        along = lora.scaling * float(((up.T @ weight) * down).sum())
+        square = lora.scaling**2 * float(((up.T @ up) * (down @ down.T)).sum())
+        noise = float(weight.pow(2).mean()) * square
+        inner, size, variance = inner + along, size + square, variance + noise
+        if square and math.sqrt(noise) < NOISE * square:
+            shares.append(along / square)
+    if not shares and size and math.sqrt(variance) < NOISE * size:
+        shares = [inner / size]
+    inside = [share for share in shares if HELD[0] < share < HELD[1]]
+    if shares and len(inside) > 0.8 * len(shares):
+        raise ValueError(
+            f"{adapter} is merged into these weights already ({len(inside)} of {len(shares)} measured parts hold it); "
+            "adding it again would double it. Use the weights as they are, or give the base that it was trained on."
+        )
+
+
+def beside_or_above(adapter: str | os.PathLike, name: str, hub: dict[str, Any] | None = None) -> str | None:
+    """Return the path of an adapter's file, or of that in the folder above, as published scripts leave it, or None."""
+    file = optional_file(adapter, name, hub)
+    above = Path(os.path.abspath(adapter)).parent / name
+    if file is None and os.path.isdir(adapter) and above.is_file():
+        logger.warning(f"{adapter} has no {name}; that of the folder above is used: {above}.")
+        return str(above)
+    return file
 
 
 def quantized_merge_note(base: dict[str, Any]) -> str:

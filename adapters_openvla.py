@@ -28,11 +28,13 @@ from .adapter_files_openvla import (
     peft_config,
     quantized_merge_note,
     read_adapter,
+    require_not_merged,
     require_same_base,
 )
 from .compatibility_openvla import DTYPE_FIELD, require_peft_of_transformers
 from .configuration_openvla import write_json
 from .heads_openvla import FILM_LAYER, HEAD_MODULES, belongs_to_answer
+from .parallel_openvla import refuse_loose_parts
 from .quantization_openvla import is_quantized
 from .saved_folder_openvla import mark_code
 
@@ -120,7 +122,8 @@ class LoraMixin:
             **hub: revision, token, ... as for ``from_pretrained``.
 
         Raises:
-            ValueError: The adapter belongs to another base or is damaged; the model is left as it was.
+            ValueError: The adapter belongs to another base, is merged into it already, is damaged, or its OpenVLA-OFT
+                heads lie in part files in the folder above; the model is left as it was.
             FileNotFoundError: There is no adapter.
             ImportError: peft is not installed.
         """
@@ -137,6 +140,11 @@ class LoraMixin:
         wrong += [name for name in whole if name not in modules and not (enabling and belongs_to_answer(name))]
         if wrong:
             raise ValueError(f"{name_or_path} does not fit this model: {len(wrong)} modules, such as {wrong[:3]}.")
+        if adapter.base is None and os.path.isdir(name_or_path):
+            refuse_loose_parts(Path(os.path.abspath(name_or_path)).parent, {})
+        if adapter.base is None and not is_quantized(self):
+            weights = {f"{name}.weight": modules[name].weight for name in adapter.adapted}
+            require_not_merged(adapter, weights, name_or_path)
         if enabling:
             self.enable_parallel_decoding(**adapter.answer)
         settings = replace(adapter, base=own, tensors={})
@@ -145,7 +153,7 @@ class LoraMixin:
             for name, parameter in _adapter_parameters(self.named_parameters()).items():
                 parameter.copy_(adapter.tensors[name])
                 parameter.requires_grad_(trainable)
-        self._read_statistics(name_or_path, hub)
+        self._read_statistics(name_or_path, hub, is_adapter=True)
         if adapter.default_unnorm_key in self.norm_stats:
             self.config.default_unnorm_key = adapter.default_unnorm_key
 

@@ -38,7 +38,7 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer
 
-from .adapter_files_openvla import base_of
+from .adapter_files_openvla import base_of, require_not_merged
 from .archive_files import records, require_intact
 from .checkpoint_files import (
     INDEX_FILE,
@@ -331,6 +331,8 @@ def make_current(
     config = current_config(source, plain)
     files = weight_files(whole) if has_safetensors(whole) else {}
     tensors = dict(read_tensors(files)) if files else pickled_tensors(whole)
+    if adapter is not None:
+        require_not_merged(adapter, tensors, source)
     tensors.update(read_parts(folded, next(iter(tensors.values())).dtype))
     if isinstance(config, OpenVLAConfig) and not config.parallel_decoding:
         answer = read_answer(tensors, overrides, source=source, **asked)

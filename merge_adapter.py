@@ -11,7 +11,6 @@ Examples:
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shutil
 from pathlib import Path
@@ -21,10 +20,12 @@ import torch
 from .adapter_files_openvla import (
     LoraAdapter,
     base_of,
+    beside_or_above,
     config_digest,
     optional_file,
     quantized_merge_note,
     read_adapter,
+    require_not_merged,
     require_same_base,
     weights_digest,
 )
@@ -36,6 +37,7 @@ from .download_checkpoint import local_folder
 from .heads_openvla import belongs_to_answer
 from .modeling_openvla import STATISTICS_FILE
 from .native_checkpoint import read_json
+from .parallel_openvla import refuse_loose_parts
 from .policy import without_weights
 from .processing_openvla import OpenVLAProcessor
 
@@ -46,13 +48,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("adapter", metavar="ADAPTER", help="adapter folder or Hub id")
     parser.add_argument("target", type=Path, metavar="OUT", help="folder to write; must not exist without --overwrite")
     parser.add_argument("--base", metavar="DIR_OR_ID", help="the base, where it is not what the adapter names")
+    parser.add_argument(
+        "--statistics",
+        metavar="FILE",
+        help="dataset_statistics.json of its robot, where it lies elsewhere",
+    )
     parser.add_argument("--max-shard-size", default="5GB", help="such as 5GB or 500MB (default %(default)s)")
     parser.add_argument("--overwrite", action="store_true", help="replace OUT")
 
 
 def run(args: argparse.Namespace) -> int:
     """Merge and report; returns the exit status."""
-    merge(args.adapter, args.target, base=args.base, max_shard_size=args.max_shard_size, overwrite=args.overwrite)
+    merge(
+        args.adapter,
+        args.target,
+        base=args.base,
+        statistics=args.statistics,
+        max_shard_size=args.max_shard_size,
+        overwrite=args.overwrite,
+    )
     return 0
 
 
@@ -61,6 +75,7 @@ def merge(
     target: str | os.PathLike,
     *,
     base: str | os.PathLike | None = None,
+    statistics: str | os.PathLike | None = None,
     max_shard_size: str = "5GB",
     overwrite: bool = False,
 ) -> None:
@@ -70,11 +85,14 @@ def merge(
         adapter: Folder or Hub id.
         target: Folder to write.
         base: Folder or Hub id of the base; None takes the one that the adapter names.
+        statistics: A dataset_statistics.json of the adapter's robot; None takes the one beside the adapter, or in the
+            folder above, where the published scripts leave it.
         max_shard_size: Such as "5GB".
         overwrite: Replace ``target``.
 
     Raises:
-        ValueError: The adapter was trained on another base, does not fit it, or the base is quantised.
+        ValueError: The adapter was trained on another base, does not fit it, is merged into it already, or has
+            OpenVLA-OFT's part files in the folder above; or the base is quantised.
         FileExistsError: The target exists and ``overwrite`` is not given.
         FileNotFoundError: There is no adapter, or no base.
     """
@@ -92,6 +110,10 @@ def merge(
     tensors = dict(read_tensors(files))
     record = {"id": source, "config": config_digest(config), "weights": weights_digest(tensors.items(), config)}
     require_same_base(lora.base, record, adapter)
+    if lora.base is None:
+        require_not_merged(lora, tensors, adapter)
+        if os.path.isdir(adapter):
+            refuse_loose_parts(Path(os.path.abspath(adapter)).parent, {})
     if lora.answer is not None and not config.parallel_decoding:
         config.set_answer(**lora.answer)
         tensors.update(_heads(lora, config, next(iter(tensors.values())).dtype))
@@ -102,9 +124,15 @@ def merge(
         raise ValueError(f"{adapter} does not fit {source}, which lacks {len(missing)} of its tensors: {missing[:3]}.")
     if lora.base and lora.base.get("quantization"):
         print(quantized_merge_note(lora.base))
-    for statistics in (optional_file(place, STATISTICS_FILE) for place in (folder, adapter)):
-        if statistics:
-            config.merge_statistics(json.loads(Path(statistics).read_text(encoding="utf-8")))
+    own_statistics = statistics or beside_or_above(adapter, STATISTICS_FILE)
+    if own_statistics is None:
+        print(
+            f"{adapter} brings no {STATISTICS_FILE}: {target} knows the base's datasets alone, "
+            f"{sorted(config.norm_stats or {})}. If it was trained on another robot, give --statistics FILE."
+        )
+    for file in (optional_file(folder, STATISTICS_FILE), own_statistics):
+        if file:
+            config.merge_statistics(read_json(Path(file)))
     if lora.default_unnorm_key in (config.norm_stats or {}):
         config.default_unnorm_key = lora.default_unnorm_key
     with appearing_whole(target) as written:

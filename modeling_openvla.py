@@ -24,7 +24,7 @@ from .saved_folder_openvla import require_one_code
 require_one_code(__name__)
 
 from .actions_openvla import ActionTokenizer, NormalizationStatistics, validate_norm_stats
-from .adapter_files_openvla import adapter_source, base_of, base_record, optional_file, revision_of
+from .adapter_files_openvla import adapter_source, base_of, base_record, beside_or_above, optional_file, revision_of
 from .adapters_openvla import LoraMixin
 from .answers_openvla import ActionOutput, numbers_answer, tokens_answer
 from .compatibility_openvla import requested_attention
@@ -101,8 +101,13 @@ class OpenVLAForActionPrediction(
         if self.config.parallel_decoding:
             self.require_bidirectional()
 
-    def _read_statistics(self, name_or_path: str | os.PathLike, hub: dict[str, Any]) -> None:
-        file = optional_file(name_or_path, STATISTICS_FILE, hub)
+    def _read_statistics(self, name_or_path: str | os.PathLike, hub: dict[str, Any], is_adapter: bool = False) -> None:
+        file = (beside_or_above if is_adapter else optional_file)(name_or_path, STATISTICS_FILE, hub)
+        if file is None and is_adapter and self.norm_stats:
+            logger.warning(
+                f"{name_or_path} brings no {STATISTICS_FILE}: the model knows {sorted(self.norm_stats)} alone. If it "
+                "was trained on another robot, add its statistics: model.add_norm_stats(key, statistics)."
+            )
         if file is None:
             return
         try:

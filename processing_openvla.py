@@ -15,7 +15,7 @@ from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
 from transformers.processing_utils import ProcessorMixin
 from transformers.utils import logging
 
-from .saved_folder_openvla import mark_code, require_one_code
+from .saved_folder_openvla import MarksCode, require_one_code
 
 require_one_code(__name__)
 
@@ -134,12 +134,6 @@ class OpenVLAImageProcessor(BaseImageProcessor):
         # One fill for both towers, the last one's: as the published models were evaluated.
         self.tvf_letterbox_fill = tvf_letterbox_fill or ([int(x * 255) for x in self.means[-1]] if letterbox else None)
 
-    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> list[str]:
-        """Save the settings, and the code beside them."""
-        files = super().save_pretrained(save_directory, **kwargs)
-        mark_code(save_directory)
-        return files
-
     @classmethod
     def for_config(cls, config: PrismaticConfig) -> OpenVLAImageProcessor:
         """The image processor that a model's towers were trained with."""
@@ -199,7 +193,7 @@ class PrismaticImageProcessor(OpenVLAImageProcessor):
     """The name that published ``preprocessor_config.json`` files carry."""
 
 
-class OpenVLAProcessor(PushToHub, ProcessorMixin):
+class OpenVLAProcessor(MarksCode, PushToHub, ProcessorMixin):
     """Image processor and tokenizer together; knows how the checkpoint wants an instruction to be asked.
 
     Args:
@@ -442,7 +436,6 @@ class OpenVLAProcessor(PushToHub, ProcessorMixin):
         """Save in the layout that every transformers version from 4.40 reads: two JSON files and the tokenizer's."""
         super().save_pretrained(save_directory, **kwargs if not push_to_hub else {})
         folder = Path(save_directory)
-        mark_code(folder)
         auto_map = {
             "AutoProcessor": f"processing_openvla.{type(self).__name__}",
             "AutoImageProcessor": f"processing_openvla.{type(self.image_processor).__name__}",

@@ -15,6 +15,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from transformers.utils import logging
 
@@ -69,6 +70,16 @@ def mark_code(folder: str | os.PathLike) -> None:
             temporary = saved.with_name(f".{name}.{os.getpid()}.tmp")
             temporary.write_bytes(text.replace(FIRST_LINE, line, 1).encode())
             os.replace(temporary, saved)
+
+
+class MarksCode:
+    """Processors: their settings, and the code beside them."""
+
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> list[str]:
+        """Save as transformers does, and write the digest into the code files."""
+        files = super().save_pretrained(save_directory, **kwargs)
+        mark_code(save_directory)
+        return files
 
 
 @contextmanager
