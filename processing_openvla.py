@@ -53,7 +53,7 @@ OPENAI_CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.2
 PIXEL_STATISTICS = {"dinov2": IMAGENET, ".openai": OPENAI_CLIP}
 
 
-class OpenVLAImageProcessor(BaseImageProcessor):
+class OpenVLAImageProcessor(MarksCode, BaseImageProcessor):
     """Resizes and normalises images, bit for bit like the reference's torchvision pipeline on PIL images.
 
     With two towers both see the same resized image, each normalised its own way, stacked on the channel axis.
