@@ -33,7 +33,7 @@ from .demonstrations import read_json
 from .images_openvla import IMAGE_PRESETS
 from .policy import Policy, add_policy_arguments, policy_from
 from .rollout_report import PACKAGES, as_table, draw_contact_sheet, recorded_episodes, success_rate, version_of
-from .simulator import INSTALL, choose_renderer, open_suite, parse_tasks
+from .simulator import INSTALL, INSTRUCTION_SOURCES, choose_renderer, instruction_source, open_suite, parse_tasks
 
 SUITE = "libero_object"
 ACTION_DIM = 7  # of LIBERO's arm
@@ -46,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``openvla evaluate``."""
     add_policy_arguments(parser)
     parser.add_argument("--suite", default=SUITE, help=f"of LIBERO; default {SUITE}")
-    parser.add_argument("--tasks", nargs="+", metavar="TASK", help="numbers, names, or parts of them; default all")
+    parser.add_argument("--tasks", nargs="+", metavar="TASK", help="numbers, instructions, or parts; default all")
     parser.add_argument(
         "--episodes", type=int, default=50, metavar="N", help="a task; default 50, one an initial state"
     )
@@ -113,8 +113,9 @@ def evaluate_libero(
         policy: What acts; OpenVLA's convention of the gripper, 0 closed to 1 open.
         output: Folder to write.
         name: Of the policy, for the report.
-        suite: LIBERO's suite.
-        tasks: Numbers, names or parts of them; None is all.
+        suite: LIBERO's suite, or one of LIBERO-PRO's, whose tasks are told in the words of their BDDL files
+            (``simulator.instruction_source``).
+        tasks: Numbers, instructions or parts of them; None is all.
         episodes: A task; each starts from its own initial state.
         first_initial_state: Of the first episode.
         max_steps: Control steps (20 a second) after which an episode has failed; None is the suite's own.
@@ -148,6 +149,7 @@ def evaluate_libero(
         "image_preset": preset,
         "constrain_actions": policy.constrain_actions,
         "suite": suite,
+        "instructions": instruction_source(suite),
         "tasks": task_ids,
         "episodes": episodes,
         "first_initial_state": first_initial_state,
@@ -261,7 +263,7 @@ def _settle_output(output: Path, settings: dict[str, Any]) -> None:
         output.mkdir(parents=True, exist_ok=True)
         write_json(file, settings)
         return
-    before = read_json(file)
+    before = {"instructions": INSTRUCTION_SOURCES[0], **read_json(file)}  # what folders without the field were told
     changed = [
         f"{key} {before.get(key)!r} -> {settings[key]!r}" for key in settings if before.get(key) != settings[key]
     ]
@@ -365,6 +367,7 @@ def _finish(output: Path, settings: dict[str, Any], suite: Any) -> dict[str, Any
         )
     report = {
         **settings,
+        "max_steps": settings["max_steps"] or require_harness().episode_steps(settings["suite"]),
         "complete": len(episodes) - len(errors) == expected,
         "errors": len(errors),
         **success_rate(episodes),

@@ -51,7 +51,7 @@ def test_the_reference_sends_the_simulator_the_same():
         assert convert_action([*MOVE, gripper], "libero")[-1] == -np.sign(2 * gripper - 1)
 
 
-# Roll, pitch, yaw and their rotation vectors, of transforms3d's euler2axangle (axis times angle), which SimplerEnv uses.
+# Roll, pitch, yaw and their rotation vectors, of transforms3d's euler2axangle (axis times angle): what SimplerEnv does.
 ROTATIONS = {
     (0.0, 0.0, 0.0): (0.0, 0.0, 0.0),
     (0.1, 0.0, 0.0): (0.1, 0.0, 0.0),
