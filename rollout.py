@@ -19,21 +19,26 @@ import hashlib
 import importlib
 import importlib.util
 import json
+import logging
 import multiprocessing
 import sqlite3
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
+from .actions_openvla import END_EFFECTOR_DIMENSIONS, OPEN_X_DATASETS
 from .configuration_openvla import write_json
 from .demonstrations import read_json
 from .images_openvla import IMAGE_PRESETS
 from .policy import Policy, add_policy_arguments, policy_from
 from .rollout_report import PACKAGES, as_table, draw_contact_sheet, recorded_episodes, success_rate, version_of
 from .simulator import INSTALL, INSTRUCTION_SOURCES, choose_renderer, instruction_source, open_suite, parse_tasks
+
+logger = logging.getLogger(__name__)
 
 SUITE = "libero_object"
 ACTION_DIM = 7  # of LIBERO's arm
@@ -140,6 +145,9 @@ def evaluate_libero(
     available = min(len(opened.get_task_init_states(task_id)) for task_id in task_ids)
     _require_settings(episodes, first_initial_state, available, max_steps, workers, chunk_steps, policy)
     require_fitting(policy)
+    doubts = statistics_doubts(policy)
+    for doubt in doubts:
+        logger.warning(doubt)
     preset = settled_image_preset(policy, image_preset)
     output = Path(output)
     settings = {
@@ -167,7 +175,7 @@ def evaluate_libero(
                 _run_workers(policy, settings, output, min(workers, total - done), bar)
         finally:
             policy.processor.image_preset = own
-    return _finish(output, settings, opened)
+    return _finish(output, settings, opened, doubts)
 
 
 def require_harness() -> Any:
@@ -232,6 +240,40 @@ def require_fitting(policy: Policy) -> None:
             "not OpenVLA's (0 closed, 1 open), which every action is turned from here. Train with the preset "
             "libero_object_no_noops or the field gripper: clipped_inverted."
         )
+
+
+# LIBERO's demonstrations command up to 0.94 of the controller's range in each of dx, dy, dz.
+SLOW = 0.1
+
+
+def statistics_doubts(policy: Policy) -> list[str]:
+    """Return why the statistics may be another robot's, in words; empty where nothing says so.
+
+    LIBERO's controller takes shares of its range, -1 to 1. That statistics are in these units cannot be known; that
+    they are in others often shows.
+    """
+    key = policy.unnorm_key
+    if key in OPEN_X_DATASETS:
+        return [
+            f"The actions of {key!r} are metres and radians, which LIBERO's controller would take for shares of its "
+            "range: the arm hardly moves. Take a LIBERO dataset's unnorm_key."
+        ]
+    statistics = policy.model.action_statistics(key)
+    reach = np.maximum(np.abs(statistics.low), np.abs(statistics.high))[:6]
+    doubts = []
+    if reach[:3].max() < SLOW:
+        doubts.append(
+            f"The statistics of {key!r} reach {reach[:3].max():.3g} of the controller's range in dx, dy, dz, LIBERO's "
+            "own 0.9: if they are metres, they are another robot's, and the arm hardly moves. Take those that the "
+            "model was trained with."
+        )
+    if reach.max() > 1.01:
+        name = END_EFFECTOR_DIMENSIONS[int(reach.argmax())]
+        doubts.append(
+            f"The statistics of {key!r} reach {reach.max():.4g} in {name}, and LIBERO's controller cuts at 1: if they "
+            "are of other units, they are another robot's. Take those that the model was trained with."
+        )
+    return doubts
 
 
 def _require_settings(
@@ -352,7 +394,7 @@ def _run_workers(policy: Policy, settings: dict[str, Any], output: Path, workers
                     process.terminate()
 
 
-def _finish(output: Path, settings: dict[str, Any], suite: Any) -> dict[str, Any]:
+def _finish(output: Path, settings: dict[str, Any], suite: Any, doubts: list[str]) -> dict[str, Any]:
     """Read the harness's recording, write results.json and the contact sheet."""
     episodes = recorded_episodes(_database(output), settings)
     expected = settings["episodes"] * len(settings["tasks"])
@@ -368,6 +410,7 @@ def _finish(output: Path, settings: dict[str, Any], suite: Any) -> dict[str, Any
     report = {
         **settings,
         "max_steps": settings["max_steps"] or require_harness().episode_steps(settings["suite"]),
+        "doubts": doubts,
         "complete": len(episodes) - len(errors) == expected,
         "errors": len(errors),
         **success_rate(episodes),

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import runpy
 import signal
 import subprocess
@@ -12,9 +13,10 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
-from openvla import PLATFORMS, Policy, rollout, simulator
+from openvla import PLATFORMS, Policy, load_policy, rollout, simulator
 from openvla.__main__ import main
 from openvla.demonstrations import decoded_image, open_demonstrations
+from openvla.policy import EMBEDDED, EMBEDDED_OFT
 from openvla.robot_conventions import convert_action
 from openvla.rollout_report import draw_contact_sheet, recorded_episodes, success_rate, video_frames, wilson_interval
 from openvla.tiny import build_tiny
@@ -108,6 +110,29 @@ def test_a_policy_of_another_robot_is_refused(overrides, message):
 def test_policies_of_liberos_arm_fit():
     for overrides in ({}, {"norm_stats": {"mine": STATISTICS}}, {"norm_stats": {"mine": STATISTICS}, **OFT}):
         rollout.require_fitting(policy_of(**overrides))
+
+
+@pytest.mark.parametrize(
+    ("key", "low", "high", "message"),
+    [
+        ("libero_object", [-0.9] * 3 + [-0.1] * 3, [0.94] * 3 + [0.3] * 3, None),
+        ("mine", [-0.3, -0.05, -0.05, 0, 0, 0], [0.1, 0.05, 0.05, 0, 0, 0], None),  # slow, in one direction faster
+        ("bridge_orig", [-0.03] * 3 + [-0.2] * 3, [0.03] * 3 + [0.2] * 3, "'bridge_orig' are metres and radians"),
+        ("libero_object", [-0.03] * 3 + [-0.2] * 3, [0.03] * 3 + [0.2] * 3, "reach 0.03 of the controller's range"),
+        ("libero_object", [-5.0] * 3 + [-0.2] * 3, [30.0, 5, 5] + [0.2] * 3, "reach 30 in dx, and .* cuts at 1"),
+        ("mine", [-0.9] * 3 + [-20.0] * 3, [0.9] * 3 + [10.0] * 3, "reach 20 in droll"),
+    ],
+)
+def test_statistics_of_another_robot_under_the_right_key_are_doubted(key, low, high, message):
+    statistics = {"action": {"q01": [*low, 0.0], "q99": [*high, 1.0], "mask": [True] * 6 + [False]}}
+    doubts = rollout.statistics_doubts(policy_of(norm_stats={key: statistics}))
+    assert len(doubts) == (message is not None)
+    assert message is None or re.search(message, doubts[0])
+
+
+def test_the_embedded_policies_are_not_doubted():
+    for folder in (EMBEDDED, EMBEDDED_OFT):
+        assert rollout.statistics_doubts(load_policy(folder)) == []
 
 
 @pytest.mark.parametrize(
