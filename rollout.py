@@ -340,6 +340,12 @@ def _harness_config(settings: dict[str, Any], output: Path) -> dict[str, Any]:
     return {"output_dir": str(output.resolve()), "render": render, "benchmarks": [benchmark]}
 
 
+def _episode_steps(settings: dict[str, Any]) -> int:
+    """Return after how many steps an episode has failed, as the harness settles it."""
+    suite = require_harness().LiberoSuite(settings["suite"], settings["tasks"], max_steps=settings["max_steps"])
+    return suite.get_metadata()["max_steps"]
+
+
 def _database(output: Path) -> Path:
     return output.resolve() / f"recording-{HARNESS}.sqlite"
 
@@ -409,7 +415,7 @@ def _finish(output: Path, settings: dict[str, Any], suite: Any, doubts: list[str
         )
     report = {
         **settings,
-        "max_steps": settings["max_steps"] or require_harness().episode_steps(settings["suite"]),
+        "max_steps": _episode_steps(settings),
         "doubts": doubts,
         "complete": len(episodes) - len(errors) == expected,
         "errors": len(errors),

@@ -259,7 +259,9 @@ def test_a_perturbed_suites_episodes_last_as_long_as_the_plain_ones():
         "libero_spatial": 220, "libero_spatial_swap": 220, "libero_90": 400, "libero_mine": 300,
     }  # fmt: skip
     assert {name: harness.LiberoSuite(name, [0]).get_metadata()["max_steps"] for name in steps} == steps
-    assert harness.LiberoSuite("libero_10_lan", [0], max_steps=7).get_metadata()["max_steps"] == 7
+    reported = {name: rollout._episode_steps({"suite": name, "tasks": [0], "max_steps": None}) for name in steps}
+    assert reported == steps
+    assert rollout._episode_steps({"suite": "libero_10_lan", "tasks": [0], "max_steps": 7}) == 7
 
 
 def test_the_frames_are_prepared_once():
@@ -347,6 +349,29 @@ def test_chunks_are_queued_and_every_episode_begins_anew(steps):
     np.testing.assert_array_equal(first, np.float32(expected[:4]))
     np.testing.assert_array_equal(second, np.float32(expected[:4]))
     assert (info["send_wrist_image"], info["send_state"]) == (True, True)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_the_states_rotation_is_not_folded_at_pi(sign):
+    """Two quaternions of one rotation: demonstrations have robosuite's axis-angle, whose angle goes up to 2 pi."""
+    harness = pytest.importorskip("openvla.libero_harness", reason="needs vla-eval", exc_type=ImportError)
+    angle = sign * 0.8 * np.pi
+    quaternion = sign * np.array([0.6 * np.sin(angle / 2), 0.8 * np.sin(angle / 2), 0, np.cos(angle / 2)])
+    seen = {
+        "robot0_eef_pos": np.array([0.1, 0.2, 0.3]),
+        "robot0_eef_quat": quaternion,
+        "robot0_gripper_qpos": np.array([0.04, -0.04]),
+        "agentview_image": np.zeros((256, 256, 3), np.uint8),
+    }
+    turned = 0.8 * np.pi if sign == 1 else 1.2 * np.pi
+    expected = [0.1, 0.2, 0.3, 0.6 * turned, 0.8 * turned, 0, 0.04, -0.04]
+    np.testing.assert_allclose(simulator.end_effector_state(seen), expected, rtol=1e-12)
+    server = harness.PolicyServer(policy_of(norm_stats={"mine": STATISTICS}, **OFT))
+    suite = harness.LiberoSuite("libero_object", [0], **server.get_observation_params())
+    controller = SimpleNamespace(ee_pos=np.zeros(3), ee_ori_mat=np.eye(3))
+    suite._env = SimpleNamespace(robots=[SimpleNamespace(controller=controller)])
+    seen["robot0_eye_in_hand_image"] = seen["agentview_image"]
+    np.testing.assert_allclose(suite.make_obs(seen, {"name": "go"})["states"], expected, rtol=1e-6)
 
 
 def test_a_broken_run_goes_on(tmp_path):
