@@ -197,9 +197,11 @@ class NormalizationStatistics:
         """Robot units of normalised actions, float64 ``(..., dimension)``; unmasked dimensions pass unchanged.
 
         ``0.5 * (x + 1) * (high - low + epsilon) + low``, in the reference's order of operations
-        (modeling_prismatic.py, ``predict_action``), so that results are equal in every bit.
+        (modeling_prismatic.py, ``predict_action``), so that results are equal in every bit. Without the epsilon in a
+        dimension whose ``low`` is its ``high``: it becomes exactly that value, whatever the model says. A command of
+        exactly 0 can mean something else to a controller than 1e-9 (PARITY.md).
         """
-        scale = self.high - self.low + self.epsilon
+        scale = np.where(self.high == self.low, 0.0, self.high - self.low + self.epsilon)
         return np.where(self.mask, 0.5 * (normalized + 1) * scale + self.low, normalized)
 
     def normalize(self, actions: np.ndarray) -> np.ndarray:

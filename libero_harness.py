@@ -15,7 +15,7 @@ from typing import Any
 
 import anyio
 import numpy as np
-from vla_eval.benchmarks.libero.benchmark import LIBERO_ENV_RESOLUTION, LIBEROBenchmark
+from vla_eval.benchmarks.libero.benchmark import LIBERO_ENV_RESOLUTION, MAX_STEP_MAPPING, LIBEROBenchmark
 from vla_eval.model_servers.base import SessionContext
 from vla_eval.model_servers.predict import PredictModelServer
 from vla_eval.orchestrator import Orchestrator
@@ -35,6 +35,15 @@ from .robot_conventions import convert_action
 from .simulator import make_environment, open_suite
 
 CAMERAS = {"agentview": "agentview", "wrist": "robot0_eye_in_hand"}  # the harness's names, the simulator's
+
+
+def episode_steps(suite: str) -> int | None:
+    """Return after how many steps an episode of a suite has failed: 520 in ``libero_10`` and in ``libero_10_lan``.
+
+    The harness knows the plain suites alone; None stands for the number that it takes for every other (300).
+    """
+    bases = [name for name in MAX_STEP_MAPPING if suite == name or suite.startswith(f"{name}_")]
+    return MAX_STEP_MAPPING[bases[0]] if bases else None
 
 
 class PolicyServer(PredictModelServer):
@@ -125,7 +134,7 @@ class LiberoSuite(LIBEROBenchmark):
             suite=suite,
             seed=seed,
             env_seed=env_seed,
-            max_steps=max_steps,
+            max_steps=max_steps or episode_steps(suite),
             num_steps_wait=num_steps_wait,
             send_wrist_image=send_wrist_image,
             send_state=send_state,
@@ -134,7 +143,11 @@ class LiberoSuite(LIBEROBenchmark):
         self.task_ids, self.first_initial_state = list(task_ids), first_initial_state
 
     def _init_libero(self) -> None:
-        """The harness's own makes ``torch.load`` unpickle anything; this LIBERO's files do not need that."""
+        """Open the suite with the instructions that ``open_suite`` settles.
+
+        The harness's own tells every suite's file names, and makes ``torch.load`` unpickle anything, which this
+        LIBERO's files do not need.
+        """
         if self._task_suite is None:
             self._task_suite = open_suite(self.suite)
 

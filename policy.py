@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,8 +22,10 @@ from .fast_openvla import fuse
 from .loading import AutoProcessor
 from .modeling_openvla import OpenVLAForActionPrediction
 from .prepacked_model import prepack as prepack_weights
-from .processing_openvla import OpenVLAProcessor
+from .processing_openvla import OpenVLAImageProcessor, OpenVLAProcessor
 from .quantization_openvla import UNQUANTIZED_MODULES, VISION_TOWERS, fast_dtype, quantization_config
+
+logger = logging.getLogger(__name__)
 
 # Beside the weights: cache, activations, what the allocator does not give back.
 HEADROOM = 1.1
@@ -133,7 +136,49 @@ def load_policy(
         fuse(loaded)
     own_processor = any(optional_file(model, name) for name in PREPROCESSOR_FILES)
     processor = AutoProcessor.from_pretrained(model) if own_processor else AutoProcessor.from_pretrained(base, **at)
+    for doubt in processor_doubts(config, processor.image_processor):
+        logger.warning(
+            "%s: %s; if these are files of another checkpoint, the model sees other images than it was trained with: "
+            "take the preprocessor_config.json that was saved with the weights",
+            model,
+            doubt,
+        )
     return Policy(loaded, processor, loaded.resolve_unnorm_key(unnorm_key), constrain_actions)
+
+
+PIXEL_STATISTICS_TOLERANCE = 0.01  # published ones are rounded to bfloat16, to within 0.001
+
+
+def processor_doubts(config: OpenVLAConfig, processor: OpenVLAImageProcessor) -> list[str]:
+    """Return what an image processor does otherwise than a model's towers were trained with; empty for its own.
+
+    Means and standard deviations are those of timm's towers of the configuration's ids: a model that was trained with
+    others is in doubt too.
+    """
+    trained = OpenVLAImageProcessor.for_config(config)
+    doubts = []
+    sizes, own_sizes = (
+        [tuple(crop["output_size"]) for crop in images.tvf_crop_params] for images in (trained, processor)
+    )
+    if own_sizes != sizes:
+        doubts.append(f"the image processor makes images of {own_sizes}, the towers take {sizes}")
+    if processor.image_resize_strategy != trained.image_resize_strategy:
+        doubts.append(
+            f"the image processor resizes by {processor.image_resize_strategy!r}, the configuration says "
+            f"{trained.image_resize_strategy!r}"
+        )
+    for field in ("mean", "std"):
+        values, own_values = (
+            [tower[field] for tower in images.tvf_normalize_params] for images in (trained, processor)
+        )
+        if np.shape(own_values) != np.shape(values) or not np.allclose(
+            own_values, values, rtol=0, atol=PIXEL_STATISTICS_TOLERANCE
+        ):
+            doubts.append(
+                f"the image processor's {field} a channel is {np.round(own_values, 3).tolist()}, that of the towers "
+                f"{config.timm_model_ids} is {np.round(values, 3).tolist()}"
+            )
+    return doubts
 
 
 def add_policy_arguments(parser: argparse.ArgumentParser) -> None:

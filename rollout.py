@@ -19,21 +19,26 @@ import hashlib
 import importlib
 import importlib.util
 import json
+import logging
 import multiprocessing
 import sqlite3
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
+from .actions_openvla import END_EFFECTOR_DIMENSIONS, OPEN_X_DATASETS
 from .configuration_openvla import write_json
 from .demonstrations import read_json
 from .images_openvla import IMAGE_PRESETS
 from .policy import Policy, add_policy_arguments, policy_from
 from .rollout_report import PACKAGES, as_table, draw_contact_sheet, recorded_episodes, success_rate, version_of
-from .simulator import INSTALL, choose_renderer, open_suite, parse_tasks
+from .simulator import INSTALL, INSTRUCTION_SOURCES, choose_renderer, instruction_source, open_suite, parse_tasks
+
+logger = logging.getLogger(__name__)
 
 SUITE = "libero_object"
 ACTION_DIM = 7  # of LIBERO's arm
@@ -46,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``openvla evaluate``."""
     add_policy_arguments(parser)
     parser.add_argument("--suite", default=SUITE, help=f"of LIBERO; default {SUITE}")
-    parser.add_argument("--tasks", nargs="+", metavar="TASK", help="numbers, names, or parts of them; default all")
+    parser.add_argument("--tasks", nargs="+", metavar="TASK", help="numbers, instructions, or parts; default all")
     parser.add_argument(
         "--episodes", type=int, default=50, metavar="N", help="a task; default 50, one an initial state"
     )
@@ -113,8 +118,9 @@ def evaluate_libero(
         policy: What acts; OpenVLA's convention of the gripper, 0 closed to 1 open.
         output: Folder to write.
         name: Of the policy, for the report.
-        suite: LIBERO's suite.
-        tasks: Numbers, names or parts of them; None is all.
+        suite: LIBERO's suite, or one of LIBERO-PRO's, whose tasks are told in the words of their BDDL files
+            (``simulator.instruction_source``).
+        tasks: Numbers, instructions or parts of them; None is all.
         episodes: A task; each starts from its own initial state.
         first_initial_state: Of the first episode.
         max_steps: Control steps (20 a second) after which an episode has failed; None is the suite's own.
@@ -139,6 +145,9 @@ def evaluate_libero(
     available = min(len(opened.get_task_init_states(task_id)) for task_id in task_ids)
     _require_settings(episodes, first_initial_state, available, max_steps, workers, chunk_steps, policy)
     require_fitting(policy)
+    doubts = statistics_doubts(policy)
+    for doubt in doubts:
+        logger.warning(doubt)
     preset = settled_image_preset(policy, image_preset)
     output = Path(output)
     settings = {
@@ -148,6 +157,7 @@ def evaluate_libero(
         "image_preset": preset,
         "constrain_actions": policy.constrain_actions,
         "suite": suite,
+        "instructions": instruction_source(suite),
         "tasks": task_ids,
         "episodes": episodes,
         "first_initial_state": first_initial_state,
@@ -165,7 +175,7 @@ def evaluate_libero(
                 _run_workers(policy, settings, output, min(workers, total - done), bar)
         finally:
             policy.processor.image_preset = own
-    return _finish(output, settings, opened)
+    return _finish(output, settings, opened, doubts)
 
 
 def require_harness() -> Any:
@@ -232,6 +242,40 @@ def require_fitting(policy: Policy) -> None:
         )
 
 
+# LIBERO's demonstrations command up to 0.94 of the controller's range in each of dx, dy, dz.
+SLOW = 0.1
+
+
+def statistics_doubts(policy: Policy) -> list[str]:
+    """Return why the statistics may be another robot's, in words; empty where nothing says so.
+
+    LIBERO's controller takes shares of its range, -1 to 1. That statistics are in these units cannot be known; that
+    they are in others often shows.
+    """
+    key = policy.unnorm_key
+    if key in OPEN_X_DATASETS:
+        return [
+            f"The actions of {key!r} are metres and radians, which LIBERO's controller would take for shares of its "
+            "range: the arm hardly moves. Take a LIBERO dataset's unnorm_key."
+        ]
+    statistics = policy.model.action_statistics(key)
+    reach = np.maximum(np.abs(statistics.low), np.abs(statistics.high))[:6]
+    doubts = []
+    if reach[:3].max() < SLOW:
+        doubts.append(
+            f"The statistics of {key!r} reach {reach[:3].max():.3g} of the controller's range in dx, dy, dz, LIBERO's "
+            "own 0.9: if they are metres, they are another robot's, and the arm hardly moves. Take those that the "
+            "model was trained with."
+        )
+    if reach.max() > 1.01:
+        name = END_EFFECTOR_DIMENSIONS[int(reach.argmax())]
+        doubts.append(
+            f"The statistics of {key!r} reach {reach.max():.4g} in {name}, and LIBERO's controller cuts at 1: if they "
+            "are of other units, they are another robot's. Take those that the model was trained with."
+        )
+    return doubts
+
+
 def _require_settings(
     episodes: int,
     first: int,
@@ -261,7 +305,7 @@ def _settle_output(output: Path, settings: dict[str, Any]) -> None:
         output.mkdir(parents=True, exist_ok=True)
         write_json(file, settings)
         return
-    before = read_json(file)
+    before = {"instructions": INSTRUCTION_SOURCES[0], **read_json(file)}  # what folders without the field were told
     changed = [
         f"{key} {before.get(key)!r} -> {settings[key]!r}" for key in settings if before.get(key) != settings[key]
     ]
@@ -294,6 +338,12 @@ def _harness_config(settings: dict[str, Any], output: Path) -> dict[str, Any]:
     }
     render = "cpu" if choose_renderer() == "osmesa" else "gpu"  # its names for OSMesa and for EGL
     return {"output_dir": str(output.resolve()), "render": render, "benchmarks": [benchmark]}
+
+
+def _episode_steps(settings: dict[str, Any]) -> int:
+    """Return after how many steps an episode has failed, as the harness settles it."""
+    suite = require_harness().LiberoSuite(settings["suite"], settings["tasks"], max_steps=settings["max_steps"])
+    return suite.get_metadata()["max_steps"]
 
 
 def _database(output: Path) -> Path:
@@ -350,7 +400,7 @@ def _run_workers(policy: Policy, settings: dict[str, Any], output: Path, workers
                     process.terminate()
 
 
-def _finish(output: Path, settings: dict[str, Any], suite: Any) -> dict[str, Any]:
+def _finish(output: Path, settings: dict[str, Any], suite: Any, doubts: list[str]) -> dict[str, Any]:
     """Read the harness's recording, write results.json and the contact sheet."""
     episodes = recorded_episodes(_database(output), settings)
     expected = settings["episodes"] * len(settings["tasks"])
@@ -365,6 +415,8 @@ def _finish(output: Path, settings: dict[str, Any], suite: Any) -> dict[str, Any
         )
     report = {
         **settings,
+        "max_steps": _episode_steps(settings),
+        "doubts": doubts,
         "complete": len(episodes) - len(errors) == expected,
         "errors": len(errors),
         **success_rate(episodes),

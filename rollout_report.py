@@ -87,7 +87,8 @@ def version_of(package: str) -> str | None:
 
 
 def as_table(report: dict[str, Any], output: Path) -> str:
-    lines = [f"{name:<13} {report[name]}" for name in ("model", "unnorm_key", "image_preset", "suite")]
+    lines = [f"{name:<13} {report[name]}" for name in ("model", "unnorm_key", "image_preset", "suite", "instructions")]
+    lines += [f"in doubt      {doubt}" for doubt in report["doubts"]]
     lines += ["", f"  {'task':<62}{'success':>10}   95 % interval"]
     for row in (*report["results"], {**report, "task": "", "instruction": "all"}):
         low, high = row["success_interval"]

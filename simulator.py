@@ -8,6 +8,7 @@ import importlib
 import io
 import math
 import os
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -68,11 +69,48 @@ def require_libero(module: str = "libero.libero.benchmark") -> Any:
         raise ImportError(f"The LIBERO simulator is not installed (no module {error.name}): {INSTALL}") from error
 
 
-def open_suite(name: str) -> Any:
-    """A suite of tasks.
+# Suites whose demonstrations were recorded, and policies trained, with the words of the tasks' file names; their BDDL
+# files word the tasks otherwise ("Pick the milk ..."). Every other suite changes something of these and keeps the names
+# of the files, so that the words of its tasks stand in the BDDL files alone (Zxy-MLlab/LIBERO-PRO#27).
+PLAIN_SUITES = ("libero_spatial", "libero_object", "libero_goal", "libero_10", "libero_90", "libero_100")
+INSTRUCTION_SOURCES = ("file name", "BDDL")
+
+
+def instruction_source(suite: str) -> str:
+    """Return where the instructions of a suite's tasks come from, one of ``INSTRUCTION_SOURCES``."""
+    return INSTRUCTION_SOURCES[suite not in PLAIN_SUITES]
+
+
+def bddl_instruction(text: str, name: str = "the BDDL file") -> str:
+    """Return the ``(:language ...)`` of a BDDL file as the simulator itself reads it: lower case, single spaces.
+
+    Args:
+        text: The file's content.
+        name: Of the file, for the error.
 
     Raises:
-        ValueError: There is none of this name; the message lists what there is.
+        ValueError: It holds none, an empty one, or several.
+    """
+    found = re.findall(r"\(\s*:language\b([^()]*)\)", re.sub(r";.*", "", text), re.IGNORECASE)
+    instructions = [" ".join(words.lower().split()) for words in found]
+    if len(instructions) != 1 or not instructions[0]:
+        raise ValueError(
+            f"{name} must hold one (:language ...) with the task's instruction, got {instructions or 'none'}; take "
+            "another suite, or mend the file."
+        )
+    return instructions[0]
+
+
+def bddl_file(task: Any) -> Path:
+    """Return the path of a task's BDDL file."""
+    return Path(require_libero("libero.libero").get_libero_path("bddl_files")) / task.problem_folder / task.bddl_file
+
+
+def open_suite(name: str) -> Any:
+    """Open a suite of tasks, whose ``language`` is what a policy should be told (``instruction_source``).
+
+    Raises:
+        ValueError: There is none of this name, or it has no BDDL files; the message lists what there is.
         ImportError: The simulator is not installed.
     """
     suites = require_libero().get_benchmark_dict()
@@ -81,11 +119,28 @@ def open_suite(name: str) -> Any:
         near = nearest_name(name, known)
         raise ValueError(f"Unknown suite {name!r}.{f' Did you mean {near!r}?' if near else ''} Allowed: {known}.")
     with contextlib.redirect_stdout(io.StringIO()):
-        return suites[name]()
+        suite = suites[name]()
+    if instruction_source(name) == "BDDL":
+        suite.tasks = [told_by_bddl(task, name) for task in suite.tasks]
+    if not suite.tasks:
+        raise ValueError(f"{name} has no tasks in the installed LIBERO; take another suite.")
+    return suite
+
+
+def told_by_bddl(task: Any, suite: str) -> Any:
+    """Return a LIBERO task with its BDDL file's instruction as ``language``.
+
+    Raises:
+        ValueError: The file is missing, or holds no instruction.
+    """
+    file = bddl_file(task)
+    if not file.is_file():
+        raise ValueError(f"{suite} cannot be run: the installed LIBERO lacks its file {file}; take another suite.")
+    return task._replace(language=bddl_instruction(file.read_text(encoding="utf-8"), str(file)))
 
 
 def parse_tasks(asked: Sequence[str | int] | None, suite: Any) -> list[int]:
-    """Numbers of tasks, by number or by (part of) their name or instruction; all without any.
+    """Return numbers of tasks, by number or by (part of) their instruction; all without any.
 
     Raises:
         ValueError: A task is unknown or not clear; the message lists what there is.
@@ -117,11 +172,9 @@ def make_environment(suite: Any, task_id: int, *, seed: int = 0, **settings: Any
         ImportError: It cannot render here.
     """
     environments = require_libero("libero.libero.envs")
-    folder = require_libero("libero.libero").get_libero_path("bddl_files")
-    task = suite.get_task(task_id)
     try:
         environment = environments.OffScreenRenderEnv(
-            bddl_file_name=str(Path(folder) / task.problem_folder / task.bddl_file), **settings
+            bddl_file_name=str(bddl_file(suite.get_task(task_id))), **settings
         )
     except (ImportError, RuntimeError, AttributeError) as error:  # what MuJoCo's and PyOpenGL's loaders raise
         raise ImportError(

@@ -62,6 +62,14 @@ def fused_folder(tmp_path_factory):
 
 
 @pytest.fixture
+def renderer(monkeypatch):
+    """Choosing one tells MuJoCo by these; the next test chooses anew."""
+    for name in ("MUJOCO_GL", "PYOPENGL_PLATFORM"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+
+
+@pytest.fixture
 def small_disk(tmp_path):
     """A file system of 1 MB."""
     folder = tmp_path / "small"

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 from openvla import ActionTokenizer, NormalizationStatistics
-from openvla.actions_openvla import dimension_labels, nearest_name, validate_norm_stats
+from openvla.actions_openvla import NORMALIZATION_EPSILON, dimension_labels, nearest_name, validate_norm_stats
 from reference import GOLDEN
 
 TABLES = np.load(GOLDEN / "action_tokenizer" / "tables.npz")
@@ -77,6 +77,24 @@ def test_normalize_inverts_unnormalize():
     assert np.array_equal(back[:, :2], ids[:, :2])
     assert (back[:, 2] == tokenizer.encode(0.0)).all()  # a constant dimension is trained as zero
     assert statistics.normalize(np.array([9.0, -9.0, 0.2])).tolist() == [1.0, -1.0, 0.0]
+
+
+@pytest.mark.parametrize("normalization", ["q99", "bounds"])
+@pytest.mark.parametrize("epsilon", [0.0, NORMALIZATION_EPSILON])
+@pytest.mark.parametrize("constant", [0.0, -0.0, 0.1, -3.5, 1e6, float(np.float32(0.7))])
+def test_a_constant_dimension_is_exactly_its_value(normalization, epsilon, constant):
+    """Whatever the model says there; the dimension beside it keeps the reference's formula, in every bit."""
+    low, high = ("q01", "q99") if normalization == "q99" else ("min", "max")
+    ranges = {low: [constant, -0.3, constant], high: [constant, 0.7, constant], "mask": [True, True, False]}
+    statistics = NormalizationStatistics(ranges, normalization=normalization, epsilon=epsilon)
+    for dtype in (np.float32, np.float64):
+        said = np.array([[-1.0, 0.25, 0.5], [0.0, 0.25, 0.5], [0.996, 0.25, 0.5], [1.7, 0.25, 0.5]], dtype)
+        actions = statistics.unnormalize(said)
+        assert (actions[:, 0] == constant).all()
+        scale = np.float64([0.7 - -0.3 + epsilon])
+        assert (actions[:, 1] == 0.5 * (said[:, 1] + 1) * scale + np.float64([-0.3])).all()
+        assert (actions[:, 2] == 0.5).all()  # outside the mask: as the model says
+    assert np.isnan(statistics.unnormalize(np.array([np.nan, 0.0, 0.0]))[0])  # never made a number
 
 
 GOOD = {"q01": [0.0, 0.0], "q99": [1.0, 1.0], "mask": [True, False]}

@@ -23,6 +23,7 @@ OWN = (
     (r"_\d{3}", "HTTP statuses, keywords of replies() in serve_schema.py"),
     (r"_recordings", "graphs_openvla.py hangs it on a model"),
     (r"_exit", "os._exit of Python's own library, which documents it"),
+    (r"_replace", "NamedTuple._replace of Python's own library, which documents it"),
 )
 # Announced to go; compatibility_openvla.py alone knows them.
 GOING = {"gradient_checkpointing_enable", "gradient_checkpointing_disable", "is_gradient_checkpointing"}

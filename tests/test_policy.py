@@ -1,6 +1,8 @@
 """load_policy: what it loads, where it puts it, and what it says when that cannot be."""
 
 import json
+import re
+import shutil
 
 import numpy as np
 import pytest
@@ -8,7 +10,8 @@ import torch
 from openvla import OpenVLAForActionPrediction, load_policy
 from openvla.__main__ import main
 from openvla.compatibility_openvla import QUANTIZES_ON_CPU
-from openvla.policy import HEADROOM, free_bytes, weight_bytes, without_weights
+from openvla.policy import HEADROOM, PREPROCESSOR_FILES, free_bytes, processor_doubts, weight_bytes, without_weights
+from openvla.processing_openvla import OpenVLAImageProcessor
 from openvla.tiny import build_config, build_tiny, build_tokenizer
 from PIL import Image
 from ways import ends_at_once
@@ -42,6 +45,45 @@ def test_it_acts_as_the_model_does(folder, tiny, frames):
     assert load_policy(folder, dtype="bfloat16").model.dtype == torch.bfloat16
     with pytest.raises(KeyError, match="Unknown unnorm_key 'bridge'"):
         load_policy(folder, unnorm_key="bridge")
+
+
+def rounded(means):
+    return torch.tensor(means).bfloat16().tolist()
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({}, None),
+        ({"means": [rounded([0.485, 0.456, 0.406]), [0.5] * 3]}, None),  # as published folders have them
+        ({"means": [[0.5] * 3] * 2}, r"mean a channel is \[\[0.5, 0.5, 0.5\], .* is \[\[0.485, 0.456, 0.406\]"),
+        ({"stds": [[0.229, 0.224, 0.225]] * 2}, "std a channel"),
+        ({"image_resize_strategy": "letterbox"}, "resizes by 'letterbox', the configuration says 'resize-naive'"),
+        ({"input_sizes": [(3, 384, 384)] * 2}, r"makes images of \[\(384, 384\), \(384, 384\)\], the towers take"),
+    ],
+)
+def test_a_processor_of_another_checkpoint_is_said(changed, message, tiny):
+    config = tiny.model.config
+    assert config.timm_model_ids[0].startswith("vit_large_patch14_reg4_dinov2")
+    own = OpenVLAImageProcessor.for_config(config)
+    fields = ("use_fused_vision_backbone", "image_resize_strategy", "input_sizes", "interpolations", "means", "stds")
+    doubts = processor_doubts(
+        config, OpenVLAImageProcessor(**{field: getattr(own, field) for field in fields} | changed)
+    )
+    assert len(doubts) == (message is not None)
+    assert message is None or re.search(message, doubts[0])
+
+
+def test_a_folder_with_the_processor_of_another_checkpoint_is_warned_of(folder, tmp_path, caplog):
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    load_policy(tmp_path)
+    assert "image processor" not in caplog.text
+    file = next(tmp_path / name for name in PREPROCESSOR_FILES if (tmp_path / name).is_file())
+    stored = json.loads(file.read_text())
+    stored.get("image_processor", stored)["tvf_normalize_params"][0]["mean"] = [0.5, 0.5, 0.5]
+    file.write_text(json.dumps(stored))
+    load_policy(tmp_path)
+    assert "take the preprocessor_config.json that was saved with the weights" in caplog.text
 
 
 @here_it_works

@@ -5,7 +5,7 @@ import logging
 import numpy as np
 import pytest
 from openvla import ActionChunk
-from openvla.robot_conventions import ROBOT_CONVENTIONS, ClipAction, convert_action
+from openvla.robot_conventions import ROBOT_CONVENTIONS, ActionConverter, ClipAction, axis_angles, convert_action
 
 MOVE = [0.1, -0.2, 0.3, 0.01, -0.02, 0.03]
 
@@ -30,14 +30,16 @@ class Says:
         ("raw", {1.0: 1.0, 0.996: 0.996, 0.2: 0.2, 0.0: 0.0}),
         ("bridge", {1.0: 1.0, 0.996: 0.996, 0.4: 0.4, 0.0: 0.0, -0.1: 0.0, 1.2: 1.0}),
         ("libero", {1.0: -1.0, 0.996: -1.0, 0.6: -1.0, 0.4: 1.0, 0.004: 1.0, 0.0: 1.0}),
+        ("simpler_widowx", {1.0: 1.0, 0.996: 1.0, 0.6: 1.0, 0.5: -1.0, 0.4: -1.0, 0.004: -1.0, 0.0: -1.0}),
     ],
 )
 def test_the_gripper_changes_its_convention(convention, expected):
     action = np.array([*MOVE, 0.0])
+    move = MOVE[:3] + (axis_angles(MOVE[3:]).tolist() if convention == "simpler_widowx" else MOVE[3:])
     for openvla, robot in expected.items():
         action[-1] = openvla
-        assert convert_action(action, convention).tolist() == [*MOVE, robot]
-        assert action[-1] == openvla
+        assert convert_action(action, convention).tolist() == [*move, robot]
+        assert action.tolist() == [*MOVE, openvla]
     chunk = np.array([[*MOVE, openvla] for openvla in expected])
     assert convert_action(chunk, convention)[:, -1].tolist() == list(expected.values())
 
@@ -47,6 +49,88 @@ def test_the_reference_sends_the_simulator_the_same():
     edges = np.linspace(-1, 1, 256)
     for gripper in (edges[:-1] + edges[1:]) / 2:
         assert convert_action([*MOVE, gripper], "libero")[-1] == -np.sign(2 * gripper - 1)
+
+
+# Roll, pitch, yaw and their rotation vectors, of transforms3d's euler2axangle (axis times angle): what SimplerEnv does.
+ROTATIONS = {
+    (0.0, 0.0, 0.0): (0.0, 0.0, 0.0),
+    (0.1, 0.0, 0.0): (0.1, 0.0, 0.0),
+    (0.0, -0.3, 0.0): (0.0, -0.3, 0.0),
+    (0.01, -0.02, 0.03): (0.010298916738962, -0.019848343258275, 0.030098749985034),
+    (0.25, -0.4, 0.9): (0.410182965005132, -0.260542144754888, 0.932969823752735),
+    (1.2, 0.7, -2.0): (1.424261926944833, -0.796422209670175, -2.054737918990694),
+    (3.0, 0.2, -0.1): (2.992033431482939, -0.128391780474553, -0.310711890784843),
+    (3.1, 3.0, 2.9): (-0.024218047012383, 0.145889626285809, -0.238208839217795),
+}
+
+
+def test_rotations_of_simpler_are_axis_angles():
+    np.testing.assert_allclose(axis_angles(np.array(list(ROTATIONS))), list(ROTATIONS.values()), rtol=0, atol=1e-12)
+    assert axis_angles(np.zeros(3)).tolist() == [0.0, 0.0, 0.0]
+    np.testing.assert_allclose(axis_angles(np.array([1e-9, 0, 0])), [1e-9, 0, 0], rtol=1e-12)  # no arccosine
+    for euler, expected in ROTATIONS.items():
+        for robot in (convert_action, lambda action, name: ActionConverter(name).convert(action)):
+            action = robot([0.01, -0.02, 0.03, *euler, 1.0], "simpler_widowx")
+            np.testing.assert_allclose(action, [0.01, -0.02, 0.03, *expected, 1.0], rtol=0, atol=1e-12)
+    google = ActionConverter("simpler_google_robot").convert([[0.01, -0.02, 0.03, *euler, 1.0] for euler in ROTATIONS])
+    np.testing.assert_allclose(google[:, 3:6], list(ROTATIONS.values()), rtol=0, atol=1e-12)
+    assert (google[:, :3] == [0.01, -0.02, 0.03]).all()
+
+
+# Positions of OpenVLA's gripper (0 closed, 1 open) step by step, and what SimplerEnv's Google Robot is sent: the change
+# since the step before, +1 closing; one above 0.5 for 15 steps.
+STICKY = {
+    "closes": ([1.0, 1.0] + [0.0] * 18, [0.0, 0.0] + [1.0] * 15 + [0.0] * 3),
+    "begins closed, opens": ([0.0] + [1.0] * 17, [0.0] + [-1.0] * 15 + [0.0, 0.0]),
+    "a larger change while one is repeated is not sent": (
+        [1.0, 0.25, 0.25, 1.0] + [1.0] * 12 + [0.125],
+        [0.0] + [0.75] * 15 + [0.875],
+    ),
+    "the last of 15 is followed by the next change": (
+        [1.0] + [0.0] * 15 + [1.0] * 16,
+        [0.0] + [1.0] * 15 + [-1.0] * 15 + [0.0],
+    ),
+    "a half and less is a change like any other": ([1.0, 0.5, 0.25, 0.75, 0.75], [0.0, 0.5, 0.25, -0.5, 0.0]),
+    "in two halves it never becomes large": ([1.0, 0.5, 0.0, 0.0], [0.0, 0.5, 0.5, 0.0]),
+}
+
+
+@pytest.mark.parametrize("case", STICKY)
+def test_the_google_robots_gripper_is_sticky(case):
+    positions, expected = STICKY[case]
+    converter = ActionConverter("simpler_google_robot")
+    actions = np.array([[*[0.0] * 6, position] for position in positions])
+    assert [float(converter.convert(action)[-1]) for action in actions] == expected
+    assert (actions[:, -1] == positions).all()  # a copy was changed
+    converter.reset()
+    assert converter.convert(actions)[:, -1].tolist() == expected  # as one chunk; nothing of the episode before
+
+
+def test_episodes_without_reset_are_one():
+    converter = ActionConverter("simpler_google_robot")
+    closed, opened = [*[0.0] * 6, 0.0], [*[0.0] * 6, 1.0]
+    assert converter.convert(closed)[-1] == 0
+    assert converter.convert(opened)[-1] == -1
+    with pytest.raises(ValueError, match="must be finite"):
+        converter.convert([*[0.0] * 6, np.nan])
+    assert converter.convert(closed)[-1] == -1  # still the second of fifteen
+    converter.reset()
+    assert converter.convert(closed)[-1] == 0
+
+
+@pytest.mark.parametrize("convention", ["raw", "bridge", "libero", "simpler_widowx"])
+def test_a_converter_without_state_converts_as_convert_action(convention):
+    converter = ActionConverter(convention)
+    for gripper in (1.0, 0.0, 0.75, 0.75):
+        action = [*MOVE, gripper]
+        assert converter.convert(action).tolist() == convert_action(action, convention).tolist()
+
+
+def test_a_sticky_gripper_is_not_converted_without_its_state():
+    with pytest.raises(ValueError, match=r"depend on the episode.*take ActionConverter\('simpler_google_robot'\)"):
+        convert_action([*MOVE, 1.0], "simpler_google_robot")
+    with pytest.raises(ValueError, match="Unknown robot convention 'simpler_google'. Did you mean 'simpler_google_"):
+        ActionConverter("simpler_google")
 
 
 @pytest.mark.parametrize(
@@ -105,11 +189,40 @@ def test_a_chunk_is_followed_step_by_step():
     ]
 
 
-def test_units_of_the_simulator():
-    """1 is 0.05 m: from 0.02 m below the lid, 0.4."""
+# Height (m) of LIBERO's hand in libero_object's first scene (robosuite 1.4.0, MuJoCo 3.17): at rest, after each of
+# twelve actions of -1 in dz, and how far it goes on afterwards.
+START = 0.26128
+MILLIMETRES = [6.02, 11.36, 12.48, 12.8, 12.98, 13.11, 13.23, 13.32, 13.4, 13.45, 13.5, 13.53]
+DESCENT = START - np.cumsum(MILLIMETRES) / 1000
+COASTS = 0.01272  # m, after the last
+
+
+def limited_of_libero(answer, floor):
+    workspace = ([-1, -1, floor], [1, 1, 1.2])
     scale = ROBOT_CONVENTIONS["libero"].metres_per_unit
-    limited = ClipAction(Says([0, 0, 0.9, 0, 0, 0, 1]), workspace=([-1, -1, 0], [1, 1, 1.2]), metres_per_unit=scale)
-    np.testing.assert_allclose(limited.act(None, "go", position=[0, 0, 1.18])[2], 0.4, atol=1e-12)
+    return ClipAction(Says(answer), workspace=workspace, metres_per_unit=scale)
+
+
+def test_a_chunk_of_liberos_is_forecast_as_the_arm_moves():
+    """The measured path: what stays above the floor is not cut, what would pass it is, within a tenth of the way."""
+    chunk = np.tile([0, 0, -1.0, 0, 0, 0, 1], (12, 1))
+    for steps in (1, 4, 8, 12):
+        at_rest = DESCENT[steps - 1] - COASTS
+        limited = limited_of_libero(chunk[:steps], at_rest)
+        assert (limited.act(None, "go", position=[0, 0, START]) == chunk[:steps]).all()
+        assert limited.clipped == []
+    limited = limited_of_libero(chunk, DESCENT[7])  # the arm is there after eight steps
+    given = limited.act(None, "go", position=[0, 0, START])[:, 2]
+    assert given[:7].tolist() == [-1.0] * 7
+    assert given[8:].tolist() == [0.0] * 4
+    assert [clip.step for clip in limited.clipped] == [7, 8, 9, 10, 11]
+    assert given.sum() * 0.0126 == pytest.approx(DESCENT[7] - START, abs=1e-12)
+    assert -given.sum() == pytest.approx(8, rel=0.1)
+
+
+def test_near_the_lid_liberos_action_is_cut_to_what_is_left():
+    action = limited_of_libero([0, 0, 0.9, 0, 0, 0, 1], 0).act(None, "go", position=[0, 0, 1.2 - 0.0063])
+    np.testing.assert_allclose(action[2], 0.5, atol=1e-12)
 
 
 def test_around_a_player_of_chunks():
@@ -152,19 +265,27 @@ def test_what_is_not_finite_is_never_cut_to_something(bad):
         ClipAction(Says([0] * 7), workspace=([0] * 3, [1] * 3)).act(None, "go", position=[0, 0, bad])
 
 
-@pytest.mark.libero
-def test_the_simulator_takes_what_is_said():
-    """Measured on LIBERO's own arm: which way, how far, and what opens the gripper."""
+@pytest.fixture(scope="module")
+def arm():
+    """LIBERO's arm: its environment, and a function that plays an action a number of times."""
     from openvla.simulator import make_environment, open_suite
 
     environment = make_environment(open_suite("libero_object"), 0, has_renderer=False, use_camera_obs=False)
-    environment.reset()
 
     def steps(action, count):
         for _ in range(count):
             seen, *_ = environment.step(convert_action(action, "libero"))
         return seen
 
+    yield environment, steps
+    environment.close()
+
+
+@pytest.mark.libero
+def test_the_simulator_takes_what_is_said(arm):
+    """Measured on LIBERO's own arm: which way, how far, and what opens the gripper."""
+    environment, steps = arm
+    environment.reset()
     fingers = [abs(steps([0] * 6 + [gripper], 20)["robot0_gripper_qpos"]).sum() for gripper in (0, 1)]
     assert fingers[1] > 0.07 > 0.01 > fingers[0]
     for direction in np.eye(3):
@@ -173,8 +294,45 @@ def test_the_simulator_takes_what_is_said():
             before = steps([0] * 6 + [1], 10)["robot0_eef_pos"]
             steps([*direction * size, 0, 0, 0, 1], 1)
             goals[size] = environment.env.robots[0].controller.goal_pos - before
-        expected = direction * ROBOT_CONVENTIONS["libero"].metres_per_unit
+        expected = direction * 0.05  # osc_pose.json
         np.testing.assert_allclose(goals[1.0], expected, atol=5e-3)
         np.testing.assert_allclose(goals[0.5], expected / 2, atol=5e-3)
         np.testing.assert_allclose(goals[3.0], expected, atol=5e-3)  # more is cut
-    environment.close()
+
+
+@pytest.mark.libero
+def test_the_simulator_moves_as_far_as_is_said(arm):
+    """What an action of 1 moves and turns a step, once it is at speed; and the descent that a test above takes."""
+    environment, steps = arm
+    convention = ROBOT_CONVENTIONS["libero"]
+    for direction in (*np.eye(6), *-np.eye(6)):
+        environment.reset()
+        seen = [steps([0] * 6 + [1], 10)] + [steps([*direction, 1], 1) for _ in range(12)]
+        heights = [row["robot0_eef_pos"] for row in seen]
+        moved = np.linalg.norm(np.diff(heights, axis=0), axis=1)
+        quaternions = np.array([row["robot0_eef_quat"] for row in seen])
+        cosines = np.abs((quaternions[1:] * quaternions[:-1]).sum(-1)).clip(max=1)
+        turned = 2 * np.arccos(cosines)
+        if direction[:3].any():
+            assert moved[5:].mean() == pytest.approx(convention.metres_per_unit, rel=0.15)
+            assert moved.max() < 0.05 / 3  # never the goal
+        else:
+            assert 0.75 < turned[4:8].mean() / convention.radians_per_unit < 1.7
+        if direction[2] == -1:
+            np.testing.assert_allclose(np.array(heights)[1:, 2], DESCENT, atol=2e-3)
+            np.testing.assert_allclose(steps([0] * 6 + [1], 10)["robot0_eef_pos"][2], DESCENT[-1] - COASTS, atol=2e-3)
+
+
+@pytest.mark.libero
+def test_only_rotations_of_exactly_zero_hold_the_hand(arm):
+    """Why constant dimensions are un-normalised exactly: a goal that is set every step follows the arm's errors."""
+    environment, steps = arm
+    goals = {}
+    for rotation in (0.0, 5e-9):
+        environment.reset()
+        steps([0] * 6 + [1], 10)
+        first = environment.env.robots[0].controller.goal_ori.copy()
+        steps([0.9, 0.5, -0.9, rotation, rotation, rotation, 1], 8)
+        goals[rotation] = np.abs(environment.env.robots[0].controller.goal_ori - first).max()
+    assert goals[0.0] == 0
+    assert goals[5e-9] > 1e-4

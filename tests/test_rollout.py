@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import runpy
 import signal
 import subprocess
@@ -11,26 +12,20 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from openvla import PLATFORMS, Policy, rollout, simulator
+from openvla import PLATFORMS, Policy, load_policy, rollout, simulator
 from openvla.__main__ import main
 from openvla.demonstrations import decoded_image, open_demonstrations
+from openvla.policy import EMBEDDED, EMBEDDED_OFT
 from openvla.robot_conventions import convert_action
 from openvla.rollout_report import draw_contact_sheet, recorded_episodes, success_rate, video_frames, wilson_interval
 from openvla.tiny import build_tiny
 from PIL import Image
 from reference import REPOSITORY
 
+pytestmark = pytest.mark.usefixtures("renderer")
 STATISTICS = {"action": {"q01": [-1.0] * 7, "q99": [1.0] * 7, "min": [-1.0] * 6 + [0.0]}}
 STATISTICS["proprio"] = {"q01": [-4.0] * 8, "q99": [4.0] * 8}
 OFT = {**PLATFORMS["libero"], "parallel_decoding": True, "action_head": "l1", "num_images_in_input": 2}
-
-
-@pytest.fixture(autouse=True)
-def renderer(monkeypatch):
-    """Choosing one tells MuJoCo by these; the next test chooses anew."""
-    for name in ("MUJOCO_GL", "PYOPENGL_PLATFORM"):
-        monkeypatch.setenv(name, "")
-        monkeypatch.delenv(name)
 
 
 def policy_of(**overrides):
@@ -110,6 +105,29 @@ def test_policies_of_liberos_arm_fit():
 
 
 @pytest.mark.parametrize(
+    ("key", "low", "high", "message"),
+    [
+        ("libero_object", [-0.9] * 3 + [-0.1] * 3, [0.94] * 3 + [0.3] * 3, None),
+        ("mine", [-0.3, -0.05, -0.05, 0, 0, 0], [0.1, 0.05, 0.05, 0, 0, 0], None),  # slow, in one direction faster
+        ("bridge_orig", [-0.03] * 3 + [-0.2] * 3, [0.03] * 3 + [0.2] * 3, "'bridge_orig' are metres and radians"),
+        ("libero_object", [-0.03] * 3 + [-0.2] * 3, [0.03] * 3 + [0.2] * 3, "reach 0.03 of the controller's range"),
+        ("libero_object", [-5.0] * 3 + [-0.2] * 3, [30.0, 5, 5] + [0.2] * 3, "reach 30 in dx, and .* cuts at 1"),
+        ("mine", [-0.9] * 3 + [-20.0] * 3, [0.9] * 3 + [10.0] * 3, "reach 20 in droll"),
+    ],
+)
+def test_statistics_of_another_robot_under_the_right_key_are_doubted(key, low, high, message):
+    statistics = {"action": {"q01": [*low, 0.0], "q99": [*high, 1.0], "mask": [True] * 6 + [False]}}
+    doubts = rollout.statistics_doubts(policy_of(norm_stats={key: statistics}))
+    assert len(doubts) == (message is not None)
+    assert message is None or re.search(message, doubts[0])
+
+
+def test_the_embedded_policies_are_not_doubted():
+    for folder in (EMBEDDED, EMBEDDED_OFT):
+        assert rollout.statistics_doubts(load_policy(folder)) == []
+
+
+@pytest.mark.parametrize(
     ("changed", "message"),
     [
         ({"episodes": 0}, "--episodes must be 1 or more"),
@@ -126,19 +144,6 @@ def test_settings_out_of_range(changed, message):
     rollout._require_settings(**settings, policy=policy)
     with pytest.raises(ValueError, match=message):
         rollout._require_settings(**{**settings, **changed}, policy=policy)
-
-
-def test_tasks_by_number_and_name():
-    spoken = ["pick up the milk", "pick up the butter", "pick up the butter knife"]
-    suite = SimpleNamespace(n_tasks=3, get_task=lambda index: SimpleNamespace(language=spoken[index]))
-    assert simulator.parse_tasks(None, suite) == [0, 1, 2]
-    assert simulator.parse_tasks(["2", "milk", 0, "pick_up_the_butter"], suite) == [2, 0, 1]
-    with pytest.raises(ValueError, match=r"(?s)Unknown task 'soup'.*0  pick up the milk"):
-        simulator.parse_tasks(["soup"], suite)
-    with pytest.raises(ValueError, match=r"More than one \(2\) fits task 'butter'"):
-        simulator.parse_tasks(["butter"], suite)
-    with pytest.raises(ValueError, match="Unknown task '3'"):
-        simulator.parse_tasks([3], suite)
 
 
 def test_the_frames_are_prepared_once():
@@ -228,6 +233,29 @@ def test_chunks_are_queued_and_every_episode_begins_anew(steps):
     assert (info["send_wrist_image"], info["send_state"]) == (True, True)
 
 
+@pytest.mark.parametrize("sign", [1, -1])
+def test_the_states_rotation_is_not_folded_at_pi(sign):
+    """Two quaternions of one rotation: demonstrations have robosuite's axis-angle, whose angle goes up to 2 pi."""
+    harness = pytest.importorskip("openvla.libero_harness", reason="needs vla-eval", exc_type=ImportError)
+    angle = sign * 0.8 * np.pi
+    quaternion = sign * np.array([0.6 * np.sin(angle / 2), 0.8 * np.sin(angle / 2), 0, np.cos(angle / 2)])
+    seen = {
+        "robot0_eef_pos": np.array([0.1, 0.2, 0.3]),
+        "robot0_eef_quat": quaternion,
+        "robot0_gripper_qpos": np.array([0.04, -0.04]),
+        "agentview_image": np.zeros((256, 256, 3), np.uint8),
+    }
+    turned = 0.8 * np.pi if sign == 1 else 1.2 * np.pi
+    expected = [0.1, 0.2, 0.3, 0.6 * turned, 0.8 * turned, 0, 0.04, -0.04]
+    np.testing.assert_allclose(simulator.end_effector_state(seen), expected, rtol=1e-12)
+    server = harness.PolicyServer(policy_of(norm_stats={"mine": STATISTICS}, **OFT))
+    suite = harness.LiberoSuite("libero_object", [0], **server.get_observation_params())
+    controller = SimpleNamespace(ee_pos=np.zeros(3), ee_ori_mat=np.eye(3))
+    suite._env = SimpleNamespace(robots=[SimpleNamespace(controller=controller)])
+    seen["robot0_eye_in_hand_image"] = seen["agentview_image"]
+    np.testing.assert_allclose(suite.make_obs(seen, {"name": "go"})["states"], expected, rtol=1e-6)
+
+
 def test_a_broken_run_goes_on(tmp_path):
     """The harness's own recording: what was claimed is free again, errors are done again, the rest is kept."""
     recording = pytest.importorskip("vla_eval.recording")
@@ -274,13 +302,18 @@ def test_a_broken_run_goes_on(tmp_path):
 
 
 def test_another_evaluation_is_not_mixed_in(tmp_path):
-    settings = {"model": "a", "episodes": 5}
+    settings = {"model": "a", "episodes": 5, "instructions": "file name"}
     rollout._settle_output(tmp_path, {**settings, "episodes": 7})  # nothing ran yet
     rollout._settle_output(tmp_path, settings)
     rollout._database(tmp_path).touch()
     rollout._settle_output(tmp_path, settings)
     with pytest.raises(ValueError, match=r"another evaluation \(model 'a' -> 'b'\)"):
         rollout._settle_output(tmp_path, {**settings, "model": "b"})
+    # Folders that were begun before the words of perturbed suites were told: plain suites go on, those do not.
+    (tmp_path / "settings.json").write_text('{"model": "a", "episodes": 5}')
+    rollout._settle_output(tmp_path, settings)
+    with pytest.raises(ValueError, match=r"another evaluation \(instructions 'file name' -> 'BDDL'\)"):
+        rollout._settle_output(tmp_path, {**settings, "instructions": "BDDL"})
 
 
 def test_the_contact_sheet_shows_every_episode(tmp_path):
