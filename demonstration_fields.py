@@ -122,7 +122,7 @@ class Fields:
         rotate_180: Images are stored upside down (LIBERO's HDF5: the model was trained on turned ones).
         channels: "bgr": red and blue of stored images are exchanged; "rgb": they are not; None: as the format knows,
             which is "rgb" but for the encoded frames of ALOHA's and RoboTwin's HDF5.
-        drop_noops: Leave out steps that do nothing (``noops``, of the stored action), as OpenVLA's LIBERO sets were made.
+        drop_noops: Leave out steps that do nothing (``noops`` of the stored action), as in OpenVLA's LIBERO sets.
         action_mask: Which action dimensions are normalised. None: all, but not the gripper of seven.
         standardize: For what the above cannot say: a function of the columns (arrays ``(length, ...)`` by name) to
             ``(action, proprio or None)`` of the same length, before ``gripper`` and the others.

@@ -234,13 +234,13 @@ class EpisodeReader(ABC):
             self._lengths[index] = max(0, self._stored_length(index) - self.fields.shortening)
         return self._lengths[index]
 
-    def counts(self) -> dict[str, list[int]]:
+    def usable_lengths(self) -> dict[str, list[int]]:
         """Return steps and dropped no-ops of the episodes that were read and can be used, by their index."""
         return {str(index): [self._lengths[index], self._noops.get(index, 0)] for index in sorted(self._usable)}
 
-    def take_counts(self, counts: Mapping[str, Sequence[int]]) -> None:
-        """Take what ``counts`` returned for the same files and fields, so that no episode is read for it again."""
-        for key, (length, dropped) in counts.items():
+    def take_usable_lengths(self, lengths: Mapping[str, Sequence[int]]) -> None:
+        """Take what ``usable_lengths`` returned for the same files and fields, so that no episode is read for it again."""
+        for key, (length, dropped) in lengths.items():
             self._lengths[int(key)], self._noops[int(key)] = length, dropped
             self._usable.add(int(key))
 

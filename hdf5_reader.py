@@ -144,8 +144,8 @@ class HDF5Reader(EpisodeReader):
         for file in dict.fromkeys(file for file, group in self.episodes if group is not None):
             if doubt := _doubt_of_libero(self.handles[file], file.stem):
                 raise ValueError(
-                    f"{file} has LIBERO's columns, but {doubt}, so that it cannot be told which way up its frames are. "
-                    "Give the field rotate_180: true (stored upside down, as LIBERO's) or false (upright); and gripper, "
+                    f"{file} has LIBERO's columns, but {doubt}: it cannot be told which way up its frames are. Give "
+                    "the field rotate_180: true (stored upside down, as LIBERO's) or false (upright); and gripper, "
                     "where it is not LIBERO's -1 open to 1 closed (clipped_inverted)."
                 )
 
@@ -161,14 +161,14 @@ class HDF5Reader(EpisodeReader):
     def notes(self) -> list[str]:
         """Return what a user should know of how the dataset is read and cannot see in the fields."""
         notes, (file, group) = super().notes(), next(pair for pair in self.episodes if pair[1] is not None)
-        for camera in self.fields.cameras:
+        for camera in self.fields.cameras if self.fields.channels is None else ():
             if camera in self.encoded:
-                exchanged = self.fields.channels == "bgr" or self._exchanged(self.handles[file][group], camera)
+                exchanged = self._exchanged(self.handles[file][group], camera)
                 notes.append(
                     f"{camera} holds encoded pictures, read as {'BGR' if exchanged else 'RGB'}; if red and blue are "
                     f"exchanged (OpenCV encodes BGR), give the field channels: {'rgb' if exchanged else 'bgr'}"
                 )
-        notes += [f"{name} is no camera: {held}" for name, held in self.passed_over.items()]
+        notes += [f"{name} is no camera, it holds {held}" for name, held in self.passed_over.items()]
         return notes
 
     def _exchanged(self, group: Any, camera: str) -> bool:
@@ -231,13 +231,12 @@ class HDF5Reader(EpisodeReader):
         """The instruction: the column of the fields, else the demo's own, else the file's, else LIBERO's file name."""
         if self.fields.instruction:
             return _texts(group[_stored_path(self.fields.instruction)])
-        spoken = {}
+        below: dict[str, str] = {}  # of the demo, where the names lie deeper
         for name, holds in self.names.items():
             if holds == TEXT and not _FUTURE.search(name):
-                spoken.setdefault(name.rpartition(".")[2], _stored_path(name))
-        for holder in (group, group.parent, group.file):
-            paths = {**{key: key for key in _SPOKEN}, **spoken} if holder == group else {key: key for key in _SPOKEN}
-            if (said := _said_by(holder, paths)) is not None:
+                below.setdefault(name.rpartition(".")[2], _stored_path(name))
+        for holder, deeper in ((group, below), (group.parent, {}), (group.file, {})):
+            if (said := _said_by(holder, deeper)) is not None:
                 return said
         if file.stem.endswith("_demo"):
             # LIBERO: KITCHEN_SCENE3_turn_on_the_stove_demo.hdf5
@@ -245,21 +244,26 @@ class HDF5Reader(EpisodeReader):
         return ""
 
 
-def _said_by(holder: Any, paths: Mapping[str, str]) -> Any:
-    """The instruction that a group says by a column at one of ``paths`` or an attribute; None where it says none."""
+def _said_by(holder: Any, deeper: Mapping[str, str]) -> str | list[str] | None:
+    """The instruction that a group says by a column, also one at the path ``deeper`` of its name, or an attribute.
+
+    Returns:
+        One text, or one a step; None where it says none.
+    """
     for key in _SPOKEN:
-        node = holder.get(paths[key]) if paths[key] in holder else None
-        if node is not None and hasattr(node, "dtype") and _is_text(node):
-            said = _texts(node)
+        column = next((holder[path] for path in (key, deeper.get(key)) if path and _is_text(holder.get(path))), None)
+        if column is not None:
+            said = _texts(column)
         elif key in holder.attrs:
-            said = _texts(holder.attrs[key])
+            said = _attribute(holder, key)
         else:
             continue
-        if key not in _SEVERAL_WORDS or any(len(str(text).split()) > 1 for text in [said] if isinstance(text, str)):
+        texts = [said] if isinstance(said, str) else said
+        if key not in _SEVERAL_WORDS or any(len(text.split()) > 1 for text in texts):
             return said
     for key, inner in _SPOKEN_JSON.items():
         if key in holder.attrs:
-            told = json.loads(as_text(holder.attrs[key]))
+            told = json.loads(_attribute(holder, key) or "{}")
             if isinstance(told, Mapping) and inner in told:
                 said = told[inner]
                 if not isinstance(said, list) or len(said) < 2:
@@ -268,18 +272,20 @@ def _said_by(holder: Any, paths: Mapping[str, str]) -> Any:
     return None
 
 
-def _texts(stored: Any) -> Any:
-    """The texts of a dataset or an attribute: one, or one a step."""
-    h5py = require("h5py", "Reading HDF5")
-    if isinstance(stored, h5py.Empty):
-        return ""
-    stored = stored[()] if isinstance(stored, h5py.Dataset) else stored
-    values = np.asarray(stored, object).ravel()
-    return as_text(values[0] if len(values) else "") if len(values) < 2 else [as_text(value) for value in values]
+def _texts(stored: Any) -> str | list[str]:
+    """The texts of a column: one, or one a step."""
+    texts = [as_text(text) for text in np.ravel(np.asarray(stored[()], object))]
+    return texts if len(texts) > 1 else (texts or [""])[0]
+
+
+def _attribute(holder: Any, key: str) -> str:
+    value = holder.attrs[key]
+    return "" if isinstance(value, require("h5py", "Reading HDF5").Empty) else as_text(value)
 
 
 def _is_text(stored: Any) -> bool:
-    return require("h5py", "Reading HDF5").check_string_dtype(stored.dtype) is not None
+    h5py = require("h5py", "Reading HDF5")
+    return isinstance(stored, h5py.Dataset) and h5py.check_string_dtype(stored.dtype) is not None
 
 
 def _groups(file: Any, split: str) -> list[str]:
@@ -288,7 +294,7 @@ def _groups(file: Any, split: str) -> list[str]:
     Raises:
         ValueError: The file's masks do not say what is trained on, or name a demo that is not there.
     """
-    demos = [f"data/{name}" for name in _demos(file)] if "data" in file else ["/"]
+    demos = [f"data/{name}" for name in _demos(file)] or ["/"]
     masks = _masks(file)
     if split == "all" or split == "train" and not {"train", *_HELD_OUT} & set(masks):
         return demos
@@ -304,15 +310,18 @@ def _groups(file: Any, split: str) -> list[str]:
 
 
 def _demos(file: Any) -> list[str]:
+    """Names of the groups below ``data``; none where the file is one episode."""
     h5py = require("h5py", "Reading HDF5")
-    data = file["data"]
+    data = file.get("data")
+    if not isinstance(data, h5py.Group):
+        return []
     return sorted((name for name in data if data.get(name, getclass=True) is h5py.Group), key=_natural)
 
 
 def _masks(file: Any) -> dict[str, list[str]]:
     """Names of demos by split: robomimic's ``mask/train`` and others."""
     h5py = require("h5py", "Reading HDF5")
-    if "data" not in file or not isinstance(file.get("mask"), h5py.Group):
+    if not _demos(file) or not isinstance(file.get("mask"), h5py.Group):
         return {}
     stored = {name: node[()] for name, node in file["mask"].items() if isinstance(node, h5py.Dataset)}
     return {name: [as_text(demo) for demo in np.ravel(demos)] for name, demos in stored.items()}
@@ -320,7 +329,7 @@ def _masks(file: Any) -> dict[str, list[str]]:
 
 def _doubt_of_libero(file: Any, stem: str) -> str | None:
     """Why a file in LIBERO's columns may not be LIBERO's; None where it is."""
-    demos = _demos(file) if "data" in file else []
+    demos = _demos(file)
     holders = [file, *([file["data"]] if demos else []), *(file["data"][demo] for demo in demos[:1])]
     told = {key: str(holder.attrs[key]) for holder in holders for key in holder.attrs}
     convention = told.get("macros_image_convention")
@@ -336,14 +345,13 @@ def _doubt_of_libero(file: Any, stem: str) -> str | None:
         return None
     if re.match(r"[A-Z0-9_]+_SCENE\d+_.+_demo$", stem) or "problem_info" in told and stem.endswith("_demo"):
         return None
-    return "nothing in it (env_args, bddl_file_name, problem_info) says that LIBERO or robosuite recorded it"
+    return "nothing in it (env_args, bddl_file_name, a problem_name) says that LIBERO or robosuite recorded it"
 
 
 def _holds_steps(group: Any) -> bool:
     """Whether a dataset below a group has rows."""
-    return bool(
-        group.visititems(lambda _, node: True if len(getattr(node, "shape", None) or ()) and len(node) else None)
-    )
+    found = group.visititems(lambda _, node: True if getattr(node, "shape", None) and len(node) else None)
+    return bool(found)
 
 
 def _columns(group: Any) -> tuple[dict[str, str], set[str], dict[str, str]]:
@@ -362,37 +370,41 @@ def _columns(group: Any) -> tuple[dict[str, str], set[str], dict[str, str]]:
             return
         name, kind = dotted(path), node.dtype.kind
         pictures = node.ndim == 4 and node.shape[3] == 3 and node.dtype == np.uint8
-        if not pictures and _is_encoded(node):
+        if not pictures and _is_encoded(node, path):
             encoded.add(name)
+        if (pictures or name in encoded) and _FUTURE.search(name):
+            passed_over[name] = "frames that followed the action"
+            return
         if pictures or name in encoded:
-            if _FUTURE.search(name):
-                passed_over[name] = "it followed the action"
-                return
             names[name] = IMAGE
-            if _NO_CAMERA.search(name):
-                passed_over[name] = "by its name it holds depth or masks"
         elif kind in "biuf" or _is_text(node):
             names[name] = NUMBERS if kind in "biuf" else TEXT
             if _looks_like_frames(node):
-                passed_over[name] = (
-                    f"{node.dtype} {node.shape}; frames must be uint8 (steps, height, width, 3), or JPEG or PNG"
-                )
+                allowed = "frames must be uint8 (steps, height, width, 3), JPEG or PNG"
+                passed_over[name] = f"{node.dtype} {node.shape}; {allowed}"
+        if (name in passed_over or names.get(name) == IMAGE) and _NO_CAMERA.search(name):
+            passed_over[name] = "depth or masks, by its name"
 
     group.visititems(visit)
     return names, encoded, passed_over
 
 
-def _is_encoded(stored: Any) -> bool:
-    """Whether rows of bytes, whatever their type, begin as JPEG or PNG do."""
-    rows_of_bytes = stored.ndim == 2 and stored.dtype == np.uint8 or stored.ndim == 1 and stored.dtype.kind in "SOV"
-    return rows_of_bytes and len(stored) > 0 and bytes(stored[0]).startswith(_PICTURES)
+def _is_encoded(stored: Any, path: str) -> bool:
+    """Whether rows of bytes, of any type, begin as JPEG or PNG do, or by their name can be nothing but pictures."""
+    rows = stored.ndim == 2 and stored.dtype == np.uint8
+    rows |= stored.ndim == 1 and require("h5py", "Reading HDF5").check_vlen_dtype(stored.dtype) == np.uint8
+    if not len(stored.shape) or not len(stored) or not (rows or stored.ndim == 1 and stored.dtype.kind in "SOV"):
+        return rows and "image" in path
+    first = stored[0]
+    marked = isinstance(first, (bytes, np.ndarray, np.void)) and bytes(first).startswith(_PICTURES)
+    return marked or rows and "image" in path
 
 
 def _looks_like_frames(stored: Any) -> bool:
     """Whether numbers have the shape of frames: channels last or first, or none."""
     if stored.ndim == 4:
         return {stored.shape[1], stored.shape[3]} & {1, 3, 4} != set() and max(stored.shape[1:]) >= 8
-    return stored.ndim == 3 and min(stored.shape[1:]) >= 8
+    return stored.ndim == 3 and min(stored.shape[1:]) >= 16
 
 
 def _stored_path(name: str) -> str:
