@@ -157,7 +157,7 @@ class Fields:
             raise ValueError(f"Unknown channels {self.channels!r}. Allowed: {list(CHANNELS)}.")
         for name in ("rotate_180", "drop_noops"):
             if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"{name} must be true or false, got {getattr(self, name)!r}.")
+                raise ValueError(f"The field {name} must be true or false, got {getattr(self, name)!r}.")
         for name in ("action", "proprio"):
             parts = getattr(self, name)
             if parts and not any(parts):

@@ -112,7 +112,8 @@ class DemonstrationStream(IterableDataset):
             if short := lengths.count(0):
                 warnings.warn(
                     f"{reader.name}: {short} of {len(lengths)} episodes are shorter than a chunk of "
-                    f"{self.chunk_length} actions and give no sample. Take ends='repeat' to train on them, or a shorter chunk.",
+                    f"{self.chunk_length} actions and give no sample. Take ends='repeat' to train on them, or a "
+                    "shorter chunk.",
                     stacklevel=3,
                 )
 

@@ -239,7 +239,7 @@ class EpisodeReader(ABC):
         return {str(index): [self._lengths[index], self._noops.get(index, 0)] for index in sorted(self._usable)}
 
     def take_usable_lengths(self, lengths: Mapping[str, Sequence[int]]) -> None:
-        """Take what ``usable_lengths`` returned for the same files and fields, so that no episode is read for it again."""
+        """Take what ``usable_lengths`` returned for the same files and fields; no episode is read for it again."""
         for key, (length, dropped) in lengths.items():
             self._lengths[int(key)], self._noops[int(key)] = length, dropped
             self._usable.add(int(key))

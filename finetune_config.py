@@ -51,7 +51,8 @@ class FinetuneConfig:
         skip_bad: Leave out episodes that cannot be used, and count them; else the first one stops the run.
         shuffle_buffer: Samples to shuffle among.
         ends: Where a chunk may start near an episode's end. "drop", as OpenVLA-OFT trains: only where the episode still
-            has all its actions, so that shorter episodes are left out. "repeat": at every step; the last action repeats.
+            has all its actions, so that shorter episodes are left out. "repeat": at every step; the episode's last
+            action repeats, and is trained on.
         augment: Crop and colour changes, as the reference trains; the result's processor then prepares images as its
             evaluation does, and else leaves them as they are (``image_preset``).
         parallelism: Of several processes. "ddp": each holds the model. "fsdp" (FSDP2): each holds its share of every

@@ -97,6 +97,7 @@ class HDF5Reader(EpisodeReader):
         split: str = "train",
     ) -> None:
         self._files, self.handles, self.split = files, Handles(_open), split
+        self._file_says: dict[Path, str | list[str]] = {}
         self.episodes: list[tuple[Path, str | None]] = []
         masks: set[str] = set()
         for file in files:
@@ -173,12 +174,12 @@ class HDF5Reader(EpisodeReader):
 
     def _exchanged(self, group: Any, camera: str) -> bool:
         """Whether encoded frames were made by OpenCV from RGB arrays, which their recorders' own loaders undo."""
-        if self.fields.channels is not None:
-            return False  # the reader does as it is told
+        robotwin = camera.endswith(".rgb") and "joint_action" in group
+        if self.fields.channels is not None or not (robotwin or self._aloha):
+            return False
         stored = group[_stored_path(camera)]
         if stored.ndim == 4:
             return False
-        robotwin = "joint_action" in group and camera.endswith(".rgb")
         fixed = stored.dtype.kind == "S"  # RDT's and AgileX's in ALOHA's layout
         return robotwin or self._aloha and (fixed or bool(group.file.attrs.get("compress", False)))
 
@@ -227,7 +228,7 @@ class HDF5Reader(EpisodeReader):
 
         return Stored(identity, str(file), columns, said, image)
 
-    def _said(self, group: Any, file: Path) -> Any:
+    def _said(self, group: Any, file: Path) -> str | list[str]:
         """The instruction: the column of the fields, else the demo's own, else the file's, else LIBERO's file name."""
         if self.fields.instruction:
             return _texts(group[_stored_path(self.fields.instruction)])
@@ -235,13 +236,18 @@ class HDF5Reader(EpisodeReader):
         for name, holds in self.names.items():
             if holds == TEXT and not _FUTURE.search(name):
                 below.setdefault(name.rpartition(".")[2], _stored_path(name))
-        for holder, deeper in ((group, below), (group.parent, {}), (group.file, {})):
-            if (said := _said_by(holder, deeper)) is not None:
-                return said
-        if file.stem.endswith("_demo"):
-            # LIBERO: KITCHEN_SCENE3_turn_on_the_stove_demo.hdf5
-            return re.sub(r"^[A-Z0-9_]+_SCENE\d+_", "", file.stem).removesuffix("_demo").replace("_", " ")
+        said = _said_by(group, below)
+        if said is None and file not in self._file_says:
+            above = (_said_by(holder, {}) for holder in (group.parent, group.file))
+            self._file_says[file] = next((text for text in above if text is not None), _said_by_name(file.stem))
+        return self._file_says[file] if said is None else said
+
+
+def _said_by_name(stem: str) -> str:
+    """The instruction in LIBERO's file names: KITCHEN_SCENE3_turn_on_the_stove_demo."""
+    if not stem.endswith("_demo"):
         return ""
+    return re.sub(r"^[A-Z0-9_]+_SCENE\d+_", "", stem).removesuffix("_demo").replace("_", " ")
 
 
 def _said_by(holder: Any, deeper: Mapping[str, str]) -> str | list[str] | None:
@@ -250,19 +256,25 @@ def _said_by(holder: Any, deeper: Mapping[str, str]) -> str | list[str] | None:
     Returns:
         One text, or one a step; None where it says none.
     """
+    attributes = set(holder.attrs)
     for key in _SPOKEN:
         column = next((holder[path] for path in (key, deeper.get(key)) if path and _is_text(holder.get(path))), None)
-        if column is not None:
-            said = _texts(column)
-        elif key in holder.attrs:
-            said = _attribute(holder, key)
-        else:
-            continue
+        try:
+            if column is not None:
+                said = _texts(column)
+            elif key in attributes:
+                said = _attribute(holder, key)
+            else:
+                continue
+        except ValueError:
+            if key in _SEVERAL_WORDS:  # a task's number
+                continue
+            raise
         texts = [said] if isinstance(said, str) else said
         if key not in _SEVERAL_WORDS or any(len(text.split()) > 1 for text in texts):
             return said
     for key, inner in _SPOKEN_JSON.items():
-        if key in holder.attrs:
+        if key in attributes:
             told = json.loads(_attribute(holder, key) or "{}")
             if isinstance(told, Mapping) and inner in told:
                 said = told[inner]

@@ -3,6 +3,7 @@
 import json
 import pickle
 import shutil
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -289,6 +290,29 @@ def test_fewer_records_than_promised(copy):
     reader = open_demonstrations(folder)
     with pytest.raises(DemonstrationError, match=r"holds 2 records, but dataset_info\.json says 3"):
         list(reader)
+
+
+def encoded(field, data):
+    """One field of a protocol buffer that holds bytes, below 16384 of them."""
+    size = len(data)
+    return bytes([field << 3 | 2, *([size] if size < 128 else [size & 127 | 128, size >> 7])]) + data
+
+
+def test_an_episode_without_steps(copy):
+    """Every column is in the record, with no values: as tfds writes an empty sequence."""
+    folder = copy("bridge_orig")
+    names = ["action", "observation/image_0", "observation/image_1", "observation/state", "language_instruction"]
+    entries = [encoded(1, encoded(1, b"steps/" + name.encode()) + encoded(2, encoded(1, b""))) for name in names]
+    record = encoded(1, b"".join(entries))
+    size = struct.pack("<Q", len(record))
+    checks = [struct.pack("<I", masked_crc32c(part)) for part in (size, record)]
+    file = folder / "1.0.0" / "bridge_orig-train.tfrecord-00000-of-00002"
+    file.write_bytes(size + checks[0] + record + checks[1])
+    (folder / "1.0.0" / "dataset_info.json").unlink()
+    reader = open_demonstrations(folder)
+    assert len(reader[1])
+    with pytest.raises(DemonstrationError, match=r"00000-of-00002:0: the episode has no steps; leave it out"):
+        reader[0]
 
 
 @pytest.mark.parametrize("name", LEROBOT)
