@@ -36,7 +36,7 @@ _PICTURES = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n")
 # What no camera's frames are called: left to be named by the fields.
 _NO_CAMERA = re.compile(r"depth|disparity|segment|semantic|pointcloud|(^|[._])(seg|masks?|normals|flow)([._]|$)", re.I)
 # A group of what followed the action: robomimic's next_obs.
-_FUTURE = re.compile(r"(^|[./])next(_|[./])", re.I)
+_FUTURE = re.compile(r"(^|[./])next(_(obs|state|frame|image|rgb)\w*)?([./]|$)", re.I)
 # What a demo or a file calls its instruction, in the order of looking; the last ones often are a task's short name or a
 # language's, so that only several words count.
 _SPOKEN = (
@@ -335,8 +335,10 @@ def _masks(file: Any) -> dict[str, list[str]]:
     h5py = require("h5py", "Reading HDF5")
     if not _demos(file) or not isinstance(file.get("mask"), h5py.Group):
         return {}
-    stored = {name: node[()] for name, node in file["mask"].items() if isinstance(node, h5py.Dataset)}
-    return {name: [as_text(demo) for demo in np.ravel(demos)] for name, demos in stored.items()}
+    stored = {
+        name: node for name, node in file["mask"].items() if _is_text(node) or getattr(node, "shape", None) == (0,)
+    }
+    return {name: [as_text(demo) for demo in np.ravel(node[()])] for name, node in stored.items()}
 
 
 def _doubt_of_libero(file: Any, stem: str) -> str | None:
@@ -405,7 +407,7 @@ def _is_encoded(stored: Any, path: str) -> bool:
     """Whether rows of bytes, of any type, begin as JPEG or PNG do, or by their name can be nothing but pictures."""
     rows = stored.ndim == 2 and stored.dtype == np.uint8
     rows |= stored.ndim == 1 and require("h5py", "Reading HDF5").check_vlen_dtype(stored.dtype) == np.uint8
-    if not len(stored.shape) or not len(stored) or not (rows or stored.ndim == 1 and stored.dtype.kind in "SOV"):
+    if not stored.shape or not len(stored) or not (rows or stored.ndim == 1 and stored.dtype.kind in "SOV"):
         return rows and "image" in path
     first = stored[0]
     marked = isinstance(first, (bytes, np.ndarray, np.void)) and bytes(first).startswith(_PICTURES)

@@ -360,6 +360,25 @@ def test_bad_episodes_are_named(copy, column, value, message):
         reader[1]
 
 
+@pytest.mark.parametrize("name", LEROBOT)
+def test_tasks_may_be_bytes(copy, name):
+    """LeRobot v3's as a binary column; v2.1's JSON has no bytes, but may hold their spelling."""
+    pyarrow, folder = pytest.importorskip("pyarrow"), copy(name)
+    if name == "lerobot_v21":
+        tasks = folder / "meta" / "tasks.jsonl"
+        tasks.write_text(tasks.read_text().replace(TASKS[0], f"b'{TASKS[0]}'"))
+        with pytest.raises(DemonstrationError, match="episode 0: the text .* is the spelling of Python's bytes"):
+            open_demonstrations(folder)[0]
+        return
+    import pyarrow.parquet as parquet
+
+    tasks = parquet.read_table(folder / "meta" / "tasks.parquet")
+    texts = next(column for column in tasks.column_names if column != "task_index")
+    changed = tasks.set_column(tasks.column_names.index(texts), texts, tasks[texts].cast(pyarrow.binary()))
+    parquet.write_table(changed.replace_schema_metadata(None), folder / "meta" / "tasks.parquet")
+    assert open_demonstrations(folder)[0].step(0).instruction == TASKS[0]
+
+
 def test_an_empty_instruction(copy):
     folder = copy("lerobot_v21")
     tasks = folder / "meta" / "tasks.jsonl"

@@ -45,6 +45,7 @@ def robomimic(path, masks=None):
             frames = np.stack([np.full((16, 16, 3), 50 * number + step, np.uint8) for step in range(STEPS + 1)])
             group = demo(file, number, frames[:-1])
             group["next_obs/image"], group["next_obs/pose"] = frames[1:], np.zeros((STEPS, 3))
+            group["obs/empty"] = h5py.Empty("f8")
             group["obs/depth"] = np.zeros((STEPS, 16, 16, 1), np.float32)
             group["obs/image_segmentation"] = frames[:-1]
         for name, numbers in (masks or {}).items():
@@ -64,6 +65,17 @@ def test_cameras_are_of_the_present(tmp_path):
         open_demonstrations(tmp_path / "image.hdf5", fields={"cameras": ["next_obs.image"]})
     with pytest.raises(ValueError, match=r"proprio names \['next_obs\.pose'\], which followed the action"):
         open_demonstrations(tmp_path / "image.hdf5", fields={"proprio": ["next_obs.pose"]})
+
+
+@pytest.mark.parametrize(
+    ("name", "is_camera"),
+    [("next_obs/top", False), ("next/top", False), ("obs/next_image", False), ("obs/next_to_gripper", True)],
+)
+def test_what_followed_the_action_by_other_names(tmp_path, name, is_camera):
+    with h5py.File(tmp_path / "a.hdf5", "w") as file:
+        demo(file)[name] = UPRIGHT
+    cameras = open_demonstrations(tmp_path / "a.hdf5").fields.cameras
+    assert (name.replace("/", ".") in cameras) == is_camera
 
 
 def demos(reader):
@@ -89,7 +101,10 @@ def test_splits_that_a_file_does_not_say(tmp_path):
     assert len(open_demonstrations(plain)) == len(open_demonstrations(plain, split="all")) == 4
     with pytest.raises(ValueError, match=r"no split 'valid'\..* Known: \['all', 'train'\]"):
         open_demonstrations(plain, split="valid")
-    assert len(open_demonstrations(robomimic(tmp_path / "grades.hdf5", {"better": (1,)}))) == 4
+    grades = robomimic(tmp_path / "grades.hdf5", {"better": (1,)})
+    with h5py.File(grades, "r+") as file:
+        file["mask/valid"] = np.zeros((16, 16), bool)  # of pixels: no split
+    assert len(open_demonstrations(grades)) == 4
     with pytest.raises(ValueError, match=r"has no mask 'train'; give split: one of \['all', 'valid'\]"):
         open_demonstrations(robomimic(tmp_path / "held.hdf5", {"valid": (1,)}))
     with pytest.raises(ValueError, match=r"mask 'train' names \['data/demo_9'\]"):
