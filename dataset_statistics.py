@@ -16,7 +16,7 @@ from .configuration_openvla import write_json
 from .demonstrations import DemonstrationError, EpisodeReader, read_json, usable_episodes, warn_skipped
 
 # What is computed; raised when that changes, so that older caches are not taken.
-_VERSION = 1
+_VERSION = 2
 
 
 def compute_statistics(
@@ -53,8 +53,16 @@ def compute_statistics(
         if digest:
             file.parent.mkdir(parents=True, exist_ok=True)
             write_json(file, cached)
+    else:
+        reader.take_usable_lengths(cached["lengths"])
     if cached["skipped"] and not skip_bad:
         raise DemonstrationError(cached["skipped"][0])
+    if cached["lost_tasks"]:
+        warnings.warn(
+            f"{reader.name}: drop_noops leaves no episode of {cached['lost_tasks']}, which will not be learnt. Look at "
+            "their actions, or take drop_noops: false.",
+            stacklevel=2,
+        )
     warn_skipped(cached["skipped"], len(reader), reader.name)
     for what in ("action", "proprio"):
         warn_constant(cached["statistics"], reader.name, what)
@@ -80,11 +88,12 @@ def _cached(file: Path) -> dict[str, Any] | None:
 def _pass(reader: EpisodeReader, skip_bad: bool, progress: bool) -> dict[str, Any]:
     skipped: list[str] = []
     episodes = usable_episodes(reader, skipped) if skip_bad else iter(reader)
-    actions, proprios = [], []
+    actions, proprios, tasks = [], [], set()
     with tqdm(total=len(reader), desc=f"statistics of {reader.name}", unit="episode", disable=not progress) as bar:
         for episode in episodes:
             actions.append(episode.actions)
             proprios.append(episode.proprio)
+            tasks.add(episode.instructions[0].strip())
             bar.update()
     if not actions:
         first = f" The first: {skipped[0]}" if skipped else ""
@@ -99,7 +108,8 @@ def _pass(reader: EpisodeReader, skip_bad: bool, progress: bool) -> dict[str, An
         "num_trajectories": len(actions),
         "num_skipped": len(skipped),
     }
-    return {"statistics": statistics, "skipped": skipped}
+    lost_tasks = sorted(set(reader.emptied.values()) - tasks)
+    return {"statistics": statistics, "skipped": skipped, "lengths": reader.usable_lengths(), "lost_tasks": lost_tasks}
 
 
 def describe(values: np.ndarray) -> dict[str, list[float]]:

@@ -21,11 +21,50 @@ _SLICE = re.compile(r"^(?P<name>.*?)(\[(?P<start>-?\d*):(?P<stop>-?\d*)\])?$")
 RELATIVE_GRIPPER_THRESHOLD = 0.1
 # Between these a measured gripper is on its way; the state that it reaches is what was commanded.
 BINARY_GRIPPER_BOUNDS = (0.05, 0.95)
+# A movement whose norm is smaller does nothing (openvla's regenerate_libero_dataset.py).
+NOOP_THRESHOLD = 1e-4
+CHANNELS = (None, "rgb", "bgr")
 
 
 def dotted(name: str) -> str:
     """One way to write a nested name: ``observation/image`` is ``observation.image``."""
     return name.replace("/", ".")
+
+
+def as_text(value: Any) -> str:
+    """Return a stored text as str: bytes are UTF-8, an array of one is its entry, None and NaN are empty.
+
+    Raises:
+        ValueError: It is no text, several texts, or the spelling of Python's bytes.
+    """
+    while isinstance(value, (np.ndarray, list, tuple)) and np.size(value) == 1:
+        value = value.item() if isinstance(value, np.ndarray) else value[0]
+    if value is None or isinstance(value, float) and np.isnan(value):
+        return ""
+    if isinstance(value, bytes):
+        try:
+            value = value.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"the text {value!r} is not UTF-8 ({error}); give instruction_text") from error
+    if not isinstance(value, str):
+        raise ValueError(f"an instruction must be one text, got {value!r:.200}; give instruction_text")
+    if re.fullmatch(r"b(['\"]).*\1", value.strip(), re.DOTALL):
+        raise ValueError(f"the text {value!r} is the spelling of Python's bytes; it must be stored as text")
+    return str(value).strip("\0")
+
+
+def noops(actions: np.ndarray) -> np.ndarray:
+    """Return which steps do nothing, by openvla's rule for LIBERO: bool ``(length,)``.
+
+    Nothing moves (the norm of all but the last dimension is below ``NOOP_THRESHOLD``) and the gripper's command is that
+    of the last step that did something; before the first of those the gripper does not count.
+    """
+    still = np.linalg.norm(actions[:, :-1], axis=1) < NOOP_THRESHOLD
+    out, gripper = [], None
+    for step, command in enumerate(actions[:, -1]):
+        out.append(bool(still[step]) and (gripper is None or command == gripper))
+        gripper = gripper if out[-1] else command
+    return np.array(out, bool)
 
 
 def absolute_gripper(relative: np.ndarray) -> np.ndarray:
@@ -81,6 +120,9 @@ class Fields:
         relabel: A column whose differences between steps replace the first six action dimensions (Bridge: what was
             reached, not what was commanded); the last step goes.
         rotate_180: Images are stored upside down (LIBERO's HDF5: the model was trained on turned ones).
+        channels: "bgr": red and blue of stored images are exchanged; "rgb": they are not; None: as the format knows,
+            which is "rgb" but for the encoded frames of ALOHA's and RoboTwin's HDF5.
+        drop_noops: Leave out steps that do nothing (``noops`` of the stored action), as in OpenVLA's LIBERO sets.
         action_mask: Which action dimensions are normalised. None: all, but not the gripper of seven.
         standardize: For what the above cannot say: a function of the columns (arrays ``(length, ...)`` by name) to
             ``(action, proprio or None)`` of the same length, before ``gripper`` and the others.
@@ -95,6 +137,8 @@ class Fields:
     skip_first: int = 0
     relabel: str | None = None
     rotate_180: bool = False
+    channels: str | None = None
+    drop_noops: bool = False
     action_mask: tuple[bool, ...] | None = None
     standardize: Callable[[Mapping[str, np.ndarray]], tuple[np.ndarray, np.ndarray | None]] | None = None
 
@@ -109,6 +153,11 @@ class Fields:
             object.__setattr__(self, "action_mask", tuple(map(bool, self.action_mask)))
         if self.gripper not in GRIPPERS:
             raise ValueError(f"Unknown gripper {self.gripper!r}. Allowed: {list(GRIPPERS)}.")
+        if self.channels not in CHANNELS:
+            raise ValueError(f"Unknown channels {self.channels!r}. Allowed: {list(CHANNELS)}.")
+        for name in ("rotate_180", "drop_noops"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"The field {name} must be true or false, got {getattr(self, name)!r}.")
         for name in ("action", "proprio"):
             parts = getattr(self, name)
             if parts and not any(parts):
@@ -167,6 +216,11 @@ class Fields:
             action = np.concatenate([reached[1:] - reached[:-1], action[:-1, 6:]], axis=1)
             proprio = None if proprio is None else proprio[:-1]
         return action.astype(np.float64), None if proprio is None else proprio.astype(np.float64)
+
+    def moving_steps(self, columns: Mapping[str, np.ndarray]) -> np.ndarray:
+        """Return the steps of ``tables`` that are no no-ops: int64 ``(count,)``."""
+        action, _ = dataclasses.replace(self, gripper="as_is").tables(columns)
+        return np.flatnonzero(~noops(action))
 
 
 def _column(columns: Mapping[str, np.ndarray], part: str) -> np.ndarray:

@@ -7,10 +7,12 @@ stream resumes exactly where it stopped.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import random
 import warnings
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch.utils.data import IterableDataset
@@ -27,10 +29,11 @@ class DemonstrationStream(IterableDataset):
     Episodes are dealt out to ranks and workers anew in every epoch, so that each sample is seen once an epoch.
 
     Args:
-        readers: The datasets.
+        readers: The datasets. Cameras of the same names in another order are taken in the first one's.
         weights: How often each is drawn from; with ``balance`` relative to its number of steps. Default: all 1.
         chunk_length: Actions of a sample.
         ends: "drop": a chunk starts only where the episode still has all its actions, as OpenVLA-OFT trains.
+            Shorter episodes give no sample then, and are warned of.
             "repeat": it starts at every step, and beyond the end the last action repeats (``Step.is_padding``).
         shuffle_buffer: Steps to shuffle among; 0 or 1 keeps the stored order, of episodes too.
         seed: Of every random choice.
@@ -41,9 +44,11 @@ class DemonstrationStream(IterableDataset):
         skip_bad: Leave out episodes and images that cannot be used, count them and warn; else they raise.
 
     Raises:
-        ValueError: An option is out of range, names collide, or action or proprio dimensions differ between datasets.
+        ValueError: An option is out of range, names collide, action or proprio dimensions or numbers of cameras differ
+            between datasets, or a camera's name stands for different places.
 
     Attributes:
+        readers: The datasets, with their cameras in one order.
         skipped: Bad episodes and steps met so far and left out, in this process (a worker has its own); each counts,
             and is warned of, once.
     """
@@ -70,6 +75,9 @@ class DemonstrationStream(IterableDataset):
         self._bad: set[str] = set()
         self._resume_batches, self._resume_batch_size = 0, 1
         self._check()
+        self.readers = one_camera_order(self.readers)
+        if rank == 0 and ends == "drop" and chunk_length > 1:
+            self._warn_of_short_episodes()
         if balance and len(self.readers) > 1:
             self.weights = [weight * self._steps(reader) for weight, reader in zip(self.weights, self.readers)]
 
@@ -97,6 +105,51 @@ class DemonstrationStream(IterableDataset):
         cameras = {reader.name: len(reader.fields.cameras) for reader in self.readers}
         if len(set(cameras.values())) > 1:
             raise ValueError(f"Datasets of a mixture need one number of cameras, got {cameras}.")
+
+    def _warn_of_short_episodes(self) -> None:
+        for reader in self.readers:
+            lengths = self._lengths(reader)
+            if short := lengths.count(0):
+                warnings.warn(
+                    f"{reader.name}: {short} of {len(lengths)} episodes are shorter than a chunk of "
+                    f"{self.chunk_length} actions and give no sample. Take ends='repeat' to train on them, or a "
+                    "shorter chunk.",
+                    stacklevel=3,
+                )
+
+    def _lengths(self, reader: EpisodeReader) -> list[int | None]:
+        """Steps of every episode at which a sample may start; None where the episode is bad."""
+        lengths: list[int | None] = []
+        for index in range(len(reader)):
+            try:
+                lengths.append(self._length(reader, index))
+            except DemonstrationError:  # raised when it is read
+                lengths.append(None)
+        return lengths
+
+    def summary(self) -> list[dict[str, Any]]:
+        """Return what every dataset gives and what of it is left out, as JSON holds it."""
+        out = []
+        for reader in self.readers:
+            lengths = self._lengths(reader)
+            left_out = {
+                "bad_episodes": lengths.count(None),
+                "episodes_shorter_than_the_chunk": lengths.count(0),
+                "steps_that_do_nothing": reader.noop_steps,
+            }
+            out.append(
+                {
+                    "name": reader.name,
+                    "format": reader.format,
+                    "path": str(reader.root),
+                    "cameras": list(reader.fields.cameras),
+                    "episodes": sum(1 for length in lengths if length),
+                    "samples": sum(length for length in lengths if length),
+                    "left_out": left_out,
+                    "notes": reader.notes(),
+                }
+            )
+        return out
 
     def _steps(self, reader: EpisodeReader) -> int:
         return sum(self._length(reader, index) or 0 for index in range(len(reader)))
@@ -151,6 +204,49 @@ class DemonstrationStream(IterableDataset):
     @property
     def skipped(self) -> int:
         return len(self._bad)
+
+
+def one_camera_order(readers: Sequence[EpisodeReader]) -> list[EpisodeReader]:
+    """Return the datasets of a mixture, those with the first one's cameras in its order.
+
+    Cameras are one where the last parts of their names are (``observation.images.top``, ``obs.top``). Which cameras of
+    other names meet in one place is warned of.
+
+    Raises:
+        ValueError: A name stands in different places and cannot be moved, as its neighbours have other names.
+    """
+    if len(readers) < 2:
+        return list(readers)
+    last = [[camera.rpartition(".")[2] for camera in reader.fields.cameras] for reader in readers]
+    if any(len(set(names)) < len(names) for names in last):
+        last = [list(reader.fields.cameras) for reader in readers]
+    out, expected, others = [readers[0]], last[0], []
+    for reader, names in zip(readers[1:], last[1:]):
+        if sorted(names) == sorted(expected) and names != expected:
+            cameras = tuple(reader.fields.cameras[names.index(name)] for name in expected)
+            warnings.warn(
+                f"{reader.name} stores its cameras in another order than {readers[0].name}; they are taken in that "
+                f"one's: {list(cameras)}.",
+                stacklevel=3,
+            )
+            reader = copy.copy(reader)
+            reader.fields = dataclasses.replace(reader.fields, cameras=cameras)
+        elif names != expected:
+            if moved := [name for place, name in enumerate(names) if name in expected and expected[place] != name]:
+                raise ValueError(
+                    f"Cameras of a mixture must have one order: {moved} stand elsewhere in {reader.name} {names} than "
+                    f"in {readers[0].name} {expected}. Give the field cameras of one of them."
+                )
+            others.append(reader)
+        out.append(reader)
+    if others:
+        listed = "; ".join(f"{reader.name} {list(reader.fields.cameras)}" for reader in [readers[0], *others])
+        warnings.warn(
+            f"The cameras of these datasets have different names and are taken to see alike, place by place: {listed}. "
+            "Give the field cameras where they do not.",
+            stacklevel=3,
+        )
+    return out
 
 
 @dataclasses.dataclass
@@ -231,13 +327,13 @@ class _Part:
                     found = True
                 for step in range(length):
                     yield epoch, index, step
-            if not self.stream.repeat:
-                return
             if not found and not self._any_sample():
                 raise ValueError(
                     f"{self.reader.name}: no episode has {self.stream.chunk_length} steps; take ends='repeat' or a "
                     "shorter chunk."
                 )
+            if not self.stream.repeat:
+                return
             epoch += 1
 
     def _any_sample(self) -> bool:

@@ -14,7 +14,6 @@ import json
 import os
 import warnings
 from abc import ABC, abstractmethod
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,13 +22,10 @@ import numpy as np
 from PIL import Image
 
 from .actions_openvla import nearest_name
-from .demonstration_fields import Fields
+from .demonstration_fields import Fields, as_text
 from .demonstration_presets import PRESETS
 
 AUTO = "auto"
-
-# Files that a parent process opened, kept from being closed here.
-_INHERITED: list[Any] = []
 
 # What a column holds.
 IMAGE, TEXT, NUMBERS = "image", "text", "numbers"
@@ -49,32 +45,6 @@ def require(package: str, why: str, install: str = "'openvla[train]'") -> Any:
         return importlib.import_module(package)
     except ImportError as error:
         raise ImportError(f"{why} needs {package}: pip install {install} ({error})") from error
-
-
-class Handles:
-    """Open files of this process, the least recently used closed first; a forked or spawned process opens its own."""
-
-    def __init__(self, opener: Callable[[Path], Any], limit: int = 8) -> None:
-        self.opener, self.limit = opener, limit
-        self.process, self.opened = os.getpid(), OrderedDict()
-
-    def __getitem__(self, path: Path) -> Any:
-        if self.process != os.getpid():
-            # A library's threads do not survive a fork. Closing what was inherited would wait for them forever.
-            _INHERITED.append(self.opened)
-            self.process, self.opened = os.getpid(), OrderedDict()
-        if path not in self.opened:
-            if len(self.opened) >= self.limit:
-                self.opened.popitem(last=False)[1].close()
-            self.opened[path] = self.opener(path)
-        self.opened.move_to_end(path)
-        return self.opened[path]
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"opener": self.opener, "limit": self.limit}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(**state)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -173,14 +143,14 @@ class Stored:
 
     Attributes:
         columns: Number columns, ``(stored length, ...)`` by dotted name; at least those that the fields name.
-        instructions: One a stored step, or one for all.
+        instructions: One a stored step, or one for all: anything that ``as_text`` takes.
         image: The image of a camera (by dotted name) at a stored step: uint8 ``(height, width, 3)``.
     """
 
     id: str
     source: str
     columns: Mapping[str, np.ndarray]
-    instructions: Sequence[str] | str
+    instructions: Sequence[Any] | str
     image: Callable[[str, int], np.ndarray]
 
 
@@ -200,12 +170,17 @@ class EpisodeReader(ABC):
     """
 
     format = "?"
+    # Columns that look like images but cannot be read as such, and what they hold.
+    passed_over: Mapping[str, str] = {}
 
     def __init__(self, root: Path, name: str, names: Mapping[str, str], fields: Fields) -> None:
         self.root, self.name, self.fields = root, name, fields
         self.names = dict(names)
         self._lengths: dict[int, int] = {}
         self._usable: set[int] = set()
+        self._noops: dict[int, int] = {}
+        # Instructions of episodes of which drop_noops leaves nothing, by their index.
+        self.emptied: dict[int, str] = {}
         self._dimensions: tuple[int, int] | None = None
         self._require_fields()
 
@@ -219,7 +194,8 @@ class EpisodeReader(ABC):
             fitting = [known for known, holds in self.names.items() if holds == kind]
             if column not in fitting:
                 near = nearest_name(column, fitting)
-                holds = f" (it holds {self.names[column]})" if column in self.names else ""
+                held = self.passed_over.get(column, self.names.get(column))
+                holds = f" (it holds {held})" if held else ""
                 raise KeyError(
                     f"{self.root}: no column {column!r} of {kind}{holds}."
                     f"{f' Did you mean {near!r}?' if near else ''} There are: {fitting}."
@@ -252,11 +228,30 @@ class EpisodeReader(ABC):
         Raises:
             DemonstrationError: Its file is damaged; with ``checked``, as ``reader[index]``.
         """
-        if checked and index not in self._usable:
+        if (checked or self.fields.drop_noops) and index not in self._usable:
             self[index]
         if index not in self._lengths:
             self._lengths[index] = max(0, self._stored_length(index) - self.fields.shortening)
         return self._lengths[index]
+
+    def usable_lengths(self) -> dict[str, list[int]]:
+        """Return steps and dropped no-ops of the episodes that were read and can be used, by their index."""
+        return {str(index): [self._lengths[index], self._noops.get(index, 0)] for index in sorted(self._usable)}
+
+    def take_usable_lengths(self, lengths: Mapping[str, Sequence[int]]) -> None:
+        """Take what ``usable_lengths`` returned for the same files and fields; no episode is read for it again."""
+        for key, (length, dropped) in lengths.items():
+            self._lengths[int(key)], self._noops[int(key)] = length, dropped
+            self._usable.add(int(key))
+
+    @property
+    def noop_steps(self) -> int:
+        """Steps that ``drop_noops`` left out of the episodes read so far."""
+        return sum(self._noops.values())
+
+    def notes(self) -> list[str]:
+        """Return what a user should know of how the dataset is read and cannot see in the fields."""
+        return [f"{self.noop_steps} steps that do nothing are left out (drop_noops)"] if self.fields.drop_noops else []
 
     def __iter__(self) -> Iterator[Episode]:
         return (self[index] for index in range(len(self)))
@@ -275,29 +270,45 @@ class EpisodeReader(ABC):
         where = f"{stored.source}, episode {stored.id}"
         try:
             actions, proprio = self.fields.tables(stored.columns)
+            instructions = self._instructions(stored, len(actions))
         except (ValueError, IndexError) as error:
             raise DemonstrationError(f"{where}: {error}.") from error
-        instructions = self._instructions(stored, len(actions))
         _require_usable(where, actions, proprio, instructions)
         self._require_dimensions(where, actions, proprio)
+        first = self.fields.skip_first
+        steps: Sequence[int] = range(first, first + len(actions))
+        if self.fields.drop_noops:
+            moving = self.fields.moving_steps(stored.columns)
+            if not len(moving):
+                self.emptied[index] = instructions[0].strip()
+                raise DemonstrationError(
+                    f"{where}: none of its {len(actions)} steps does anything ({self.emptied[index]!r}), so drop_noops "
+                    "leaves no step. Take skip_bad=True to leave such episodes out, or drop_noops: false."
+                )
+            self._noops[index] = len(actions) - len(moving)
+            actions, proprio = actions[moving], None if proprio is None else proprio[moving]
+            instructions, steps = [instructions[step] for step in moving], (first + moving).tolist()
         self._lengths[index] = len(actions)
         self._usable.add(index)
-        cameras, first = self.fields.cameras, self.fields.skip_first
+        cameras, exchanged = self.fields.cameras, self.fields.channels == "bgr"
 
         def load_images(step: int) -> tuple[np.ndarray, ...]:
-            images = tuple(stored.image(camera, step + first) for camera in cameras)
+            images = tuple(stored.image(camera, steps[step]) for camera in cameras)
             for camera, image in zip(cameras, images):
                 if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
                     raise ValueError(f"{camera} is {image.dtype} {image.shape}, not uint8 (height, width, 3)")
+            images = tuple(image[..., ::-1] for image in images) if exchanged else images
             return tuple(image[::-1, ::-1] for image in images) if self.fields.rotate_180 else images
 
         return Episode(stored.id, stored.source, self.name, actions, proprio, instructions, load_images)
 
     def _instructions(self, stored: Stored, length: int) -> Sequence[str]:
-        said = self.fields.instruction_text or stored.instructions
-        if isinstance(said, str):
-            return [said] * length
-        return said[self.fields.skip_first : self.fields.skip_first + length]
+        """Return one instruction a step of ``tables``; of another number, where the stored ones do not fit."""
+        said: Any = self.fields.instruction_text or stored.instructions
+        if isinstance(said, (str, bytes)) or len(said) == 1:
+            return [as_text(said)] * length
+        texts = [as_text(text) for text in said]
+        return texts[self.fields.skip_first : len(texts) - (self.fields.relabel is not None)]
 
     def _require_dimensions(self, where: str, actions: np.ndarray, proprio: np.ndarray | None) -> None:
         got = (actions.shape[1], 0 if proprio is None else proprio.shape[1])
@@ -374,8 +385,17 @@ def decoded_image(data: bytes) -> np.ndarray:
         return np.asarray(image.convert("RGB"))
 
 
-def merged_fields(found: Fields | None, preset: str | None, config: Mapping[str, Any] | None, root: Path) -> Fields:
+def merged_fields(
+    found: Fields | None, preset: str | None, config: Mapping[str, Any] | None, root: Path, seen: str = ""
+) -> Fields:
     """What is asked for, over the preset, over what the format itself suggests.
+
+    Args:
+        found: What the format suggests.
+        preset: A key of ``PRESETS``.
+        config: Fields to replace.
+        root: The dataset, for messages.
+        seen: A sentence on the columns that there are, for the message where none can be chosen.
 
     Raises:
         ValueError: The preset is unknown, or nothing says what the action is.
@@ -391,7 +411,7 @@ def merged_fields(found: Fields | None, preset: str | None, config: Mapping[str,
     if found is not None:
         return found.changed(config)
     if "cameras" not in config or not {"action", "standardize"} & set(config):
-        raise ValueError(f"{root}: what is camera and what is action cannot be told; give cameras and action.")
+        raise ValueError(f"{root}: what is camera and what is action cannot be told; give cameras and action.{seen}")
     return Fields(("?",), ("?",)).changed({"action": (), **config})
 
 
@@ -417,7 +437,8 @@ def open_demonstrations(
         preset: A key of ``demonstration_presets.PRESETS``; "auto" takes the one that bears the dataset's name (and
             LIBERO's and ALOHA's for their HDF5 layouts), None takes none.
         fields: Fields to replace, as in ``demonstration_fields.Fields``.
-        split: Of RLDS ("train", "val", "all"); other formats have one.
+        split: Of RLDS ("train", "val", "all"), or of HDF5: a name of the file's ``mask`` group, as robomimic writes it,
+            or "all". "train" is all of a file without masks.
         name: Under which the statistics go into a checkpoint; by default the dataset's own.
 
     Raises:
@@ -438,7 +459,7 @@ def open_demonstrations(
     elif folder := rlds_folder(path):
         reader = RLDSReader(folder, preset, fields, name, split)
     elif files := hdf5_files(path):
-        reader = HDF5Reader(path, files, preset, fields, name)
+        reader = HDF5Reader(path, files, preset, fields, name, split)
     else:
         there = sorted(entry.name for entry in path.iterdir())[:8] if path.is_dir() else path.name
         raise ValueError(

@@ -1,6 +1,7 @@
 """``openvla finetune``: demonstrations in, a checkpoint that everyone can load out.
 
 A run is a YAML file, flags, or both (flags win). It writes into its output folder:
+  data.json              the datasets: their cameras in order, what is trained on, what is left out
   metrics.jsonl          what was logged, one object a line (and a tracker's files, where one is asked for)
   checkpoints/step-N/    what a broken run goes on from: what is trained, optimiser, random states, position in the data
   adapter/               of LoRA: the adapter
@@ -87,6 +88,7 @@ def finetune(config: FinetuneConfig, data: Any = None) -> Path:
     if accelerator.is_main_process:
         output.mkdir(parents=True, exist_ok=True)
         write_json(output / "finetune.json", asdict(config))
+        report_data(data, model.config.chunk_length, output)
     if config.parallelism == "fsdp":
         half = torch.bfloat16 if accelerator.mixed_precision == "bf16" else None
         shard(model, accelerator.device, half)
@@ -150,6 +152,7 @@ class Demonstrations:
             self.readers,
             self.weights,
             chunk_length=chunk_length,
+            ends=self.config.ends,
             shuffle_buffer=self.config.shuffle_buffer,
             seed=self.config.seed,
             rank=rank,
@@ -158,6 +161,24 @@ class Demonstrations:
         )
         stream.resume(batches, batch_size)
         return stream
+
+
+def report_data(data: Any, chunk_length: int, output: Path) -> None:
+    """Say of every dataset of a run, in data.json and on the terminal, what is trained on and what is left out."""
+    if not data.readers:
+        return
+    summary = data.stream(chunk_length).summary()
+    write_json(output / "data.json", {"datasets": summary})
+    for dataset in summary:
+        left_out = ", ".join(
+            f"{count} {what.replace('_', ' ')}" for what, count in dataset["left_out"].items() if count
+        )
+        print(
+            f"{dataset['name']}: {dataset['episodes']} episodes, {dataset['samples']} samples, cameras "
+            f"{', '.join(dataset['cameras'])}; left out: {left_out or 'nothing'}"
+        )
+        for note in dataset["notes"]:
+            print(f"  {note}")
 
 
 def build(

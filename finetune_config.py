@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from .demonstration_stream import ENDS
 from .demonstrations import require
 
 # The ways of the paper's table; LoRA is one of its adapters' targets, QLoRA the same beside 4-bit weights.
@@ -49,6 +50,9 @@ class FinetuneConfig:
         lora_targets: Of LoRA; as ``enable_lora`` takes them.
         skip_bad: Leave out episodes that cannot be used, and count them; else the first one stops the run.
         shuffle_buffer: Samples to shuffle among.
+        ends: Where a chunk may start near an episode's end. "drop", as OpenVLA-OFT trains: only where the episode still
+            has all its actions, so that shorter episodes are left out. "repeat": at every step; the episode's last
+            action repeats, and is trained on.
         augment: Crop and colour changes, as the reference trains; the result's processor then prepares images as its
             evaluation does, and else leaves them as they are (``image_preset``).
         parallelism: Of several processes. "ddp": each holds the model. "fsdp" (FSDP2): each holds its share of every
@@ -84,6 +88,7 @@ class FinetuneConfig:
     lora_targets: str = "all-linear"
     skip_bad: bool = False
     shuffle_buffer: int = 10_000
+    ends: str = "drop"
     augment: bool = True
     parallelism: str = "ddp"
     gradient_checkpointing: bool = False
@@ -98,7 +103,13 @@ class FinetuneConfig:
 
     def __post_init__(self) -> None:
         """Check what can be checked before anything is read."""
-        choices = {"method": METHODS, "decay": DECAYS, "parallelism": PARALLELISMS, "tracker": (None, *TRACKERS)}
+        choices = {
+            "method": METHODS,
+            "decay": DECAYS,
+            "parallelism": PARALLELISMS,
+            "ends": ENDS,
+            "tracker": (None, *TRACKERS),
+        }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"Unknown {name} {getattr(self, name)!r}; allowed: {list(allowed)}.")

@@ -106,6 +106,7 @@ def inspect(
         "episode_length": {"min": min(lengths), "median": float(np.median(lengths)), "max": max(lengths)},
         "instructions": dict(said.most_common()),
         "damaged_images": damaged,
+        "notes": reader.notes(),
         "statistics": statistics,
     }
 
@@ -125,6 +126,7 @@ def _table(report: dict[str, Any]) -> str:
     ]
     lines += [f"  {count:>6}  {text}" for text, count in list(said.items())[:_INSTRUCTIONS]]
     lines += [f"          ... {len(said) - _INSTRUCTIONS} more"] if len(said) > _INSTRUCTIONS else []
+    lines += [f"note         {note}" for note in report["notes"]]
     columns = ("mean", "std", "min", "q01", "q99", "max")
     action = report["statistics"]["action"]
     lines += ["", f"  {'action':<12}" + "".join(f"{column:>11}" for column in columns) + "  normalised"]

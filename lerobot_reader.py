@@ -16,7 +16,6 @@ from .demonstrations import (
     TEXT,
     DemonstrationError,
     EpisodeReader,
-    Handles,
     Stored,
     decoded_image,
     known_preset,
@@ -24,6 +23,7 @@ from .demonstrations import (
     read_json,
     require,
 )
+from .open_files import Handles
 from .video_frames import Video
 
 _VERSIONS = ("v2.0", "v2.1", "v3.0")
@@ -171,7 +171,7 @@ class LeRobotReader(EpisodeReader):
         if len(table) != row["length"]:
             raise DemonstrationError(f"{where}: the table has {len(table)} rows, meta/episodes says {row['length']}.")
         if texts:
-            said = [str(text) for text in table[texts[0]].to_pylist()]
+            said = table[texts[0]].to_pylist()
         else:
             said = [self.tasks.get(task, "") for task in table["task_index"].to_pylist()]
         times = table["timestamp"].to_numpy()

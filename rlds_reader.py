@@ -121,6 +121,9 @@ class RLDSReader(EpisodeReader):
         if record >= len(offsets):
             raise ValueError(f"{damage}; copy the file again from its source")
         example = parse_example(read_record(shard, *offsets[record]), lambda name: name in wanted)
+        columns = [path for path in wanted if path.startswith(_STEPS)]
+        if columns and all(path in example and not len(example[path]) for path in columns):
+            raise ValueError("the episode has no steps; leave it out with skip_bad=True")
         if missing := sorted(_public(path) for path in wanted if path not in example or not len(example[path])):
             raise ValueError(f"{missing} missing from the record")
         return example

@@ -91,7 +91,7 @@ class SequenceReader(EpisodeReader):
             columns = {name: np.stack([np.asarray(row[name]) for row in steps]) for name in sorted(wanted) if steps}
         except ValueError as error:
             raise DemonstrationError(f"{self.name}, episode {index}: {error}.") from error
-        said = [str(row[text]) for row in steps] if text else ""
+        said = [row[text] for row in steps] if text else ""
 
         def image(camera: str, step: int) -> np.ndarray:
             return np.asarray(as_images(self._step(index, step)[camera])[0])
@@ -108,7 +108,9 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _kind(value: Any) -> str:
-    if isinstance(value, str):
+    if isinstance(value, (str, bytes)) or getattr(getattr(value, "dtype", None), "kind", "") in ("S", "U", "O"):
+        return TEXT
+    if isinstance(value, (list, tuple)) and len(value) == 1 and isinstance(value[0], (str, bytes)):
         return TEXT
     if isinstance(value, (int, float, bool, list, tuple)):
         return NUMBERS

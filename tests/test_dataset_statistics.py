@@ -103,6 +103,23 @@ def masked(values, mask):
     return SequenceReader(rows, "mine", {**FIELDS, "action_mask": mask}, episode_lengths=[len(rows)])
 
 
+def test_the_cache_keeps_what_was_left_out(tmp_path):
+    h5py = pytest.importorskip("h5py")
+    with h5py.File(tmp_path / "a.hdf5", "w") as file:
+        for number, moves in enumerate(((0.5, 0, 0.25, 0), (0, 0, 0))):
+            group = file.create_group(f"data/demo_{number}")
+            group.attrs["instruction"] = f"task {number}"
+            group["actions"] = np.array([[move, *[0.1 * move] * 5, 1] for move in moves])
+            group["image"] = np.zeros((len(moves), 8, 8, 3), np.uint8)
+    found = []
+    for _ in range(2):
+        reader = open_demonstrations(tmp_path / "a.hdf5", fields={"drop_noops": True})
+        with pytest.warns(UserWarning, match=r"drop_noops leaves no episode of \['task 1'\]"):
+            compute_statistics(reader, skip_bad=True, cache_dir=tmp_path / "cache", progress=False)
+        found.append((reader.noop_steps, reader.length(0), reader.usable_lengths()))
+    assert found == [(2, 2, {"0": [2, 2]})] * 2
+
+
 def test_masks():
     values = np.random.RandomState(0).uniform(-1, 1, (20, 7))
     assert compute_statistics(masked(values, None), progress=False)["action"]["mask"] == [True] * 6 + [False]

@@ -3,6 +3,7 @@
 import json
 import pickle
 import shutil
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -291,6 +292,29 @@ def test_fewer_records_than_promised(copy):
         list(reader)
 
 
+def encoded(field, data):
+    """One field of a protocol buffer that holds bytes, below 16384 of them."""
+    size = len(data)
+    return bytes([field << 3 | 2, *([size] if size < 128 else [size & 127 | 128, size >> 7])]) + data
+
+
+def test_an_episode_without_steps(copy):
+    """Every column is in the record, with no values: as tfds writes an empty sequence."""
+    folder = copy("bridge_orig")
+    names = ["action", "observation/image_0", "observation/image_1", "observation/state", "language_instruction"]
+    entries = [encoded(1, encoded(1, b"steps/" + name.encode()) + encoded(2, encoded(1, b""))) for name in names]
+    record = encoded(1, b"".join(entries))
+    size = struct.pack("<Q", len(record))
+    checks = [struct.pack("<I", masked_crc32c(part)) for part in (size, record)]
+    file = folder / "1.0.0" / "bridge_orig-train.tfrecord-00000-of-00002"
+    file.write_bytes(size + checks[0] + record + checks[1])
+    (folder / "1.0.0" / "dataset_info.json").unlink()
+    reader = open_demonstrations(folder)
+    assert len(reader[1])
+    with pytest.raises(DemonstrationError, match=r"00000-of-00002:0: the episode has no steps; leave it out"):
+        reader[0]
+
+
 @pytest.mark.parametrize("name", LEROBOT)
 def test_a_missing_or_corrupt_video(copy, name):
     folder = copy(name)
@@ -334,6 +358,25 @@ def test_bad_episodes_are_named(copy, column, value, message):
     assert len(reader[0])
     with pytest.raises(DemonstrationError, match=message):
         reader[1]
+
+
+@pytest.mark.parametrize("name", LEROBOT)
+def test_tasks_may_be_bytes(copy, name):
+    """LeRobot v3's as a binary column; v2.1's JSON has no bytes, but may hold their spelling."""
+    pyarrow, folder = pytest.importorskip("pyarrow"), copy(name)
+    if name == "lerobot_v21":
+        tasks = folder / "meta" / "tasks.jsonl"
+        tasks.write_text(tasks.read_text().replace(TASKS[0], f"b'{TASKS[0]}'"))
+        with pytest.raises(DemonstrationError, match="episode 0: the text .* is the spelling of Python's bytes"):
+            open_demonstrations(folder)[0]
+        return
+    import pyarrow.parquet as parquet
+
+    tasks = parquet.read_table(folder / "meta" / "tasks.parquet")
+    texts = next(column for column in tasks.column_names if column != "task_index")
+    changed = tasks.set_column(tasks.column_names.index(texts), texts, tasks[texts].cast(pyarrow.binary()))
+    parquet.write_table(changed.replace_schema_metadata(None), folder / "meta" / "tasks.parquet")
+    assert open_demonstrations(folder)[0].step(0).instruction == TASKS[0]
 
 
 def test_an_empty_instruction(copy):

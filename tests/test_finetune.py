@@ -23,7 +23,7 @@ pytest.importorskip("accelerate")
 from openvla import PLATFORMS, OpenVLAForActionPrediction, load_policy
 from openvla.adapters_openvla import lora_targets
 from openvla.compatibility_openvla import QUANTIZES_ON_CPU, enable_checkpointing
-from openvla.finetune import FinetuneConfig, as_config, build, finetune, rate, read_yaml, set_trained
+from openvla.finetune import Demonstrations, FinetuneConfig, as_config, build, finetune, rate, read_yaml, set_trained
 from openvla.finetune_config import TRACKERS
 from openvla.lean_training import lean
 from openvla.merge_adapter import merge
@@ -356,6 +356,7 @@ def test_the_learning_rate(base, tmp_path):
         ({"decay": "step"}, "decay='step' needs decay_step"),
         ({"parallelism": "tp"}, "Unknown parallelism 'tp'; allowed"),
         ({"parallelism": "fsdp", "method": "qlora"}, "4-bit weights cannot be spread"),
+        ({"ends": "pad"}, r"Unknown ends 'pad'; allowed: \['drop', 'repeat'\]"),
         ({"tracker": "mlflow"}, "Unknown tracker 'mlflow'; allowed"),
         ({"batch_size": 0}, "batch_size must be a whole number"),
         ({"learning_rate": 0.0}, "learning_rate and max_grad_norm must be positive"),
@@ -438,6 +439,30 @@ def test_bad_episodes_stop_a_run_or_are_counted(base, tmp_path, capsys, monkeypa
     assert sum("Skipped, 1 so far" in str(one.message) for one in warned) <= 2  # once a stream, not once an epoch
     statistics = json.loads((tmp_path / "run" / "model" / "dataset_statistics.json").read_text())["data"]
     assert (statistics["num_trajectories"], statistics["num_skipped"]) == (3, 1)
+    (written,) = json.loads((tmp_path / "run" / "data.json").read_text())["datasets"]
+    assert (written["cameras"], written["episodes"]) == (["obs.agentview_rgb"], 3)
+    assert written["left_out"] == {"bad_episodes": 1, "episodes_shorter_than_the_chunk": 0, "steps_that_do_nothing": 0}
+    printed = capsys.readouterr().out
+    assert (
+        f"data: 3 episodes, {written['samples']} samples, cameras obs.agentview_rgb; left out: 1 bad episodes"
+        in printed
+    )
+
+
+@pytest.mark.parametrize(("ends", "steps"), [("drop", [0, 1]), ("repeat", [0, 0, 1, 1, 2, 2, 3])])
+def test_a_run_says_what_happens_at_the_ends_of_episodes(tmp_path, monkeypatch, ends, steps):
+    h5py = pytest.importorskip("h5py")
+    monkeypatch.setenv("OPENVLA_CACHE", str(tmp_path / "cache"))
+    with h5py.File(tmp_path / "a.hdf5", "w") as file:
+        for number, length in enumerate((3, 4)):
+            group = file.create_group(f"data/demo_{number}")
+            group.attrs["instruction"] = "go"
+            group["actions"] = np.random.RandomState(number).uniform(0, 1, (length, 7))
+            group["image"] = np.zeros((length, 8, 8, 3), np.uint8)
+    data = Demonstrations(settings("base", tmp_path, data=str(tmp_path / "a.hdf5"), ends=ends, shuffle_buffer=0))
+    stream = data.stream(3 if ends == "drop" else 5)
+    drawn = [sample.index for sample, _ in zip(stream, range(len(steps) + (ends == "drop")))]
+    assert sorted(drawn) == (sorted([0, *steps]) if ends == "drop" else steps)
 
 
 @pytest.mark.skipif(not QUANTIZES_ON_CPU, reason="needs a GPU before transformers 4.53")
