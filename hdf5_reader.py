@@ -11,9 +11,8 @@ from typing import Any
 import numpy as np
 
 from .demonstration_fields import Fields, dotted
-from .demonstration_presets import PRESETS
+from .demonstration_presets import AUTO, HDF5_PRESETS, PRESETS, merged_fields
 from .demonstrations import (
-    AUTO,
     IMAGE,
     NUMBERS,
     TEXT,
@@ -22,13 +21,10 @@ from .demonstrations import (
     Handles,
     Stored,
     decoded_image,
-    merged_fields,
     require,
 )
 
 _SUFFIXES = (".hdf5", ".h5")
-# Presets of layouts that give themselves away by their columns.
-_LAYOUTS = ("libero_hdf5", "aloha_hdf5")
 
 
 def hdf5_files(path: Path) -> list[Path]:
@@ -81,7 +77,9 @@ class HDF5Reader(EpisodeReader):
             raise DemonstrationError(f"{root}: none of its {len(files)} HDF5 files holds an episode that can be read.")
         names = _columns(self.handles[whole[0]][whole[1]])
         if preset == AUTO:
-            preset = next((layout for layout in _LAYOUTS if PRESETS[layout].columns() <= set(names)), None)
+            preset = next((layout for layout in HDF5_PRESETS if PRESETS[layout].columns() <= set(names)), None)
+            self.preset_reason = "by its columns"
+        self.preset = preset
         super().__init__(root, name or root.stem, names, merged_fields(_suggested(names), preset, fields, root))
 
     @property
