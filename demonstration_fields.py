@@ -44,9 +44,9 @@ def step_order(counters: Mapping[str, np.ndarray], distinct: Iterable[str] = ())
     """Return the order of an episode's rows, or None where they are stored in it.
 
     Args:
-        counters: Columns ``(length,)`` that count steps or tell their time. The first one decides, the others must not
-            contradict it. ``frame_index`` must be consecutive.
-        distinct: Counters that must differ from step to step; ``frame_index`` and the first one always must.
+        counters: Number columns ``(length,)`` that count steps or tell their time. The first one decides, the others
+            must not contradict it. ``frame_index`` must be consecutive.
+        distinct: Further counters, beside ``frame_index``, that must differ from step to step.
 
     Returns:
         int64 ``(length,)``: the row of every step.
@@ -54,7 +54,7 @@ def step_order(counters: Mapping[str, np.ndarray], distinct: Iterable[str] = ())
     Raises:
         ValueError: Frames are missing or there twice, or two counters contradict each other.
     """
-    values = {name: np.asarray(column).reshape(-1) for name, column in counters.items()}
+    values = {name: np.asarray(column).reshape(-1).astype(np.float64) for name, column in counters.items()}
     if not values:
         return None
     first = next(iter(values))
@@ -64,12 +64,12 @@ def step_order(counters: Mapping[str, np.ndarray], distinct: Iterable[str] = ())
         if (steps < 0).any():
             place = int(np.flatnonzero(steps < 0)[0]) + 1
             raise ValueError(f"{name} goes back at step {place}, in the order of {first}; the rows must be repaired")
-        if name in (first, *distinct) and (steps == 0).any():
+        if name in ("frame_index", *distinct) and (steps == 0).any():
             twice = column[order][1:][steps == 0][0]
-            raise ValueError(f"{name} {twice} is there twice; the rows must be repaired")
+            raise ValueError(f"{name} {twice:g} is there twice; the rows must be repaired")
         if name == "frame_index" and (steps > 1).any():
             place = column[order][1:][steps > 1][0]
-            raise ValueError(f"frames are missing before {name} {place}; the rows must be repaired")
+            raise ValueError(f"frames are missing before {name} {place:g}; the rows must be repaired")
     return None if (np.diff(order) == 1).all() else order
 
 

@@ -7,14 +7,17 @@ OpenVLA-OFT's; plain OpenVLA's statistics have a zero more in places, which its 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import dataclasses
+import warnings
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from .actions_openvla import nearest_name
+from .actions_openvla import END_EFFECTOR_DIMENSIONS, nearest_name
 from .demonstration_fields import Fields
+
+if TYPE_CHECKING:
+    from .demonstrations import EpisodeReader
 
 AUTO, NO_PRESET = "auto", "none"
 
@@ -268,25 +271,56 @@ WITHOUT_PRESET = frozenset(
 # How a gripper is stored, as far as its values tell.
 SIGNED, ABSOLUTE = "signed", "absolute"
 _SLACK = 0.05
+# Episodes that are looked at.
+_LOOKED_AT = 3
 
 
-def gripper_convention(episodes: Iterable[np.ndarray]) -> str | None:
-    """Return how the gripper of some episodes is stored, by its values.
-
-    Args:
-        episodes: The last action dimension as stored, ``(length,)`` an episode.
+def stored_gripper(reader: EpisodeReader) -> str | None:
+    """Return how the first episodes store the last of seven action dimensions.
 
     Returns:
         ``SIGNED``: it goes below 0, as -1 to +1 does. ``ABSOLUTE``: it stays from 0 to 1 and is 0 somewhere. None:
         neither can be told.
     """
+    plain = dataclasses.replace(reader.fields, gripper="as_is", relabel=None, skip_first=0)
     found = None
-    for values in episodes:
-        if (values < -_SLACK).any():
+    for index in range(min(_LOOKED_AT, len(reader))):
+        try:
+            actions, _ = plain.tables(reader._read(index).columns)
+        except (ValueError, IndexError):  # met and named when the episode is used
+            continue
+        if actions.shape[1] != len(END_EFFECTOR_DIMENSIONS):
+            return None
+        gripper = actions[:, -1]
+        if (gripper < -_SLACK).any():
             return SIGNED
-        if (values <= 1 + _SLACK).all() and (values < _SLACK).any():
+        if (gripper <= 1 + _SLACK).all() and (gripper < _SLACK).any():
             found = ABSOLUTE
     return found
+
+
+def require_raw_gripper(reader: EpisodeReader, given: Mapping[str, Any] | None) -> None:
+    """Refuse, or warn of, a preset that would turn a gripper which is 0 closed, 1 open already.
+
+    Args:
+        reader: The dataset, opened.
+        given: Fields that the user gave; with ``gripper`` nothing is checked.
+
+    Raises:
+        ValueError: LIBERO's preset, whose own gripper is never 0.
+    """
+    if reader.preset is None or "gripper" in (given or {}) or reader.fields.gripper != "clipped_inverted":
+        return
+    if stored_gripper(reader) != ABSOLUTE:
+        return
+    message = (
+        f"{reader.root}: the preset {reader.preset!r} ({reader.preset_reason}) turns a gripper of -1 open, +1 closed, "
+        "but the stored one stays from 0 to 1. If that is 0 closed, 1 open, it would be learnt inverted: take no "
+        "preset (preset: none, --preset none), or give gripper in fields."
+    )
+    if reader.preset.startswith("libero"):
+        raise ValueError(message)
+    warnings.warn(message, stacklevel=4)
 
 
 def merged_fields(found: Fields | None, preset: str | None, config: Mapping[str, Any] | None, root: Path) -> Fields:

@@ -24,15 +24,13 @@ from PIL import Image
 
 from .actions_openvla import nearest_name
 from .demonstration_fields import Fields, is_depth_name
-from .demonstration_presets import ABSOLUTE, AUTO, NO_PRESET, gripper_convention
+from .demonstration_presets import AUTO, NO_PRESET
 
 # Files that a parent process opened, kept from being closed here.
 _INHERITED: list[Any] = []
 
 # What a column holds.
 IMAGE, TEXT, NUMBERS, DEPTH = "image", "text", "numbers", "a depth map"
-# Episodes whose gripper is looked at when a dataset is opened.
-_LOOKED_AT = 3
 
 
 class DemonstrationError(ValueError):
@@ -234,7 +232,7 @@ class EpisodeReader(ABC):
             holds = f" (it holds {self.names[column]})" if column in self.names else ""
             raise KeyError(
                 f"{self.root}: no column {column!r} of {kind}{holds}."
-                f"{f' Did you mean {near!r}?' if near else ''} There are: {fitting}.{self._preset_note()}"
+                f"{f' Did you mean {near!r}?' if near else ''} There are: {fitting}.{self.preset_note()}"
             )
         for camera in self.fields.cameras:
             if camera in self.doubtful_cameras or is_depth_name(camera):
@@ -244,41 +242,14 @@ class EpisodeReader(ABC):
                     stacklevel=5,
                 )
 
-    def _preset_note(self) -> str:
+    def preset_note(self) -> str:
+        """Return, for messages, which preset is taken and how to take none; empty without one."""
         if self.preset is None:
             return ""
         return (
             f" Fields that are not given come from the preset {self.preset!r} ({self.preset_reason}): give them in "
             "fields, or take no preset (preset: none, --preset none)."
         )
-
-    def _gripper_convention(self) -> str | None:
-        """Return how the first episodes store the last action dimension, as ``gripper_convention``."""
-        plain = dataclasses.replace(self.fields, gripper="as_is", relabel=None, skip_first=0)
-
-        def stored() -> Iterator[np.ndarray]:
-            for index in range(min(_LOOKED_AT, len(self))):
-                try:
-                    yield plain.tables(self._read(index).columns)[0][:, -1]
-                except (ValueError, IndexError):  # met and named when the episode is used
-                    continue
-
-        return gripper_convention(stored())
-
-    def _require_raw_gripper(self, given: Mapping[str, Any] | None) -> None:
-        """Refuse, or warn of, a preset that would turn a gripper which is 0 closed, 1 open already."""
-        if self.preset is None or "gripper" in (given or {}) or self.fields.gripper != "clipped_inverted":
-            return
-        if self._gripper_convention() != ABSOLUTE:
-            return
-        message = (
-            f"{self.root}: the preset {self.preset!r} ({self.preset_reason}) turns a gripper of -1 open, +1 closed, "
-            "but the stored one stays from 0 to 1. If that is 0 closed, 1 open, it would be learnt inverted: "
-            "take no preset (preset: none, --preset none), or give gripper in fields."
-        )
-        if self.preset.startswith("libero"):  # whose own is never 0
-            raise ValueError(message)
-        warnings.warn(message, stacklevel=4)
 
     @property
     @abstractmethod

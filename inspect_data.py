@@ -123,6 +123,7 @@ def _table(report: dict[str, Any]) -> str:
         f"episodes     {report['episodes']}{skipped}; {report['steps']} steps, "
         f"{lengths['min']} to {lengths['max']} an episode, half of them up to {lengths['median']:g}",
         f"cameras      {cameras}",
+        f"preset       {report['preset'] or 'none'}",
         f"action       {report['action_dim']} dimensions, gripper {report['gripper'].replace('_', ' ')}",
         f"proprio      {report['proprio_dim'] or 'none'}",
         f"instructions {len(said)}",

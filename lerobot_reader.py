@@ -22,6 +22,8 @@ from .demonstration_presets import (
     SIGNED,
     WITHOUT_PRESET,
     merged_fields,
+    require_raw_gripper,
+    stored_gripper,
 )
 from .demonstrations import (
     DEPTH,
@@ -141,14 +143,14 @@ class LeRobotReader(EpisodeReader):
         if preset == AUTO:
             self._look_at_gripper(fields, name, root.name)
         else:
-            self._require_raw_gripper(fields)
+            require_raw_gripper(self, fields)
 
     def _look_at_gripper(self, given: Mapping[str, Any] | None, *names: str | None) -> None:
         """Take the preset of the dataset's name if the gripper shows that it fits; else say that it is not taken."""
         known = next((name for name in names if name in (PRESETS.keys() | WITHOUT_PRESET) - {*HDF5_PRESETS}), None)
         if known is None or {"gripper", "standardize"} & set(given or {}):
             return
-        convention, preset = self._gripper_convention(), PRESETS.get(known)
+        convention, preset = stored_gripper(self), PRESETS.get(known)
         if preset is not None and preset.gripper == "clipped_inverted":
             if convention == SIGNED:
                 self.preset, self.preset_reason = known, "by the dataset's name, and its gripper goes below 0"
@@ -262,7 +264,7 @@ class LeRobotReader(EpisodeReader):
         """Return the file that holds an episode and its rows; where the named file has none, it is looked for.
 
         Raises:
-            ValueError: No file holds all its rows.
+            ValueError: The named file holds some rows only, or it holds none and not exactly one other file all.
         """
         index, length, named = row["episode_index"], row["length"], self._data_file(row)
         got = 0
@@ -271,13 +273,16 @@ class LeRobotReader(EpisodeReader):
             if len(table) == length:
                 return named, table
             got = len(table)
-        for file in () if got else self._others(index):
-            table = self.handles[file].episode(index, columns)
-            if len(table) == length:
-                return file, table
         if got:
             raise ValueError(f"the table has {got} rows, meta/episodes says {length}")
-        raise ValueError(f"{named} holds no row of it, and no other file of the dataset all {length}; copy it again")
+        tables = {file: self.handles[file].episode(index, columns) for file in self._others(index)}
+        whole = [file for file, table in tables.items() if len(table) == length]
+        if len(whole) != 1:
+            raise ValueError(
+                f"{named} holds no row of it, and {len(whole)} other files all {length}, where it must be one; copy "
+                "the dataset again"
+            )
+        return whole[0], tables[whole[0]]
 
     def _others(self, index: int) -> list[Path]:
         """Return the data files that may hold an episode."""

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from .demonstration_fields import Fields, alternative_texts, dotted, is_depth_name, step_order
-from .demonstration_presets import AUTO, PRESETS, WITHOUT_PRESET, known_preset, merged_fields
+from .demonstration_presets import AUTO, PRESETS, WITHOUT_PRESET, known_preset, merged_fields, require_raw_gripper
 from .demonstrations import (
     IMAGE,
     NUMBERS,
@@ -88,7 +88,7 @@ class RLDSReader(EpisodeReader):
         stored_name = info.get("name") or _SHARD.match(self.shards[0].name)["name"]
         if preset == AUTO:
             self.preset_reason = "by the dataset's name"
-            _require_described(folder, fields, stored_name, name)
+            _require_described(folder, fields, stored_name)
         self.preset = known_preset(preset, stored_name, name)
         names = {_public(path): feature.kind for path, feature in self.features.items()}
         if preset == AUTO and self.preset is None and PRESETS["droid"].columns() <= set(names):
@@ -100,7 +100,7 @@ class RLDSReader(EpisodeReader):
         self.starts = np.cumsum([0, *self.counts])
         super().__init__(folder, name or stored_name, names, merged)
         self._require_width()
-        self._require_raw_gripper(fields)
+        require_raw_gripper(self, fields)
 
     def _require_width(self) -> None:
         """Check that the preset's action has as many dimensions as its mask."""
@@ -112,7 +112,7 @@ class RLDSReader(EpisodeReader):
         if width != len(mask):
             raise ValueError(
                 f"{self.root}: the columns {list(self.fields.action)} hold {width} dimensions, but the action has "
-                f"{len(mask)} (action_mask).{self._preset_note()}"
+                f"{len(mask)} (action_mask).{self.preset_note()}"
             )
 
     @property
@@ -166,10 +166,12 @@ class RLDSReader(EpisodeReader):
             example = self._example(shard, record, {paths[name] for name in wanted}, {paths[name] for name in marks})
             columns = {name: _array(example[paths[name]], self.features[paths[name]]) for name in sorted(numbers)}
             frames = {camera: example[paths[camera]] for camera in self.fields.cameras}
-            lengths = {name: len(values) for name, values in {**columns, **frames}.items()}
+            held = {name: example.get(paths[name], ()) for name in marks}
+            marks = {name: _array(values, self.features[paths[name]]) for name, values in held.items() if len(values)}
+            lengths = {name: len(values) for name, values in {**columns, **frames, **marks}.items()}
             if len(set(lengths.values())) > 1:
                 raise ValueError(f"columns of different lengths: {lengths}")
-            order = _order({name: example[paths[name]] for name in marks if paths[name] in example})
+            order = _order(marks)
             said = self._said(shard, record, example, paths)
         except (ValueError, zlib.error) as error:
             raise DemonstrationError(f"{shard}, episode {shard.name}:{record}: {error}.") from error
@@ -288,14 +290,13 @@ def _shard_counts(info: Mapping[str, Any], shards: list[Path]) -> list[int] | No
     return counts
 
 
-def _require_described(folder: Path, fields: Mapping[str, Any] | None, *names: str | None) -> None:
+def _require_described(folder: Path, fields: Mapping[str, Any] | None, name: str) -> None:
     """Check that a dataset which is known by its name, and has no preset, is told what its action is."""
-    known = next((name for name in names if name in WITHOUT_PRESET), None)
-    if known is None or {"action", "standardize"} & set(fields or {}):
+    if name not in WITHOUT_PRESET or {"action", "standardize"} & set(fields or {}):
         return
-    hint = " Bridge V2 has the presets bridge_orig and bridge_oxe." if known == "bridge" else ""
+    hint = " Bridge V2 has the presets bridge_orig and bridge_oxe." if name == "bridge" else ""
     raise ValueError(
-        f"{folder} is {known!r}, whose stored action is not OpenVLA's (six movements, then a gripper of 0 closed, 1 "
+        f"{folder} is {name!r}, whose stored action is not OpenVLA's (six movements, then a gripper of 0 closed, 1 "
         f"open), and no preset describes it. Give action and gripper (or standardize) in fields.{hint} To read its "
         "column 'action' as it is stored, take no preset: preset: none, --preset none."
     )
@@ -305,15 +306,16 @@ def _order(marks: Mapping[str, np.ndarray]) -> np.ndarray | None:
     """Return the order of an episode's steps by its counter, as ``step_order``.
 
     Raises:
-        ValueError: The flag of the first or last step is borne by another.
+        ValueError: Steps are missing or there twice, or is_first or is_last is set elsewhere than at that end.
     """
-    counters = {name: values for name, values in marks.items() if name not in _FLAGS}
-    order = step_order(dict(list(counters.items())[:1]))
-    for name, place in (("is_first", 0), ("is_last", -1)):
-        flags = np.asarray(marks.get(name, ())).astype(bool)
-        flags = flags if order is None else flags[order]
-        if wrong := set(np.flatnonzero(flags).tolist()) - {range(len(flags))[place]} if len(flags) else ():
-            raise ValueError(f"{name} is set at step {min(wrong)} of {len(flags)}; the episode must be written again")
+    counter = next((name for name in _COUNTERS if name in marks), None)
+    order = None if counter is None else step_order({"frame_index": marks[counter]})
+    for name, end in (("is_first", 0), ("is_last", -1)):
+        if name in marks:
+            flags = marks[name].reshape(-1).astype(bool)
+            flags = flags if order is None else flags[order]
+            if wrong := sorted(set(np.flatnonzero(flags)) - {range(len(flags))[end]}):
+                raise ValueError(f"{name} is set at step {wrong[0]} of {len(flags)}; the episode must be written again")
     return order
 
 

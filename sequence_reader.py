@@ -112,13 +112,16 @@ class SequenceReader(EpisodeReader):
         """Return the order of an episode's steps by what counts them, as ``step_order``."""
         counters = {}
         for name, counter in ((self.frame, "frame_index"), ("timestamp", "timestamp")):
-            held = [row[name] for row in steps if name in row]
-            if not held or self.frame is None:
+            held = [np.asarray(row[name]) for row in steps if name in row]
+            if self.frame is None or not held or held[0].size != 1 or held[0].dtype.kind not in "iuf":
                 continue
             if len(held) != len(steps):
                 raise ValueError(f"{name} must be in every step, it is in {len(held)} of {len(steps)}")
-            counters[counter] = np.array([np.asarray(value).reshape(()) for value in held])
-        return step_order(counters)
+            counters[counter] = np.array([value.reshape(()) for value in held])
+        try:
+            return step_order(counters)
+        except ValueError as error:
+            raise ValueError(f"{error}, or give frame=None where the steps are not counted so") from error
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
