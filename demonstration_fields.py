@@ -52,7 +52,7 @@ def step_order(counters: Mapping[str, np.ndarray], distinct: Iterable[str] = ())
         int64 ``(length,)``: the row of every step.
 
     Raises:
-        ValueError: Frames are missing or there twice, or two counters contradict each other.
+        ValueError: Frames are missing or there twice, two counters contradict each other, or one is not finite.
     """
     values = {name: np.asarray(column).reshape(-1).astype(np.float64) for name, column in counters.items()}
     if not values:
@@ -60,6 +60,10 @@ def step_order(counters: Mapping[str, np.ndarray], distinct: Iterable[str] = ())
     first = next(iter(values))
     order = np.argsort(values[first], kind="stable")
     for name, column in values.items():
+        if not np.isfinite(column).all():
+            raise ValueError(
+                f"{name} is not a number in row {np.argmin(np.isfinite(column))}; the rows must be repaired"
+            )
         steps = np.diff(column[order])
         if (steps < 0).any():
             place = int(np.flatnonzero(steps < 0)[0]) + 1

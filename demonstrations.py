@@ -432,7 +432,7 @@ def open_demonstrations(
     path = Path(path).expanduser()
     if not path.exists():
         raise FileNotFoundError(f"No dataset at {path}.")
-    preset = None if preset is None or preset.lower() == NO_PRESET else preset
+    preset = None if str(preset).lower() == NO_PRESET else preset
     if (path / "meta" / "info.json").is_file():
         reader = LeRobotReader(path, preset, fields, name, split)
     elif folder := rlds_folder(path):

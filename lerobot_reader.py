@@ -7,6 +7,7 @@ import hashlib
 import json
 import re
 import warnings
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -126,13 +127,14 @@ class LeRobotReader(EpisodeReader):
         features = self.info["features"]
         # Names as they are stored, by the names with dots.
         self.stored = {dotted(feature): feature for feature in features}
+        if len(self.stored) < len(features):
+            raise ValueError(f"{root} must name features that differ in more than dots and slashes, got {[*features]}.")
         self.videos = {dotted(feature) for feature in features if features[feature]["dtype"] == "video"}
         names = {public: _kind(features[feature]) for public, feature in self.stored.items()}
         names["task"] = TEXT
         self.doubtful_cameras = frozenset(
             public for public, feature in self.stored.items() if names[public] == IMAGE and _grey(features[feature])
         )
-        self.tasks = self._read_tasks()
         self.episodes = self._of_split(self._read_episodes())
         self.handles = Handles(_Table)
         self.open_videos = Handles(Video)
@@ -140,6 +142,8 @@ class LeRobotReader(EpisodeReader):
         self.preset = None if preset == AUTO else preset
         suggested = _suggested(names, self.doubtful_cameras)
         super().__init__(root, name or root.name, names, merged_fields(suggested, self.preset, fields, root))
+        by_task = self.fields.instruction in (None, "task") and not self.fields.instruction_text
+        self.tasks = self._read_tasks() if by_task else {}
         if preset == AUTO:
             self._look_at_gripper(fields, name, root.name)
         else:
@@ -173,16 +177,14 @@ class LeRobotReader(EpisodeReader):
         if not self.v3:
             return {row["task_index"]: row["task"] for row in _json_lines(meta / "tasks.jsonl")}
         table = _read_parquet(meta / "tasks.parquet")
-        texts = [
-            name for name in table.column_names if name != "task_index" and str(table[name].type).endswith("string")
-        ]
-        named = [name for name in _TASK_TEXTS if name in texts] or texts
-        if named[0] not in _TASK_TEXTS and len(named) > 1 if named else True:
+        texts = [name for name in table.column_names if name != "task_index" and "string" in str(table[name].type)]
+        text = next((name for name in _TASK_TEXTS if name in texts), texts[0] if len(texts) == 1 else None)
+        if text is None:
             raise ValueError(
                 f"{meta / 'tasks.parquet'} must hold the task's text in a column named one of {_TASK_TEXTS}; its text "
-                f"columns are {texts}."
+                f"columns are {texts}. Or give the field instruction or instruction_text."
             )
-        return dict(zip(table["task_index"].to_pylist(), table[named[0]].to_pylist()))
+        return dict(zip(table["task_index"].to_pylist(), table[text].to_pylist()))
 
     def _of_split(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Return the episodes of the split, as info.json says it: "0:80" is the episodes 0 to 79.
@@ -219,10 +221,8 @@ class LeRobotReader(EpisodeReader):
                 table = _read_parquet(file)
                 # Statistics of every episode are there too, and large.
                 rows += table.select([n for n in table.column_names if not n.startswith("stats/")]).to_pylist()
-        numbers = [row["episode_index"] for row in rows]
-        if twice := sorted(
-            {number for number in numbers if numbers.count(number) > 1} if len(set(numbers)) < len(numbers) else ()
-        ):
+        counts = Counter(row["episode_index"] for row in rows)
+        if twice := sorted(number for number, count in counts.items() if count > 1):
             raise ValueError(f"{meta} must name every episode once; these are there twice: {twice[:5]}.")
         return sorted(rows, key=lambda row: row["episode_index"])
 
@@ -268,6 +268,8 @@ class LeRobotReader(EpisodeReader):
         """
         index, length, named = row["episode_index"], row["length"], self._data_file(row)
         got = 0
+        if not length:
+            raise ValueError("it has no step")
         if named.is_file():
             table = self.handles[named].episode(index, columns)
             if len(table) == length:
@@ -287,7 +289,10 @@ class LeRobotReader(EpisodeReader):
     def _others(self, index: int) -> list[Path]:
         """Return the data files that may hold an episode."""
         if not self._holders:
-            self._holders = {file: _Table(file).bounds for file in sorted((self.root / "data").rglob("*.parquet"))}
+            for file in sorted((self.root / "data").rglob("*.parquet")):
+                table = _Table(file)
+                self._holders[file] = table.bounds
+                table.close()
         return [file for file, bounds in self._holders.items() if any(low <= index <= high for low, high in bounds)]
 
     def _read(self, index: int) -> Stored:
@@ -309,7 +314,7 @@ class LeRobotReader(EpisodeReader):
             if missing := sorted(set(needed) - set(table.column_names)):
                 raise ValueError(f"{missing} missing")
             order = step_order(
-                {name: table[name].to_numpy() for name in _COUNTERS if name in table.column_names},
+                {name: _numbers(table[name]) for name in _COUNTERS if name in table.column_names},
                 distinct=("timestamp",) if files else (),
             )
             table = table if order is None else table.take(order)

@@ -26,7 +26,7 @@ class SequenceReader(EpisodeReader):
         episode_lengths: Of steps: how many belong to each episode. Without it every step is asked for its
             ``episode`` once, which decodes images where the dataset does so.
         episode: Of steps: the column that says which episode a step is of.
-        frame: The column that counts an episode's steps, from any number on; None where no column does.
+        frame: The column that counts an episode's steps, from any number on; None takes them as they lie.
         digest: Stands for the content in the statistics' cache; without it nothing is cached.
 
     Raises:

@@ -119,6 +119,7 @@ def placed(*changes):
         ("index", placed((2, 5)), "index goes back at step 3, in the order of frame_index"),
         ("timestamp", placed((2, 0.35)), "timestamp goes back at step 3, in the order of frame_index"),
         ("timestamp", placed((2, 0.1)), "timestamp 0.1 is there twice"),  # which frame of the video?
+        ("timestamp", placed((2, np.nan)), "timestamp is not a number in row 2"),
         ("task_index", placed((2, 9)), "task_index 9 is not in meta/tasks"),
     ],
 )
@@ -159,6 +160,13 @@ def names_of(folder, **options):
 
 
 SMALL = [("0", 0.1, "first", 10), ("1", 1.1, "second", 60), ("2", 2.1, "third", 110)]
+
+
+def test_features_whose_names_are_one_are_refused(small):
+    features = json.loads((small / "meta" / "info.json").read_text())["features"]
+    info(small, features={**features, "observation.state": features["observation/state"]})
+    with pytest.raises(ValueError, match="must name features that differ in more than dots and slashes"):
+        open_demonstrations(small)
 
 
 def test_names_with_slashes_and_dots_are_one(small):
@@ -207,6 +215,7 @@ def test_tasks_are_found_by_the_columns_name(small):
     pq.write_table(pa.table({"category": other, "task_index": numbers, "words": texts}), file)
     with pytest.raises(ValueError, match=r"must hold the task's text in a column named .*'category', 'words'"):
         open_demonstrations(small)
+    assert open_demonstrations(small, fields={"instruction_text": "go"})[2].instructions[0] == "go"
 
 
 def test_splits_are_those_of_info(small):
