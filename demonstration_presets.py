@@ -13,6 +13,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from .actions_openvla import END_EFFECTOR_DIMENSIONS, nearest_name
 from .demonstration_fields import Fields
 
@@ -279,24 +281,23 @@ def stored_gripper(reader: EpisodeReader) -> str | None:
     """Return how the first episodes store the last of seven action dimensions.
 
     Returns:
-        ``SIGNED``: it goes below 0, as -1 to +1 does. ``ABSOLUTE``: it stays from 0 to 1 and is 0 somewhere. None:
+        ``SIGNED``: it goes below 0, as -1 to +1 does. ``ABSOLUTE``: it stays from 0 to 1 and reaches both. None:
         neither can be told.
     """
     plain = dataclasses.replace(reader.fields, gripper="as_is", relabel=None, skip_first=0)
-    found = None
+    low, high = np.inf, -np.inf
     for index in range(min(_LOOKED_AT, len(reader))):
         try:
             actions, _ = plain.tables(reader._read(index).columns)
         except (ValueError, IndexError):  # met and named when the episode is used
             continue
         if actions.shape[1] != len(END_EFFECTOR_DIMENSIONS):
-            return None
-        gripper = actions[:, -1]
-        if (gripper < -_SLACK).any():
+            continue
+        if len(actions):
+            low, high = min(low, actions[:, -1].min()), max(high, actions[:, -1].max())
+        if low < -_SLACK:
             return SIGNED
-        if (gripper <= 1 + _SLACK).all() and (gripper < _SLACK).any():
-            found = ABSOLUTE
-    return found
+    return ABSOLUTE if low < _SLACK and 1 - _SLACK < high < 1 + _SLACK else None
 
 
 def require_raw_gripper(reader: EpisodeReader, given: Mapping[str, Any] | None) -> None:
@@ -307,7 +308,7 @@ def require_raw_gripper(reader: EpisodeReader, given: Mapping[str, Any] | None) 
         given: Fields that the user gave; with ``gripper`` nothing is checked.
 
     Raises:
-        ValueError: LIBERO's preset, whose own gripper is never 0.
+        ValueError: LIBERO's preset by its name: LIBERO's own gripper is never 0.
     """
     if reader.preset is None or "gripper" in (given or {}) or reader.fields.gripper != "clipped_inverted":
         return
@@ -318,7 +319,7 @@ def require_raw_gripper(reader: EpisodeReader, given: Mapping[str, Any] | None) 
         "but the stored one stays from 0 to 1. If that is 0 closed, 1 open, it would be learnt inverted: take no "
         "preset (preset: none, --preset none), or give gripper in fields."
     )
-    if reader.preset.startswith("libero"):
+    if reader.preset.startswith("libero") and reader.preset not in HDF5_PRESETS:
         raise ValueError(message)
     warnings.warn(message, stacklevel=4)
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from .demonstration_fields import Fields, dotted
-from .demonstration_presets import AUTO, HDF5_PRESETS, PRESETS, merged_fields
+from .demonstration_presets import AUTO, HDF5_PRESETS, PRESETS, merged_fields, require_raw_gripper
 from .demonstrations import (
     IMAGE,
     NUMBERS,
@@ -81,6 +81,7 @@ class HDF5Reader(EpisodeReader):
             self.preset_reason = "by its columns"
         self.preset = preset
         super().__init__(root, name or root.stem, names, merged_fields(_suggested(names), preset, fields, root))
+        require_raw_gripper(self, fields)
 
     @property
     def files(self) -> list[Path]:

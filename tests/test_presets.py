@@ -178,3 +178,19 @@ def test_preset_none_of_a_run_and_of_inspect_data(tmp_path, capsys):
     assert "preset       none" in capsys.readouterr().out
     libero = lerobot(tmp_path, "libero_goal_no_noops", [-1, -1, -1, 1, 1, 1])
     assert inspect(open_demonstrations(libero), progress=False)["preset"] == "libero_goal_no_noops"
+
+
+def test_liberos_hdf5_layout_with_a_standardised_gripper(tmp_path):
+    h5py = pytest.importorskip("h5py")
+    file = tmp_path / "pick_up_the_cup_demo.hdf5"
+    with h5py.File(file, "w") as h5:
+        group = h5.create_group("data/demo_0")
+        group["actions"] = demonstration()["action"]
+        group["obs/ee_states"], group["obs/gripper_states"] = np.zeros((6, 6)), np.zeros((6, 2))
+        for camera in ("agentview_rgb", "eye_in_hand_rgb"):
+            group[f"obs/{camera}"] = np.zeros((6, 8, 8, 3), np.uint8)
+    with pytest.warns(UserWarning, match=r"'libero_hdf5' \(by its columns\).*stays from 0 to 1"):
+        open_demonstrations(file)  # another robot's, it may be: its layout alone is LIBERO's
+    reader = open_demonstrations(file, fields={"gripper": "as_is"})
+    assert (reader.preset, reader.fields.rotate_180) == ("libero_hdf5", True)
+    assert reader[0].actions[:, 6].tolist() == OPENING
