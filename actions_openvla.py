@@ -282,4 +282,5 @@ def dimension_labels(action_dim: int, unnorm_key: str) -> list[tuple[str, str]]:
         return list(zip(END_EFFECTOR_DIMENSIONS, OPEN_X_UNITS))
     # DROID: velocities as its controller takes them, from -1 to 1.
     units = "controller units" if unnorm_key.startswith(("libero", "droid")) else "dataset units"
-    return [(name, units) for name in END_EFFECTOR_DIMENSIONS]
+    gripper = OPEN_X_UNITS[-1] if unnorm_key.startswith("droid") else units
+    return list(zip(END_EFFECTOR_DIMENSIONS, (*[units] * 6, gripper)))

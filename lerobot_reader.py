@@ -377,8 +377,8 @@ def _is_depth(feature: Mapping[str, Any]) -> bool:
 def _grey(feature: Mapping[str, Any]) -> bool:
     """Return whether an image column has one channel."""
     shape, names = list(feature.get("shape") or ()), list(feature.get("names") or ())
-    place = next((index for index, name in enumerate(names) if str(name).startswith("channel")), -1)
-    return len(shape) == 3 and shape[place] == 1
+    channels = [size for size, name in zip(shape, names) if str(name).startswith("channel")]
+    return len(shape) == 3 and 1 in (channels or (shape[0], shape[-1]))
 
 
 def _suggested(names: Mapping[str, str], grey: frozenset[str]) -> Fields | None:

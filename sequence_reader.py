@@ -32,7 +32,7 @@ class SequenceReader(EpisodeReader):
     Raises:
         KeyError: A field is not there.
         ValueError: The lengths of episodes do not add up, or there is no step. Of an episode (DemonstrationError):
-            steps are missing or there twice.
+            steps are missing, there twice, or of several episodes.
     """
 
     format = "sequence"
@@ -53,10 +53,10 @@ class SequenceReader(EpisodeReader):
         self.data, self.content_digest = data, digest
         first = data[0]
         self.whole = not isinstance(first, Mapping)
-        self.frame = frame and dotted(frame)
+        self.frame, self.episode = frame and dotted(frame), dotted(episode)
         fields = fields if isinstance(fields, Fields) else merged_fields(None, None, fields, Path(name))
         if not self.whole:
-            lengths = episode_lengths or _run_lengths(data, dotted(episode), name)
+            lengths = episode_lengths or _run_lengths(data, self.episode, name)
             self.bounds = np.cumsum([0, *lengths])
             if self.bounds[-1] != len(data):
                 raise ValueError(
@@ -93,6 +93,14 @@ class SequenceReader(EpisodeReader):
         for step, row in enumerate(steps):
             if missing := sorted({*wanted, *self.fields.cameras, *([text] if text else [])} - set(row)):
                 raise DemonstrationError(f"{self.name}, episode {index}: {missing} missing at step {step}.")
+        if (
+            len(named := sorted({str(np.asarray(row[self.episode]).tolist()) for row in steps if self.episode in row}))
+            > 1
+        ):
+            raise DemonstrationError(
+                f"{self.name}, episode {index}: its steps are of several by their {self.episode!r}: {named[:5]}; give "
+                "the episode_lengths that fit, or whole episodes."
+            )
         try:
             columns = {name: np.stack([np.asarray(row[name]) for row in steps]) for name in sorted(wanted) if steps}
             order = self._order(steps)

@@ -270,6 +270,15 @@ def test_a_sequence_that_lacks_steps_is_refused_unless_told_that_it_does_not_cou
         SequenceReader(late, "mine", ROW_FIELDS)[0]
 
 
+def test_an_episode_of_a_sequence_has_steps_of_one():
+    rows = torch_rows()
+    message = r"mine, episode 0: its steps are of several by their 'episode_index': \['0', '1'\]; give the episode_len"
+    with pytest.raises(DemonstrationError, match=message):
+        SequenceReader(rows, "mine", ROW_FIELDS, episode_lengths=[8, 4, 9])[0]
+    with pytest.raises(DemonstrationError, match=message):
+        SequenceReader([rows[5:9]], "mine", ROW_FIELDS)[0]
+
+
 @pytest.mark.parametrize("name", [*LEROBOT, *RLDS, "hdf5"])
 def test_readers_travel_to_other_processes(name):
     reader = open_demonstrations(DATA / name)

@@ -264,10 +264,11 @@ def test_what_may_be_depth_is_taken_when_named_with_a_word(small, tmp_path):
         reader = open_demonstrations(small, fields={"cameras": ["observation.images.depth"]})
     assert int(reader[1].images(2)[0][0, 0, 0]) == 70
     features = json.loads((small / "meta" / "info.json").read_text())["features"]
-    features["observation/images.top"]["shape"] = [8, 8, 1]
-    info(small, features=features)
-    with pytest.raises(ValueError, match="what is camera and what is action cannot be told"):
-        open_demonstrations(small)
+    for shape, names in (([1, 8, 8], ["channels", "height", "width"]), ([1, 8, 8], None), ([8, 8, 1], None)):
+        features["observation/images.top"].update(shape=shape, names=names)
+        info(small, features=features)
+        with pytest.raises(ValueError, match="what is camera and what is action cannot be told"):
+            open_demonstrations(small)
     with pytest.warns(UserWarning, match=r"'observation\.images\.top' seems to hold depth"):
         open_demonstrations(small, fields={"cameras": ["observation.images.top"], "action": "action"})
     episode = demonstration(**{"observation/depth_image": [jpeg(1)] * 6})

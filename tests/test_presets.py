@@ -118,7 +118,8 @@ def test_droid_takes_the_end_effectors_velocity_and_its_gripper_inverted(tmp_pat
         assert reader.fields.cameras[0] == f"observation.exterior_image_{camera}_left"
         assert [int(image[0, 0, 0]) for image in episode.images(0)] == [shade, 30]
         assert list(episode.instructions) == ["grab it", "lift it", "take it", "grab it"]
-    assert {unit for _, unit in dimension_labels(7, "droid")} == {"controller units"}  # not metres: -1 to 1
+    units = [unit for _, unit in dimension_labels(7, "droid")]
+    assert units == ["controller units"] * 6 + ["0 closed to 1 open"]  # not metres: velocities from -1 to 1
 
 
 @pytest.mark.parametrize("name", sorted(WITHOUT_PRESET)[::6])
@@ -164,6 +165,7 @@ def test_rlds_of_a_presets_name_that_is_standardised_already(tmp_path):
     assert reader[0].actions[:, 6].tolist() == [0] * 6
 
 
+@pytest.mark.filterwarnings("ignore:.*constant over the whole dataset")
 def test_preset_none_of_a_run_and_of_inspect_data(tmp_path, capsys):
     from openvla.__main__ import main
 
