@@ -53,7 +53,6 @@ OPEN_X_DATASETS = frozenset(
         "bc_z",
         "fmb_dataset",
         "dobbe",
-        "droid",
     ]
 )
 
@@ -283,5 +282,7 @@ def dimension_labels(action_dim: int, unnorm_key: str) -> list[tuple[str, str]]:
         return [(f"action[{index}]", "dataset units") for index in range(action_dim)]
     if unnorm_key in OPEN_X_DATASETS:
         return list(zip(END_EFFECTOR_DIMENSIONS, OPEN_X_UNITS))
-    units = "controller units" if unnorm_key.startswith("libero") else "dataset units"
-    return [(name, units) for name in END_EFFECTOR_DIMENSIONS]
+    # DROID: velocities as its controller takes them, from -1 to 1.
+    units = "controller units" if unnorm_key.startswith(("libero", "droid")) else "dataset units"
+    gripper = OPEN_X_UNITS[-1] if unnorm_key.startswith("droid") else units
+    return list(zip(END_EFFECTOR_DIMENSIONS, (*[units] * 6, gripper)))

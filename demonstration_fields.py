@@ -67,6 +67,55 @@ def noops(actions: np.ndarray) -> np.ndarray:
     return np.array(out, bool)
 
 
+def alternative_texts(instruction: str, names: Mapping[str, str]) -> list[str]:
+    """Return the columns of further instructions: of ``language_instruction`` ``language_instruction_2`` and so on."""
+    return sorted(
+        name for name in names if names[name] == "text" and re.fullmatch(rf"{re.escape(instruction)}_\d+", name)
+    )
+
+
+def is_depth_name(name: str) -> bool:
+    """Return whether an image column's name says that it holds depth, not colours."""
+    return "depth" in name.lower()
+
+
+def step_order(counters: Mapping[str, np.ndarray], distinct: Iterable[str] = ()) -> np.ndarray | None:
+    """Return the order of an episode's rows, or None where they are stored in it.
+
+    Args:
+        counters: Number columns ``(length,)`` that count steps or tell their time. The first one decides, the others
+            must not contradict it. ``frame_index`` must be consecutive.
+        distinct: Further counters, beside ``frame_index``, that must differ from step to step.
+
+    Returns:
+        int64 ``(length,)``: the row of every step.
+
+    Raises:
+        ValueError: Frames are missing or there twice, two counters contradict each other, or one is not finite.
+    """
+    values = {name: np.asarray(column).reshape(-1).astype(np.float64) for name, column in counters.items()}
+    if not values:
+        return None
+    first = next(iter(values))
+    order = np.argsort(values[first], kind="stable")
+    for name, column in values.items():
+        if not np.isfinite(column).all():
+            raise ValueError(
+                f"{name} is not a number in row {np.argmin(np.isfinite(column))}; the rows must be repaired"
+            )
+        steps = np.diff(column[order])
+        if (steps < 0).any():
+            place = int(np.flatnonzero(steps < 0)[0]) + 1
+            raise ValueError(f"{name} goes back at step {place}, in the order of {first}; the rows must be repaired")
+        if name in ("frame_index", *distinct) and (steps == 0).any():
+            twice = column[order][1:][steps == 0][0]
+            raise ValueError(f"{name} {twice:g} is there twice; the rows must be repaired")
+        if name == "frame_index" and (steps > 1).any():
+            place = column[order][1:][steps > 1][0]
+            raise ValueError(f"frames are missing before {name} {place:g}; the rows must be repaired")
+    return None if (np.diff(order) == 1).all() else order
+
+
 def absolute_gripper(relative: np.ndarray) -> np.ndarray:
     """Commands (+1 closes, -1 opens, 0 leaves) as positions (0 closed, 1 open), float32 ``(length,)``.
 
@@ -190,6 +239,14 @@ class Fields:
         named = [_SLICE.match(part)["name"] for part in (*self.action, *self.proprio, self.relabel) if part]
         return set(named)
 
+    def action_width(self, widths: Mapping[str, int]) -> int:
+        """Return the number of action dimensions, of columns of these widths; a part that selects nothing counts 0."""
+        width = 0
+        for part in self.action:
+            match = part and _SLICE.match(part)
+            width += len(range(widths[match["name"]])[_slice(match)]) if match else 1
+        return width
+
     def tables(self, columns: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray | None]:
         """Actions and proprio of an episode, float64 ``(length, dimensions)``.
 
@@ -230,9 +287,12 @@ def _column(columns: Mapping[str, np.ndarray], part: str) -> np.ndarray:
     values = values[:, None] if values.ndim == 1 else values
     if values.ndim != 2 or values.dtype.kind not in "biuf":
         raise ValueError(f"{match['name']!r} must hold flat numbers a step, got shape {values.shape}, {values.dtype}")
-    if match["start"] is None:
-        return values
-    return values[:, slice(*(int(end) if end else None for end in (match["start"], match["stop"])))]
+    return values[:, _slice(match)]
+
+
+def _slice(match: re.Match[str]) -> slice:
+    """Return which dimensions a part takes: all where it says none."""
+    return slice(*(int(end) if end else None for end in (match["start"], match["stop"])))
 
 
 def _joined(columns: Mapping[str, np.ndarray], parts: Iterable[str | None]) -> np.ndarray:

@@ -7,7 +7,21 @@ OpenVLA-OFT's; plain OpenVLA's statistics have a zero more in places, which its 
 
 from __future__ import annotations
 
+import dataclasses
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .actions_openvla import END_EFFECTOR_DIMENSIONS, nearest_name
 from .demonstration_fields import Fields
+
+if TYPE_CHECKING:
+    from .demonstrations import EpisodeReader
+
+AUTO, NO_PRESET = "auto", "none"
 
 END_EFFECTOR_MASK = (True,) * 6 + (False,)
 BIMANUAL_MASK = (True,) * 14
@@ -152,10 +166,36 @@ PRESETS: dict[str, Fields] = {
     ),
     "dobbe": _set("wrist_image", proprio=("observation.state",)),
 }
+PRESETS["bridge_dataset"] = PRESETS["bridge_orig"]
+
+# DROID: the column "action" holds joint velocities; the reference trains on the end effector's, in the base frame. Its
+# gripper is 0 open, 1 closed.
+_DROID_ACTION = ("action_dict.cartesian_velocity", "action_dict.gripper_position")
+_DROID_STATE = ("observation.cartesian_position", "observation.gripper_position")
+for _name, _camera in (
+    ("droid", "exterior_image_1_left"),
+    ("droid_100", "exterior_image_1_left"),  # its published sample
+    ("droid_wipe", "exterior_image_2_left"),
+):
+    PRESETS[_name] = _set(f"{_camera} wrist_image_left", _DROID_ACTION, _DROID_STATE, gripper="inverted")
+for _name in (
+    "carrot_in_bowl",
+    "pour_corn_in_pot",
+    "flip_pot_upright",
+    "move_object_onto_plate",
+    "knock_object_over",
+    "cover_object_with_towel",
+):
+    PRESETS[f"tdroid_{_name}"] = _set(
+        "static_image",
+        ("action[:6]", "action[-1:]"),
+        ("observation.cartesian_position[:6]", "observation.gripper_position[-1:]"),
+        gripper="binary",
+    )
 
 # End effector and both fingers.
 _LIBERO_STATE = ("observation.state[:6]", "observation.state[-2:]")
-for _suite in ("spatial", "object", "goal", "10"):
+for _suite in ("spatial", "object", "goal", "10", "4_task_suites"):
     PRESETS[f"libero_{_suite}_no_noops"] = _set(
         "image wrist_image", ("action[:6]", "action[-1:]"), _LIBERO_STATE, gripper="clipped_inverted"
     )
@@ -164,6 +204,8 @@ for _name in ("fold_shorts_20", "fold_shirt_30", "scoop_X_into_bowl_45", "put_X_
         "image left_wrist_image right_wrist_image", proprio=("observation.state",), action_mask=BIMANUAL_MASK
     )
 
+# Presets of HDF5 layouts; all others are of RLDS.
+HDF5_PRESETS = ("libero_hdf5", "aloha_hdf5")
 # LIBERO's own HDF5 files (and robomimic's layout of them): upside down, gripper -1 open to +1 closed.
 PRESETS["libero_hdf5"] = Fields(
     cameras=("obs.agentview_rgb", "obs.eye_in_hand_rgb"),
@@ -184,3 +226,137 @@ PRESETS["aloha_hdf5"] = Fields(
     proprio=("observations.qpos",),
     action_mask=BIMANUAL_MASK,
 )
+
+# RLDS datasets that the reference names, and whose action no preset describes: joint angles, quaternions, movements of
+# fewer dimensions, grippers of unknown direction. Read as they are, they would be taken for OpenVLA's action.
+WITHOUT_PRESET = frozenset(
+    [
+        "asu_table_top_converted_externally_to_rlds",
+        "berkeley_gnm_cory_hall",
+        "berkeley_gnm_recon",
+        "berkeley_gnm_sac_son",
+        "berkeley_mvp_converted_externally_to_rlds",
+        "berkeley_rpt_converted_externally_to_rlds",
+        "bridge",
+        "cmu_franka_exploration_dataset_converted_externally_to_rlds",
+        "cmu_play_fusion",
+        "cmu_playing_with_food",
+        "columbia_cairlab_pusht_real",
+        "dlr_sara_grid_clamp_converted_externally_to_rlds",
+        "dlr_sara_pour_converted_externally_to_rlds",
+        "furniture_bench_dataset_converted_externally_to_rlds",
+        "iamlab_cmu_pickup_insert_converted_externally_to_rlds",
+        "imperialcollege_sawyer_wrist_cam",
+        "kaist_nonprehensile_converted_externally_to_rlds",
+        "language_table",
+        "maniskill_dataset_converted_externally_to_rlds",
+        "nyu_door_opening_surprising_effectiveness",
+        "ppgm",
+        "ppgm_static",
+        "ppgm_wrist",
+        "rh20t",
+        "robo_net",
+        "roboset",
+        "stanford_kuka_multimodal_dataset_converted_externally_to_rlds",
+        "stanford_mask_vit_converted_externally_to_rlds",
+        "stanford_robocook_converted_externally_to_rlds",
+        "tokyo_u_lsmo_converted_externally_to_rlds",
+        "ucsd_pick_and_place_dataset_converted_externally_to_rlds",
+        "uiuc_d3field",
+        "utokyo_pr2_opening_fridge_converted_externally_to_rlds",
+        "utokyo_pr2_tabletop_manipulation_converted_externally_to_rlds",
+        "utokyo_xarm_bimanual_converted_externally_to_rlds",
+        "utokyo_xarm_pick_and_place_converted_externally_to_rlds",
+    ]
+)
+
+# How a gripper is stored, as far as its values tell.
+SIGNED, ABSOLUTE = "signed", "absolute"
+_SLACK = 0.05
+# Episodes that are looked at.
+_LOOKED_AT = 3
+
+
+def stored_gripper(reader: EpisodeReader) -> str | None:
+    """Return how the first episodes store the last of seven action dimensions.
+
+    Returns:
+        ``SIGNED``: it goes below 0, as -1 to +1 does. ``ABSOLUTE``: it stays from 0 to 1 and reaches both. None:
+        neither can be told.
+    """
+    plain = dataclasses.replace(reader.fields, gripper="as_is", relabel=None, skip_first=0)
+    low, high = np.inf, -np.inf
+    for index in range(min(_LOOKED_AT, len(reader))):
+        try:
+            actions, _ = plain.tables(reader._read(index).columns)
+        except (ValueError, IndexError):  # met and named when the episode is used
+            continue
+        if actions.shape[1] != len(END_EFFECTOR_DIMENSIONS):
+            continue
+        if len(actions):
+            low, high = min(low, actions[:, -1].min()), max(high, actions[:, -1].max())
+        if low < -_SLACK:
+            return SIGNED
+    return ABSOLUTE if low < _SLACK and 1 - _SLACK < high < 1 + _SLACK else None
+
+
+def require_raw_gripper(reader: EpisodeReader, given: Mapping[str, Any] | None) -> None:
+    """Refuse, or warn of, a preset that would turn a gripper which is 0 closed, 1 open already.
+
+    Args:
+        reader: The dataset, opened.
+        given: Fields that the user gave; with ``gripper`` nothing is checked.
+
+    Raises:
+        ValueError: LIBERO's preset by its name: LIBERO's own gripper is never 0.
+    """
+    if reader.preset is None or "gripper" in (given or {}) or reader.fields.gripper != "clipped_inverted":
+        return
+    if stored_gripper(reader) != ABSOLUTE:
+        return
+    message = (
+        f"{reader.root}: the preset {reader.preset!r} ({reader.preset_reason}) turns a gripper of -1 open, +1 closed, "
+        "but the stored one stays from 0 to 1. If that is 0 closed, 1 open, it would be learnt inverted: take no "
+        "preset (preset: none, --preset none), or give gripper in fields."
+    )
+    if reader.preset.startswith("libero") and reader.preset not in HDF5_PRESETS:
+        raise ValueError(message)
+    warnings.warn(message, stacklevel=4)
+
+
+def merged_fields(
+    found: Fields | None, preset: str | None, config: Mapping[str, Any] | None, root: Path, seen: str = ""
+) -> Fields:
+    """Return what is asked for, over the preset, over what the format itself suggests.
+
+    Args:
+        found: What the format suggests.
+        preset: A key of ``PRESETS``.
+        config: Fields to replace.
+        root: The dataset, for messages.
+        seen: A sentence on the columns that there are, for the message where none can be chosen.
+
+    Raises:
+        ValueError: The preset is unknown, or nothing says what the action is.
+    """
+    if preset is not None:
+        if preset not in PRESETS:
+            near = nearest_name(preset, list(PRESETS))
+            raise ValueError(
+                f"Unknown preset {preset!r}.{f' Did you mean {near!r}?' if near else ''} Allowed: "
+                f"{[AUTO, NO_PRESET, *sorted(PRESETS)]}."
+            )
+        found = PRESETS[preset]
+    config = dict(config or {})
+    if found is not None:
+        return found.changed(config)
+    if "cameras" not in config or not {"action", "standardize"} & set(config):
+        raise ValueError(f"{root}: what is camera and what is action cannot be told; give cameras and action.{seen}")
+    return Fields(("?",), ("?",)).changed({"action": (), **config})
+
+
+def known_preset(preset: str | None, *names: str | None) -> str | None:
+    """Return, with "auto", the preset of RLDS that bears one of the dataset's names, where there is one."""
+    if preset == AUTO:
+        return next((name for name in names if name in PRESETS and name not in HDF5_PRESETS), None)
+    return preset

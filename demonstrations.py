@@ -22,13 +22,11 @@ import numpy as np
 from PIL import Image
 
 from .actions_openvla import nearest_name
-from .demonstration_fields import Fields, as_text
-from .demonstration_presets import PRESETS
-
-AUTO = "auto"
+from .demonstration_fields import Fields, as_text, is_depth_name
+from .demonstration_presets import AUTO, NO_PRESET
 
 # What a column holds.
-IMAGE, TEXT, NUMBERS = "image", "text", "numbers"
+IMAGE, TEXT, NUMBERS, DEPTH = "image", "text", "numbers", "a depth map"
 
 
 class DemonstrationError(ValueError):
@@ -167,11 +165,19 @@ class EpisodeReader(ABC):
 
     Raises:
         KeyError: A field names a column that is not there; the message gives the nearest.
+
+    Attributes:
+        preset: Whose fields are taken where none are given, or None.
+        preset_reason: Why, for messages.
+        doubtful_cameras: Image columns that may hold depth; named as cameras, they are warned of.
     """
 
     format = "?"
     # Columns that look like images but cannot be read as such, and what they hold.
     passed_over: Mapping[str, str] = {}
+    preset: str | None = None
+    preset_reason = "you named it"
+    doubtful_cameras: frozenset[str] = frozenset()
 
     def __init__(self, root: Path, name: str, names: Mapping[str, str], fields: Fields) -> None:
         self.root, self.name, self.fields = root, name, fields
@@ -184,22 +190,42 @@ class EpisodeReader(ABC):
         self._dimensions: tuple[int, int] | None = None
         self._require_fields()
 
+    def _absent(self, fields: Fields) -> tuple[str, str] | None:
+        """Return the first column that the fields name and that is not there, and what it should hold."""
+        wanted = [(camera, IMAGE) for camera in fields.cameras]
+        if fields.standardize is None:
+            wanted += [(column, NUMBERS) for column in sorted(fields.columns())]
+        if fields.instruction:
+            wanted.append((fields.instruction, TEXT))
+        return next(((column, kind) for column, kind in wanted if self.names.get(column) != kind), None)
+
     def _require_fields(self) -> None:
-        wanted = [(camera, IMAGE) for camera in self.fields.cameras]
-        if self.fields.standardize is None:
-            wanted += [(column, NUMBERS) for column in sorted(self.fields.columns())]
-        if self.fields.instruction:
-            wanted.append((self.fields.instruction, TEXT))
-        for column, kind in wanted:
+        if absent := self._absent(self.fields):
+            column, kind = absent
             fitting = [known for known, holds in self.names.items() if holds == kind]
-            if column not in fitting:
-                near = nearest_name(column, fitting)
-                held = self.passed_over.get(column, self.names.get(column))
-                holds = f" (it holds {held})" if held else ""
-                raise KeyError(
-                    f"{self.root}: no column {column!r} of {kind}{holds}."
-                    f"{f' Did you mean {near!r}?' if near else ''} There are: {fitting}."
+            near = nearest_name(column, fitting)
+            held = self.passed_over.get(column, self.names.get(column))
+            holds = f" (it holds {held})" if held else ""
+            raise KeyError(
+                f"{self.root}: no column {column!r} of {kind}{holds}."
+                f"{f' Did you mean {near!r}?' if near else ''} There are: {fitting}.{self.preset_note()}"
+            )
+        for camera in self.fields.cameras:
+            if camera in self.doubtful_cameras or is_depth_name(camera):
+                warnings.warn(
+                    f"{self.root}: the camera {camera!r} seems to hold depth, which a model of colour images is shown "
+                    "as grey; leave it out of cameras if it does.",
+                    stacklevel=5,
                 )
+
+    def preset_note(self) -> str:
+        """Return, for messages, which preset is taken and how to take none; empty without one."""
+        if self.preset is None:
+            return ""
+        return (
+            f" Fields that are not given come from the preset {self.preset!r} ({self.preset_reason}): give them in "
+            "fields, or take no preset (preset: none, --preset none)."
+        )
 
     @property
     @abstractmethod
@@ -385,43 +411,6 @@ def decoded_image(data: bytes) -> np.ndarray:
         return np.asarray(image.convert("RGB"))
 
 
-def merged_fields(
-    found: Fields | None, preset: str | None, config: Mapping[str, Any] | None, root: Path, seen: str = ""
-) -> Fields:
-    """What is asked for, over the preset, over what the format itself suggests.
-
-    Args:
-        found: What the format suggests.
-        preset: A key of ``PRESETS``.
-        config: Fields to replace.
-        root: The dataset, for messages.
-        seen: A sentence on the columns that there are, for the message where none can be chosen.
-
-    Raises:
-        ValueError: The preset is unknown, or nothing says what the action is.
-    """
-    if preset is not None:
-        if preset not in PRESETS:
-            near = nearest_name(preset, list(PRESETS))
-            raise ValueError(
-                f"Unknown preset {preset!r}.{f' Did you mean {near!r}?' if near else ''} Allowed: {sorted(PRESETS)}."
-            )
-        found = PRESETS[preset]
-    config = dict(config or {})
-    if found is not None:
-        return found.changed(config)
-    if "cameras" not in config or not {"action", "standardize"} & set(config):
-        raise ValueError(f"{root}: what is camera and what is action cannot be told; give cameras and action.{seen}")
-    return Fields(("?",), ("?",)).changed({"action": (), **config})
-
-
-def known_preset(preset: str | None, *names: str | None) -> str | None:
-    """With "auto", the preset that bears one of the dataset's names, where there is one."""
-    if preset == AUTO:
-        return next((name for name in names if name in PRESETS), None)
-    return preset
-
-
 def open_demonstrations(
     path: str | os.PathLike,
     *,
@@ -434,11 +423,12 @@ def open_demonstrations(
 
     Args:
         path: A folder (or one HDF5 file). Of RLDS the folder with features.json, or one above it.
-        preset: A key of ``demonstration_presets.PRESETS``; "auto" takes the one that bears the dataset's name (and
-            LIBERO's and ALOHA's for their HDF5 layouts), None takes none.
+        preset: A key of ``demonstration_presets.PRESETS``. "auto" takes, of RLDS, the one that bears the dataset's
+            name; of HDF5, LIBERO's or ALOHA's by their columns; of LeRobot, one of LIBERO by the name where the
+            gripper goes below 0. "none" or None takes none.
         fields: Fields to replace, as in ``demonstration_fields.Fields``.
-        split: Of RLDS ("train", "val", "all"), or of HDF5: a name of the file's ``mask`` group, as robomimic writes it,
-            or "all". "train" is all of a file without masks.
+        split: "train", "val", ... or "all": of RLDS its shards', of LeRobot those of info.json, of HDF5 a name of the
+            file's ``mask`` group, as robomimic writes it. "train" is all of a file without masks.
         name: Under which the statistics go into a checkpoint; by default the dataset's own.
 
     Raises:
@@ -454,8 +444,9 @@ def open_demonstrations(
     path = Path(path).expanduser()
     if not path.exists():
         raise FileNotFoundError(f"No dataset at {path}.")
+    preset = None if str(preset).lower() == NO_PRESET else preset
     if (path / "meta" / "info.json").is_file():
-        reader = LeRobotReader(path, preset, fields, name)
+        reader = LeRobotReader(path, preset, fields, name, split)
     elif folder := rlds_folder(path):
         reader = RLDSReader(folder, preset, fields, name, split)
     elif files := hdf5_files(path):

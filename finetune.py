@@ -140,7 +140,9 @@ class Demonstrations:
             raise ValueError("A run needs data: a folder of demonstrations, or a list of mappings with their path.")
         entries = [{"path": config.data}] if isinstance(config.data, str) else [dict(entry) for entry in config.data]
         self.weights = [float(entry.pop("weight", 1.0)) for entry in entries]
-        self.readers = [open_demonstrations(entry.pop("path"), **entry) for entry in entries]
+        self.readers = [
+            open_demonstrations(entry.pop("path"), **{"preset": config.preset, **entry}) for entry in entries
+        ]
         self.config = config
         self.statistics = as_norm_stats(self.readers, skip_bad=config.skip_bad)
 

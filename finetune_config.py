@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from .demonstration_presets import AUTO
 from .demonstration_stream import ENDS
 from .demonstrations import require
 
@@ -31,6 +32,7 @@ class FinetuneConfig:
         model: Folder or Hub id of what is fine-tuned.
         data: Folder of demonstrations, or a list of mappings: ``path``, and where needed ``weight`` and what else
             ``open_demonstrations`` takes (``preset``, ``fields``, ``split``, ``name``).
+        preset: As ``open_demonstrations`` takes it ("none" takes none), of data that has no ``preset`` of its own.
         output: Folder to write; a run that stands there already goes on.
         method: One of ``METHODS``.
         answer: Fields of ``enable_parallel_decoding`` for OpenVLA-OFT, and ``platform`` for those of ``PLATFORMS``;
@@ -71,6 +73,7 @@ class FinetuneConfig:
     model: str
     output: str
     data: Any = None
+    preset: str | None = AUTO
     method: str = "lora"
     answer: dict[str, Any] | None = None
     batch_size: int = 16

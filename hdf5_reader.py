@@ -13,9 +13,8 @@ import numpy as np
 
 from .actions_openvla import nearest_name
 from .demonstration_fields import Fields, as_text, dotted
-from .demonstration_presets import PRESETS
+from .demonstration_presets import AUTO, HDF5_PRESETS, PRESETS, merged_fields, require_raw_gripper
 from .demonstrations import (
-    AUTO,
     IMAGE,
     NUMBERS,
     TEXT,
@@ -23,14 +22,11 @@ from .demonstrations import (
     EpisodeReader,
     Stored,
     decoded_image,
-    merged_fields,
     require,
 )
 from .open_files import Handles
 
 _SUFFIXES = (".hdf5", ".h5")
-# Presets of layouts that give themselves away by their columns.
-_LAYOUTS = ("libero_hdf5", "aloha_hdf5")
 # How JPEG and PNG begin.
 _PICTURES = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n")
 # What no camera's frames are called: left to be named by the fields.
@@ -123,13 +119,15 @@ class HDF5Reader(EpisodeReader):
         first = next((pair for pair in readable if _holds_steps(self.handles[pair[0]][pair[1]])), readable[0])
         names, self.encoded, self.passed_over = _columns(self.handles[first[0]][first[1]])
         if preset == AUTO:
-            preset = next((layout for layout in _LAYOUTS if PRESETS[layout].columns() <= set(names)), None)
+            preset = next((layout for layout in HDF5_PRESETS if PRESETS[layout].columns() <= set(names)), None)
+            self.preset_reason = "by its columns"
             if preset == "libero_hdf5" and "rotate_180" not in (fields or {}):
                 self._require_upside_down()
-        self._aloha = preset == "aloha_hdf5"
+        self.preset, self._aloha = preset, preset == "aloha_hdf5"
         suggested = _suggested(names, self.passed_over)
         merged = merged_fields(suggested, preset, fields, root, "" if suggested else self._seen(names))
         super().__init__(root, name or root.stem, names, merged)
+        require_raw_gripper(self, fields)
         if future := [column for column in self.fields.proprio if column and _FUTURE.search(column)]:
             raise ValueError(f"{root}: proprio names {future}, which followed the action; name what came before it.")
 

@@ -13,7 +13,8 @@ from tqdm import tqdm
 
 from .actions_openvla import dimension_labels
 from .dataset_statistics import compute_statistics
-from .demonstrations import AUTO, DemonstrationError, EpisodeReader, open_demonstrations, require, usable_episodes
+from .demonstration_presets import AUTO
+from .demonstrations import DemonstrationError, EpisodeReader, open_demonstrations, require, usable_episodes
 from .predict import import_pyplot
 
 _FRAMES = 4
@@ -23,11 +24,13 @@ _INSTRUCTIONS = 5
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``openvla inspect-data``."""
     parser.add_argument("data", type=Path, metavar="DIR", help="LeRobot, RLDS or HDF5 dataset (or one HDF5 file)")
-    parser.add_argument("--preset", default=AUTO, metavar="NAME", help="fields of a known dataset; default by its name")
+    parser.add_argument(
+        "--preset", default=AUTO, metavar="NAME", help="fields of a known dataset; default by its name; none"
+    )
     parser.add_argument(
         "--fields", metavar="YAML", help="fields to replace: '{cameras: [observation.images.top], gripper: inverted}'"
     )
-    parser.add_argument("--split", default="train", help="of RLDS: train, val, ... or all")
+    parser.add_argument("--split", default="train", help="train, val, ... or all")
     parser.add_argument(
         "--skip-bad", action="store_true", help="leave out episodes that cannot be used, and count them"
     )
@@ -99,6 +102,7 @@ def inspect(
         "cameras": sizes,
         "action_dim": reader.action_dim,
         "proprio_dim": reader.proprio_dim,
+        "preset": reader.preset,
         "gripper": reader.fields.gripper,
         "episodes": statistics["num_trajectories"],
         "skipped_episodes": statistics["num_skipped"],
@@ -120,6 +124,7 @@ def _table(report: dict[str, Any]) -> str:
         f"episodes     {report['episodes']}{skipped}; {report['steps']} steps, "
         f"{lengths['min']} to {lengths['max']} an episode, half of them up to {lengths['median']:g}",
         f"cameras      {cameras}",
+        f"preset       {report['preset'] or 'none'}",
         f"action       {report['action_dim']} dimensions, gripper {report['gripper'].replace('_', ' ')}",
         f"proprio      {report['proprio_dim'] or 'none'}",
         f"instructions {len(said)}",

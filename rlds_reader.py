@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from .demonstration_fields import Fields, dotted
+from .demonstration_fields import Fields, alternative_texts, dotted, is_depth_name, step_order
+from .demonstration_presets import AUTO, PRESETS, WITHOUT_PRESET, known_preset, merged_fields, require_raw_gripper
 from .demonstrations import (
     IMAGE,
     NUMBERS,
@@ -20,14 +21,15 @@ from .demonstrations import (
     EpisodeReader,
     Stored,
     decoded_image,
-    known_preset,
-    merged_fields,
     read_json,
 )
 from .tfrecord_files import parse_example, read_record, record_offsets
 
 _SHARD = re.compile(r"^(?P<name>.+)-(?P<split>[^-]+)\.tfrecord-(?P<shard>\d+)-of-(?P<shards>\d+)$")
 _STEPS = "steps/"
+# What counts the steps of an episode, where a dataset has it; and flags that only its ends may bear.
+_COUNTERS = ("frame_index", "step_index")
+_FLAGS = ("is_first", "is_last")
 # Where instructions are, in the order of looking.
 _INSTRUCTIONS = ("language_instruction", "observation.natural_language_instruction", "observation.language_instruction")
 
@@ -65,7 +67,8 @@ class RLDSReader(EpisodeReader):
         split: "train", "val", ... or "all".
 
     Raises:
-        ValueError: A split or a shard is not there, or features.json is not that of an RLDS dataset.
+        ValueError: A split or a shard is not there, features.json is not that of an RLDS dataset, the dataset is known
+            by its name and has no preset, or the preset does not fit what is stored.
         KeyError: A field is not there.
     """
 
@@ -83,13 +86,34 @@ class RLDSReader(EpisodeReader):
         self.features = _features(read_json(folder / "features.json"), folder)
         self.shards = _shards(folder, info, split)
         stored_name = info.get("name") or _SHARD.match(self.shards[0].name)["name"]
-        preset = known_preset(preset, stored_name, name)
+        if preset == AUTO:
+            self.preset_reason = "by the dataset's name"
+            _require_described(folder, fields, stored_name)
+        self.preset = known_preset(preset, stored_name, name)
         names = {_public(path): feature.kind for path, feature in self.features.items()}
-        fields = merged_fields(_suggested(names), preset, fields, folder)
+        if preset == AUTO and self.preset is None and PRESETS["droid"].columns() <= set(names):
+            self.preset, self.preset_reason = "droid", "by its columns"
+        self.doubtful_cameras = _grey(self.features)
+        merged = merged_fields(_suggested(names, self.doubtful_cameras), self.preset, fields, folder)
         self.offsets: dict[Path, tuple[list[tuple[int, int]], str | None]] = {}
         self.counts = _shard_counts(info, self.shards) or [self._count(shard) for shard in self.shards]
         self.starts = np.cumsum([0, *self.counts])
-        super().__init__(folder, name or stored_name, names, fields)
+        super().__init__(folder, name or stored_name, names, merged)
+        self._require_width()
+        require_raw_gripper(self, fields)
+
+    def _require_width(self) -> None:
+        """Check that the preset's action has as many dimensions as its mask."""
+        mask = self.fields.action_mask
+        if self.preset is None or mask is None or self.fields.standardize is not None:
+            return
+        widths = {_public(path): int(np.prod(feature.shape)) for path, feature in self.features.items()}
+        width = self.fields.action_width(widths)
+        if width != len(mask):
+            raise ValueError(
+                f"{self.root}: the columns {list(self.fields.action)} hold {width} dimensions, but the action has "
+                f"{len(mask)} (action_mask).{self.preset_note()}"
+            )
 
     @property
     def files(self) -> list[Path]:
@@ -113,14 +137,14 @@ class RLDSReader(EpisodeReader):
         number = int(np.searchsorted(self.starts, index, side="right")) - 1
         return self.shards[number], index - int(self.starts[number])
 
-    def _example(self, shard: Path, record: int, wanted: set[str]) -> dict[str, Any]:
+    def _example(self, shard: Path, record: int, wanted: set[str], optional: set[str] = frozenset()) -> dict[str, Any]:
         offsets, damage = self._offsets(shard)
         expected = self.counts[self.shards.index(shard)]
         if damage is None and len(offsets) != expected:
             raise ValueError(f"the file holds {len(offsets)} records, but dataset_info.json says {expected}")
         if record >= len(offsets):
             raise ValueError(f"{damage}; copy the file again from its source")
-        example = parse_example(read_record(shard, *offsets[record]), lambda name: name in wanted)
+        example = parse_example(read_record(shard, *offsets[record]), lambda name: name in wanted | optional)
         columns = [path for path in wanted if path.startswith(_STEPS)]
         if columns and all(path in example and not len(example[path]) for path in columns):
             raise ValueError("the episode has no steps; leave it out with skip_bad=True")
@@ -138,24 +162,43 @@ class RLDSReader(EpisodeReader):
         numbers = {name for name in number_names if self.names[name] == NUMBERS}
         instruction = self.fields.instruction
         wanted = {*numbers, *self.fields.cameras, *([instruction] if instruction else [])}
+        marks = [name for name in (*_COUNTERS, *_FLAGS) if self.names.get(name) == NUMBERS]
         try:
-            example = self._example(shard, record, {paths[name] for name in wanted})
+            example = self._example(shard, record, {paths[name] for name in wanted}, {paths[name] for name in marks})
             columns = {name: _array(example[paths[name]], self.features[paths[name]]) for name in sorted(numbers)}
             frames = {camera: example[paths[camera]] for camera in self.fields.cameras}
-            lengths = {name: len(values) for name, values in {**columns, **frames}.items()}
+            held = {name: example.get(paths[name], ()) for name in marks}
+            marks = {name: _array(values, self.features[paths[name]]) for name, values in held.items() if len(values)}
+            lengths = {name: len(values) for name, values in {**columns, **frames, **marks}.items()}
             if len(set(lengths.values())) > 1:
                 raise ValueError(f"columns of different lengths: {lengths}")
+            order = _order(marks)
+            said = self._said(shard, record, example, paths)
         except (ValueError, zlib.error) as error:
             raise DemonstrationError(f"{shard}, episode {shard.name}:{record}: {error}.") from error
-        said: list[str] | str = ""
-        if instruction:
-            said = [text.decode("utf-8", "replace") for text in example[paths[instruction]]]
-            said = said if paths[instruction].startswith(_STEPS) else said[0]
+        if order is not None:
+            columns = {name: values[order] for name, values in columns.items()}
+            frames = {camera: [cells[row] for row in order] for camera, cells in frames.items()}
+            said = said if isinstance(said, str) else [said[row] for row in order]
 
         def image(camera: str, step: int) -> np.ndarray:
             return self._image(frames[camera][step], paths[camera])
 
         return Stored(f"{shard.name}:{record}", str(shard), columns, said, image)
+
+    def _said(self, shard: Path, record: int, example: Mapping[str, Any], paths: Mapping[str, str]) -> list[str] | str:
+        """Return the instruction of every step or of all; where it is empty, a further one that is stored beside it."""
+        instruction = self.fields.instruction
+        if not instruction:
+            return ""
+        said = [text.decode("utf-8", "replace") for text in example[paths[instruction]]]
+        others = alternative_texts(instruction, self.names)
+        if others and not self.fields.instruction_text and not all(text.strip() for text in said):
+            more = self._example(shard, record, {paths[name] for name in others})
+            for name in others:
+                further = [text.decode("utf-8", "replace") for text in more[paths[name]]]
+                said = [text if text.strip() else other for text, other in zip(said, further)]
+        return said if paths[instruction].startswith(_STEPS) else said[0]
 
     def _image(self, data: bytes, path: str) -> np.ndarray:
         image, shape = decoded_image(data), self.features[path].shape
@@ -248,8 +291,44 @@ def _shard_counts(info: Mapping[str, Any], shards: list[Path]) -> list[int] | No
     return counts
 
 
-def _suggested(names: Mapping[str, str]) -> Fields | None:
-    cameras = tuple(name for name, kind in names.items() if kind == IMAGE)
+def _require_described(folder: Path, fields: Mapping[str, Any] | None, name: str) -> None:
+    """Check that a dataset which is known by its name, and has no preset, is told what its action is."""
+    if name not in WITHOUT_PRESET or {"action", "standardize"} & set(fields or {}):
+        return
+    hint = " Bridge V2 has the presets bridge_orig and bridge_oxe." if name == "bridge" else ""
+    raise ValueError(
+        f"{folder} is {name!r}, whose stored action is not OpenVLA's (six movements, then a gripper of 0 closed, 1 "
+        f"open), and no preset describes it. Give action and gripper (or standardize) in fields.{hint} To read its "
+        "column 'action' as it is stored, take no preset: preset: none, --preset none."
+    )
+
+
+def _order(marks: Mapping[str, np.ndarray]) -> np.ndarray | None:
+    """Return the order of an episode's steps by its counter, as ``step_order``.
+
+    Raises:
+        ValueError: Steps are missing or there twice, or is_first or is_last is set elsewhere than at that end.
+    """
+    counter = next((name for name in _COUNTERS if name in marks), None)
+    order = None if counter is None else step_order({"frame_index": marks[counter]})
+    for name, end in (("is_first", 0), ("is_last", -1)):
+        if name in marks:
+            flags = marks[name].reshape(-1).astype(bool)
+            flags = flags if order is None else flags[order]
+            if wrong := sorted(set(np.flatnonzero(flags)) - {range(len(flags))[end]}):
+                raise ValueError(f"{name} is set at step {wrong[0]} of {len(flags)}; the episode must be written again")
+    return order
+
+
+def _grey(features: Mapping[str, Feature]) -> frozenset[str]:
+    """Return the image columns of one channel."""
+    return frozenset(_public(path) for path, one in features.items() if one.kind == IMAGE and one.shape[-1:] == (1,))
+
+
+def _suggested(names: Mapping[str, str], grey: frozenset[str]) -> Fields | None:
+    cameras = tuple(
+        name for name, kind in names.items() if kind == IMAGE and name not in grey and not is_depth_name(name)
+    )
     if not cameras or names.get("action") != NUMBERS:
         return None
     instruction = next((name for name in _INSTRUCTIONS if names.get(name) == TEXT), None)

@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from .demonstration_fields import Fields, dotted
-from .demonstrations import IMAGE, NUMBERS, TEXT, DemonstrationError, EpisodeReader, Stored, merged_fields
+from .demonstration_fields import Fields, dotted, step_order
+from .demonstration_presets import merged_fields
+from .demonstrations import IMAGE, NUMBERS, TEXT, DemonstrationError, EpisodeReader, Stored
 from .images_openvla import as_images
 
 
@@ -18,17 +19,20 @@ class SequenceReader(EpisodeReader):
     """Episodes of something that has ``len`` and ``[]``.
 
     Args:
-        data: Steps (dictionaries, nested ones too) in order, or episodes (lists of such steps).
+        data: Steps (dictionaries, nested ones too), those of an episode together, or episodes (lists of such steps).
+            Steps that have a ``frame`` or ``timestamp`` are put in its order; others must lie in theirs.
         name: Of the dataset.
         fields: ``cameras``, ``action``, and what else ``demonstration_fields.Fields`` takes.
         episode_lengths: Of steps: how many belong to each episode. Without it every step is asked for its
             ``episode`` once, which decodes images where the dataset does so.
         episode: Of steps: the column that says which episode a step is of.
+        frame: The column that counts an episode's steps, from any number on; None takes them as they lie.
         digest: Stands for the content in the statistics' cache; without it nothing is cached.
 
     Raises:
         KeyError: A field is not there.
-        ValueError: The lengths of episodes do not add up, or there is no step.
+        ValueError: The lengths of episodes do not add up, or there is no step. Of an episode (DemonstrationError):
+            steps are missing, there twice, or of several episodes.
     """
 
     format = "sequence"
@@ -41,6 +45,7 @@ class SequenceReader(EpisodeReader):
         *,
         episode_lengths: Sequence[int] | None = None,
         episode: str = "episode_index",
+        frame: str | None = "frame_index",
         digest: str | None = None,
     ) -> None:
         if not len(data):
@@ -48,9 +53,10 @@ class SequenceReader(EpisodeReader):
         self.data, self.content_digest = data, digest
         first = data[0]
         self.whole = not isinstance(first, Mapping)
+        self.frame, self.episode = frame and dotted(frame), dotted(episode)
         fields = fields if isinstance(fields, Fields) else merged_fields(None, None, fields, Path(name))
         if not self.whole:
-            lengths = episode_lengths or _run_lengths(data, dotted(episode), name)
+            lengths = episode_lengths or _run_lengths(data, self.episode, name)
             self.bounds = np.cumsum([0, *lengths])
             if self.bounds[-1] != len(data):
                 raise ValueError(
@@ -87,16 +93,43 @@ class SequenceReader(EpisodeReader):
         for step, row in enumerate(steps):
             if missing := sorted({*wanted, *self.fields.cameras, *([text] if text else [])} - set(row)):
                 raise DemonstrationError(f"{self.name}, episode {index}: {missing} missing at step {step}.")
+        if (
+            len(named := sorted({str(np.asarray(row[self.episode]).tolist()) for row in steps if self.episode in row}))
+            > 1
+        ):
+            raise DemonstrationError(
+                f"{self.name}, episode {index}: its steps are of several by their {self.episode!r}: {named[:5]}; give "
+                "the episode_lengths that fit, or whole episodes."
+            )
         try:
             columns = {name: np.stack([np.asarray(row[name]) for row in steps]) for name in sorted(wanted) if steps}
+            order = self._order(steps)
         except ValueError as error:
             raise DemonstrationError(f"{self.name}, episode {index}: {error}.") from error
         said = [row[text] for row in steps] if text else ""
+        if order is not None:
+            columns = {name: values[order] for name, values in columns.items()}
+            said = [said[row] for row in order] if text else ""
 
         def image(camera: str, step: int) -> np.ndarray:
-            return np.asarray(as_images(self._step(index, step)[camera])[0])
+            return np.asarray(as_images(self._step(index, step if order is None else int(order[step]))[camera])[0])
 
         return Stored(str(index), self.name, columns, said, image)
+
+    def _order(self, steps: Sequence[Mapping[str, Any]]) -> np.ndarray | None:
+        """Return the order of an episode's steps by what counts them, as ``step_order``."""
+        counters = {}
+        for name, counter in ((self.frame, "frame_index"), ("timestamp", "timestamp")):
+            held = [np.asarray(row[name]) for row in steps if name in row]
+            if self.frame is None or not held or held[0].size != 1 or held[0].dtype.kind not in "iuf":
+                continue
+            if len(held) != len(steps):
+                raise ValueError(f"{name} must be in every step, it is in {len(held)} of {len(steps)}")
+            counters[counter] = np.array([value.reshape(()) for value in held])
+        try:
+            return step_order(counters)
+        except ValueError as error:
+            raise ValueError(f"{error}, or give frame=None where the steps are not counted so") from error
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -36,6 +36,10 @@ WIDTHS = {
     "action.future.xyz_residual": 30,
     "action.future.axis_angle_residual": 30,
     "action.future.target_close": 10,
+    "action_dict.cartesian_velocity": 6,
+    "action_dict.gripper_position": 1,
+    "observation.cartesian_position": 6,
+    "observation.gripper_position": 1,
     "observation.robot_obs": 15,
     "observation.present.xyz": 3,
     "observation.present.axis_angle": 3,
@@ -59,7 +63,10 @@ SET_WIDTHS = {
         f"aloha1_{task}_demos": {"action": 14, "observation.state": 14}
         for task in ("fold_shorts_20", "fold_shirt_30", "scoop_X_into_bowl_45", "put_X_into_pot_300")
     },
-    **{f"libero_{suite}_no_noops": {"observation.state": 8} for suite in ("spatial", "object", "goal", "10")},
+    **{
+        f"libero_{suite}_no_noops": {"observation.state": 8}
+        for suite in ("spatial", "object", "goal", "10", "4_task_suites")
+    },
 }
 SCALARS = ("action.open_gripper", "observation.state_gripper_pose")
 
@@ -271,8 +278,9 @@ def make_presets(out, reference):
                 raise ValueError(column)
             else:
                 key = PATHS.get(key, key)
-                trajectory[group][key] = tf.constant(values)
-        for key in ("image_with_depth", "natural_language_instruction"):
+                trajectory.setdefault(group, {})[key] = tf.constant(values)
+        named = ("image_with_depth", "natural_language_instruction", "exterior_image_1_left", "exterior_image_2_left")
+        for key in named:
             trajectory["observation"].setdefault(key, tf.fill([length], "x"))
         for key in ("depth", "depth_additional_view"):
             trajectory["observation"].setdefault(key, tf.zeros([length, 2, 2, 1]))

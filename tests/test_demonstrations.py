@@ -220,6 +220,66 @@ def test_any_sequence_of_steps_or_episodes():
         SequenceReader([*rows, rows[0]], "mine", ROW_FIELDS)
 
 
+def counted(steps, **more):
+    """Return steps of the first episode in another order, each with its number."""
+    rows = torch_rows()
+    return [{**rows[step], "frame_index": step, "timestamp": step / 10, **more} for step in steps]
+
+
+@pytest.mark.parametrize("frame", ["frame_index", "timestamp", "info/step"])
+def test_steps_of_a_sequence_are_sorted_by_what_counts_them(frame):
+    """A shuffled torch dataset: numbers, relative gripper, texts and images follow."""
+    mixed = counted((5, 2, 0, 3, 1, 6, 4))
+    for row in mixed:
+        step = row.pop("frame_index")
+        row["task"] = f"do {step}"
+        if frame == "info/step":
+            row["info"] = {"step": step}
+            del row["timestamp"]
+        elif frame == "frame_index":
+            row["frame_index"] = np.array([step])
+    in_order = [{**row, "task": f"do {step}"} for step, row in enumerate(torch_rows()[: LENGTHS[0]])]
+    fields = {**ROW_FIELDS, "gripper": "relative"}
+    option = {"frame": frame} if frame == "info/step" else {}
+    right = SequenceReader(in_order, "mine", fields)[0]
+    for data in (mixed, [mixed]):
+        read = SequenceReader(data, "mine", fields, **option)[0]
+        np.testing.assert_array_equal(read.actions, right.actions)
+        np.testing.assert_array_equal(read.proprio, right.proprio)
+        assert list(read.instructions) == [f"do {step}" for step in range(LENGTHS[0])]
+        for step in range(LENGTHS[0]):
+            np.testing.assert_array_equal(read.images(step)[0], images(0, 0)[step])
+
+
+def test_a_sequence_that_lacks_steps_is_refused_unless_told_that_it_does_not_count_them():
+    for steps, message in (
+        ((0, 1, 1, 2), "frame_index 1 is there twice"),
+        ((0, 1, 3, 4), "frames are missing before frame_index 3"),
+    ):
+        data = counted(steps)
+        with pytest.raises(DemonstrationError, match=f"mine, episode 0: {message}.*frame=None"):
+            SequenceReader(data, "mine", ROW_FIELDS)[0]
+        episode = SequenceReader(data, "mine", ROW_FIELDS, frame=None)[0]
+        np.testing.assert_array_equal(episode.actions, numbers(0, 7)[list(steps)])
+    late = counted((3, 4, 5))
+    np.testing.assert_array_equal(SequenceReader(late, "mine", ROW_FIELDS)[0].actions, numbers(0, 7)[3:6])
+    late[1]["timestamp"] = 0.0
+    with pytest.raises(DemonstrationError, match="timestamp goes back at step 1, in the order of frame_index"):
+        SequenceReader(late, "mine", ROW_FIELDS)[0]
+    del late[1]["frame_index"]
+    with pytest.raises(DemonstrationError, match="frame_index must be in every step, it is in 2 of 3"):
+        SequenceReader(late, "mine", ROW_FIELDS)[0]
+
+
+def test_an_episode_of_a_sequence_has_steps_of_one():
+    rows = torch_rows()
+    message = r"mine, episode 0: its steps are of several by their 'episode_index': \['0', '1'\]; give the episode_len"
+    with pytest.raises(DemonstrationError, match=message):
+        SequenceReader(rows, "mine", ROW_FIELDS, episode_lengths=[8, 4, 9])[0]
+    with pytest.raises(DemonstrationError, match=message):
+        SequenceReader([rows[5:9]], "mine", ROW_FIELDS)[0]
+
+
 @pytest.mark.parametrize("name", [*LEROBOT, *RLDS, "hdf5"])
 def test_readers_travel_to_other_processes(name):
     reader = open_demonstrations(DATA / name)
