@@ -34,7 +34,10 @@ class PolicyServerError(RuntimeError):
         status: Of HTTP; None where there was no reply.
         field: Of the request, where one is at fault.
         id: Under which the server's log has more.
+        code: "no_action" where the model gave no action, else None.
     """
+
+    code: str | None = None
 
     def __init__(
         self, message: str, status: int | None = None, field: str | None = None, id: str | None = None
@@ -45,6 +48,12 @@ class PolicyServerError(RuntimeError):
 
 class RequestRefused(PolicyServerError, ValueError):
     """The request is wrong (4xx); the same one would be refused again."""
+
+
+class NoActionGiven(RequestRefused):
+    """What the served model gave is no action: it ended early, or answered in words. Stop the robot."""
+
+    code = "no_action"
 
 
 class ServerUnavailable(PolicyServerError, ConnectionError):
@@ -79,6 +88,7 @@ class PolicyClient:
         retries: How often a request is sent again after a connection error or a 503. Asking twice does no harm: the
             server remembers nothing.
         unnorm_key: Whose statistics give robot units; None is the server's default.
+        constrain_actions: Let the model choose among action tokens only; None is as the server was started.
         latest_only: Let the server drop this client's frames for newer ones; a dropped one is a ``RequestRefused``
             with status 409.
 
@@ -94,6 +104,7 @@ class PolicyClient:
         timeout: float = 10.0,
         retries: int = 3,
         unnorm_key: str | None = None,
+        constrain_actions: bool | None = None,
         latest_only: bool = False,
     ) -> None:
         parts = urlsplit(url)
@@ -108,7 +119,9 @@ class PolicyClient:
         self._headers = {"Content-Type": "application/json"}
         if token:
             self._headers["Authorization"] = f"Bearer {token}"
-        self._client = {"client_id": uuid.uuid4().hex, "latest_only": True} if latest_only else {}
+        self._client: dict[str, Any] = {"client_id": uuid.uuid4().hex, "latest_only": True} if latest_only else {}
+        if constrain_actions is not None:
+            self._client["constrain_actions"] = constrain_actions
 
     def act(self, image: Any, instruction: str, proprio: Any = None) -> np.ndarray:
         """The next action, or chunk of actions, equal in every bit to the served policy's own.
@@ -124,6 +137,7 @@ class PolicyClient:
 
         Raises:
             RequestRefused: The server refuses it; ``field`` names what is wrong. A ValueError too.
+            NoActionGiven: What the model gave is no action. A RequestRefused too.
             ServerUnavailable: No answer within ``timeout`` and ``retries``. A ConnectionError too.
             PolicyServerError: The server failed, or its reply is no finite action.
         """
@@ -184,6 +198,8 @@ class PolicyClient:
         details = details if isinstance(details, dict) else {"message": f"{self.url} replied {body[:200]!r}"}
         known = 400 <= status < 500
         kind = RequestRefused if known else ServerUnavailable if status in (503, 504) else PolicyServerError
+        if details.get("code") == NoActionGiven.code:
+            kind = NoActionGiven
         failed = kind(f"{status}: {details.get('message')}", status, details.get("field"), details.get("id"))
         if isinstance(failed, ServerUnavailable):
             failed.retry_after = again

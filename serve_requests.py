@@ -30,7 +30,7 @@ WRIST = "wrist"
 PROPRIO_FIELDS = ("state", "proprio")
 INSTRUCTION_FIELDS = ("instruction", "prompt")
 OPENPI_PREFIX = "observation/"
-OTHER_FIELDS = ("unnorm_key", "details", "client_id", "latest_only", "deadline_ms")
+OTHER_FIELDS = ("unnorm_key", "details", "client_id", "latest_only", "deadline_ms", "constrain_actions")
 
 # Plain numbers: no objects, strings, structures or times.
 NUMBERS = re.compile(r"[<>|=]?([ui][1248]|f[248])")
@@ -69,6 +69,7 @@ class ActRequest:
         deadline: Seconds, or None for the server's.
         encoding: Of the reply: "plain", "json_numpy" or "double" (json_numpy in a JSON string).
         as_list: Whether the reply is a list of actions even where it is one, as OpenVLA-OFT's.
+        constrain_actions: As of ``predict_action``, or None for the server's.
         names: Fields as the client named them: of "image", "proprio", "instruction".
     """
 
@@ -82,6 +83,7 @@ class ActRequest:
     deadline: float | None = None
     encoding: str = "plain"
     as_list: bool = False
+    constrain_actions: bool | None = None
     names: dict[str, str] = field(default_factory=dict)
 
 
@@ -189,6 +191,7 @@ def _read_fields(fields: dict[str, Any], limits: Limits) -> ActRequest:
         proprio=None if state is None or fields[state] is None else _state(fields[state], state),
         unnorm_key=_text(fields, "unnorm_key"),
         details=_flag(fields, "details"),
+        constrain_actions=None if fields.get("constrain_actions") is None else _flag(fields, "constrain_actions"),
         client_id=_text(fields, "client_id"),
         latest_only=_flag(fields, "latest_only"),
         deadline=_deadline(fields.get("deadline_ms")),
