@@ -13,8 +13,8 @@ from torch import nn
 from .compatibility_openvla import CACHE_FIELD, cache_of, cached_length
 
 NO_ACTION_REMEDY = (
-    "Check that prompt, image and unnorm_key belong to this checkpoint, or pass constrain_actions=True to choose among "
-    "action tokens only."
+    "Check that prompt, image and unnorm_key belong to this checkpoint, or pass constrain_actions=True (of the "
+    "command: --constrain-actions) to choose among action tokens only."
 )
 
 

@@ -35,7 +35,7 @@ def renderer(monkeypatch):
 
 def policy_of(**overrides):
     model, processor = build_tiny(**overrides)
-    return Policy(model, processor, model.resolve_unnorm_key())
+    return Policy(model, processor, model.resolve_unnorm_key(), constrain_actions=True)
 
 
 # -- the interval ---------------------------------------------------------------------------------------------------
