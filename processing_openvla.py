@@ -34,6 +34,7 @@ from .images_openvla import (
     preset_image,
 )
 from .jpeg_openvla import jpeg_round_trip  # noqa: F401  as nearest_name
+from .prompts_openvla import bare_instruction, tokenized_prompts, warn_of_bare
 from .publishing_openvla import PushToHub
 
 logger = logging.get_logger(__name__)
@@ -286,11 +287,12 @@ class OpenVLAProcessor(PushToHub, ProcessorMixin):
         """Model inputs for one or several (prompt, image) pairs.
 
         Args:
-            text: Prompts as they are; the form of the published processor. ``predict_action`` adds the empty token.
+            text: Whole prompts, as they are; the form of the published processor. ``predict_action`` adds the empty
+                token. What looks like an instruction alone is warned of.
             images: One image a prompt, in any form that the image processor takes. For a model of several cameras
                 the list of one prompt's images (``[main, wrist]``), or for several prompts a list of such lists.
             instruction: What the robot should do ("pick up the red block"). The prompt is written around it in lower
-                case, as trained, and ends in the empty token.
+                case, as trained, and ends in the empty token. Special tokens in it (``</s>``) are text.
             padding: As tokenizers take it. None: pad instructions of different lengths, leave ``text`` alone.
             truncation: As tokenizers take it, for ``text`` only: an instruction is never cut.
             max_length: In tokens.
@@ -302,9 +304,9 @@ class OpenVLAProcessor(PushToHub, ProcessorMixin):
             ``(batch, cameras * 3 * towers, height, width)`` when there are images. Nothing else.
 
         Raises:
-            ValueError: Neither or both of text and instruction; an empty instruction; as many prompts as images are
-                not given, or other than the model's number of cameras; no BOS in front; the checkpoint's prompt style
-                is unknown.
+            ValueError: Neither or both of text and instruction; an instruction that is empty or a whole prompt; as many
+                prompts as images are not given, or other than the model's number of cameras; no BOS in front; the
+                checkpoint's prompt style is unknown.
         """
         if (text is None) == (instruction is None):
             raise ValueError("Give exactly one of text (the whole prompt) and instruction (what the robot should do).")
@@ -313,6 +315,7 @@ class OpenVLAProcessor(PushToHub, ProcessorMixin):
                 raise ValueError("An instruction needs an image: processor(instruction=..., images=...).")
             inputs = self._tokenized_instructions(instruction, padding, max_length, return_tensors)
         else:
+            warn_of_bare(text)
             inputs = self.tokenizer(
                 text,
                 return_tensors=return_tensors,
@@ -362,16 +365,18 @@ class OpenVLAProcessor(PushToHub, ProcessorMixin):
         """The whole prompt for an instruction, in this checkpoint's style, without the empty token.
 
         Raises:
-            ValueError: The instruction is empty, or the style is not known.
+            ValueError: The instruction is empty, no text or a whole prompt, or the style is not known.
         """
-        if not isinstance(instruction, str) or not instruction.strip():
-            raise ValueError(f"The instruction must say something, got {instruction!r}.")
+        instruction = bare_instruction(instruction)
+        self._require_prompt_style()
+        return PROMPTS[self.prompt_style].format(instruction=instruction)
+
+    def _require_prompt_style(self) -> None:
         if self.prompt_style is None:
             raise ValueError(
                 "This processor does not know its checkpoint's prompt; set processor.prompt_style to one of "
                 f"{list(PROMPTS)} and processor.empty_token_id, or pass the whole prompt as text."
             )
-        return PROMPTS[self.prompt_style].format(instruction=instruction.strip().lower())
 
     def _tokenized_instructions(
         self,
@@ -381,12 +386,14 @@ class OpenVLAProcessor(PushToHub, ProcessorMixin):
         return_tensors: str | None,
     ) -> dict[str, Any]:
         """Ids and mask of prompts, the empty token at the end of every row before any padding."""
-        instructions = [instruction] if isinstance(instruction, str) else list(instruction)
+        instructions = [instruction] if isinstance(instruction, (str, bytes)) else list(instruction)
         if not instructions:
             raise ValueError("Got an empty list of instructions.")
-        rows = self.tokenizer([self.prompt(one) for one in instructions])["input_ids"]
+        instructions = [bare_instruction(one) for one in instructions]
+        self._require_prompt_style()
+        rows = tokenized_prompts(self.tokenizer, self.prompt_style, instructions)
         if self.empty_token_id is not None:
-            rows = [list(row) if row[-1] == self.empty_token_id else [*row, self.empty_token_id] for row in rows]
+            rows = [row if row[-1] == self.empty_token_id else [*row, self.empty_token_id] for row in rows]
         longest = max(map(len, rows))
         if max_length is not None and longest > max_length:
             raise ValueError(

@@ -200,6 +200,9 @@ def test_a_tokenizer_without_bos_is_refused(tiny, frames):
         def __getattr__(self, name):
             return getattr(tiny.processor.tokenizer, name)
 
+        def __len__(self):
+            return len(tiny.processor.tokenizer)
+
         def __call__(self, text, **kwargs):
             return tiny.processor.tokenizer(text, add_special_tokens=False, **kwargs)
 
