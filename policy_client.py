@@ -21,7 +21,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageMode, ImageOps
 
 BACKOFF_SECONDS = (0.05, 2.0)  # before the first retry and at most; doubled each time, with some chance in it
 LARGEST_REPLY = 64 * 2**20
@@ -127,7 +127,8 @@ class PolicyClient:
         """The next action, or chunk of actions, equal in every bit to the served policy's own.
 
         Args:
-            image: Camera image: PIL, numpy ``(H, W, 3)`` uint8 or float in [0, 1], torch, or a path on *this* machine;
+            image: Camera image: PIL, numpy ``(H, W, 3)`` uint8 or float in [0, 1], torch, or a path on *this* machine
+                (turned as its EXIF says; a PIL image is taken as its pixels lie);
                 for a model of several cameras the list of their images, in the order of training.
             instruction: What the robot should do.
             proprio: The robot's state in its own units, ``(proprio_dim,)``, for models that were trained with it.
@@ -140,7 +141,11 @@ class PolicyClient:
             NoActionGiven: What the model gave is no action. A RequestRefused too.
             ServerUnavailable: No answer within ``timeout`` and ``retries``. A ConnectionError too.
             PolicyServerError: The server failed, or its reply is no finite action.
+            ValueError: The instruction is no text, or a picture has not 8 bits a channel.
+            TypeError: Not an image at all.
         """
+        if not isinstance(instruction, str):
+            raise ValueError(f"The instruction must be text, got {type(instruction).__name__}: {instruction!r}.")
         several = isinstance(image, (list, tuple))
         fields = {"image": [_encoded(_pixels(one)) for one in image] if several else _encoded(_pixels(image))}
         fields |= {"instruction": instruction, **self._client}
@@ -243,11 +248,13 @@ def _left(end: float) -> float:
 
 
 def _pixels(image: Any) -> np.ndarray:
-    """An image as an array; PIL images become RGB, as the policy would make them."""
+    """Return an image as an array; files and PIL images become RGB, as the policy itself would make them."""
     if isinstance(image, (str, os.PathLike)):
         with Image.open(image) as opened:
-            image = opened.convert("RGB")
+            _require_eight_bits(opened)
+            image = ImageOps.exif_transpose(opened)
     if isinstance(image, Image.Image):
+        _require_eight_bits(image)
         return np.asarray(image.convert("RGB"))
     if hasattr(image, "detach"):  # torch, which may have its channels first
         image = image.detach().cpu()
@@ -257,6 +264,11 @@ def _pixels(image: Any) -> np.ndarray:
     if not isinstance(image, np.ndarray):
         raise TypeError(f"An image must be a PIL image, a numpy array, a torch tensor or a path, got {type(image)}.")
     return image
+
+
+def _require_eight_bits(picture: Image.Image) -> None:
+    if not ImageMode.getmode(picture.mode).typestr.endswith("1"):  # as images_openvla, which a robot may not have
+        raise ValueError(f"A picture must have 8 bits a channel, got mode {picture.mode}; give 8-bit RGB or grey.")
 
 
 def _encoded(array: np.ndarray) -> dict[str, Any]:

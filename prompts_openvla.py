@@ -43,7 +43,7 @@ def bare_instruction(instruction: Any) -> str:
     Raises:
         ValueError: It is no text, empty, or a whole prompt, which would be written into a prompt again.
     """
-    if isinstance(instruction, (bytes, bytearray)):
+    if isinstance(instruction, bytes):
         raise ValueError(f"The instruction must be text, got bytes: {instruction!r}; decode them: .decode('utf-8').")
     if not isinstance(instruction, str) or not instruction.strip():
         raise ValueError(f"The instruction must say something, got {instruction!r}.")
