@@ -76,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
         "dimensions": list(output.names),
         "units": list(output.units),
         "token_ids": None if output.token_ids is None else output.token_ids.tolist(),
-        "constrain_actions": policy.constrain_actions,
+        "constrain_actions": policy.constrain_actions if model.config.action_head is None else None,
         "entropy_nats": None if output.entropy is None else output.entropy.tolist(),
         "seconds": {"load": loaded - started, "predict": predicted - loaded},
     }
