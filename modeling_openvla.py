@@ -30,7 +30,13 @@ from .fast_openvla import decode_fast, draft_tokens, goes_fast
 from .graphs_openvla import recorded
 from .heads_openvla import NoiseSchedule  # noqa: F401
 from .norm_stats_openvla import NormStatsMixin
-from .parallel_openvla import ChunkOutput, ParallelDecodingMixin, refuse_loose_parts, with_action_slots
+from .parallel_openvla import (
+    ChunkOutput,
+    ParallelDecodingMixin,
+    refuse_loose_parts,
+    require_greedy,
+    with_action_slots,
+)
 from .prismatic_openvla import PrismaticCausalLMOutputWithPast, PrismaticForConditionalGeneration
 from .publishing_openvla import PushToHub  # noqa: F401
 from .quantization_openvla import is_quantized
@@ -313,7 +319,7 @@ class OpenVLAForActionPrediction(
         keys = self.row_keys(unnorm_key, len(input_ids))
         statistics = self.row_statistics(keys)
         if self.config.parallel_decoding:
-            _require_greedy(generate_kwargs)
+            require_greedy(generate_kwargs)
             proprio = self.normalized_proprio(proprio, keys)
             prompt = (input_ids, attention_mask, pixel_values, proprio)
             return self._predict_chunk(*prompt, statistics, diffusion, return_dict, constrain_actions, strict, fast)
@@ -481,11 +487,3 @@ class OpenVLAForActionPrediction(
     def action_token_ids(self) -> slice:
         """The ids that are action tokens: the last ``n_action_bins`` of the unpadded vocabulary."""
         return slice(self.action_tokenizer.first_token_id, self.action_tokenizer.vocab_size)
-
-
-def _require_greedy(generate_kwargs: dict[str, Any]) -> None:
-    """Raise ValueError for keywords of ``generate`` that parallel decoding has no use for."""
-    asked = {name for name, value in generate_kwargs.items() if value and (name, value) != ("num_beams", 1)}
-    unused = sorted(asked - {"use_cache", "eos_token_id"})
-    if unused:
-        raise ValueError(f"A parallel-decoding model answers a chunk in one pass, without {', '.join(unused)}.")

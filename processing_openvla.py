@@ -34,7 +34,7 @@ from .images_openvla import (
     preset_image,
 )
 from .jpeg_openvla import jpeg_round_trip  # noqa: F401  as nearest_name
-from .prompts_openvla import bare_instruction, tokenized_prompts, warn_of_bare
+from .prompts_openvla import bare_instruction, require_bos, tokenized_prompts, warn_of_bare
 from .publishing_openvla import PushToHub
 
 logger = logging.get_logger(__name__)
@@ -324,7 +324,7 @@ class OpenVLAProcessor(PushToHub, ProcessorMixin):
                 max_length=max_length,
             )
         data = {name: inputs[name] for name in ("input_ids", "attention_mask")}
-        self._require_bos(data["input_ids"], data["attention_mask"])
+        require_bos(self.tokenizer, self.prompt_style, data["input_ids"], data["attention_mask"])
         if images is not None:
             rows = 1 if isinstance(text if instruction is None else instruction, str) else len(data["input_ids"])
             cameras = self.num_images_in_input if instruction is not None else None
@@ -414,26 +414,6 @@ class OpenVLAProcessor(PushToHub, ProcessorMixin):
             attention_mask.append(unseen + seen if left else seen + unseen)
         data = {"input_ids": input_ids, "attention_mask": attention_mask}
         return dict(BatchFeature(data=data, tensor_type=return_tensors))
-
-    def _require_bos(self, input_ids: Any, attention_mask: Any) -> None:
-        """The model puts the image after BOS; without it every patch would stand behind a word.
-
-        Qwen has no BOS; there the special token that opens the trained prompt takes its place.
-        """
-        bos = getattr(self.tokenizer, "bos_token_id", None)
-        if bos is None and PROMPTS.get(self.prompt_style, "").startswith("<|"):
-            bos = self.tokenizer(PROMPTS[self.prompt_style])["input_ids"][0]
-        if bos is None:
-            return
-        nested = np.ndim(input_ids[0]) > 0
-        for row, mask in zip(input_ids, attention_mask) if nested else [(input_ids, attention_mask)]:
-            first = next((int(token) for token, seen in zip(row, mask) if seen), None)
-            if first != bos:
-                raise ValueError(
-                    f"A prompt starts with token {first} instead of BOS ({bos}), behind which the model puts the "
-                    "image. Use processor(instruction=...), which writes the trained prompt. If it says this too, the "
-                    "tokenizer's files were probably re-saved by another transformers version; use the original ones."
-                )
 
     def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> list[str]:
         """Save in the layout that every transformers version from 4.40 reads: two JSON files and the tokenizer's."""

@@ -8,6 +8,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 from transformers.utils import logging
 
 from .configuration_openvla import PROMPTS
@@ -86,6 +87,34 @@ def tokenized_prompts(tokenizer: Any, style: str, instructions: Sequence[str]) -
         else list(row)
         for row, instruction in zip(rows, instructions)
     ]
+
+
+def require_bos(tokenizer: Any, style: str | None, input_ids: Any, attention_mask: Any) -> None:
+    """Raise ValueError where a prompt does not begin with BOS, behind which the model puts the image.
+
+    Without it every patch would stand behind a word. Qwen has no BOS; there the special token that opens the trained
+    prompt takes its place.
+
+    Args:
+        tokenizer: Of transformers.
+        style: A key of ``PROMPTS``, or None.
+        input_ids: Of one prompt ``(length,)`` or of several ``(batch, length)``.
+        attention_mask: As ``input_ids``.
+    """
+    bos = getattr(tokenizer, "bos_token_id", None)
+    if bos is None and PROMPTS.get(style or "", "").startswith("<|"):
+        bos = tokenizer(PROMPTS[style])["input_ids"][0]
+    if bos is None:
+        return
+    nested = np.ndim(input_ids[0]) > 0
+    for row, mask in zip(input_ids, attention_mask) if nested else [(input_ids, attention_mask)]:
+        first = next((int(token) for token, seen in zip(row, mask) if seen), None)
+        if first != bos:
+            raise ValueError(
+                f"A prompt starts with token {first} instead of BOS ({bos}), behind which the model puts the "
+                "image. Use processor(instruction=...), which writes the trained prompt. If it says this too, the "
+                "tokenizer's files were probably re-saved by another transformers version; use the original ones."
+            )
 
 
 def _special(tokenizer: Any) -> dict[str, int]:

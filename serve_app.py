@@ -250,5 +250,6 @@ def serve(served: ServedPolicy, *, host: str, port: int, token: str | None = Non
     if not is_loopback(host) and token is None:
         logger.warning("anyone who reaches %s can use this policy: give a token, or keep to 127.0.0.1", host)
     app = build_app(served, token=token, host=host)
-    logger.info("%s, %s by default", served.name, served.policy.unnorm_key)
+    chosen = ", chooses among action tokens only" if served.info()["constrain_actions"] else ""
+    logger.info("%s, %s by default%s", served.name, served.policy.unnorm_key, chosen)
     server(app, app.state.policy_app.queue, served.limits, host, port).run()
