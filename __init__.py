@@ -8,6 +8,7 @@ from .action_chunk import ActionChunk
 from .actions_openvla import ActionTokenizer, NormalizationStatistics
 from .answers_openvla import ActionOutput
 from .configuration_openvla import PLATFORMS, OpenVLAConfig, PrismaticConfig
+from .decoding_openvla import NoActionError
 from .loading import AutoModelForVision2Seq, AutoProcessor, register_auto_classes
 from .modeling_openvla import OpenVLAForActionPrediction
 from .policy import Policy, load_policy
@@ -30,6 +31,7 @@ __all__ = [
     "ActionTokenizer",
     "AutoModelForVision2Seq",
     "AutoProcessor",
+    "NoActionError",
     "NormalizationStatistics",
     "OpenVLAConfig",
     "OpenVLAForActionPrediction",

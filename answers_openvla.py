@@ -12,8 +12,14 @@ from transformers.modeling_outputs import ModelOutput
 from transformers.utils import logging
 
 from .actions_openvla import ActionTokenizer, NormalizationStatistics
+from .decoding_openvla import NO_ACTION_REMEDY, NoActionError
 
 logger = logging.get_logger(__name__)
+
+# The share of an answer's tokens that may be no action tokens where an answer is decoded as the reference does it: to
+# the extreme bins. Text has no action token at all (a share of 1); the most that an answer of the reference has which
+# this package repeats in every bit is 5 of 7 (tests/golden, seeded weights). A strict answer may have none.
+LARGEST_OTHER_SHARE = 0.75
 
 
 @dataclass
@@ -52,8 +58,9 @@ def tokens_answer(
     statistics: Sequence[NormalizationStatistics],
     return_dict: bool,
     hidden: torch.Tensor | None = None,
+    strict: bool = False,
 ) -> np.ndarray | ActionOutput:
-    """The answer of tokens.
+    """Return the answer of tokens.
 
     Args:
         tokenizer: The model's.
@@ -62,17 +69,16 @@ def tokens_answer(
         statistics: Of every row.
         return_dict: Give an ``ActionOutput``.
         hidden: For it.
+        strict: Allow no token that is no action token.
+
+    Raises:
+        NoActionError: More tokens of a row than ``LARGEST_OTHER_SHARE``, or with ``strict`` any, are no action tokens,
+            or an action is not finite.
     """
     token_ids = tokens.cpu().numpy()
+    _require_action_tokens(tokenizer, token_ids, strict)
     normalized = tokenizer.decode(token_ids)
-    actions = np.stack([row.unnormalize(values) for row, values in zip(statistics, normalized)])
-    outside = int((token_ids < tokenizer.first_token_id).sum() + (token_ids >= tokenizer.vocab_size).sum())
-    if outside:
-        logger.warning_once(
-            f"{outside} of {token_ids.size} predicted tokens are not action tokens; they decode to the extreme "
-            "bins, as in the reference. If this checkpoint was trained, check that prompt and image fit it; "
-            "constrain_actions=True rules such tokens out. (Said once.)"
-        )
+    actions = _in_robot_units(statistics, normalized)
     if not return_dict:
         return _without_batch_of_one(False, statistics, actions)
     # Ids count down as bins count up; the top edge's token shares the last bin.
@@ -85,12 +91,42 @@ def tokens_answer(
     return _without_batch_of_one(True, statistics, actions, normalized, token_ids, probabilities, entropy, hidden)
 
 
+def _require_action_tokens(tokenizer: ActionTokenizer, token_ids: np.ndarray, strict: bool) -> None:
+    """Raise NoActionError where a row of int64 ``(batch, ..., action_dim)`` is no action; else warn of other tokens."""
+    others = (token_ids < tokenizer.first_token_id) | (token_ids >= tokenizer.vocab_size)
+    if not others.any():
+        return
+    counts, size = others.reshape(len(others), -1).sum(1), others[0].size
+    most = int(counts.max())
+    if most > (0 if strict else LARGEST_OTHER_SHARE * size):
+        raise NoActionError(
+            f"{most} of {size} predicted tokens are not action tokens, so this is no action: as one, it would drive "
+            f"the robot at full speed. {NO_ACTION_REMEDY} Where the model is to say words first, decode them yourself "
+            "with generate."
+        )
+    logger.warning(
+        f"{most} of {size} predicted tokens are not action tokens; they decode to the extreme bins, as in the "
+        f"reference. {NO_ACTION_REMEDY} strict=True makes an error of it."
+    )
+
+
+def _in_robot_units(statistics: Sequence[NormalizationStatistics], normalized: np.ndarray) -> np.ndarray:
+    """Return float64 actions of normalised ones, one row of statistics for each; raise NoActionError if not finite."""
+    actions = np.stack([row.unnormalize(values) for row, values in zip(statistics, normalized)])
+    if not np.isfinite(actions).all():
+        raise NoActionError(
+            f"The action is not finite: {actions.tolist()}. Check the weights, and the statistics of unnorm_key, which "
+            "must not span more than a float64 holds."
+        )
+    return actions
+
+
 def numbers_answer(
     normalized: torch.Tensor, statistics: Sequence[NormalizationStatistics], return_dict: bool, hidden: torch.Tensor
 ) -> np.ndarray | ActionOutput:
-    """The answer of a continuous head: float32 ``(batch, chunk, action_dim)``, normalised."""
+    """Return the answer of a continuous head: float32 ``(batch, chunk, action_dim)``, normalised; errors as above."""
     normalized = normalized.cpu().numpy()
-    actions = np.stack([row.unnormalize(chunk) for row, chunk in zip(statistics, normalized)])
+    actions = _in_robot_units(statistics, normalized)
     hidden = hidden.float().cpu().numpy()
     return _without_batch_of_one(return_dict, statistics, actions, normalized, None, None, None, hidden)
 

@@ -12,6 +12,21 @@ from torch import nn
 
 from .compatibility_openvla import CACHE_FIELD, cache_of, cached_length
 
+NO_ACTION_REMEDY = (
+    "Check that prompt, image and unnorm_key belong to this checkpoint, or pass constrain_actions=True (of the "
+    "command: --constrain-actions) to choose among action tokens only."
+)
+
+
+class NoActionError(ValueError):
+    """What the model gave is no action: it ended early, answered in words, or with numbers that are not finite.
+
+    Attributes:
+        code: "no_action", by which the policy server and its clients name this error.
+    """
+
+    code = "no_action"
+
 
 def align_prompts(
     input_ids: torch.LongTensor, attention_mask: torch.Tensor | None, pad_token_id: int | None, device: torch.device
@@ -113,9 +128,9 @@ def has_gap(mask: torch.Tensor) -> bool:
 
 
 def require_finite(logits: torch.Tensor) -> torch.Tensor:
-    """What the model gave, logits or actions, if every number is finite; else ValueError."""
+    """Return what the model gave, logits or actions, if every number is finite; else raise NoActionError."""
     if not bool(torch.isfinite(logits).all()):
-        raise ValueError(
+        raise NoActionError(
             "What the model gave is not finite, so no action can be trusted. Check weights and image for NaN; float16 "
             "overflows in Llama-2: use bfloat16 or float32."
         )
@@ -153,7 +168,7 @@ def decode_greedily(
         int64 tokens ``(batch, steps)`` and the float32 logits ``(batch, steps, vocabulary)`` they were chosen from.
 
     Raises:
-        ValueError: Logits are not finite, or a sequence ended before its last step.
+        NoActionError: Logits are not finite, or a sequence ended before its last step.
     """
     ends = _as_tensor(end_ids, embeds.device)
     positions = None if mask is None else positions_of(mask)
@@ -186,7 +201,7 @@ def decode_greedily(
 
 
 def require_whole_actions(tokens: torch.LongTensor, steps: int, end_ids: int | Sequence[int] | None) -> None:
-    """Raise ValueError if a row of generated tokens ``(rows, at most steps)`` ended before its last step."""
+    """Raise NoActionError if a row of generated tokens ``(rows, at most steps)`` ended before its last step."""
     tokens = tokens.cpu()  # at once: the device is waited for a single time
     ends = _as_tensor(end_ids, tokens.device)
     for step in range(steps - 1):
@@ -197,10 +212,9 @@ def _require_going_on(token: torch.LongTensor, ends: torch.LongTensor, step: int
     if token.numel() and not bool(torch.isin(token, ends).any()):
         return
     said = step + 1 if token.numel() else step
-    raise ValueError(
+    raise NoActionError(
         f"The model ended the sequence after {said} of {steps} action tokens. (The reference would decode "
-        "prompt tokens as actions here.) Check that prompt, image and unnorm_key belong to this checkpoint, or pass "
-        "constrain_actions=True to choose among action tokens only."
+        f"prompt tokens as actions here.) {NO_ACTION_REMEDY}"
     )
 
 

@@ -10,9 +10,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageMode, ImageOps
+from transformers.utils import logging
 
 from .jpeg_openvla import jpeg_round_trip
+
+logger = logging.get_logger(__name__)
 
 ImageInput = Any  # a PIL image, a numpy array, a torch tensor, or a path to an image file
 
@@ -24,6 +27,7 @@ IMAGE_PRESETS = {
     "libero-raw": "the simulator's own frames: turned by 180 degrees and never skipped, else as libero",
 }
 CENTER_CROP_AREA = 0.9
+EXIF_ORIENTATION = 0x0112  # how a picture is to be turned: 1 not at all, 2 to 8 as cameras that were held otherwise say
 
 # glibc's polynomials of sinf, close to the Taylor series.
 _SINE = [float.fromhex(c) for c in ("-0x1.555545995a603p-3", "0x1.1107605230bc4p-7", "-0x1.994eb3774cf24p-13")]
@@ -34,7 +38,10 @@ _COSINE = [
 
 
 def as_images(images: ImageInput | Sequence[ImageInput]) -> list[Image.Image]:
-    """RGB PIL images of whatever was given.
+    """Return RGB PIL images of whatever was given.
+
+    A file is turned as its EXIF orientation says, as viewers show it. A PIL image is taken as its pixels lie, as the
+    reference takes it; one that was opened from a file and not turned (``PIL.ImageOps.exif_transpose``) is warned of.
 
     Raises:
         ValueError: Wrong channels, size, dtype or range; no image.
@@ -53,9 +60,14 @@ def as_images(images: ImageInput | Sequence[ImageInput]) -> list[Image.Image]:
 def _as_image(image: ImageInput) -> Image.Image:
     if isinstance(image, (str, os.PathLike)):
         with Image.open(image) as opened:
-            return opened.convert("RGB")
+            return upright_rgb(opened)
     if isinstance(image, Image.Image):
-        return image if image.mode == "RGB" else image.convert("RGB")
+        if image.getexif().get(EXIF_ORIENTATION, 1) != 1:
+            logger.warning_once(
+                "A PIL image is taken as its pixels lie, though its EXIF orientation says that a viewer turns it. If "
+                "the camera was held so, give the path, or turn it with PIL.ImageOps.exif_transpose. (Said once.)"
+            )
+        return image if image.mode == "RGB" else require_eight_bits(image).convert("RGB")
     if isinstance(image, torch.Tensor):
         image = image.detach().cpu()
         if image.ndim == 3 and image.shape[0] in (1, 3, 4):  # channels first, torch's habit
@@ -72,6 +84,24 @@ def _as_image(image: ImageInput) -> Image.Image:
     if image.ndim == 3 and image.shape[2] == 1:
         image = image[:, :, 0]
     return Image.fromarray(_as_bytes(image)).convert("RGB")
+
+
+def upright_rgb(picture: Image.Image) -> Image.Image:
+    """Return a picture that was opened from a file or bytes as viewers show it: RGB, turned as its EXIF says.
+
+    Transparency is dropped: the colours are what the camera saw.
+    """
+    return ImageOps.exif_transpose(require_eight_bits(picture)).convert("RGB")
+
+
+def require_eight_bits(picture: Image.Image) -> Image.Image:
+    """Return a picture whose channels have 8 bits or 1; ValueError for others, which Pillow clips to black or white."""
+    if not ImageMode.getmode(picture.mode).typestr.endswith("1"):
+        raise ValueError(
+            f"A picture must have 8 bits a channel, got mode {picture.mode}, whose numbers may mean any brightness (or "
+            "depth); give 8-bit RGB or grey, scaled as in training."
+        )
+    return picture
 
 
 def _as_bytes(image: np.ndarray) -> np.ndarray:

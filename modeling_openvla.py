@@ -35,7 +35,13 @@ from .graphs_openvla import recorded
 from .heads_openvla import NoiseSchedule  # noqa: F401
 from .norm_stats_openvla import NormStatsMixin
 from .own_functions_openvla import head_dim  # noqa: F401
-from .parallel_openvla import ChunkOutput, ParallelDecodingMixin, refuse_loose_parts, with_action_slots
+from .parallel_openvla import (
+    ChunkOutput,
+    ParallelDecodingMixin,
+    refuse_loose_parts,
+    require_greedy,
+    with_action_slots,
+)
 from .prismatic_openvla import PrismaticCausalLMOutputWithPast, PrismaticForConditionalGeneration
 from .publishing_openvla import PushToHub  # noqa: F401
 from .quantization_openvla import is_quantized
@@ -270,6 +276,7 @@ class OpenVLAForActionPrediction(
         num_inference_steps: int | None = None,
         return_dict: bool = False,
         constrain_actions: bool = False,
+        strict: bool = False,
         fast: bool | None = None,
         draft: np.ndarray | Sequence[Any] | None = None,
         **generate_kwargs: Any,
@@ -288,6 +295,8 @@ class OpenVLAForActionPrediction(
             num_inference_steps: Diffusion head: denoising steps; None is the checkpoint's.
             return_dict: Give an ``ActionOutput`` with tokens, bin probabilities and entropy, hidden states.
             constrain_actions: Let the model choose among action tokens only.
+            strict: Raise for a single token that is no action token, as every ``Policy`` does. Without it, up to
+                ``LARGEST_OTHER_SHARE`` of them decode to the extreme bins, as in the reference, with a warning.
             fast: Skip what the answer does not need (``fast_openvla``): None where the language model allows it, True
                 with a warning where it does not, False never. The same tokens, up to rounding.
             draft: A guess of the action in robot units, ``(action_dim,)`` or ``(batch, action_dim)``, such as the last
@@ -302,8 +311,8 @@ class OpenVLAForActionPrediction(
             ``(chunk, action_dim)`` and ``(batch, chunk, action_dim)``.
 
         Raises:
-            ValueError: Inputs are missing, do not fit the model or contradict each other, what the model gives is not
-                finite, or the model ended the sequence before every dimension had its token.
+            ValueError: Inputs are missing, do not fit the model or contradict each other.
+            NoActionError: The model ended the sequence early, gave tokens that are no actions, or is not finite.
             KeyError: Unknown ``unnorm_key``.
         """
         if input_ids is None or pixel_values is None:
@@ -320,10 +329,10 @@ class OpenVLAForActionPrediction(
         keys = self.row_keys(unnorm_key, len(input_ids))
         statistics = self.row_statistics(keys)
         if self.config.parallel_decoding:
-            _require_greedy(generate_kwargs)
+            require_greedy(generate_kwargs)
             proprio = self.normalized_proprio(proprio, keys)
             prompt = (input_ids, attention_mask, pixel_values, proprio)
-            return self._predict_chunk(*prompt, statistics, diffusion, return_dict, constrain_actions, fast)
+            return self._predict_chunk(*prompt, statistics, diffusion, return_dict, constrain_actions, strict, fast)
         if proprio is not None:
             raise ValueError("This model was trained without proprio; leave it out.")
         action_dim = statistics[0].dimension
@@ -356,7 +365,7 @@ class OpenVLAForActionPrediction(
             logits = torch.stack(output.logits, dim=1).float() if return_dict else None
             require_whole_actions(tokens, action_dim, end_ids)
         statistics = [row for row in statistics for _ in range(len(tokens) // len(statistics))]
-        return tokens_answer(self.action_tokenizer, tokens, logits, statistics, return_dict)
+        return tokens_answer(self.action_tokenizer, tokens, logits, statistics, return_dict, strict=strict)
 
     def _decode_fast(
         self,
@@ -385,6 +394,7 @@ class OpenVLAForActionPrediction(
         diffusion: dict[str, Any],
         return_dict: bool,
         constrain_actions: bool,
+        strict: bool,
         fast: bool | None,
     ) -> np.ndarray | ActionOutput:
         """The chunk of every row, in one pass."""
@@ -405,7 +415,7 @@ class OpenVLAForActionPrediction(
         if head is None:
             logits = numbers.unflatten(1, (self.config.chunk_length, -1))
             tokens = (only(logits, self.action_token_ids) if constrain_actions else logits).argmax(-1)
-            return tokens_answer(self.action_tokenizer, tokens, logits, statistics, return_dict, hidden)
+            return tokens_answer(self.action_tokenizer, tokens, logits, statistics, return_dict, hidden, strict)
         return numbers_answer(numbers, statistics, return_dict, hidden)
 
     @torch.no_grad()
@@ -487,11 +497,3 @@ class OpenVLAForActionPrediction(
     def action_token_ids(self) -> slice:
         """The ids that are action tokens: the last ``n_action_bins`` of the unpadded vocabulary."""
         return slice(self.action_tokenizer.first_token_id, self.action_tokenizer.vocab_size)
-
-
-def _require_greedy(generate_kwargs: dict[str, Any]) -> None:
-    """Raise ValueError for keywords of ``generate`` that parallel decoding has no use for."""
-    asked = {name for name, value in generate_kwargs.items() if value and (name, value) != ("num_beams", 1)}
-    unused = sorted(asked - {"use_cache", "eos_token_id"})
-    if unused:
-        raise ValueError(f"A parallel-decoding model answers a chunk in one pass, without {', '.join(unused)}.")

@@ -441,3 +441,11 @@ class ParallelDecodingMixin:
             return None
         rows = [self.proprio_statistics(key).normalize_proprio(row) for key, row in zip(unnorm_keys, proprio)]
         return torch.tensor(np.stack(rows), dtype=torch.float32)
+
+
+def require_greedy(generate_kwargs: dict[str, Any]) -> None:
+    """Raise ValueError for keywords of ``generate`` that parallel decoding has no use for."""
+    asked = {name for name, value in generate_kwargs.items() if value and (name, value) != ("num_beams", 1)}
+    unused = sorted(asked - {"use_cache", "eos_token_id"})
+    if unused:
+        raise ValueError(f"A parallel-decoding model answers a chunk in one pass, without {', '.join(unused)}.")

@@ -48,6 +48,8 @@ class Policy:
         processor: The checkpoint's own.
         unnorm_key: The dataset whose statistics give robot units.
         constrain_actions: As of ``predict_action``; random weights need it.
+
+    An answer in which a single token is no action raises, since it would drive a joint at full speed.
     """
 
     model: OpenVLAForActionPrediction
@@ -66,10 +68,14 @@ class Policy:
 
         Returns:
             float64 ``(action_dim,)`` or ``(chunk, action_dim)`` in robot units, as ``predict_action``.
+
+        Raises:
+            NoActionError: What the model gave is no action.
+            ValueError: Image, instruction or proprio do not fit the model.
         """
         device = self.model.device if self.model.device.type == "cuda" else None
         inputs = self.processor(instruction=instruction, images=image, device=device)
-        asked = {"unnorm_key": self.unnorm_key, "constrain_actions": self.constrain_actions}
+        asked = {"unnorm_key": self.unnorm_key, "constrain_actions": self.constrain_actions, "strict": True}
         return self.model.predict_action(**inputs, **asked, proprio=proprio)
 
     def reset(self) -> None:
@@ -85,7 +91,7 @@ def load_policy(
     unnorm_key: str | None = None,
     prepack: bool = False,
     compile: bool = False,
-    constrain_actions: bool = False,
+    constrain_actions: bool | None = None,
 ) -> Policy:
     """Load a checkpoint, or an adapter on its base, straight onto a device.
 
@@ -101,6 +107,7 @@ def load_policy(
         compile: Let torch.compile fuse the small operations of an answer (``fast_openvla.fuse``), for a GPU; the first
             answer waits for it.
         constrain_actions: As of ``predict_action``: then the policy has an action to images that it does not know, too.
+            None is True for the embedded default, which knows two tasks and is there to be tried, else False.
 
     Raises:
         ValueError: The model does not fit on the device; the message says what it needs and which ``bits`` would fit.
@@ -110,6 +117,8 @@ def load_policy(
     """
     device = torch.device(device or default_device())
     model = EMBEDDED if model is None else model
+    if constrain_actions is None:
+        constrain_actions = Path(model).resolve() == EMBEDDED
     if dtype is None and device.type == "cpu" and Path(model).resolve() in (EMBEDDED, EMBEDDED_OFT):
         dtype = torch.float32
     is_adapter = optional_file(model, ADAPTER_CONFIG_FILE) is not None
@@ -194,8 +203,8 @@ def add_policy_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--constrain-actions",
-        action="store_true",
-        help="choose among action tokens only; else a model that ends an action too early is an error",
+        action=argparse.BooleanOptionalAction,
+        help="choose among action tokens only; else what is no action is an error. Default for the embedded default",
     )
     parser.add_argument(
         "--compile", action="store_true", help="let torch.compile fuse small operations; the first answer waits for it"

@@ -21,7 +21,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageMode, ImageOps
 
 BACKOFF_SECONDS = (0.05, 2.0)  # before the first retry and at most; doubled each time, with some chance in it
 LARGEST_REPLY = 64 * 2**20
@@ -34,7 +34,10 @@ class PolicyServerError(RuntimeError):
         status: Of HTTP; None where there was no reply.
         field: Of the request, where one is at fault.
         id: Under which the server's log has more.
+        code: "no_action" where the model gave no action, else None.
     """
+
+    code: str | None = None
 
     def __init__(
         self, message: str, status: int | None = None, field: str | None = None, id: str | None = None
@@ -45,6 +48,12 @@ class PolicyServerError(RuntimeError):
 
 class RequestRefused(PolicyServerError, ValueError):
     """The request is wrong (4xx); the same one would be refused again."""
+
+
+class NoActionGiven(RequestRefused):
+    """What the served model gave is no action: it ended early, or answered in words. Stop the robot."""
+
+    code = "no_action"
 
 
 class ServerUnavailable(PolicyServerError, ConnectionError):
@@ -79,6 +88,7 @@ class PolicyClient:
         retries: How often a request is sent again after a connection error or a 503. Asking twice does no harm: the
             server remembers nothing.
         unnorm_key: Whose statistics give robot units; None is the server's default.
+        constrain_actions: Let the model choose among action tokens only; None is as the server was started.
         latest_only: Let the server drop this client's frames for newer ones; a dropped one is a ``RequestRefused``
             with status 409.
 
@@ -94,6 +104,7 @@ class PolicyClient:
         timeout: float = 10.0,
         retries: int = 3,
         unnorm_key: str | None = None,
+        constrain_actions: bool | None = None,
         latest_only: bool = False,
     ) -> None:
         parts = urlsplit(url)
@@ -108,13 +119,16 @@ class PolicyClient:
         self._headers = {"Content-Type": "application/json"}
         if token:
             self._headers["Authorization"] = f"Bearer {token}"
-        self._client = {"client_id": uuid.uuid4().hex, "latest_only": True} if latest_only else {}
+        self._client: dict[str, Any] = {"client_id": uuid.uuid4().hex, "latest_only": True} if latest_only else {}
+        if constrain_actions is not None:
+            self._client["constrain_actions"] = constrain_actions
 
     def act(self, image: Any, instruction: str, proprio: Any = None) -> np.ndarray:
         """The next action, or chunk of actions, equal in every bit to the served policy's own.
 
         Args:
-            image: Camera image: PIL, numpy ``(H, W, 3)`` uint8 or float in [0, 1], torch, or a path on *this* machine;
+            image: Camera image: PIL, numpy ``(H, W, 3)`` uint8 or float in [0, 1], torch, or a path on *this* machine
+                (turned as its EXIF says; a PIL image is taken as its pixels lie);
                 for a model of several cameras the list of their images, in the order of training.
             instruction: What the robot should do.
             proprio: The robot's state in its own units, ``(proprio_dim,)``, for models that were trained with it.
@@ -124,9 +138,14 @@ class PolicyClient:
 
         Raises:
             RequestRefused: The server refuses it; ``field`` names what is wrong. A ValueError too.
+            NoActionGiven: What the model gave is no action. A RequestRefused too.
             ServerUnavailable: No answer within ``timeout`` and ``retries``. A ConnectionError too.
             PolicyServerError: The server failed, or its reply is no finite action.
+            ValueError: The instruction is no text, or a picture has not 8 bits a channel.
+            TypeError: Not an image at all.
         """
+        if not isinstance(instruction, str):
+            raise ValueError(f"The instruction must be text, got {type(instruction).__name__}: {instruction!r}.")
         several = isinstance(image, (list, tuple))
         fields = {"image": [_encoded(_pixels(one)) for one in image] if several else _encoded(_pixels(image))}
         fields |= {"instruction": instruction, **self._client}
@@ -184,6 +203,8 @@ class PolicyClient:
         details = details if isinstance(details, dict) else {"message": f"{self.url} replied {body[:200]!r}"}
         known = 400 <= status < 500
         kind = RequestRefused if known else ServerUnavailable if status in (503, 504) else PolicyServerError
+        if details.get("code") == NoActionGiven.code:
+            kind = NoActionGiven
         failed = kind(f"{status}: {details.get('message')}", status, details.get("field"), details.get("id"))
         if isinstance(failed, ServerUnavailable):
             failed.retry_after = again
@@ -227,11 +248,13 @@ def _left(end: float) -> float:
 
 
 def _pixels(image: Any) -> np.ndarray:
-    """An image as an array; PIL images become RGB, as the policy would make them."""
+    """Return an image as an array; files and PIL images become RGB, as the policy itself would make them."""
     if isinstance(image, (str, os.PathLike)):
         with Image.open(image) as opened:
-            image = opened.convert("RGB")
+            _require_eight_bits(opened)
+            image = ImageOps.exif_transpose(opened)
     if isinstance(image, Image.Image):
+        _require_eight_bits(image)
         return np.asarray(image.convert("RGB"))
     if hasattr(image, "detach"):  # torch, which may have its channels first
         image = image.detach().cpu()
@@ -241,6 +264,11 @@ def _pixels(image: Any) -> np.ndarray:
     if not isinstance(image, np.ndarray):
         raise TypeError(f"An image must be a PIL image, a numpy array, a torch tensor or a path, got {type(image)}.")
     return image
+
+
+def _require_eight_bits(picture: Image.Image) -> None:
+    if not ImageMode.getmode(picture.mode).typestr.endswith("1"):  # as images_openvla, which a robot may not have
+        raise ValueError(f"A picture must have 8 bits a channel, got mode {picture.mode}; give 8-bit RGB or grey.")
 
 
 def _encoded(array: np.ndarray) -> dict[str, Any]:

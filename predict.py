@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image
 
 from .answers_openvla import ActionOutput
+from .images_openvla import as_images
 from .policy import add_policy_arguments, policy_from
 from .quantization_openvla import quantization_name
 
@@ -52,16 +53,15 @@ def run(args: argparse.Namespace) -> int:
     for file in image_files:
         if not file.is_file():
             raise FileNotFoundError(f"No image at {file}.")
-    images = [Image.open(file).convert("RGB") for file in image_files]
+    images = as_images(image_files)
 
     started = time.perf_counter()
     policy, name = policy_from(args)
     model, processor, key = policy.model, policy.processor, policy.unnorm_key
     loaded = time.perf_counter()
     inputs = processor(instruction=instruction, images=images)
-    output = model.predict_action(
-        **inputs, unnorm_key=key, proprio=args.proprio, return_dict=True, constrain_actions=policy.constrain_actions
-    )
+    asked = {"return_dict": True, "constrain_actions": policy.constrain_actions, "strict": True}
+    output = model.predict_action(**inputs, unnorm_key=key, proprio=args.proprio, **asked)
     predicted = time.perf_counter()
 
     report = {
@@ -76,6 +76,7 @@ def run(args: argparse.Namespace) -> int:
         "dimensions": list(output.names),
         "units": list(output.units),
         "token_ids": None if output.token_ids is None else output.token_ids.tolist(),
+        "constrain_actions": policy.constrain_actions if model.config.action_head is None else None,
         "entropy_nats": None if output.entropy is None else output.entropy.tolist(),
         "seconds": {"load": loaded - started, "predict": predicted - loaded},
     }
@@ -107,6 +108,8 @@ def _table(report: dict[str, Any]) -> str:
     seconds = report["seconds"]
     lines += ["", f"time        {seconds['load']:.2f} s to load, {seconds['predict']:.3f} s for the answer"]
     weights = f", {report['quantization']} weights" if report["quantization"] else ""
+    if report["constrain_actions"]:
+        lines += ["chose       among action tokens only; --no-constrain-actions lets the model end or say words"]
     lines += [f"ran on      {report['device']}, {report['dtype']}{weights}"]
     return "\n".join(lines)
 

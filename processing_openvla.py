@@ -38,6 +38,7 @@ from .images_openvla import (
     preset_image,
 )
 from .jpeg_openvla import jpeg_round_trip  # noqa: F401  as nearest_name
+from .prompts_openvla import bare_instruction, require_bos, tokenized_prompts, warn_of_bare
 from .publishing_openvla import PushToHub
 
 logger = logging.get_logger(__name__)
@@ -290,11 +291,12 @@ class OpenVLAProcessor(MarksCode, PushToHub, ProcessorMixin):
         """Model inputs for one or several (prompt, image) pairs.
 
         Args:
-            text: Prompts as they are; the form of the published processor. ``predict_action`` adds the empty token.
+            text: Whole prompts, as they are; the form of the published processor. ``predict_action`` adds the empty
+                token. What looks like an instruction alone is warned of.
             images: One image a prompt, in any form that the image processor takes. For a model of several cameras
                 the list of one prompt's images (``[main, wrist]``), or for several prompts a list of such lists.
             instruction: What the robot should do ("pick up the red block"). The prompt is written around it in lower
-                case, as trained, and ends in the empty token.
+                case, as trained, and ends in the empty token. Special tokens in it (``</s>``) are text.
             padding: As tokenizers take it. None: pad instructions of different lengths, leave ``text`` alone.
             truncation: As tokenizers take it, for ``text`` only: an instruction is never cut.
             max_length: In tokens.
@@ -306,9 +308,9 @@ class OpenVLAProcessor(MarksCode, PushToHub, ProcessorMixin):
             ``(batch, cameras * 3 * towers, height, width)`` when there are images. Nothing else.
 
         Raises:
-            ValueError: Neither or both of text and instruction; an empty instruction; as many prompts as images are
-                not given, or other than the model's number of cameras; no BOS in front; the checkpoint's prompt style
-                is unknown.
+            ValueError: Neither or both of text and instruction; an instruction that is empty or a whole prompt; as many
+                prompts as images are not given, or other than the model's number of cameras; no BOS in front; the
+                checkpoint's prompt style is unknown.
         """
         if (text is None) == (instruction is None):
             raise ValueError("Give exactly one of text (the whole prompt) and instruction (what the robot should do).")
@@ -317,6 +319,7 @@ class OpenVLAProcessor(MarksCode, PushToHub, ProcessorMixin):
                 raise ValueError("An instruction needs an image: processor(instruction=..., images=...).")
             inputs = self._tokenized_instructions(instruction, padding, max_length, return_tensors)
         else:
+            warn_of_bare(text)
             inputs = self.tokenizer(
                 text,
                 return_tensors=return_tensors,
@@ -325,7 +328,7 @@ class OpenVLAProcessor(MarksCode, PushToHub, ProcessorMixin):
                 max_length=max_length,
             )
         data = {name: inputs[name] for name in ("input_ids", "attention_mask")}
-        self._require_bos(data["input_ids"], data["attention_mask"])
+        require_bos(self.tokenizer, self.prompt_style, data["input_ids"], data["attention_mask"])
         if images is not None:
             rows = 1 if isinstance(text if instruction is None else instruction, str) else len(data["input_ids"])
             cameras = self.num_images_in_input if instruction is not None else None
@@ -366,16 +369,18 @@ class OpenVLAProcessor(MarksCode, PushToHub, ProcessorMixin):
         """The whole prompt for an instruction, in this checkpoint's style, without the empty token.
 
         Raises:
-            ValueError: The instruction is empty, or the style is not known.
+            ValueError: The instruction is empty, no text or a whole prompt, or the style is not known.
         """
-        if not isinstance(instruction, str) or not instruction.strip():
-            raise ValueError(f"The instruction must say something, got {instruction!r}.")
+        instruction = bare_instruction(instruction)
+        self._require_prompt_style()
+        return PROMPTS[self.prompt_style].format(instruction=instruction)
+
+    def _require_prompt_style(self) -> None:
         if self.prompt_style is None:
             raise ValueError(
                 "This processor does not know its checkpoint's prompt; set processor.prompt_style to one of "
                 f"{list(PROMPTS)} and processor.empty_token_id, or pass the whole prompt as text."
             )
-        return PROMPTS[self.prompt_style].format(instruction=instruction.strip().lower())
 
     def _tokenized_instructions(
         self,
@@ -385,12 +390,14 @@ class OpenVLAProcessor(MarksCode, PushToHub, ProcessorMixin):
         return_tensors: str | None,
     ) -> dict[str, Any]:
         """Ids and mask of prompts, the empty token at the end of every row before any padding."""
-        instructions = [instruction] if isinstance(instruction, str) else list(instruction)
+        instructions = [instruction] if isinstance(instruction, (str, bytes)) else list(instruction)
         if not instructions:
             raise ValueError("Got an empty list of instructions.")
-        rows = self.tokenizer([self.prompt(one) for one in instructions])["input_ids"]
+        instructions = [bare_instruction(one) for one in instructions]
+        self._require_prompt_style()
+        rows = tokenized_prompts(self.tokenizer, self.prompt_style, instructions)
         if self.empty_token_id is not None:
-            rows = [list(row) if row[-1] == self.empty_token_id else [*row, self.empty_token_id] for row in rows]
+            rows = [row if row[-1] == self.empty_token_id else [*row, self.empty_token_id] for row in rows]
         longest = max(map(len, rows))
         if max_length is not None and longest > max_length:
             raise ValueError(
@@ -411,26 +418,6 @@ class OpenVLAProcessor(MarksCode, PushToHub, ProcessorMixin):
             attention_mask.append(unseen + seen if left else seen + unseen)
         data = {"input_ids": input_ids, "attention_mask": attention_mask}
         return dict(BatchFeature(data=data, tensor_type=return_tensors))
-
-    def _require_bos(self, input_ids: Any, attention_mask: Any) -> None:
-        """The model puts the image after BOS; without it every patch would stand behind a word.
-
-        Qwen has no BOS; there the special token that opens the trained prompt takes its place.
-        """
-        bos = getattr(self.tokenizer, "bos_token_id", None)
-        if bos is None and PROMPTS.get(self.prompt_style, "").startswith("<|"):
-            bos = self.tokenizer(PROMPTS[self.prompt_style])["input_ids"][0]
-        if bos is None:
-            return
-        nested = np.ndim(input_ids[0]) > 0
-        for row, mask in zip(input_ids, attention_mask) if nested else [(input_ids, attention_mask)]:
-            first = next((int(token) for token, seen in zip(row, mask) if seen), None)
-            if first != bos:
-                raise ValueError(
-                    f"A prompt starts with token {first} instead of BOS ({bos}), behind which the model puts the "
-                    "image. Use processor(instruction=...), which writes the trained prompt. If it says this too, the "
-                    "tokenizer's files were probably re-saved by another transformers version; use the original ones."
-                )
 
     def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> list[str]:
         """Save in the layout that every transformers version from 4.40 reads: two JSON files and the tokenizer's."""

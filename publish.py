@@ -28,7 +28,7 @@ from .native_checkpoint import read_json
 from .publishing_openvla import CARD_FILE, publishable, push_folder
 
 # What a processor alone needs.
-PROCESSOR_CODE = {"device_images_openvla.py", "images_openvla.py", "jpeg_openvla.py", "processing_openvla.py"}
+PROCESSOR_CODE = {f"{name}_openvla.py" for name in ("device_images", "images", "jpeg", "processing", "prompts")}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

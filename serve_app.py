@@ -22,6 +22,7 @@ from fastapi.responses import HTMLResponse, JSONResponse
 from starlette.exceptions import HTTPException
 
 from . import serve_schema as schema
+from .decoding_openvla import NoActionError
 from .serve import Limits
 from .serve_guard import Guard, error_body, is_loopback, retry_after, server
 from .serve_metrics import Metrics
@@ -34,7 +35,8 @@ logger = logging.getLogger("openvla.serve")
 PAGE = Path(__file__).parent / "assets" / "page.html"
 PREPARING_THREADS = 4  # requests that are decoded at one time, while the model is busy
 WEBSOCKETS = 128  # open at one time
-NORMAL_ERRORS = (RequestError, QueueError, AnswerError)
+NORMAL_ERRORS = (RequestError, QueueError, AnswerError, NoActionError)
+NO_ACTION_STATUS = 422  # the same request would have no action again
 
 
 class PolicyApp:
@@ -67,7 +69,7 @@ class PolicyApp:
         await self.queue.stop()
         self._threads.shutdown()
 
-    def _answered(self, batch: list[Prepared]) -> list[Answer | AnswerError]:
+    def _answered(self, batch: list[Prepared]) -> list[Answer | AnswerError | NoActionError]:
         answers = self.served.answer(batch)
         self.metrics.answered(answers)
         return answers
@@ -80,7 +82,8 @@ class PolicyApp:
         Raises:
             RequestError: The request is refused.
             QueueError: It is not answered.
-            AnswerError: The model could not.
+            AnswerError: The model failed.
+            NoActionError: What it gave is no action.
         """
         in_thread = asyncio.get_running_loop().run_in_executor
         place = self.queue.enter()
@@ -109,9 +112,11 @@ class PolicyApp:
             logger.error("%s failed, id %s", route, identity, exc_info=error)
             error = RuntimeError(f"The server failed; its log explains it under id {identity}.")
         status, field = getattr(error, "status", 500), getattr(error, "field", None)
+        if isinstance(error, NoActionError):
+            status = NO_ACTION_STATUS
         logger.info("%s %d%s: %s", route, status, f" ({field})" if field else "", error)
         self.metrics.count(route, status)
-        return status, error_body(str(error), field, identity)
+        return status, error_body(str(error), field, identity, getattr(error, "code", None))
 
     async def openpi(self, websocket: WebSocket) -> None:
         """A client of openpi: the metadata, then an answer for every frame; an error is a text message, as there."""
@@ -132,7 +137,8 @@ class PolicyApp:
                         raise RequestError("A frame must be binary, msgpack; got text.", None, 400)
                     _, answer, details = await self.act(frame["bytes"], read_msgpack)
                 except Exception as error:
-                    await websocket.send_text(self.over("websocket", error)[1]["error"]["message"])
+                    said = self.over("websocket", error)[1]["error"]
+                    await websocket.send_text(f"{said['code']}: {said['message']}" if said["code"] else said["message"])
                     continue
                 timing = {"infer_ms": answer.model_ms} | ({} if total is None else {"prev_total_ms": total})
                 reply = {**(details or {}), "actions": np.atleast_2d(answer.output.actions), "server_timing": timing}
@@ -244,5 +250,6 @@ def serve(served: ServedPolicy, *, host: str, port: int, token: str | None = Non
     if not is_loopback(host) and token is None:
         logger.warning("anyone who reaches %s can use this policy: give a token, or keep to 127.0.0.1", host)
     app = build_app(served, token=token, host=host)
-    logger.info("%s, %s by default", served.name, served.policy.unnorm_key)
+    chosen = ", chooses among action tokens only" if served.info()["constrain_actions"] else ""
+    logger.info("%s, %s by default%s", served.name, served.policy.unnorm_key, chosen)
     server(app, app.state.policy_app.queue, served.limits, host, port).run()

@@ -29,9 +29,11 @@ LINGER_SECONDS = 2.0
 CLOSING_SECONDS = 10  # for replies that are being written when everything is answered
 
 
-def error_body(message: str, field: str | None = None, id: str | None = None) -> dict[str, Any]:
-    """The body of every error: the message, the field at fault, the id under which the log has more."""
-    return {"error": {"message": message, "field": field, "id": id}}
+def error_body(
+    message: str, field: str | None = None, id: str | None = None, code: str | None = None
+) -> dict[str, Any]:
+    """Return the body of every error: message, field at fault, id under which the log has more, code of its kind."""
+    return {"error": {"message": message, "field": field, "id": id, "code": code}}
 
 
 class Refused(Exception):

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
+from .decoding_openvla import NoActionError
 from .serve_queue import BatchQueue
 from .served_policy import Answer, AnswerError
 
@@ -38,7 +39,7 @@ class Metrics:
         """One request is over."""
         self.requests.labels(route, str(status)).inc()
 
-    def answered(self, answers: Sequence[Answer | AnswerError]) -> None:
+    def answered(self, answers: Sequence[Answer | AnswerError | NoActionError]) -> None:
         """One call of the model is over."""
         whole = [answer for answer in answers if isinstance(answer, Answer)]
         self.failed.inc(len(answers) - len(whole))

@@ -20,7 +20,7 @@ import numpy as np
 from PIL import Image
 
 from .actions_openvla import nearest_name
-from .images_openvla import as_images
+from .images_openvla import as_images, require_eight_bits, upright_rgb
 from .serve import Limits
 
 # The fields of the clients of OpenVLA's server, of OpenVLA-OFT's (every field with "wrist" in it is a camera, in the
@@ -30,12 +30,10 @@ WRIST = "wrist"
 PROPRIO_FIELDS = ("state", "proprio")
 INSTRUCTION_FIELDS = ("instruction", "prompt")
 OPENPI_PREFIX = "observation/"
-OTHER_FIELDS = ("unnorm_key", "details", "client_id", "latest_only", "deadline_ms")
+OTHER_FIELDS = ("unnorm_key", "details", "client_id", "latest_only", "deadline_ms", "constrain_actions")
 
 # Plain numbers: no objects, strings, structures or times.
 NUMBERS = re.compile(r"[<>|=]?([ui][1248]|f[248])")
-# Others (16 bits a channel, CMYK, floats) become RGB in ways that lose what the camera saw.
-PICTURE_MODES = ("1", "L", "LA", "P", "RGB", "RGBA")
 PICTURE_FORMATS = ("PNG", "JPEG")
 MAX_ASPECT = 16  # where a processor pads to the square or fits the shorter side, a strip would become huge
 
@@ -69,6 +67,7 @@ class ActRequest:
         deadline: Seconds, or None for the server's.
         encoding: Of the reply: "plain", "json_numpy" or "double" (json_numpy in a JSON string).
         as_list: Whether the reply is a list of actions even where it is one, as OpenVLA-OFT's.
+        constrain_actions: As of ``predict_action``, or None for the server's.
         names: Fields as the client named them: of "image", "proprio", "instruction".
     """
 
@@ -82,6 +81,7 @@ class ActRequest:
     deadline: float | None = None
     encoding: str = "plain"
     as_list: bool = False
+    constrain_actions: bool | None = None
     names: dict[str, str] = field(default_factory=dict)
 
 
@@ -189,6 +189,7 @@ def _read_fields(fields: dict[str, Any], limits: Limits) -> ActRequest:
         proprio=None if state is None or fields[state] is None else _state(fields[state], state),
         unnorm_key=_text(fields, "unnorm_key"),
         details=_flag(fields, "details"),
+        constrain_actions=None if fields.get("constrain_actions") is None else _flag(fields, "constrain_actions"),
         client_id=_text(fields, "client_id"),
         latest_only=_flag(fields, "latest_only"),
         deadline=_deadline(fields.get("deadline_ms")),
@@ -212,6 +213,8 @@ def _only_one(sent: dict[str, str], names: tuple[str, ...], required: str | None
 
 
 def _instruction(value: Any, name: str, limits: Limits) -> str:
+    if isinstance(value, bytes):
+        raise RequestError(f"{name} must be text, got bytes; send a string (UTF-8).", name)
     if not isinstance(value, str) or not value.strip():
         raise RequestError(f"{name} must be text that says what to do, got {_shown(value)}.", name)
     if len(value) > limits.instruction_characters:
@@ -311,9 +314,11 @@ def _picture(text: str, name: str, limits: Limits) -> Image.Image:
         data = base64.b64decode("".join(rest.split()), validate=True)
         image = Image.open(io.BytesIO(data), formats=PICTURE_FORMATS)
         _require_size(*image.size, name, limits)
-        if image.mode not in PICTURE_MODES:
-            raise RequestError(f"{name} is a {image.format} of mode {image.mode}; send 8-bit RGB or grey.", name)
-        return image.convert("RGB")
+        try:
+            require_eight_bits(image)
+        except ValueError as error:
+            raise RequestError(f"{name}: {error}", name) from error
+        return upright_rgb(image)
     except RequestError:
         raise
     except Image.DecompressionBombError as error:

@@ -47,6 +47,10 @@ KEY = either({"type": "string", "minLength": 1, "maxLength": 200}, NULL)
 OPTIONS = {
     "unnorm_key": {**KEY, "description": "whose statistics give robot units; see /info"},
     "details": {**FLAG, "description": "answer with an object: bins, entropy and so on"},
+    "constrain_actions": either(
+        {"type": "boolean", "description": "choose among action tokens only; left out, the server's own, see /info"},
+        NULL,
+    ),
     "client_id": {**KEY, "description": "whose frame it is"},
     "latest_only": {
         **FLAG,
@@ -93,6 +97,7 @@ DETAILS = fields(
         "model_ms": NUMBER,
         "batch": WHOLE,
         "answered_again": {"type": "boolean"},
+        "constrain_actions": either({"type": "boolean"}, NULL),
     },
     ["actions", "names", "units", "gripper", "unnorm_key", "latency_ms"],
 )
@@ -104,8 +109,15 @@ ACT_REPLY = either(
     {**TEXT, "description": "json_numpy in a string, for {encoded}"},
     DETAILS,
 )
+CODE = {"enum": ["no_action"], "description": "what the model gave is no action; the message says why"}
 ERROR = fields(
-    {"error": fields({"message": TEXT, "field": either(TEXT, NULL), "id": either(TEXT, NULL)}, ["message"])}, ["error"]
+    {
+        "error": fields(
+            {"message": TEXT, "field": either(TEXT, NULL), "id": either(TEXT, NULL), "code": either(CODE, NULL)},
+            ["message"],
+        )
+    },
+    ["error"],
 )
 
 
@@ -128,8 +140,8 @@ ACT = {
             _408=("The body came too slowly.", ERROR),
             _409=("Dropped for a newer frame of the same client.", ERROR),
             _413=("The body or an image is too large.", ERROR),
-            _422=("A field is wrong; the error names it.", ERROR),
-            _500=("The model could not answer; the log says why under the id.", ERROR),
+            _422=("A field is wrong, and the error names it; or the model gave no action: code no_action.", ERROR),
+            _500=("The server failed; the log says why under the id.", ERROR),
             _503=("Too many are waiting, or the server is draining.", ERROR),
             _504=("Not answered within the deadline.", ERROR),
         ),

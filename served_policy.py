@@ -15,6 +15,7 @@ import torch
 
 from .actions_openvla import END_EFFECTOR_DIMENSIONS, dimension_labels
 from .answers_openvla import ActionOutput
+from .decoding_openvla import NoActionError
 from .policy import Policy, stored_bits
 from .quantization_openvla import quantization_name
 from .serve import Limits
@@ -30,7 +31,7 @@ CLOSE_CALL = {torch.float32: 1e-3, torch.bfloat16: 0.25, torch.float16: 0.03125}
 
 
 class AnswerError(RuntimeError):
-    """The model could not answer; the log has the reason under ``id``."""
+    """The model failed; the log has the reason under ``id``. (What is no action is a ``NoActionError``.)"""
 
     def __init__(self, message: str) -> None:
         self.id = uuid.uuid4().hex[:12]
@@ -47,6 +48,7 @@ class Prepared:
         proprio: float64 ``(proprio_dim,)``, or None.
         action_dim: Numbers of one action.
         details: Whether bin probabilities are wanted.
+        constrain: Whether the model chooses among action tokens only.
     """
 
     inputs: dict[str, torch.Tensor]
@@ -54,20 +56,22 @@ class Prepared:
     proprio: np.ndarray | None
     action_dim: int
     details: bool
+    constrain: bool
 
     def joins(self, other: Prepared) -> bool:
         """Whether both may be answered in one batch."""
         mine, its = (row.inputs["input_ids"].shape for row in (self, other))
-        return mine == its and self.action_dim == other.action_dim
+        return mine == its and self.action_dim == other.action_dim and self.constrain == other.constrain
 
 
 @dataclass
 class Answer:
-    """What came of a request: the output of its row, in whose company, in how many milliseconds of the model."""
+    """What came of a request: the output of its row, in whose company, in how many milliseconds of the model, how."""
 
     output: ActionOutput
     rows: int
     model_ms: float
+    constrained: bool
     again: bool = False
 
 
@@ -101,17 +105,23 @@ class ServedPolicy:
             raise RequestError(error.args[0], "unnorm_key") from error
         if len(request.images) != config.num_images_in_input:
             raise RequestError(
-                f"The model takes {config.num_images_in_input} camera images a moment, got {len(request.images)}.",
+                f"The model takes {config.num_images_in_input} camera images a moment, got {len(request.images)}; send "
+                "as many, the main camera first, in the order of training.",
                 request.names["image"],
             )
         self._require_proprio(request, key)
+        constrain = self.policy.constrain_actions if request.constrain_actions is None else request.constrain_actions
+        if request.constrain_actions and config.action_head is not None:
+            raise RequestError(
+                "The model answers in numbers, not in tokens; leave constrain_actions out.", "constrain_actions"
+            )
         images = request.images if len(request.images) > 1 else request.images[0]
         try:
             with self._tokenizing:
                 inputs = dict(self.policy.processor(instruction=request.instruction, images=images))
         except ValueError as error:
             raise RequestError(str(error), request.names["instruction"]) from error
-        return Prepared(inputs, key, request.proprio, dimension, request.details)
+        return Prepared(inputs, key, request.proprio, dimension, request.details, constrain)
 
     def _require_proprio(self, request: ActRequest, key: str) -> None:
         field, needed = request.names["proprio"], self.policy.model.config.proprio_dim
@@ -127,12 +137,15 @@ class ServedPolicy:
             except ValueError as error:
                 raise RequestError(str(error), "unnorm_key") from error
 
-    def answer(self, batch: Sequence[Prepared]) -> list[Answer | AnswerError]:
-        """Answers in the order of the requests, each with the tokens that it would have had alone."""
+    def answer(self, batch: Sequence[Prepared]) -> list[Answer | AnswerError | NoActionError]:
+        """Return answers in the order of the requests, each with the tokens that it would have had alone."""
         if len(batch) > 1:
             try:
                 answers = self._predicted(batch)
-            except Exception:  # one row's fault must not be the others'
+            except NoActionError as error:  # one row's fault must not be the others'
+                logger.info("a batch of %d is answered row by row: %s", len(batch), error)
+                return [self._alone(row) for row in batch]
+            except Exception:
                 logger.exception("a batch of %d failed; its rows are answered one by one", len(batch))
                 return [self._alone(row) for row in batch]
             return [
@@ -141,12 +154,14 @@ class ServedPolicy:
             ]
         return [self._alone(row) for row in batch]
 
-    def _alone(self, row: Prepared, again: bool = False) -> Answer | AnswerError:
+    def _alone(self, row: Prepared, again: bool = False) -> Answer | AnswerError | NoActionError:
         try:
             answer = self._predicted([row])[0]
+        except NoActionError as error:
+            return NoActionError(str(error))  # without the traceback, which would hold the row's tensors
         except Exception as error:
-            failed = AnswerError(f"The model gave no action: {type(error).__name__}.")
-            logger.exception("no action, id %s", failed.id)
+            failed = AnswerError(f"The model failed: {type(error).__name__}.")
+            logger.exception("the model failed, id %s", failed.id)
             return failed
         answer.again = again
         return answer
@@ -159,14 +174,13 @@ class ServedPolicy:
             unnorm_key=[row.unnorm_key for row in batch],
             proprio=None if batch[0].proprio is None else np.stack([row.proprio for row in batch]),
             return_dict=wanted,
-            constrain_actions=self.policy.constrain_actions,
+            constrain_actions=batch[0].constrain,
+            strict=len(batch) == 1,  # of a batch, rows with other tokens are answered again, alone: ``_is_clear``
         )
         output = output if wanted else ActionOutput(actions=output)
-        if not np.isfinite(output.actions).all():
-            raise ValueError(f"The action is not finite: {output.actions.tolist()}.")
         spent = (time.perf_counter() - started) * 1000
         rows = [output] if len(batch) == 1 else [_row(output, index) for index in range(len(batch))]
-        return [Answer(row, len(batch), spent) for row in rows]
+        return [Answer(row, len(batch), spent, batch[0].constrain) for row in rows]
 
     def _is_clear(self, output: ActionOutput) -> bool:
         """Whether every token was chosen by more than rounding could turn, and is an action token."""
@@ -184,6 +198,7 @@ class ServedPolicy:
         return {
             "model": self.name,
             "answer": config.action_head or "tokens",
+            "constrain_actions": self.policy.constrain_actions if config.action_head is None else None,
             "default_unnorm_key": self.policy.unnorm_key,
             "unnorm_keys": {key: self._dataset(key) for key in sorted(model.norm_stats)},
             "action_dim": model.get_action_dim(self.policy.unnorm_key),
@@ -238,6 +253,7 @@ class ServedPolicy:
             "model_ms": answer.model_ms,
             "batch": answer.rows,
             "answered_again": answer.again,
+            "constrain_actions": answer.constrained if output.token_ids is not None else None,
         }
 
 

@@ -166,9 +166,9 @@ def encoded(array):
     return {"__numpy__": base64.b64encode(array.tobytes()).decode(), "dtype": array.dtype.str, "shape": array.shape}
 
 
-def picture(image, form="PNG"):
+def picture(image, form="PNG", **settings):
     buffer = io.BytesIO()
-    (image if isinstance(image, Image.Image) else Image.fromarray(image)).save(buffer, form)
+    (image if isinstance(image, Image.Image) else Image.fromarray(image)).save(buffer, form, **settings)
     return base64.b64encode(buffer.getvalue()).decode()
 
 

@@ -23,9 +23,14 @@ from test_download import put
 PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
-# There is no GPU here, and the tiny model's towers have sizes that no registry knows.
-REPLACED = {'device_map="cuda"': 'device_map="cpu"'}
+# There is no GPU here, the tiny model's towers have sizes that no registry knows, and its random weights give other
+# tokens than an action's.
+REPLACED = {
+    'device_map="cuda"': 'device_map="cpu"',
+    'load_policy("openvla/openvla-7b", ': 'load_policy("openvla/openvla-7b", constrain_actions=True, ',
+}
 ADDED = {
+    "predict --model openvla/openvla-7b": ["--constrain-actions"],
     "convert runs/my-run my-openvla": ["--config-overrides", "sizes.json"],
     "finetune": shlex.split("--max-steps 1 --batch-size 2 --feed-back 2 --device cpu --tracker tensorboard"),
     "bench": shlex.split("--sizes tiny --pairs 1 --inputs 2"),

@@ -5,7 +5,14 @@ import json
 import numpy as np
 import pytest
 import torch
-from openvla import ActionOutput, OpenVLAForActionPrediction
+from openvla import (
+    ActionOutput,
+    ActionTokenizer,
+    NoActionError,
+    NormalizationStatistics,
+    OpenVLAForActionPrediction,
+)
+from openvla.answers_openvla import tokens_answer
 from openvla.compatibility_openvla import disable_checkpointing, enable_checkpointing
 from openvla.tiny import UNTRAINED_STATISTICS, build_tiny
 from PIL import Image
@@ -372,12 +379,11 @@ def test_bfloat16_takes_float32_images(frames):
     assert np.isfinite(output.actions).all()
 
 
-def test_tokens_that_are_no_actions_are_said_once(golden):
+def test_tokens_that_are_no_actions_are_said_every_time(golden):
     case = cases(golden)["img0_prompt0_bridge_orig"]
     outside = [t for t in case["action_token_ids"] if not 31744 <= t < 32000]
     assert outside  # else this golden case proves nothing
     module_logger = logging.get_logger("openvla.answers_openvla")
-    module_logger.warning_once.cache_clear()
     seen = []
     module_logger.addFilter(lambda record: seen.append(record.getMessage()) or True)
     try:
@@ -385,8 +391,46 @@ def test_tokens_that_are_no_actions_are_said_once(golden):
         predict(golden, case)
     finally:
         module_logger.filters.clear()
-    assert len(seen) == 1
-    assert "are not action tokens" in seen[0]
+    assert len(seen) == 2
+    assert f"{len(outside)} of 7 predicted tokens are not action tokens" in seen[1]
+    with pytest.raises(NoActionError, match=f"{len(outside)} of 7 predicted tokens are not action tokens"):
+        predict(golden, case, strict=True)
+
+
+@pytest.mark.parametrize("golden", ["fused"], indirect=True)
+@pytest.mark.parametrize("chosen", [{}, {"do_sample": True, "top_k": 1}, {"num_beams": 2}, {"fast": False}])
+def test_words_are_no_action(golden, chosen):
+    """As of a model that thinks in words first: none of its tokens is an action's."""
+    case = cases(golden)["img1_prompt1_bridge_orig"]
+    weights = golden.model.get_output_embeddings().weight.data
+    saved = weights[31744:32000].clone()
+    weights[31744:32000] = 0  # such a token is never the likeliest
+    try:
+        with pytest.raises(NoActionError, match=r"7 of 7 predicted tokens are not action tokens, so .*yourself"):
+            predict(golden, case, eos_token_id=[], **chosen)
+    finally:
+        weights[31744:32000] = saved
+
+
+@pytest.mark.parametrize("count", [5, 6])
+def test_the_share_of_other_tokens_that_is_decoded(count):
+    """Five of seven as in the golden cases, to the extreme bins; in a batch the row with the most counts."""
+    tokenizer = ActionTokenizer(32000)
+    statistics = NormalizationStatistics({"q01": [-1.0] * 7, "q99": [1.0] * 7})
+    tokens = torch.tensor([[31872] * 7, [5] * count + [31872] * (7 - count)])
+    if count == 6:
+        with pytest.raises(NoActionError, match="6 of 7"):
+            tokens_answer(tokenizer, tokens, None, [statistics] * 2, False)
+    else:
+        actions = tokens_answer(tokenizer, tokens, None, [statistics] * 2, False)
+        assert actions[1, :5].tolist() == [tokenizer.bin_centers[-1]] * 5
+        assert actions[0].tolist() == [tokenizer.bin_centers[127]] * 7
+
+
+def test_an_action_that_is_not_finite_is_none():
+    statistics = NormalizationStatistics({"q01": [-1.7e308] * 7, "q99": [1.7e308] * 7})
+    with np.errstate(over="ignore"), pytest.raises(NoActionError, match="The action is not finite.*statistics"):
+        tokens_answer(ActionTokenizer(32000), torch.tensor([[31744] * 7]), None, [statistics], False)
 
 
 @pytest.mark.parametrize("golden", ["fused"], indirect=True)

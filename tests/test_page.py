@@ -16,7 +16,7 @@ from openvla import PLATFORMS, Policy, load_policy
 from openvla.policy import EMBEDDED_NAME
 from openvla.predict import SAMPLE_IMAGE
 from openvla.tiny import build_tiny
-from PIL import Image
+from PIL import Image, ImageOps
 from ways import ends_at_once
 
 pytestmark = pytest.mark.browser
@@ -199,7 +199,7 @@ def test_by_keyboard_alone(plain, opened):
             page.keyboard.type("open the drawer")
         if reached[-1] == "act":
             break
-    assert reached == ["camera-0", "Use camera", "instruction", "key", "act"]
+    assert reached == ["camera-0", "Use camera", "instruction", "key", "constrain", "act"]
     outline = "getComputedStyle(document.activeElement).outlineStyle"
     assert page.evaluate(outline) == "solid"
     for keys in ("Enter", "Control+Enter"):
@@ -230,17 +230,10 @@ def test_a_file_is_dropped(plain, opened):
 
 
 def test_what_the_server_would_see_otherwise_is_drawn_anew(plain, opened):
-    """Sideways photos, formats that the server does not take, and what is too large."""
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    half = Image.new("RGB", (64, 32), (255, 0, 0))
-    half.paste((0, 0, 255), (0, 0, 32, 32))  # left blue; turned: top blue
-    data = io.BytesIO()
-    half.save(data, "JPEG", exif=exif, quality=95)
+    """Formats that the server does not take, and what is too large."""
     page = opened(plain)
     page.get_by_label("Instruction", exact=True).fill("go")
     files = {
-        "turned.jpg": ("image/jpeg", data.getvalue(), "32 x 64 pixels, sent as PNG"),
         "plain.webp": ("image/webp", png((30, 20), format="WEBP", lossless=True), "30 x 20 pixels, sent as PNG"),
         "large.png": ("image/png", png((3000, 300)), "2000 x 200 pixels, made smaller from 3000 x 300"),
     }
@@ -251,12 +244,29 @@ def test_what_the_server_would_see_otherwise_is_drawn_anew(plain, opened):
         body, reply = act(page)
         assert reply.status == 200
         seen[name] = Image.open(io.BytesIO(sent_image(body)))
-    assert seen["turned.jpg"].getpixel((16, 8))[2] > 200
-    assert seen["turned.jpg"].getpixel((16, 56))[0] > 200
     assert seen["plain.webp"].getpixel((5, 5))[:3] == (200, 30, 30)
     page.set_input_files("#camera-0", {"name": "no.png", "mimeType": "image/png", "buffer": b"not an image"})
     page.get_by_text("no.png is no image that the browser can read.").wait_for()
     assert page.locator("#camera-0").get_attribute("aria-invalid") == "true"
+
+
+def test_a_sideways_photo_is_shown_and_answered_upright(plain, opened):
+    """It goes as it is, and the server turns it as the browser does."""
+    exif, data = Image.Exif(), io.BytesIO()
+    exif[0x0112] = 6
+    Image.open(SAMPLE_IMAGE).convert("RGB").transpose(Image.Transpose.ROTATE_90).crop((0, 0, 256, 200)).save(
+        data, "PNG", exif=exif
+    )
+    page = opened(plain)
+    page.get_by_label("Instruction", exact=True).fill(INSTRUCTION)
+    page.set_input_files("#camera-0", {"name": "photo.png", "mimeType": "image/png", "buffer": data.getvalue()})
+    page.get_by_text("200 x 256 pixels").wait_for()
+    body, reply = act(page)
+    assert sent_image(body) == data.getvalue()
+    upright = ImageOps.exif_transpose(Image.open(data))
+    inputs = plain.policy.processor(instruction=INSTRUCTION, images=upright)
+    expected = plain.policy.model.predict_action(**inputs, constrain_actions=True)
+    assert reply.json()["actions"] == expected.tolist()
 
 
 def test_recent_instructions(plain, opened):
@@ -430,12 +440,18 @@ def test_a_model_that_gives_no_action_is_said(opened):
     with serving(policy=Policy(model, processor, model.resolve_unnorm_key())) as served:
         page = opened(served)
         fill(page)
-        assert act(page)[1].status == 500
-        page.locator("#error", has_text="The model gave no action: ValueError").wait_for()
-        assert dimensions(page) == []
-        served.policy.constrain_actions = True
-        assert act(page)[1].status == 200
+        body, reply = act(page)  # the page asks for actions alone, and says so
+        assert (body["constrain_actions"], reply.status) == (True, 200)
         assert len(dimensions(page)) == 7
+        assert page.locator("#chosen").inner_text() == "action tokens only"
+        page.get_by_label("Actions only").uncheck()
+        body, reply = act(page)
+        assert (body["constrain_actions"], reply.status) == (False, 422)
+        page.locator("#error", has_text="No action. The model ended the sequence after 1 of 7 action tokens").wait_for()
+        assert not page.locator("#result").is_visible()  # the last answer was another request's
+        page.get_by_label("Actions only").check()
+        assert act(page)[1].status == 200
+        assert page.locator("#result").is_visible()
         assert page.locator(".error:not(:empty)").count() == 0
 
 

@@ -7,10 +7,19 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from openvla import OpenVLAForActionPrediction, load_policy
+from openvla import NoActionError, OpenVLAForActionPrediction, load_policy
 from openvla.__main__ import main
 from openvla.compatibility_openvla import QUANTIZES_ON_CPU
-from openvla.policy import HEADROOM, PREPROCESSOR_FILES, free_bytes, processor_doubts, weight_bytes, without_weights
+from openvla.policy import (
+    EMBEDDED,
+    EMBEDDED_OFT,
+    HEADROOM,
+    PREPROCESSOR_FILES,
+    free_bytes,
+    processor_doubts,
+    weight_bytes,
+    without_weights,
+)
 from openvla.processing_openvla import OpenVLAImageProcessor
 from openvla.tiny import build_config, build_tiny, build_tokenizer
 from PIL import Image
@@ -20,6 +29,7 @@ pytest.importorskip("accelerate")
 pytestmark = pytest.mark.lane
 here_it_works = pytest.mark.skipif(not QUANTIZES_ON_CPU, reason="needs a GPU before transformers 4.53")
 INSTRUCTION = "pick up the red block"
+UNTRAINED = {"constrain_actions": True}  # random weights give other tokens, which a policy refuses
 
 
 @pytest.fixture(scope="module")
@@ -31,9 +41,9 @@ def folder(tiny, tmp_path_factory):
 
 
 def test_it_acts_as_the_model_does(folder, tiny, frames):
-    policy = load_policy(folder)
+    policy = load_policy(folder, **UNTRAINED)
     inputs = tiny.processor(instruction=INSTRUCTION, images=frames["noise"])
-    expected = tiny.model.predict_action(**inputs)
+    expected = tiny.model.predict_action(**inputs, **UNTRAINED)
     policy.reset()
     action = policy.act(frames["noise"], INSTRUCTION)
     assert action.dtype == np.float64
@@ -90,16 +100,17 @@ def test_a_folder_with_the_processor_of_another_checkpoint_is_warned_of(folder, 
 @pytest.mark.parametrize("bits", [8, 4])
 def test_bits(bits, folder, frames, tmp_path, capsys):
     pytest.importorskip("bitsandbytes")
-    policy = load_policy(folder, bits=bits)
+    policy = load_policy(folder, bits=bits, **UNTRAINED)
     assert (abs(policy.act(frames["noise"], INSTRUCTION)) <= 1).all()
     policy.model.save_pretrained(tmp_path)
     policy.processor.save_pretrained(tmp_path)
-    again = load_policy(tmp_path, bits=bits)  # as it is already
+    again = load_policy(tmp_path, bits=bits, **UNTRAINED)  # as it is already
     assert again.act(frames["noise"], INSTRUCTION).tolist() == policy.act(frames["noise"], INSTRUCTION).tolist()
     with pytest.raises(ValueError, match=f"already quantised to {bits} bits"):
         load_policy(tmp_path, bits=12 - bits)
     Image.fromarray(frames["noise"]).save(tmp_path / "frame.png")
     arguments = ["--image", str(tmp_path / "frame.png"), "--instruction", INSTRUCTION, "--json"]
+    arguments.append("--constrain-actions")
     assert main(["predict", "--model", str(folder), "--bits", str(bits), *arguments]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["quantization"] == {8: "int8", 4: "nf4"}[bits]
@@ -173,6 +184,30 @@ def test_a_policy_can_be_held_to_action_tokens(tmp_path, capsys):
     assert policy.act(str(picture), "open the drawer").tolist() == action
 
 
+def test_a_token_that_is_no_action_raises_in_a_policy(folder, tiny, frames):
+    """The same tokens decode to the extreme bins in predict_action, as in the reference."""
+    inputs = tiny.processor(instruction=INSTRUCTION, images=frames["noise"])
+    output, first = tiny.model.predict_action(**inputs, return_dict=True), tiny.model.action_token_ids.start
+    others = output.token_ids < first
+    assert 0 < others.sum() < 7  # else this case proves nothing
+    assert (output.normalized_actions[others] == tiny.model.bin_centers[-1]).all()
+    with pytest.raises(NoActionError, match=f"{others.sum()} of 7 predicted tokens are not action tokens") as raised:
+        load_policy(folder).act(frames["noise"], INSTRUCTION)
+    assert raised.value.code == "no_action"
+    assert "constrain_actions=True" in str(raised.value)
+
+
+def test_the_embedded_default_chooses_among_actions_alone(capsys):
+    assert load_policy().constrain_actions
+    assert load_policy(EMBEDDED).constrain_actions
+    assert not load_policy(constrain_actions=False).constrain_actions
+    assert not load_policy(EMBEDDED_OFT).constrain_actions
+    assert main(["predict"]) == 0
+    assert "among action tokens only" in capsys.readouterr().out
+    assert main(["predict", "--no-constrain-actions", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["constrain_actions"] is False
+
+
 def test_bits_are_a_known_number():
     with pytest.raises(SystemExit):
         main(["predict", "--bits", "5"])
@@ -189,5 +224,5 @@ def test_an_adapter_folder_loads_with_its_base(folder, tmp_path, frames):
     model = OpenVLAForActionPrediction.from_pretrained(folder)
     model.enable_lora(r=2)
     model.save_pretrained(tmp_path)  # without a processor: the base has one
-    action = load_policy(folder).act(frames["noise"], INSTRUCTION)
-    assert load_policy(tmp_path).act(frames["noise"], INSTRUCTION).tolist() == action.tolist()
+    action = load_policy(folder, **UNTRAINED).act(frames["noise"], INSTRUCTION)
+    assert load_policy(tmp_path, **UNTRAINED).act(frames["noise"], INSTRUCTION).tolist() == action.tolist()

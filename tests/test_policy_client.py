@@ -42,6 +42,10 @@ def test_it_acts_as_the_policy_does(server, frame, wanted, tmp_path):
     for image in (frame, frame / 255, Image.fromarray(frame), planes, planes / 255, tmp_path / "frame.png"):
         action = client.act(image, INSTRUCTION)
         assert (action.dtype, action.tolist()) == (np.float64, wanted)
+    sideways = Image.Exif()
+    sideways[0x0112] = 6
+    Image.fromarray(np.rot90(frame)).save(tmp_path / "photo.png", exif=sideways)
+    assert client.act(tmp_path / "photo.png", INSTRUCTION).tolist() == wanted
     assert client.info()["action_dim"] == 7
     client.close()
     assert client.act(frame, INSTRUCTION).tolist() == wanted
@@ -67,6 +71,12 @@ def test_a_refusal_names_the_field(server, frame):
         client.act(frame / 1.0, INSTRUCTION)
     with pytest.raises(TypeError, match="An image must be"):
         client.act({"not": "an image"}, INSTRUCTION)
+    with pytest.raises(RequestRefused, match="got dtype uint16"):
+        client.act(frame.astype(np.uint16), INSTRUCTION)
+    with pytest.raises(ValueError, match="8 bits a channel, got mode I;16"):
+        client.act(Image.new("I;16", (8, 8)), INSTRUCTION)
+    with pytest.raises(ValueError, match="must be text, got bytes: b'go'"):
+        client.act(frame, b"go")
 
 
 def test_a_token(frame, wanted):

@@ -7,8 +7,9 @@ import numpy as np
 import PIL
 import pytest
 import torch
-from openvla import OpenVLAImageProcessor, OpenVLAProcessor
-from PIL import Image
+from openvla import OpenVLAImageProcessor, OpenVLAProcessor, images_openvla
+from openvla.images_openvla import as_images
+from PIL import Image, ImageOps
 from reference import GOLDEN
 
 pytestmark = pytest.mark.lane
@@ -91,6 +92,66 @@ def test_every_kind_of_image_gives_the_same_pixels(tiny, tmp_path):
     assert np.array_equal(grey, tiny.processor.image_processor(array[..., :1])["pixel_values"])
 
 
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "TIFF"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_file_is_seen_as_viewers_show_it(orientation, form, tmp_path):
+    """The EXIF standard's eight ways: which corner of the stored picture is the upper left of the scene."""
+    scene = np.zeros((32, 48, 3), np.uint8)
+    scene[:16, :24], scene[16:, 24:] = (250, 0, 0), (0, 0, 250)
+    stored = {
+        1: scene,
+        2: scene[:, ::-1],
+        3: scene[::-1, ::-1],
+        4: scene[::-1],
+        5: scene.swapaxes(0, 1),
+        6: np.rot90(scene),
+        7: scene[::-1, ::-1].swapaxes(0, 1),
+        8: np.rot90(scene, -1),
+    }[orientation]
+    exif, file = Image.Exif(), tmp_path / f"photo.{form.lower()}"
+    exif[0x0112] = orientation
+    settings = {"JPEG": {"quality": 95, "subsampling": 0}, "WEBP": {"lossless": True}}.get(form, {})
+    Image.fromarray(np.ascontiguousarray(stored)).save(file, form, exif=exif, **settings)
+    (seen,) = as_images(str(file))
+    assert (seen.mode, seen.size) == ("RGB", (48, 32))
+    np.testing.assert_allclose(np.asarray(seen).astype(int), scene, atol=4 if form == "JPEG" else 0)
+
+
+def test_a_pil_image_is_taken_as_its_pixels_lie_and_that_is_said(tmp_path, monkeypatch):
+    """As the reference takes it."""
+    pixels = np.random.RandomState(0).randint(0, 256, (8, 12, 3), dtype=np.uint8)
+    exif, seen = Image.Exif(), []
+    exif[0x0112] = 6
+    Image.fromarray(pixels).save(tmp_path / "photo.png", exif=exif)
+    monkeypatch.setattr(images_openvla.logger, "warning_once", seen.append)
+    with Image.open(tmp_path / "photo.png") as opened:
+        assert np.array_equal(np.asarray(as_images(opened)[0]), pixels)
+        assert np.array_equal(np.asarray(as_images(ImageOps.exif_transpose(opened))[0]), np.rot90(pixels, -1))
+    as_images([Image.fromarray(pixels), str(tmp_path / "photo.png")])
+    assert len(seen) == 1
+    assert "give the path, or turn it with PIL.ImageOps.exif_transpose" in seen[0]
+
+
+@pytest.mark.parametrize("mode", ["I;16", "I;16B", "I", "F"])
+def test_pictures_of_other_than_8_bits_are_refused(mode, tmp_path):
+    picture = Image.new(mode, (4, 4))
+    picture.save(tmp_path / "picture.tiff")
+    for image in (picture, str(tmp_path / "picture.tiff")):
+        with pytest.raises(ValueError, match=f"must have 8 bits a channel, got mode {mode[:4]}"):
+            as_images(image)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "PA", "RGBA", "CMYK", "YCbCr"])
+def test_pictures_of_8_bits_become_rgb(mode):
+    """Transparency is dropped: the colours below it are what the camera saw."""
+    red = Image.new("RGB", (4, 4), (255, 255, 255) if mode == "1" else (255, 0, 0))
+    picture = red.convert("P").convert("PA") if mode == "PA" else red.convert(mode)
+    if mode in ("LA", "RGBA", "PA"):
+        picture.putalpha(0)
+    pixel = as_images(picture)[0].getpixel((0, 0))
+    assert pixel == {"1": (255,) * 3, "L": (76,) * 3, "LA": (76,) * 3, "YCbCr": (254, 0, 0)}.get(mode, (255, 0, 0))
+
+
 @pytest.mark.parametrize(
     ("image", "error", "message"),
     [
@@ -98,6 +159,10 @@ def test_every_kind_of_image_gives_the_same_pixels(tiny, tmp_path):
         (np.zeros((4,), np.uint8), ValueError, r"\(height, width, 3\)"),
         (np.zeros((0, 4, 3), np.uint8), ValueError, r"\(height, width, 3\)"),
         (np.zeros((4, 4, 3), np.int64), ValueError, "dtype int64"),
+        (np.zeros((4, 4, 3), np.uint16), ValueError, "dtype uint16"),
+        (np.zeros((4, 4, 3), bool), ValueError, "dtype bool"),
+        (torch.zeros(3, 4, 4, dtype=torch.int32), ValueError, "dtype int32"),
+        (torch.full((3, 4, 4), 255.0), ValueError, r"\[0, 1\], got values from 255"),
         (np.full((4, 4, 3), 200.0), ValueError, r"\[0, 1\], got values from 200"),
         (np.full((4, 4, 3), -0.5), ValueError, r"\[0, 1\]"),
         (np.full((4, 4, 3), np.nan), ValueError, r"\[0, 1\]"),
@@ -199,6 +264,9 @@ def test_a_tokenizer_without_bos_is_refused(tiny, frames):
 
         def __getattr__(self, name):
             return getattr(tiny.processor.tokenizer, name)
+
+        def __len__(self):
+            return len(tiny.processor.tokenizer)
 
         def __call__(self, text, **kwargs):
             return tiny.processor.tokenizer(text, add_special_tokens=False, **kwargs)

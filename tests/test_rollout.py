@@ -30,7 +30,7 @@ OFT = {**PLATFORMS["libero"], "parallel_decoding": True, "action_head": "l1", "n
 
 def policy_of(**overrides):
     model, processor = build_tiny(**overrides)
-    return Policy(model, processor, model.resolve_unnorm_key())
+    return Policy(model, processor, model.resolve_unnorm_key(), constrain_actions=True)
 
 
 # -- the interval ---------------------------------------------------------------------------------------------------

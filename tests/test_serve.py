@@ -12,7 +12,9 @@ import time
 import numpy as np
 import pytest
 import torch
+from openvla import PolicyClient
 from openvla.__main__ import main
+from openvla.policy_client import NoActionGiven
 from openvla.serve import SHORTEST_TOKEN, TOKEN_VARIABLE, Limits
 from reference import REPOSITORY
 from test_house import imports
@@ -144,16 +146,53 @@ def test_the_package_does_not_import_the_server():
     assert imports(REPOSITORY / "policy_client.py") == ({"numpy", "PIL"}, set())  # it may be copied to a robot
 
 
-def test_what_is_not_finite_is_an_error_with_an_id(frame, caplog):
+def test_what_is_not_finite_is_no_action(frame):
     served = embedded()
     next(served.policy.model.projector.parameters()).data.fill_(torch.nan)
+    with InThread(served) as server:
+        reply = ask(server, body={"image": frame.tolist(), "instruction": INSTRUCTION})
+        assert (reply.status, reply.error["code"]) == (422, "no_action")
+        assert "not finite, so no action can be trusted. Check weights" in reply.error["message"]
+        assert b"openvla_model_failures_total 1.0" in ask(server, "GET", "/metrics").body
+
+
+def test_a_model_that_fails_is_an_error_with_an_id(frame, caplog, monkeypatch):
+    served = embedded()
+    monkeypatch.setattr(served.policy.model, "predict_action", lambda **_: {}["a bug"])
     with InThread(served) as server, caplog.at_level(logging.INFO, "openvla.serve"):
         reply = ask(server, body={"image": frame.tolist(), "instruction": INSTRUCTION})
-        assert reply.status == 500
+        assert (reply.status, reply.error["code"]) == (500, None)
         assert reply.error["id"] in reply.error["message"]
         assert f"id {reply.error['id']}" in caplog.text
-        assert "not finite" in caplog.text
-        assert b"openvla_model_failures_total 1.0" in ask(server, "GET", "/metrics").body
+        assert "KeyError: 'a bug'" in caplog.text
+
+
+def test_no_action_is_an_answer_of_its_own(frame):
+    """Over HTTP, the websocket and the client; with ``constrain_actions`` the same request has an action."""
+    served = embedded()
+    served.policy.constrain_actions = False  # random weights then give other tokens
+    body = {"image": frame.tolist(), "instruction": INSTRUCTION}
+    with InThread(served) as server:
+        reply = ask(server, body=body)
+        assert (reply.status, reply.error["code"], reply.error["field"]) == (422, "no_action", None)
+        said = reply.error["message"]
+        assert re.match(r"\d of 7 predicted tokens are not action tokens, so this is no action", said)
+        assert "constrain_actions" in said
+        with openpi(server) as (_, infer):
+            assert infer({"observation/image": frame, "prompt": INSTRUCTION}) == f"no_action: {said}"
+            frames = {"observation/image": frame, "prompt": INSTRUCTION, "constrain_actions": True}
+            constrained = infer(frames)["actions"][0]
+        with pytest.raises(NoActionGiven) as raised:
+            PolicyClient(server.url).act(frame, INSTRUCTION)
+        assert (raised.value.code, raised.value.status) == ("no_action", 422)
+        assert said in str(raised.value)
+        served.policy.constrain_actions = True
+        wanted = expected(server, frame).tolist()
+        served.policy.constrain_actions = False
+        assert constrained.tolist() == wanted
+        assert PolicyClient(server.url, constrain_actions=True).act(frame, INSTRUCTION).tolist() == wanted
+        details = ask(server, body={**body, "constrain_actions": True, "details": True}).json
+        assert (details["actions"], details["constrain_actions"]) == (wanted, True)
 
 
 def test_many_robots_share_a_batch(server, frame):

@@ -55,6 +55,14 @@ def test_plain_json(server, chunks, frame):
     wanted = expected(server, frame).tolist()
     for image in (picture(frame), "data:image/png;base64," + picture(frame), frame.tolist()):
         assert ask(server, body={"image": image, "instruction": INSTRUCTION}).json == wanted
+    sideways = Image.Exif()
+    sideways[0x0112] = 6
+    photo = picture(np.rot90(frame), exif=sideways.tobytes())  # as of a camera that was turned to its left
+    assert ask(server, body={"image": photo, "instruction": INSTRUCTION}).json == wanted
+    printed = Image.fromarray(frame).convert("CMYK")
+    printed = picture(printed, "JPEG")
+    colours = Image.open(io.BytesIO(base64.b64decode(printed))).convert("RGB")
+    assert ask(server, body={"image": printed, "instruction": INSTRUCTION}).json == expected(server, colours).tolist()
     jpeg = picture(frame, "JPEG")
     decoded = Image.open(io.BytesIO(base64.b64decode(jpeg)))
     assert ask(server, body={"image": jpeg, "instruction": INSTRUCTION}).json == expected(server, decoded).tolist()
@@ -100,8 +108,13 @@ def test_openpis_protocol(server, chunks, frame):
         ({"image": "data:image/png,abc"}, "image", "a data URL must be data:image/png;base64"),
         ({"image": base64.b64encode(b"GIF89a" * 9).decode()}, "image", "must be base64 of a PNG or JPEG"),
         ({"image": picture(np.zeros((8, 8, 3), np.uint8))[:60]}, "image", "must be base64 of a PNG or JPEG"),
-        ({"image": picture(Image.new("I;16", (4, 4)))}, "image", "a PNG of mode I;16; send 8-bit"),
-        ({"image": picture(Image.new("CMYK", (4, 4)), "JPEG")}, "image", "a JPEG of mode CMYK"),
+        ({"image": picture(Image.new("I;16", (4, 4)))}, "image", "image: A picture must have 8 bits .* got mode I;16"),
+        ({"image": encoded(np.zeros((4, 4, 3), np.uint16))}, "image", "uint8, or float in .* got dtype uint16"),
+        ({"image": encoded(np.full((4, 4, 3), 255.0))}, "image", "must lie in .* got values from 255.0 to 255.0"),
+        ({"instruction": "What action should the robot take to go?"}, "instruction", "is a whole prompt"),
+        ({"instruction": "In: go\nOut:"}, "instruction", "is a whole prompt"),
+        ({"constrain_actions": "yes"}, "constrain_actions", "must be true or false"),
+        ({"image": [GOOD["image"]] * 2}, "image", "takes 1 camera images a moment, got 2; send as many"),
         ({"image": 5}, "image", "must be base64 of a PNG or JPEG"),
         ({"image": None}, "image", "must be base64 of a PNG or JPEG"),
         ({"image": []}, "image", "must be base64 of a PNG or JPEG"),

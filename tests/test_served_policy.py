@@ -9,13 +9,15 @@ import torch
 for package in ("fastapi", "uvicorn", "msgpack", "websockets", "prometheus_client"):
     pytest.importorskip(package)
 
-from openvla import served_policy  # noqa: E402
+from openvla import NoActionError, served_policy  # noqa: E402
 from openvla.serve_requests import read_json  # noqa: E402
 from serving import INSTRUCTION, LIMITS, STATE, ask, embedded, picture  # noqa: E402
+from ways import ends_at_once  # noqa: E402
 
 
-def prepared(served, frame, instruction):
-    body = json.dumps({"image": np.roll(frame, len(instruction)).tolist(), "instruction": instruction, "details": True})
+def prepared(served, frame, instruction, **options):
+    image = np.roll(frame, len(instruction)).tolist()
+    body = json.dumps({"image": image, "instruction": instruction, "details": True, **options})
     return served.prepare(read_json(body.encode(), LIMITS))
 
 
@@ -55,14 +57,34 @@ def test_only_prompts_of_one_length_share_a_batch(frame):
     assert not one.joins(longer)  # padding would change what is computed
 
 
-def test_one_bad_row_does_not_hurt_the_others(frame, caplog):
+def test_one_bad_row_does_not_hurt_the_others(frame):
     served = embedded()
     good, bad = (prepared(served, frame, text) for text in ("go", "on"))
     bad.inputs["pixel_values"] = bad.inputs["pixel_values"] * torch.nan
     answer, failed = served.answer([good, bad])
     assert answer.output.actions.tolist() == served.answer([good])[0].output.actions.tolist()
-    assert isinstance(failed, served_policy.AnswerError)
-    assert failed.id in caplog.text
+    assert isinstance(failed, NoActionError)
+    assert "not finite" in str(failed)
+
+
+def test_a_row_of_no_action_does_not_hurt_the_others(frame):
+    """A batch, unconstrained, of the row that ends at once, one of action tokens, and one that asks for them."""
+    served = embedded()
+    served.policy.constrain_actions = False
+    rows = [prepared(served, frame, text) for text in ("go", "on")]
+    constrained = [prepared(served, frame, text, constrain_actions=True) for text in ("go", "on")]
+    assert not rows[0].joins(constrained[0])
+    ends_at_once(served.policy.model, rows[0].inputs)
+    alone = [served.answer([row])[0] for row in (*rows, *constrained)]
+    assert "ended the sequence after 1 of 7" in str(alone[0])
+    together = [*served.answer(rows), *served.answer(constrained)]
+    assert [type(answer) for answer in together] == [type(answer) for answer in alone]
+    assert [str(answer) for answer in together if isinstance(answer, NoActionError)] == [
+        str(answer) for answer in alone if isinstance(answer, NoActionError)
+    ]
+    assert [answer.output.actions.tolist() for answer in together[2:]] == [
+        answer.output.actions.tolist() for answer in alone[2:]
+    ]
 
 
 def test_details(server, chunks, frame):
@@ -91,5 +113,10 @@ def test_info(server, chunks):
     assert info["limits"]["body_bytes"] == LIMITS.body_bytes
     info = ask(chunks, "GET", "/info").json
     assert (info["answer"], info["chunk_length"], info["cameras"], info["proprio_dim"]) == ("l1", 8, 3, 8)
+    assert info["constrain_actions"] is None
+    body = {"image": [[[[0, 0, 0]] * 2] * 2] * 3, "instruction": "go", "state": STATE.tolist()}
+    refused = ask(chunks, body={**body, "constrain_actions": True})
+    assert (refused.status, refused.error["field"]) == (422, "constrain_actions")
+    assert ask(chunks, body={**body, "constrain_actions": None}).status == 200
     assert info["unnorm_keys"]["lab"]["high"][0] == pytest.approx(0.5)
     assert info["limits"]["batch"] == 1  # rounding would reach a continuous head's numbers

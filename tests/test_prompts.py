@@ -1,0 +1,116 @@
+"""From an instruction to the trained prompt's ids: what is refused, and what is text."""
+
+import numpy as np
+import pytest
+from openvla.configuration_openvla import PROMPTS
+from openvla.prompts_openvla import ENDINGS, QUESTIONS, tokenized_prompts
+from qwen import SPECIAL, write_qwen_tokenizer
+from transformers import AutoTokenizer
+from transformers.utils import logging
+
+pytestmark = pytest.mark.lane
+FRAME = np.zeros((8, 8, 3), np.uint8)
+
+
+def test_the_question_is_read_out_of_the_prompts():
+    assert QUESTIONS == ("what action should the robot take to",)
+    assert ENDINGS == ("out:", "assistant:", "<|im_end|> <|im_start|>assistant", "output:")
+
+
+@pytest.mark.parametrize(
+    "instruction",
+    [
+        *(prompt.format(instruction="open the drawer") for prompt in PROMPTS.values()),
+        "In: What action should the robot take to open the drawer?\nOut: ",
+        "What action should the robot take to open the drawer?",
+        "WHAT ACTION  should the\nrobot take to open the drawer",
+        "In: open the drawer\nOut:",
+        "open the drawer?\nOut:",
+        "USER: open the drawer ASSISTANT:",
+        "<|im_start|>system\nYou are Qwen, created by Alibaba Cloud. You are a helpful assistant.<|im_end|>\n"
+        "<|im_start|>user\nopen the drawer",
+    ],
+)
+def test_a_whole_prompt_is_no_instruction(tiny, instruction):
+    said = "is a whole prompt, or a part of one.*give what the robot should do alone"
+    with pytest.raises(ValueError, match=said):
+        tiny.processor(instruction=["go", instruction], images=[FRAME] * 2)
+    with pytest.raises(ValueError, match=said):
+        tiny.processor.prompt(instruction)
+
+
+@pytest.mark.parametrize(
+    "instruction",
+    [
+        "take the cup out",
+        "put the output in: the box",
+        "What is this? Pick it up",
+        "hand it to the assistant",
+        "in the bowl",
+    ],
+)
+def test_words_of_a_prompt_are_allowed(tiny, instruction):
+    assert tiny.processor.prompt(instruction) == (
+        f"In: What action should the robot take to {instruction.lower()}?\nOut:"
+    )
+
+
+@pytest.mark.parametrize("instruction", [b"open the drawer", [b"go"]])
+def test_bytes_are_no_text(tiny, instruction):
+    with pytest.raises(ValueError, match=r"must be text, got bytes: .*; decode them: .decode\('utf-8'\)"):
+        tiny.processor(instruction=instruction, images=FRAME)
+
+
+def test_an_instruction_given_as_text_is_said(tiny):
+    seen, logger = [], logging.get_logger("openvla.prompts_openvla")
+    logger.addFilter(lambda record: seen.append(record.getMessage()) or True)
+    try:
+        tiny.processor("open the drawer", FRAME)
+        tiny.processor(tiny.processor.prompt("open the drawer"), FRAME)
+        tiny.processor("In: What is in the image?\nOut:", FRAME)
+    finally:
+        logger.filters.clear()
+    assert len(seen) == 1
+    assert seen[0].startswith("text='open the drawer' is no prompt")
+    assert seen[0].endswith("give it as instruction=.")
+
+
+@pytest.mark.parametrize("instruction", ["put </s> on <unk> the <s>", "<pad></s>", "<S> and </S>"])
+def test_special_tokens_of_llama_are_text(tiny, instruction):
+    """One token a character: BOS stands in front alone, and the empty token last."""
+    tokenizer, processor = tiny.processor.tokenizer, tiny.processor
+    text = "▁" + processor.prompt(instruction).replace(" ", "▁")
+    expected = [tokenizer.bos_token_id, *map(tokenizer.convert_tokens_to_ids, text), processor.empty_token_id]
+    ids = processor(instruction=instruction, images=FRAME)["input_ids"]
+    assert ids.tolist() == [expected]
+    batch = processor(instruction=["go", instruction], images=[FRAME] * 2)
+    assert batch["input_ids"][1][batch["attention_mask"][1].bool()].tolist() == expected
+    alone = processor(instruction="go", images=FRAME)["input_ids"][0].tolist()
+    assert batch["input_ids"][0][batch["attention_mask"][0].bool()].tolist() == alone
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["fast", "slow where there is one"])
+def qwen(request, tmp_path_factory):
+    folder = write_qwen_tokenizer(tmp_path_factory.mktemp("qwen") / "qwen")
+    return AutoTokenizer.from_pretrained(folder, use_fast=request.param)
+
+
+def test_special_tokens_of_qwen_are_text(qwen):
+    """Those of the prompt stay tokens; those of the instruction are bytes, merged as any text."""
+    (ids,) = tokenized_prompts(qwen, "openvla-mini", ["the rob <|im_end|> in<|vision_start|>"])
+    tokens = qwen.convert_ids_to_tokens(ids)
+    spelled = ["Ġthe", "Ġrob", "Ġ", *"<|im_end|>", "Ġ", "in", *"<|vision_start|>", "?"]
+    end = [*spelled, "<|im_end|>", "Ċ", "<|im_start|>", *"assistant", "Ċ"]
+    assert tokens[-len(end) :] == end
+    assert [token for token in tokens if token in SPECIAL] == [
+        "<|im_start|>",
+        "<|im_end|>",
+        "<|im_start|>",
+        "<|im_end|>",
+        "<|im_start|>",
+    ]
+    plain = PROMPTS["openvla-mini"].format(instruction="the rob")
+    assert tokenized_prompts(qwen, "openvla-mini", ["the rob"]) == [qwen(plain)["input_ids"]]
+    qwen.add_tokens(["<|extra_7|>"])
+    (ids,) = tokenized_prompts(qwen, "openvla-mini", ["<|extra_7|>"])
+    assert qwen.convert_tokens_to_ids("<|extra_7|>") not in ids
