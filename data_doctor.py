@@ -35,6 +35,10 @@ GRIPPER_METRES = 0.2
 GRIPPER_OPEN = 0.5
 # Of the steps of a gripper that is commanded as -1 or +1 (or 0), at least so many are at one of these.
 GRIPPER_COMMANDED_SHARE = 0.5
+# Wrong values in fewer steps are outliers; a gripper of another convention spends more than a tenth on either side.
+GRIPPER_FEW_SHARE = 0.1
+# Commands to open or close that leave the gripper as it is in between are as rare as this; an open gripper is not.
+GRIPPER_RARE_SHARE = 0.05
 TURNS = {"rad": 2 * np.pi, "degrees": 360.0}
 # q01 and q99, which become -1 and 1, are taken from the wrapped steps where these are one in a hundred.
 WRAP_CERTAIN_SHARE = 0.01
@@ -239,16 +243,19 @@ def _gripper_range(data: Recording) -> Finding | None:
     seen = f"gripper from {least:.4g} to {most:.4g} (q01 {low:.4g}, q99 {high:.4g})"
     why = "OpenVLA's gripper is 0 closed to 1 open; everything above 0.5 is sent as open, everything below as closed."
     inside = low >= -GRIPPER_TOLERANCE and high <= 1 + GRIPPER_TOLERANCE
-    values = None if data.steps is None else data.steps[:, -1]
+    near = low >= -GRIPPER_OVERSHOOT and high <= 1 + GRIPPER_OVERSHOOT
     if inside and least >= -GRIPPER_OVERSHOOT and most <= 1 + GRIPPER_OVERSHOOT:
         return None
-    if inside or (low >= -GRIPPER_OVERSHOOT and high <= 1 + GRIPPER_OVERSHOOT):
-        if values is not None:
-            beyond = [(e[:, -1] < -GRIPPER_TOLERANCE) | (e[:, -1] > 1 + GRIPPER_TOLERANCE) for e in data.actions]
-            seen += f", beyond 0 to 1 in {int(sum(map(np.sum, beyond)))} steps, {_where(map(np.any, beyond))}"
+    few, signed = inside or near, -1 - GRIPPER_TOLERANCE <= least < -GRIPPER_OVERSHOOT and most <= 1 + GRIPPER_TOLERANCE
+    values = None if data.steps is None else data.steps[:, -1]
+    if values is not None:
+        beyond = [(e[:, -1] < -GRIPPER_TOLERANCE) | (e[:, -1] > 1 + GRIPPER_TOLERANCE) for e in data.actions]
+        few = np.mean(np.concatenate(beyond)) < GRIPPER_FEW_SHARE
+        seen += f", beyond 0 to 1 in {int(sum(map(np.sum, beyond)))} steps, {_where(map(np.any, beyond))}"
+        few &= not (signed and np.mean(values > GRIPPER_OPEN) < GRIPPER_RARE_SHARE)
+    if few or near:
         why += " One value above 1 makes the gripper a normalised dimension, like a movement."
         return Finding("gripper-range", False, f"{seen}.", why, "Give the field gripper: clipped.")
-    signed = low >= -1 - GRIPPER_TOLERANCE and high <= 1 + GRIPPER_TOLERANCE
     certain, mend = (
         True,
         (
@@ -288,7 +295,7 @@ def _gripper_scale(data: Recording) -> Finding | None:
     side = "closed" if most <= GRIPPER_OPEN else "open"
     return Finding(
         "gripper-scale",
-        metres and not data.gripper_normalised,
+        bool(metres and not data.gripper_normalised),
         f"gripper from {least:.4g} to {most:.4g}{', as a width in metres' if metres else ''}.",
         f"OpenVLA's gripper is 0 closed to 1 open: every step of it counts as {side}.",
         f"Give the field gripper_range: [closed, open], such as [{least:.4g}, {most:.4g}].",

@@ -28,7 +28,7 @@ class Says:
     ("convention", "expected"),
     [
         ("raw", {1.0: 1.0, 0.996: 0.996, 0.2: 0.2, 0.0: 0.0}),
-        ("bridge", {1.0: 1.0, 0.996: 0.996, 0.4: 0.4, 0.0: 0.0, -0.1: 0.0, 1.2: 1.0}),
+        ("bridge", {1.0: 1.0, 0.996: 0.996, 0.4: 0.4, 0.0: 0.0, -0.04: 0.0, 1.04: 1.0}),
         ("libero", {1.0: -1.0, 0.996: -1.0, 0.6: -1.0, 0.4: 1.0, 0.004: 1.0, 0.0: 1.0}),
     ],
 )
@@ -55,6 +55,10 @@ def test_the_reference_sends_the_simulator_the_same():
         ([*MOVE, np.nan], "libero", "must be finite"),
         (MOVE, "libero", r"must have shape \(7,\)"),
         ([0.0] * 14, "bridge", r"must have shape \(7,\)"),
+        ([*MOVE, -1.0], "libero", r"The gripper must be in \[0, 1\], 0 closed and 1 open, got -1: stop the robot"),
+        ([[*MOVE, 0.0], [*MOVE, 850.0]], "bridge", r"got 850: stop the robot"),
+        ([*MOVE, -0.06], "raw", r"got -0.06: .* gripper or gripper_range"),
+        ([*MOVE, 1.06], "libero", r"got 1.06: stop"),
         ([*MOVE, 1.0], "libro", "Unknown robot convention 'libro'. Did you mean 'libero'"),
     ],
 )
