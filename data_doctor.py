@@ -46,6 +46,8 @@ WRAP_CERTAIN_SHARE = 0.01
 MOST_RADIANS = 1.1 * np.pi
 # Centre of q01 and q99 against half their distance: movements go both ways (below 1), positions lie to one side.
 POSE_OFFSET, POSE_OFFSET_ALONE = 1.0, 2.0
+# Beside that, a gripper that points down stands at half a turn; no arm turns so far between two frames.
+POSE_ANGLE = 0.8 * np.pi
 # Where nine tenths of the steps stand still, a model that never moves is right nearly always.
 IDLE_SHARE = 0.9
 # Of the largest (99th percentile) movement of a dimension: less than this is noise of sensors.
@@ -174,8 +176,8 @@ def _wrapped_rotation(data: Recording) -> Finding | None:
             wraps = [wrapped_steps(episode[:, index], turn) for episode in data.actions]
             count = int(sum(map(np.sum, wraps)))
             sizes = np.abs(data.steps[:, index])
-            between = int(np.sum((sizes > turn / 2) & (sizes < WRAP_SHARE_OF_TURN * turn)))
-            if not count or between > count or np.median(sizes) > turn / 4 or farthest > 1.001 * turn:
+            others = sizes[sizes < WRAP_SHARE_OF_TURN * turn]
+            if not count or np.mean(others > turn / 4) > WRAP_CERTAIN_SHARE or farthest > 1.001 * turn:
                 continue
             certain |= data.end_effector and count >= WRAP_CERTAIN_SHARE * len(sizes)
             seen.append(
@@ -200,7 +202,7 @@ def _absolute_pose(data: Recording) -> Finding | None:
     why = "OpenVLA's seven numbers are movements; a model of poses would be asked to move by its own position."
     mend = (
         f"Give the field relabel: {_state_column(data)} (a column of x y z roll pitch yaw, whose differences become "
-        "the movement), or name the column of movements in action."
+        "the movement; with rotation: wrapped where its angles pass half a turn), or a column of movements in action."
     )
     if tracked := tracked_positions(data.actions, data.proprio):
         said = ", ".join(f"{data.labels[i]} with proprio[{j}] ({r:.3f})" for i, j, r in tracked)
@@ -213,9 +215,10 @@ def _absolute_pose(data: Recording) -> Finding | None:
     aside = np.flatnonzero(moving & (offset > POSE_OFFSET))
     if len(aside) < 2 and not (moving & (offset > POSE_OFFSET_ALONE)).any():
         return None
-    said = ", ".join(f"{data.labels[i]} from {data.low[i]:.4g} to {data.high[i]:.4g}" for i in aside)
-    saw = f"{said} (q01 to q99) never change sign, as positions do not and movements do."
-    return Finding("absolute-pose", False, saw, why, mend)
+    far = [index for index in range(3, 6) if POSE_ANGLE < max(-data.low[index], data.high[index]) <= MOST_RADIANS]
+    said = ", ".join(f"{data.labels[i]} from {data.low[i]:.4g} to {data.high[i]:.4g}" for i in [*aside, *far])
+    saw = f"{said} (q01 to q99): never changing sign{' and almost half a turn' if far else ''}, as positions are."
+    return Finding("absolute-pose", bool(far), saw, why, mend)
 
 
 def _degrees(data: Recording) -> Finding | None:
@@ -319,6 +322,8 @@ def _idle_steps(data: Recording) -> Finding | None:
         return None
     if data.end_effector:
         moving = np.flatnonzero(data.least[:6] < data.most[:6])
+        if (data.least[:6] == data.most[:6])[data.least[:6] != 0].any():
+            return None  # a movement that never ends
         idle = [np.abs(episode[:, moving]) for episode in data.actions]
         full = np.quantile(np.abs(data.steps[:, moving]), 0.99, axis=0)
         idle = [(sizes <= IDLE_MOVEMENT * full).all(axis=1) for sizes in idle]
@@ -329,7 +334,7 @@ def _idle_steps(data: Recording) -> Finding | None:
         close = IDLE_MOVEMENT / 10 * (data.high - data.low)[moving]
         idle = [(np.abs(np.diff(episode[:, moving], axis=0)) <= close).all(axis=1) for episode in data.actions]
     count, steps = int(sum(map(np.sum, idle))), sum(map(len, idle))
-    if not len(moving) or steps < FEWEST_STEPS or count < IDLE_SHARE * steps:
+    if steps < FEWEST_STEPS or count < IDLE_SHARE * steps:
         return None
     start = int(np.median([int(np.argmin(still)) if not still.all() else len(still) for still in idle]))
     mend = f"Half of the episodes begin with {start} or more: give the field skip_first: {start}." if start else ""

@@ -7,6 +7,7 @@ happens in the dtype that the data is stored in, as in the reference's pipeline,
 from __future__ import annotations
 
 import dataclasses
+import numbers
 import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -131,8 +132,8 @@ class Fields:
             raise ValueError(f"Unknown rotation {self.rotation!r}. Allowed: {list(ROTATIONS)}.")
         if self.gripper_range is not None:
             ends = np.asarray(self.gripper_range, dtype=object)
-            numbers = ends.shape == (2,) and all(isinstance(end, (int, float)) and np.isfinite(end) for end in ends)
-            if not numbers or ends[0] == ends[1]:
+            fits = ends.shape == (2,) and all(isinstance(end, numbers.Real) and np.isfinite(end) for end in ends)
+            if not fits or ends[0] == ends[1]:
                 raise ValueError(
                     f"gripper_range must be two different numbers, closed and open; got {self.gripper_range}."
                 )

@@ -107,6 +107,7 @@ class FinetuneConfig:
                 raise ValueError(f"Unknown {name} {getattr(self, name)!r}; allowed: {list(allowed)}.")
         if isinstance(self.accept, str):
             raise ValueError(f"accept must be a list of names, got {self.accept!r}.")
+        self.accept = list(self.accept or ())
         require_names(self.accept)
         if self.method == "qlora" and self.parallelism == "fsdp":
             raise ValueError("4-bit weights cannot be spread over processes; take method: lora, or parallelism: ddp.")

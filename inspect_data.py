@@ -28,7 +28,9 @@ from .demonstrations import (
     require,
     usable_episodes,
 )
+from .hdf5_reader import hdf5_files
 from .predict import import_pyplot
+from .rlds_reader import rlds_folder
 
 _FRAMES = 4
 _INSTRUCTIONS = 5
@@ -77,8 +79,10 @@ def run(args: argparse.Namespace) -> int:
 def _held_statistics(path: Path) -> dict[str, Any] | None:
     """Return the statistics of a checkpoint's folder or of a file, by dataset; None for anything else."""
     files = [path] if path.suffix == ".json" else [path / "dataset_statistics.json", path / "config.json"]
+    if (path / "meta" / "info.json").is_file() or rlds_folder(path) or hdf5_files(path):
+        return None  # a dataset, whatever lies beside it
     for file in files:
-        if not file.is_file() or (path / "meta" / "info.json").is_file():
+        if not file.is_file():
             continue
         content = read_json(file)
         if not isinstance(content, dict):
@@ -95,8 +99,9 @@ def _held_statistics(path: Path) -> dict[str, Any] | None:
 
 def _report_statistics(args: argparse.Namespace, held: dict[str, Any]) -> int:
     given = [name for name in ("fields", "out", "skip_bad", "check_images") if getattr(args, name)]
-    if given or args.preset != AUTO:
-        raise ValueError(f"{args.data} holds statistics, not data: {given or ['preset']} must be left out.")
+    given += [name for name, default in (("preset", AUTO), ("split", "train")) if getattr(args, name) != default]
+    if given:
+        raise ValueError(f"{args.data} holds statistics, not data: {given} must be left out.")
     validate_norm_stats(held, "q99" if all("q01" in one["action"] for one in held.values()) else "bounds")
     found = examine_statistics(held)
     if args.json:

@@ -168,6 +168,17 @@ def test_differences_of_angles_that_wrap(turn, unit):
     assert "rotation: wrapped" in finding.mend
 
 
+@pytest.mark.parametrize("noise", [0.001, 0.05])
+def test_a_gripper_that_points_down_wraps_at_every_other_step(noise):
+    random, actions = np.random.RandomState(0), arm()[0]
+    for episode in actions:
+        roll = np.pi + random.normal(0, noise, STEPS + 1)
+        episode[:, 3] = np.diff((roll + np.pi) % (2 * np.pi) - np.pi)
+    finding = found(actions)["wrapped-rotation"]
+    assert finding.certain
+    assert "in 8 of 8 episodes" in finding.saw
+
+
 @pytest.mark.parametrize("name", ["mine", "bridge_orig"])
 def test_few_wraps_are_doubtful_and_published_ones_known(name):
     actions, _ = arm()
@@ -244,9 +255,24 @@ def test_poses_given_for_movements(ahead, unit):
     assert finding.certain
     assert "dx with proprio[0]" in finding.saw
     assert "relabel: state" in finding.mend
-    alone = found(poses)["absolute-pose"]  # without a state it can only be supposed
-    assert not alone.certain
+    alone = found(poses)["absolute-pose"]  # without a state: a roll of half a turn is no movement
+    assert alone.certain
     assert "dx from" in alone.saw
+    assert "droll from -3.1" in alone.saw
+    level = changed(poses, lambda episode: episode.__setitem__((slice(None), slice(3, 6)), 0.1 * episode[:, 3:6]))
+    assert not found(level)["absolute-pose"].certain  # without either it can only be supposed
+
+
+def test_the_fields_that_are_named_mend_poses():
+    actions, states = arm(noise=0.001)
+    poses = [np.column_stack([s[:, :6], a[:, 6]]) for a, s in zip(actions, states)]
+    _, findings = statistics_and_findings(reader(poses, states), progress=False)
+    assert {one.check for one in findings if one.certain} == {"absolute-pose"}
+    _, findings = statistics_and_findings(reader(poses, states, relabel="state"), progress=False)
+    assert {one.check for one in findings if one.certain} == {"wrapped-rotation"}
+    mended = reader(poses, states, relabel="state", rotation="wrapped")
+    assert statistics_and_findings(mended, progress=False)[1] == []
+    assert np.allclose(mended[0].actions[:, :6], actions[0][:-1, :6], atol=0.005)
 
 
 def test_degrees():
@@ -277,6 +303,15 @@ def test_idle_steps(share, dimensions):
     assert f"{idle * EPISODES} of {compared * EPISODES} steps" in checks["idle-steps"].saw
     assert f"skip_first: {idle}" in checks["idle-steps"].mend
     assert not checks["idle-steps"].certain
+
+
+def test_an_arm_that_never_moves_is_idle_and_one_that_never_stops_is_not():
+    actions, _ = arm()
+    still = found(changed(actions, lambda episode: episode.__setitem__((slice(None), slice(0, 6)), 0)))
+    assert list(still) == ["idle-steps"]
+    assert "472 of 480 steps (98%)" in still["idle-steps"].saw  # the others are the gripper's
+    steady = changed(actions, lambda episode: episode.__setitem__((slice(None), slice(0, 6)), 0.01))
+    assert "idle-steps" not in found(steady)
 
 
 @pytest.mark.parametrize("noise", [0.0, 0.002])
@@ -521,21 +556,28 @@ def test_a_gripper_beyond_1_is_said_to_be_normalised():
     assert compute_statistics(reader(actions, gripper="clipped"), progress=False)["action"]["mask"][6] is False
 
 
-def test_inspect_data_shows_findings(tmp_path, capsys):
+def test_inspect_data_shows_findings(tmp_path, capsys, monkeypatch):
     h5py = pytest.importorskip("h5py")
-    pytest.importorskip("matplotlib")
+    plt = pytest.importorskip("matplotlib.pyplot")
+    figures = []
+    monkeypatch.setattr(plt, "close", figures.append)
     actions, _ = arm()
     with h5py.File(tmp_path / "data.hdf5", "w") as file:
         for index, action in enumerate(gripper(actions, lambda g: 850 * g)[:2]):
             episode = file.create_group(f"data/demo_{index}")
             episode.attrs["language_instruction"] = "go"
             episode["actions"], episode["images"] = action, np.zeros((STEPS, 16, 16, 3), np.uint8)
-    for _ in range(2):  # the second time from the cache
-        assert main(["inspect-data", str(tmp_path), "--out", str(tmp_path / "look.png")]) == 0
+    for more in (["--out", str(tmp_path / "look.png")], []):  # the second time from the cache
+        with pytest.warns(UserWarning, match="normalised like a movement"):
+            assert main(["inspect-data", str(tmp_path), *more]) == 0
         text = capsys.readouterr().out
         assert "findings     1 certain (openvla finetune refuses them), 0 doubtful" in text
         assert "CERTAIN gripper-range: gripper from 0 to 850" in text
         assert "not seen: poses given for movements, and shifts, against the state (no proprio)" in text
+    (figure,) = figures
+    assert figure.get_suptitle().endswith("2 episodes, 120 steps\ngripper-range (certain)")
+    titles = {axes.get_title(): axes.title.get_color() for axes in figure.axes if "units" in axes.get_title()}
+    assert [title for title, color in titles.items() if color == "C3"] == ["gripper (dataset units)"]
     assert main(["inspect-data", str(tmp_path), "--json", "--fields", "{gripper_range: [0, 850]}"]) == 0
     assert json.loads(capsys.readouterr().out)["findings"] == []
 
