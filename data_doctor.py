@@ -337,13 +337,14 @@ def _idle_steps(data: Recording) -> Finding | None:
     if steps < FEWEST_STEPS or count < IDLE_SHARE * steps:
         return None
     start = int(np.median([int(np.argmin(still)) if not still.all() else len(still) for still in idle]))
-    mend = f"Half of the episodes begin with {start} or more: give the field skip_first: {start}." if start else ""
+    mend = f"Half of the episodes begin with {start} or more: give the field skip_first: {start}. " if start else ""
     return Finding(
         "idle-steps",
         False,
         f"{count} of {steps} steps ({count / steps:.0%}) hold no movement in any dimension.",
         "A model that is trained on them answers that nothing moves.",
-        f"{mend} Leave such steps out where the dataset is written, as in the LIBERO sets without no-ops.".strip(),
+        f"{mend}Give the field drop_noops: true, which leaves out steps that do exactly nothing, or leave them out where "
+        "the dataset is written.",
     )
 
 
