@@ -343,8 +343,8 @@ def _idle_steps(data: Recording) -> Finding | None:
         False,
         f"{count} of {steps} steps ({count / steps:.0%}) hold no movement in any dimension.",
         "A model that is trained on them answers that nothing moves.",
-        f"{mend}Give the field drop_noops: true, which leaves out steps that do exactly nothing, or leave them out where "
-        "the dataset is written.",
+        f"{mend}Give the field drop_noops: true, which leaves out steps that do exactly nothing, or leave them out "
+        "where the dataset is written.",
     )
 
 
