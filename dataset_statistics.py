@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,11 @@ from tqdm import tqdm
 
 from .actions_openvla import END_EFFECTOR_DIMENSIONS, dimension_labels
 from .configuration_openvla import write_json
+from .data_doctor import Finding, Recording, examine
 from .demonstrations import DemonstrationError, EpisodeReader, read_json, usable_episodes, warn_skipped
 
 # What is computed; raised when that changes, so that older caches are not taken.
-_VERSION = 2
+_VERSION = 3
 
 
 def compute_statistics(
@@ -38,13 +40,31 @@ def compute_statistics(
     Returns:
         ``{"action": {...}, "proprio": {...}, "num_transitions": n, "num_trajectories": n, "num_skipped": n}`` with
         lists ``mean``, ``std``, ``min``, ``max``, ``q01``, ``q99`` (float64, equal to numpy's over all steps) and
-        ``mask``. ``proprio`` is there where the fields name one. This is what stands under the dataset's name in
-        norm_stats.
+        ``mask`` (without the field ``action_mask`` the last of seven is a gripper where all of it is in [-1, 1]).
+        ``proprio`` is there where the fields name one. This is what stands under the dataset's name in norm_stats.
+
+    Warns:
+        UserWarning: A dimension never changes, or numbers look wrong (``data_doctor``).
 
     Raises:
         DemonstrationError: An episode cannot be used, without ``skip_bad``.
         ValueError: No episode can be used, or a mask has another length than the action.
     """
+    statistics, findings = statistics_and_findings(reader, skip_bad=skip_bad, cache_dir=cache_dir, progress=progress)
+    for finding in findings:
+        if finding.check != "constant-gripper":  # which is warned of as a constant dimension
+            warnings.warn(f"{reader.name}: {finding.text()}", stacklevel=2)
+    return statistics
+
+
+def statistics_and_findings(
+    reader: EpisodeReader,
+    *,
+    skip_bad: bool = False,
+    cache_dir: str | os.PathLike | None = None,
+    progress: bool = True,
+) -> tuple[dict[str, Any], list[Finding]]:
+    """Statistics as ``compute_statistics`` gives them, and what ``data_doctor`` found in the same pass."""
     digest = reader.digest()
     file = (Path(cache_dir) if cache_dir else cache_folder()) / f"{digest}.json"
     cached = _cached(file) if digest else None
@@ -66,7 +86,8 @@ def compute_statistics(
     warn_skipped(cached["skipped"], len(reader), reader.name)
     for what in ("action", "proprio"):
         warn_constant(cached["statistics"], reader.name, what)
-    return cached["statistics"]
+    warn_normalised_gripper(cached["statistics"]["action"], reader)
+    return cached["statistics"], [Finding(**finding) for finding in cached["findings"]]
 
 
 def cache_folder() -> Path:
@@ -109,7 +130,29 @@ def _pass(reader: EpisodeReader, skip_bad: bool, progress: bool) -> dict[str, An
         "num_skipped": len(skipped),
     }
     lost_tasks = sorted(set(reader.emptied.values()) - tasks)
-    return {"statistics": statistics, "skipped": skipped, "lengths": reader.usable_lengths(), "lost_tasks": lost_tasks}
+    known = [proprio for proprio in proprios if proprio is not None]
+    names = dimension_names(reader)
+    findings = examine(Recording(reader.name, statistics["action"], reader.fields, names, actions, known))
+    return {
+        "statistics": statistics,
+        "skipped": skipped,
+        "lengths": reader.usable_lengths(),
+        "lost_tasks": lost_tasks,
+        "findings": [asdict(finding) for finding in findings],
+    }
+
+
+def dimension_names(reader: EpisodeReader) -> list[str]:
+    """Return names of the action's columns and, of LeRobot's, of their dimensions."""
+    columns = [column for column in reader.fields.action if column]
+    info = getattr(reader, "info", None) if reader.format == "lerobot" else None
+    for column in list(columns):
+        stored = column.partition("[")[0]
+        stored = reader.stored.get(stored, stored) if info else stored
+        names = ((info or {}).get("features", {}).get(stored) or {}).get("names")
+        groups = names.values() if isinstance(names, dict) else [names or []]
+        columns += [str(name) for group in groups for name in (group if isinstance(group, list) else [group])]
+    return columns
 
 
 def describe(values: np.ndarray) -> dict[str, list[float]]:
@@ -163,6 +206,17 @@ def warn_constant(statistics: Mapping[str, Any], name: str, what: str) -> None:
         warnings.warn(f"{name}: constant over the whole dataset: {listed}. {what_it_means}", stacklevel=3)
 
 
+def warn_normalised_gripper(action: Mapping[str, Any], reader: EpisodeReader) -> None:
+    """Warn where the last of seven dimensions is no gripper because a value leaves [-1, 1]."""
+    if reader.fields.action_mask is None and len(action["mask"]) == len(END_EFFECTOR_DIMENSIONS) and action["mask"][-1]:
+        warnings.warn(
+            f"{reader.name}: action[6] goes from {action['min'][-1]:g} to {action['max'][-1]:g}, beyond [-1, 1], so it "
+            "is not taken for a gripper but normalised like a movement. If it is one, give the field gripper: clipped "
+            "or gripper_range; if not, say so with the field action_mask.",
+            stacklevel=3,
+        )
+
+
 def require_matching(statistics: Mapping[str, Any], reader: EpisodeReader) -> None:
     """Check that statistics (of a checkpoint, or of another run) describe the data's dimensions.
 
@@ -183,7 +237,12 @@ def as_norm_stats(readers: Sequence[EpisodeReader], **options: Any) -> dict[str,
     Raises:
         ValueError: Two datasets have one name, and what ``compute_statistics`` raises.
     """
+    require_names_differ(readers)
+    return {reader.name: compute_statistics(reader, **options) for reader in readers}
+
+
+def require_names_differ(readers: Sequence[EpisodeReader]) -> None:
+    """Raise ValueError where two datasets have one name."""
     names = [reader.name for reader in readers]
     if len(set(names)) != len(names):
         raise ValueError(f"Datasets need different names for their statistics, got {names}; give name=.")
-    return {reader.name: compute_statistics(reader, **options) for reader in readers}

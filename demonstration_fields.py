@@ -7,13 +7,14 @@ happens in the dtype that the data is stored in, as in the reference's pipeline,
 from __future__ import annotations
 
 import dataclasses
+import numbers
 import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
 
-from .actions_openvla import nearest_name
+from .actions_openvla import END_EFFECTOR_DIMENSIONS, nearest_name
 
 _SLICE = re.compile(r"^(?P<name>.*?)(\[(?P<start>-?\d*):(?P<stop>-?\d*)\])?$")
 
@@ -153,6 +154,19 @@ GRIPPERS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "binary": binary_gripper,
 }
 
+# How the three rotations of an end effector's movement become radians within half a turn.
+ROTATIONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "as_is": lambda rotation: rotation,
+    "wrapped": lambda rotation: within_half_a_turn(rotation, 2 * np.pi),
+    "degrees": np.radians,
+    "wrapped_degrees": lambda rotation: np.radians(within_half_a_turn(rotation, 360)),
+}
+
+
+def within_half_a_turn(rotation: np.ndarray, turn: float) -> np.ndarray:
+    """Differences of angles without whole turns, in [-turn / 2, turn / 2]; what is there already stays in every bit."""
+    return np.where(np.abs(rotation) > turn / 2, rotation - turn * np.round(rotation / turn), rotation)
+
 
 @dataclasses.dataclass(frozen=True)
 class Fields:
@@ -165,6 +179,9 @@ class Fields:
         instruction: The text column; None where the format says the task itself.
         instruction_text: One instruction for a dataset that stores none.
         gripper: A key of ``GRIPPERS``: how the last action dimension becomes 0 closed, 1 open.
+        gripper_range: What the last action dimension is where the gripper is closed, and where it is open, in the
+            dataset's units: ``(0, 850)``, ``(0.0, 0.08)``, ``(1, -1)``. It becomes 0 and 1, before ``gripper``.
+        rotation: A key of ``ROTATIONS``: how dimensions 3 to 5 of seven become radians within half a turn, at the end.
         skip_first: Steps to leave out at the start of an episode.
         relabel: A column whose differences between steps replace the first six action dimensions (Bridge: what was
             reached, not what was commanded); the last step goes.
@@ -183,6 +200,8 @@ class Fields:
     instruction: str | None = None
     instruction_text: str | None = None
     gripper: str = "as_is"
+    gripper_range: tuple[float, float] | None = None
+    rotation: str = "as_is"
     skip_first: int = 0
     relabel: str | None = None
     rotate_180: bool = False
@@ -207,6 +226,16 @@ class Fields:
         for name in ("rotate_180", "drop_noops"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"The field {name} must be true or false, got {getattr(self, name)!r}.")
+        if self.rotation not in ROTATIONS:
+            raise ValueError(f"Unknown rotation {self.rotation!r}. Allowed: {list(ROTATIONS)}.")
+        if self.gripper_range is not None:
+            ends = np.asarray(self.gripper_range, dtype=object)
+            fits = ends.shape == (2,) and all(isinstance(end, numbers.Real) and np.isfinite(end) for end in ends)
+            if not fits or ends[0] == ends[1]:
+                raise ValueError(
+                    f"gripper_range must be two different numbers, closed and open; got {self.gripper_range}."
+                )
+            object.__setattr__(self, "gripper_range", tuple(map(float, self.gripper_range)))
         for name in ("action", "proprio"):
             parts = getattr(self, name)
             if parts and not any(parts):
@@ -265,13 +294,23 @@ class Fields:
             raise ValueError(f"{len(action)} actions but {len(proprio)} proprio values")
         action = action[self.skip_first :]
         proprio = None if proprio is None else proprio[self.skip_first :]
-        if len(action) and self.gripper != "as_is":
-            gripper = np.asarray(GRIPPERS[self.gripper](action[:, -1]))
+        if len(action) and (self.gripper != "as_is" or self.gripper_range):
+            gripper = action[:, -1]
+            if self.gripper_range:
+                closed, opened = self.gripper_range
+                gripper = (gripper - closed) / (opened - closed)
+            gripper = np.asarray(GRIPPERS[self.gripper](gripper))
             action = np.concatenate([action[:, :-1], gripper[:, None]], axis=1)
         if self.relabel is not None:
             reached = _column(columns, self.relabel)[self.skip_first :, :6]
             action = np.concatenate([reached[1:] - reached[:-1], action[:-1, 6:]], axis=1)
             proprio = None if proprio is None else proprio[:-1]
+        if self.rotation != "as_is":
+            if action.shape[1] != len(END_EFFECTOR_DIMENSIONS):
+                raise ValueError(
+                    f"rotation: {self.rotation} needs an action of seven, got {action.shape[1]} dimensions"
+                )
+            action = np.concatenate([action[:, :3], ROTATIONS[self.rotation](action[:, 3:6]), action[:, 6:]], axis=1)
         return action.astype(np.float64), None if proprio is None else proprio.astype(np.float64)
 
     def moving_steps(self, columns: Mapping[str, np.ndarray]) -> np.ndarray:

@@ -32,7 +32,8 @@ from .adapters_openvla import answer_modules, idle_modules
 from .augmentation import ImageAugmentation
 from .compatibility_openvla import DTYPE_FIELD, enable_checkpointing
 from .configuration_openvla import PLATFORMS, write_json
-from .dataset_statistics import as_norm_stats, require_matching
+from .data_doctor import examine_statistics, refuse
+from .dataset_statistics import require_matching, require_names_differ, statistics_and_findings
 from .demonstration_stream import DemonstrationStream
 from .demonstrations import open_demonstrations, require
 from .finetune_config import FinetuneConfig, add_arguments, as_config, rate, read_yaml  # noqa: F401
@@ -68,7 +69,8 @@ def finetune(config: FinetuneConfig, data: Any = None) -> Path:
         The folder of the resulting model, which the main process writes: it is whole when that one returns.
 
     Raises:
-        ValueError: The run, its data and its model do not fit each other; nothing is trained then.
+        ValueError: The run, its data and its model do not fit each other, or the data is certainly wrong
+            (``data_doctor``) and not accepted; nothing is trained then.
         ImportError: accelerate or the tracker is not installed.
     """
     if config.tracker:  # accelerate leaves a missing one out without a word
@@ -83,6 +85,8 @@ def finetune(config: FinetuneConfig, data: Any = None) -> Path:
     _require_processes(config, accelerator)
     output = Path(config.output)
     data = Demonstrations(config) if data is None else data
+    findings = {**examine_statistics(data.statistics), **getattr(data, "findings", {})}
+    refuse(findings, config.accept, quiet=not accelerator.is_main_process)
     require("accelerate", "openvla finetune").utils.set_seed(config.seed, device_specific=True)
     model, processor = build(config, data, accelerator.device)
     if accelerator.is_main_process:
@@ -132,6 +136,7 @@ class Demonstrations:
 
     Attributes:
         statistics: Of every dataset, by its name.
+        findings: What ``data_doctor`` found, by the dataset's name; may be missing in the place of ``config.data``.
         readers: Of every dataset; those with which ``statistics`` agree need none.
     """
 
@@ -144,7 +149,10 @@ class Demonstrations:
             open_demonstrations(entry.pop("path"), **{"preset": config.preset, **entry}) for entry in entries
         ]
         self.config = config
-        self.statistics = as_norm_stats(self.readers, skip_bad=config.skip_bad)
+        require_names_differ(self.readers)
+        examined = {reader.name: statistics_and_findings(reader, skip_bad=config.skip_bad) for reader in self.readers}
+        self.statistics = {name: statistics for name, (statistics, _) in examined.items()}
+        self.findings = {name: findings for name, (_, findings) in examined.items()}
 
     def stream(
         self, chunk_length: int, rank: int = 0, world_size: int = 1, batches: int = 0, batch_size: int = 1

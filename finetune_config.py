@@ -5,13 +5,14 @@ from __future__ import annotations
 import argparse
 import json
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from .data_doctor import require_names
 from .demonstration_presets import AUTO
 from .demonstration_stream import ENDS
 from .demonstrations import require
@@ -51,6 +52,7 @@ class FinetuneConfig:
         lora_dropout: Of LoRA.
         lora_targets: Of LoRA; as ``enable_lora`` takes them.
         skip_bad: Leave out episodes that cannot be used, and count them; else the first one stops the run.
+        accept: Names of checks (``data_doctor.CHECKS``) whose certain findings are to be a warning.
         shuffle_buffer: Samples to shuffle among.
         ends: Where a chunk may start near an episode's end. "drop", as OpenVLA-OFT trains: only where the episode still
             has all its actions, so that shorter episodes are left out. "repeat": at every step; the episode's last
@@ -90,6 +92,7 @@ class FinetuneConfig:
     lora_dropout: float = 0.0
     lora_targets: str = "all-linear"
     skip_bad: bool = False
+    accept: Sequence[str] = ()
     shuffle_buffer: int = 10_000
     ends: str = "drop"
     augment: bool = True
@@ -116,6 +119,10 @@ class FinetuneConfig:
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"Unknown {name} {getattr(self, name)!r}; allowed: {list(allowed)}.")
+        if isinstance(self.accept, str):
+            raise ValueError(f"accept must be a list of names, got {self.accept!r}.")
+        self.accept = list(self.accept or ())
+        require_names(self.accept)
         if self.method == "qlora" and self.parallelism == "fsdp":
             raise ValueError("4-bit weights cannot be spread over processes; take method: lora, or parallelism: ddp.")
         if self.decay == "step" and self.decay_step is None:
@@ -138,6 +145,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=default)
             continue
         kind = {int: int, float: float, int | None: int}.get(hints[one.name], str)
+        if one.name == "accept":
+            parser.add_argument(
+                flag, action="append", metavar="NAME", help="go on after this check's finding; repeatable"
+            )
+            continue
         parse = json.loads if one.name == "answer" else kind
         parser.add_argument(flag, type=parse, metavar="JSON" if parse is json.loads else None, help=default)
 

@@ -1,9 +1,14 @@
-"""``openvla inspect-data``: what a dataset holds, as a table, as JSON, as a picture."""
+"""``openvla inspect-data``: what a dataset holds, as a table, as JSON, as a picture; what in it cannot be right.
+
+Of a checkpoint, or a file of statistics, what in its statistics cannot be right. The exit status is 0 whatever is
+found: ``openvla finetune`` refuses, and the JSON's ``findings`` have a ``severity``.
+"""
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -11,19 +16,36 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from .actions_openvla import dimension_labels
-from .dataset_statistics import compute_statistics
+from .actions_openvla import dimension_labels, validate_norm_stats
+from .data_doctor import FRAME_STEPS, Finding, Recording, examine_statistics, shifted_frames
+from .dataset_statistics import dimension_names, statistics_and_findings
 from .demonstration_presets import AUTO
-from .demonstrations import DemonstrationError, EpisodeReader, open_demonstrations, require, usable_episodes
+from .demonstrations import (
+    DemonstrationError,
+    EpisodeReader,
+    open_demonstrations,
+    read_json,
+    require,
+    usable_episodes,
+)
+from .hdf5_reader import hdf5_files
 from .predict import import_pyplot
+from .rlds_reader import rlds_folder
 
 _FRAMES = 4
 _INSTRUCTIONS = 5
+_COMPARED_FRAMES = 3 * FRAME_STEPS
+_EVERY_PIXEL = 4  # of rows and columns that are compared
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``openvla inspect-data``."""
-    parser.add_argument("data", type=Path, metavar="DIR", help="LeRobot, RLDS or HDF5 dataset (or one HDF5 file)")
+    parser.add_argument(
+        "data",
+        type=Path,
+        metavar="DIR",
+        help="LeRobot, RLDS or HDF5 dataset (or one HDF5 file); or a checkpoint or .json of statistics",
+    )
     parser.add_argument(
         "--preset", default=AUTO, metavar="NAME", help="fields of a known dataset; default by its name; none"
     )
@@ -41,6 +63,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Inspect and report; returns the exit status."""
+    held = _held_statistics(args.data)
+    if held is not None:
+        return _report_statistics(args, held)
     plt = import_pyplot("--out") if args.out else None
     fields = _fields(args.fields)
     reader = open_demonstrations(args.data, preset=args.preset, fields=fields, split=args.split)
@@ -50,6 +75,43 @@ def run(args: argparse.Namespace) -> int:
         _plot(plt, reader, report, args.out)
         if not args.json:
             print(f"picture      {args.out}")
+    return 0
+
+
+def _held_statistics(path: Path) -> dict[str, Any] | None:
+    """Return the statistics of a checkpoint's folder or of a file, by dataset; None for anything else."""
+    files = [path] if path.suffix == ".json" else [path / "dataset_statistics.json", path / "config.json"]
+    if (path / "meta" / "info.json").is_file() or rlds_folder(path) or hdf5_files(path):
+        return None  # a dataset, whatever lies beside it
+    for file in files:
+        if not file.is_file():
+            continue
+        content = read_json(file)
+        if not isinstance(content, dict):
+            continue
+        content = {file.stem: content} if "action" in content else content.get("norm_stats") or content
+        if content and all(isinstance(one, dict) and isinstance(one.get("action"), dict) for one in content.values()):
+            return content
+    if path.suffix == ".json" and path.is_file():
+        raise ValueError(
+            f"{path} holds no statistics: it needs {{dataset: {{'action': {{'q01': [...], 'q99': [...]}}}}}}."
+        )
+    return None
+
+
+def _report_statistics(args: argparse.Namespace, held: dict[str, Any]) -> int:
+    given = [name for name in ("fields", "out", "skip_bad", "check_images") if getattr(args, name)]
+    given += [name for name, default in (("preset", AUTO), ("split", "train")) if getattr(args, name) != default]
+    if given:
+        raise ValueError(f"{args.data} holds statistics, not data: {given} must be left out.")
+    validate_norm_stats(held, "q99" if all("q01" in one["action"] for one in held.values()) else "bounds")
+    found = examine_statistics(held)
+    if args.json:
+        print(json.dumps({"findings": {name: [one.as_json() for one in findings] for name, findings in found.items()}}))
+        return 0
+    print(f"statistics   of {', '.join(held)} ({args.data}); what needs every step is not seen")
+    for name, findings in found.items():
+        print("\n".join([f"\n{name}", *_findings(findings)]))
     return 0
 
 
@@ -75,13 +137,16 @@ def inspect(
 
     Returns:
         Name, format, path, fields, counts, lengths of episodes, image sizes by camera, instructions with how many
-        episodes begin with each, and the statistics; with ``check_images`` the ``damaged_images``, in words.
+        episodes begin with each, the statistics, and the ``findings`` (``data_doctor``); with ``check_images`` the
+        ``damaged_images``, in words.
 
     Raises:
         DemonstrationError: An episode cannot be used, without ``skip_bad``.
         ValueError: None can.
     """
-    statistics = compute_statistics(reader, skip_bad=skip_bad, progress=progress)
+    statistics, findings = statistics_and_findings(reader, skip_bad=skip_bad, progress=progress)
+    if all(finding.check != "shifted-actions" for finding in findings):
+        findings += [finding for finding in [_compare_frames(reader, statistics)] if finding]
     lengths, said, sizes, damaged = [], Counter(), {}, []
     for episode in tqdm(usable_episodes(reader), total=len(reader), unit="episode", disable=not progress):
         lengths.append(len(episode))
@@ -112,7 +177,30 @@ def inspect(
         "damaged_images": damaged,
         "notes": reader.notes(),
         "statistics": statistics,
+        "findings": [finding.as_json() for finding in findings],
     }
+
+
+def _compare_frames(reader: EpisodeReader, statistics: dict[str, Any]) -> Finding | None:
+    """Return whether the first frames change before they are moved, from a few hundred pictures of the first camera."""
+    if statistics["num_transitions"] < FRAME_STEPS:
+        return None
+    actions, changes, compared = [], [], 0
+    for episode in usable_episodes(reader):
+        try:
+            frames = [
+                episode.images(step)[0][::_EVERY_PIXEL, ::_EVERY_PIXEL].astype(np.float32)
+                for step in range(min(len(episode), _COMPARED_FRAMES - compared))
+            ]
+        except DemonstrationError:
+            continue  # named where images are looked at
+        compared += len(frames)
+        actions.append(episode.actions[: len(frames)])
+        changes.append(np.array([np.abs(b - a).mean() for a, b in zip(frames, frames[1:])] + [np.nan]))
+        if compared >= _COMPARED_FRAMES:
+            break
+    recording = Recording(reader.name, statistics["action"], reader.fields, dimension_names(reader), actions)
+    return shifted_frames(recording, changes)
 
 
 def _table(report: dict[str, Any]) -> str:
@@ -139,9 +227,27 @@ def _table(report: dict[str, Any]) -> str:
     for index, (label, _) in enumerate(labels):
         values = "".join(f"{action[column][index]:>+11.4f}" for column in columns)
         lines.append(f"  {label:<12}{values}  {'yes' if action['mask'][index] else 'no'}")
+    lines += [
+        "",
+        *_findings([Finding(**{k: v for k, v in one.items() if k != "severity"}) for one in report["findings"]]),
+    ]
+    if not report["proprio_dim"]:
+        lines.append("not seen: poses given for movements, and shifts, against the state (no proprio)")
     if report["damaged_images"]:
         lines += ["", f"damaged images: {len(report['damaged_images'])}. The first: {report['damaged_images'][0]}"]
     return "\n".join(lines)
+
+
+def _findings(findings: list[Finding]) -> list[str]:
+    """Return the findings as lines, the certain ones first."""
+    if not findings:
+        return ["findings     none"]
+    count = sum(finding.certain for finding in findings)
+    lines = [f"findings     {count} certain (openvla finetune refuses them), {len(findings) - count} doubtful"]
+    for finding in findings:
+        lines.append(f"  {finding.severity.upper()} {finding.check}: {finding.saw}")
+        lines += [f"      {finding.why}", f"      {finding.mend}"]
+    return lines
 
 
 def _plot(plt: Any, reader: EpisodeReader, report: dict[str, Any], file: Path) -> None:
@@ -150,7 +256,11 @@ def _plot(plt: Any, reader: EpisodeReader, report: dict[str, Any], file: Path) -
     cameras, per_row = reader.fields.cameras, min(len(labels), 7)
     rows = -(-len(labels) // per_row)
     figure = plt.figure(figsize=(15, 2.7 * len(cameras) + 2.6 * rows + 0.8), layout="constrained")
-    figure.suptitle(f"{report['name']}: {report['episodes']} episodes, {report['steps']} steps", fontsize=12)
+    title = f"{report['name']}: {report['episodes']} episodes, {report['steps']} steps"
+    found = report["findings"]
+    if found:
+        title += "\n" + ", ".join(f"{one['check']} ({one['severity']})" for one in found)
+    figure.suptitle(title, fontsize=12, color="C3" if any(one["certain"] for one in found) else "black")
     frames, histograms = figure.subfigures(2, 1, height_ratios=[2.7 * len(cameras), 2.6 * rows])
     _plot_frames(frames, reader, cameras)
     actions = np.concatenate([episode.actions for episode in usable_episodes(reader)])
@@ -160,7 +270,9 @@ def _plot(plt: Any, reader: EpisodeReader, report: dict[str, Any], file: Path) -
         axes.hist(actions[:, index], bins=50, color="C0")
         for quantile in ("q01", "q99"):
             axes.axvline(statistics[quantile][index], color="C3", lw=1, ls="--", label="q01, q99")
-        axes.set_title(f"{label} ({unit})" + ("" if statistics["mask"][index] else "\nnot normalised"), fontsize=8)
+        suspect = any(re.search(rf"(?<!\w){re.escape(label)}(?!\w)", one["saw"]) for one in found)
+        normalised = "" if statistics["mask"][index] else "\nnot normalised"
+        axes.set_title(f"{label} ({unit}){normalised}", fontsize=8, color="C3" if suspect else "black")
         axes.set_yscale("log")
         axes.set_ylim(bottom=0.5)  # half a step: else the smallest bar begins at nothing
         axes.tick_params(labelsize=7)

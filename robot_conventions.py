@@ -20,6 +20,8 @@ from .actions_openvla import END_EFFECTOR_DIMENSIONS, OPEN_X_UNITS, nearest_name
 
 logger = logging.getLogger(__name__)
 
+# How far the answers of a head that is not clipped may leave 0 to 1; the bins' end at 0.996.
+GRIPPER_TOLERANCE = 0.05
 ACTION_DIM = len(END_EFFECTOR_DIMENSIONS)
 
 
@@ -153,7 +155,8 @@ def convert_action(action: np.ndarray | Sequence[Any], convention: str) -> np.nd
         float64 of the same shape, a copy; movements are unchanged.
 
     Raises:
-        ValueError: The convention is unknown or needs ``ActionConverter``, it is no action of seven, or not finite.
+        ValueError: The convention is unknown or needs ``ActionConverter``, it is no action of seven, not finite, or its
+            gripper is not in [0, 1] (by more than ``GRIPPER_TOLERANCE``).
     """
     if robot_convention(convention).sticky_steps:
         raise ValueError(
@@ -167,6 +170,7 @@ def convert_action(action: np.ndarray | Sequence[Any], convention: str) -> np.nd
 def _converted(action: Any, convention: RobotConvention) -> np.ndarray:
     """Return a checked copy as the robot takes it; a sticky gripper's position stays."""
     action = _checked_actions(action).copy()
+    _require_gripper(action[..., -1])
     if convention.convert_rotation is not None:
         action[..., 3:6] = convention.convert_rotation(action[..., 3:6])
     if not convention.sticky_steps:
@@ -374,6 +378,17 @@ def _checked_actions(action: Any) -> np.ndarray:
     if not np.isfinite(action).all():
         raise ValueError(f"An action must be finite, got {action.tolist()}: stop the robot.")
     return action
+
+
+def _require_gripper(gripper: np.ndarray) -> None:
+    """Raise ValueError where a gripper is not OpenVLA's 0 closed to 1 open, and would be taken for open or closed."""
+    low, high = float(gripper.min()), float(gripper.max())
+    if low < -GRIPPER_TOLERANCE or high > 1 + GRIPPER_TOLERANCE:
+        raise ValueError(
+            f"The gripper must be in [0, 1], 0 closed and 1 open, got {low if low < 0 else high:g}: stop the robot. "
+            "The policy was trained on another convention; openvla inspect-data on its checkpoint says which field of "
+            "the data mends it (gripper or gripper_range)."
+        )
 
 
 def _checked_position(position: Any) -> np.ndarray:

@@ -22,7 +22,7 @@ N_ACTION_BINS = 256
 PADDED_ROWS = 64
 UNTRAINED_KEY = "untrained"
 # Every dimension spans [-1, 1]; the gripper passes unchanged, as in most of OpenVLA's datasets.
-UNTRAINED_STATISTICS = {"action": {"q01": [-1.0] * 7, "q99": [1.0] * 7, "mask": [True] * 6 + [False]}}
+UNTRAINED_STATISTICS = {"action": {"q01": [-1.0] * 6 + [0.0], "q99": [1.0] * 7, "mask": [True] * 6 + [False]}}
 
 TINY_TOWERS = {
     "vit_large_patch14_reg4_dinov2.lvd142m": {"depth": 3, "embed_dim": 48, "num_heads": 3},

@@ -88,7 +88,7 @@ def test_a_policy_that_answers_chunks_is_asked_when_one_is_played():
 
         def act(self, image, instruction, proprio):
             asked.append(image)
-            return np.arange(1, 3)[:, None] * np.array([0.1, 0, 0, 0, 0, 0, 10.0]) * len(asked)
+            return np.arange(1, 3)[:, None] * np.array([0.1, 0, 0, 0, 0, 0, 0.25]) * len(asked)
 
     driven = collector.Driven(Chunks(), "pick it up", ["top"], np.random.default_rng(0))
     driven.left = 3

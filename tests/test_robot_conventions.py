@@ -28,7 +28,7 @@ class Says:
     ("convention", "expected"),
     [
         ("raw", {1.0: 1.0, 0.996: 0.996, 0.2: 0.2, 0.0: 0.0}),
-        ("bridge", {1.0: 1.0, 0.996: 0.996, 0.4: 0.4, 0.0: 0.0, -0.1: 0.0, 1.2: 1.0}),
+        ("bridge", {1.0: 1.0, 0.996: 0.996, 0.4: 0.4, 0.0: 0.0, -0.04: 0.0, 1.04: 1.0}),
         ("libero", {1.0: -1.0, 0.996: -1.0, 0.6: -1.0, 0.4: 1.0, 0.004: 1.0, 0.0: 1.0}),
         ("simpler_widowx", {1.0: 1.0, 0.996: 1.0, 0.6: 1.0, 0.5: -1.0, 0.4: -1.0, 0.004: -1.0, 0.0: -1.0}),
     ],
@@ -45,10 +45,14 @@ def test_the_gripper_changes_its_convention(convention, expected):
 
 
 def test_the_reference_sends_the_simulator_the_same():
-    """normalize_gripper_action and invert_gripper_action of the reference, on every bin centre."""
+    """normalize_gripper_action and invert_gripper_action of the reference, on every bin centre that is a gripper's."""
     edges = np.linspace(-1, 1, 256)
-    for gripper in (edges[:-1] + edges[1:]) / 2:
+    centres = (edges[:-1] + edges[1:]) / 2
+    for gripper in centres[centres >= -0.05]:
         assert convert_action([*MOVE, gripper], "libero")[-1] == -np.sign(2 * gripper - 1)
+    for gripper in centres[centres < -0.05]:  # the reference takes these for closed
+        with pytest.raises(ValueError, match="stop the robot"):
+            convert_action([*MOVE, gripper], "libero")
 
 
 # Roll, pitch, yaw and their rotation vectors, of transforms3d's euler2axangle (axis times angle): what SimplerEnv does.
@@ -139,6 +143,10 @@ def test_a_sticky_gripper_is_not_converted_without_its_state():
         ([*MOVE, np.nan], "libero", "must be finite"),
         (MOVE, "libero", r"must have shape \(7,\)"),
         ([0.0] * 14, "bridge", r"must have shape \(7,\)"),
+        ([*MOVE, -1.0], "libero", r"The gripper must be in \[0, 1\], 0 closed and 1 open, got -1: stop the robot"),
+        ([[*MOVE, 0.0], [*MOVE, 850.0]], "bridge", r"got 850: stop the robot"),
+        ([*MOVE, -0.06], "raw", r"got -0.06: .*gripper or gripper_range"),
+        ([*MOVE, 1.06], "libero", r"got 1.06: stop"),
         ([*MOVE, 1.0], "libro", "Unknown robot convention 'libro'. Did you mean 'libero'"),
     ],
 )

@@ -1,0 +1,65 @@
+"""Right demonstrations of a small arm, and what the checks of recorded numbers find in them once they are changed."""
+
+import numpy as np
+from openvla.data_doctor import Recording, examine
+from openvla.dataset_statistics import describe
+from openvla.demonstration_fields import Fields
+from openvla.sequence_reader import SequenceReader
+
+EPISODES, STEPS = 8, 60
+
+
+def arm(noise=0.0, lag=0):
+    """Right demonstrations: float64 actions ``(60, 7)`` and states ``(60, 8)`` of 8 episodes.
+
+    A smooth movement (m, rad) to and fro, a gripper that closes once, and a state that follows ``lag`` steps later.
+    """
+    random, episodes = np.random.RandomState(0), []
+    for _ in range(EPISODES):
+        time = np.arange(STEPS)
+        phases, periods = random.uniform(0, 2 * np.pi, 6), random.uniform(8, 25, 6)
+        move = np.sin(2 * np.pi * time[:, None] / periods + phases) * [0.02, 0.02, 0.02, 0.05, 0.05, 0.1]
+        move *= random.uniform(0.3, 1, (STEPS, 1))
+        gripper = (time < random.randint(20, 40)).astype(float)
+        moved = np.roll(move, lag, axis=0) + random.normal(0, noise, move.shape)
+        moved[:lag] = 0
+        pose = np.array([0.4, 0.0, 0.2, np.pi - 0.02, 0.0, 0.0]) + np.cumsum(moved, axis=0) - moved
+        pose[:, 3:] = (pose[:, 3:] + np.pi) % (2 * np.pi) - np.pi
+        fingers = np.stack([0.04 * gripper, -0.04 * gripper], axis=1)
+        episodes.append((np.column_stack([move, gripper]), np.column_stack([pose, fingers])))
+    return [list(side) for side in zip(*episodes)]
+
+
+def recorded(actions, states=(), name="mine", names=(), **fields):
+    fields = Fields(("image",), ("action",), ("state",) if len(states) else (), **fields)
+    statistics = {**describe(np.concatenate(actions)), "mask": [True] * (actions[0].shape[1] - 1) + [False]}
+    return Recording(name, statistics, fields, names, actions, states)
+
+
+def found(*args, **kwargs):
+    return {finding.check: finding for finding in examine(recorded(*args, **kwargs))}
+
+
+def changed(actions, change):
+    copies = [episode.copy() for episode in actions]
+    for episode in copies:
+        change(episode)
+    return copies
+
+
+def gripper(actions, convert):
+    return changed(actions, lambda episode: episode.__setitem__((slice(None), -1), convert(episode[:, -1])))
+
+
+def rows(actions, states=()):
+    flat = np.concatenate(actions)
+    states = np.concatenate(states) if len(states) else [None] * len(flat)
+    image = np.zeros((4, 4, 3), np.uint8)
+    return [{"image": image, "action": a, "task": "go", "state": s} for a, s in zip(flat, states)]
+
+
+def reader(actions, states=(), name="mine", **fields):
+    fields = {"cameras": ["image"], "action": "action", "instruction": "task", **fields}
+    if len(states):
+        fields["proprio"] = "state"
+    return SequenceReader(rows(actions, states), name, fields, episode_lengths=[len(e) for e in actions])
