@@ -354,6 +354,8 @@ def test_the_learning_rate(base, tmp_path):
         ({"method": "lorra"}, "Unknown method 'lorra'; allowed"),
         ({"decay": "linear"}, "Unknown decay 'linear'"),
         ({"decay": "step"}, "decay='step' needs decay_step"),
+        ({"decay_step": 5}, "decay_step is 5, which .* does not use; leave it out, or take decay: step"),
+        ({"method": "full", "lora_alpha": 64}, "lora_alpha is 64, which method: full .*; leave it out, or take method"),
         ({"parallelism": "tp"}, "Unknown parallelism 'tp'; allowed"),
         ({"parallelism": "fsdp", "method": "qlora"}, "4-bit weights cannot be spread"),
         ({"tracker": "mlflow"}, "Unknown tracker 'mlflow'; allowed"),
