@@ -138,6 +138,8 @@ class LoraMixin:
             raise ValueError(f"{name_or_path} does not fit this model: {len(wrong)} modules, such as {wrong[:3]}.")
         if enabling:
             self.enable_parallel_decoding(**adapter.answer)
+        if not trainable:  # it was trained beside what it says, whatever holds the base's weights here
+            own["quantization"] = (adapter.base or {}).get("quantization")
         settings = replace(adapter, base=own, tensors={})
         self._inject(settings, adapter.adapted, whole, dropout=0.0)
         with torch.no_grad():
@@ -274,7 +276,8 @@ class LoraMixin:
     def _loaded_base(self) -> Any:
         """The base of a quantised model, from its own files."""
         base = self._lora.base
-        logger.warning(quantized_merge_note(base))
+        if base["quantization"] is not None:
+            logger.warning(quantized_merge_note(base))
         plain = type(self).from_pretrained(base["id"], low_cpu_mem_usage=True, **{DTYPE_FIELD: "auto"})
         require_same_base(base, base_record(plain), "This adapter")
         if self._lora.answer is not None and not plain.config.parallel_decoding:

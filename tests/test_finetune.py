@@ -309,7 +309,7 @@ def test_two_processes_train_as_one(base, method, parallelism, tmp_path):
     assert trained < 1.2 * (checkpoints(tmp_path / "one")[-1] / "trained.safetensors").stat().st_size  # none twice
     if parallelism == "fsdp":
         with pytest.raises(ValueError, match="written under another parallelism or by fewer processes"):
-            finetune(settings(base, tmp_path / "two", **common), data)
+            finetune(settings(base, tmp_path / "two", **common, batch_size=2), data)
 
 
 @pytest.mark.slow
