@@ -25,8 +25,17 @@ from .adapters_openvla import LoraMixin
 from .answers_openvla import ActionOutput, numbers_answer, tokens_answer
 from .compatibility_openvla import requested_attention
 from .configuration_openvla import OpenVLAConfig, write_json
-from .decoding_openvla import append_token, decode_greedily, only, positions_of, require_finite, require_whole_actions
-from .fast_openvla import decode_fast, draft_tokens, goes_fast
+from .decoding_openvla import (
+    append_token,
+    decode_greedily,
+    given_names,
+    only,
+    positions_of,
+    require_finite,
+    require_one_pass,
+    require_whole_actions,
+)
+from .fast_openvla import decode_fast, draft_tokens, goes_fast, require_fast
 from .graphs_openvla import recorded
 from .heads_openvla import NoiseSchedule  # noqa: F401
 from .norm_stats_openvla import NormStatsMixin
@@ -166,7 +175,7 @@ class OpenVLAForActionPrediction(
         output_projector_features: bool | None = None,
         return_dict: bool | None = None,
         position_ids: torch.LongTensor | None = None,
-        logits_at_labels: bool = False,
+        logits_at_labels: bool | None = None,
         actions: torch.FloatTensor | None = None,
         proprio: torch.FloatTensor | None = None,
         noise: torch.FloatTensor | None = None,
@@ -186,14 +195,14 @@ class OpenVLAForActionPrediction(
                 where the chunk stands; what stands there in ``input_ids`` is not seen.
             inputs_embeds: Must be None, as ``past_key_values``, ``cache`` and ``position_ids``.
             past_key_values: None.
-            use_cache: Ignored, as the following ones.
-            output_attentions: Ignored.
-            output_hidden_states: Ignored; the chunk's are always given.
-            output_projector_features: Ignored.
-            return_dict: Ignored.
+            use_cache: None or False, as the next three; the chunk's own hidden states are always given.
+            output_attentions: None or False.
+            output_hidden_states: None or False.
+            output_projector_features: None or False.
+            return_dict: False for a tuple.
             position_ids: None.
-            logits_at_labels: Ignored; it is always so.
-            actions: Heads: float ``(batch, chunk, action_dim)``, normalised.
+            logits_at_labels: None or True; it is always so.
+            actions: Heads, and None without: float ``(batch, chunk, action_dim)``, normalised.
             proprio: float ``(batch, proprio_dim)``, normalised.
             noise: Diffusion: ``(batch, chunk, action_dim)``; None draws it from the normal distribution.
             timesteps: Diffusion: int64 ``(batch,)`` noise levels; None draws them evenly.
@@ -204,13 +213,13 @@ class OpenVLAForActionPrediction(
             ``ChunkOutput``, with the loss.
 
         Raises:
-            ValueError: Inputs are missing or do not fit the model.
+            ValueError: Inputs are missing, do not fit the model or would not be used.
         """
         if not self.config.parallel_decoding:
             given = {"actions": actions, "proprio": proprio, "noise": noise, "timesteps": timesteps}
-            unused = [name for name, value in given.items() if value is not None]
+            unused = given_names({**given, "generator": generator})
             if unused:
-                raise ValueError(f"This model answers one action in tokens and takes no {', '.join(unused)}.")
+                raise ValueError(f"This model answers one action in tokens and takes no {unused}; leave it out.")
             return super().forward(
                 input_ids,
                 attention_mask,
@@ -224,17 +233,19 @@ class OpenVLAForActionPrediction(
                 output_projector_features,
                 return_dict,
                 position_ids,
-                logits_at_labels,
+                bool(logits_at_labels),
                 cache,
             )
         given = {"inputs_embeds": inputs_embeds, "past_key_values": past_key_values, "cache": cache}
-        given["position_ids"] = position_ids
-        unused = [name for name, value in given.items() if value is not None]
+        given |= {"position_ids": position_ids, "use_cache": use_cache, "output_attentions": output_attentions}
+        given |= {"output_hidden_states": output_hidden_states, "logits_at_labels=False": logits_at_labels is False}
+        unused = given_names({**given, "output_projector_features": output_projector_features})
         if unused:
-            raise ValueError(f"A parallel-decoding model's forward takes no {', '.join(unused)}.")
-        return self.parallel_forward(
+            raise ValueError(f"A parallel-decoding model's forward takes no {unused}; leave it out.")
+        output = self.parallel_forward(
             input_ids, attention_mask, pixel_values, labels, actions, proprio, noise, timesteps, generator
         )
+        return output.to_tuple() if self._as_tuple(return_dict) else output
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """As ``PrismaticForConditionalGeneration.generate``.
@@ -279,10 +290,9 @@ class OpenVLAForActionPrediction(
             return_dict: Give an ``ActionOutput`` with tokens, bin probabilities and entropy, hidden states.
             constrain_actions: Let the model choose among action tokens only.
             fast: Skip what the answer does not need (``fast_openvla``): None where the language model allows it, True
-                with a warning where it does not, False never. The same tokens, up to rounding.
+                with a warning where it does not, False never. The same tokens, up to rounding. Greedy, cached answers.
             draft: A guess of the action in robot units, ``(action_dim,)`` or ``(batch, action_dim)``, such as the last
-                one: leading tokens that it has right cost no step of their own. Needs the fast way, else it is not
-                used.
+                one: leading tokens that it has right cost no step of their own. Needs the fast way.
             **generate_kwargs: Of ``generate`` (sampling, beams, ...); greedy without. With
                 ``num_return_sequences=n`` each row gives n consecutive rows.
 
@@ -306,11 +316,13 @@ class OpenVLAForActionPrediction(
         unused = [name for name, value in diffusion.items() if value is not None]
         if unused and self.config.action_head != "diffusion":
             raise ValueError(f"{', '.join(unused)}: only for a diffusion head, not for {self.config.action_head!r}.")
+        if noise is not None and generator is not None:
+            raise ValueError("noise is given, so nothing is drawn from the generator; leave one of them out.")
         input_ids, attention_mask = self._prompts(input_ids, attention_mask)
         keys = self.row_keys(unnorm_key, len(input_ids))
         statistics = self.row_statistics(keys)
         if self.config.parallel_decoding:
-            _require_greedy(generate_kwargs)
+            require_one_pass(generate_kwargs, draft, constrain_actions, self.config.action_head)
             proprio = self.normalized_proprio(proprio, keys)
             prompt = (input_ids, attention_mask, pixel_values, proprio)
             return self._predict_chunk(*prompt, statistics, diffusion, return_dict, constrain_actions, fast)
@@ -321,9 +333,11 @@ class OpenVLAForActionPrediction(
         end_ids = generate_kwargs.pop("eos_token_id", self.generation_config.eos_token_id)
         allowed = self.action_token_ids if constrain_actions else None
         sampled = generate_kwargs.get("do_sample") or (generate_kwargs.get("num_beams") or 1) > 1
-        if set(generate_kwargs) <= GREEDY_KEYWORDS and not sampled:
-            use_cache = generate_kwargs.get("use_cache") is not False
-            length = input_ids.shape[1] + self.vision_backbone.patches_per_prompt + action_dim
+        greedy, use_cache = set(generate_kwargs) <= GREEDY_KEYWORDS and not sampled, generate_kwargs.get("use_cache")
+        use_cache = use_cache is not False
+        length = input_ids.shape[1] + self.vision_backbone.patches_per_prompt + action_dim
+        require_fast(fast, draft, greedy and use_cache, self.language_model, length)
+        if greedy:
             if use_cache and goes_fast(fast, self.language_model, length):
                 guess = None if draft is None else draft_tokens(draft, self.action_tokenizer, statistics)
                 tokens, logits = self._decode_fast(prompt, action_dim, allowed, guess)
@@ -477,11 +491,3 @@ class OpenVLAForActionPrediction(
     def action_token_ids(self) -> slice:
         """The ids that are action tokens: the last ``n_action_bins`` of the unpadded vocabulary."""
         return slice(self.action_tokenizer.first_token_id, self.action_tokenizer.vocab_size)
-
-
-def _require_greedy(generate_kwargs: dict[str, Any]) -> None:
-    """Raise ValueError for keywords of ``generate`` that parallel decoding has no use for."""
-    asked = {name for name, value in generate_kwargs.items() if value and (name, value) != ("num_beams", 1)}
-    unused = sorted(asked - {"use_cache", "eos_token_id"})
-    if unused:
-        raise ValueError(f"A parallel-decoding model answers a chunk in one pass, without {', '.join(unused)}.")

@@ -24,7 +24,7 @@ from transformers.modeling_outputs import ModelOutput
 
 from .compatibility_openvla import attention_implementation
 from .configuration_openvla import OpenVLAConfig
-from .decoding_openvla import insert_after_bos, positions_of
+from .decoding_openvla import given_names, insert_after_bos, positions_of
 from .fast_openvla import FastDecoder, goes_fast
 from .heads_openvla import (
     HEAD_MODULES,
@@ -163,6 +163,8 @@ class ParallelDecodingMixin:
         """
         if self.config.parallel_decoding:
             raise ValueError(f"This model already answers in parallel: {self.config.answer}.")
+        if not fields.get("parallel_decoding", True):
+            raise ValueError("enable_parallel_decoding makes parallel_decoding true; leave parallel_decoding out.")
         self._require_no_adapter()
         self._require_masked_attention()
         self.config.set_answer(**{**fields, "parallel_decoding": True})
@@ -355,6 +357,14 @@ class ParallelDecodingMixin:
         """One training pass; see ``OpenVLAForActionPrediction.forward``."""
         if input_ids is None or pixel_values is None or labels is None:
             raise ValueError("A parallel-decoding model trains on input_ids, pixel_values and labels; all are needed.")
+        head, drawn = self.config.action_head, {"noise": noise, "timesteps": timesteps, "generator": generator}
+        unused = given_names({**({} if head == "diffusion" else drawn), "actions": None if head else actions})
+        if unused:
+            raise ValueError(
+                f"{unused}: not used by a model whose action_head is {head!r}; leave out what it needs not."
+            )
+        if None not in drawn.values():
+            raise ValueError("Noise and timesteps are given, so nothing is drawn from the generator; leave it out.")
         ids = self.action_token_ids
         mask = None if attention_mask is None or bool(attention_mask.all()) else attention_mask.to(torch.long)
         at_slots = (labels >= ids.start) & (labels < ids.stop)
@@ -366,7 +376,6 @@ class ParallelDecodingMixin:
             )
         slots = at_slots.nonzero()[:, 1].view(len(input_ids), -1)
         seen = self.observe(input_ids, mask, slots, pixel_values, proprio)
-        head = self.config.action_head
         if head is None:
             return self._token_loss(seen, labels)
         shape = (len(input_ids), self.config.chunk_length, self.config.action_dim)
