@@ -31,7 +31,7 @@ from .adapter_files_openvla import (
     require_same_base,
 )
 from .compatibility_openvla import DTYPE_FIELD, require_peft_of_transformers
-from .configuration_openvla import write_json
+from .configuration_openvla import require_hub_keywords, write_json
 from .heads_openvla import FILM_LAYER, HEAD_MODULES, belongs_to_answer
 from .quantization_openvla import is_quantized
 
@@ -121,9 +121,11 @@ class LoraMixin:
         Raises:
             ValueError: The adapter belongs to another base or is damaged; the model is left as it was.
             FileNotFoundError: There is no adapter.
+            TypeError: A keyword is unknown.
             ImportError: peft is not installed.
         """
         self._require_no_adapter()
+        require_hub_keywords("load_lora", hub)
         adapter = read_adapter(name_or_path, **hub)
         own = base_record(self)
         require_same_base(adapter.base, own, name_or_path)

@@ -41,7 +41,7 @@ from .heads_openvla import NoiseSchedule  # noqa: F401
 from .norm_stats_openvla import NormStatsMixin
 from .parallel_openvla import ChunkOutput, ParallelDecodingMixin, refuse_loose_parts, with_action_slots
 from .prismatic_openvla import PrismaticCausalLMOutputWithPast, PrismaticForConditionalGeneration
-from .publishing_openvla import PushToHub  # noqa: F401
+from .publishing_openvla import require_adapter_keywords
 from .quantization_openvla import is_quantized
 from .vision_openvla import PrismaticVisionBackbone  # noqa: F401  transformers up to 5.8 copies direct imports only
 
@@ -126,8 +126,11 @@ class OpenVLAForActionPrediction(
         A model with an adapter saves the adapter; ``merge_lora()`` first for whole weights.
 
         Raises:
-            ValueError: The folder's dataset_statistics.json is not usable.
+            ValueError: The folder's dataset_statistics.json is not usable; a keyword has no effect on an adapter.
+            TypeError: Of an adapter: an unknown keyword.
         """
+        if self._lora is not None:
+            require_adapter_keywords(kwargs)
         default = self.config.default_unnorm_key
         if is_main_process and self.norm_stats and not os.path.isfile(save_directory):
             os.makedirs(save_directory, exist_ok=True)

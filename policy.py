@@ -17,6 +17,7 @@ from torch import nn
 from .adapter_files_openvla import ADAPTER_CONFIG_FILE, base_of, optional_file
 from .compatibility_openvla import DTYPE_FIELD
 from .configuration_openvla import OpenVLAConfig
+from .decoding_openvla import require_one_pass
 from .fast_openvla import fuse
 from .loading import AutoProcessor
 from .modeling_openvla import OpenVLAForActionPrediction
@@ -115,6 +116,7 @@ def load_policy(
     base, revision = base_of(model, {}) if is_adapter else (model, None)
     at = {"revision": revision} if revision else {}
     config = OpenVLAConfig.from_pretrained(base, **at)
+    require_one_pass({}, None, constrain_actions, config.action_head)
     stored = stored_bits(config)
     if bits is not None and stored not in (None, bits):
         raise ValueError(f"{model} is already quantised to {stored} bits; leave bits out, or load its base.")

@@ -32,6 +32,7 @@ from .images_openvla import (
     as_images,
     normalized_pixels,
     preset_image,
+    require_used,
 )
 from .jpeg_openvla import jpeg_round_trip  # noqa: F401  as nearest_name
 from .publishing_openvla import PushToHub
@@ -169,6 +170,10 @@ class OpenVLAImageProcessor(BaseImageProcessor):
             TypeError: Not an image at all.
             FileNotFoundError: No file at a path.
         """
+        if device is not None and return_tensors not in (None, "pt"):
+            raise ValueError(
+                f"device gives torch tensors, not return_tensors={return_tensors!r}; leave one of them out."
+            )
         towers = list(zip(self.tvf_resize_params, self.tvf_crop_params, self.tvf_normalize_params))
         fill = self.tvf_letterbox_fill if self.tvf_do_letterbox else None
         if device is not None:
@@ -306,6 +311,7 @@ class OpenVLAProcessor(PushToHub, ProcessorMixin):
                 not given, or other than the model's number of cameras; no BOS in front; the checkpoint's prompt style
                 is unknown.
         """
+        require_used(instruction, images, padding, truncation, max_length, device)
         if (text is None) == (instruction is None):
             raise ValueError("Give exactly one of text (the whole prompt) and instruction (what the robot should do).")
         if instruction is not None:
