@@ -360,9 +360,7 @@ class ParallelDecodingMixin:
         head, drawn = self.config.action_head, {"noise": noise, "timesteps": timesteps, "generator": generator}
         unused = given_names({**({} if head == "diffusion" else drawn), "actions": None if head else actions})
         if unused:
-            raise ValueError(
-                f"{unused}: not used by a model whose action_head is {head!r}; leave out what it needs not."
-            )
+            raise ValueError(f"{unused}: not used by a model whose action_head is {head!r}; leave it out.")
         if None not in drawn.values():
             raise ValueError("Noise and timesteps are given, so nothing is drawn from the generator; leave it out.")
         ids = self.action_token_ids

@@ -69,7 +69,7 @@ class PushToHub:
             repo_id: "name" or "organization/name"; created if it does not exist.
             commit_message: Title of the commit.
             commit_description: Its body.
-            private: Whether a new repository is private; None as the account's default.
+            private: Whether a new repository is private; None as the account's default, or as it is.
             token: Access token; None takes the one of ``hf auth login``.
             revision: Branch to push to, created if it does not exist; None is main.
             create_pr: Open a pull request instead.
@@ -83,7 +83,8 @@ class PushToHub:
             The commit: its URL, its hash and, with ``create_pr``, the pull request's URL.
 
         Raises:
-            ValueError: ``safe_serialization=False``, ``use_temp_dir=False``, or tags and no model.
+            ValueError: ``safe_serialization=False``, ``use_temp_dir=False``, tags and no model, or
+                ``private`` of a repository that exists and is not so.
             TypeError: Another argument, such as the ``organization`` and ``use_auth_token`` of old versions.
             huggingface_hub.errors.HfHubHTTPError: The Hub refused, for want of a token or of rights.
         """
@@ -135,11 +136,16 @@ def push_folder(
     A folder with a configuration but no card gets one, unless the repository has its own already.
 
     Raises:
-        ValueError: There is no card that ``tags`` could go into.
+        ValueError: There is no card that ``tags`` could go into, or ``private`` is not what the repository is.
     """
     files = publishable(folder)
     api = HfApi(token=token)
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    if private is not None and bool(api.model_info(repo_id).private) is not private:
+        raise ValueError(
+            f"{repo_id} exists and is {'public' if private else 'private'}; private={private} is for a new repository. "
+            "Change it in its settings on the Hub, or leave private out. Nothing was uploaded."
+        )
     if revision is not None and not create_pr and not revision.startswith("refs/pr"):
         api.create_branch(repo_id, branch=revision, exist_ok=True)
     operations: list[Any] = [CommitOperationAdd(name, str(path)) for name, path in files.items()]
