@@ -25,16 +25,7 @@ from .adapters_openvla import LoraMixin
 from .answers_openvla import ActionOutput, numbers_answer, tokens_answer
 from .compatibility_openvla import requested_attention
 from .configuration_openvla import OpenVLAConfig, write_json
-from .decoding_openvla import (
-    append_token,
-    decode_greedily,
-    given_names,
-    only,
-    positions_of,
-    require_finite,
-    require_one_pass,
-    require_whole_actions,
-)
+from .decoding_openvla import append_token, decode_greedily, only, positions_of, require_finite, require_whole_actions
 from .fast_openvla import decode_fast, draft_tokens, goes_fast, require_fast
 from .graphs_openvla import recorded
 from .heads_openvla import NoiseSchedule  # noqa: F401
@@ -220,9 +211,7 @@ class OpenVLAForActionPrediction(
         """
         if not self.config.parallel_decoding:
             given = {"actions": actions, "proprio": proprio, "noise": noise, "timesteps": timesteps}
-            unused = given_names({**given, "generator": generator})
-            if unused:
-                raise ValueError(f"This model answers one action in tokens and takes no {unused}; leave it out.")
+            self._require_used({**given, "generator": generator})
             return super().forward(
                 input_ids,
                 attention_mask,
@@ -242,9 +231,7 @@ class OpenVLAForActionPrediction(
         given = {"inputs_embeds": inputs_embeds, "past_key_values": past_key_values, "cache": cache}
         given |= {"position_ids": position_ids, "use_cache": use_cache, "output_attentions": output_attentions}
         given |= {"output_hidden_states": output_hidden_states, "logits_at_labels=False": logits_at_labels is False}
-        unused = given_names({**given, "output_projector_features": output_projector_features})
-        if unused:
-            raise ValueError(f"A parallel-decoding model's forward takes no {unused}; leave it out.")
+        self._require_used({**given, "output_projector_features": output_projector_features})
         output = self.parallel_forward(
             input_ids, attention_mask, pixel_values, labels, actions, proprio, noise, timesteps, generator
         )
@@ -316,16 +303,12 @@ class OpenVLAForActionPrediction(
         if "max_new_tokens" in generate_kwargs or "max_length" in generate_kwargs:
             raise ValueError("predict_action generates one token a dimension; leave out max_new_tokens and max_length.")
         diffusion = {"noise": noise, "generator": generator, "num_inference_steps": num_inference_steps}
-        unused = [name for name, value in diffusion.items() if value is not None]
-        if unused and self.config.action_head != "diffusion":
-            raise ValueError(f"{', '.join(unused)}: only for a diffusion head, not for {self.config.action_head!r}.")
-        if noise is not None and generator is not None:
-            raise ValueError("noise is given, so nothing is drawn from the generator; leave one of them out.")
+        self._require_diffusion(diffusion)
         input_ids, attention_mask = self._prompts(input_ids, attention_mask)
         keys = self.row_keys(unnorm_key, len(input_ids))
         statistics = self.row_statistics(keys)
         if self.config.parallel_decoding:
-            require_one_pass(generate_kwargs, draft, constrain_actions, self.config.action_head)
+            self._require_one_pass(generate_kwargs, draft, constrain_actions)
             proprio = self.normalized_proprio(proprio, keys)
             prompt = (input_ids, attention_mask, pixel_values, proprio)
             return self._predict_chunk(*prompt, statistics, diffusion, return_dict, constrain_actions, fast)

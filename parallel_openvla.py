@@ -24,7 +24,7 @@ from transformers.modeling_outputs import ModelOutput
 
 from .compatibility_openvla import attention_implementation
 from .configuration_openvla import OpenVLAConfig
-from .decoding_openvla import given_names, insert_after_bos, positions_of
+from .decoding_openvla import given_names, insert_after_bos, positions_of, require_one_pass
 from .fast_openvla import FastDecoder, goes_fast
 from .heads_openvla import (
     HEAD_MODULES,
@@ -341,6 +341,25 @@ class ParallelDecodingMixin:
             raise ValueError(f"This model was trained with proprio; pass the robot's state, {needed} numbers a row.")
         if needed is not None and tuple(proprio.shape) != (rows, needed):
             raise ValueError(f"proprio must have shape ({rows}, {needed}), got {tuple(proprio.shape)}.")
+
+    def _require_used(self, given: dict[str, Any]) -> None:
+        """Raise ValueError for arguments of ``forward`` that this kind of model has no use for."""
+        unused = given_names(given)
+        if unused and self.config.parallel_decoding:
+            raise ValueError(f"A parallel-decoding model's forward takes no {unused}; leave it out.")
+        if unused:
+            raise ValueError(f"This model answers one action in tokens and takes no {unused}; leave it out.")
+
+    def _require_diffusion(self, given: dict[str, Any]) -> None:
+        """Raise ValueError for arguments of a diffusion head that would not be used."""
+        unused = given_names(given)
+        if unused and self.config.action_head != "diffusion":
+            raise ValueError(f"{unused}: only for a diffusion head, not for {self.config.action_head!r}.")
+        if given["noise"] is not None and given["generator"] is not None:
+            raise ValueError("noise is given, so nothing is drawn from the generator; leave one of them out.")
+
+    def _require_one_pass(self, generate_kwargs: dict[str, Any], draft: Any, constrain_actions: bool) -> None:
+        require_one_pass(generate_kwargs, draft, constrain_actions, self.config.action_head)
 
     def parallel_forward(
         self,

@@ -170,14 +170,10 @@ class OpenVLAImageProcessor(BaseImageProcessor):
             TypeError: Not an image at all.
             FileNotFoundError: No file at a path.
         """
-        if device is not None and return_tensors not in (None, "pt"):
-            raise ValueError(
-                f"device gives torch tensors, not return_tensors={return_tensors!r}; leave one of them out."
-            )
         towers = list(zip(self.tvf_resize_params, self.tvf_crop_params, self.tvf_normalize_params))
         fill = self.tvf_letterbox_fill if self.tvf_do_letterbox else None
         if device is not None:
-            pixel_values = pixels_on(images, torch.device(device), towers, fill)
+            pixel_values = pixels_on(images, torch.device(device), towers, fill, return_tensors)
             if pixel_values is not None:
                 return BatchFeature(data={"pixel_values": pixel_values})
         rows = [normalized_pixels(image, towers, fill) for image in as_images(images)]
