@@ -32,7 +32,7 @@ from .adapter_files_openvla import (
     require_same_base,
 )
 from .compatibility_openvla import DTYPE_FIELD, require_peft_of_transformers
-from .configuration_openvla import write_json
+from .configuration_openvla import require_hub_keywords, write_json
 from .heads_openvla import FILM_LAYER, HEAD_MODULES, belongs_to_answer
 from .parallel_openvla import refuse_loose_parts
 from .quantization_openvla import is_quantized
@@ -125,9 +125,11 @@ class LoraMixin:
             ValueError: The adapter belongs to another base, is merged into it already, is damaged, or its OpenVLA-OFT
                 heads lie in part files in the folder above; the model is left as it was.
             FileNotFoundError: There is no adapter.
+            TypeError: A keyword is unknown.
             ImportError: peft is not installed.
         """
         self._require_no_adapter()
+        require_hub_keywords("load_lora", hub)
         adapter = read_adapter(name_or_path, **hub)
         own = base_record(self)
         require_same_base(adapter.base, own, name_or_path)
@@ -147,6 +149,8 @@ class LoraMixin:
             require_not_merged(adapter, weights, name_or_path)
         if enabling:
             self.enable_parallel_decoding(**adapter.answer)
+        if not trainable:  # it was trained beside what it says, whatever holds the base's weights here
+            own["quantization"] = (adapter.base or {}).get("quantization")
         settings = replace(adapter, base=own, tensors={})
         self._inject(settings, adapter.adapted, whole, dropout=0.0)
         with torch.no_grad():
@@ -284,7 +288,8 @@ class LoraMixin:
     def _loaded_base(self) -> Any:
         """The base of a quantised model, from its own files."""
         base = self._lora.base
-        logger.warning(quantized_merge_note(base))
+        if base["quantization"] is not None:
+            logger.warning(quantized_merge_note(base))
         plain = type(self).from_pretrained(base["id"], low_cpu_mem_usage=True, **{DTYPE_FIELD: "auto"})
         require_same_base(base, base_record(plain), "This adapter")
         if self._lora.answer is not None and not plain.config.parallel_decoding:

@@ -471,6 +471,13 @@ def hub_keywords(kwargs: dict[str, Any]) -> dict[str, Any]:
     return {key: kwargs[key] for key in HUB_KEYWORDS if kwargs.get(key) is not None}
 
 
+def require_hub_keywords(name: str, kwargs: dict[str, Any]) -> None:
+    """Raise TypeError for keywords of a method that do not say where files come from; transformers drops them."""
+    unknown = sorted(set(kwargs) - {*HUB_KEYWORDS, "repo_type", "user_agent"})
+    if unknown:
+        raise TypeError(f"{name} takes no {', '.join(unknown)}; allowed: {list(HUB_KEYWORDS)}.")
+
+
 def write_json(path: Path, content: Any) -> None:
     """Write a JSON file whole or not at all: to a temporary name first, then renamed."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")

@@ -5,7 +5,8 @@ Plain functions on tensors and on a language model; nothing here knows about ima
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -26,6 +27,27 @@ class NoActionError(ValueError):
     """
 
     code = "no_action"
+
+
+def given_names(arguments: Mapping[str, Any]) -> str:
+    """Return the names of the arguments that ask for something: those that are neither None nor False."""
+    return ", ".join(name for name, value in arguments.items() if value is not None and value is not False)
+
+
+def require_one_pass(
+    generate_kwargs: Mapping[str, Any], draft: Any, constrain_actions: bool, action_head: str | None
+) -> None:
+    """Raise ValueError for arguments of ``predict_action`` that parallel decoding has no use for."""
+    asked = {name for name, value in generate_kwargs.items() if value and (name, value) != ("num_beams", 1)}
+    unused = sorted(asked - {"use_cache"})
+    if unused:
+        raise ValueError(f"A parallel-decoding model answers a chunk in one pass, without {', '.join(unused)}.")
+    if draft is not None:
+        raise ValueError("draft is for a model that answers token by token; leave it out.")
+    if constrain_actions and action_head is not None:
+        raise ValueError(
+            f"constrain_actions is for answers in tokens, not for action_head {action_head!r}; leave it out."
+        )
 
 
 def align_prompts(

@@ -50,7 +50,11 @@ FILTERS = {1: (3.0, _lanczos), 2: (1.0, _triangle), 3: (2.0, _cubic)}
 
 
 def pixels_on(
-    images: Any, device: torch.device, towers: Sequence[tuple[dict, dict, dict]], fill: Sequence[int] | None
+    images: Any,
+    device: torch.device,
+    towers: Sequence[tuple[dict, dict, dict]],
+    fill: Sequence[int] | None,
+    return_tensors: str | None = None,
 ) -> torch.Tensor | None:
     """Normalised images, made on a device.
 
@@ -59,10 +63,16 @@ def pixels_on(
         device: Where.
         towers: Of every tower, how to resize, crop and normalise.
         fill: Colour of the border that makes an image square; None for no border.
+        return_tensors: "pt" or None.
 
     Returns:
         float32 ``(batch, 3 * towers, height, width)``; None if some filter or Pillow's is not known here.
+
+    Raises:
+        ValueError: Another kind of tensor is asked for.
     """
+    if return_tensors not in (None, "pt"):
+        raise ValueError(f"device gives torch tensors, not return_tensors={return_tensors!r}; leave one of them out.")
     if getattr(images, "ndim", None) == 4:
         images = list(images)
     images = images if isinstance(images, (list, tuple)) else [images]

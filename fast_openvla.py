@@ -78,6 +78,26 @@ def goes_fast(fast: bool | None, language_model: nn.Module, length: int) -> bool
     return reason is None
 
 
+def require_fast(fast: bool | None, draft: Any, decodes: bool, language_model: nn.Module, length: int) -> None:
+    """Raise ValueError for ``fast=True`` or a draft that would not be used.
+
+    Args:
+        fast: As of ``goes_fast``.
+        draft: As of ``predict_action``.
+        decodes: Whether tokens are chosen greedily, with a cache.
+        language_model: As of ``goes_fast``.
+        length: As of ``goes_fast``.
+    """
+    if draft is None and not fast:
+        return
+    reason = None if decodes else "tokens are sampled, searched, or computed without a cache"
+    if draft is not None:
+        reason = reason or ("fast is False" if fast is False else reason_against(language_model, length))
+    if reason:
+        name = "fast=True" if draft is None else "draft"
+        raise ValueError(f"{name} has no effect on this call: {reason}. Leave {name} out.")
+
+
 def fuse(model: nn.Module) -> None:
     """Let torch.compile make one kernel of each norm, rotation and gate of the language model's answers.
 

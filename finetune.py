@@ -36,13 +36,14 @@ from .data_doctor import examine_statistics, refuse
 from .dataset_statistics import require_matching, require_names_differ, statistics_and_findings
 from .demonstration_stream import DemonstrationStream
 from .demonstrations import open_demonstrations, require
-from .finetune_config import FinetuneConfig, add_arguments, as_config, rate, read_yaml  # noqa: F401
+from .finetune_config import LORA_METHODS, FinetuneConfig, add_arguments, as_config, rate, read_yaml  # noqa: F401
 from .finetune_result import export, feed_back
 from .lean_training import lean
 from .loading import AutoProcessor
 from .modeling_openvla import OpenVLAForActionPrediction
 from .processing_openvla import OpenVLAProcessor
 from .quantization_openvla import fast_dtype, quantization_config
+from .run_fingerprint import require_same_run, run_record
 from .sharded_model import shard, trained_weights, whole
 from .training_batch import ActionCollator, answer_metrics, model_inputs
 from .training_state import TrainingState, newest_checkpoint
@@ -89,6 +90,9 @@ def finetune(config: FinetuneConfig, data: Any = None) -> Path:
     refuse(findings, config.accept, quiet=not accelerator.is_main_process)
     require("accelerate", "openvla finetune").utils.set_seed(config.seed, device_specific=True)
     model, processor = build(config, data, accelerator.device)
+    record = run_record(config, data, model, processor)
+    record = require_same_run(output, newest_checkpoint(output), record, accelerator.print)
+    model.norm_stats = record["norm_stats"]
     if accelerator.is_main_process:
         output.mkdir(parents=True, exist_ok=True)
         write_json(output / "finetune.json", asdict(config))
@@ -97,7 +101,7 @@ def finetune(config: FinetuneConfig, data: Any = None) -> Path:
         half = torch.bfloat16 if accelerator.mixed_precision == "bf16" else None
         shard(model, accelerator.device, half)
     with lean(model):
-        train(config, data, model, processor, accelerator)
+        train(config, data, model, processor, accelerator, record)
     weights = None
     if config.parallelism == "fsdp":
         weights = trained_weights(model, keep=accelerator.is_main_process)
@@ -110,6 +114,7 @@ def finetune(config: FinetuneConfig, data: Any = None) -> Path:
             accelerator.free_memory()
             model, _ = build(config, data, accelerator.device)
             take_weights(model, weights)
+            model.norm_stats = record["norm_stats"]
         processor.image_preset = EVALUATION_PRESET if config.augment else "none"
         feed_back(config, model, processor, data, output)
         export(model, processor, output)
@@ -196,7 +201,7 @@ def build(
 ) -> tuple[OpenVLAForActionPrediction, OpenVLAProcessor]:
     """The model on its device, with the statistics of the data and what is trained set apart, and its processor."""
     keywords: dict[str, Any] = {"device_map": {"": str(device)}}
-    frozen_base = config.method in ("lora", "qlora")
+    frozen_base = config.method in LORA_METHODS
     keywords[DTYPE_FIELD] = fast_dtype(device) if frozen_base and device.type != "cpu" else torch.float32
     if config.method == "qlora":
         keywords["quantization_config"] = quantization_config(4, compute_dtype=keywords[DTYPE_FIELD])
@@ -264,7 +269,7 @@ def take_weights(model: OpenVLAForActionPrediction, weights: Mapping[str, torch.
 
 def set_trained(model: OpenVLAForActionPrediction, config: FinetuneConfig) -> None:
     """Let gradients reach what the method trains, and nothing that never runs. OFT's heads are always trained."""
-    if config.method in ("lora", "qlora"):
+    if config.method in LORA_METHODS:
         model.enable_lora(config.lora_rank, config.lora_alpha, config.lora_dropout, config.lora_targets)
         return
     language_model = model.language_model
@@ -307,13 +312,23 @@ def train(
     model: OpenVLAForActionPrediction,
     processor: OpenVLAProcessor,
     accelerator: Any,
+    record: Mapping[str, Any],
 ) -> None:
-    """Move the weights ``max_steps`` times, from the newest checkpoint on."""
+    """Move the weights ``max_steps`` times, from the newest checkpoint on; ``record`` goes into each checkpoint.
+
+    Raises:
+        ValueError: The checkpoint does not fit the run, or has moved the weights more than ``max_steps`` times.
+    """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=config.learning_rate, weight_decay=config.weight_decay)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(config, step))
-    state = TrainingState(model, optimizer, scheduler)
+    state = TrainingState(model, optimizer, scheduler, record)
     state.restore(newest_checkpoint(Path(config.output)), accelerator)
+    if state.step > config.max_steps:
+        raise ValueError(
+            f"{config.output} holds a run of {state.step} steps, max_steps is {config.max_steps}; give {state.step} or "
+            "more, or begin in another output folder."
+        )
     if config.tracker:
         told = {
             name: value if isinstance(value, (int, float, str)) else json.dumps(value)

@@ -19,6 +19,7 @@ from .demonstrations import require
 
 # The ways of the paper's table; LoRA is one of its adapters' targets, QLoRA the same beside 4-bit weights.
 METHODS = ("lora", "qlora", "full", "frozen-vision", "sandwich", "last-layer")
+LORA_METHODS = ("lora", "qlora")
 DECAYS = ("constant", "cosine", "step")
 STEP_DECAY = 0.1  # of "step": OFT's tenfold
 PARALLELISMS = ("ddp", "fsdp")
@@ -34,7 +35,8 @@ class FinetuneConfig:
         data: Folder of demonstrations, or a list of mappings: ``path``, and where needed ``weight`` and what else
             ``open_demonstrations`` takes (``preset``, ``fields``, ``split``, ``name``).
         preset: As ``open_demonstrations`` takes it ("none" takes none), of data that has no ``preset`` of its own.
-        output: Folder to write; a run that stands there already goes on.
+        output: Folder to write; a run that stands there already goes on, if it is the same: ``run_fingerprint`` names
+            the fields that may change.
         method: One of ``METHODS``.
         answer: Fields of ``enable_parallel_decoding`` for OpenVLA-OFT, and ``platform`` for those of ``PLATFORMS``;
             None trains what the model is.
@@ -127,6 +129,15 @@ class FinetuneConfig:
             raise ValueError("4-bit weights cannot be spread over processes; take method: lora, or parallelism: ddp.")
         if self.decay == "step" and self.decay_step is None:
             raise ValueError("decay='step' needs decay_step.")
+        defaults = {one.name: one.default for one in fields(self)}
+        unused = ["decay_step"] if self.decay != "step" else []
+        unused += [name for name in defaults if name.startswith("lora_") and self.method not in LORA_METHODS]
+        for name in unused:
+            if getattr(self, name) != defaults[name]:
+                raise ValueError(
+                    f"{name} is {getattr(self, name)!r}, which method: {self.method} with decay: {self.decay} does not "
+                    f"use; leave it out, or take {'decay: step' if name == 'decay_step' else 'method: lora'}."
+                )
         for name in ("batch_size", "accumulation", "max_steps", "save_steps", "keep", "log_steps"):
             if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
                 raise ValueError(f"{name} must be a whole number, 1 or more, got {getattr(self, name)!r}.")

@@ -159,6 +159,18 @@ def crop_corner(width: int, height: int, size: Sequence[int]) -> tuple[int, int]
     return round((width - size[1]) / 2.0), round((height - size[0]) / 2.0)
 
 
+def require_used(
+    instruction: Any, images: Any, padding: Any, truncation: Any, max_length: int | None, device: Any
+) -> None:
+    """Raise ValueError for arguments of a processor that would have no effect."""
+    if instruction is not None and truncation not in (None, False, "do_not_truncate"):
+        raise ValueError(f"truncation={truncation!r}: an instruction is never cut; leave truncation out.")
+    if instruction is not None and padding == "max_length" and max_length is None:
+        raise ValueError("padding='max_length' needs max_length.")
+    if images is None and device is not None:
+        raise ValueError("device is where pixel_values are made, and there are no images; leave it out.")
+
+
 def normalized_pixels(
     image: Image.Image, towers: Sequence[tuple[dict, dict, dict]], fill: Sequence[int] | None
 ) -> np.ndarray:

@@ -30,7 +30,7 @@ from .answers_openvla import ActionOutput, numbers_answer, tokens_answer
 from .compatibility_openvla import requested_attention
 from .configuration_openvla import OpenVLAConfig, write_json
 from .decoding_openvla import append_token, decode_greedily, only, positions_of, require_finite, require_whole_actions
-from .fast_openvla import decode_fast, draft_tokens, goes_fast
+from .fast_openvla import decode_fast, draft_tokens, goes_fast, require_fast
 from .graphs_openvla import recorded
 from .heads_openvla import NoiseSchedule  # noqa: F401
 from .norm_stats_openvla import NormStatsMixin
@@ -39,11 +39,10 @@ from .parallel_openvla import (
     ChunkOutput,
     ParallelDecodingMixin,
     refuse_loose_parts,
-    require_greedy,
     with_action_slots,
 )
 from .prismatic_openvla import PrismaticCausalLMOutputWithPast, PrismaticForConditionalGeneration
-from .publishing_openvla import PushToHub  # noqa: F401
+from .publishing_openvla import require_adapter_keywords
 from .quantization_openvla import is_quantized
 from .vision_openvla import PrismaticVisionBackbone  # noqa: F401  transformers up to 5.8 copies direct imports only
 
@@ -133,8 +132,11 @@ class OpenVLAForActionPrediction(
         A model with an adapter saves the adapter; ``merge_lora()`` first for whole weights.
 
         Raises:
-            ValueError: The folder's dataset_statistics.json is not usable.
+            ValueError: The folder's dataset_statistics.json is not usable; a keyword has no effect on an adapter.
+            TypeError: Of an adapter: an unknown keyword.
         """
+        if self._lora is not None:
+            require_adapter_keywords(kwargs)
         default = self.config.default_unnorm_key
         if is_main_process and self.norm_stats and not os.path.isfile(save_directory):
             os.makedirs(save_directory, exist_ok=True)
@@ -182,7 +184,7 @@ class OpenVLAForActionPrediction(
         output_projector_features: bool | None = None,
         return_dict: bool | None = None,
         position_ids: torch.LongTensor | None = None,
-        logits_at_labels: bool = False,
+        logits_at_labels: bool | None = None,
         actions: torch.FloatTensor | None = None,
         proprio: torch.FloatTensor | None = None,
         noise: torch.FloatTensor | None = None,
@@ -202,14 +204,14 @@ class OpenVLAForActionPrediction(
                 where the chunk stands; what stands there in ``input_ids`` is not seen.
             inputs_embeds: Must be None, as ``past_key_values``, ``cache`` and ``position_ids``.
             past_key_values: None.
-            use_cache: Ignored, as the following ones.
-            output_attentions: Ignored.
-            output_hidden_states: Ignored; the chunk's are always given.
-            output_projector_features: Ignored.
-            return_dict: Ignored.
+            use_cache: None or False, as the next three; the chunk's own hidden states are always given.
+            output_attentions: None or False.
+            output_hidden_states: None or False.
+            output_projector_features: None or False.
+            return_dict: False for a tuple.
             position_ids: None.
-            logits_at_labels: Ignored; it is always so.
-            actions: Heads: float ``(batch, chunk, action_dim)``, normalised.
+            logits_at_labels: None or True; it is always so.
+            actions: Heads, and None without: float ``(batch, chunk, action_dim)``, normalised.
             proprio: float ``(batch, proprio_dim)``, normalised.
             noise: Diffusion: ``(batch, chunk, action_dim)``; None draws it from the normal distribution.
             timesteps: Diffusion: int64 ``(batch,)`` noise levels; None draws them evenly.
@@ -220,13 +222,11 @@ class OpenVLAForActionPrediction(
             ``ChunkOutput``, with the loss.
 
         Raises:
-            ValueError: Inputs are missing or do not fit the model.
+            ValueError: Inputs are missing, do not fit the model or would not be used.
         """
         if not self.config.parallel_decoding:
             given = {"actions": actions, "proprio": proprio, "noise": noise, "timesteps": timesteps}
-            unused = [name for name, value in given.items() if value is not None]
-            if unused:
-                raise ValueError(f"This model answers one action in tokens and takes no {', '.join(unused)}.")
+            self._require_used({**given, "generator": generator})
             return super().forward(
                 input_ids,
                 attention_mask,
@@ -240,17 +240,17 @@ class OpenVLAForActionPrediction(
                 output_projector_features,
                 return_dict,
                 position_ids,
-                logits_at_labels,
+                bool(logits_at_labels),
                 cache,
             )
         given = {"inputs_embeds": inputs_embeds, "past_key_values": past_key_values, "cache": cache}
-        given["position_ids"] = position_ids
-        unused = [name for name, value in given.items() if value is not None]
-        if unused:
-            raise ValueError(f"A parallel-decoding model's forward takes no {', '.join(unused)}.")
-        return self.parallel_forward(
+        given |= {"position_ids": position_ids, "use_cache": use_cache, "output_attentions": output_attentions}
+        given |= {"output_hidden_states": output_hidden_states, "logits_at_labels=False": logits_at_labels is False}
+        self._require_used({**given, "output_projector_features": output_projector_features})
+        output = self.parallel_forward(
             input_ids, attention_mask, pixel_values, labels, actions, proprio, noise, timesteps, generator
         )
+        return output.to_tuple() if self._as_tuple(return_dict) else output
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """As ``PrismaticForConditionalGeneration.generate``.
@@ -298,10 +298,9 @@ class OpenVLAForActionPrediction(
             strict: Raise for a single token that is no action token, as every ``Policy`` does. Without it, up to
                 ``LARGEST_OTHER_SHARE`` of them decode to the extreme bins, as in the reference, with a warning.
             fast: Skip what the answer does not need (``fast_openvla``): None where the language model allows it, True
-                with a warning where it does not, False never. The same tokens, up to rounding.
+                with a warning where it does not, False never. The same tokens, up to rounding. Greedy, cached answers.
             draft: A guess of the action in robot units, ``(action_dim,)`` or ``(batch, action_dim)``, such as the last
-                one: leading tokens that it has right cost no step of their own. Needs the fast way, else it is not
-                used.
+                one: leading tokens that it has right cost no step of their own. Needs the fast way.
             **generate_kwargs: Of ``generate`` (sampling, beams, ...); greedy without. With
                 ``num_return_sequences=n`` each row gives n consecutive rows.
 
@@ -322,14 +321,12 @@ class OpenVLAForActionPrediction(
         if "max_new_tokens" in generate_kwargs or "max_length" in generate_kwargs:
             raise ValueError("predict_action generates one token a dimension; leave out max_new_tokens and max_length.")
         diffusion = {"noise": noise, "generator": generator, "num_inference_steps": num_inference_steps}
-        unused = [name for name, value in diffusion.items() if value is not None]
-        if unused and self.config.action_head != "diffusion":
-            raise ValueError(f"{', '.join(unused)}: only for a diffusion head, not for {self.config.action_head!r}.")
+        self._require_diffusion(diffusion)
         input_ids, attention_mask = self._prompts(input_ids, attention_mask)
         keys = self.row_keys(unnorm_key, len(input_ids))
         statistics = self.row_statistics(keys)
         if self.config.parallel_decoding:
-            require_greedy(generate_kwargs)
+            self._require_one_pass(generate_kwargs, draft, constrain_actions)
             proprio = self.normalized_proprio(proprio, keys)
             prompt = (input_ids, attention_mask, pixel_values, proprio)
             return self._predict_chunk(*prompt, statistics, diffusion, return_dict, constrain_actions, strict, fast)
@@ -340,9 +337,11 @@ class OpenVLAForActionPrediction(
         end_ids = generate_kwargs.pop("eos_token_id", self.generation_config.eos_token_id)
         allowed = self.action_token_ids if constrain_actions else None
         sampled = generate_kwargs.get("do_sample") or (generate_kwargs.get("num_beams") or 1) > 1
-        if set(generate_kwargs) <= GREEDY_KEYWORDS and not sampled:
-            use_cache = generate_kwargs.get("use_cache") is not False
-            length = input_ids.shape[1] + self.vision_backbone.patches_per_prompt + action_dim
+        greedy, use_cache = set(generate_kwargs) <= GREEDY_KEYWORDS and not sampled, generate_kwargs.get("use_cache")
+        use_cache = use_cache is not False
+        length = input_ids.shape[1] + self.vision_backbone.patches_per_prompt + action_dim
+        require_fast(fast, draft, greedy and use_cache, self.language_model, length)
+        if greedy:
             if use_cache and goes_fast(fast, self.language_model, length):
                 guess = None if draft is None else draft_tokens(draft, self.action_tokenizer, statistics)
                 tokens, logits = self._decode_fast(prompt, action_dim, allowed, guess)

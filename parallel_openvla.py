@@ -24,7 +24,7 @@ from transformers.modeling_outputs import ModelOutput
 
 from .compatibility_openvla import attention_implementation
 from .configuration_openvla import OpenVLAConfig
-from .decoding_openvla import insert_after_bos, positions_of
+from .decoding_openvla import given_names, insert_after_bos, positions_of, require_one_pass
 from .fast_openvla import FastDecoder, goes_fast
 from .heads_openvla import (
     HEAD_MODULES,
@@ -163,6 +163,8 @@ class ParallelDecodingMixin:
         """
         if self.config.parallel_decoding:
             raise ValueError(f"This model already answers in parallel: {self.config.answer}.")
+        if not fields.get("parallel_decoding", True):
+            raise ValueError("enable_parallel_decoding makes parallel_decoding true; leave parallel_decoding out.")
         self._require_no_adapter()
         self._require_masked_attention()
         self.config.set_answer(**{**fields, "parallel_decoding": True})
@@ -340,6 +342,25 @@ class ParallelDecodingMixin:
         if needed is not None and tuple(proprio.shape) != (rows, needed):
             raise ValueError(f"proprio must have shape ({rows}, {needed}), got {tuple(proprio.shape)}.")
 
+    def _require_used(self, given: dict[str, Any]) -> None:
+        """Raise ValueError for arguments of ``forward`` that this kind of model has no use for."""
+        unused = given_names(given)
+        if unused and self.config.parallel_decoding:
+            raise ValueError(f"A parallel-decoding model's forward takes no {unused}; leave it out.")
+        if unused:
+            raise ValueError(f"This model answers one action in tokens and takes no {unused}; leave it out.")
+
+    def _require_diffusion(self, given: dict[str, Any]) -> None:
+        """Raise ValueError for arguments of a diffusion head that would not be used."""
+        unused = given_names(given)
+        if unused and self.config.action_head != "diffusion":
+            raise ValueError(f"{unused}: only for a diffusion head, not for {self.config.action_head!r}.")
+        if given["noise"] is not None and given["generator"] is not None:
+            raise ValueError("noise is given, so nothing is drawn from the generator; leave one of them out.")
+
+    def _require_one_pass(self, generate_kwargs: dict[str, Any], draft: Any, constrain_actions: bool) -> None:
+        require_one_pass(generate_kwargs, draft, constrain_actions, self.config.action_head)
+
     def parallel_forward(
         self,
         input_ids: torch.LongTensor,
@@ -355,6 +376,12 @@ class ParallelDecodingMixin:
         """One training pass; see ``OpenVLAForActionPrediction.forward``."""
         if input_ids is None or pixel_values is None or labels is None:
             raise ValueError("A parallel-decoding model trains on input_ids, pixel_values and labels; all are needed.")
+        head, drawn = self.config.action_head, {"noise": noise, "timesteps": timesteps, "generator": generator}
+        unused = given_names({**({} if head == "diffusion" else drawn), "actions": None if head else actions})
+        if unused:
+            raise ValueError(f"{unused}: not used by a model whose action_head is {head!r}; leave it out.")
+        if None not in drawn.values():
+            raise ValueError("Noise and timesteps are given, so nothing is drawn from the generator; leave it out.")
         ids = self.action_token_ids
         mask = None if attention_mask is None or bool(attention_mask.all()) else attention_mask.to(torch.long)
         at_slots = (labels >= ids.start) & (labels < ids.stop)
@@ -366,7 +393,6 @@ class ParallelDecodingMixin:
             )
         slots = at_slots.nonzero()[:, 1].view(len(input_ids), -1)
         seen = self.observe(input_ids, mask, slots, pixel_values, proprio)
-        head = self.config.action_head
         if head is None:
             return self._token_loss(seen, labels)
         shape = (len(input_ids), self.config.chunk_length, self.config.action_dim)
@@ -441,11 +467,3 @@ class ParallelDecodingMixin:
             return None
         rows = [self.proprio_statistics(key).normalize_proprio(row) for key, row in zip(unnorm_keys, proprio)]
         return torch.tensor(np.stack(rows), dtype=torch.float32)
-
-
-def require_greedy(generate_kwargs: dict[str, Any]) -> None:
-    """Raise ValueError for keywords of ``generate`` that parallel decoding has no use for."""
-    asked = {name for name, value in generate_kwargs.items() if value and (name, value) != ("num_beams", 1)}
-    unused = sorted(asked - {"use_cache", "eos_token_id"})
-    if unused:
-        raise ValueError(f"A parallel-decoding model answers a chunk in one pass, without {', '.join(unused)}.")

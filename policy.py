@@ -18,6 +18,7 @@ from torch import nn
 from .adapter_files_openvla import ADAPTER_CONFIG_FILE, base_of, optional_file
 from .compatibility_openvla import DTYPE_FIELD
 from .configuration_openvla import OpenVLAConfig
+from .decoding_openvla import require_one_pass
 from .fast_openvla import fuse
 from .loading import AutoProcessor
 from .modeling_openvla import OpenVLAForActionPrediction
@@ -100,7 +101,7 @@ def load_policy(
         bits: 8 or 4 for quantised weights (see ``quantization_config``); None for whole ones, or as saved.
         device: None is the GPU where there is one, else the CPU.
         dtype: None is bfloat16 on a GPU that has it (else float16), and the checkpoint's own on a CPU (float32 for the
-            embedded ones: many CPUs have no bfloat16).
+            embedded ones: many CPUs have no bfloat16). 4-bit weights are multiplied in it too, where it is given.
         unnorm_key: As for ``predict_action``; settled here, so that a wrong one does not wait for the first action.
         prepack: On a CPU, lay the weights out for its products once (``prepacked_model.prepack``): faster answers, in
             bfloat16 the same in every bit, of a model that can do nothing else.
@@ -116,6 +117,8 @@ def load_policy(
         ImportError: A package for ``bits`` or an adapter is missing.
     """
     device = torch.device(device or default_device())
+    dtype = getattr(torch, dtype) if isinstance(dtype, str) and dtype != "auto" else dtype
+    computed = dtype if isinstance(dtype, torch.dtype) else fast_dtype(device)
     model = EMBEDDED if model is None else model
     if constrain_actions is None:
         constrain_actions = Path(model).resolve() == EMBEDDED
@@ -125,15 +128,15 @@ def load_policy(
     base, revision = base_of(model, {}) if is_adapter else (model, None)
     at = {"revision": revision} if revision else {}
     config = OpenVLAConfig.from_pretrained(base, **at)
+    require_one_pass({}, None, constrain_actions, config.action_head)
     stored = stored_bits(config)
     if bits is not None and stored not in (None, bits):
         raise ValueError(f"{model} is already quantised to {stored} bits; leave bits out, or load its base.")
     quantization = None
     if bits is not None and stored is None:
-        quantization = quantization_config(bits, compute_dtype=fast_dtype(device) if bits == 4 else None)
+        quantization = quantization_config(bits, compute_dtype=computed if bits == 4 else None)
     if dtype is None:
         dtype = "auto" if device.type == "cpu" else fast_dtype(device)
-    dtype = getattr(torch, dtype) if isinstance(dtype, str) and dtype != "auto" else dtype
     _require_room(model, config, stored or bits, device, dtype)
     keywords = {"device_map": {"": str(device)}, DTYPE_FIELD: dtype}
     if quantization is not None:

@@ -31,7 +31,7 @@ from .compatibility_openvla import (
     tied_weight_names,
 )
 from .configuration_openvla import PrismaticConfig
-from .decoding_openvla import align_prompts, has_gap, insert_after_bos, positions_of
+from .decoding_openvla import align_prompts, given_names, has_gap, insert_after_bos, positions_of
 from .graphs_openvla import beside  # noqa: F401
 from .heads_openvla import HEAD_MODULES  # noqa: F401
 from .publishing_openvla import PushToHub
@@ -256,7 +256,7 @@ class PrismaticForConditionalGeneration(PrismaticPreTrainedModel, GenerationMixi
             labels: int64 ``(batch, length)``, -100 where nothing is learnt; patches are left out of the loss.
             inputs_embeds: ``(batch, length, hidden)`` in place of ``input_ids``.
             past_key_values: KV cache of an earlier pass; an empty one is a first pass.
-            use_cache: Return a cache; ignored in training.
+            use_cache: Return a cache.
             output_attentions: Return attention weights.
             output_hidden_states: Return all hidden states.
             output_projector_features: Put the projected patches into a tuple output too.
@@ -264,6 +264,7 @@ class PrismaticForConditionalGeneration(PrismaticPreTrainedModel, GenerationMixi
             position_ids: int64 ``(batch, length + patches)``; by default left padding is not counted.
             logits_at_labels: Compute logits, and so the loss, only where there are labels: ``(labelled positions,
                 padded vocabulary)``, row by row. The loss is the same; training needs a fraction of the memory.
+                Neither attention weights, hidden states nor a cache are given then.
             cache: The name of ``past_key_values`` since transformers 5.24; either is taken on every version.
 
         Raises:
@@ -295,21 +296,27 @@ class PrismaticForConditionalGeneration(PrismaticPreTrainedModel, GenerationMixi
             if labels is not None:
                 ignored = labels.new_full(patches.shape[:2], IGNORE_INDEX)
                 labels = insert_after_bos(labels, ignored, bos.to(labels.device))
+        as_tuple = self._as_tuple(return_dict)
         if logits_at_labels:
-            return self._loss_at_labels(input_ids, attention_mask, position_ids, inputs_embeds, labels, patches)
+            asked = {"use_cache": use_cache, "output_attentions": output_attentions}
+            unused = given_names({**asked, "output_hidden_states": output_hidden_states, CACHE_FIELD: cache})
+            if unused:
+                raise ValueError(f"logits_at_labels gives loss and logits alone; leave it out, or {unused}.")
+            output = self._loss_at_labels(input_ids, attention_mask, position_ids, inputs_embeds, labels)
+            output.projector_features = patches if output_projector_features or not as_tuple else None
+            return output.to_tuple() if as_tuple else output
         output = self.language_model(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
             inputs_embeds=inputs_embeds,
             labels=labels,
-            use_cache=use_cache and not self.training,
+            use_cache=use_cache,
             output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,
             return_dict=True,
             **{CACHE_FIELD: cache},
         )
-        as_tuple = return_dict is False or (return_dict is None and getattr(self.config, "return_dict", True) is False)
         output = PrismaticCausalLMOutputWithPast(
             loss=output.loss,
             logits=output.logits,
@@ -327,7 +334,6 @@ class PrismaticForConditionalGeneration(PrismaticPreTrainedModel, GenerationMixi
         position_ids: torch.LongTensor | None,
         inputs_embeds: torch.Tensor | None,
         labels: torch.LongTensor | None,
-        patches: torch.Tensor | None,
     ) -> PrismaticCausalLMOutputWithPast:
         """The training pass whose head sees only the positions before a label."""
         if labels is None:
@@ -341,7 +347,12 @@ class PrismaticForConditionalGeneration(PrismaticPreTrainedModel, GenerationMixi
             return_dict=True,
         ).last_hidden_state
         logits, loss = logits_before(labels, hidden, self.get_output_embeddings())
-        return PrismaticCausalLMOutputWithPast(loss=loss, logits=logits, projector_features=patches)
+        return PrismaticCausalLMOutputWithPast(loss=loss, logits=logits)
+
+    def _as_tuple(self, return_dict: bool | None) -> bool:
+        """Return whether ``forward`` gives a tuple: as its argument says, or else the configuration."""
+        asked = getattr(self.config, "return_dict", True) if return_dict is None else return_dict
+        return asked is False
 
     @torch.no_grad()
     def generate(
@@ -364,11 +375,14 @@ class PrismaticForConditionalGeneration(PrismaticPreTrainedModel, GenerationMixi
             ``return_dict_in_generate=True`` transformers' output object, whose ``sequences`` is that).
 
         Raises:
-            ValueError: A masked token stands inside a prompt, or prompts and images disagree.
+            ValueError: A masked token stands inside a prompt, prompts and images disagree, or both ``max_length`` and
+                ``max_new_tokens`` are given.
         """
         prompt = input_ids
         input_ids, attention_mask = self._aligned(input_ids, attention_mask)
         if kwargs.get("max_length") is not None:
+            if kwargs.get("max_new_tokens") is not None:
+                raise ValueError("max_length and max_new_tokens say the same; give one of them.")
             kwargs["max_new_tokens"] = kwargs.pop("max_length") - input_ids.shape[1]
         if pixel_values is None:
             embeds, mask = self.get_input_embeddings()(input_ids), attention_mask

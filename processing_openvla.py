@@ -36,6 +36,7 @@ from .images_openvla import (
     as_images,
     normalized_pixels,
     preset_image,
+    require_used,
 )
 from .jpeg_openvla import jpeg_round_trip  # noqa: F401  as nearest_name
 from .prompts_openvla import bare_instruction, require_bos, tokenized_prompts, warn_of_bare
@@ -177,7 +178,7 @@ class OpenVLAImageProcessor(MarksCode, BaseImageProcessor):
         towers = list(zip(self.tvf_resize_params, self.tvf_crop_params, self.tvf_normalize_params))
         fill = self.tvf_letterbox_fill if self.tvf_do_letterbox else None
         if device is not None:
-            pixel_values = pixels_on(images, torch.device(device), towers, fill)
+            pixel_values = pixels_on(images, torch.device(device), towers, fill, return_tensors)
             if pixel_values is not None:
                 return BatchFeature(data={"pixel_values": pixel_values})
         rows = [normalized_pixels(image, towers, fill) for image in as_images(images)]
@@ -312,6 +313,7 @@ class OpenVLAProcessor(MarksCode, PushToHub, ProcessorMixin):
                 prompts as images are not given, or other than the model's number of cameras; no BOS in front; the
                 checkpoint's prompt style is unknown.
         """
+        require_used(instruction, images, padding, truncation, max_length, device)
         if (text is None) == (instruction is None):
             raise ValueError("Give exactly one of text (the whole prompt) and instruction (what the robot should do).")
         if instruction is not None:

@@ -15,8 +15,31 @@ from .actions_openvla import NORMALIZATIONS, dimension_labels
 from .saved_folder_openvla import INDEX_FILE, SHARD, SINGLE_FILE, unused_weights
 
 CARD_FILE = "README.md"
+# Keywords of transformers' save_pretrained, 4.40.1 to 5.24.
+SAVE_KEYWORDS = ("state_dict", "save_function", "push_to_hub", "max_shard_size", "safe_serialization", "variant")
+SAVE_KEYWORDS += ("token", "save_peft_format", "save_original_format", "distributed_checkpoint")
 # Formats that can run code when they are read; nobody should have to trust one, so none is uploaded.
 UNSAFE_SUFFIXES = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth")
+
+
+def require_adapter_keywords(kwargs: dict[str, Any]) -> None:
+    """Check keywords of ``save_pretrained`` that a model with an adapter is given.
+
+    Raises:
+        ValueError: One asks for something else.
+        TypeError: One is unknown.
+    """
+    unknown = sorted(set(kwargs) - set(SAVE_KEYWORDS))
+    if unknown:
+        raise TypeError(f"save_pretrained takes no {', '.join(unknown)}; allowed: {list(SAVE_KEYWORDS)}.")
+    wanted = {"push_to_hub": False, "safe_serialization": True, "variant": None, "save_peft_format": True}
+    wanted["distributed_checkpoint"] = False
+    for name, value in wanted.items():
+        if kwargs.get(name, value) not in (value, None):
+            raise ValueError(
+                f"{name}={kwargs[name]!r} has no effect on a model with an adapter; leave it out (merge_lora() gives a "
+                "whole model, push_to_hub() uploads either)."
+            )
 
 
 class PushToHub:
@@ -34,7 +57,9 @@ class PushToHub:
         create_pr: bool = False,
         max_shard_size: int | str = "5GB",
         tags: list[str] | None = None,
-        **ignored: Any,
+        use_temp_dir: bool | None = None,
+        safe_serialization: bool | None = None,
+        **unknown: Any,
     ) -> CommitInfo:
         """Save to a temporary folder and upload all of it in one commit.
 
@@ -45,24 +70,35 @@ class PushToHub:
             repo_id: "name" or "organization/name"; created if it does not exist.
             commit_message: Title of the commit.
             commit_description: Its body.
-            private: Whether a new repository is private; None as the account's default.
+            private: Whether a new repository is private; None as the account's default, or as it is.
             token: Access token; None takes the one of ``hf auth login``.
             revision: Branch to push to, created if it does not exist; None is main.
             create_pr: Open a pull request instead.
             max_shard_size: Of the weight files.
-            tags: For the card that is written where the repository has none.
-            **ignored: ``use_temp_dir`` and others that transformers 4.x takes; ``safe_serialization=False`` is refused.
+            tags: For the card, which is written where the repository has none.
+            use_temp_dir: None or True, as transformers 4.x takes it.
+            safe_serialization: None or True, likewise.
+            **unknown: Refused, but for None.
 
         Returns:
             The commit: its URL, its hash and, with ``create_pr``, the pull request's URL.
 
         Raises:
-            ValueError: ``safe_serialization=False``.
+            ValueError: ``safe_serialization=False``, ``use_temp_dir=False``, tags and no model, or
+                ``private`` of a repository that exists and is not so.
+            TypeError: Another argument, such as the ``organization`` and ``use_auth_token`` of old versions.
             huggingface_hub.errors.HfHubHTTPError: The Hub refused, for want of a token or of rights.
         """
-        if ignored.get("safe_serialization") is False:
+        if safe_serialization is False:
             raise ValueError("safe_serialization=False would upload a pickle, which can run code; leave it out.")
-        tags = list(dict.fromkeys([*(tags or []), *(getattr(self, "model_tags", None) or [])]))
+        if use_temp_dir is False:
+            raise ValueError("use_temp_dir=False would leave a folder here; leave it out, or call save_pretrained too.")
+        unknown = {name: value for name, value in unknown.items() if value is not None}
+        if unknown:
+            raise TypeError(
+                f"push_to_hub takes no {', '.join(sorted(unknown))}. Give an organization in repo_id "
+                "('organization/name') and a token as token."
+            )
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder, max_shard_size=max_shard_size)
             return push_folder(
@@ -75,6 +111,7 @@ class PushToHub:
                 commit_message=commit_message or f"Upload {type(self).__name__}",
                 commit_description=commit_description,
                 tags=tags,
+                model_tags=getattr(self, "model_tags", None),
             )
 
 
@@ -89,18 +126,28 @@ def push_folder(
     commit_message: str = "Upload model",
     commit_description: str | None = None,
     tags: list[str] | None = None,
+    model_tags: list[str] | None = None,
     remove: Sequence[str] = (),
 ) -> CommitInfo:
     """Upload a folder in one commit; the arguments are those of :meth:`PushToHub.push_to_hub`.
 
     ``remove`` names files of the repository that the same commit removes, where they are there. Weights that are
-    there in another layout (shards, or one file) are removed too.
+    there in another layout (shards, or one file) are removed too. ``model_tags`` are transformers' own and go into a
+    card that is written, as ``tags`` do.
 
     A folder with a configuration but no card gets one, unless the repository has its own already.
+
+    Raises:
+        ValueError: There is no card that ``tags`` could go into, or ``private`` is not what the repository is.
     """
     files = publishable(folder)
     api = HfApi(token=token)
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    if private is not None and bool(api.model_info(repo_id).private) is not private:
+        raise ValueError(
+            f"{repo_id} exists and is {'public' if private else 'private'}; private={private} is for a new repository. "
+            "Change it in its settings on the Hub, or leave private out. Nothing was uploaded."
+        )
     if revision is not None and not create_pr and not revision.startswith("refs/pr"):
         api.create_branch(repo_id, branch=revision, exist_ok=True)
     operations: list[Any] = [CommitOperationAdd(name, str(path)) for name, path in files.items()]
@@ -108,10 +155,19 @@ def push_folder(
     if SINGLE_FILE in files or INDEX_FILE in files:  # weights of another layout would be loaded in their place
         remove = [*remove, *(name for name in there if name in (SINGLE_FILE, INDEX_FILE) or SHARD.fullmatch(name))]
     operations += [CommitOperationDelete(name) for name in sorted({*remove} & there - {*files})]
-    if CARD_FILE not in files and "config.json" in files and not api.file_exists(repo_id, CARD_FILE, revision=revision):
-        config = json.loads(files["config.json"].read_text(encoding="utf-8"))
-        card = ModelCard(model_card(config, repo_id))
-        card.data.tags = list(dict.fromkeys([*card.data.tags, *(tags or [])]))
+    card, written = None, CARD_FILE in files or api.file_exists(repo_id, CARD_FILE, revision=revision)
+    if not written and "config.json" in files:
+        card = ModelCard(model_card(json.loads(files["config.json"].read_text(encoding="utf-8")), repo_id))
+        tags = [*(tags or []), *(model_tags or [])]
+    elif tags and written:
+        card = ModelCard.load(files.get(CARD_FILE) or api.hf_hub_download(repo_id, CARD_FILE, revision=revision))
+    elif tags:
+        raise ValueError(
+            f"tags go into a model's card, and {repo_id} has none; push the model first, or leave them out."
+        )
+    if card is not None:
+        card.data.tags = list(dict.fromkeys([*(card.data.tags or []), *tags]))
+        operations = [operation for operation in operations if operation.path_in_repo != CARD_FILE]
         operations.append(CommitOperationAdd(CARD_FILE, str(card).encode()))
     return api.create_commit(
         repo_id,

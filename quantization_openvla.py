@@ -13,6 +13,7 @@ import torch
 import transformers
 from torch import nn
 from transformers import BitsAndBytesConfig, PretrainedConfig
+from transformers.utils import logging as transformers_logging
 
 from .compatibility_openvla import DTYPE_FIELD, QUANTIZES_ON_CPU
 from .configuration_openvla import hub_keywords
@@ -25,14 +26,20 @@ UNQUANTIZED_MODULES = ("projector", "language_model.lm_head", *HEAD_MODULES)
 VISION_TOWERS = "vision_backbone"
 QUANT_TYPES = ("nf4", "fp4")
 
+# Measured: docs/quantising.md.
+SLOW_ON_CPU = (
+    "8-bit weights are slow on a CPU: an action took 1.6 to 3.3 times as long as with whole weights, in 4 bits 1.3 to "
+    "2.1 times. Take bits=4 for less memory, or whole weights for speed (dtype=torch.bfloat16 for half of float32's "
+    "memory). (Said once.)"
+)
 CPU_PACKING_ROWS = 32  # rows of a weight that bitsandbytes packs together for AVX512-BF16
 
 
 def quantization_config(
     bits: int,
     *,
-    double_quant: bool = True,
-    quant_type: str = "nf4",
+    double_quant: bool | None = None,
+    quant_type: str | None = None,
     compute_dtype: torch.dtype | None = None,
     towers: bool = False,
 ) -> BitsAndBytesConfig:
@@ -40,30 +47,32 @@ def quantization_config(
 
     Args:
         bits: 8 (LLM.int8) or 4.
-        double_quant: 4 bits: quantise the scales too; 0.13 instead of 0.5 further bits a weight.
-        quant_type: 4 bits: "nf4" or "fp4".
-        compute_dtype: 4 bits: what weights are unpacked to; None is bfloat16 where the hardware has it, else float16 on
-            a GPU and float32 on a CPU. (8 bits compute in float16, always.)
+        double_quant: 4 bits: quantise the scales too (None: yes); 0.13 instead of 0.5 further bits a weight.
+        quant_type: 4 bits: "nf4" (None too) or "fp4".
+        compute_dtype: 4 bits: what weights are unpacked to and multiplied in; None is bfloat16 where the hardware has
+            it, else float16 on a GPU and float32 on a CPU. (8 bits compute in float16, always.)
         towers: Quantise the vision towers too.
 
     Raises:
-        ValueError: Another number of bits or kind.
+        ValueError: Another number of bits or kind, or an argument of 4 bits for 8.
         ImportError: bitsandbytes is not installed, or this transformers cannot use it on this machine.
     """
     if bits not in (4, 8) or isinstance(bits, bool):
         raise ValueError(f"bits must be 8 or 4, got {bits!r}; leave the quantization out for full precision.")
-    if quant_type not in QUANT_TYPES:
+    if quant_type not in (None, *QUANT_TYPES):
         raise ValueError(f"quant_type must be one of {list(QUANT_TYPES)}, got {quant_type!r}.")
-    if bits == 8 and compute_dtype is not None:
-        raise ValueError("compute_dtype is of 4 bits only; 8-bit weights compute in float16.")
+    of_4_bits = {"double_quant": double_quant, "quant_type": quant_type, "compute_dtype": compute_dtype}
+    unused = [name for name, value in of_4_bits.items() if value is not None]
+    if bits == 8 and unused:
+        raise ValueError(f"{', '.join(unused)}: of 4 bits only, leave it out; 8-bit weights compute in float16.")
     require_bitsandbytes()
     kept = [*UNQUANTIZED_MODULES] if towers else [VISION_TOWERS, *UNQUANTIZED_MODULES]
     if bits == 8:
         return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=kept)
     return BitsAndBytesConfig(
         load_in_4bit=True,
-        bnb_4bit_quant_type=quant_type,
-        bnb_4bit_use_double_quant=double_quant,
+        bnb_4bit_quant_type=quant_type or QUANT_TYPES[0],
+        bnb_4bit_use_double_quant=double_quant is not False,
         bnb_4bit_compute_dtype=compute_dtype or fast_dtype(),
         llm_int8_skip_modules=kept,
     )
@@ -148,16 +157,18 @@ def _method(quantization: Any) -> str | None:
 class QuantizedModelMixin:
     """What a model does differently while bitsandbytes holds its weights.
 
-    On a CPU with AVX512-BF16, bitsandbytes repacks 4-bit weights at the first prediction and rounds their scales to
-    bfloat16. What it puts back when the model is saved or trained is not what was there, and without double
-    quantisation it is wrong altogether. So the scales as loaded are kept (1.6 % of the weights, 6 % without double
-    quantisation), and put back before anything reads them.
+    On a CPU with AVX512-BF16, bitsandbytes repacks 4-bit weights at the first prediction, rounds their scales to
+    bfloat16 and computes in it, whatever the compute dtype: where that is another, it is kept from doing so. What it
+    puts back when the model is saved or trained is not what was there, and without double quantisation it is wrong
+    altogether. So the scales as loaded are kept (1.6 % of the weights, 6 % without double quantisation), and put back
+    before anything reads them.
     """
 
     def _after_loading(self) -> None:
         """Check the scales, keep what repacking would overwrite, silence what bitsandbytes logs at every product.
 
-        Repacking crashes on sizes that it cannot divide, such as SigLIP's 4304; such layers are left as they are.
+        Repacking crashes on sizes that it cannot divide, such as SigLIP's 4304, and its kernel knows bfloat16 alone;
+        other layers are left as they are.
 
         Raises:
             ValueError: Scales are missing, which transformers does not always notice.
@@ -169,12 +180,15 @@ class QuantizedModelMixin:
             bitsandbytes_log = logging.getLogger("bitsandbytes.autograd._functions")
             if _not_the_float16_line not in bitsandbytes_log.filters:
                 bitsandbytes_log.addFilter(_not_the_float16_line)
+            if any(type(p).__name__ == "Int8Params" and p.device.type == "cpu" for p in self.parameters()):
+                transformers_logging.get_logger(__name__).warning_once(SLOW_ON_CPU)
         for module in self.modules():
             state = getattr(getattr(module, "weight", None), "quant_state", None)
             if state is not None:
                 module.loaded_quant_state = copy.copy(state)
                 rows, columns = state.shape
-                if rows % CPU_PACKING_ROWS or columns % state.blocksize:
+                packs = rows % CPU_PACKING_ROWS == 0 and columns % state.blocksize == 0
+                if not packs or module.compute_dtype is not torch.bfloat16:
                     module.support_avx512bf16_for_cpu = False
 
     def _undo_cpu_packing(self) -> None:

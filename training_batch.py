@@ -48,7 +48,7 @@ class ActionCollator:
         self.proprio_statistics = {key: model.proprio_statistics(key) for key in self.statistics if takes_proprio}
         self.end_id, self.pad_id = config.text_config.eos_token_id, model.pad_token_id
         self.cameras = config.num_images_in_input
-        self.in_parallel, self.chunk_length = config.parallel_decoding, config.chunk_length
+        self.has_head, self.chunk_length = config.action_head is not None, config.chunk_length
 
     def __call__(self, steps: Sequence[Any]) -> dict[str, torch.Tensor]:
         """One batch.
@@ -60,7 +60,7 @@ class ActionCollator:
 
         Returns:
             ``input_ids``, ``attention_mask``, ``labels`` int64 ``(batch, length)``; ``pixel_values`` float32
-            ``(batch, images * (3 or 6), size, size)``; with parallel decoding ``actions`` float32
+            ``(batch, images * (3 or 6), size, size)``; for a continuous head ``actions`` float32
             ``(batch, chunk, action_dim)``, normalised; ``proprio`` float32 ``(batch, proprio_dim)``, normalised.
 
         Raises:
@@ -95,7 +95,7 @@ class ActionCollator:
             "labels": pad(labels, batch_first=True, padding_value=IGNORE_INDEX),
             "pixel_values": torch.cat(pixels),
         }
-        if self.in_parallel:
+        if self.has_head:
             batch["actions"] = torch.stack(actions)
         if proprio:
             batch["proprio"] = torch.stack(proprio)

@@ -6,6 +6,7 @@ import os
 import random
 import re
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
+from .configuration_openvla import write_json
+from .run_fingerprint import RECORD_FILE
 from .sharded_model import is_sharded, share_of, spread_as
 
 CHECKPOINT = re.compile(r"step-(\d+)")
@@ -23,13 +26,19 @@ class TrainingState:
 
     Of a model that is spread over processes each writes and reads its own shares, under its rank.
 
+    Args:
+        model: Whose trained weights are kept.
+        optimizer: Of it.
+        scheduler: A ``LambdaLR`` of it.
+        record: What the weights mean (``run_fingerprint.run_record``); it lies in every checkpoint.
+
     Attributes:
         step: Times that the weights have moved.
         passes: Batches taken from the data by this process.
     """
 
-    def __init__(self, model: Any, optimizer: torch.optim.Optimizer, scheduler: Any) -> None:
-        self.model, self.optimizer, self.scheduler = model, optimizer, scheduler
+    def __init__(self, model: Any, optimizer: torch.optim.Optimizer, scheduler: Any, record: Mapping[str, Any]) -> None:
+        self.model, self.optimizer, self.scheduler, self.record = model, optimizer, scheduler, record
         self.step = self.passes = 0
 
     @property
@@ -48,6 +57,7 @@ class TrainingState:
         if accelerator.is_main_process:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
+            write_json(partial / RECORD_FILE, self.record)
         accelerator.wait_for_everyone()
         random_states = {
             "torch": torch.get_rng_state(),
@@ -94,7 +104,7 @@ class TrainingState:
             for name, tensor in weights.items():
                 own[name].copy_(spread_as(tensor, own[name]))
         self._restore_optimizer(kept["optimizer"])
-        self.scheduler.load_state_dict(kept["scheduler"])
+        self._restore_rate(kept["scheduler"])
         self.step, self.passes = kept["step"], kept["passes"]
         states = torch.load(folder / f"random-{accelerator.process_index}.pt", weights_only=True)
         torch.set_rng_state(states["torch"])
@@ -112,7 +122,18 @@ class TrainingState:
                 name: spread_as(value, parameters[index]) if torch.is_tensor(value) and value.ndim else value
                 for name, value in state.items()
             }
+        own = [group["weight_decay"] for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(kept)
+        for group, weight_decay in zip(self.optimizer.param_groups, own):
+            group["weight_decay"] = weight_decay
+
+    def _restore_rate(self, kept: dict[str, Any]) -> None:
+        """Take over how far the schedule has come; the rate itself is as the run now says."""
+        rates = self.scheduler.base_lrs
+        self.scheduler.load_state_dict({**kept, "base_lrs": rates})
+        factors = [factor(self.scheduler.last_epoch) for factor in self.scheduler.lr_lambdas]
+        for group, rate, factor in zip(self.optimizer.param_groups, rates, factors):
+            group["initial_lr"], group["lr"] = rate, rate * factor
 
 
 def checkpoints(output: Path) -> list[Path]:

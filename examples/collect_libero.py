@@ -36,7 +36,7 @@ from typing import Any
 import numpy as np
 import torch
 from openvla.action_chunk import ActionChunk
-from openvla.configuration_openvla import write_json
+from openvla.configuration_openvla import OpenVLAConfig, write_json
 from openvla.demonstrations import read_json
 from openvla.lerobot_writer import LeRobotWriter
 from openvla.policy import Policy, load_policy
@@ -384,7 +384,8 @@ def _scene(suite_name: str, task_id: int, cameras: tuple[str, ...]) -> tuple[Any
 def _policy(model: str) -> Policy:
     """This process's policy, on one thread: processes share the cores."""
     torch.set_num_threads(1)
-    return load_policy(model, dtype="float32", constrain_actions=True)
+    in_tokens = OpenVLAConfig.from_pretrained(model).action_head is None  # a continuous head has nothing to constrain
+    return load_policy(model, dtype="float32", constrain_actions=in_tokens)
 
 
 def _attempt(args: argparse.Namespace, task_id: int, cameras: list[str], number: int) -> Attempt:

@@ -532,3 +532,34 @@ def test_qlora_trains_and_merges_into_the_plain_base(bits, tiny, base, tmp_path)
     assert (logits(plain, tiny.processor) - logits(merged, tiny.processor)).abs().max() < 1e-3
     with pytest.raises(ValueError, match="is quantised; give the plain checkpoint"):
         merge(tmp_path / "adapter", tmp_path / "other", base=tmp_path / "quantised")
+
+
+@pytest.mark.skipif(not QUANTIZES_ON_CPU, reason="needs a GPU before transformers 4.53")
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("by_peft", [True, False])
+def test_an_adapter_of_whole_weights_merges_from_a_quantised_model_as_from_a_plain_one(
+    bits, by_peft, base, tiny, trained, tmp_path, monkeypatch
+):
+    """After a prediction too, which repacks 4-bit weights on some CPUs; its matrices are bfloat16 there."""
+    pytest.importorskip("bitsandbytes")
+    folder = trained[1]
+    if by_peft:  # which writes no record of the base
+        folder = tmp_path / "adapter"
+        made = peft.get_peft_model(load(base), peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+        made.save_pretrained(folder)
+    plain = load(base)
+    plain.load_lora(folder)
+    with torch.no_grad():
+        for name, parameter in plain.named_parameters():
+            if ".lora_" in name:
+                parameter.copy_(parameter.bfloat16())
+    model = load(base, quantization_config=quantization_config(bits))
+    model.load_lora(folder)
+    before = logits(model, tiny.processor)
+    said = []
+    monkeypatch.setattr("openvla.adapters_openvla.logger.warning", said.append)
+    merged = model.merge_lora()
+    assert said == []
+    expected = plain.merge_lora().state_dict()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in merged.state_dict().items())
+    assert torch.equal(logits(model, tiny.processor), before)

@@ -309,7 +309,7 @@ def test_two_processes_train_as_one(base, method, parallelism, tmp_path):
     assert trained < 1.2 * (checkpoints(tmp_path / "one")[-1] / "trained.safetensors").stat().st_size  # none twice
     if parallelism == "fsdp":
         with pytest.raises(ValueError, match="written under another parallelism or by fewer processes"):
-            finetune(settings(base, tmp_path / "two", **common), data)
+            finetune(settings(base, tmp_path / "two", **common, batch_size=2), data)
 
 
 @pytest.mark.slow
@@ -354,6 +354,8 @@ def test_the_learning_rate(base, tmp_path):
         ({"method": "lorra"}, "Unknown method 'lorra'; allowed"),
         ({"decay": "linear"}, "Unknown decay 'linear'"),
         ({"decay": "step"}, "decay='step' needs decay_step"),
+        ({"decay_step": 5}, "decay_step is 5, which .* does not use; leave it out, or take decay: step"),
+        ({"method": "full", "lora_alpha": 64}, "lora_alpha is 64, which method: full .*; leave it out, or take method"),
         ({"parallelism": "tp"}, "Unknown parallelism 'tp'; allowed"),
         ({"parallelism": "fsdp", "method": "qlora"}, "4-bit weights cannot be spread"),
         ({"ends": "pad"}, r"Unknown ends 'pad'; allowed: \['drop', 'repeat'\]"),

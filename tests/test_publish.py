@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 from hub import TOKEN
-from huggingface_hub import constants, snapshot_download
+from huggingface_hub import ModelCard, constants, snapshot_download
 from openvla import OpenVLAForActionPrediction, OpenVLAProcessor, quantization_config
 from openvla.__main__ import main
 from openvla.compatibility_openvla import QUANTIZES_ON_CPU
@@ -175,6 +175,31 @@ def test_a_card_on_the_hub_is_kept(here, folder, tmp_path):
     (tmp_path / "folder" / "README.md").unlink()
     assert main(["publish", str(tmp_path / "folder"), "me/card"]) == 0
     assert here.files("me/card")["README.md"].endswith(b"My own words.\n")
+
+
+def test_tags_go_into_a_card_that_is_there(here, folder, tiny, tmp_path):
+    shutil.copytree(folder, tmp_path / "folder")
+    (tmp_path / "folder" / "README.md").write_text("---\nlicense: mit\ntags: [old]\n---\nMy own words.\n")
+    assert main(["publish", str(tmp_path / "folder"), "me/tagged"]) == 0
+    for _ in range(2):
+        tiny.processor.push_to_hub("me/tagged", tags=["new", "old"])
+    card = ModelCard(here.files("me/tagged")["README.md"].decode())
+    assert card.data.tags == ["old", "new"]
+    assert card.data.license == "mit"
+    assert card.text.strip() == "My own words."
+    with pytest.raises(ValueError, match="tags go into a model's card, and me/empty has none; push the model first"):
+        tiny.processor.push_to_hub("me/empty", tags=["new"])
+
+
+def test_a_repository_stays_as_public_as_it_is(here, tiny):
+    tiny.processor.push_to_hub("me/open", private=False)
+    commits = len(here.branches["me/open"]["main"])
+    with pytest.raises(ValueError, match="me/open exists and is public; private=True is for a new repository. .*leave"):
+        tiny.processor.push_to_hub("me/open", private=True)
+    assert len(here.branches["me/open"]["main"]) == commits
+    tiny.processor.push_to_hub("me/shut", private=True)
+    tiny.processor.push_to_hub("me/shut", private=True)
+    assert "me/shut" in here.private
 
 
 @pytest.mark.parametrize(

@@ -165,6 +165,54 @@ def test_layers_that_cannot_be_repacked_are_left_alone(folder):
 
 
 @here_it_works
+@pytest.mark.parametrize("kind", ["nf4", "nf4 double", "fp4"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_products_are_computed_in_the_compute_dtype(dtype, kind, folder):
+    """Not in bfloat16 where float32 is asked for, which is what a CPU with AVX512-BF16 would do by itself."""
+    from bitsandbytes.functional import dequantize_4bit, has_avx512bf16
+
+    quantization = quantization_config(**KINDS[kind], compute_dtype=dtype)
+    model = load(folder, quantization_config=quantization, torch_dtype=torch.float32)
+    layer = model.language_model.get_decoder().layers[0].self_attn.q_proj
+    assert layer.support_avx512bf16_for_cpu == (dtype is torch.bfloat16 and has_avx512bf16())
+    weight = dequantize_4bit(layer.weight.data, layer.weight.quant_state).float()
+    x = torch.randn(3, 5, 64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        result, exact = layer(x), torch.nn.functional.linear(x, weight, layer.bias)
+    error = float((result - exact).norm() / exact.norm())
+    assert error < (1e-6 if dtype is torch.float32 else 2e-2)
+    if dtype is torch.bfloat16:
+        assert error > 1e-4
+
+
+@here_it_works
+def test_load_policy_computes_4_bits_in_the_dtype_that_is_given(folder):
+    from openvla import load_policy
+
+    for dtype in ("float32", torch.float32):
+        layers = load_policy(folder, bits=4, device="cpu", dtype=dtype).model.modules()
+        found = {layer.compute_dtype for layer in layers if isinstance(layer, bitsandbytes.nn.Linear4bit)}
+        assert found == {torch.float32}
+
+
+@here_it_works
+def test_8_bits_on_a_cpu_are_said_to_be_slow_once(folder, monkeypatch):
+    from transformers.utils import logging
+
+    said = []
+    logger = logging.get_logger("openvla.quantization_openvla")
+    logger.warning_once.cache_clear()
+    monkeypatch.setattr(logger, "warning", lambda message, *args, **kwargs: said.append(message))
+    load(folder, quantization_config=quantization_config(4))
+    assert said == []
+    for _ in range(2):
+        load(folder, quantization_config=quantization_config(8))
+    assert len(said) == 1
+    assert "slow on a CPU" in said[0]
+    assert "Take bits=4" in said[0]
+
+
+@here_it_works
 def test_without_the_guard_a_checkpoint_would_be_wrong(folder):
     """The bug itself: bitsandbytes' own way back does not give the scales back. When this fails, the guard can go."""
     model, untouched = (load(folder, quantization_config=quantization_config(4, double_quant=False)) for _ in range(2))
@@ -215,7 +263,9 @@ def test_a_quantised_model_stays_where_it_is(bits, folder):
         ({"bits": 5}, "bits must be 8 or 4, got 5"),
         ({"bits": True}, "bits must be 8 or 4, got True"),
         ({"bits": 4, "quant_type": "int4"}, "quant_type must be one of"),
-        ({"bits": 8, "compute_dtype": torch.bfloat16}, "of 4 bits only"),
+        ({"bits": 8, "compute_dtype": torch.bfloat16}, "compute_dtype: of 4 bits only, leave it out"),
+        ({"bits": 8, "double_quant": True}, "double_quant: of 4 bits only"),
+        ({"bits": 8, "double_quant": False, "quant_type": "fp4"}, "double_quant, quant_type: of 4 bits only"),
     ],
 )
 def test_bad_settings(arguments, message):

@@ -1,0 +1,335 @@
+"""No argument is ignored: each is used, or refused by a message that names it and says what to do."""
+
+import ast
+import inspect
+
+import numpy as np
+import openvla
+import pytest
+import torch
+from openvla import OpenVLAForActionPrediction, load_policy
+from openvla.publishing_openvla import SAVE_KEYWORDS
+from openvla.sequence_reader import SequenceReader
+from openvla.tiny import build_tiny
+from openvla.training_batch import ActionCollator
+from reference import REPOSITORY
+
+# Parameters that a caller passes to whatever stands there: an ASGI server's lifespan, a signal's handler.
+NOT_READ = {"serve_app.PolicyApp.running": {"app"}, "serve_app.build_app.refused": {"request"}}
+NOT_READ |= {"serve_guard.DrainingServer.handle_exit": {"frame"}}
+
+
+def functions(node, owner):
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+            name = f"{owner}.{child.name}"
+            if not isinstance(child, ast.ClassDef):
+                yield name, child
+            yield from functions(child, name)
+
+
+def unread(function):
+    """Names of parameters that the body does not read."""
+    arguments = function.args
+    names = [one.arg for one in [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs]]
+    names += [one.arg for one in (arguments.vararg, arguments.kwarg) if one]
+    read = {node.id for part in function.body for node in ast.walk(part) if isinstance(node, ast.Name)}
+    return set(names) - read - {"self", "cls"}
+
+
+def test_a_parameter_that_is_not_read_is_found():
+    tree = ast.parse("class A:\n    def f(self, a, *b, c=1, **d):\n        return a")
+    assert [(name, unread(function)) for name, function in functions(tree, "m")] == [("m.A.f", {"b", "c", "d"})]
+
+
+@pytest.mark.parametrize("path", sorted(REPOSITORY.glob("*.py")), ids=lambda path: path.stem)
+def test_every_parameter_is_read(path):
+    for name, function in functions(ast.parse(path.read_text(encoding="utf-8")), path.stem):
+        abstract = any(getattr(one, "id", "") == "abstractmethod" for one in function.decorator_list)
+        private = function.name.startswith("_") and function.name not in ("__init__", "__call__")
+        if not abstract and not private:
+            assert unread(function) == NOT_READ.get(name, set()), name
+
+
+@pytest.fixture(scope="module")
+def inputs(tiny, frames):
+    return tiny.processor(instruction="open the drawer", images=frames["noise"])
+
+
+@pytest.fixture(scope="module")
+def folder(tiny, tmp_path_factory):
+    place = tmp_path_factory.mktemp("saved")
+    tiny.model.save_pretrained(place)
+    tiny.processor.save_pretrained(place)
+    return place
+
+
+# Every public callable that takes keywords by no name: a call with one that does not exist, or why that is not refused.
+CALLS = {
+    "AutoModelForVision2Seq.from_config": lambda t, at: openvla.AutoModelForVision2Seq.from_config(
+        t.model.config, no=1
+    ),
+    "AutoModelForVision2Seq.from_pretrained": lambda t, at: openvla.AutoModelForVision2Seq.from_pretrained(at, no=1),
+    "OpenVLAForActionPrediction.from_pretrained": lambda t, at: OpenVLAForActionPrediction.from_pretrained(at, no=1),
+    "PrismaticPreTrainedModel.from_pretrained": lambda t, at: OpenVLAForActionPrediction.from_pretrained(at, no=1),
+    "OpenVLAConfig.set_answer": lambda t, at: t.model.config.set_answer(no=1),
+    "ParallelDecodingMixin.enable_parallel_decoding": lambda t, at: t.model.enable_parallel_decoding(no=1),
+    "LoraMixin.load_lora": lambda t, at: t.model.load_lora(at, trainabel=True),
+    "OpenVLAForActionPrediction.generate": lambda t, at: t.model.generate(**t.inputs, no=1),
+    "PrismaticForConditionalGeneration.generate": lambda t, at: t.model.generate(**t.inputs, no=1),
+    "OpenVLAForActionPrediction.predict_action": lambda t, at: t.model.predict_action(**t.inputs, no=1),
+    "PushToHub.push_to_hub": lambda t, at: t.model.push_to_hub("me/robot", no=1),
+    "PrismaticForConditionalGeneration.resize_token_embeddings": lambda t, at: t.model.resize_token_embeddings(9, no=1),
+    "QuantizedModelMixin.state_dict": lambda t, at: t.model.state_dict(no=1),
+    "QuantizedModelMixin.to": lambda t, at: t.model.to("cpu", no=1),
+    "OpenVLAImageProcessor.__call__": lambda t, at: t.processor.image_processor(np.zeros((8, 8, 3), np.uint8), no=1),
+    "_as_transformers.<locals>.method": "transformers' own methods of adapters, which have their own signatures",
+    "OpenVLAConfig.__init__": "transformers keeps fields of a configuration that it does not know",
+    "PrismaticConfig.__init__": "as OpenVLAConfig's",
+    "OpenVLAImageProcessor.__init__": "as OpenVLAConfig's",
+    "AutoProcessor.from_pretrained": "transformers hands keywords to processor and tokenizer, which keep unknown ones",
+    "OpenVLAProcessor.from_pretrained": "as AutoProcessor's",
+    "OpenVLAForActionPrediction.save_pretrained": "transformers' own, but for adapters (below)",
+    "PrismaticPreTrainedModel.save_pretrained": "transformers' own",
+    "MarksCode.save_pretrained": "transformers' own",
+    "OpenVLAProcessor.save_pretrained": "transformers' own, or push_to_hub's",
+    "OpenVLAProcessor.batch_decode": "the tokenizer's own",
+    "OpenVLAProcessor.decode": "the tokenizer's own",
+}
+
+
+def public_callables():
+    """Functions and methods of this package that its public names reach."""
+    for name in openvla.__all__:
+        public = getattr(openvla, name)
+        reached = [inspect.getattr_static(public, one) for one in dir(public)] if inspect.isclass(public) else [public]
+        for function in reached:
+            function = getattr(function, "__func__", function)
+            named = inspect.isfunction(function) and function.__module__.startswith("openvla")
+            if named and (not function.__name__.startswith("_") or function.__name__ in ("__init__", "__call__")):
+                yield function
+
+
+def test_every_public_callable_with_loose_keywords_is_named_here():
+    found = set()
+    for function in public_callables():
+        if any(one.kind is one.VAR_KEYWORD for one in inspect.signature(function).parameters.values()):
+            found.add(function.__qualname__)
+    assert found == set(CALLS)
+
+
+@pytest.mark.parametrize("name", [name for name, call in CALLS.items() if callable(call)])
+def test_an_unknown_keyword_is_refused(name, tiny, inputs, folder):
+    tiny.inputs = inputs
+    with pytest.raises((TypeError, ValueError), match=r"\bno\b|trainabel"):
+        CALLS[name](tiny, folder)
+
+
+ZEROS = [0.0] * 7
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"draft": ZEROS, "fast": False}, "draft has no effect on this call: fast is False. Leave draft out"),
+        ({"draft": ZEROS, "use_cache": False}, "draft has no effect on this call: .* without a cache"),
+        ({"draft": ZEROS, "do_sample": True}, "draft has no effect on this call: tokens are sampled"),
+        ({"draft": ZEROS, "num_beams": 2}, "draft has no effect on this call: tokens are sampled, searched"),
+        ({"fast": True, "do_sample": True}, "fast=True has no effect on this call"),
+        ({"fast": True, "use_cache": False}, "fast=True has no effect on this call"),
+        ({"generator": torch.Generator()}, "generator: only for a diffusion head"),
+        ({"num_inference_steps": 3}, "num_inference_steps: only for a diffusion head"),
+        ({"proprio": ZEROS}, "trained without proprio; leave it out"),
+        ({"max_new_tokens": 7}, "leave out max_new_tokens"),
+    ],
+)
+def test_predict_action_token_by_token(asked, message, tiny, inputs):
+    with pytest.raises(ValueError, match=message):
+        tiny.model.eval().predict_action(**inputs, constrain_actions=True, **asked)
+
+
+def test_a_draft_is_refused_where_the_language_model_goes_its_own_way(inputs):
+    model, _ = build_tiny()
+    with pytest.raises(ValueError, match="draft has no effect on this call: the model is in training mode"):
+        model.train().predict_action(**inputs, constrain_actions=True, draft=ZEROS)
+
+
+@pytest.fixture(scope="module")
+def parallel(frames):
+    """Of every head: a model, what it predicts from, and a batch that it trains on."""
+    made = {}
+    for head in (None, "l1", "diffusion"):
+        answer = {"action_dim": 7, "chunk_length": 2, "parallel_decoding": True, "action_head": head}
+        model, processor = build_tiny(**answer)
+        rows = [{"image": frames["noise"], "action": np.full(7, 0.1 * i), "episode_index": 0} for i in range(3)]
+        fields = {"cameras": ["image"], "action": ["action"], "instruction_text": "go"}
+        key = next(iter(model.norm_stats))
+        step = SequenceReader(rows, key, fields)[0].step(0, 2)
+        batch = ActionCollator(processor, model)([step])
+        assert ("actions" in batch) == (head is not None)
+        made[head] = model.eval(), processor(instruction="go", images=frames["noise"]), batch
+    return made
+
+
+HEADS = (None, "l1", "diffusion")
+
+
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"draft": ZEROS}, "draft is for a model that answers token by token; leave it out"),
+        ({"eos_token_id": 2}, "in one pass, without eos_token_id"),
+        ({"do_sample": True}, "in one pass, without do_sample"),
+        ({"no": 1}, "in one pass, without no"),
+    ],
+)
+def test_predict_action_in_parallel(head, asked, message, parallel):
+    model, inputs, _ = parallel[head]
+    with pytest.raises(ValueError, match=message):
+        model.predict_action(**inputs, **asked)
+
+
+@pytest.mark.parametrize("head", ["l1", "diffusion"])
+def test_a_continuous_head_has_no_tokens_to_choose_among(head, parallel):
+    model, inputs, _ = parallel[head]
+    with pytest.raises(ValueError, match="constrain_actions is for answers in tokens, not for action_head"):
+        model.predict_action(**inputs, constrain_actions=True)
+
+
+def test_noise_that_is_given_is_not_drawn(parallel):
+    model, inputs, batch = parallel["diffusion"]
+    with pytest.raises(ValueError, match="noise is given, so nothing is drawn from the generator"):
+        model.predict_action(**inputs, noise=torch.zeros(2, 7), generator=torch.Generator())
+    drawn = {"noise": torch.zeros(1, 2, 7), "timesteps": torch.zeros(1, dtype=torch.long)}
+    with pytest.raises(ValueError, match="so nothing is drawn from the generator; leave it out"):
+        model(**batch, **drawn, generator=torch.Generator())
+    assert model(**batch, noise=drawn["noise"], generator=torch.Generator()).loss.isfinite()
+
+
+FLAGS = ("use_cache", "output_attentions", "output_hidden_states", "output_projector_features")
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_forward_in_parallel(head, parallel):
+    model, _, batch = parallel[head]
+    refused = {name: True for name in FLAGS} | {"logits_at_labels": False, "position_ids": torch.zeros(1, 1)}
+    refused |= {name: torch.zeros(1) for name in ("inputs_embeds", "past_key_values", "cache")}
+    for name, value in refused.items():
+        with pytest.raises(ValueError, match=f"forward takes no {name}.*; leave it out"):
+            model(**batch, **{name: value})
+    unused = {"actions": torch.zeros(1, 2, 7)} if head is None else {}
+    if head != "diffusion":
+        unused |= {"noise": torch.zeros(1, 2, 7), "timesteps": torch.zeros(1), "generator": torch.Generator()}
+    for name, value in unused.items():
+        with pytest.raises(ValueError, match=f"{name}: not used by a model whose action_head is {head!r}"):
+            model(**{**batch, name: value})
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        output = model(**batch, **dict.fromkeys(FLAGS, False), logits_at_labels=True, return_dict=True)
+        torch.manual_seed(0)
+        as_tuple = model(**batch, **dict.fromkeys(FLAGS), return_dict=False)
+    assert isinstance(as_tuple, tuple)
+    for got, expected in zip(as_tuple, output.to_tuple(), strict=True):
+        assert torch.equal(got, expected)
+
+
+def test_forward_token_by_token(tiny):
+    ids = torch.tensor([[1, 5, 6]])
+    for name in ("actions", "proprio", "noise", "timesteps", "generator"):
+        value = torch.Generator() if name == "generator" else torch.zeros(1)
+        with pytest.raises(ValueError, match=f"answers one action in tokens and takes no {name}; leave it out"):
+            tiny.model(ids, **{name: value})
+    for name in FLAGS[:3]:
+        with pytest.raises(ValueError, match=f"logits_at_labels gives loss and logits alone; .*{name}"):
+            tiny.model(ids, labels=ids, logits_at_labels=True, **{name: True})
+    output = tiny.model(ids, labels=ids, logits_at_labels=True)
+    loss, logits = tiny.model(ids, labels=ids, logits_at_labels=True, return_dict=False)
+    assert torch.equal(loss, output.loss)
+    assert torch.equal(logits, output.logits)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_cache_is_given_where_it_is_asked_for(training, inputs):
+    from openvla.compatibility_openvla import cache_of, cached_length
+
+    model, _ = build_tiny()
+    output = model.train(training)(**inputs, use_cache=True)
+    assert cached_length(cache_of(output)) == output.logits.shape[1]
+    assert cache_of(model(**inputs, use_cache=False)) is None
+
+
+def test_generate_takes_one_length(tiny, inputs):
+    with pytest.raises(ValueError, match="max_length and max_new_tokens say the same; give one of them"):
+        tiny.model.generate(**inputs, max_length=400, max_new_tokens=3)
+
+
+def test_parallel_decoding_is_not_enabled_by_saying_no():
+    model, _ = build_tiny()
+    with pytest.raises(ValueError, match="leave parallel_decoding out"):
+        model.enable_parallel_decoding(action_dim=7, parallel_decoding=False)
+    assert not model.config.parallel_decoding
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"instruction": "go", "truncation": True}, "an instruction is never cut; leave truncation out"),
+        ({"instruction": "go", "padding": "max_length"}, "padding='max_length' needs max_length"),
+        ({"text": "In: go", "images": None, "device": "cpu"}, "there are no images; leave it out"),
+        (
+            {"instruction": "go", "device": "cpu", "return_tensors": "np"},
+            "device gives torch tensors, not return_tensors",
+        ),
+    ],
+)
+def test_a_processor(asked, message, tiny, frames):
+    with pytest.raises(ValueError, match=message):
+        tiny.processor(**{"images": frames["noise"], **asked})
+
+
+@pytest.mark.parametrize(
+    ("asked", "kind", "message"),
+    [
+        (
+            {"organization": "lab"},
+            TypeError,
+            r"takes no organization. Give an organization in repo_id \('organization/",
+        ),
+        ({"use_auth_token": "hf_"}, TypeError, "takes no use_auth_token. .* a token as token"),
+        ({"use_temp_dir": False}, ValueError, "use_temp_dir=False would leave a folder here"),
+        ({"safe_serialization": False}, ValueError, "would upload a pickle"),
+    ],
+)
+@pytest.mark.parametrize("part", ["model", "processor"])
+def test_push_to_hub(part, asked, kind, message, tiny):
+    with pytest.raises(kind, match=message):
+        getattr(tiny, part).push_to_hub("me/robot", **asked)
+
+
+def test_an_adapter_is_saved_as_asked_or_not_at_all(tmp_path):
+    pytest.importorskip("peft")
+    model, _ = build_tiny()
+    model.enable_lora(r=2)
+    refused = {"push_to_hub": True, "safe_serialization": False, "variant": "fp16", "save_peft_format": False}
+    for name, value in refused.items():
+        with pytest.raises(
+            ValueError, match=f"{name}={value!r} has no effect on a model with an adapter; leave it out"
+        ):
+            model.save_pretrained(tmp_path, **{name: value})
+    with pytest.raises(TypeError, match="save_pretrained takes no no; allowed"):
+        model.save_pretrained(tmp_path, no=1)
+    assert not list(tmp_path.iterdir())
+    allowed = {"safe_serialization": True, "push_to_hub": False, "max_shard_size": "5GB", "save_function": torch.save}
+    assert set(allowed) < set(SAVE_KEYWORDS)  # what transformers' trainer and accelerate pass
+    model.save_pretrained(tmp_path, state_dict=model.state_dict(), **allowed)
+    assert (tmp_path / "adapter_model.safetensors").is_file()
+
+
+def test_a_policy_of_a_continuous_head_refuses_constrain_actions_before_it_acts(folder, tmp_path):
+    model, processor = build_tiny(action_dim=7, chunk_length=2, parallel_decoding=True, action_head="l1")
+    for part in (model, processor):
+        part.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="constrain_actions is for answers in tokens, not for action_head 'l1'"):
+        load_policy(tmp_path, device="cpu", constrain_actions=True)
+    assert load_policy(folder, device="cpu", constrain_actions=True).constrain_actions
