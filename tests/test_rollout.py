@@ -31,7 +31,8 @@ OFT = {**PLATFORMS["libero"], "parallel_decoding": True, "action_head": "l1", "n
 
 def policy_of(**overrides):
     model, processor = build_tiny(**overrides)
-    return Policy(model, processor, model.resolve_unnorm_key(), constrain_actions=True)
+    in_tokens = model.config.action_head is None
+    return Policy(model, processor, model.resolve_unnorm_key(), constrain_actions=in_tokens)
 
 
 # -- the interval ---------------------------------------------------------------------------------------------------
