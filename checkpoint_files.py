@@ -81,7 +81,7 @@ def weight_files(folder: Path) -> dict[str, Path]:
         return dict.fromkeys(_names(single), single)
     if index.is_file():
         return _indexed(index)
-    raise ValueError(f"{folder} holds neither {SINGLE_FILE} nor {INDEX_FILE}.")
+    raise ValueError(f"{folder} holds neither {SINGLE_FILE} nor {INDEX_FILE}; give the folder of the weights.")
 
 
 def has_safetensors(folder: Path) -> bool:
