@@ -39,7 +39,7 @@ from .images_openvla import (
     require_used,
 )
 from .jpeg_openvla import jpeg_round_trip  # noqa: F401  as nearest_name
-from .prompts_openvla import bare_instruction, require_bos, tokenized_prompts, warn_of_bare
+from .prompts_openvla import bare_instruction, require_bos, tokenized_prompts, warn_of_untrained
 from .publishing_openvla import PushToHub
 
 logger = logging.get_logger(__name__)
@@ -293,7 +293,7 @@ class OpenVLAProcessor(MarksCode, PushToHub, ProcessorMixin):
 
         Args:
             text: Whole prompts, as they are; the form of the published processor. ``predict_action`` adds the empty
-                token. What looks like an instruction alone is warned of.
+                token. An instruction alone, or a prompt of another style, is warned of.
             images: One image a prompt, in any form that the image processor takes. For a model of several cameras
                 the list of one prompt's images (``[main, wrist]``), or for several prompts a list of such lists.
             instruction: What the robot should do ("pick up the red block"). The prompt is written around it in lower
@@ -321,7 +321,7 @@ class OpenVLAProcessor(MarksCode, PushToHub, ProcessorMixin):
                 raise ValueError("An instruction needs an image: processor(instruction=..., images=...).")
             inputs = self._tokenized_instructions(instruction, padding, max_length, return_tensors)
         else:
-            warn_of_bare(text)
+            warn_of_untrained(text, self.prompt_style)
             inputs = self.tokenizer(
                 text,
                 return_tensors=return_tensors,
