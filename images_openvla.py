@@ -73,6 +73,8 @@ def _as_image(image: ImageInput) -> Image.Image:
         with Image.open(image) as opened:
             return upright_rgb(opened)
     if isinstance(image, Image.Image):
+        if 0 in image.size:
+            raise ValueError(f"A picture must have pixels, got {image.width} x {image.height}.")
         require_eight_bits(image)  # before its EXIF data is asked for, which reads a PNG file
         if _turn(image) is not None:
             logger.warning_once(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -401,10 +402,12 @@ class OpenVLAProcessor(MarksCode, PushToHub, ProcessorMixin):
         if self.empty_token_id is not None:
             rows = [row if row[-1] == self.empty_token_id else [*row, self.empty_token_id] for row in rows]
         longest = max(map(len, rows))
-        if max_length is not None and longest > max_length:
-            raise ValueError(
-                f"A prompt has {longest} tokens, more than max_length={max_length}; shorten the instruction."
-            )
+        limit, name = min(
+            (self.tokenizer.model_max_length, "the tokenizer's model_max_length"),
+            (math.inf if max_length is None else max_length, "max_length"),
+        )
+        if longest > limit:
+            raise ValueError(f"A prompt has {longest} tokens, more than {name}={limit}; shorten the instruction.")
         length = max_length if padding == "max_length" and max_length is not None else longest
         if any(len(row) != length for row in rows):
             if padding is False or padding == "do_not_pad":
