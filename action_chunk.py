@@ -63,7 +63,6 @@ class ActionChunk:
         self.policy, self.steps, self.blend = policy, steps, blend
         self._lock = threading.Lock()
         self._episode = self._step = 0
-        self._asked: int | None = None
         self._waiting: Ticket | None = None
         self._answers: dict[int, np.ndarray] = {}  # by the step that they were asked at
         self._failure: Exception | None = None  # of the last time that the policy was asked in a thread
@@ -72,7 +71,7 @@ class ActionChunk:
         """Begin an episode: answers of the one before are not played."""
         with self._lock:
             self._episode += 1
-            self._step, self._asked, self._waiting = 0, None, None
+            self._step, self._waiting, self._failure = 0, None, None
             self._answers.clear()
 
     @property
@@ -81,15 +80,13 @@ class ActionChunk:
         with self._lock:
             if self._waiting is not None:
                 return False
-            played_enough = (
-                self.steps is not None and self._asked is not None and self._step - self._asked >= self.steps
-            )
+            newest = max(self._answers, default=None)
+            played_enough = self.steps is not None and newest is not None and self._step - newest >= self.steps
             return played_enough or not self._current()
 
     def ask(self) -> Ticket:
         """Say that the policy is asked now, of an image taken now."""
         with self._lock:
-            self._asked = self._step
             self._waiting = Ticket(self._episode, self._step)
             return self._waiting
 

@@ -17,6 +17,10 @@ import numpy as np
 # (octo/dlimp normalize_action_and_proprio, as used by OpenVLA's RLDS pipeline).
 NORMALIZATION_EPSILON = 1e-8
 
+# A state in degrees or millimetres is 57 or 1000 times that in radians or metres.
+FAR_STATE = 10
+LEAST_HALF_RANGE = 1e-3
+
 # Which two statistics become -1 and 1.
 NORMALIZATIONS = {"q99": ("q01", "q99"), "bounds": ("min", "max")}
 
@@ -237,6 +241,16 @@ class NormalizationStatistics:
             raise ValueError(f"proprio must be finite, got {proprio.tolist()}.")
         scaled = 2 * (proprio - self.low) / (self.high - self.low + NORMALIZATION_EPSILON) - 1
         return np.clip(np.where(self.mask, scaled, proprio), -1.0, 1.0)
+
+    def far_states(self, proprio: np.ndarray) -> list[int]:
+        """Return which numbers of a state, float64 ``(dimension,)``, cannot be in the units that were trained on.
+
+        They lie further than ``FAR_STATE`` half ranges from the middle of what was trained on. Numbers that hardly
+        moved in training are left out.
+        """
+        half = (self.high - self.low) / 2
+        far = self.mask & (half > LEAST_HALF_RANGE) & (np.abs(proprio - (self.low + self.high) / 2) > FAR_STATE * half)
+        return np.flatnonzero(far).tolist()
 
 
 def _check_statistic(field: str, values: Any, like: tuple[str, int], name: str) -> None:

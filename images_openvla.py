@@ -5,12 +5,13 @@ TensorFlow does to frames before that (``IMAGE_PRESETS``), pixel for pixel.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageMode, ImageOps
+from PIL import Image, ImageMode
 from transformers.utils import logging
 
 from .jpeg_openvla import jpeg_round_trip
@@ -27,7 +28,17 @@ IMAGE_PRESETS = {
     "libero-raw": "the simulator's own frames: turned by 180 degrees and never skipped, else as libero",
 }
 CENTER_CROP_AREA = 0.9
-EXIF_ORIENTATION = 0x0112  # how a picture is to be turned: 1 not at all, 2 to 8 as cameras that were held otherwise say
+EXIF_ORIENTATION = 0x0112
+# How viewers turn a picture, by its EXIF orientation; 1, and whatever is no orientation, is not at all.
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 # glibc's polynomials of sinf, close to the Taylor series.
 _SINE = [float.fromhex(c) for c in ("-0x1.555545995a603p-3", "0x1.1107605230bc4p-7", "-0x1.994eb3774cf24p-13")]
@@ -62,12 +73,15 @@ def _as_image(image: ImageInput) -> Image.Image:
         with Image.open(image) as opened:
             return upright_rgb(opened)
     if isinstance(image, Image.Image):
-        if image.getexif().get(EXIF_ORIENTATION, 1) != 1:
+        if 0 in image.size:
+            raise ValueError(f"A picture must have pixels, got {image.width} x {image.height}.")
+        require_eight_bits(image)  # before its EXIF data is asked for, which reads a PNG file
+        if _turn(image) is not None:
             logger.warning_once(
                 "A PIL image is taken as its pixels lie, though its EXIF orientation says that a viewer turns it. If "
                 "the camera was held so, give the path, or turn it with PIL.ImageOps.exif_transpose. (Said once.)"
             )
-        return image if image.mode == "RGB" else require_eight_bits(image).convert("RGB")
+        return image if image.mode == "RGB" else image.convert("RGB")
     if isinstance(image, torch.Tensor):
         image = image.detach().cpu()
         if image.ndim == 3 and image.shape[0] in (1, 3, 4):  # channels first, torch's habit
@@ -91,14 +105,39 @@ def upright_rgb(picture: Image.Image) -> Image.Image:
 
     Transparency is dropped: the colours are what the camera saw.
     """
-    return ImageOps.exif_transpose(require_eight_bits(picture)).convert("RGB")
+    require_one_frame(require_eight_bits(picture)).load()  # a TIFF file turns itself then
+    turn = _turn(picture)
+    return (picture if turn is None else picture.transpose(turn)).convert("RGB")
+
+
+def _turn(picture: Image.Image) -> Image.Transpose | None:
+    """Return how viewers turn a picture; None for not at all, also where its EXIF data cannot be read."""
+    try:
+        return TURNS.get(picture.getexif().get(EXIF_ORIENTATION))
+    except Exception:  # broken data raises whatever Pillow's parsers of TIFF and XML raise
+        return None
+
+
+def require_one_frame(picture: Image.Image) -> Image.Image:
+    """Return a picture of a file if it is the only one there; an MPO file's others are previews of its first."""
+    if getattr(picture, "is_animated", False) and picture.format != "MPO":
+        raise ValueError(
+            f"A picture file must hold one frame, got {picture.n_frames} ({picture.format}); which is meant is not "
+            "known. Open it with PIL, seek to the frame, and give that image."
+        )
+    return picture
 
 
 def require_eight_bits(picture: Image.Image) -> Image.Image:
-    """Return a picture whose channels have 8 bits or 1; ValueError for others, which Pillow clips to black or white."""
-    if not ImageMode.getmode(picture.mode).typestr.endswith("1"):
+    """Return a picture whose channels have 8 bits or 1; ValueError for others, which Pillow clips to black or white.
+
+    Of 16 bits a channel in colour Pillow keeps the upper 8 where a file is read, which leaves 12-bit data black.
+    """
+    # How a file that is not read yet lays its pixels out, such as "RGB;16B".
+    mode = next(iter(re.findall(r"\w+;16\w*", str(getattr(picture, "tile", "")))), picture.mode)
+    if mode != picture.mode or not ImageMode.getmode(mode).typestr.endswith("1"):
         raise ValueError(
-            f"A picture must have 8 bits a channel, got mode {picture.mode}, whose numbers may mean any brightness (or "
+            f"A picture must have 8 bits a channel, got mode {mode}, whose numbers may mean any brightness (or "
             "depth); give 8-bit RGB or grey, scaled as in training."
         )
     return picture

@@ -21,7 +21,9 @@ import transformers
 from huggingface_hub import HfApi
 from torch import nn
 from transformers.modeling_outputs import ModelOutput
+from transformers.utils import logging
 
+from .actions_openvla import FAR_STATE
 from .compatibility_openvla import attention_implementation
 from .configuration_openvla import OpenVLAConfig
 from .decoding_openvla import given_names, insert_after_bos, positions_of, require_one_pass
@@ -36,6 +38,8 @@ from .heads_openvla import (
     timestep_embedding,
 )
 from .prismatic_openvla import logits_before
+
+logger = logging.get_logger(__name__)
 
 PLACEHOLDER_ID = 1  # stands where an action will be; its embedding is replaced
 # Which attention takes a mask in four dimensions; flash attention knows only causal and full, of unpadded rows.
@@ -465,5 +469,15 @@ class ParallelDecodingMixin:
         self._require_proprio(proprio, len(unnorm_keys))
         if proprio is None:
             return None
-        rows = [self.proprio_statistics(key).normalize_proprio(row) for key, row in zip(unnorm_keys, proprio)]
+        rows = []
+        for key, row in zip(unnorm_keys, proprio):
+            statistics = self.proprio_statistics(key)
+            rows.append(statistics.normalize_proprio(row))
+            far = statistics.far_states(row)
+            if far:
+                logger.warning_once(
+                    f"Numbers {far} of proprio lie more than {FAR_STATE} half ranges from the middle of what {key!r} "
+                    "was trained on, and are cut to its ends. Give the state in the units and the order of training "
+                    "(m and rad, not mm and degrees)."
+                )
         return torch.tensor(np.stack(rows), dtype=torch.float32)

@@ -13,6 +13,7 @@ import json
 import math
 import os
 import random
+import re
 import socket
 import threading
 import time
@@ -21,8 +22,19 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import numpy as np
-from PIL import Image, ImageMode, ImageOps
+from PIL import Image, ImageMode
 
+EXIF_ORIENTATION = 0x0112
+# How viewers turn a picture, by its EXIF orientation; this file needs no other, so they stand here again.
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 BACKOFF_SECONDS = (0.05, 2.0)  # before the first retry and at most; doubled each time, with some chance in it
 LARGEST_REPLY = 64 * 2**20
 
@@ -146,7 +158,7 @@ class PolicyClient:
         """
         if not isinstance(instruction, str):
             raise ValueError(f"The instruction must be text, got {type(instruction).__name__}: {instruction!r}.")
-        several = isinstance(image, (list, tuple))
+        several = isinstance(image, (list, tuple)) or getattr(image, "ndim", 0) == 4
         fields = {"image": [_encoded(_pixels(one)) for one in image] if several else _encoded(_pixels(image))}
         fields |= {"instruction": instruction, **self._client}
         if proprio is not None:
@@ -251,12 +263,16 @@ def _pixels(image: Any) -> np.ndarray:
     """Return an image as an array; files and PIL images become RGB, as the policy itself would make them."""
     if isinstance(image, (str, os.PathLike)):
         with Image.open(image) as opened:
+            if getattr(opened, "is_animated", False) and opened.format != "MPO":
+                raise ValueError(f"A picture file must hold one frame, got {opened.n_frames}; give the one you mean.")
             _require_eight_bits(opened)
-            image = ImageOps.exif_transpose(opened)
+            opened.load()  # a TIFF file turns itself then
+            turn = _turn(opened)
+            image = opened.copy() if turn is None else opened.transpose(turn)
     if isinstance(image, Image.Image):
         _require_eight_bits(image)
         return np.asarray(image.convert("RGB"))
-    if hasattr(image, "detach"):  # torch, which may have its channels first
+    if hasattr(image, "detach") and hasattr(image, "cpu"):  # torch, which may have its channels first
         image = image.detach().cpu()
         image = (image.float() if image.is_floating_point() else image).numpy()
         if image.ndim == 3 and image.shape[0] in (1, 3, 4):
@@ -267,8 +283,18 @@ def _pixels(image: Any) -> np.ndarray:
 
 
 def _require_eight_bits(picture: Image.Image) -> None:
-    if not ImageMode.getmode(picture.mode).typestr.endswith("1"):  # as images_openvla, which a robot may not have
-        raise ValueError(f"A picture must have 8 bits a channel, got mode {picture.mode}; give 8-bit RGB or grey.")
+    """Raise ValueError as images_openvla does, which a robot may not have."""
+    mode = next(iter(re.findall(r"\w+;16\w*", str(getattr(picture, "tile", "")))), picture.mode)
+    if mode != picture.mode or not ImageMode.getmode(mode).typestr.endswith("1"):
+        raise ValueError(f"A picture must have 8 bits a channel, got mode {mode}; give 8-bit RGB or grey.")
+
+
+def _turn(picture: Image.Image) -> Image.Transpose | None:
+    """Return how viewers turn a picture; None for not at all, also where its EXIF data cannot be read."""
+    try:
+        return TURNS.get(picture.getexif().get(EXIF_ORIENTATION))
+    except Exception:  # broken data raises whatever Pillow's parsers of TIFF and XML raise
+        return None
 
 
 def _encoded(array: np.ndarray) -> dict[str, Any]:

@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
             "With --model give --image and --instruction too; the sample image is for the embedded default."
         )
     image_files = args.image or [SAMPLE_IMAGE]
-    instruction = args.instruction or SAMPLE_INSTRUCTION
+    instruction = SAMPLE_INSTRUCTION if args.instruction is None else args.instruction
     draw = import_pyplot("--plot") if args.plot else None
     for file in image_files:
         if not file.is_file():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -39,7 +40,7 @@ from .images_openvla import (
     require_used,
 )
 from .jpeg_openvla import jpeg_round_trip  # noqa: F401  as nearest_name
-from .prompts_openvla import bare_instruction, require_bos, tokenized_prompts, warn_of_bare
+from .prompts_openvla import bare_instruction, require_bos, tokenized_prompts, warn_of_untrained
 from .publishing_openvla import PushToHub
 
 logger = logging.get_logger(__name__)
@@ -293,7 +294,7 @@ class OpenVLAProcessor(MarksCode, PushToHub, ProcessorMixin):
 
         Args:
             text: Whole prompts, as they are; the form of the published processor. ``predict_action`` adds the empty
-                token. What looks like an instruction alone is warned of.
+                token. An instruction alone, or a prompt of another style, is warned of.
             images: One image a prompt, in any form that the image processor takes. For a model of several cameras
                 the list of one prompt's images (``[main, wrist]``), or for several prompts a list of such lists.
             instruction: What the robot should do ("pick up the red block"). The prompt is written around it in lower
@@ -321,7 +322,7 @@ class OpenVLAProcessor(MarksCode, PushToHub, ProcessorMixin):
                 raise ValueError("An instruction needs an image: processor(instruction=..., images=...).")
             inputs = self._tokenized_instructions(instruction, padding, max_length, return_tensors)
         else:
-            warn_of_bare(text)
+            warn_of_untrained(text, self.prompt_style)
             inputs = self.tokenizer(
                 text,
                 return_tensors=return_tensors,
@@ -401,10 +402,12 @@ class OpenVLAProcessor(MarksCode, PushToHub, ProcessorMixin):
         if self.empty_token_id is not None:
             rows = [row if row[-1] == self.empty_token_id else [*row, self.empty_token_id] for row in rows]
         longest = max(map(len, rows))
-        if max_length is not None and longest > max_length:
-            raise ValueError(
-                f"A prompt has {longest} tokens, more than max_length={max_length}; shorten the instruction."
-            )
+        limit, name = min(
+            (self.tokenizer.model_max_length, "the tokenizer's model_max_length"),
+            (math.inf if max_length is None else max_length, "max_length"),
+        )
+        if longest > limit:
+            raise ValueError(f"A prompt has {longest} tokens, more than {name}={limit}; shorten the instruction.")
         length = max_length if padding == "max_length" and max_length is not None else longest
         if any(len(row) != length for row in rows):
             if padding is False or padding == "do_not_pad":

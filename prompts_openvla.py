@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import unicodedata
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -17,6 +18,10 @@ logger = logging.get_logger(__name__)
 
 SLOT = "{instruction}"
 SHOWN_CHARACTERS = 120
+# What no text holds but what was padded with zero bytes, begins with a byte-order mark, or was decoded wrongly.
+NO_TEXT = re.compile("[\x00-\x08\x0e-\x1f\x7f\ufeff\ufffd]")
+# What Python writes of bytes, or of an array or list of texts: b'go', ['go'], [b'go'].
+WRITTEN_BYTES = re.compile(r"""b(['"]).*\1|\[(b?)(['"]).*\3\]""", re.DOTALL)
 
 # By tokenizer: its size and the special tokens that it had then; its copy without special tokens.
 _special_tokens: weakref.WeakKeyDictionary[Any, tuple[int, dict[str, int]]] = weakref.WeakKeyDictionary()
@@ -42,13 +47,25 @@ def bare_instruction(instruction: Any) -> str:
     """Return an instruction as it stands in a prompt: stripped, in lower case.
 
     Raises:
-        ValueError: It is no text, empty, or a whole prompt, which would be written into a prompt again.
+        ValueError: It is no text, empty, what Python shows of bytes or of a list, or a whole prompt, which would be
+            written into a prompt again.
     """
     if isinstance(instruction, bytes):
         raise ValueError(f"The instruction must be text, got bytes: {instruction!r}; decode them: .decode('utf-8').")
-    if not isinstance(instruction, str) or not instruction.strip():
+    if not isinstance(instruction, str) or not any(unicodedata.category(sign)[0] in "LNS" for sign in instruction):
         raise ValueError(f"The instruction must say something, got {instruction!r}.")
+    if NO_TEXT.search(instruction):
+        raise ValueError(
+            f"The instruction holds what no text has (a control character, a byte-order mark or U+FFFD): "
+            f"{ascii(instruction[:SHOWN_CHARACTERS])}. Give plain text: cut padding of zero bytes, and read files as "
+            "encoding='utf-8-sig'."
+        )
     text = _normal(instruction)
+    if WRITTEN_BYTES.fullmatch(text):
+        raise ValueError(
+            f"The instruction is what Python shows of bytes or of a list: {instruction[:SHOWN_CHARACTERS]!r}. Give the "
+            "text itself: decode bytes with .decode('utf-8'), take the one entry of a list or an array."
+        )
     asks = any(question in text for question in QUESTIONS)
     if asks or text.startswith(OPENINGS) or any(re.search(rf"(^|\W){re.escape(end)}$", text) for end in ENDINGS):
         raise ValueError(
@@ -59,14 +76,30 @@ def bare_instruction(instruction: Any) -> str:
     return instruction.strip().lower()
 
 
-def warn_of_bare(text: Any) -> None:
-    """Warn where the text of a prompt has neither a question nor an opening nor an ending of any trained prompt."""
+def warn_of_untrained(text: Any, style: str | None) -> None:
+    """Warn of text that is no prompt of any model, or asks for an action otherwise than the checkpoint was trained.
+
+    Args:
+        text: One prompt or several; other questions than those for actions are left alone.
+        style: A key of ``PROMPTS``, or None where it is not known.
+    """
     for one in [text] if isinstance(text, str) else text:
-        if isinstance(one, str) and not any(part in _normal(one) for part in (*OPENINGS, *QUESTIONS, *ENDINGS)):
+        if not isinstance(one, str):
+            continue
+        normal = _normal(one)
+        if not any(part in normal for part in (*OPENINGS, *QUESTIONS, *ENDINGS)):
             logger.warning(
                 f"text={one[:SHOWN_CHARACTERS]!r} is no prompt that any model here was trained on, and none is written "
                 "around it. If it is what the robot should do, give it as instruction=."
             )
+        elif style is not None and any(question in normal for question in QUESTIONS):
+            before, after = PROMPTS[style].split(SLOT)
+            asked = one.rstrip().removeprefix(before).removesuffix(after.rstrip())
+            if before + asked + after.rstrip() != one.rstrip() or asked != asked.lower():
+                logger.warning(
+                    f"text={one[-SHOWN_CHARACTERS:]!r} asks for an action otherwise than this checkpoint was trained: "
+                    f"{PROMPTS[style]!r}, the instruction in lower case. Give the instruction alone as instruction=."
+                )
 
 
 def tokenized_prompts(tokenizer: Any, style: str, instructions: Sequence[str]) -> list[list[int]]:

@@ -302,6 +302,8 @@ class ClipAction:
             )
         if not (np.isfinite(metres_per_unit) and metres_per_unit > 0):
             raise ValueError(f"metres_per_unit must be above 0, got {metres_per_unit!r}.")
+        if workspace is None and metres_per_unit != 1.0:
+            raise ValueError(f"metres_per_unit={metres_per_unit!r} is for a workspace; leave it out, or give one.")
         self.workspace = None if workspace is None else np.asarray(workspace, np.float64)
         if workspace is not None and (
             self.workspace.shape != (2, 3) or not np.all(self.workspace[0] < self.workspace[1])
@@ -324,17 +326,18 @@ class ClipAction:
             float64 ``(7,)`` or ``(chunk, 7)``, the policy's units.
 
         Raises:
-            ValueError: The answer is no action of seven or not finite, or ``position`` is missing or not finite.
+            ValueError: The answer is no action of seven or not finite, or ``position`` is missing, not finite, or of no
+                use.
         """
-        if self.workspace is not None:
-            position = _checked_position(position)  # before the policy is asked: an ActionChunk would lose an action
+        # Before the policy is asked: an ActionChunk would lose an action.
+        position = self._checked_position(position)
         return self.clip(self.policy.act(image, instruction, proprio), position)
 
     def clip(self, action: np.ndarray | Sequence[Any], position: Any = None) -> np.ndarray:
         """An action or chunk within the limits; as ``act``, for one that is already there."""
         asked = _checked_actions(action)
         steps = np.atleast_2d(asked).copy()
-        position = None if self.workspace is None else _checked_position(position)
+        position = self._checked_position(position)
         self.clipped = []
         for index, step in enumerate(steps):
             self._cut(index, step, "max_delta", -self.max_delta, self.max_delta)
@@ -352,6 +355,13 @@ class ClipAction:
         """Begin an episode."""
         self.clipped = []
         self.policy.reset()
+
+    def _checked_position(self, position: Any) -> np.ndarray | None:
+        if self.workspace is not None:
+            return _checked_position(position)
+        if position is not None:
+            raise ValueError("position is for a workspace, and none was given; leave it out, or give workspace.")
+        return None
 
     def _cut(self, index: int, step: np.ndarray, limit: str, low: np.ndarray, high: np.ndarray) -> None:
         """Cut the first dimensions of a step in place, and note it."""

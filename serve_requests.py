@@ -20,7 +20,7 @@ import numpy as np
 from PIL import Image
 
 from .actions_openvla import nearest_name
-from .images_openvla import as_images, require_eight_bits, upright_rgb
+from .images_openvla import as_images, require_eight_bits, require_one_frame, upright_rgb
 from .serve import Limits
 
 # The fields of the clients of OpenVLA's server, of OpenVLA-OFT's (every field with "wrist" in it is a camera, in the
@@ -110,7 +110,7 @@ def read_msgpack(frame: bytes, limits: Limits) -> ActRequest:
         RequestError: It is malformed; the message names the field.
     """
     try:
-        fields = msgpack.unpackb(frame, object_hook=_msgpack_array, max_ext_len=0)
+        fields = msgpack.unpackb(frame, object_pairs_hook=_msgpack_map, max_ext_len=0)
     except RequestError:
         raise
     except (ValueError, TypeError, RecursionError, msgpack.UnpackException) as error:
@@ -158,7 +158,7 @@ def _json_object(text: bytes | str, name: str | None) -> dict[str, Any]:
 
     try:
         text = text.decode("utf-8") if isinstance(text, bytes) else text
-        fields = json.loads(text, parse_constant=refuse)
+        fields = json.loads(text, parse_constant=refuse, object_pairs_hook=_once_each)
     except RequestError:
         raise
     except (ValueError, RecursionError) as error:
@@ -315,7 +315,7 @@ def _picture(text: str, name: str, limits: Limits) -> Image.Image:
         image = Image.open(io.BytesIO(data), formats=PICTURE_FORMATS)
         _require_size(*image.size, name, limits)
         try:
-            require_eight_bits(image)
+            require_one_frame(require_eight_bits(image))
         except ValueError as error:
             raise RequestError(f"{name}: {error}", name) from error
         return upright_rgb(image)
@@ -394,8 +394,21 @@ def _array_of(data: bytes, dtype: Any, shape: Any, name: str | None) -> np.ndarr
     return np.frombuffer(data, dtype).reshape(shape)
 
 
-def _msgpack_array(value: dict[Any, Any]) -> Any:
-    """The array or number that openpi writes as a map."""
+def _once_each(pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:
+    """Return an object's fields; RequestError where a name stands twice, of which Python would take the last."""
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in fields if names.count(name) > 1)
+        raise RequestError(
+            f"A field was sent twice: {_shown(twice)}; send it once.", twice if isinstance(twice, str) else None
+        )
+    return fields
+
+
+def _msgpack_map(pairs: list[tuple[Any, Any]]) -> Any:
+    """Return a map, or the array or number that openpi writes as one."""
+    value = _once_each(pairs)
     if b"__npgeneric__" in value and (_is_number(value.get(b"data")) or isinstance(value.get(b"data"), bool)):
         return value[b"data"]
     if b"__ndarray__" not in value:

@@ -1,6 +1,7 @@
 """Playing chunks: open loop, blended, late answers."""
 
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -93,6 +94,47 @@ def test_a_policy_that_fails_is_asked_again():
     for _ in range(2):
         with pytest.raises(ConnectionError):
             player.act(None, "go")
+
+
+class FailsOnce(Counter):
+    """Fails when it is asked the second time."""
+
+    def act(self, image, instruction, proprio=None):
+        chunk = super().act(image, instruction, proprio)
+        if self.calls == 2:
+            raise ConnectionError("gone")
+        return chunk
+
+
+def test_after_a_failure_the_rest_of_the_old_chunk_is_not_played_unasked():
+    player = ActionChunk(FailsOnce(8), steps=4)
+    assert play(player, 4) == [10, 11, 12, 13]
+    with pytest.raises(ConnectionError):
+        player.act("image", "go")
+    assert play(player, 5) == [30, 31, 32, 33, 40]
+
+
+def test_a_thread_whose_policy_failed_asks_again_at_the_next_step():
+    policy, plan = FailsOnce(8), []
+    player = ActionChunk(policy, steps=4)
+    with ThreadPoolExecutor(1) as thread:
+        for _ in range(7):
+            asked = player.ask_in(thread, "image", "go")
+            if asked is not None:
+                asked.exception()
+            plan.append(player.next()[0])
+    assert plan == [10, 11, 12, 13, 14, 30, 31]  # the failure was at the fifth step, whose action the old chunk has
+
+
+def test_a_failure_of_the_episode_before_is_forgotten():
+    player = ActionChunk(FailsOnce())
+    player.policy.calls = 1
+    with ThreadPoolExecutor(1) as thread:
+        player.ask_in(thread, "image", "go").exception()
+    player.reset()
+    with pytest.raises(ValueError, match="no chunk was answered yet") as raised:
+        player.next()
+    assert raised.value.__cause__ is None
 
 
 @pytest.mark.parametrize(

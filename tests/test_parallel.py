@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from openvla import PLATFORMS, OpenVLAConfig, OpenVLAForActionPrediction
+from openvla import PLATFORMS, OpenVLAConfig, OpenVLAForActionPrediction, parallel_openvla
 from openvla.configuration_openvla import LLM_MODEL_TYPES
 from openvla.parallel_openvla import with_action_slots
 from openvla.tiny import build_tiny
@@ -297,6 +297,39 @@ def test_proprio_is_normalised_as_trained(platform):
     entry = next(iter(statistics.values()))["proprio"]
     own = NormalizationStatistics(entry, normalization=PLATFORMS[platform]["normalization"])
     assert (own.normalize_proprio(golden["raw_proprio"]) == golden["normalized_raw_proprio"]).all()
+
+
+@pytest.mark.parametrize(
+    ("name", "factor", "far"),
+    [
+        ("millimetres", [1000] * 3 + [1] * 5, [0, 1, 2]),
+        ("degrees", [1] * 3 + [57.3] * 3 + [1] * 2, [3, 4, 5]),
+        ("", 1, []),
+    ],
+)
+def test_a_state_in_other_units_is_said(name, factor, far):
+    from openvla import NormalizationStatistics
+
+    low, high = np.array([0.2, -0.4, 0.6, -3, -2, -1, 0, 0.01]), np.array([0.7, 0.3, 1.2, -2, 3, 1, 0.04, 0.01])
+    statistics = NormalizationStatistics({"q01": low, "q99": high})
+    assert statistics.far_states(low * factor) == far
+    assert statistics.far_states(np.where(np.arange(8) == 7, 5.0, low + 3 * (high - low))) == []  # 7 is constant
+
+
+def test_the_model_says_that_a_state_is_far(libero, monkeypatch):
+    seen = []
+    monkeypatch.setattr(parallel_openvla.logger, "warning_once", seen.append)
+    libero.model.normalized_proprio(libero.proprio[0], [libero.key])
+    assert not seen
+    statistics = libero.model.proprio_statistics(libero.key)
+    state = (statistics.low + statistics.high) / 2
+    state[1] += 11 * (statistics.high[1] - statistics.low[1]) / 2
+    normalized = libero.model.normalized_proprio(state, [libero.key])
+    assert normalized[0, 1] == 1
+    assert len(seen) == 1
+    assert seen[0].startswith(
+        f"Numbers [1] of proprio lie more than 10 half ranges from the middle of what {libero.key!r}"
+    )
 
 
 @pytest.mark.parametrize(

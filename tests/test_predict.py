@@ -55,6 +55,7 @@ def test_a_saved_model_predicts_the_same_and_is_drawn(tiny, tmp_path, capsys):
         (["--image", "nowhere.png"], "No image at nowhere.png"),
         (["--unnorm-key", "bridge_orig"], "Unknown unnorm_key 'bridge_orig'"),
         (["--instruction", " "], "must say something"),
+        (["--instruction", ""], "The instruction must say something, got ''."),
     ],
 )
 def test_mistakes_are_one_line(arguments, message, capsys):

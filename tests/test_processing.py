@@ -141,6 +141,20 @@ def test_pictures_of_other_than_8_bits_are_refused(mode, tmp_path):
             as_images(image)
 
 
+@pytest.mark.parametrize("size", [(0, 0), (5, 0)])
+def test_a_picture_without_pixels_is_refused(size):
+    with pytest.raises(ValueError, match=f"must have pixels, got {size[0]} x {size[1]}"):
+        as_images(Image.new("RGB", size))
+
+
+def test_a_prompt_is_no_longer_than_the_tokenizer_s_limit(tiny, frames, monkeypatch):
+    monkeypatch.setattr(tiny.processor.tokenizer, "model_max_length", 80)
+    given = {"images": frames["noise"], "max_length": 2000}
+    assert tiny.processor(instruction="go", **given)["input_ids"].shape[1] <= 80
+    with pytest.raises(ValueError, match="tokens, more than the tokenizer's model_max_length=80; shorten"):
+        tiny.processor(instruction="go " * 50, **given)
+
+
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "PA", "RGBA", "CMYK", "YCbCr"])
 def test_pictures_of_8_bits_become_rgb(mode):
     """Transparency is dropped: the colours below it are what the camera saw."""

@@ -61,6 +61,70 @@ def test_bytes_are_no_text(tiny, instruction):
         tiny.processor(instruction=instruction, images=FRAME)
 
 
+@pytest.mark.parametrize(
+    ("instruction", "said"),
+    [
+        ("\u200b", "must say something, got '\\\\u200b'"),
+        ("...?", "must say something"),
+        ("\x00\x00", "must say something"),
+        ("go\x00\x00\x00", r"holds what no text has .*: 'go\\x00.*cut padding of zero bytes"),
+        ("\ufeffgo", r"holds what no text has .*: '\\ufeffgo'.*utf-8-sig"),
+        ("caf\ufffd", "holds what no text has"),
+        ("go\x1b[0m", "holds what no text has"),
+        ("b'open the drawer'", "is what Python shows of bytes or of a list: .*decode bytes"),
+        ('b"the cup\'s lid"', "is what Python shows of bytes"),
+        ("['open the drawer']", "is what Python shows of bytes or of a list: .*take the one entry"),
+        ("[b'open the drawer']", "is what Python shows of bytes"),
+        ("['open', 'close']", "is what Python shows of bytes"),
+    ],
+)
+def test_what_is_no_instruction(tiny, instruction, said):
+    with pytest.raises(ValueError, match=said):
+        tiny.processor(instruction=["go", instruction], images=[FRAME] * 2)
+
+
+@pytest.mark.parametrize(
+    "instruction",
+    [
+        "pick up the cup\nand pour\tit",
+        "b 'a' and 'c'",
+        "[left] take 'a'",
+        "拿起杯子",
+        "ارفع الكوب",
+        "👉 🍎",
+        "👩\u200d🍳 cook",
+        "3",
+        "می\u200cخواهم",
+    ],
+)
+def test_ordinary_text_of_any_script_is_an_instruction(tiny, instruction):
+    assert tiny.processor.prompt(f" {instruction} ") == PROMPTS["openvla"].format(instruction=instruction)
+
+
+def test_an_action_asked_for_otherwise_than_trained_is_said(tiny):
+    seen, logger = [], logging.get_logger("openvla.prompts_openvla")
+    logger.addFilter(lambda record: seen.append(record.getMessage()) or True)
+    good = PROMPTS["openvla"].format(instruction="open the drawer")
+    untrained = [
+        PROMPTS["openvla-v01"].format(instruction="open the drawer"),
+        PROMPTS["openvla"].format(instruction="Open the drawer"),
+        good.removesuffix("\nOut:"),
+        good.replace("In: ", "In:"),
+        good.upper(),
+        good.replace("\n", " "),
+    ]
+    try:
+        for text in (good, f"{good} ", "In: Is the drawer open?\nOut:"):
+            tiny.processor(text, FRAME)
+        assert not seen
+        tiny.processor(untrained, [FRAME] * len(untrained), padding=True)
+    finally:
+        logger.filters.clear()
+    assert [
+        message.partition(" asks for an action otherwise than this checkpoint was trained: ")[0] for message in seen
+    ] == [f"text={text[-120:]!r}" for text in untrained]
+
+
 def test_an_instruction_given_as_text_is_said(tiny):
     seen, logger = [], logging.get_logger("openvla.prompts_openvla")
     logger.addFilter(lambda record: seen.append(record.getMessage()) or True)

@@ -247,6 +247,14 @@ def test_around_a_player_of_chunks():
     assert limited.act(None, "go", position=[0.05, 0.5, 0.5])[0] == 0.01
 
 
+def test_a_position_that_limits_nothing_is_refused():
+    limited = ClipAction(Says([0.2] * 6 + [1]), max_delta=[0.1] * 6)
+    for act in (lambda: limited.act(None, "go", position=[0, 0, 0]), lambda: limited.clip([0] * 7, [0, 0, 0])):
+        with pytest.raises(ValueError, match="position is for a workspace, and none was given; leave it out"):
+            act()
+    assert limited.act(None, "go").tolist() == [0.1] * 6 + [1]
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -258,6 +266,7 @@ def test_around_a_player_of_chunks():
         ({"workspace": ([0, 0, 0], [1, np.nan, 1])}, "low below high"),
         ({"workspace": [0, 1]}, "low below high"),
         ({"max_delta": [1] * 6, "metres_per_unit": 0}, "above 0"),
+        ({"max_delta": [1] * 6, "metres_per_unit": 0.0126}, "is for a workspace; leave it out, or give one"),
     ],
 )
 def test_bad_limits(settings, message):

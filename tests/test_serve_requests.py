@@ -13,6 +13,8 @@ from PIL import Image
 for package in ("fastapi", "uvicorn", "msgpack", "websockets", "prometheus_client"):
     pytest.importorskip(package)
 
+from openvla.serve import Limits  # noqa: E402
+from openvla.serve_requests import RequestError, read_msgpack  # noqa: E402
 from serving import GOOD, INSTRUCTION, STATE, ask, encoded, expected, openpi, picture, refused_by_websocket  # noqa: E402
 
 FOUR = np.zeros((2, 2, 3), np.float32)
@@ -200,3 +202,24 @@ def test_a_picture_of_100_megapixels_is_refused_by_its_header(server):
     assert (reply.status, reply.error["field"]) == (413, "image")
     assert "10000 x 10000 pixels; at most 4096" in reply.error["message"]
     assert time.process_time() - started < 1
+
+
+@pytest.mark.parametrize(
+    ("name", "body"),
+    [
+        ("instruction", '{"image": [[[1, 2, 3]]], "instruction": "go", "instruction": "stop"}'),
+        ("unnorm_key", '{"unnorm_key": "a", "image": [[[1, 2, 3]]], "instruction": "go", "unnorm_key": "b"}'),
+        ("shape", '{"image": {"__numpy__": "AAAA", "dtype": "|u1", "shape": [3], "shape": [1, 1, 3]}}'),
+    ],
+)
+def test_a_field_that_is_sent_twice_is_refused(server, name, body):
+    for reply in (ask(server, body=body.encode()), ask(server, body={"encoded": body})):
+        assert (reply.status, reply.json["error"]["field"]) == (422, name)
+        assert reply.json["error"]["message"] == f"A field was sent twice: '{name}'; send it once."
+
+
+def test_a_field_that_is_packed_twice_is_refused():
+    msgpack, limits = pytest.importorskip("msgpack"), Limits()
+    twice = b"\x83" + b"".join(map(msgpack.packb, ("prompt", "go", "image", 1, "prompt", "stop")))
+    with pytest.raises(RequestError, match="A field was sent twice: 'prompt'"):
+        read_msgpack(twice, limits)
