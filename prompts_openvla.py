@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import unicodedata
@@ -52,7 +53,14 @@ def bare_instruction(instruction: Any) -> str:
     """
     if isinstance(instruction, bytes):
         raise ValueError(f"The instruction must be text, got bytes: {instruction!r}; decode them: .decode('utf-8').")
-    if not isinstance(instruction, str) or not any(unicodedata.category(sign)[0] in "LNS" for sign in instruction):
+    if not isinstance(instruction, str):
+        raise ValueError(f"The instruction must say something, got {instruction!r}.")
+    return _checked(instruction)
+
+
+@functools.lru_cache(maxsize=1024)  # a robot is told the same at every step
+def _checked(instruction: str) -> str:
+    if not any(unicodedata.category(sign)[0] in "LNS" for sign in instruction):
         raise ValueError(f"The instruction must say something, got {instruction!r}.")
     if NO_TEXT.search(instruction):
         raise ValueError(

@@ -67,5 +67,5 @@ def test_nothing_is_unpickled(path):
 
 @pytest.mark.parametrize("path", [*SHIPPED, *INSTALLED_ONLY], ids=lambda path: path.name)
 def test_tensors_are_written_by_torch(path):
-    """safetensors 0.8.0's numpy writer stores arrays that are not C-contiguous wrongly (safetensors#825)."""
+    """The numpy writer of safetensors 0.8.0 stores arrays that are not C-contiguous wrongly (safetensors#825)."""
     assert not re.search(r"safetensors(\.|\s+import\s+)numpy", path.read_text(encoding="utf-8"))
