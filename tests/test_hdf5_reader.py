@@ -59,7 +59,7 @@ def test_cameras_are_of_the_present(tmp_path):
     assert [int(reader[2].images(step)[0][0, 0, 0]) for step in range(STEPS)] == [100, 101, 102, 103]
     notes = "\n".join(inspect(reader, progress=False)["notes"])
     assert "next_obs.image is no camera, it holds frames that followed the action" in notes
-    assert "obs.depth is no camera, it holds depth or masks, by its name" in notes
+    assert "obs.depth is no camera, it holds no colours of now (depth, masks" in notes
     assert "obs.image_segmentation is no camera" in notes
     with pytest.raises(KeyError, match=r"'next_obs\.image' of image \(it holds frames that followed the action\)"):
         open_demonstrations(tmp_path / "image.hdf5", fields={"cameras": ["next_obs.image"]})

@@ -260,7 +260,7 @@ def test_a_depth_map_is_no_camera(copy, about):
 
 def test_what_may_be_depth_is_taken_when_named_with_a_word(small, tmp_path):
     assert open_demonstrations(small).fields.cameras == ("observation.images.top",)
-    with pytest.warns(UserWarning, match=r"'observation\.images\.depth' seems to hold depth"):
+    with pytest.warns(UserWarning, match=r"'observation\.images\.depth' seems to hold no colours of now"):
         reader = open_demonstrations(small, fields={"cameras": ["observation.images.depth"]})
     assert int(reader[1].images(2)[0][0, 0, 0]) == 70
     features = json.loads((small / "meta" / "info.json").read_text())["features"]
@@ -269,7 +269,7 @@ def test_what_may_be_depth_is_taken_when_named_with_a_word(small, tmp_path):
         info(small, features=features)
         with pytest.raises(ValueError, match="what is camera and what is action cannot be told"):
             open_demonstrations(small)
-    with pytest.warns(UserWarning, match=r"'observation\.images\.top' seems to hold depth"):
+    with pytest.warns(UserWarning, match=r"'observation\.images\.top' seems to hold no colours of now"):
         open_demonstrations(small, fields={"cameras": ["observation.images.top"], "action": "action"})
     episode = demonstration(**{"observation/depth_image": [jpeg(1)] * 6})
     assert open_demonstrations(write_rlds(tmp_path, "rgbd", [episode])).fields.cameras == ("observation.image",)
