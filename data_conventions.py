@@ -27,8 +27,8 @@ DIRECTION_CORRELATION = 0.7
 MOST_METRES = 2.0
 # One broken value (-9999, 1e6) decides over min and max; fractal's published ones are 70 times q99, and 22.
 OUTLIER_RATIO, OUTLIER_SIZE = 100, 100.0
-# Frames that stand still in so many of the steps in which the arm moves come from no working camera. Half of them do where
-# a camera of 30 Hz is read at 60.
+# Frames that stand still in so many of the steps in which the arm moves come from no working camera. Half of them
+# do where a camera of 30 Hz is read at 60.
 FROZEN_SHARE = 0.9
 # Of q01 to q99: smaller movements need not show in a picture.
 MOVING_SHARE = 0.05

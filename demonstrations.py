@@ -215,7 +215,8 @@ class EpisodeReader(ABC):
         for camera in self.fields.cameras:
             if camera in self.doubtful_cameras or is_no_camera_name(camera):
                 warnings.warn(
-                    f"{self.root}: the camera {camera!r} seems to hold {NO_COLOURS}; leave it out of cameras if it does.",
+                    f"{self.root}: the camera {camera!r} seems to hold {NO_COLOURS}; leave it out of cameras if it "
+                    "does.",
                     stacklevel=5,
                 )
 
@@ -405,8 +406,8 @@ def _require_usable(where: str, actions: np.ndarray, proprio: np.ndarray | None,
     if silent is not None:
         held = f" ({instructions[silent]!r})" if instructions[silent].strip() else ""
         raise DemonstrationError(
-            f"{where}: the instruction at step {silent} is empty{held}. Take skip_bad=True to leave such episodes out, or "
-            "say one for all with the field instruction_text."
+            f"{where}: the instruction at step {silent} is empty{held}. Take skip_bad=True to leave such episodes out, "
+            "or say one for all with the field instruction_text."
         )
 
 

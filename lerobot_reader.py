@@ -386,8 +386,9 @@ class LeRobotReader(EpisodeReader):
         if own and own <= set(self.tasks.values()) and other and not self._tasks_differ:
             self._tasks_differ = True
             warnings.warn(
-                f"{self.root}: task_index gives an episode the instruction {other[0]!r}, but meta/episodes {sorted(own)}; "
-                "merging datasets can mix instructions up. task_index is taken; look at a few episodes.",
+                f"{self.root}: task_index gives an episode the instruction {other[0]!r}, but meta/episodes "
+                f"{sorted(own)}; merging datasets can mix instructions up. task_index is taken: look at a few "
+                "episodes, and give the field instruction_text where it is wrong.",
                 stacklevel=6,
             )
 
