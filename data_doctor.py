@@ -63,6 +63,8 @@ IDLE_MOVEMENT = 0.01
 SHIFT_CERTAIN = 0.95
 # The best lag must leave at most half as much unexplained as the right one; a robot that lags does not follow exactly.
 SHIFT_UNEXPLAINED, LATE_EXPLAINED, LATE_UNEXPLAINED = 0.5, 0.98, 0.25
+# Robots that follow three steps and more later are common; columns that are shifted so far are not.
+MOST_LATE_STEPS = 2
 # Frames change with light and noise too: pictures needed, variance to be explained, what may stay unexplained.
 FRAME_STEPS, FRAME_EXPLAINED, FRAME_UNEXPLAINED = 100, 0.36, 0.7
 FRAMES_FIRST = "A frame is to be answered with the movement that follows it, not with the one that led to it."
@@ -287,7 +289,7 @@ def _shifted_actions(data: Recording) -> Finding | None:
     lag, best = max(explained.items(), key=lambda item: item[1])
     causal = max(share for after, share in explained.items() if after >= 0)
     early = lag < 0 and 1 - best <= SHIFT_UNEXPLAINED * (1 - causal)
-    late = lag > 0 and best >= LATE_EXPLAINED and 1 - best <= LATE_UNEXPLAINED * (1 - explained[0])
+    late = 0 < lag <= MOST_LATE_STEPS and best >= LATE_EXPLAINED and 1 - best <= LATE_UNEXPLAINED * (1 - explained[0])
     if not early and not late:
         return None
     place = f"{abs(lag)} step{'s' if abs(lag) > 1 else ''} {'before' if early else 'after'} it"

@@ -67,6 +67,15 @@ def test_measured_speeds_and_the_last_action_are_no_positions():
     assert found(poses, speeds)["absolute-pose"].certain  # beside speeds, poses are still poses
 
 
+@pytest.mark.parametrize("steps", [3, 4])
+def test_shifts_of_some_steps(steps):
+    actions, states = arm(noise=0.001)
+    finding = found([np.roll(a, steps, axis=0) for a in actions], states)["shifted-actions"]
+    assert finding.certain
+    assert f"{steps} steps before it" in finding.saw
+    assert found(*arm(noise=0.001, lag=steps)) == found(*arm(lag=steps)) == {}  # a robot that follows later
+
+
 def test_angles_in_the_place_of_rotations():
     actions, states = arm(noise=0.001)
     angles = [np.column_stack([a[:, :3], s[:, 3:6], a[:, 6]]) for a, s in zip(actions, states)]
