@@ -419,3 +419,13 @@ def test_a_mixture_of_frame_rates_is_warned_of(small, tmp_path):
     readers[1] = open_demonstrations(other)
     with pytest.warns(UserWarning, match=r"different frame rates \(Hz\): {'mine': 10.0, 'other': 50.0}"):
         DemonstrationStream(readers)
+
+
+def test_a_missing_rlds_instruction_is_taken_from_the_next_column(tmp_path):
+    columns = {"language_instruction": ["nan"] * 6, "language_instruction_2": ["pick it"] * 6}
+    reader = open_demonstrations(write_rlds(tmp_path, "spoken", [demonstration(**columns)]))
+    assert reader[0].instructions == ["pick it"] * 6
+    goal = demonstration(**{"observation/goal_image": [jpeg(1)] * 6})
+    reader = open_demonstrations(write_rlds(tmp_path, "with_goals", [goal]))
+    assert reader.fields.cameras == ("observation.image",)
+    assert reader.notes()[0].startswith("observation.goal_image is no camera, it holds no colours of now")
