@@ -11,7 +11,7 @@ WRAP_SHARE_OF_TURN = 0.85
 # A commanded position follows the measured one so closely, at a robot's lag too; a movement does not follow positions.
 POSE_CORRELATION, FOLLOWED_CORRELATION = 0.98, 0.9
 # Which frames a movement is compared with: so many steps before and after.
-LAGS = (-2, -1, 0, 1, 2)
+LAGS = (-4, -3, -2, -1, 0, 1, 2, 3, 4)
 # Share of a movement's variance that the best lag must explain, so that lags can be compared.
 COMPARABLE = 0.8
 # Fewer steps show no correlation; more are not needed.
@@ -29,17 +29,47 @@ def wrapped_steps(values: np.ndarray, turn: float) -> np.ndarray:
     return (far != 0) & ~stays
 
 
-def tracked_positions(actions: Sequence[np.ndarray], states: Sequence[np.ndarray]) -> list[tuple[int, int, float]]:
+def tracked_positions(
+    actions: Sequence[np.ndarray], states: Sequence[np.ndarray], dimensions: Sequence[int] = (0, 1, 2), fewest: int = 2
+) -> list[tuple[int, int, float]]:
     """Return (action dimension, state dimension, correlation) where the action repeats a measured position.
 
-    Empty unless two of the first three dimensions do, at the step itself or the one after it.
+    A movement to both sides of zero that goes with the change of another state (beside measured speeds, or the last
+    action) is none.
+
+    Args:
+        actions: float64 ``(length, action_dim)``, one an episode.
+        states: float64 ``(length, state_dim)``, one an episode.
+        dimensions: Of the action, which are looked at.
+        fewest: Empty unless so many of them do, at the step itself or the one after it.
     """
+    best = state_partners(actions, states, dimensions)
+    if len(best) >= fewest:
+        moves = _movements(actions, states)
+        best = [one for one in best if one[0] not in moves]
+    return best if len(best) >= fewest else []
+
+
+def state_partners(
+    actions: Sequence[np.ndarray], states: Sequence[np.ndarray], dimensions: Sequence[int]
+) -> list[tuple[int, int, float]]:
+    """Return (action dimension, state dimension, correlation) where a state goes with the action, whatever it is."""
     best: list[tuple[int, int, float]] = []
     for lag in (0, 1):
         table = correlations(actions, states, lag)
-        for_lag = [] if table is None else [(i, int(row.argmax()), float(row.max())) for i, row in enumerate(table[:3])]
-        best = max(best, [one for one in for_lag if one[2] >= POSE_CORRELATION], key=len)
-    return best if len(best) >= 2 else []
+        rows = [] if table is None else [(i, int(table[i].argmax()), float(table[i].max())) for i in dimensions]
+        best = max(best, [one for one in rows if one[2] >= POSE_CORRELATION], key=len)
+    return best
+
+
+def _movements(actions: Sequence[np.ndarray], states: Sequence[np.ndarray]) -> set[int]:
+    """Return the action dimensions that go to both sides of zero and with the change of a state."""
+    moved = [np.diff(state, axis=0, append=np.nan) for state in states]
+    tables = [table for lag in (0, 1) if (table := correlations(actions, moved, lag)) is not None]
+    steps = np.concatenate(actions)
+    central = np.abs(steps.mean(axis=0)) < steps.std(axis=0)
+    goes = np.max([table.max(axis=1) for table in tables], axis=0) if tables else np.zeros(steps.shape[1])
+    return set(np.flatnonzero(central & (goes >= FOLLOWED_CORRELATION)).tolist())
 
 
 def follows_positions(actions: Sequence[np.ndarray], states: Sequence[np.ndarray]) -> bool:

@@ -9,22 +9,29 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
 
-from .actions_openvla import END_EFFECTOR_DIMENSIONS, dimension_labels, nearest_name
+from .actions_openvla import nearest_name
 from .data_alignment import (
     FEWEST_STEPS,
     WRAP_SHARE_OF_TURN,
     explained_variance,
     follows_positions,
-    tracked_positions,
     wrapped_steps,
 )
-from .demonstration_fields import Fields
-from .demonstration_presets import PRESETS
+from .data_conventions import (
+    absolute_rotation,
+    dimension_order,
+    gripper_direction,
+    millimetres,
+    outliers,
+    quaternions,
+    rare_movement,
+    state_column,
+)
+from .data_findings import RATES, Finding, Recording
 from .robot_conventions import GRIPPER_TOLERANCE
 
 # Measured grippers overshoot by their calibration: Bridge's state reaches 1.12.
@@ -56,6 +63,8 @@ IDLE_MOVEMENT = 0.01
 SHIFT_CERTAIN = 0.95
 # The best lag must leave at most half as much unexplained as the right one; a robot that lags does not follow exactly.
 SHIFT_UNEXPLAINED, LATE_EXPLAINED, LATE_UNEXPLAINED = 0.5, 0.98, 0.25
+# Robots that follow three steps and more later are common; columns that are shifted so far are not.
+MOST_LATE_STEPS = 2
 # Frames change with light and noise too: pictures needed, variance to be explained, what may stay unexplained.
 FRAME_STEPS, FRAME_EXPLAINED, FRAME_UNEXPLAINED = 100, 0.36, 0.7
 FRAMES_FIRST = "A frame is to be answered with the movement that follows it, not with the one that led to it."
@@ -68,93 +77,10 @@ PUBLISHED: dict[str, frozenset[str]] = {
     "bridge": frozenset({"wrapped-rotation"}),
     "nyu_franka_play_dataset_converted_externally_to_rlds": frozenset({"wrapped-rotation"}),
     "toto": frozenset({"absolute-pose", "constant-gripper"}),
-    "ucsd_kitchen_dataset_converted_externally_to_rlds": frozenset({"absolute-pose", "degrees"}),
+    "ucsd_kitchen_dataset_converted_externally_to_rlds": frozenset({"absolute-pose", "degrees", "millimetres"}),
     "iamlab_cmu_pickup_insert_converted_externally_to_rlds": frozenset({"absolute-pose"}),
     "berkeley_cable_routing": frozenset({"constant-gripper"}),
 }
-
-
-@dataclass(frozen=True)
-class Finding:
-    """What a check saw.
-
-    Attributes:
-        check: Its name, as ``accept`` takes it.
-        certain: The numbers are wrong; else they may be meant so.
-        saw: Dimensions by their labels, episodes, numbers.
-        why: Why it matters.
-        mend: The field of the data configuration that mends it.
-    """
-
-    check: str
-    certain: bool
-    saw: str
-    why: str
-    mend: str
-
-    @property
-    def severity(self) -> str:
-        """Return "certain" or "doubtful"."""
-        return "certain" if self.certain else "doubtful"
-
-    def text(self) -> str:
-        """Return the finding in one line."""
-        return f"{self.check} ({self.severity}): {self.saw} {self.why} {self.mend}"
-
-    def as_json(self) -> dict[str, Any]:
-        """Return the finding as ``openvla inspect-data --json`` prints it."""
-        return {**asdict(self), "severity": self.severity}
-
-
-@dataclass
-class Recording:
-    """What is examined: statistics, and the numbers behind them where they are at hand.
-
-    Attributes:
-        name: The dataset's.
-        action: Lists ``q01``, ``q99``, ``min``, ``max`` (either pair), ``mask``.
-        fields: The dataset's; None for statistics alone.
-        names: What the dataset calls the action's dimensions or columns.
-        actions: float64 ``(length, action_dim)``, one an episode; empty for statistics alone.
-        proprio: float64 ``(length, proprio_dim)``, one an episode, or empty.
-    """
-
-    name: str
-    action: Mapping[str, Any]
-    fields: Fields | None = None
-    names: Sequence[str] = ()
-    actions: Sequence[np.ndarray] = ()
-    proprio: Sequence[np.ndarray] = ()
-    labels: list[str] = field(init=False)
-
-    def __post_init__(self) -> None:
-        """Take q01 and q99 for min and max, or the other way round, where statistics hold one pair."""
-        own = self.action
-        self.low, self.high = (np.asarray(own[a] if a in own else own[b], float) for a, b in _PAIRS)
-        self.least, self.most = (np.asarray(own[b] if b in own else own[a], float) for a, b in _PAIRS)
-        self.labels = [label for label, _ in dimension_labels(len(self.low), self.name)]
-        self.steps = np.concatenate(self.actions) if len(self.actions) else None
-
-    @property
-    def end_effector(self) -> bool:
-        """True where seven numbers are a movement and a gripper: not where their names speak of joints."""
-        said = [name.lower() for name in self.names]
-        return len(self.low) == len(END_EFFECTOR_DIMENSIONS) and not any("joint" in n or "qpos" in n for n in said)
-
-    @property
-    def gripper_named(self) -> bool:
-        """True unless the fields (or the preset of that name) put a zero in the gripper's place."""
-        fields = self.fields or PRESETS.get(self.name)
-        return fields is None or not fields.action or fields.action[-1] is not None
-
-    @property
-    def gripper_normalised(self) -> bool:
-        """True where the configuration says that the gripper is one more movement: ``action_mask`` is all true."""
-        mask = self.fields.action_mask if self.fields else self.action.get("mask")
-        return mask is not None and bool(mask[-1])
-
-
-_PAIRS = (("q01", "min"), ("q99", "max"))
 
 
 def _wrapped_rotation(data: Recording) -> Finding | None:
@@ -201,11 +127,12 @@ def _absolute_pose(data: Recording) -> Finding | None:
         return None
     why = "OpenVLA's seven numbers are movements; a model of poses would be asked to move by its own position."
     mend = (
-        f"Give the field relabel: {_state_column(data)} (a column of x y z roll pitch yaw, whose differences become "
-        "the movement; with rotation: wrapped where its angles pass half a turn), or a column of movements in action."
+        f"Give the field relabel: {state_column(data)} (a column of x y z roll pitch yaw, whose differences become "
+        "the movement; with rotation: wrapped where its angles pass half a turn), or a column of movements in action. "
+        "Joint positions are no poses: accept the finding for them."
     )
-    if tracked := tracked_positions(data.actions, data.proprio):
-        said = ", ".join(f"{data.labels[i]} with proprio[{j}] ({r:.3f})" for i, j, r in tracked)
+    if data.tracked:
+        said = ", ".join(f"{data.labels[i]} with proprio[{j}] ({r:.3f})" for i, j, r in data.tracked)
         return Finding(
             "absolute-pose", True, f"The action is the measured position itself: {said} correlate.", why, mend
         )
@@ -349,10 +276,9 @@ def _idle_steps(data: Recording) -> Finding | None:
 
 
 def _shifted_actions(data: Recording) -> Finding | None:
-    if data.steps is None or not len(data.proprio):
+    if data.steps is None or not len(data.proprio) or data.state_of(RATES):
         return None
-    poses = bool(tracked_positions(data.actions, data.proprio))
-    positions = poses or not data.end_effector and follows_positions(data.actions, data.proprio)
+    positions = bool(data.tracked) or not data.end_effector and follows_positions(data.actions, data.proprio)
     actions = [np.diff(e, axis=0, prepend=np.nan) if positions else e for e in data.actions]
     if data.end_effector:
         actions = [episode[:, :3] for episode in actions]
@@ -363,7 +289,7 @@ def _shifted_actions(data: Recording) -> Finding | None:
     lag, best = max(explained.items(), key=lambda item: item[1])
     causal = max(share for after, share in explained.items() if after >= 0)
     early = lag < 0 and 1 - best <= SHIFT_UNEXPLAINED * (1 - causal)
-    late = lag > 0 and best >= LATE_EXPLAINED and 1 - best <= LATE_UNEXPLAINED * (1 - explained[0])
+    late = 0 < lag <= MOST_LATE_STEPS and best >= LATE_EXPLAINED and 1 - best <= LATE_UNEXPLAINED * (1 - explained[0])
     if not early and not late:
         return None
     place = f"{abs(lag)} step{'s' if abs(lag) > 1 else ''} {'before' if early else 'after'} it"
@@ -376,7 +302,7 @@ def _shifted_actions(data: Recording) -> Finding | None:
         f"The action of a step fits the movement of the state {place} ({best:.0%} of its variance) better than the one "
         f"that starts with it ({explained[0]:.0%}).",
         why,
-        f"Give the field relabel: {_state_column(data)} (movements from the state itself, where it is x y z roll pitch "
+        f"Give the field relabel: {state_column(data)} (movements from the state itself, where it is x y z roll pitch "
         "yaw), or shift the column where the dataset is written.",
     )
 
@@ -411,11 +337,6 @@ def shifted_frames(data: Recording, changes: Sequence[np.ndarray]) -> Finding | 
     )
 
 
-def _state_column(data: Recording) -> str:
-    parts = [part for part in (data.fields.proprio if data.fields else ()) if part]
-    return parts[0].partition("[")[0] if parts else "the column of the pose"
-
-
 def _where(affected: Iterable[Any]) -> str:
     """Return how many episodes are affected, and the first of them."""
     marks = [bool(mark) for mark in affected]
@@ -432,12 +353,23 @@ CHECKS: dict[str, Callable[[Recording], Finding | None]] = {
     "constant-gripper": _constant_gripper,
     "idle-steps": _idle_steps,
     "shifted-actions": _shifted_actions,
+    "absolute-rotation": absolute_rotation,
+    "quaternion": quaternions,
+    "dimension-order": dimension_order,
+    "gripper-direction": gripper_direction,
+    "millimetres": millimetres,
+    "outliers": outliers,
+    "rare-movement": rare_movement,
 }
+# Where four numbers are a quaternion, the last of them is no gripper.
+GRIPPER_CHECKS = ("gripper-range", "gripper-scale", "constant-gripper", "gripper-direction")
 
 
 def examine(data: Recording) -> list[Finding]:
     """Return what the checks find, certain findings first; what is published so under its name is left out."""
     found = [finding for check in CHECKS.values() if (finding := check(data))]
+    if any(one.check == "quaternion" and one.certain for one in found):
+        found = [one for one in found if one.check not in GRIPPER_CHECKS]
     published = PUBLISHED.get(data.name, frozenset())
     found = [one for one in found if one.check not in published or one.certain and one.check == "wrapped-rotation"]
     return sorted(found, key=lambda finding: not finding.certain)

@@ -18,7 +18,7 @@ from .data_doctor import Finding, Recording, examine
 from .demonstrations import DemonstrationError, EpisodeReader, read_json, usable_episodes, warn_skipped
 
 # What is computed; raised when that changes, so that older caches are not taken.
-_VERSION = 3
+_VERSION = 4
 
 
 def compute_statistics(

@@ -25,6 +25,15 @@ BINARY_GRIPPER_BOUNDS = (0.05, 0.95)
 # A movement whose norm is smaller does nothing (openvla's regenerate_libero_dataset.py).
 NOOP_THRESHOLD = 1e-4
 CHANNELS = (None, "rgb", "bgr")
+# What no colour camera's frames are called; a goal is what follows the action.
+_NO_CAMERA = re.compile(
+    r"depth|disparity|segment|semantic|pointcloud|infrared|thermal|tactile"
+    r"|(^|[./_])(seg|masks?|normals|flow|ir|infra\d?|(sub)?goal)(?=[./_\d]|$)",
+    re.I,
+)
+NO_COLOURS = "no colours of now (depth, masks, infrared, touch, a goal), by its name or shape"
+# An instruction that is missing, as pandas, Python and JSON spell it.
+_MISSING_TEXTS = ("", "nan", "none", "null", "<na>", "n/a")
 
 
 def dotted(name: str) -> str:
@@ -75,9 +84,14 @@ def alternative_texts(instruction: str, names: Mapping[str, str]) -> list[str]:
     )
 
 
-def is_depth_name(name: str) -> bool:
-    """Return whether an image column's name says that it holds depth, not colours."""
-    return "depth" in name.lower()
+def is_no_camera_name(name: str) -> bool:
+    """Return whether an image column's name says that it holds no colours of now: depth, masks, infrared, a goal."""
+    return _NO_CAMERA.search(name) is not None
+
+
+def says_nothing(text: str) -> bool:
+    """Return whether an instruction is empty, or the spelling of a missing value ("nan", "None")."""
+    return text.strip().lower() in _MISSING_TEXTS
 
 
 def step_order(counters: Mapping[str, np.ndarray], distinct: Iterable[str] = ()) -> np.ndarray | None:

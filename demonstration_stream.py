@@ -76,6 +76,14 @@ class DemonstrationStream(IterableDataset):
         self._resume_batches, self._resume_batch_size = 0, 1
         self._check()
         self.readers = one_camera_order(self.readers)
+        rates = {reader.name: reader.frame_rate for reader in self.readers if reader.frame_rate}
+        if rank == 0 and len(set(rates.values())) > 1:
+            warnings.warn(
+                f"The datasets of this mixture have different frame rates (Hz): {rates}. An action is a movement in "
+                "one step, so that the policy moves at each one's pace, whichever frames look alike; train on one "
+                "rate.",
+                stacklevel=2,
+            )
         if rank == 0 and ends == "drop" and chunk_length > 1:
             self._warn_of_short_episodes()
         if balance and len(self.readers) > 1:

@@ -22,7 +22,7 @@ import numpy as np
 from PIL import Image
 
 from .actions_openvla import nearest_name
-from .demonstration_fields import Fields, as_text, is_depth_name
+from .demonstration_fields import NO_COLOURS, Fields, as_text, is_no_camera_name, says_nothing
 from .demonstration_presets import AUTO, NO_PRESET
 
 # What a column holds.
@@ -170,6 +170,7 @@ class EpisodeReader(ABC):
         preset: Whose fields are taken where none are given, or None.
         preset_reason: Why, for messages.
         doubtful_cameras: Image columns that may hold depth; named as cameras, they are warned of.
+        frame_rate: Steps a second, where the format says it.
     """
 
     format = "?"
@@ -178,6 +179,7 @@ class EpisodeReader(ABC):
     preset: str | None = None
     preset_reason = "you named it"
     doubtful_cameras: frozenset[str] = frozenset()
+    frame_rate: float | None = None
 
     def __init__(self, root: Path, name: str, names: Mapping[str, str], fields: Fields) -> None:
         self.root, self.name, self.fields = root, name, fields
@@ -211,10 +213,10 @@ class EpisodeReader(ABC):
                 f"{f' Did you mean {near!r}?' if near else ''} There are: {fitting}.{self.preset_note()}"
             )
         for camera in self.fields.cameras:
-            if camera in self.doubtful_cameras or is_depth_name(camera):
+            if camera in self.doubtful_cameras or is_no_camera_name(camera):
                 warnings.warn(
-                    f"{self.root}: the camera {camera!r} seems to hold depth, which a model of colour images is shown "
-                    "as grey; leave it out of cameras if it does.",
+                    f"{self.root}: the camera {camera!r} seems to hold {NO_COLOURS}; leave it out of cameras if it "
+                    "does.",
                     stacklevel=5,
                 )
 
@@ -277,7 +279,12 @@ class EpisodeReader(ABC):
 
     def notes(self) -> list[str]:
         """Return what a user should know of how the dataset is read and cannot see in the fields."""
-        return [f"{self.noop_steps} steps that do nothing are left out (drop_noops)"] if self.fields.drop_noops else []
+        notes = [f"{self.noop_steps} steps that do nothing are left out (drop_noops)"] if self.fields.drop_noops else []
+        for name, holds in self.names.items():
+            image = holds == IMAGE and (name in self.doubtful_cameras or is_no_camera_name(name))
+            if holds == DEPTH or image and name not in (*self.fields.cameras, *self.passed_over):
+                notes.append(f"{name} is no camera, it holds {DEPTH if holds == DEPTH else NO_COLOURS}")
+        return notes
 
     def __iter__(self) -> Iterator[Episode]:
         return (self[index] for index in range(len(self)))
@@ -395,11 +402,12 @@ def _require_usable(where: str, actions: np.ndarray, proprio: np.ndarray | None,
             raise DemonstrationError(f"{where}: {what}[{dimension}] at step {step} is {values[step, dimension]}.")
     if len(instructions) != len(actions):
         raise DemonstrationError(f"{where}: {len(actions)} actions but {len(instructions)} instructions.")
-    silent = next((step for step, text in enumerate(instructions) if not text.strip()), None)
+    silent = next((step for step, text in enumerate(instructions) if says_nothing(text)), None)
     if silent is not None:
+        held = f" ({instructions[silent]!r})" if instructions[silent].strip() else ""
         raise DemonstrationError(
-            f"{where}: the instruction at step {silent} is empty. Take skip_bad=True to leave such episodes out, or "
-            "say one for all with the field instruction_text."
+            f"{where}: the instruction at step {silent} is empty{held}. Take skip_bad=True to leave such episodes out, "
+            "or say one for all with the field instruction_text."
         )
 
 

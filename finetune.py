@@ -28,6 +28,7 @@ import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from .actions_openvla import nearest_name
 from .adapters_openvla import answer_modules, idle_modules
 from .augmentation import ImageAugmentation
 from .compatibility_openvla import DTYPE_FIELD, enable_checkpointing
@@ -49,6 +50,8 @@ from .training_batch import ActionCollator, answer_metrics, model_inputs
 from .training_state import TrainingState, newest_checkpoint
 
 EVALUATION_PRESET = "libero"  # the reference's evaluation of what was trained with augmentation
+# What a mapping of a run's data may say.
+DATA_ENTRY = ("path", "weight", "name", "preset", "fields", "split")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -149,6 +152,8 @@ class Demonstrations:
         if not config.data:
             raise ValueError("A run needs data: a folder of demonstrations, or a list of mappings with their path.")
         entries = [{"path": config.data}] if isinstance(config.data, str) else [dict(entry) for entry in config.data]
+        for entry in entries:
+            _require_entry(entry)
         self.weights = [float(entry.pop("weight", 1.0)) for entry in entries]
         self.readers = [
             open_demonstrations(entry.pop("path"), **{"preset": config.preset, **entry}) for entry in entries
@@ -176,6 +181,18 @@ class Demonstrations:
         )
         stream.resume(batches, batch_size)
         return stream
+
+
+def _require_entry(entry: Mapping[str, Any]) -> None:
+    """Raise ValueError where a mapping of a run's data has no path, or says something else than data has."""
+    unknown = sorted(set(entry) - set(DATA_ENTRY))
+    if unknown or not entry.get("path"):
+        near = nearest_name(unknown[0], list(DATA_ENTRY)) if unknown else None
+        hint = f" Did you mean {near!r}?" if near else ""
+        raise ValueError(
+            f"An entry of data needs a path, and takes {list(DATA_ENTRY[1:])}; got {dict(entry)}, unknown: "
+            f"{unknown}.{hint}"
+        )
 
 
 def report_data(data: Any, chunk_length: int, output: Path) -> None:

@@ -111,6 +111,7 @@ class FinetuneConfig:
 
     def __post_init__(self) -> None:
         """Check what can be checked before anything is read."""
+        self._read_numbers()
         choices = {
             "method": METHODS,
             "decay": DECAYS,
@@ -143,6 +144,16 @@ class FinetuneConfig:
                 raise ValueError(f"{name} must be a whole number, 1 or more, got {getattr(self, name)!r}.")
         if not self.learning_rate > 0 or not self.max_grad_norm > 0:
             raise ValueError("learning_rate and max_grad_norm must be positive.")
+
+    def _read_numbers(self) -> None:
+        """Read numbers that YAML gives as text: ``5e-4``, which has no point."""
+        for one in fields(self):
+            value = getattr(self, one.name)
+            if typing.get_type_hints(type(self))[one.name] is float and isinstance(value, str):
+                try:
+                    setattr(self, one.name, float(value))
+                except ValueError:
+                    raise ValueError(f"{one.name} must be a number, got {value!r}.") from None
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

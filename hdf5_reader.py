@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from .actions_openvla import nearest_name
-from .demonstration_fields import Fields, as_text, dotted
+from .demonstration_fields import NO_COLOURS, Fields, as_text, dotted, is_no_camera_name
 from .demonstration_presets import AUTO, HDF5_PRESETS, PRESETS, merged_fields, require_raw_gripper
 from .demonstrations import (
     IMAGE,
@@ -29,8 +29,6 @@ from .open_files import Handles
 _SUFFIXES = (".hdf5", ".h5")
 # How JPEG and PNG begin.
 _PICTURES = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n")
-# What no camera's frames are called: left to be named by the fields.
-_NO_CAMERA = re.compile(r"depth|disparity|segment|semantic|pointcloud|(^|[._])(seg|masks?|normals|flow)([._]|$)", re.I)
 # A group of what followed the action: robomimic's next_obs.
 _FUTURE = re.compile(r"(^|[./])next(_(obs|state|frame|image|rgb)\w*)?([./]|$)", re.I)
 # What a demo or a file calls its instruction, in the order of looking; the last ones often are a task's short name or a
@@ -42,8 +40,8 @@ _SPOKEN = (
 _SEVERAL_WORDS = ("task", "language", "lang", "prompt")
 # Attributes in JSON, of LIBERO and of robosuite, and the key of the instruction in them.
 _SPOKEN_JSON = {"problem_info": "language_instruction", "ep_meta": "lang"}
-# Masks of demos that are kept from training.
-_HELD_OUT = ("valid", "val", "validation", "test", "eval")
+# Masks of demos that are kept from training: robomimic's valid, and 20_percent_valid of a part.
+_HELD_OUT = re.compile(r"(^|_)(valid|val|validation|test|eval)$")
 
 
 def hdf5_files(path: Path) -> list[Path]:
@@ -306,7 +304,8 @@ def _groups(file: Any, split: str) -> list[str]:
     """
     demos = [f"data/{name}" for name in _demos(file)] or ["/"]
     masks = _masks(file)
-    if split == "all" or split == "train" and not {"train", *_HELD_OUT} & set(masks):
+    held_out = any(_HELD_OUT.search(name) for name in masks)
+    if split == "all" or split == "train" and "train" not in masks and not held_out:
         return demos
     if split == "train" and "train" not in masks:
         raise ValueError(
@@ -394,8 +393,8 @@ def _columns(group: Any) -> tuple[dict[str, str], set[str], dict[str, str]]:
             if _looks_like_frames(node):
                 allowed = "frames must be uint8 (steps, height, width, 3), JPEG or PNG"
                 passed_over[name] = f"{node.dtype} {node.shape}; {allowed}"
-        if (name in passed_over or names.get(name) == IMAGE) and _NO_CAMERA.search(name):
-            passed_over[name] = "depth or masks, by its name"
+        if (name in passed_over or names.get(name) == IMAGE) and is_no_camera_name(name):
+            passed_over[name] = NO_COLOURS
 
     group.visititems(visit)
     return names, encoded, passed_over

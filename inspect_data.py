@@ -10,6 +10,7 @@ import argparse
 import json
 import re
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,14 @@ import numpy as np
 from tqdm import tqdm
 
 from .actions_openvla import dimension_labels, validate_norm_stats
-from .data_doctor import FRAME_STEPS, Finding, Recording, examine_statistics, shifted_frames
+from .data_conventions import frozen_frames
+from .data_doctor import FRAME_STEPS, examine_statistics, shifted_frames
+from .data_findings import Finding, Recording
 from .dataset_statistics import dimension_names, statistics_and_findings
 from .demonstration_presets import AUTO
 from .demonstrations import (
     DemonstrationError,
+    Episode,
     EpisodeReader,
     open_demonstrations,
     read_json,
@@ -145,8 +149,10 @@ def inspect(
         ValueError: None can.
     """
     statistics, findings = statistics_and_findings(reader, skip_bad=skip_bad, progress=progress)
-    if all(finding.check != "shifted-actions" for finding in findings):
-        findings += [finding for finding in [_compare_frames(reader, statistics)] if finding]
+    shifted, frozen = _compare_frames(reader, statistics)
+    if shifted and all(finding.check != "shifted-actions" for finding in findings):
+        findings.append(shifted)
+    findings += frozen
     lengths, said, sizes, damaged = [], Counter(), {}, []
     for episode in tqdm(usable_episodes(reader), total=len(reader), unit="episode", disable=not progress):
         lengths.append(len(episode))
@@ -181,26 +187,41 @@ def inspect(
     }
 
 
-def _compare_frames(reader: EpisodeReader, statistics: dict[str, Any]) -> Finding | None:
-    """Return whether the first frames change before they are moved, from a few hundred pictures of the first camera."""
+def _compare_frames(reader: EpisodeReader, statistics: dict[str, Any]) -> tuple[Finding | None, list[Finding]]:
+    """Look at a few hundred pictures.
+
+    Returns:
+        Whether the first camera's change before they are moved; and which cameras stand still while the arm moves.
+    """
     if statistics["num_transitions"] < FRAME_STEPS:
-        return None
+        return None, []
     actions, changes, compared = [], [], 0
+    still: dict[str, list[bool]] = {camera: [] for camera in reader.fields.cameras}
     for episode in usable_episodes(reader):
+        count = min(len(episode), _COMPARED_FRAMES - compared)
         try:
-            frames = [
-                episode.images(step)[0][::_EVERY_PIXEL, ::_EVERY_PIXEL].astype(np.float32)
-                for step in range(min(len(episode), _COMPARED_FRAMES - compared))
-            ]
+            differences = list(_differences(episode, count))
         except DemonstrationError:
             continue  # named where images are looked at
-        compared += len(frames)
-        actions.append(episode.actions[: len(frames)])
-        changes.append(np.array([np.abs(b - a).mean() for a, b in zip(frames, frames[1:])] + [np.nan]))
+        compared += count
+        actions.append(episode.actions[:count])
+        changes.append(np.array([change for change, _ in differences] + [np.nan]))
+        for place, equal in enumerate(still.values()):
+            equal += [same[place] for _, same in differences]
         if compared >= _COMPARED_FRAMES:
             break
     recording = Recording(reader.name, statistics["action"], reader.fields, dimension_names(reader), actions)
-    return shifted_frames(recording, changes)
+    return shifted_frames(recording, changes), frozen_frames(recording, still)
+
+
+def _differences(episode: Episode, count: int) -> Iterator[tuple[float, list[bool]]]:
+    """Yield by step how far the first camera's next frame differs, and which cameras' next frame is the same."""
+    before = episode.images(0)
+    for step in range(1, count):
+        after = episode.images(step)
+        small = [images[0][::_EVERY_PIXEL, ::_EVERY_PIXEL].astype(np.float32) for images in (before, after)]
+        yield float(np.abs(small[1] - small[0]).mean()), [np.array_equal(a, b) for a, b in zip(before, after)]
+        before = after
 
 
 def _table(report: dict[str, Any]) -> str:

@@ -14,7 +14,15 @@ from typing import Any
 
 import numpy as np
 
-from .demonstration_fields import Fields, alternative_texts, as_text, dotted, is_depth_name, step_order
+from .demonstration_fields import (
+    Fields,
+    alternative_texts,
+    as_text,
+    dotted,
+    is_no_camera_name,
+    says_nothing,
+    step_order,
+)
 from .demonstration_presets import (
     ABSOLUTE,
     AUTO,
@@ -50,6 +58,8 @@ _TASK_TEXTS = ("task", "__index_level_0__")
 _RANGE = re.compile(r"^\s*(\d*)\s*:\s*(\d*)\s*$")
 # Pixels of more than 8 bits: depth.
 _DEPTH_PIXELS = re.compile(r"^gray(9|1\d)")
+# How JSON, and writers of text, say that something is not so.
+_FALSE = ("false", "none", "0", "no", "")
 
 
 class _Table:
@@ -136,8 +146,11 @@ class LeRobotReader(EpisodeReader):
             public for public, feature in self.stored.items() if names[public] == IMAGE and _grey(features[feature])
         )
         self.episodes = self._of_split(self._read_episodes())
+        fps = self.info.get("fps")
+        self.frame_rate = float(fps) if isinstance(fps, (int, float)) and fps > 0 else None
         self.handles = Handles(_Table)
         self.open_videos = Handles(Video)
+        self._tasks_differ = False
         self._holders: dict[Path, list[tuple[float, float]]] = {}
         self.preset = None if preset == AUTO else preset
         suggested = _suggested(names, self.doubtful_cameras)
@@ -225,6 +238,13 @@ class LeRobotReader(EpisodeReader):
                 table = _read_parquet(file)
                 # Statistics of every episode are there too, and large.
                 rows += table.select([n for n in table.column_names if not n.startswith("stats/")]).to_pylist()
+        total = self.info.get("total_episodes")
+        if total is not None and total != len(rows):
+            warnings.warn(
+                f"{self.root}: info.json says {total} episodes, but {meta}/episodes names {len(rows)}; if it is not "
+                "whole, copy the dataset again.",
+                stacklevel=4,
+            )
         counts = Counter(row["episode_index"] for row in rows)
         if twice := sorted(number for number, count in counts.items() if count > 1):
             raise ValueError(f"{meta} must name every episode once; these are there twice: {twice[:5]}.")
@@ -323,7 +343,7 @@ class LeRobotReader(EpisodeReader):
             )
             table = table if order is None else table.take(order)
             columns = {name: _numbers(table[self.stored[name]]) for name in numbers}
-            said = self._said(table, texts, others)
+            said = self._said(table, texts, others, row.get("tasks"))
         except (ValueError, OSError, KeyError) as error:  # pyarrow's errors are among these
             raise DemonstrationError(f"{where}: {error}.") from error
         times = table["timestamp"].to_numpy() if files else None
@@ -340,7 +360,7 @@ class LeRobotReader(EpisodeReader):
 
         return Stored(identity, str(source), columns, said, image)
 
-    def _said(self, table: Any, column: str | None, others: list[str]) -> list[str] | str:
+    def _said(self, table: Any, column: str | None, others: list[str], own: Sequence[Any]) -> list[str] | str:
         """Return the instruction of every step: of a text column (where empty, of further ones), else the task's."""
         if self.fields.instruction_text:
             return ""
@@ -348,11 +368,29 @@ class LeRobotReader(EpisodeReader):
             tasks = table["task_index"].to_pylist()
             if unknown := sorted(set(tasks) - set(self.tasks)):
                 raise ValueError(f"task_index {unknown[0]} is not in meta/tasks; copy the dataset again")
-            return [self.tasks[task] for task in tasks]
+            said = [self.tasks[task] for task in tasks]
+            self._compare_tasks(said, own)
+            return said
         said = _texts(table[self.stored[column]])
         for other in others:
-            said = [text if text.strip() else further for text, further in zip(said, _texts(table[other]))]
+            said = [further if says_nothing(text) else text for text, further in zip(said, _texts(table[other]))]
         return said
+
+    def _compare_tasks(self, said: list[str], own: Sequence[Any] | str | None) -> None:
+        """Warn once where meta/episodes gives an episode other instructions of the same table.
+
+        Texts that are not in the table were renamed there, and say nothing.
+        """
+        own = {own} if isinstance(own, str) else set(own or ())
+        other = sorted(set(map(str, said)) - own)
+        if own and own <= set(self.tasks.values()) and other and not self._tasks_differ:
+            self._tasks_differ = True
+            warnings.warn(
+                f"{self.root}: task_index gives an episode the instruction {other[0]!r}, but meta/episodes "
+                f"{sorted(own)}; merging datasets can mix instructions up. task_index is taken: look at a few "
+                "episodes, and give the field instruction_text where it is wrong.",
+                stacklevel=6,
+            )
 
     def _decoded(self, cell: Any) -> np.ndarray:
         """An image in a table, or in the file that it names (v2.1 may leave them beside)."""
@@ -370,10 +408,14 @@ def _kind(feature: Mapping[str, Any]) -> str:
 
 def _is_depth(feature: Mapping[str, Any]) -> bool:
     """Return whether info.json says that an image column holds depth."""
-    for about in (feature, feature.get("info") or {}, feature.get("video_info") or {}):
-        if any(about.get(key) for key in ("is_depth_map", "video.is_depth_map")):
+    for key, value in feature.items():
+        name = str(key).rpartition(".")[2]
+        if isinstance(value, Mapping):
+            if _is_depth(value):
+                return True
+        elif name == "is_depth_map" and str(value).lower() not in _FALSE:
             return True
-        if _DEPTH_PIXELS.match(str(about.get("video.pix_fmt") or about.get("pix_fmt") or "")):
+        if name == "pix_fmt" and _DEPTH_PIXELS.match(str(value)):
             return True
     return False
 
@@ -387,7 +429,7 @@ def _grey(feature: Mapping[str, Any]) -> bool:
 
 def _suggested(names: Mapping[str, str], grey: frozenset[str]) -> Fields | None:
     cameras = tuple(
-        name for name, kind in names.items() if kind == IMAGE and name not in grey and not is_depth_name(name)
+        name for name, kind in names.items() if kind == IMAGE and name not in grey and not is_no_camera_name(name)
     )
     if not cameras or names.get("action") != NUMBERS:
         return None

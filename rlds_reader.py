@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from .demonstration_fields import Fields, alternative_texts, dotted, is_depth_name, step_order
+from .demonstration_fields import Fields, alternative_texts, dotted, is_no_camera_name, says_nothing, step_order
 from .demonstration_presets import AUTO, PRESETS, WITHOUT_PRESET, known_preset, merged_fields, require_raw_gripper
 from .demonstrations import (
     IMAGE,
@@ -193,11 +193,11 @@ class RLDSReader(EpisodeReader):
             return ""
         said = [text.decode("utf-8", "replace") for text in example[paths[instruction]]]
         others = alternative_texts(instruction, self.names)
-        if others and not self.fields.instruction_text and not all(text.strip() for text in said):
+        if others and not self.fields.instruction_text and any(map(says_nothing, said)):
             more = self._example(shard, record, {paths[name] for name in others})
             for name in others:
                 further = [text.decode("utf-8", "replace") for text in more[paths[name]]]
-                said = [text if text.strip() else other for text, other in zip(said, further)]
+                said = [other if says_nothing(text) else text for text, other in zip(said, further)]
         return said if paths[instruction].startswith(_STEPS) else said[0]
 
     def _image(self, data: bytes, path: str) -> np.ndarray:
@@ -327,7 +327,7 @@ def _grey(features: Mapping[str, Feature]) -> frozenset[str]:
 
 def _suggested(names: Mapping[str, str], grey: frozenset[str]) -> Fields | None:
     cameras = tuple(
-        name for name, kind in names.items() if kind == IMAGE and name not in grey and not is_depth_name(name)
+        name for name, kind in names.items() if kind == IMAGE and name not in grey and not is_no_camera_name(name)
     )
     if not cameras or names.get("action") != NUMBERS:
         return None

@@ -32,6 +32,8 @@ FREE_FIELDS += ("save_steps", "keep", "log_steps", "tracker", "feed_back", "outp
 FIELDS_BY_CONTENT = ("model", "data", "preset", "answer")
 IMAGE_FIELDS = ("resize_params", "crop_params", "normalize_params", "do_letterbox", "letterbox_fill")
 SAMPLED_EPISODES = 8  # of each dataset: their actions, proprio and instructions are in its digest
+# Means of colours that differ by less are one picture: decoders' versions differ by less than a grey level.
+GREY_LEVELS = 3
 # Statistics are equal to this: another numpy may add up in another order.
 RTOL = 1e-9
 
@@ -72,8 +74,24 @@ def _dataset_record(reader: Any) -> dict[str, Any]:
         "name": reader.name,
         "episodes": len(reader),
         "fields": columns,
+        "pictures": [_pictures(reader, index) for index in chosen],
         "digest_of_episodes": _digest([_episode_digest(reader, index) for index in chosen]),
     }
+
+
+def _pictures(reader: Any, index: int) -> list[list[float]]:
+    """Return of an episode's first pictures, one a camera: height, width, and the mean colours of its four quarters."""
+    try:
+        images = reader[index].images(0)
+    except DemonstrationError:
+        return []
+    out = []
+    for image in images:
+        high, wide = image.shape[0] // 2, image.shape[1] // 2
+        parts = [part for half in (image[:high], image[high:]) for part in (half[:, :wide], half[:, wide:])]
+        colours = [part.reshape(-1, 3).mean(axis=0) if part.size else [0.0] * 3 for part in parts]
+        out.append([*image.shape[:2], *(round(float(value), 1) for colour in colours for value in colour)])
+    return out
 
 
 def _episode_digest(reader: Any, index: int) -> str:
@@ -173,12 +191,25 @@ def _differences_of_runs(before: dict[str, Any], now: dict[str, Any]) -> Iterato
     if names[0] == names[1]:
         for then, dataset in zip(before["datasets"], now["datasets"]):
             then = {**then, "fields": {**_defaults(Fields), **then["fields"]}}
+            pictures = [record.get("pictures") for record in (then, dataset)]
+            then, dataset = ({k: v for k, v in one.items() if k != "pictures"} for one in (then, dataset))
             different = list(_differences(then, dataset, f"data {dataset['name']!r}"))
             yield from different[
                 : max(1, len(different) - (then["digest_of_episodes"] != dataset["digest_of_episodes"]))
             ]  # that comes last
+            if not different:
+                yield from _picture_differences(*pictures, f"data {dataset['name']!r}.pictures")
         yield from _differences(before["weights"], now["weights"], "weights of the datasets")
     yield from _statistics_differences(before["norm_stats"], now["norm_stats"])
+
+
+def _picture_differences(before: Any, now: Any, name: str) -> Iterator[tuple[str, Any, Any]]:
+    """Yield the first camera whose size or colours differ; nothing where a record does not have them yet."""
+    for episode, pair in enumerate(zip(before or [], now or [])):
+        for camera, (then, today) in enumerate(zip(*pair)):
+            if then[:2] != today[:2] or any(abs(a - b) > GREY_LEVELS for a, b in zip(then[2:], today[2:])):
+                yield f"{name}[{episode}][{camera}] (height, width, colours of four quarters)", then, today
+                return
 
 
 def _strict_fields(record: Mapping[str, Any]) -> list[str]:

@@ -172,7 +172,8 @@ def test_inspect_data_shows_findings(tmp_path, capsys, monkeypatch):
         for index, action in enumerate(gripper(actions, lambda g: 850 * g)[:2]):
             episode = file.create_group(f"data/demo_{index}")
             episode.attrs["language_instruction"] = "go"
-            episode["actions"], episode["images"] = action, np.zeros((STEPS, 16, 16, 3), np.uint8)
+            episode["actions"] = action
+            episode["images"] = np.random.RandomState(index).randint(0, 256, (STEPS, 16, 16, 3), np.uint8)
     for more in (["--out", str(tmp_path / "look.png")], []):  # the second time from the cache
         with pytest.warns(UserWarning, match="normalised like a movement"):
             assert main(["inspect-data", str(tmp_path), *more]) == 0
@@ -236,7 +237,8 @@ def simulated(tmp_path):
         for index, action in enumerate(gripper(arm()[0], lambda g: 1 - 2 * g)[:2]):
             episode = file.create_group(f"data/demo_{index}")
             episode.attrs["language_instruction"] = "go"
-            episode["actions"], episode["images"] = action, np.zeros((STEPS, 16, 16, 3), np.uint8)
+            episode["actions"] = action
+            episode["images"] = np.random.RandomState(index).randint(0, 256, (STEPS, 16, 16, 3), np.uint8)
     return ["--model", str(tmp_path / "no-model"), "--output", str(tmp_path / "run"), "--device", "cpu"]
 
 

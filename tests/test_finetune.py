@@ -588,3 +588,18 @@ def test_the_command_trains_on_stored_demonstrations(base, name, tmp_path, capsy
     assert "fed back 2 training steps: l1_loss" in said.out
     assert len(losses(tmp_path / "run")) == 3
     assert load_policy(tmp_path / "run" / "model").unnorm_key
+
+
+def test_numbers_that_yaml_gives_as_text_are_numbers():
+    assert as_config({"model": "m", "output": "o", "learning_rate": "5e-4"}).learning_rate == 5e-4
+    with pytest.raises(ValueError, match="learning_rate must be a number, got 'fast'"):
+        as_config({"model": "m", "output": "o", "learning_rate": "fast"})
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [({"path": "a", "wieght": 2}, r"unknown: \['wieght'\]. Did you mean 'weight'"), ({"weight": 1}, "needs a path")],
+)
+def test_an_entry_of_data_says_what_data_has(entry, message):
+    with pytest.raises(ValueError, match=message):
+        Demonstrations(as_config({"model": "m", "output": "o", "data": [entry]}))

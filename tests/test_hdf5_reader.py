@@ -59,7 +59,7 @@ def test_cameras_are_of_the_present(tmp_path):
     assert [int(reader[2].images(step)[0][0, 0, 0]) for step in range(STEPS)] == [100, 101, 102, 103]
     notes = "\n".join(inspect(reader, progress=False)["notes"])
     assert "next_obs.image is no camera, it holds frames that followed the action" in notes
-    assert "obs.depth is no camera, it holds depth or masks, by its name" in notes
+    assert "obs.depth is no camera, it holds no colours of now (depth, masks" in notes
     assert "obs.image_segmentation is no camera" in notes
     with pytest.raises(KeyError, match=r"'next_obs\.image' of image \(it holds frames that followed the action\)"):
         open_demonstrations(tmp_path / "image.hdf5", fields={"cameras": ["next_obs.image"]})
@@ -390,3 +390,22 @@ def test_a_first_demo_without_steps_does_not_hide_the_cameras(tmp_path):
     assert len(reader[1]) == STEPS
     with pytest.raises(DemonstrationError, match="it has no step"):
         reader[0]
+
+
+def test_a_part_that_is_held_out_must_be_chosen_from(tmp_path):
+    file = robomimic(tmp_path / "a.hdf5", {"20_percent_train": [1], "20_percent_valid": [2]})
+    with pytest.raises(ValueError, match="20_percent_valid.*but has no mask 'train'; give split: one of"):
+        open_demonstrations(file)
+    assert demos(open_demonstrations(file, split="20_percent_train")) == ["demo_1"]
+    only = robomimic(tmp_path / "b.hdf5", {"20_percent": [1]})
+    assert len(open_demonstrations(only)) == len(open_demonstrations(only, split="all"))
+
+
+@pytest.mark.parametrize("name", ["goal/top", "obs/goal_image", "obs/subgoal_img", "obs/infrared"])
+def test_a_goal_is_no_camera(tmp_path, name):
+    with h5py.File(tmp_path / "a.hdf5", "w") as file:
+        demo(file)[name] = UPRIGHT
+    reader = open_demonstrations(tmp_path / "a.hdf5")
+    assert name.replace("/", ".") not in reader.fields.cameras
+    with pytest.warns(UserWarning, match="seems to hold no colours of now"):
+        open_demonstrations(tmp_path / "a.hdf5", fields={"cameras": [name]})

@@ -13,6 +13,8 @@ from rlds import demonstration, jpeg, write_rlds
 pytest.importorskip("av")
 pa = pytest.importorskip("pyarrow")
 import pyarrow.parquet as pq  # noqa: E402
+from openvla.demonstration_fields import is_no_camera_name  # noqa: E402
+from openvla.demonstration_stream import DemonstrationStream  # noqa: E402
 from openvla.demonstrations import DemonstrationError, open_demonstrations  # noqa: E402
 from openvla.lerobot_writer import LeRobotWriter  # noqa: E402
 
@@ -260,7 +262,7 @@ def test_a_depth_map_is_no_camera(copy, about):
 
 def test_what_may_be_depth_is_taken_when_named_with_a_word(small, tmp_path):
     assert open_demonstrations(small).fields.cameras == ("observation.images.top",)
-    with pytest.warns(UserWarning, match=r"'observation\.images\.depth' seems to hold depth"):
+    with pytest.warns(UserWarning, match=r"'observation\.images\.depth' seems to hold no colours of now"):
         reader = open_demonstrations(small, fields={"cameras": ["observation.images.depth"]})
     assert int(reader[1].images(2)[0][0, 0, 0]) == 70
     features = json.loads((small / "meta" / "info.json").read_text())["features"]
@@ -269,7 +271,7 @@ def test_what_may_be_depth_is_taken_when_named_with_a_word(small, tmp_path):
         info(small, features=features)
         with pytest.raises(ValueError, match="what is camera and what is action cannot be told"):
             open_demonstrations(small)
-    with pytest.warns(UserWarning, match=r"'observation\.images\.top' seems to hold depth"):
+    with pytest.warns(UserWarning, match=r"'observation\.images\.top' seems to hold no colours of now"):
         open_demonstrations(small, fields={"cameras": ["observation.images.top"], "action": "action"})
     episode = demonstration(**{"observation/depth_image": [jpeg(1)] * 6})
     assert open_demonstrations(write_rlds(tmp_path, "rgbd", [episode])).fields.cameras == ("observation.image",)
@@ -330,3 +332,100 @@ def test_an_rlds_episode_without_steps_says_so(tmp_path):
         warnings.simplefilter("error")
         with pytest.raises(DemonstrationError, match="the episode has no steps"):
             reader[1]
+
+
+@pytest.mark.parametrize(
+    "about",
+    [
+        {"info": {"video": {"is_depth_map": True}}},
+        {"metadata": {"is_depth_map": "true"}},
+        {"info": {"stream": {"video.pix_fmt": "gray12le"}}},
+    ],
+)
+def test_a_depth_map_is_known_wherever_it_is_said(small, about):
+    features = json.loads((small / "meta" / "info.json").read_text())["features"]
+    features["observation/images.wrist"] = features.pop("observation/images.depth")
+    rewrite(
+        small, "data/**/*.parquet", lambda t: t.rename_columns([n.replace("depth", "wrist") for n in t.column_names])
+    )
+    info(small, features=features)
+    both = ("observation.images.top", "observation.images.wrist")
+    assert open_demonstrations(small).fields.cameras == both
+    said_not = {**features["observation/images.wrist"], "info": {"is_depth_map": "False"}}
+    info(small, features={**features, "observation/images.wrist": said_not})
+    assert open_demonstrations(small).fields.cameras == both
+    info(small, features={**features, "observation/images.wrist": {**features["observation/images.wrist"], **about}})
+    reader = open_demonstrations(small)
+    assert reader.fields.cameras == both[:1]
+    assert reader.notes() == ["observation.images.wrist is no camera, it holds a depth map"]
+
+
+@pytest.mark.parametrize(
+    ("name", "is_camera"),
+    [
+        *(
+            (name, False)
+            for name in ("infra1", "ir_left", "top_disparity", "seg", "front_mask", "goal_image", "thermal")
+        ),
+        *((name, True) for name in ("wrist", "mirror", "first_person", "infrastructure", "segway", "dir_left")),
+    ],
+)
+def test_what_is_no_camera_by_its_name(name, is_camera):
+    assert is_no_camera_name(f"observation.images.{name}") is not is_camera
+    assert is_no_camera_name(f"obs/{name}") is not is_camera
+
+
+@pytest.mark.parametrize("text", ["nan", "None", " NULL ", "N/A", "<NA>"])
+def test_spellings_of_a_missing_instruction_are_none(small, text):
+    tasks = pa.table({"task_index": [0, 1, 2], "task": ["first", text, "third"]})
+    pq.write_table(tasks, small / "meta" / "tasks.parquet")
+    reader = open_demonstrations(small)
+    assert reader[0].instructions[0] == "first"
+    with pytest.raises(DemonstrationError, match=r"the instruction at step 0 is empty \("):
+        reader[1]
+    assert open_demonstrations(small, fields={"instruction_text": "go"})[1].instructions[0] == "go"
+
+
+def test_instructions_that_meta_contradicts_are_warned_of_once(small):
+    turned = changed_column("task_index", lambda values: (values + 1) % 3)
+    rewrite(small, "data/**/*.parquet", turned)
+    reader = open_demonstrations(small)
+    with pytest.warns(UserWarning, match=r"the instruction 'second', but meta/episodes \['first'\]") as seen:
+        assert [episode.instructions[0] for episode in reader] == ["second", "third", "first"]
+    assert len(seen) == 1
+
+
+def test_instructions_that_were_renamed_in_the_table_need_no_word(small):
+    tasks = pa.table({"task_index": [0, 1, 2], "task": ["a", "b", "c"]})
+    pq.write_table(tasks, small / "meta" / "tasks.parquet")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert [episode.instructions[0] for episode in open_demonstrations(small)] == ["a", "b", "c"]
+
+
+def test_another_number_of_episodes_than_info_says_is_warned_of(small):
+    rewrite(small, "meta/episodes/**/*.parquet", lambda table: table.slice(0, 2))
+    with pytest.warns(UserWarning, match="info.json says 3 episodes, but .* names 2; if it is not whole"):
+        assert len(open_demonstrations(small)) == 2
+
+
+def test_a_mixture_of_frame_rates_is_warned_of(small, tmp_path):
+    other = Path(shutil.copytree(small, tmp_path / "other"))
+    readers = [open_demonstrations(folder) for folder in (small, other)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        DemonstrationStream(readers)
+    info(other, fps=50)
+    readers[1] = open_demonstrations(other)
+    with pytest.warns(UserWarning, match=r"different frame rates \(Hz\): {'mine': 10.0, 'other': 50.0}"):
+        DemonstrationStream(readers)
+
+
+def test_a_missing_rlds_instruction_is_taken_from_the_next_column(tmp_path):
+    columns = {"language_instruction": ["nan"] * 6, "language_instruction_2": ["pick it"] * 6}
+    reader = open_demonstrations(write_rlds(tmp_path, "spoken", [demonstration(**columns)]))
+    assert reader[0].instructions == ["pick it"] * 6
+    goal = demonstration(**{"observation/goal_image": [jpeg(1)] * 6})
+    reader = open_demonstrations(write_rlds(tmp_path, "with_goals", [goal]))
+    assert reader.fields.cameras == ("observation.image",)
+    assert reader.notes()[0].startswith("observation.goal_image is no camera, it holds no colours of now")

@@ -251,3 +251,22 @@ def test_an_interrupted_first_save_is_no_run(base, copy):
     assert json.loads((checkpoints(copy)[-1] / RECORD_FILE).read_text())["config"] == asdict(
         settings(base, copy, lora_alpha=64)
     )
+
+
+def test_other_pictures_beside_the_same_numbers_are_refused(base, copy):
+    turned = [[{**step, "image": step["image"][..., ::-1]} for step in episode] for episode in episodes(3)]
+    with pytest.raises(ValueError, match=r"data 'lab'.pictures\[0\]\[0\] \(height, width, colours of four quarters\)"):
+        train(base, copy, {"lab": turned}, max_steps=2)
+    small = [[{**step, "image": step["image"][::2, ::2]} for step in episode] for episode in episodes(3)]
+    with pytest.raises(ValueError, match=r"pictures.*\[32, 32, .*before, \[16, 16, .* now"):
+        train(base, copy, {"lab": small}, max_steps=2)
+    nearly = [[{**s, "image": np.clip(s["image"], 1, 254)} for s in episode] for episode in episodes(3)]  # a decoder's
+    train(base, copy, {"lab": nearly}, max_steps=2)
+
+
+def test_a_record_from_before_pictures_goes_on(base, copy):
+    file = checkpoints(copy)[-1] / RECORD_FILE
+    record = json.loads(file.read_text())
+    del record["datasets"][0]["pictures"]
+    file.write_text(json.dumps(record))
+    train(base, copy, max_steps=2)
