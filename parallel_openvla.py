@@ -22,6 +22,7 @@ from huggingface_hub import HfApi
 from torch import nn
 from transformers.modeling_outputs import ModelOutput
 
+from .actions_openvla import as_numbers
 from .compatibility_openvla import attention_implementation
 from .configuration_openvla import OpenVLAConfig
 from .decoding_openvla import given_names, insert_after_bos, positions_of, require_one_pass
@@ -460,7 +461,7 @@ class ParallelDecodingMixin:
         if torch.is_tensor(proprio):
             proprio = proprio.detach().double().cpu().numpy()
         if proprio is not None:
-            proprio = np.asarray(proprio, dtype=np.float64)
+            proprio = as_numbers(proprio, "proprio")
             proprio = proprio[None] if proprio.ndim == 1 and len(unnorm_keys) == 1 else proprio
         self._require_proprio(proprio, len(unnorm_keys))
         if proprio is None:

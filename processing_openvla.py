@@ -39,7 +39,7 @@ from .images_openvla import (
     require_used,
 )
 from .jpeg_openvla import jpeg_round_trip  # noqa: F401  as nearest_name
-from .prompts_openvla import bare_instruction, require_bos, tokenized_prompts, warn_of_bare
+from .prompts_openvla import as_list, bare_instruction, require_bos, tokenized_prompts, whole_prompts
 from .publishing_openvla import PushToHub
 
 logger = logging.get_logger(__name__)
@@ -321,9 +321,8 @@ class OpenVLAProcessor(MarksCode, PushToHub, ProcessorMixin):
                 raise ValueError("An instruction needs an image: processor(instruction=..., images=...).")
             inputs = self._tokenized_instructions(instruction, padding, max_length, return_tensors)
         else:
-            warn_of_bare(text)
             inputs = self.tokenizer(
-                text,
+                whole_prompts(text),
                 return_tensors=return_tensors,
                 padding=False if padding is None else padding,
                 truncation=truncation,
@@ -344,7 +343,7 @@ class OpenVLAProcessor(MarksCode, PushToHub, ProcessorMixin):
 
         Published scripts prepare one camera at a time and stack by themselves: that is what cameras=None allows.
         """
-        nested = isinstance(images, (list, tuple)) and isinstance(images[0], (list, tuple))
+        nested = isinstance(images, (list, tuple)) and isinstance(next(iter(images), None), (list, tuple))
         if cameras is None:
             cameras = self.num_images_in_input if nested or rows == 1 and isinstance(images, (list, tuple)) else 1
         if cameras > 1 and (rows > 1 or nested):
@@ -392,7 +391,7 @@ class OpenVLAProcessor(MarksCode, PushToHub, ProcessorMixin):
         return_tensors: str | None,
     ) -> dict[str, Any]:
         """Ids and mask of prompts, the empty token at the end of every row before any padding."""
-        instructions = [instruction] if isinstance(instruction, (str, bytes)) else list(instruction)
+        instructions = as_list(instruction)
         if not instructions:
             raise ValueError("Got an empty list of instructions.")
         instructions = [bare_instruction(one) for one in instructions]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from typing import Any
 
 import numpy as np
@@ -59,14 +59,31 @@ def bare_instruction(instruction: Any) -> str:
     return instruction.strip().lower()
 
 
-def warn_of_bare(text: Any) -> None:
-    """Warn where the text of a prompt has neither a question nor an opening nor an ending of any trained prompt."""
-    for one in [text] if isinstance(text, str) else text:
-        if isinstance(one, str) and not any(part in _normal(one) for part in (*OPENINGS, *QUESTIONS, *ENDINGS)):
+def as_list(texts: Any) -> list[Any]:
+    """Return one text or several as a list; what has no order (a set, a dictionary) is one, and so no text."""
+    several = np.ndim(texts) == 1 if isinstance(texts, np.ndarray) else isinstance(texts, Iterable)
+    return list(texts) if several and not isinstance(texts, (str, bytes, Mapping, Set)) else [texts]
+
+
+def whole_prompts(text: Any) -> str | list[str]:
+    """Return whole prompts as the tokenizer takes them: one, or a list of several.
+
+    Raises:
+        ValueError: They are no texts, or there is none.
+
+    Warns:
+        A text has neither a question nor an opening nor an ending of any trained prompt.
+    """
+    prompts = as_list(text)
+    if wrong := [one for one in prompts if not isinstance(one, str)] or [prompts] * (not prompts):
+        raise ValueError(f"text must be a whole prompt or a list of them, at least one, got {wrong[0]!r:.200}.")
+    for one in prompts:
+        if not any(part in _normal(one) for part in (*OPENINGS, *QUESTIONS, *ENDINGS)):
             logger.warning(
                 f"text={one[:SHOWN_CHARACTERS]!r} is no prompt that any model here was trained on, and none is written "
                 "around it. If it is what the robot should do, give it as instruction=."
             )
+    return text if isinstance(text, str) else prompts
 
 
 def tokenized_prompts(tokenizer: Any, style: str, instructions: Sequence[str]) -> list[list[int]]:
