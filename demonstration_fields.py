@@ -34,7 +34,7 @@ def dotted(name: str) -> str:
 
 
 def single(value: Any) -> Any:
-    """Return the one entry of a list, an array or a tensor of one; anything else as it is, numpy's scalars as Python's."""
+    """Return the one entry of a list, an array or a tensor of one (numpy's scalars too); all else as it is."""
     while True:
         if isinstance(value, (list, tuple)) and len(value) == 1:
             one = value[0]

@@ -58,7 +58,9 @@ class SequenceReader(EpisodeReader):
         if not self.whole:
             lengths = _run_lengths(data, self.episode, name) if episode_lengths is None else list(episode_lengths)
             if wrong := [one for one in lengths if type(single(one)) is not int or one < 1]:
-                raise ValueError(f"{name}: episode_lengths must be whole numbers of steps, 1 or more, got {wrong[0]!r}.")
+                raise ValueError(
+                    f"{name}: episode_lengths must be whole numbers of steps, 1 or more, got {wrong[0]!r}."
+                )
             self.bounds = np.cumsum([0, *lengths])
             if self.bounds[-1] != len(data):
                 raise ValueError(
@@ -194,8 +196,8 @@ def _run_lengths(data: Any, column: str, name: str) -> list[int]:
             isinstance(number, (int, str)) or isinstance(number, float) and number.is_integer()
         ):
             raise ValueError(
-                f"{name}: {column} must be a whole number or a text at every step, got {number!r:.200} at step {index}; "
-                "give episode=, or episode_lengths."
+                f"{name}: {column} must be a whole number or a text at every step, got {number!r:.200} at step "
+                f"{index}; give episode=, or episode_lengths."
             )
         if not seen or seen[-1] != number:
             if number in seen:

@@ -4,23 +4,29 @@ A few hundred inputs run with the default tests. ``OPENVLA_FUZZ=100000 python -m
 many, of other seeds each time, and prints the smallest input that fails.
 """
 
+import argparse
 import base64
+import contextlib
 import copy
 import io
 import json
 import linecache
 import os
+import re
 import shutil
+import socket
+import threading
 import traceback
 import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
-from openvla import OpenVLAProcessor
+from openvla import OpenVLAProcessor, inspect_data
 from openvla.actions_openvla import NormalizationStatistics, validate_norm_stats
 from openvla.dataset_statistics import compute_statistics
 from openvla.demonstrations import open_demonstrations
+from openvla.policy_client import PolicyClient, PolicyServerError
 from openvla.robot_conventions import ROBOT_CONVENTIONS, ActionConverter
 from openvla.sequence_reader import SequenceReader
 from openvla.tfrecord_files import parse_example
@@ -41,7 +47,7 @@ DATA = REPOSITORY / "tests" / "data"
 ASKED = int(os.environ.get("OPENVLA_FUZZ", "0"))
 TOTAL = ASKED or 400
 # What a user's mistake is raised as; DemonstrationError and RequestError are ValueErrors.
-ERRORS = (ValueError, KeyError, TypeError, FileNotFoundError)
+ERRORS = (ValueError, KeyError, TypeError, FileNotFoundError, PolicyServerError)
 
 
 def examples(share: float):
@@ -63,6 +69,7 @@ def ours(error: BaseException) -> bool:
     return (
         own
         and isinstance(error, ERRORS)
+        and bool(str(error).strip())
         and linecache.getline(frame.filename, frame.lineno).lstrip().startswith("raise")
     )
 
@@ -74,10 +81,9 @@ def answer(function, *arguments, **keywords):
         try:
             return function(*arguments, **keywords)
         except Exception as error:
-            if not ours(error):
-                raise
-            assert str(error).strip()
-            return None
+            if ours(error):
+                return None
+            raise
 
 
 def test_only_raised_errors_of_the_package_are_ours():
@@ -176,6 +182,24 @@ def test_statistics(norm_stats, normalization):
         actions = statistics.unnormalize(ends)
         assert np.isfinite(actions).all()
         assert np.isfinite(statistics.normalize(actions)).all()
+        if isinstance(entry.get("proprio"), dict):
+            proprio = answer(NormalizationStatistics, entry["proprio"], key, normalization)
+            state = None if proprio is None else answer(proprio.normalize_proprio, np.full(proprio.dimension, -1e308))
+            assert state is None or (np.abs(state) <= 1).all()
+
+
+@examples(0.03)
+@given(mutated(STATISTICS), st.booleans())
+def test_inspection_of_statistics(tmp_path_factory, norm_stats, as_json):
+    file = tmp_path_factory.mktemp("fuzz") / "statistics.json"
+    file.write_text(json.dumps(norm_stats))
+    parser = argparse.ArgumentParser()
+    inspect_data.add_arguments(parser)
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        answer(inspect_data.run, parser.parse_args([str(file), *["--json"] * as_json]))
+    assert not re.search(r"\b(nan|inf|NaN|Infinity)\b", said.getvalue())
+    shutil.rmtree(file.parent)
 
 
 @examples(0.1)
@@ -199,16 +223,18 @@ def pictures(draw):
     mode = draw(
         st.sampled_from(["1", "L", "P", "RGB", "RGBA", "CMYK", "YCbCr", "LAB", "HSV", "I", "F", "LA", "PA", "I;16"])
     )
-    return Image.new(mode, draw(st.sampled_from([(1, 1), (7, 5), (224, 224), (1, 300)])))
+    return Image.new(mode, draw(st.sampled_from([(1, 1), (7, 5), (224, 224), (1, 300), (0, 3)])))
 
 
 @examples(0.15)
 @given(
     st.one_of(st.text(max_size=60), st.lists(st.text(max_size=9), max_size=3), scalars),
     st.one_of(pictures(), arrays(), st.lists(st.one_of(pictures(), arrays()), max_size=3), scalars),
+    st.booleans(),
 )
-def test_processor(processor, instruction, images):
-    inputs = answer(processor, instruction=instruction, images=images)
+def test_processor(processor, instruction, images, whole):
+    said = {"text": instruction} if whole else {"instruction": instruction}
+    inputs = answer(processor, images=images, **said)
     if inputs is not None:
         assert np.isfinite(np.asarray(inputs["pixel_values"], np.float64)).all()
         assert len(inputs["input_ids"]) == len(inputs["attention_mask"])
