@@ -39,7 +39,14 @@ from .images_openvla import (
     require_used,
 )
 from .jpeg_openvla import jpeg_round_trip  # noqa: F401  as nearest_name
-from .prompts_openvla import as_list, bare_instruction, require_bos, tokenized_prompts, whole_prompts
+from .prompts_openvla import (
+    as_list,
+    bare_instruction,
+    require_bos,
+    tokenized_prompts,
+    tokenized_text,
+    whole_prompts,
+)
 from .publishing_openvla import PushToHub
 
 logger = logging.get_logger(__name__)
@@ -321,13 +328,10 @@ class OpenVLAProcessor(MarksCode, PushToHub, ProcessorMixin):
                 raise ValueError("An instruction needs an image: processor(instruction=..., images=...).")
             inputs = self._tokenized_instructions(instruction, padding, max_length, return_tensors)
         else:
-            inputs = self.tokenizer(
-                whole_prompts(text),
-                return_tensors=return_tensors,
-                padding=False if padding is None else padding,
-                truncation=truncation,
-                max_length=max_length,
+            inputs = tokenized_text(
+                self.tokenizer, whole_prompts(text), padding, truncation, max_length, return_tensors
             )
+            inputs = BatchFeature(data=inputs, tensor_type=return_tensors)
         data = {name: inputs[name] for name in ("input_ids", "attention_mask")}
         require_bos(self.tokenizer, self.prompt_style, data["input_ids"], data["attention_mask"])
         if images is not None:

@@ -48,6 +48,7 @@ def bare_instruction(instruction: Any) -> str:
         raise ValueError(f"The instruction must be text, got bytes: {instruction!r}; decode them: .decode('utf-8').")
     if not isinstance(instruction, str) or not instruction.strip():
         raise ValueError(f"The instruction must say something, got {instruction!r}.")
+    _require_characters(instruction)
     text = _normal(instruction)
     asks = any(question in text for question in QUESTIONS)
     if asks or text.startswith(OPENINGS) or any(re.search(rf"(^|\W){re.escape(end)}$", text) for end in ENDINGS):
@@ -57,6 +58,14 @@ def bare_instruction(instruction: Any) -> str:
             "(The processor takes a prompt that is whole as text=.)"
         )
     return instruction.strip().lower()
+
+
+def _require_characters(text: str) -> None:
+    if half := re.search("[\ud800-\udfff]", text):
+        raise ValueError(
+            f"The text {text!r:.200} holds half of a surrogate pair ({half[0]!r}), which is no character and must be "
+            "left out."
+        )
 
 
 def as_list(texts: Any) -> list[Any]:
@@ -75,15 +84,34 @@ def whole_prompts(text: Any) -> str | list[str]:
         A text has neither a question nor an opening nor an ending of any trained prompt.
     """
     prompts = as_list(text)
-    if wrong := [one for one in prompts if not isinstance(one, str)] or [prompts] * (not prompts):
+    if wrong := [one for one in prompts if not isinstance(one, str) or not one] or [prompts] * (not prompts):
         raise ValueError(f"text must be a whole prompt or a list of them, at least one, got {wrong[0]!r:.200}.")
     for one in prompts:
+        _require_characters(one)
         if not any(part in _normal(one) for part in (*OPENINGS, *QUESTIONS, *ENDINGS)):
             logger.warning(
                 f"text={one[:SHOWN_CHARACTERS]!r} is no prompt that any model here was trained on, and none is written "
                 "around it. If it is what the robot should do, give it as instruction=."
             )
     return text if isinstance(text, str) else prompts
+
+
+def tokenized_text(
+    tokenizer: Any, text: str | list[str], padding: Any, truncation: Any, max_length: int | None, tensors: str | None
+) -> dict[str, Any]:
+    """Return ids and mask of whole prompts as lists, those of one prompt in a list where tensors are made of them.
+
+    Raises:
+        ValueError: Prompts that become one tensor have different lengths.
+    """
+    padding = False if padding is None else padding
+    inputs = tokenizer(text, padding=padding, truncation=truncation, max_length=max_length)
+    rows = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+    if tensors is not None:
+        rows = {name: [row] for name, row in rows.items()} if isinstance(text, str) else rows
+        if len(lengths := sorted({len(row) for row in rows["input_ids"]})) > 1:
+            raise ValueError(f"The prompts have different lengths in tokens ({lengths}); they need padding=True.")
+    return rows
 
 
 def tokenized_prompts(tokenizer: Any, style: str, instructions: Sequence[str]) -> list[list[int]]:

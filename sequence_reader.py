@@ -171,7 +171,8 @@ def _kind(value: Any) -> str:
 
 
 def _is_episode(value: Any) -> bool:
-    return hasattr(value, "__len__") and hasattr(value, "__getitem__") and not isinstance(value, (str, bytes, Mapping))
+    several = hasattr(value, "__len__") and hasattr(value, "__getitem__") and getattr(value, "ndim", 1)
+    return bool(several) and not isinstance(value, (str, bytes, Mapping))
 
 
 def _is_number(value: Any) -> bool:

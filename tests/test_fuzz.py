@@ -10,23 +10,18 @@ import contextlib
 import copy
 import io
 import json
-import linecache
-import os
 import re
 import shutil
-import socket
-import threading
-import traceback
-import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
+import rlds
 from openvla import OpenVLAProcessor, inspect_data
 from openvla.actions_openvla import NormalizationStatistics, validate_norm_stats
 from openvla.dataset_statistics import compute_statistics
 from openvla.demonstrations import open_demonstrations
-from openvla.policy_client import PolicyClient, PolicyServerError
+from openvla.policy_client import PolicyClient
 from openvla.robot_conventions import ROBOT_CONVENTIONS, ActionConverter
 from openvla.sequence_reader import SequenceReader
 from openvla.tfrecord_files import parse_example
@@ -38,52 +33,15 @@ for package in ("hypothesis", "fastapi", "msgpack", "h5py", "pyarrow"):
 
 import h5py  # noqa: E402
 import msgpack  # noqa: E402
-from hypothesis import HealthCheck, Phase, given, settings  # noqa: E402
+import pyarrow  # noqa: E402
+from fuzzing import answer, arrays, examples, json_junk, junk, mutated, numbers, ours, raw_server, scalars  # noqa: E402
+from hypothesis import given  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 from openvla.serve import Limits  # noqa: E402
 from openvla.serve_requests import pack_reply, read_json, read_msgpack, reply_of  # noqa: E402
+from pyarrow import parquet  # noqa: E402
 
 DATA = REPOSITORY / "tests" / "data"
-ASKED = int(os.environ.get("OPENVLA_FUZZ", "0"))
-TOTAL = ASKED or 400
-# What a user's mistake is raised as; DemonstrationError and RequestError are ValueErrors.
-ERRORS = (ValueError, KeyError, TypeError, FileNotFoundError, PolicyServerError)
-
-
-def examples(share: float):
-    """Return settings for this share of all inputs: the same ones each time, unless many are asked for."""
-    return settings(
-        max_examples=max(1, round(TOTAL * share)),
-        derandomize=not ASKED,
-        database=None,
-        deadline=None,
-        phases=[Phase.generate, Phase.shrink] if ASKED else [Phase.generate],
-        suppress_health_check=list(HealthCheck),
-    )
-
-
-def ours(error: BaseException) -> bool:
-    """Return whether an error comes from a ``raise`` of this package."""
-    frame = traceback.extract_tb(error.__traceback__)[-1]
-    own = Path(frame.filename).parent == REPOSITORY
-    return (
-        own
-        and isinstance(error, ERRORS)
-        and bool(str(error).strip())
-        and linecache.getline(frame.filename, frame.lineno).lstrip().startswith("raise")
-    )
-
-
-def answer(function, *arguments, **keywords):
-    """Return what a function answers; None where it raises an error of ours. Any other error passes."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            return function(*arguments, **keywords)
-        except Exception as error:
-            if ours(error):
-                return None
-            raise
 
 
 def test_only_raised_errors_of_the_package_are_ours():
@@ -93,61 +51,6 @@ def test_only_raised_errors_of_the_package_are_ours():
     with pytest.raises(ValueError) as raised:  # noqa: PT011
         np.zeros(3).reshape(2)
     assert not ours(raised.value)
-
-
-numbers = st.one_of(st.integers(-(2**70), 2**70), st.floats(), st.sampled_from([0, 1, -1, 255, 1e308, -1e308, 5e-324]))
-scalars = st.one_of(st.none(), st.booleans(), numbers, st.text(max_size=20), st.binary(max_size=20))
-junk = st.recursive(
-    scalars, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4)
-)
-json_junk = st.recursive(
-    st.one_of(st.none(), st.booleans(), st.integers(-(2**70), 2**70), st.floats(allow_nan=False), st.text(max_size=20)),
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
-)
-DTYPES = ["uint8", "int64", "float32", "float64", "bool", "uint16", "float16", "complex64", "U3", "S3", "O"]
-
-
-@st.composite
-def arrays(draw, dtypes=DTYPES):
-    """An array of up to four small dimensions."""
-    dtype = np.dtype(draw(st.sampled_from(dtypes)))
-    shape = draw(
-        st.sampled_from(
-            [(), (0,), (3,), (7,), (2, 7), (4, 5, 3), (4, 5, 1), (4, 5), (3, 4, 5), (4, 5, 4), (1, 4, 5, 3), (0, 5, 3)]
-        )
-    )
-    if dtype.kind in "OUS":
-        return np.full(shape, draw(scalars) if dtype.kind == "O" else "x", dtype)
-    values = draw(st.lists(st.floats(width=32) if dtype.kind in "fc" else st.integers(0, 255), min_size=1, max_size=4))
-    with np.errstate(all="ignore"):
-        return np.resize(np.array(values, np.float64), shape).astype(dtype)
-
-
-def places(tree, path=()):
-    """Yield the path of every value in a tree of dictionaries and lists."""
-    items = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
-    for key, value in items:
-        yield (*path, key)
-        yield from places(value, (*path, key))
-
-
-@st.composite
-def mutated(draw, tree, values=json_junk):
-    """A copy of a tree in which one or two values are others, or gone."""
-    tree = copy.deepcopy(tree)
-    for _ in range(draw(st.integers(1, 2))):
-        known = list(places(tree))
-        if not known:
-            break
-        *path, last = draw(st.sampled_from(known))
-        holder = tree
-        for key in path:
-            holder = holder[key]
-        if draw(st.booleans()) and isinstance(holder, dict):
-            del holder[last]
-        else:
-            holder[last] = draw(values)
-    return tree
 
 
 # --- statistics -------------------------------------------------------------------------------------------------------
@@ -228,7 +131,7 @@ def pictures(draw):
 
 @examples(0.15)
 @given(
-    st.one_of(st.text(max_size=60), st.lists(st.text(max_size=9), max_size=3), scalars),
+    st.one_of(st.text(st.characters(), max_size=60), st.lists(st.text(max_size=9), max_size=3), scalars, junk),
     st.one_of(pictures(), arrays(), st.lists(st.one_of(pictures(), arrays()), max_size=3), scalars),
     st.booleans(),
 )
@@ -236,7 +139,7 @@ def test_processor(processor, instruction, images, whole):
     said = {"text": instruction} if whole else {"instruction": instruction}
     inputs = answer(processor, images=images, **said)
     if inputs is not None:
-        assert np.isfinite(np.asarray(inputs["pixel_values"], np.float64)).all()
+        assert images is None or np.isfinite(np.asarray(inputs["pixel_values"], np.float64)).all()
         assert len(inputs["input_ids"]) == len(inputs["attention_mask"])
 
 
@@ -366,43 +269,141 @@ def rows(draw):
     return steps
 
 
-@examples(0.05)
+@examples(0.03)
 @given(rows())
 def test_sequences_of_steps(own_cache, steps):
     answer(lambda: read_all(SequenceReader(steps, "mine", FIELDS)))
 
 
+EPISODES = [[{**ROW, "episode_index": episode, "frame_index": step} for step in range(2)] for episode in range(2)]
+
+
+@examples(0.02)
+@given(mutated(EPISODES, st.one_of(arrays(), junk)), st.one_of(st.none(), st.lists(st.integers(-2, 5) | scalars)))
+def test_sequences_of_episodes(own_cache, episodes, lengths):
+    answer(lambda: read_all(SequenceReader(episodes, "mine", FIELDS)))
+    steps = [step for episode in EPISODES for step in episode]
+    answer(lambda: read_all(SequenceReader(steps, "mine", FIELDS, episode_lengths=lengths)))
+
+
+@pytest.fixture
+def dataset(own_cache, tmp_path_factory):
+    """Return a copy of a dataset; the last one is gone then."""
+    folder = tmp_path_factory.mktemp("fuzz")
+
+    def copied(name):
+        shutil.rmtree(folder)
+        return Path(shutil.copytree(DATA / name, folder / name))
+
+    return copied
+
+
 @examples(0.01)
 @given(mutated(json.loads((DATA / "lerobot_v3" / "meta" / "info.json").read_text())))
-def test_lerobot_info(own_cache, tmp_path_factory, info):
-    folder = tmp_path_factory.mktemp("fuzz") / "data"
-    shutil.copytree(DATA / "lerobot_v3", folder)
+def test_lerobot_info(dataset, info):
+    folder = dataset("lerobot_v3")
     (folder / "meta" / "info.json").write_text(json.dumps(info))
     answer(lambda: read_all(open_demonstrations(folder)))
-    shutil.rmtree(folder.parent)
 
 
 @examples(0.01)
+@given(st.data(), st.sampled_from(["info.json", "episodes.jsonl", "tasks.jsonl"]))
+def test_older_lerobot_meta(dataset, data, name):
+    folder = dataset("lerobot_v21")
+    file = folder / "meta" / name
+    lines = [
+        json.loads(line) for line in ([file.read_text()] if name == "info.json" else file.read_text().splitlines())
+    ]
+    file.write_text("\n".join(map(json.dumps, data.draw(mutated(lines)))))
+    answer(lambda: read_all(open_demonstrations(folder)))
+
+
+TABLES = {
+    file: parquet.read_table(DATA / "lerobot_v3" / file)
+    for file in ("data/chunk-000/file-000.parquet", "meta/episodes/chunk-000/file-000.parquet", "meta/tasks.parquet")
+}
+CELLS = [
+    st.integers(-(2**63), 2**63 - 1),
+    st.floats(),
+    st.text(max_size=9),
+    st.binary(max_size=9),
+    st.booleans(),
+    st.lists(st.floats(width=32), max_size=8),
+    st.lists(st.lists(st.integers(0, 9), max_size=2), max_size=2),
+    st.fixed_dictionaries({"bytes": st.none() | st.binary(max_size=9), "path": st.none() | st.text(max_size=9)}),
+]
+
+
+@st.composite
+def tables(draw):
+    """A file of a dataset, and its table with a column that is gone or holds other values."""
+    file = draw(st.sampled_from(sorted(TABLES)))
+    table = TABLES[file]
+    place = draw(st.integers(0, table.num_columns - 1))
+    column, name = table.column(place), table.column_names[place]
+    if draw(st.integers(0, 5)) == 0:
+        return file, table.drop_columns([name])
+    values, cells = column.to_pylist(), draw(st.sampled_from(CELLS)) | st.none()
+    rows = range(len(values)) if draw(st.booleans()) else draw(st.lists(st.integers(0, len(values) - 1), max_size=2))
+    for row in rows:
+        values[row] = draw(cells)
+    kept = column.type if draw(st.booleans()) else None
+    try:
+        return file, table.set_column(place, name, pyarrow.chunked_array([pyarrow.array(values, kept)]))
+    except (pyarrow.ArrowException, TypeError, ValueError, OverflowError):  # no column holds both
+        return file, table.drop_columns([name])
+
+
+@examples(0.02)
+@given(tables())
+def test_lerobot_tables(dataset, change):
+    folder = dataset("lerobot_v3")
+    try:
+        parquet.write_table(change[1], folder / change[0])
+    except pyarrow.ArrowException:  # parquet holds no such column
+        return
+    answer(lambda: read_all(open_demonstrations(folder)))
+
+
+HDF5 = {
+    "obs/agentview_rgb": np.zeros((4, 9, 8, 3), np.uint8),
+    "obs/eye_in_hand_rgb": np.zeros((4, 9, 8, 3), np.uint8),
+    "obs/ee_states": np.zeros((4, 6)),
+    "obs/gripper_states": np.zeros((4, 2)),
+    "actions": np.linspace(-1, 1, 28).reshape(4, 7),
+}
+
+
+@examples(0.02)
 @given(
+    st.dictionaries(st.sampled_from([*HDF5, "task", "x"]), st.none() | arrays() | st.text(), max_size=2),
     st.dictionaries(
-        st.sampled_from(["actions", "obs/agentview_rgb", "obs/ee_pos", "dones", "x"]), arrays(), min_size=1
+        st.sampled_from(["language_instruction", "problem_info", "ep_meta", "task"]),
+        st.one_of(
+            st.text(max_size=9),
+            st.binary(max_size=9),
+            numbers,
+            json_junk.map(lambda said: json.dumps({"language_instruction": said, "lang": said})),
+            arrays(),
+        ),
+        max_size=2,
     ),
-    st.one_of(st.none(), st.text(max_size=9), st.binary(max_size=9), numbers),
 )
-def test_hdf5_files(own_cache, tmp_path_factory, columns, instruction):
+def test_hdf5_files(own_cache, tmp_path_factory, columns, attributes):
     folder = tmp_path_factory.mktemp("fuzz")
     with h5py.File(folder / "demo.hdf5", "w") as file:
-        group = file.create_group("data/demo_0")
         try:
-            for name, values in columns.items():
-                group[name] = values
-            if instruction is not None:
-                group.attrs["language_instruction"] = instruction
+            for demo, change in ((0, columns), (1, {})):
+                group = file.create_group(f"data/demo_{demo}")
+                for name, values in {**HDF5, **change}.items():
+                    if values is not None:
+                        group[name] = values
+            file["data/demo_0"].attrs.update(attributes)
         except (TypeError, ValueError, OSError, OverflowError):  # h5py stores no such value
             return
-    fields = {"cameras": ["obs.agentview_rgb"], "action": "actions", "rotate_180": False}
-    answer(lambda: read_all(open_demonstrations(folder, fields=fields)))
-    answer(lambda: read_all(open_demonstrations(folder)))
+    fields = {"cameras": ["obs.agentview_rgb"], "action": "actions", "instruction_text": "go"}
+    answer(lambda: read_all(open_demonstrations(folder, fields={"rotate_180": False})))
+    answer(lambda: read_all(open_demonstrations(folder, preset=None, fields=fields)))
     shutil.rmtree(folder)
 
 
@@ -428,11 +429,68 @@ def test_tfrecords(changes, cut):
     answer(parse_example, data, lambda name: True)
 
 
-@examples(0.01)
-@given(mutated(json.loads(next((DATA / "bridge_orig").rglob("features.json")).read_text())))
-def test_rlds_features(own_cache, tmp_path_factory, features):
-    folder = tmp_path_factory.mktemp("fuzz") / "bridge_orig"
-    shutil.copytree(DATA / "bridge_orig", folder)
-    next(folder.rglob("features.json")).write_text(json.dumps(features))
+@examples(0.02)
+@given(st.data(), st.sampled_from(["features.json", "dataset_info.json"]))
+def test_rlds_descriptions(dataset, data, name):
+    folder = dataset("bridge_orig")
+    file = next(folder.rglob(name))
+    file.write_text(json.dumps(data.draw(mutated(json.loads(file.read_text())))))
     answer(lambda: read_all(open_demonstrations(folder)))
-    shutil.rmtree(folder.parent)
+
+
+STEPS = rlds.demonstration()
+
+
+@st.composite
+def recorded(draw):
+    """Columns of an episode, one of them gone or another."""
+    columns = dict(STEPS)
+    name = draw(st.sampled_from([*columns, "is_first", "frame_index", "language_instruction_2"]))
+    other = arrays(["uint8", "float32", "float64", "bool"]).filter(lambda values: values.ndim)
+    change = draw(st.one_of(st.none(), other, st.lists(st.text(max_size=9) | st.binary(max_size=9), max_size=7)))
+    return {**columns, name: change} if change is not None else {key: columns[key] for key in columns if key != name}
+
+
+@examples(0.02)
+@given(recorded(), recorded())
+def test_rlds_records(own_cache, tmp_path_factory, first, second):
+    folder = tmp_path_factory.mktemp("fuzz")
+    rlds.write_rlds(folder, "mine", [first, second])
+    answer(lambda: read_all(open_demonstrations(folder / "mine")))
+    fields = {"cameras": ["observation.image"], "action": "action", "proprio": "observation.state"}
+    answer(lambda: read_all(open_demonstrations(folder / "mine", fields={**fields, "instruction_text": "go"})))
+    shutil.rmtree(folder)
+
+
+# --- the client -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def hostile():
+    with raw_server() as served:
+        yield served
+
+
+REPLY = {"__numpy__": base64.b64encode(np.zeros(7).tobytes()).decode(), "dtype": "<f8", "shape": [7]}
+REFUSAL = {"error": {"message": "no", "field": "image", "id": "1", "code": None}}
+
+
+@examples(0.03)
+@given(
+    st.one_of(mutated(REPLY), mutated(REFUSAL), json_junk).map(lambda reply: json.dumps(reply).encode())
+    | st.binary(max_size=40),
+    st.sampled_from([200, 204, 301, 400, 422, 500, 503, 504, 999]),
+    st.dictionaries(
+        st.sampled_from(["Retry-After", "Content-Length", "Transfer-Encoding"]),
+        st.sampled_from(["0", "3", "-1", "9" * 400, "chunked", "", "x", "\u00b2"]),
+    ),
+    st.booleans(),
+)
+def test_replies_to_the_client(hostile, body, status, headers, whole):
+    head = "".join(f"{name}: {value}\r\n" for name, value in headers.items()).encode("latin-1")
+    hostile[1][0] = b"HTTP/1.1 %d x\r\n%s\r\n%s" % (status, head, body) if whole else body
+    client = PolicyClient(hostile[0], retries=0, timeout=0.3)
+    action = answer(client.act, np.zeros((2, 2, 3), np.uint8), "go")
+    assert action is None or action.dtype == np.float64 and np.isfinite(action).all()
+    assert isinstance(answer(client.info), (dict, type(None)))
+    client.close()
