@@ -106,12 +106,20 @@ def step_order(counters: Mapping[str, np.ndarray], distinct: Iterable[str] = ())
         int64 ``(length,)``: the row of every step.
 
     Raises:
-        ValueError: Frames are missing or there twice, two counters contradict each other, or one is not finite.
+        ValueError: Frames are missing or there twice, two counters contradict each other, or one holds no finite number
+            a row.
     """
-    values = {name: np.asarray(column).reshape(-1).astype(np.float64) for name, column in counters.items()}
-    if not values:
+    if not counters:
         return None
-    first = next(iter(values))
+    first = next(iter(counters))
+    length, values = len(counters[first]), {}
+    for name, column in counters.items():
+        column = np.asarray(column)
+        if column.dtype.kind not in "iufmM" or len(column) != length or column.size != length:
+            raise ValueError(
+                f"{name} must hold one number in each of {length} rows, got {column.dtype} of shape {column.shape}"
+            )
+        values[name] = column.reshape(-1).astype(np.float64)
     order = np.argsort(values[first], kind="stable")
     for name, column in values.items():
         if not np.isfinite(column).all():

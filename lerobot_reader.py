@@ -355,7 +355,7 @@ class LeRobotReader(EpisodeReader):
             return ""
         if column is None:
             tasks = table["task_index"].to_pylist()
-            if unknown := sorted(set(tasks) - set(self.tasks)):
+            if unknown := [task for task in tasks if not isinstance(task, (int, float)) or task not in self.tasks]:
                 raise ValueError(f"task_index {unknown[0]} is not in meta/tasks; copy the dataset again")
             return [self.tasks[task] for task in tasks]
         said = _texts(table[self.stored[column]])

@@ -106,6 +106,8 @@ class SequenceReader(EpisodeReader):
 
     def _read(self, index: int) -> Stored:
         steps = [self._step(index, step) for step in range(self._stored_length(index))]
+        if not steps:
+            raise DemonstrationError(f"{self.name}, episode {index}: it has no step; leave it out with skip_bad=True.")
         names = self.fields.columns() if self.fields.standardize is None else set(self.names)
         wanted = {name for name in names if self.names[name] == NUMBERS}
         text = self.fields.instruction
@@ -119,7 +121,7 @@ class SequenceReader(EpisodeReader):
                 "the episode_lengths that fit, or whole episodes."
             )
         try:
-            columns = {name: np.stack([np.asarray(row[name]) for row in steps]) for name in sorted(wanted) if steps}
+            columns = {name: np.stack([np.asarray(row[name]) for row in steps]) for name in sorted(wanted)}
             order = self._order(steps)
         except ValueError as error:
             raise DemonstrationError(f"{self.name}, episode {index}: {error}.") from error

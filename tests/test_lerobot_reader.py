@@ -330,3 +330,34 @@ def test_an_rlds_episode_without_steps_says_so(tmp_path):
         warnings.simplefilter("error")
         with pytest.raises(DemonstrationError, match="the episode has no steps"):
             reader[1]
+
+
+def test_a_row_without_numbers_is_named(copy):
+    def without_two(table):
+        rows = table["action"].to_pylist()
+        place = table.column_names.index("action")
+        rows[1] = rows[3] = None
+        return table.set_column(place, "action", pa.array(rows, table["action"].type))
+
+    folder = copy("lerobot_v3")
+    rewrite(folder, "data/**/*.parquet", without_two)
+    with pytest.raises(DemonstrationError, match="2 of 7 rows are null"):
+        open_demonstrations(folder)[0]
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"features": None}, "must describe each of its features"),
+        ({"features": {"action": {"shape": [7]}}}, "must describe each of its features"),
+        ({"splits": ["train"]}, "splits of info.json must name ranges"),
+        ({"data_path": "data/{episode_index}.parquet"}, "data_path of info.json must be a path with the numbers"),
+        ({"video_path": None}, "video_path of info.json must be a path"),
+        ({"chunks_size": 0}, "chunks_size of info.json must be a whole number above 0"),
+    ],
+)
+def test_damaged_info_is_named(copy, changed, message):
+    folder = copy("lerobot_v3")
+    info(folder, **changed)
+    with pytest.raises(ValueError, match=message):
+        open_demonstrations(folder)
