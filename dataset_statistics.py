@@ -230,7 +230,8 @@ def require_matching(statistics: Mapping[str, Any], reader: EpisodeReader) -> No
     for what, found in (("action", reader.action_dim), ("proprio", reader.proprio_dim)):
         if what not in statistics or not found:
             continue
-        held = len(statistics[what]["q01" if "q01" in statistics[what] else "min"])  # a checkpoint may hold either
+        one = statistics[what]  # a checkpoint may hold either pair
+        held = len(one["min"] if one.get("q01") is None else one["q01"])
         if held != found:
             raise ValueError(f"{reader.name}: {what} has {found} dimensions, but {held} in the statistics.")
 
