@@ -163,7 +163,7 @@ class NormalizationStatistics:
         missing = [field for field in (low, high) if action.get(field) is None]
         if missing:
             raise ValueError(f"{name}: {missing} missing; statistics need {low} and {high}, got {[*action]}.")
-        fields = (low, high, *{"q01", "q99", "mask", "mean", "std", "min", "max"} - {low, high})
+        fields = dict.fromkeys((low, high, "q01", "q99", "mask", "mean", "std", "min", "max"))
         held = {field: _statistic(field, action[field], name) for field in fields if action.get(field) is not None}
         dimension = len(held[low])
         for field, values in held.items():

@@ -12,7 +12,7 @@ from .demonstrations import read_json
 
 _VERSIONS = ("v2.0", "v2.1", "v3.0")
 # What describes a feature, beside its dtype, where it is there.
-_FORMS = {"shape": (list,), "names": (list, dict), "info": (dict,), "video_info": (dict,)}
+_FORMS = {"shape": (list,), "names": (list, dict, str), "info": (dict,), "video_info": (dict,)}
 # Where an episode of v3 lies, by the columns of meta/episodes.
 PLACE = ("chunk_index", "file_index")
 
@@ -49,7 +49,7 @@ def require_paths(root: Path, info: Mapping[str, Any], v3: bool, filmed: bool) -
                 f"writes, got {pattern!r:.200}; copy the dataset again."
             )
     size = info.get("chunks_size", 1000)
-    if type(size) is not int or size < 1:
+    if not v3 and (type(size) is not int or size < 1):
         raise ValueError(f"{root}: chunks_size of info.json must be a whole number above 0, got {size!r:.200}.")
 
 

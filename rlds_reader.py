@@ -218,11 +218,11 @@ def _features(tree: dict[str, Any], folder: Path) -> dict[str, Feature]:
     leaves: dict[str, Feature] = {}
 
     def below(node: Any, *keys: str) -> dict[str, Any]:
-        for place, key in enumerate(("", *keys)):
-            node = node[key] if place and key in node else node if not place else None
+        for depth in range(len(keys) + 1):
+            node = node.get(keys[depth - 1]) if depth else node
             if not isinstance(node, dict):
                 raise ValueError(
-                    f"{folder}/features.json must hold an object at {'/'.join(keys[:place])!r} of each feature, got "
+                    f"{folder}/features.json must hold an object at {'/'.join(keys[:depth])!r} of each feature, got "
                     f"{node!r:.200}; copy it again from its source."
                 )
         return node
@@ -306,7 +306,7 @@ def _checked_info(file: Path) -> dict[str, Any]:
         and all(re.fullmatch(r"\d{1,18}", str(length)) for length in split.get("shardLengths", []))
         for split in splits
     )
-    if not fits or not isinstance(info.get("name", ""), str):
+    if not fits or not isinstance(info.get("name") or "", str):
         raise ValueError(
             f"{file} must name the dataset, and its splits with shardLengths, as TFDS does; copy it again."
         )

@@ -90,11 +90,10 @@ class SequenceReader(EpisodeReader):
     def _stored_length(self, index: int) -> int:
         if not self.whole:
             return int(self.bounds[index + 1] - self.bounds[index])
-        if not _is_episode(self.data[index]):
-            raise DemonstrationError(
-                f"{self.name}, episode {index}: it must be a list of steps, got {self.data[index]!r:.200}."
-            )
-        return len(self.data[index])
+        episode = self.data[index]
+        if not _is_episode(episode):
+            raise DemonstrationError(f"{self.name}, episode {index}: it must be a list of steps, got {episode!r:.200}.")
+        return len(episode)
 
     def _step(self, index: int, step: int) -> dict[str, Any]:
         row = self.data[index][step] if self.whole else self.data[int(self.bounds[index]) + step]
@@ -191,7 +190,8 @@ def _run_lengths(data: Any, column: str, name: str) -> list[int]:
     lengths: list[int] = []
     seen: list[Any] = []
     for index in range(len(data)):
-        row = _flat(data[index]) if isinstance(data[index], Mapping) else {}
+        row = data[index]
+        row = _flat(row) if isinstance(row, Mapping) else {}
         if column not in row:
             raise KeyError(f"{name}: no column {column!r} at step {index}; give episode=, or episode_lengths.")
         number = single(row[column])

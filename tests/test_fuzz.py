@@ -68,7 +68,7 @@ STATISTICS = {
 }
 
 
-@examples(0.25)
+@examples(0.2)
 @given(
     st.one_of(mutated(STATISTICS, junk), st.dictionaries(st.text(max_size=5), junk, max_size=2)),
     st.sampled_from(["q99", "bounds"]),

@@ -353,11 +353,18 @@ def test_a_row_without_numbers_is_named(copy):
         ({"splits": ["train"]}, "splits of info.json must name ranges"),
         ({"data_path": "data/{episode_index}.parquet"}, "data_path of info.json must be a path with the numbers"),
         ({"video_path": None}, "video_path of info.json must be a path"),
-        ({"chunks_size": 0}, "chunks_size of info.json must be a whole number above 0"),
+        ({"codebase_version": "v2.1", "chunks_size": 0}, "data_path of info.json must be a path"),
     ],
 )
 def test_damaged_info_is_named(copy, changed, message):
     folder = copy("lerobot_v3")
     info(folder, **changed)
     with pytest.raises(ValueError, match=message):
+        open_demonstrations(folder)
+
+
+def test_chunks_without_episodes_are_refused(copy):
+    folder = copy("lerobot_v21")
+    info(folder, chunks_size=0)
+    with pytest.raises(ValueError, match="chunks_size of info.json must be a whole number above 0, got 0"):
         open_demonstrations(folder)
