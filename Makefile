@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test test-slow test-surface test-browser notebooks convert-full train-tiny lanes lint docs clean
+.PHONY: demo test test-slow fuzz test-surface test-browser notebooks convert-full train-tiny lanes lint docs clean
 
 demo: $(INSTALLED)  ## one action from a real LIBERO frame, as a table and as demo.png; with the simulator an episode too
 	$(VENV)/bin/openvla predict --plot demo.png
@@ -18,6 +18,9 @@ test: $(INSTALLED)  ## the default tests
 
 test-slow: $(INSTALLED)  ## what takes a minute or more: kills, full disks
 	$(VENV)/bin/python -m pytest -m slow
+
+fuzz: $(INSTALLED)  ## 100,000 random inputs to processor, statistics, readers, server and client: other ones each time
+	OPENVLA_FUZZ=100000 $(VENV)/bin/python -m pytest tests/test_fuzz.py
 
 test-surface: $(INSTALLED)  ## rename every listed name in a copy of transformers: its own test fails, and no other
 	$(VENV)/bin/python -m pytest -m surface tests/test_library_surface.py

@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from .actions_openvla import as_numbers
+
 
 @dataclass(frozen=True)
 class Ticket:
@@ -103,7 +105,7 @@ class ActionChunk:
         Raises:
             ValueError: It is no chunk, not finite, shorter than ``steps``, or of another number of dimensions.
         """
-        chunk = np.asarray(chunk, dtype=np.float64)
+        chunk = as_numbers(chunk, "A chunk")
         if chunk.ndim != 2 or 0 in chunk.shape:
             raise ValueError(f"A chunk must have shape (chunk, action_dim), got {chunk.shape}.")
         if not np.isfinite(chunk).all():

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping, Sequence
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -150,7 +151,8 @@ class NormalizationStatistics:
         unnorm_key: The dataset's key, by which the units of its dimensions are known.
 
     Raises:
-        ValueError: A list is missing, empty, not finite, of another length, or the lower bound exceeds the upper.
+        ValueError: A list is missing, empty, not finite, of another length, the lower bound exceeds the upper, or
+            float64 cannot hold the range.
     """
 
     def __init__(
@@ -162,23 +164,33 @@ class NormalizationStatistics:
         unnorm_key: str = "",
     ) -> None:
         low, high = NORMALIZATIONS[normalization]
-        missing = [field for field in (low, high) if field not in action]
+        missing = [field for field in (low, high) if action.get(field) is None]
         if missing:
-            raise ValueError(f"{name}: {missing} missing; statistics need {low} and {high}, got {sorted(action)}.")
-        dimension = np.size(action[low])
-        for field in ("q01", "q99", "mask", "mean", "std", "min", "max"):
-            if action.get(field) is not None:
-                _check_statistic(field, action[field], (low, dimension), name)
-        self.low = np.array(action[low])
-        self.high = np.array(action[high])
+            raise ValueError(f"{name}: {missing} missing; statistics need {low} and {high}, got {[*action]}.")
+        fields = dict.fromkeys((low, high, "q01", "q99", "mask", "mean", "std", "min", "max"))
+        held = {field: _statistic(field, action[field], name) for field in fields if action.get(field) is not None}
+        dimension = len(held[low])
+        for field, values in held.items():
+            if len(values) != dimension:
+                raise ValueError(
+                    f"{name}: {field} has {len(values)} entries but {low} has {dimension}; lengths must agree."
+                )
+        self.low, self.high = held[low], held[high]
         if (self.low > self.high).any():
             worst = int(np.argmax(self.low > self.high))
             raise ValueError(
                 f"{name}: {low} exceeds {high} in dimension {worst} ({self.low[worst]} > {self.high[worst]}); "
                 "the lower bound must not be above the upper one."
             )
-        mask = action.get("mask")
-        self.mask = np.ones_like(action[low], dtype=bool) if mask is None else np.array(mask, dtype=bool)
+        with np.errstate(over="ignore"):
+            wide = ~np.isfinite(2 * (self.high - self.low + max(epsilon, NORMALIZATION_EPSILON)))
+        if wide.any():
+            worst = int(np.argmax(wide))
+            raise ValueError(
+                f"{name}: the range from {low} to {high} in dimension {worst} ({self.low[worst]} to "
+                f"{self.high[worst]}) is beyond {self.low.dtype}; it must be finite, and so must its double."
+            )
+        self.mask = np.ones(dimension, bool) if "mask" not in held else held["mask"].astype(bool)
         self.name, self.epsilon, self.unnorm_key = name, epsilon, unnorm_key
 
     @property
@@ -216,12 +228,13 @@ class NormalizationStatistics:
         Raises:
             ValueError: The last dimension disagrees with the statistics, or a value is not finite.
         """
-        actions = np.asarray(actions, dtype=np.float64)
+        actions = as_numbers(actions, "Actions")
         if actions.shape[-1:] != (self.dimension,):
             raise ValueError(f"Expected actions of {self.dimension} dimensions, got shape {actions.shape}.")
         if not np.isfinite(actions).all():
             raise ValueError("Actions must be finite, got NaN or infinity.")
-        scaled = np.clip(2 * (actions - self.low) / (self.high - self.low + NORMALIZATION_EPSILON) - 1, -1, 1)
+        with np.errstate(over="ignore"):  # what lies so far outside is clipped
+            scaled = np.clip(2 * (actions - self.low) / (self.high - self.low + NORMALIZATION_EPSILON) - 1, -1, 1)
         scaled = np.where(self.low == self.high, 0.0, scaled)
         return np.where(self.mask, scaled, actions)
 
@@ -234,12 +247,13 @@ class NormalizationStatistics:
         Raises:
             ValueError: Another number of values, or one is not finite.
         """
-        proprio = np.asarray(proprio, dtype=np.float64)
+        proprio = as_numbers(proprio, "proprio")
         if proprio.shape != (self.dimension,):
             raise ValueError(f"{self.name}: proprio must hold {self.dimension} numbers, got shape {proprio.shape}.")
         if not np.isfinite(proprio).all():
             raise ValueError(f"proprio must be finite, got {proprio.tolist()}.")
-        scaled = 2 * (proprio - self.low) / (self.high - self.low + NORMALIZATION_EPSILON) - 1
+        with np.errstate(over="ignore"):
+            scaled = 2 * (proprio - self.low) / (self.high - self.low + NORMALIZATION_EPSILON) - 1
         return np.clip(np.where(self.mask, scaled, proprio), -1.0, 1.0)
 
     def far_states(self, proprio: np.ndarray) -> list[int]:
@@ -253,14 +267,34 @@ class NormalizationStatistics:
         return np.flatnonzero(far).tolist()
 
 
-def _check_statistic(field: str, values: Any, like: tuple[str, int], name: str) -> None:
-    values = np.asarray(values)
-    if values.ndim != 1 or values.size == 0:
-        raise ValueError(f"{name}: {field} must be a non-empty flat list, got shape {values.shape}.")
-    if len(values) != like[1]:
-        raise ValueError(f"{name}: {field} has {len(values)} entries but {like[0]} has {like[1]}; lengths must agree.")
-    if values.dtype.kind not in "biuf" or not np.isfinite(values).all():
-        raise ValueError(f"{name}: {field} must hold finite numbers, got {values.tolist()}.")
+def as_numbers(values: Any, name: str) -> np.ndarray:
+    """Return numbers of any shape as float64.
+
+    Raises:
+        ValueError: They are no real numbers (texts are none), beyond float64, or rows of different lengths.
+    """
+    reason = "."
+    try:
+        array = np.asarray(values)
+        if array.dtype.kind in "biuf" or array.dtype.kind == "O" and all(isinstance(one, Real) for one in array.flat):
+            return array.astype(np.float64)
+    except (ValueError, TypeError, OverflowError, RuntimeError) as error:  # of numpy, and of torch's tensors
+        reason = f": {error}"
+    raise ValueError(f"{name} must be finite numbers, in rows of equal lengths, got {values!r:.200}{reason}")
+
+
+def _statistic(field: str, values: Any, name: str) -> np.ndarray:
+    """Return a list of statistics ``(dimensions,)`` in its own dtype; whole numbers as float64."""
+    numbers = as_numbers(values, f"{name}: {field}")
+    if numbers.ndim != 1 or numbers.size == 0:
+        raise ValueError(f"{name}: {field} must be a non-empty flat list, got shape {numbers.shape}.")
+    if not np.isfinite(numbers).all():
+        raise ValueError(f"{name}: {field} must hold finite numbers, got {numbers.tolist()}.")
+    held = np.array(values)
+    if (field == "mask") != (held.dtype.kind == "b") and (field != "mask" or not np.isin(numbers, (0, 1)).all()):
+        allowed = "true or false" if field == "mask" else "numbers, not true or false"
+        raise ValueError(f"{name}: {field} must hold {allowed}, got {held.tolist()}.")
+    return held if held.dtype.kind == "f" else numbers
 
 
 def validate_norm_stats(norm_stats: Mapping[str, Any], normalization: str = "q99") -> None:

@@ -79,7 +79,7 @@ class Recording:
 
     def __post_init__(self) -> None:
         """Take q01 and q99 for min and max, or the other way round, where statistics hold one pair."""
-        own = self.action
+        own = {field: values for field, values in self.action.items() if values is not None}
         self.low, self.high = (np.asarray(own[a] if a in own else own[b], float) for a, b in _PAIRS)
         self.least, self.most = (np.asarray(own[b] if b in own else own[a], float) for a, b in _PAIRS)
         self.labels = [label for label, _ in dimension_labels(len(self.low), self.name)]

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from .actions_openvla import END_EFFECTOR_DIMENSIONS, dimension_labels
+from .actions_openvla import END_EFFECTOR_DIMENSIONS, NORMALIZATIONS, NormalizationStatistics, dimension_labels
 from .configuration_openvla import write_json
 from .data_doctor import Finding, Recording, examine
 from .demonstrations import DemonstrationError, EpisodeReader, read_json, usable_episodes, warn_skipped
@@ -122,7 +122,11 @@ def _pass(reader: EpisodeReader, skip_bad: bool, progress: bool) -> dict[str, An
     columns = {"action": np.concatenate(actions)}
     if proprios[0] is not None:
         columns["proprio"] = np.concatenate(proprios)
-    statistics: dict[str, Any] = {what: describe(values) for what, values in columns.items()}
+    with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is refused below
+        statistics: dict[str, Any] = {what: describe(values) for what, values in columns.items()}
+    for what, held in statistics.items():
+        for normalization in NORMALIZATIONS:
+            NormalizationStatistics(held, f"{reader.name}: the statistics of its {what}", normalization)
     statistics["action"]["mask"] = action_mask(columns["action"], reader)
     statistics |= {
         "num_transitions": len(columns["action"]),
@@ -226,7 +230,8 @@ def require_matching(statistics: Mapping[str, Any], reader: EpisodeReader) -> No
     for what, found in (("action", reader.action_dim), ("proprio", reader.proprio_dim)):
         if what not in statistics or not found:
             continue
-        held = len(statistics[what]["q01" if "q01" in statistics[what] else "min"])  # a checkpoint may hold either
+        one = statistics[what]  # a checkpoint may hold either pair
+        held = len(one["min"] if one.get("q01") is None else one["q01"])
         if held != found:
             raise ValueError(f"{reader.name}: {what} has {found} dimensions, but {held} in the statistics.")
 

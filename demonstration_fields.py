@@ -7,6 +7,7 @@ happens in the dtype that the data is stored in, as in the reference's pipeline,
 from __future__ import annotations
 
 import dataclasses
+import math
 import numbers
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -41,14 +42,27 @@ def dotted(name: str) -> str:
     return name.replace("/", ".")
 
 
+def single(value: Any) -> Any:
+    """Return the one entry of a list, an array or a tensor of one (numpy's scalars too); all else as it is."""
+    while True:
+        if isinstance(value, (list, tuple)) and len(value) == 1:
+            one = value[0]
+        elif hasattr(value, "item") and math.prod(getattr(value, "shape", (0,))) == 1:
+            one = value.item()
+        else:
+            return value
+        if type(one) is type(value) and not isinstance(value, (list, tuple)):  # numpy's longdouble has no other
+            return one
+        value = one
+
+
 def as_text(value: Any) -> str:
     """Return a stored text as str: bytes are UTF-8, an array of one is its entry, None and NaN are empty.
 
     Raises:
         ValueError: It is no text, several texts, or the spelling of Python's bytes.
     """
-    while isinstance(value, (np.ndarray, list, tuple)) and np.size(value) == 1:
-        value = value.item() if isinstance(value, np.ndarray) else value[0]
+    value = single(value)
     if value is None or isinstance(value, float) and np.isnan(value):
         return ""
     if isinstance(value, bytes):
@@ -106,12 +120,20 @@ def step_order(counters: Mapping[str, np.ndarray], distinct: Iterable[str] = ())
         int64 ``(length,)``: the row of every step.
 
     Raises:
-        ValueError: Frames are missing or there twice, two counters contradict each other, or one is not finite.
+        ValueError: Frames are missing or there twice, two counters contradict each other, or one holds no finite number
+            a row.
     """
-    values = {name: np.asarray(column).reshape(-1).astype(np.float64) for name, column in counters.items()}
-    if not values:
+    if not counters:
         return None
-    first = next(iter(values))
+    first = next(iter(counters))
+    length, values = len(counters[first]), {}
+    for name, column in counters.items():
+        column = np.asarray(column)
+        if column.dtype.kind not in "iufmM" or len(column) != length or column.size != length:
+            raise ValueError(
+                f"{name} must hold one number in each of {length} rows, got {column.dtype} of shape {column.shape}"
+            )
+        values[name] = column.reshape(-1).astype(np.float64)
     order = np.argsort(values[first], kind="stable")
     for name, column in values.items():
         if not np.isfinite(column).all():

@@ -24,6 +24,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.utils import logging
 
+from .actions_openvla import as_numbers
 from .compatibility_openvla import attention_implementation, rotary_fields
 from .decoding_openvla import only, positions_of
 from .own_functions_openvla import changed_number, head_dim, is_hooked, patched_function, rotary_of
@@ -344,7 +345,7 @@ def draft_tokens(draft: Any, tokenizer: Any, statistics: Sequence[Any]) -> torch
     Raises:
         ValueError: Its shape is another.
     """
-    guesses = np.atleast_2d(np.asarray(draft, dtype=np.float64))
+    guesses = np.atleast_2d(as_numbers(draft, "draft"))
     if guesses.shape != (len(statistics), statistics[0].dimension):
         expected = f"({len(statistics)}, {statistics[0].dimension})"
         raise ValueError(f"draft must be one action a row, {expected}, got shape {np.shape(draft)}.")

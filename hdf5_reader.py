@@ -192,8 +192,8 @@ class HDF5Reader(EpisodeReader):
         identity, group = self._group(index)
         column = next(iter(sorted(self.fields.columns())), None)
         path = _stored_path(column) if column else next(iter(map(_stored_path, self.fields.cameras)))
-        if path not in group:
-            raise DemonstrationError(f"{self.episodes[index][0]}, episode {identity}: no {path!r}.")
+        if path not in group or not getattr(group[path], "shape", ()):
+            raise DemonstrationError(f"{self.episodes[index][0]}, episode {identity}: no column {path!r}.")
         return len(group[path])
 
     def _read(self, index: int) -> Stored:
@@ -204,6 +204,11 @@ class HDF5Reader(EpisodeReader):
         needed = [*sorted(numbers), *self.fields.cameras, *filter(None, [self.fields.instruction])]
         if missing := sorted(name for name in needed if _stored_path(name) not in group):
             raise DemonstrationError(f"{file}, episode {identity}: {missing} missing.")
+        h5py = require("h5py", "Reading HDF5")
+        for name in needed:
+            node = group[_stored_path(name)]
+            if not isinstance(node, h5py.Dataset) or not node.shape and name != self.fields.instruction:
+                raise DemonstrationError(f"{file}, episode {identity}: {name} must be a column of one row a step.")
         try:
             columns = {name: group[_stored_path(name)][()] for name in sorted(numbers)}
             counts = {name: group[_stored_path(name)].shape[0] for name in (*sorted(numbers), *self.fields.cameras)}
@@ -276,6 +281,7 @@ def _said_by(holder: Any, deeper: Mapping[str, str]) -> str | list[str] | None:
                 said = told[inner]
                 if not isinstance(said, list) or len(said) < 2:
                     return as_text(said or "")
+                said = [as_text(part) for part in said]
                 return ("" if all(len(part) < 2 for part in said) else " ").join(said)  # letters, or words
     return None
 

@@ -70,8 +70,7 @@ def as_images(images: ImageInput | Sequence[ImageInput]) -> list[Image.Image]:
 
 def _as_image(image: ImageInput) -> Image.Image:
     if isinstance(image, (str, os.PathLike)):
-        with Image.open(image) as opened:
-            return upright_rgb(opened)
+        return _from_file(image)
     if isinstance(image, Image.Image):
         if 0 in image.size:
             raise ValueError(f"A picture must have pixels, got {image.width} x {image.height}.")
@@ -98,6 +97,16 @@ def _as_image(image: ImageInput) -> Image.Image:
     if image.ndim == 3 and image.shape[2] == 1:
         image = image[:, :, 0]
     return Image.fromarray(_as_bytes(image)).convert("RGB")
+
+
+def _from_file(path: str | os.PathLike) -> Image.Image:
+    try:
+        with Image.open(path) as opened:
+            return upright_rgb(opened)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"No picture at {os.fspath(path)!r:.300}; give the path of a file.") from error
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # Pillow's, of broken files
+        raise ValueError(f"{os.fspath(path)!r:.300} must be a picture file that Pillow can read: {error}") from error
 
 
 def upright_rgb(picture: Image.Image) -> Image.Image:

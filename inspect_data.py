@@ -108,7 +108,7 @@ def _report_statistics(args: argparse.Namespace, held: dict[str, Any]) -> int:
     given += [name for name, default in (("preset", AUTO), ("split", "train")) if getattr(args, name) != default]
     if given:
         raise ValueError(f"{args.data} holds statistics, not data: {given} must be left out.")
-    validate_norm_stats(held, "q99" if all("q01" in one["action"] for one in held.values()) else "bounds")
+    validate_norm_stats(held, "q99" if all(one["action"].get("q01") is not None for one in held.values()) else "bounds")
     found = examine_statistics(held)
     if args.json:
         print(json.dumps({"findings": {name: [one.as_json() for one in findings] for name, findings in found.items()}}))

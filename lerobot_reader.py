@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import re
 import warnings
 from collections import Counter
@@ -43,13 +42,12 @@ from .demonstrations import (
     EpisodeReader,
     Stored,
     decoded_image,
-    read_json,
     require,
 )
+from .lerobot_meta import PLACE, checked_info, json_lines, require_numbers, require_paths
 from .open_files import Handles
 from .video_frames import Video
 
-_VERSIONS = ("v2.0", "v2.1", "v3.0")
 _IMAGE_DTYPES = ("video", "image")
 # What counts an episode's rows, in the order of trust.
 _COUNTERS = ("frame_index", "index", "timestamp")
@@ -70,10 +68,15 @@ class _Table:
         pyarrow = require("pyarrow", "Reading LeRobot datasets")
         try:
             self.file = parquet.ParquetFile(path)
+            schema = self.file.schema_arrow
         except (pyarrow.ArrowException, OSError) as error:
             raise DemonstrationError(f"{path} cannot be read as parquet: {error}.") from error
+        self.names = set(schema.names)
+        if "episode_index" in self.names and not str(schema.field("episode_index").type).startswith(("int", "uint")):
+            raise DemonstrationError(
+                f"{path}: episode_index must be a column of whole numbers, got {schema.field('episode_index').type}."
+            )
         self.bounds = _episode_bounds(self.file.metadata)
-        self.names = set(self.file.schema_arrow.names)
 
     def close(self) -> None:
         self.file.close()
@@ -129,11 +132,8 @@ class LeRobotReader(EpisodeReader):
         name: str | None,
         split: str = "train",
     ) -> None:
-        self.info = read_json(root / "meta" / "info.json")
-        version = self.info.get("codebase_version")
-        if version not in _VERSIONS:
-            raise ValueError(f"{root} is LeRobot {version}; readable are {_VERSIONS}. Convert it with LeRobot's tools.")
-        self.root, self.v3, self.split = root, version == "v3.0", split
+        self.info = checked_info(root)
+        self.root, self.v3, self.split = root, self.info["codebase_version"] == "v3.0", split
         features = self.info["features"]
         # Names as they are stored, by the names with dots.
         self.stored = {dotted(feature): feature for feature in features}
@@ -145,6 +145,7 @@ class LeRobotReader(EpisodeReader):
         self.doubtful_cameras = frozenset(
             public for public, feature in self.stored.items() if names[public] == IMAGE and _grey(features[feature])
         )
+        require_paths(root, self.info, self.v3, bool(self.videos))
         self.episodes = self._of_split(self._read_episodes())
         fps = self.info.get("fps")
         self.frame_rate = float(fps) if isinstance(fps, (int, float)) and fps > 0 else None
@@ -155,6 +156,9 @@ class LeRobotReader(EpisodeReader):
         self.preset = None if preset == AUTO else preset
         suggested = _suggested(names, self.doubtful_cameras)
         super().__init__(root, name or root.name, names, merged_fields(suggested, self.preset, fields, root))
+        if self.v3 and (filmed := [f"videos/{self.stored[one]}" for one in self.fields.cameras if one in self.videos]):
+            require_numbers(root, self.episodes, [f"{one}/{part}" for one in filmed for part in PLACE])
+            require_numbers(root, self.episodes, [f"{one}/from_timestamp" for one in filmed], (int, float))
         by_task = self.fields.instruction in (None, "task") and not self.fields.instruction_text
         self.tasks = self._read_tasks() if by_task else {}
         if preset == AUTO:
@@ -188,7 +192,9 @@ class LeRobotReader(EpisodeReader):
     def _read_tasks(self) -> dict[int, str]:
         meta = self.root / "meta"
         if not self.v3:
-            return {row["task_index"]: row["task"] for row in _json_lines(meta / "tasks.jsonl")}
+            rows = json_lines(meta / "tasks.jsonl")
+            require_numbers(self.root, rows, ["task_index"])
+            return {row["task_index"]: row.get("task") for row in rows}
         table = _read_parquet(meta / "tasks.parquet")
         texts = [
             name
@@ -201,7 +207,9 @@ class LeRobotReader(EpisodeReader):
                 f"{meta / 'tasks.parquet'} must hold the task's text in a column named one of {_TASK_TEXTS}; its text "
                 f"columns are {texts}. Or give the field instruction or instruction_text."
             )
-        return dict(zip(table["task_index"].to_pylist(), table[text].to_pylist()))
+        rows = table.select([name for name in ("task_index", text) if name in table.column_names]).to_pylist()
+        require_numbers(self.root, rows, ["task_index"])
+        return {row["task_index"]: row[text] for row in rows}
 
     def _of_split(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Return the episodes of the split, as info.json says it: "0:80" is the episodes 0 to 79.
@@ -230,7 +238,7 @@ class LeRobotReader(EpisodeReader):
     def _read_episodes(self) -> list[dict[str, Any]]:
         meta = self.root / "meta"
         if not self.v3:
-            rows = _json_lines(meta / "episodes.jsonl")
+            rows = json_lines(meta / "episodes.jsonl")
         else:
             files = sorted((meta / "episodes").rglob("*.parquet"))
             rows = []
@@ -245,6 +253,7 @@ class LeRobotReader(EpisodeReader):
                 "whole, copy the dataset again.",
                 stacklevel=4,
             )
+        require_numbers(self.root, rows, ["episode_index", "length", *([f"data/{part}" for part in PLACE] * self.v3)])
         counts = Counter(row["episode_index"] for row in rows)
         if twice := sorted(number for number, count in counts.items() if count > 1):
             raise ValueError(f"{meta} must name every episode once; these are there twice: {twice[:5]}.")
@@ -344,7 +353,7 @@ class LeRobotReader(EpisodeReader):
             table = table if order is None else table.take(order)
             columns = {name: _numbers(table[self.stored[name]]) for name in numbers}
             said = self._said(table, texts, others, row.get("tasks"))
-        except (ValueError, OSError, KeyError) as error:  # pyarrow's errors are among these
+        except (ValueError, OSError, KeyError, NotImplementedError) as error:  # pyarrow's errors are among these
             raise DemonstrationError(f"{where}: {error}.") from error
         times = table["timestamp"].to_numpy() if files else None
         starts = {camera: row[f"videos/{self.stored[camera]}/from_timestamp"] if self.v3 else 0.0 for camera in files}
@@ -366,7 +375,7 @@ class LeRobotReader(EpisodeReader):
             return ""
         if column is None:
             tasks = table["task_index"].to_pylist()
-            if unknown := sorted(set(tasks) - set(self.tasks)):
+            if unknown := [task for task in tasks if not isinstance(task, (int, float)) or task not in self.tasks]:
                 raise ValueError(f"task_index {unknown[0]} is not in meta/tasks; copy the dataset again")
             said = [self.tasks[task] for task in tasks]
             self._compare_tasks(said, own)
@@ -455,6 +464,8 @@ def _numbers(column: Any) -> np.ndarray:
     """A column of numbers, or of lists of one length, as ``(length, ...)`` in its own dtype."""
     values = column.combine_chunks()
     if str(values.type).startswith(("list", "fixed_size_list", "large_list")):
+        if values.null_count:  # which flatten would leave out
+            raise ValueError(f"{values.null_count} of {len(values)} rows are null, where each must be {column.type}")
         flat = values.flatten()
         if len(values) and len(flat) % len(values):
             raise ValueError(f"rows of different lengths in {column.type}")
@@ -468,13 +479,8 @@ def _numbers(column: Any) -> np.ndarray:
 def _read_parquet(path: Path) -> Any:
     if not path.is_file():
         raise ValueError(f"{path} is missing; the dataset is incomplete.")
-    return _Table(path).file.read()
-
-
-def _json_lines(path: Path) -> list[dict[str, Any]]:
-    if not path.is_file():
-        raise ValueError(f"{path} is missing; the dataset is incomplete.")
+    pyarrow = require("pyarrow", "Reading LeRobot datasets")
     try:
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged: {error}.") from error
+        return _Table(path).file.read()
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DemonstrationError(f"{path} cannot be read as parquet: {error}.") from error

@@ -23,7 +23,7 @@ from .saved_folder_openvla import require_one_code
 
 require_one_code(__name__)
 
-from .actions_openvla import ActionTokenizer, NormalizationStatistics, validate_norm_stats
+from .actions_openvla import ActionTokenizer, NormalizationStatistics, as_numbers, validate_norm_stats
 from .adapter_files_openvla import adapter_source, base_of, base_record, beside_or_above, optional_file, revision_of
 from .adapters_openvla import LoraMixin
 from .answers_openvla import ActionOutput, numbers_answer, tokens_answer
@@ -451,7 +451,7 @@ class OpenVLAForActionPrediction(
             raise ValueError("score_actions is for models that answer token by token; this one answers in parallel.")
         input_ids, attention_mask = self._prompts(input_ids, attention_mask)
         statistics = self.row_statistics(self.row_keys(unnorm_key, len(input_ids)))
-        candidates = np.asarray(actions, dtype=np.float64)
+        candidates = as_numbers(actions, "actions")
         if candidates.ndim == 2:
             candidates = np.broadcast_to(candidates, (len(input_ids), *candidates.shape))
         if candidates.ndim != 3 or len(candidates) != len(input_ids) or candidates.shape[1] == 0:

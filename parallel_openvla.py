@@ -23,7 +23,7 @@ from torch import nn
 from transformers.modeling_outputs import ModelOutput
 from transformers.utils import logging
 
-from .actions_openvla import FAR_STATE
+from .actions_openvla import FAR_STATE, as_numbers
 from .compatibility_openvla import attention_implementation
 from .configuration_openvla import OpenVLAConfig
 from .decoding_openvla import given_names, insert_after_bos, positions_of, require_one_pass
@@ -464,7 +464,7 @@ class ParallelDecodingMixin:
         if torch.is_tensor(proprio):
             proprio = proprio.detach().double().cpu().numpy()
         if proprio is not None:
-            proprio = np.asarray(proprio, dtype=np.float64)
+            proprio = as_numbers(proprio, "proprio")
             proprio = proprio[None] if proprio.ndim == 1 and len(unnorm_keys) == 1 else proprio
         self._require_proprio(proprio, len(unnorm_keys))
         if proprio is None:

@@ -173,7 +173,10 @@ class PolicyClient:
 
     def info(self) -> dict[str, Any]:
         """What the server says of its model: datasets, units, cameras, limits; raises as ``act``."""
-        return self._asked("GET", "/info", None)
+        info = self._asked("GET", "/info", None)
+        if not isinstance(info, dict):
+            raise PolicyServerError(f"The server's /info must be an object, got {str(info)[:200]}")
+        return info
 
     def close(self) -> None:
         """Close this thread's connection; the next request opens another."""
@@ -307,8 +310,10 @@ def _action(reply: Any) -> np.ndarray:
     """float64 of the reply to ``/act``."""
     try:
         data, dtype, shape = base64.b64decode(reply["__numpy__"], validate=True), reply["dtype"], reply["shape"]
+        if not isinstance(shape, list) or any(type(size) is not int for size in shape):
+            raise ValueError(f"its shape must be a list of sizes, got {shape!r:.200}")
         action = np.frombuffer(data, {"<f8": "<f8"}[dtype]).reshape(shape).copy()
-    except (TypeError, KeyError, ValueError) as error:
+    except (TypeError, KeyError, ValueError, OverflowError) as error:
         raise PolicyServerError(f"The reply is no action: {str(reply)[:200]}") from error
     if action.ndim not in (1, 2) or action.size == 0 or not np.isfinite(action).all():
         raise PolicyServerError(f"The reply is no finite action or chunk of actions: {action.tolist()}")

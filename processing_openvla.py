@@ -40,7 +40,14 @@ from .images_openvla import (
     require_used,
 )
 from .jpeg_openvla import jpeg_round_trip  # noqa: F401  as nearest_name
-from .prompts_openvla import bare_instruction, require_bos, tokenized_prompts, warn_of_untrained
+from .prompts_openvla import (
+    as_list,
+    bare_instruction,
+    require_bos,
+    tokenized_prompts,
+    tokenized_text,
+    whole_prompts,
+)
 from .publishing_openvla import PushToHub
 
 logger = logging.get_logger(__name__)
@@ -322,14 +329,10 @@ class OpenVLAProcessor(MarksCode, PushToHub, ProcessorMixin):
                 raise ValueError("An instruction needs an image: processor(instruction=..., images=...).")
             inputs = self._tokenized_instructions(instruction, padding, max_length, return_tensors)
         else:
-            warn_of_untrained(text, self.prompt_style)
-            inputs = self.tokenizer(
-                text,
-                return_tensors=return_tensors,
-                padding=False if padding is None else padding,
-                truncation=truncation,
-                max_length=max_length,
+            inputs = tokenized_text(
+                self.tokenizer, whole_prompts(text, self.prompt_style), padding, truncation, max_length, return_tensors
             )
+            inputs = BatchFeature(data=inputs, tensor_type=return_tensors)
         data = {name: inputs[name] for name in ("input_ids", "attention_mask")}
         require_bos(self.tokenizer, self.prompt_style, data["input_ids"], data["attention_mask"])
         if images is not None:
@@ -345,7 +348,7 @@ class OpenVLAProcessor(MarksCode, PushToHub, ProcessorMixin):
 
         Published scripts prepare one camera at a time and stack by themselves: that is what cameras=None allows.
         """
-        nested = isinstance(images, (list, tuple)) and isinstance(images[0], (list, tuple))
+        nested = isinstance(images, (list, tuple)) and isinstance(next(iter(images), None), (list, tuple))
         if cameras is None:
             cameras = self.num_images_in_input if nested or rows == 1 and isinstance(images, (list, tuple)) else 1
         if cameras > 1 and (rows > 1 or nested):
@@ -393,7 +396,7 @@ class OpenVLAProcessor(MarksCode, PushToHub, ProcessorMixin):
         return_tensors: str | None,
     ) -> dict[str, Any]:
         """Ids and mask of prompts, the empty token at the end of every row before any padding."""
-        instructions = [instruction] if isinstance(instruction, (str, bytes)) else list(instruction)
+        instructions = as_list(instruction)
         if not instructions:
             raise ValueError("Got an empty list of instructions.")
         instructions = [bare_instruction(one) for one in instructions]

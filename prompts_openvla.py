@@ -7,7 +7,7 @@ import json
 import re
 import unicodedata
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from typing import Any
 
 import numpy as np
@@ -62,6 +62,7 @@ def bare_instruction(instruction: Any) -> str:
 def _checked(instruction: str) -> str:
     if not any(unicodedata.category(sign)[0] in "LNS" for sign in instruction):
         raise ValueError(f"The instruction must say something, got {instruction!r}.")
+    _require_characters(instruction)
     if NO_TEXT.search(instruction):
         raise ValueError(
             f"The instruction holds what no text has (a control character, a byte-order mark or U+FFFD): "
@@ -84,16 +85,38 @@ def _checked(instruction: str) -> str:
     return instruction.strip().lower()
 
 
-def warn_of_untrained(text: Any, style: str | None) -> None:
-    """Warn of text that is no prompt of any model, or asks for an action otherwise than the checkpoint was trained.
+def _require_characters(text: str) -> None:
+    if half := re.search("[\ud800-\udfff]", text):
+        raise ValueError(
+            f"The text {text!r:.200} holds half of a surrogate pair ({half[0]!r}), which is no character and must be "
+            "left out."
+        )
+
+
+def as_list(texts: Any) -> list[Any]:
+    """Return one text or several as a list; what has no order (a set, a dictionary) is one, and so no text."""
+    several = np.ndim(texts) == 1 if isinstance(texts, np.ndarray) else isinstance(texts, Iterable)
+    return list(texts) if several and not isinstance(texts, (str, bytes, Mapping, Set)) else [texts]
+
+
+def whole_prompts(text: Any, style: str | None) -> str | list[str]:
+    """Return whole prompts as the tokenizer takes them: one, or a list of several.
+
+    A warning is logged for text that is no prompt of any model, or asks for an action otherwise than the checkpoint
+    was trained; other questions than those for actions are left alone.
 
     Args:
-        text: One prompt or several; other questions than those for actions are left alone.
+        text: One prompt or several.
         style: A key of ``PROMPTS``, or None where it is not known.
+
+    Raises:
+        ValueError: They are no texts, or there is none.
     """
-    for one in [text] if isinstance(text, str) else text:
-        if not isinstance(one, str):
-            continue
+    prompts = as_list(text)
+    if wrong := [one for one in prompts if not isinstance(one, str) or not one] or [prompts] * (not prompts):
+        raise ValueError(f"text must be a whole prompt or a list of them, at least one, got {wrong[0]!r:.200}.")
+    for one in prompts:
+        _require_characters(one)
         normal = _normal(one)
         if not any(part in normal for part in (*OPENINGS, *QUESTIONS, *ENDINGS)):
             logger.warning(
@@ -108,6 +131,25 @@ def warn_of_untrained(text: Any, style: str | None) -> None:
                     f"text={one[-SHOWN_CHARACTERS:]!r} asks for an action otherwise than this checkpoint was trained: "
                     f"{PROMPTS[style]!r}, the instruction in lower case. Give the instruction alone as instruction=."
                 )
+    return text if isinstance(text, str) else prompts
+
+
+def tokenized_text(
+    tokenizer: Any, text: str | list[str], padding: Any, truncation: Any, max_length: int | None, tensors: str | None
+) -> dict[str, Any]:
+    """Return ids and mask of whole prompts as lists, those of one prompt in a list where tensors are made of them.
+
+    Raises:
+        ValueError: Prompts that become one tensor have different lengths.
+    """
+    padding = False if padding is None else padding
+    inputs = tokenizer(text, padding=padding, truncation=truncation, max_length=max_length)
+    rows = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+    if tensors is not None:
+        rows = {name: [row] for name, row in rows.items()} if isinstance(text, str) else rows
+        if len(lengths := sorted({len(row) for row in rows["input_ids"]})) > 1:
+            raise ValueError(f"The prompts have different lengths in tokens ({lengths}); they need padding=True.")
+    return rows
 
 
 def tokenized_prompts(tokenizer: Any, style: str, instructions: Sequence[str]) -> list[list[int]]:

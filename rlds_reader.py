@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 import zlib
 from collections.abc import Mapping
@@ -27,6 +28,7 @@ from .tfrecord_files import parse_example, read_record, record_offsets
 
 _SHARD = re.compile(r"^(?P<name>.+)-(?P<split>[^-]+)\.tfrecord-(?P<shard>\d+)-of-(?P<shards>\d+)$")
 _STEPS = "steps/"
+_DTYPE = re.compile(r"bool|u?int(8|16|32|64)|float(16|32|64)")
 # What counts the steps of an episode, where a dataset has it; and flags that only its ends may bear.
 _COUNTERS = ("frame_index", "step_index")
 _FLAGS = ("is_first", "is_last")
@@ -82,7 +84,7 @@ class RLDSReader(EpisodeReader):
         name: str | None,
         split: str = "train",
     ) -> None:
-        info = read_json(folder / "dataset_info.json") if (folder / "dataset_info.json").is_file() else {}
+        info = _checked_info(folder / "dataset_info.json") if (folder / "dataset_info.json").is_file() else {}
         self.features = _features(read_json(folder / "features.json"), folder)
         self.shards = _shards(folder, info, split)
         stored_name = info.get("name") or _SHARD.match(self.shards[0].name)["name"]
@@ -107,7 +109,7 @@ class RLDSReader(EpisodeReader):
         mask = self.fields.action_mask
         if self.preset is None or mask is None or self.fields.standardize is not None:
             return
-        widths = {_public(path): int(np.prod(feature.shape)) for path, feature in self.features.items()}
+        widths = {_public(path): math.prod(feature.shape) for path, feature in self.features.items()}
         width = self.fields.action_width(widths)
         if width != len(mask):
             raise ValueError(
@@ -191,12 +193,12 @@ class RLDSReader(EpisodeReader):
         instruction = self.fields.instruction
         if not instruction:
             return ""
-        said = [text.decode("utf-8", "replace") for text in example[paths[instruction]]]
+        said = _texts(example[paths[instruction]], instruction)
         others = alternative_texts(instruction, self.names)
         if others and not self.fields.instruction_text and any(map(says_nothing, said)):
             more = self._example(shard, record, {paths[name] for name in others})
             for name in others:
-                further = [text.decode("utf-8", "replace") for text in more[paths[name]]]
+                further = _texts(more[paths[name]], name)
                 said = [other if says_nothing(text) else text for text, other in zip(said, further)]
         return said if paths[instruction].startswith(_STEPS) else said[0]
 
@@ -213,44 +215,72 @@ def _public(path: str) -> str:
 
 def _features(tree: dict[str, Any], folder: Path) -> dict[str, Feature]:
     """Leaves by their name in the records: ``steps/observation/image``."""
-    top = tree.get("featuresDict", {}).get("features", {})
-    if "sequence" not in top.get("steps", {}):
-        raise ValueError(f"{folder}/features.json describes no RLDS dataset: there are no steps, only {sorted(top)}.")
     leaves: dict[str, Feature] = {}
 
-    def walk(node: dict[str, Any], path: str) -> None:
-        if "featuresDict" in node:
-            for key, child in node["featuresDict"]["features"].items():
+    def below(node: Any, *keys: str) -> dict[str, Any]:
+        for depth in range(len(keys) + 1):
+            node = node.get(keys[depth - 1]) if depth else node
+            if not isinstance(node, dict):
+                raise ValueError(
+                    f"{folder}/features.json must hold an object at {'/'.join(keys[:depth])!r} of each feature, got "
+                    f"{node!r:.200}; copy it again from its source."
+                )
+        return node
+
+    def walk(node: Any, path: str) -> None:
+        if "featuresDict" in below(node):
+            for key, child in below(node, "featuresDict", "features").items():
                 walk(child, f"{path}/{key}" if path else key)
         elif path == "steps" and "sequence" in node:
-            walk(node["sequence"]["feature"], path)
-        elif leaf := _leaf(node):
+            walk(below(node, "sequence", "feature"), path)
+        elif leaf := _leaf(node, f"{folder}/features.json: {path}"):
             leaves[path] = leaf
+
+    top = below(tree, "featuresDict", "features") if "featuresDict" in below(tree) else {}
+    if "sequence" not in below(top.get("steps", {})):
+        raise ValueError(f"{folder}/features.json describes no RLDS dataset: there are no steps, only {sorted(top)}.")
 
     walk(tree, "")
     return leaves
 
 
-def _leaf(node: dict[str, Any]) -> Feature | None:
-    if "image" in node:
+def _leaf(node: dict[str, Any], where: str) -> Feature | None:
+    kind = next((kind for kind in ("image", "text", "tensor") if kind in node), None)
+    if kind != "text" and not isinstance(node.get(kind, {}), dict):
+        raise ValueError(f"{where} must be described by an object, got {node[kind]!r:.200}; copy it again.")
+    if kind == "image":
         image = node["image"]
-        shape, dtype = _dimensions(image), image.get("dtype", "uint8")
+        shape, dtype = _dimensions(image, where), image.get("dtype", "uint8")
         return Feature(IMAGE, shape, dtype, "none") if dtype == "uint8" and shape[-1:] in ((3,), (1,), ()) else None
-    if "text" in node:
+    if kind == "text":
         return Feature(TEXT, (), "string", "none")
     content = node.get("tensor")
     if not content:
         return None
-    shape, dtype = _dimensions(content), content.get("dtype", "float32")
+    shape, dtype = _dimensions(content, where), content.get("dtype", "float32")
     if dtype in ("string", "object"):
         return Feature(TEXT, shape, dtype, "none")
-    if -1 in shape:
-        return None  # ragged: stored under other names
+    if -1 in shape or not isinstance(dtype, str) or not _DTYPE.fullmatch(dtype):
+        return None  # ragged: stored under other names; or of numbers that numpy has not
     return Feature(NUMBERS, shape, dtype, content.get("encoding", "none"))
 
 
-def _dimensions(node: dict[str, Any]) -> tuple[int, ...]:
-    return tuple(int(size) for size in node.get("shape", {}).get("dimensions", []))
+def _dimensions(node: dict[str, Any], where: str) -> tuple[int, ...]:
+    shape = node.get("shape", {})
+    sizes = shape.get("dimensions", []) if isinstance(shape, dict) else None
+    if not isinstance(sizes, list) or not all(re.fullmatch(r"-1|\d{1,9}", str(size)) for size in sizes):
+        raise ValueError(
+            f"{where}: its shape must be a list of sizes as dimensions, got {shape!r:.200}; copy it again."
+        )
+    return tuple(int(size) for size in sizes)
+
+
+def _texts(values: list[bytes] | np.ndarray, name: str) -> list[str]:
+    if not isinstance(values, list):
+        raise ValueError(
+            f"{name} must hold texts, as features.json says, but holds {values.dtype}; copy the file again"
+        )
+    return [text.decode("utf-8", "replace") for text in values]
 
 
 def _array(values: list[bytes] | np.ndarray, feature: Feature) -> np.ndarray:
@@ -259,10 +289,28 @@ def _array(values: list[bytes] | np.ndarray, feature: Feature) -> np.ndarray:
         if feature.compression == "zlib":
             values = [zlib.decompress(value) for value in values]
         values = np.frombuffer(b"".join(values), np.dtype(feature.dtype).newbyteorder("<"))
-    size = int(np.prod(feature.shape))
-    if len(values) % size:
+    size = math.prod(feature.shape)
+    if not size or len(values) % size:
         raise ValueError(f"{len(values)} values cannot be steps of shape {feature.shape}")
     return values.reshape(-1, *feature.shape).astype(feature.dtype if feature.dtype != "float64" else np.float64)
+
+
+def _checked_info(file: Path) -> dict[str, Any]:
+    """Return dataset_info.json, once its name and its splits can be read."""
+    info = read_json(file)
+    splits = info.get("splits") or [] if isinstance(info, dict) else None
+    fits = isinstance(splits, list) and all(
+        isinstance(split, dict)
+        and isinstance(split.get("name"), str)
+        and isinstance(split.get("shardLengths", []), list)
+        and all(re.fullmatch(r"\d{1,18}", str(length)) for length in split.get("shardLengths", []))
+        for split in splits
+    )
+    if not fits or not isinstance(info.get("name") or "", str):
+        raise ValueError(
+            f"{file} must name the dataset, and its splits with shardLengths, as TFDS does; copy it again."
+        )
+    return {**info, "splits": splits}
 
 
 def _shards(folder: Path, info: Mapping[str, Any], split: str) -> list[Path]:

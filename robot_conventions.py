@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from .actions_openvla import END_EFFECTOR_DIMENSIONS, OPEN_X_UNITS, nearest_name
+from .actions_openvla import END_EFFECTOR_DIMENSIONS, OPEN_X_UNITS, as_numbers, nearest_name
 
 logger = logging.getLogger(__name__)
 
@@ -294,7 +294,7 @@ class ClipAction:
     ) -> None:
         if max_delta is None and workspace is None:
             raise ValueError("ClipAction needs max_delta, workspace or both; without them it would limit nothing.")
-        self.max_delta = np.full(6, np.inf) if max_delta is None else np.asarray(max_delta, np.float64)
+        self.max_delta = np.full(6, np.inf) if max_delta is None else as_numbers(max_delta, "max_delta")
         if self.max_delta.shape != (6,) or not (self.max_delta >= 0).all():
             raise ValueError(
                 f"max_delta must hold six numbers, 0 or more, for {' '.join(END_EFFECTOR_DIMENSIONS[:6])}, "
@@ -304,7 +304,7 @@ class ClipAction:
             raise ValueError(f"metres_per_unit must be above 0, got {metres_per_unit!r}.")
         if workspace is None and metres_per_unit != 1.0:
             raise ValueError(f"metres_per_unit={metres_per_unit!r} is for a workspace; leave it out, or give one.")
-        self.workspace = None if workspace is None else np.asarray(workspace, np.float64)
+        self.workspace = None if workspace is None else as_numbers(workspace, "workspace")
         if workspace is not None and (
             self.workspace.shape != (2, 3) or not np.all(self.workspace[0] < self.workspace[1])
         ):
@@ -379,7 +379,7 @@ def _said(clip: Clip) -> str:
 
 def _checked_actions(action: Any) -> np.ndarray:
     """float64 ``(7,)`` or ``(chunk, 7)``, finite."""
-    action = np.asarray(action, dtype=np.float64)
+    action = as_numbers(action, "An action")
     if action.ndim not in (1, 2) or action.shape[-1] != ACTION_DIM or action.size == 0:
         raise ValueError(
             f"An action must have shape ({ACTION_DIM},) or (chunk, {ACTION_DIM}): {' '.join(END_EFFECTOR_DIMENSIONS)}; "
@@ -405,7 +405,7 @@ def _checked_position(position: Any) -> np.ndarray:
     """float64 ``(3,)``, finite."""
     if position is None:
         raise ValueError("The workspace needs position=, where the end effector is now: x y z (m).")
-    position = np.asarray(position, dtype=np.float64)
+    position = as_numbers(position, "position")
     if position.shape != (3,) or not np.isfinite(position).all():
         raise ValueError(f"position must be three finite numbers, x y z (m), got {position.tolist()}.")
     return position

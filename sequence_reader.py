@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from .demonstration_fields import Fields, dotted, step_order
+from .demonstration_fields import Fields, dotted, single, step_order
 from .demonstration_presets import merged_fields
 from .demonstrations import IMAGE, NUMBERS, TEXT, DemonstrationError, EpisodeReader, Stored
 from .images_openvla import as_images
@@ -56,12 +56,20 @@ class SequenceReader(EpisodeReader):
         self.frame, self.episode = frame and dotted(frame), dotted(episode)
         fields = fields if isinstance(fields, Fields) else merged_fields(None, None, fields, Path(name))
         if not self.whole:
-            lengths = episode_lengths or _run_lengths(data, self.episode, name)
+            lengths = _run_lengths(data, self.episode, name) if episode_lengths is None else list(episode_lengths)
+            if wrong := [one for one in lengths if type(single(one)) is not int or one < 1]:
+                raise ValueError(
+                    f"{name}: episode_lengths must be whole numbers of steps, 1 or more, got {wrong[0]!r}."
+                )
             self.bounds = np.cumsum([0, *lengths])
             if self.bounds[-1] != len(data):
                 raise ValueError(
                     f"{name}: episode_lengths add up to {self.bounds[-1]}, but there are {len(data)} steps."
                 )
+        elif not _is_episode(first) or not len(first) or not isinstance(first[0], Mapping):
+            raise ValueError(
+                f"{name} must hold steps (dictionaries) or episodes (lists of steps, at least one), got {first!r:.200}."
+            )
         sample = _flat(first[0] if self.whole else first)
         super().__init__(Path(name), name, {key: _kind(value) for key, value in sample.items()}, fields)
 
@@ -80,29 +88,39 @@ class SequenceReader(EpisodeReader):
         return hashlib.sha256(f"{self.content_digest} {self.name} {self.fields}".encode()).hexdigest()
 
     def _stored_length(self, index: int) -> int:
-        return len(self.data[index]) if self.whole else int(self.bounds[index + 1] - self.bounds[index])
+        if not self.whole:
+            return int(self.bounds[index + 1] - self.bounds[index])
+        episode = self.data[index]
+        if not _is_episode(episode):
+            raise DemonstrationError(f"{self.name}, episode {index}: it must be a list of steps, got {episode!r:.200}.")
+        return len(episode)
 
     def _step(self, index: int, step: int) -> dict[str, Any]:
-        return _flat(self.data[index][step] if self.whole else self.data[int(self.bounds[index]) + step])
+        row = self.data[index][step] if self.whole else self.data[int(self.bounds[index]) + step]
+        if not isinstance(row, Mapping):
+            raise DemonstrationError(
+                f"{self.name}, episode {index}: step {step} must be a dictionary of columns, got {row!r:.200}."
+            )
+        return _flat(row)
 
     def _read(self, index: int) -> Stored:
         steps = [self._step(index, step) for step in range(self._stored_length(index))]
+        if not steps:
+            raise DemonstrationError(f"{self.name}, episode {index}: it has no step; leave it out with skip_bad=True.")
         names = self.fields.columns() if self.fields.standardize is None else set(self.names)
         wanted = {name for name in names if self.names[name] == NUMBERS}
         text = self.fields.instruction
         for step, row in enumerate(steps):
             if missing := sorted({*wanted, *self.fields.cameras, *([text] if text else [])} - set(row)):
                 raise DemonstrationError(f"{self.name}, episode {index}: {missing} missing at step {step}.")
-        if (
-            len(named := sorted({str(np.asarray(row[self.episode]).tolist()) for row in steps if self.episode in row}))
-            > 1
-        ):
+        named = sorted({str(single(row[self.episode])) for row in steps if self.episode in row})
+        if len(named) > 1:
             raise DemonstrationError(
                 f"{self.name}, episode {index}: its steps are of several by their {self.episode!r}: {named[:5]}; give "
                 "the episode_lengths that fit, or whole episodes."
             )
         try:
-            columns = {name: np.stack([np.asarray(row[name]) for row in steps]) for name in sorted(wanted) if steps}
+            columns = {name: np.stack([np.asarray(row[name]) for row in steps]) for name in sorted(wanted)}
             order = self._order(steps)
         except ValueError as error:
             raise DemonstrationError(f"{self.name}, episode {index}: {error}.") from error
@@ -120,12 +138,14 @@ class SequenceReader(EpisodeReader):
         """Return the order of an episode's steps by what counts them, as ``step_order``."""
         counters = {}
         for name, counter in ((self.frame, "frame_index"), ("timestamp", "timestamp")):
-            held = [np.asarray(row[name]) for row in steps if name in row]
-            if self.frame is None or not held or held[0].size != 1 or held[0].dtype.kind not in "iuf":
+            held = [single(row[name]) for row in steps if name in row]
+            if self.frame is None or not held or not _is_number(held[0]):
                 continue
             if len(held) != len(steps):
                 raise ValueError(f"{name} must be in every step, it is in {len(held)} of {len(steps)}")
-            counters[counter] = np.array([value.reshape(()) for value in held])
+            if wrong := [value for value in held if not _is_number(value)]:
+                raise ValueError(f"{name} must be one number in every step, got {wrong[0]!r:.200}")
+            counters[counter] = np.array(held, np.float64)
         try:
             return step_order(counters)
         except ValueError as error:
@@ -151,6 +171,15 @@ def _kind(value: Any) -> str:
     return IMAGE if shape is None or len(shape) == 3 else NUMBERS  # PIL, or height, width and channels
 
 
+def _is_episode(value: Any) -> bool:
+    several = hasattr(value, "__len__") and hasattr(value, "__getitem__") and getattr(value, "ndim", 1)
+    return bool(several) and not isinstance(value, (str, bytes, Mapping))
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, float) or type(value) is int and abs(value) < 2**63
+
+
 def _run_lengths(data: Any, column: str, name: str) -> list[int]:
     """How many steps in a row bear the same episode.
 
@@ -161,10 +190,18 @@ def _run_lengths(data: Any, column: str, name: str) -> list[int]:
     lengths: list[int] = []
     seen: list[Any] = []
     for index in range(len(data)):
-        row = _flat(data[index])
+        row = data[index]
+        row = _flat(row) if isinstance(row, Mapping) else {}
         if column not in row:
             raise KeyError(f"{name}: no column {column!r} at step {index}; give episode=, or episode_lengths.")
-        number = int(row[column])
+        number = single(row[column])
+        if isinstance(number, bool) or not (
+            isinstance(number, (int, str)) or isinstance(number, float) and number.is_integer()
+        ):
+            raise ValueError(
+                f"{name}: {column} must be a whole number or a text at every step, got {number!r:.200} at step "
+                f"{index}; give episode=, or episode_lengths."
+            )
         if not seen or seen[-1] != number:
             if number in seen:
                 raise ValueError(f"{name}: the steps of episode {number} do not lie together (step {index}).")

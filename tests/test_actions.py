@@ -112,12 +112,31 @@ GOOD = {"q01": [0.0, 0.0], "q99": [1.0, 1.0], "mask": [True, False]}
         ({"q01": [[0.0, 0.0]]}, "flat list"),
         ({"mean": [0.0]}, "mean has 1 entries"),
         ({"q01": ["a", "b"]}, "finite numbers"),
+        ({"q01": ["0", "0"]}, "finite numbers"),
+        ({"q01": None}, "missing"),
+        ({"std": [0.0, [0.0]]}, "std must be finite numbers, in rows of equal lengths"),
+        ({"q01": [-1e308, 0.0], "q99": [1e308, 1.0]}, "dimension 0 .* is beyond float64"),
+        ({"q99": [True, True]}, "not true or false"),
+        ({"mask": [0.5, 1]}, "mask must hold true or false"),
     ],
 )
 def test_bad_statistics_are_named(change, message):
     with pytest.raises(ValueError, match=message) as caught:
         validate_norm_stats({"my_robot": {"action": {**GOOD, **change}}})
     assert "my_robot" in str(caught.value)
+
+
+def test_whole_numbers_are_statistics_as_good_as_others():
+    whole = NormalizationStatistics({"q01": [-(2**62), 0], "q99": [2**62, 3], "mask": [1, 1]})
+    assert whole.unnormalize(np.array([1.0, 0.0])).tolist() == [2.0**62, 1.5]  # int64 would have overflowed
+    half = NormalizationStatistics({"q01": np.zeros(2, np.float32), "q99": np.full(2, 0.1, np.float32)})
+    assert half.high.dtype == np.float32
+    assert half.unnormalize(np.ones(2)).tolist() == [float(np.float32(0.1))] * 2
+
+
+def test_a_wide_range_normalises_its_middle_to_zero():
+    wide = NormalizationStatistics({"q01": [-4e307], "q99": [4e307]})
+    assert wide.normalize(np.array([[0.0], [2e307], [1.7e308], [-1.7e308]])).ravel().tolist() == [0.0, 0.5, 1.0, -1.0]
 
 
 @pytest.mark.parametrize("bad", [{"k": {}}, {"k": {"action": {"q01": [0.0]}}}, {"k": 1}, [1], {"k": {"action": []}}])

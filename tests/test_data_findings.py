@@ -8,7 +8,7 @@ import pytest
 from demonstrated import STEPS, arm, gripper, reader
 from openvla.__main__ import main
 from openvla.actions_openvla import NormalizationStatistics
-from openvla.data_doctor import CHECKS, Finding, examine_statistics, refuse
+from openvla.data_doctor import CHECKS, Finding, Recording, examine_statistics, refuse
 from openvla.dataset_statistics import compute_statistics, statistics_and_findings
 from openvla.demonstrations import open_demonstrations
 from openvla.finetune_config import FinetuneConfig
@@ -290,3 +290,13 @@ def test_inspect_data_compares_frames_where_there_is_no_state(shift, found, tmp_
     findings = json.loads(capsys.readouterr().out)["findings"]
     assert [one["check"] for one in findings] == found
     assert all("1 step before it" in one["saw"] and one["severity"] == "doubtful" for one in findings)
+
+
+@pytest.mark.parametrize("absent", [("min", "max"), ("q01", "q99")])
+def test_statistics_that_are_null_are_not_there(absent):
+    action = {"q01": [-0.1] * 6 + [0.0], "q99": [0.1] * 6 + [1.0], "min": [-0.2] * 6 + [0.0], "max": [0.2] * 6 + [1.0]}
+    without = {field: values for field, values in action.items() if field not in absent}
+    null = Recording("mine", {**action, **dict.fromkeys(absent)})
+    expected = Recording("mine", without)
+    for field in ("low", "high", "least", "most"):
+        assert getattr(null, field).tolist() == getattr(expected, field).tolist()

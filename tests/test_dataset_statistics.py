@@ -157,3 +157,22 @@ def test_inspect_data_is_told_fields(capsys):
     assert main(["inspect-data", str(DATA / "lerobot_v3"), "--fields", "gripper"]) == 2
     assert main(["inspect-data", str(DATA / "no")]) == 2
     assert "FileNotFoundError: No dataset at" in capsys.readouterr().err
+
+
+def test_numbers_whose_statistics_overflow_are_refused():
+    steps = [{"image": np.zeros((4, 4, 3), np.uint8), "action": [1e308] * 7, "task": "go"} for _ in range(4)]
+    fields = {"cameras": ["image"], "action": "action", "instruction": "task"}
+    with pytest.raises(ValueError, match="the statistics of its action: .*finite"):
+        compute_statistics(SequenceReader(steps, "mine", fields, episode_lengths=[4]), progress=False)
+
+
+def test_episodes_of_steps_may_bear_texts_and_no_fractions():
+    steps = [{"image": np.zeros((4, 4, 3), np.uint8), "action": [0.1] * 7, "task": "go"} for _ in range(4)]
+    fields = {"cameras": ["image"], "action": "action", "instruction": "task"}
+    named = [{**step, "episode_index": name} for step, name in zip(steps, ("a", "a", "b", "b"))]
+    assert [len(episode) for episode in SequenceReader(named, "mine", fields)] == [2, 2]
+    for wrong in (0.5, [0, 1], None):
+        with pytest.raises(ValueError, match="episode_index must be a whole number or a text"):
+            SequenceReader([{**steps[0], "episode_index": wrong}], "mine", fields)
+    with pytest.raises(ValueError, match="episode_lengths must be whole numbers of steps, 1 or more, got -2"):
+        SequenceReader(steps, "mine", fields, episode_lengths=[5, -2, 1])

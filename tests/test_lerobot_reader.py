@@ -429,3 +429,41 @@ def test_a_missing_rlds_instruction_is_taken_from_the_next_column(tmp_path):
     reader = open_demonstrations(write_rlds(tmp_path, "with_goals", [goal]))
     assert reader.fields.cameras == ("observation.image",)
     assert reader.notes()[0].startswith("observation.goal_image is no camera, it holds no colours of now")
+
+
+def test_a_row_without_numbers_is_named(copy):
+    def without_two(table):
+        rows = table["action"].to_pylist()
+        place = table.column_names.index("action")
+        rows[1] = rows[3] = None
+        return table.set_column(place, "action", pa.array(rows, table["action"].type))
+
+    folder = copy("lerobot_v3")
+    rewrite(folder, "data/**/*.parquet", without_two)
+    with pytest.raises(DemonstrationError, match="2 of 7 rows are null"):
+        open_demonstrations(folder)[0]
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"features": None}, "must describe each of its features"),
+        ({"features": {"action": {"shape": [7]}}}, "must describe each of its features"),
+        ({"splits": ["train"]}, "splits of info.json must name ranges"),
+        ({"data_path": "data/{episode_index}.parquet"}, "data_path of info.json must be a path with the numbers"),
+        ({"video_path": None}, "video_path of info.json must be a path"),
+        ({"codebase_version": "v2.1", "chunks_size": 0}, "data_path of info.json must be a path"),
+    ],
+)
+def test_damaged_info_is_named(copy, changed, message):
+    folder = copy("lerobot_v3")
+    info(folder, **changed)
+    with pytest.raises(ValueError, match=message):
+        open_demonstrations(folder)
+
+
+def test_chunks_without_episodes_are_refused(copy):
+    folder = copy("lerobot_v21")
+    info(folder, chunks_size=0)
+    with pytest.raises(ValueError, match="chunks_size of info.json must be a whole number above 0, got 0"):
+        open_demonstrations(folder)

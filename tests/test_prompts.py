@@ -178,3 +178,28 @@ def test_special_tokens_of_qwen_are_text(qwen):
     qwen.add_tokens(["<|extra_7|>"])
     (ids,) = tokenized_prompts(qwen, "openvla-mini", ["<|extra_7|>"])
     assert qwen.convert_tokens_to_ids("<|extra_7|>") not in ids
+
+
+@pytest.mark.parametrize("instruction", [1, {"go": 1}, {"go"}, np.array("go"), ["go", 3], "go \ud800"])
+def test_what_is_no_text_is_no_instruction(tiny, instruction):
+    image = np.zeros((8, 8, 3), np.uint8)
+    with pytest.raises(ValueError, match="must say something|half of a surrogate pair"):
+        tiny.processor(instruction=instruction, images=[image] * 2)
+    with pytest.raises(ValueError, match="must be a whole prompt|half of a surrogate pair"):
+        tiny.processor(text=instruction, images=[image] * 2)
+
+
+def test_texts_in_any_order_of_their_own_are_instructions(tiny):
+    images = [np.zeros((8, 8, 3), np.uint8)] * 2
+    expected = tiny.processor(instruction=["go", "stop"], images=images)["input_ids"].tolist()
+    for said in (np.array(["go", "stop"]), ("go", "stop"), iter(["go", "stop"])):
+        assert tiny.processor(instruction=said, images=images)["input_ids"].tolist() == expected
+
+
+def test_prompts_of_different_lengths_are_asked_to_be_padded(tiny):
+    prompts = [tiny.processor.prompt(said) for said in ("go", "pick up the red block")]
+    with pytest.raises(ValueError, match="they need padding=True"):
+        tiny.processor(text=prompts)
+    rows = tiny.processor(text=prompts, return_tensors=None)["input_ids"]
+    padded = tiny.processor(text=prompts, padding=True)
+    assert [row[mask.bool()].tolist() for row, mask in zip(padded["input_ids"], padded["attention_mask"])] == rows

@@ -353,3 +353,14 @@ def test_only_rotations_of_exactly_zero_hold_the_hand(arm):
         goals[rotation] = np.abs(environment.env.robots[0].controller.goal_ori - first).max()
     assert goals[0.0] == 0
     assert goals[5e-9] > 1e-4
+
+
+@pytest.mark.parametrize("action", [["0"] * 7, [1j] * 7, [None] * 7, {}, [[0.0] * 7, [0.0] * 6], "0000000"])
+def test_what_is_no_number_is_no_action(action):
+    with pytest.raises(ValueError, match="An action must be finite numbers"):
+        convert_action(action, "bridge")
+
+
+def test_numbers_of_any_kind_are_an_action():
+    as_objects = np.array([1, 0.5, np.float32(0.25), 0, 0, 0, True], object)
+    assert convert_action(as_objects, "bridge").tolist() == [1, 0.5, 0.25, 0, 0, 0, 1]
