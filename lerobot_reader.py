@@ -369,7 +369,7 @@ class LeRobotReader(EpisodeReader):
 
         return Stored(identity, str(source), columns, said, image)
 
-    def _said(self, table: Any, column: str | None, others: list[str], own: Sequence[Any]) -> list[str] | str:
+    def _said(self, table: Any, column: str | None, others: list[str], own: Any) -> list[str] | str:
         """Return the instruction of every step: of a text column (where empty, of further ones), else the task's."""
         if self.fields.instruction_text:
             return ""
@@ -385,14 +385,15 @@ class LeRobotReader(EpisodeReader):
             said = [further if says_nothing(text) else text for text, further in zip(said, _texts(table[other]))]
         return said
 
-    def _compare_tasks(self, said: list[str], own: Sequence[Any] | str | None) -> None:
+    def _compare_tasks(self, said: list[str], own: Any) -> None:
         """Warn once where meta/episodes gives an episode other instructions of the same table.
 
         Texts that are not in the table were renamed there, and say nothing.
         """
-        own = {own} if isinstance(own, str) else set(own or ())
+        own = {text for text in (own if isinstance(own, (list, tuple)) else [own]) if isinstance(text, str)}
         other = sorted(set(map(str, said)) - own)
-        if own and own <= set(self.tasks.values()) and other and not self._tasks_differ:
+        known = {text for text in self.tasks.values() if isinstance(text, str)}
+        if own and own <= known and other and not self._tasks_differ:
             self._tasks_differ = True
             warnings.warn(
                 f"{self.root}: task_index gives an episode the instruction {other[0]!r}, but meta/episodes "
