@@ -25,11 +25,10 @@ from transformers.utils.hub import extract_commit_hash
 from .configuration_openvla import PrismaticConfig, hub_keywords
 from .heads_openvla import belongs_to_answer
 from .quantization_openvla import is_quantized, quantization_name
-from .saved_folder_openvla import INDEX_FILE, SINGLE_FILE
+from .saved_folder_openvla import ADAPTER_CONFIG_FILE, INDEX_FILE, SINGLE_FILE
 
 logger = logging.get_logger(__name__)
 
-ADAPTER_CONFIG_FILE = "adapter_config.json"
 ADAPTER_WEIGHTS_FILE = "adapter_model.safetensors"
 RECORD_FILE = "openvla_adapter.json"
 MATRICES = (".lora_A.weight", ".lora_B.weight", ".lora_embedding_A", ".lora_embedding_B")

@@ -21,10 +21,8 @@ from tqdm import tqdm
 from .archive_files import damaged_record, is_archive, mapped_to_read, require_intact
 from .configuration_openvla import write_json
 from .direct_files import PIECE, DirectWriter, Place, read_spans
-from .saved_folder_openvla import INDEX_FILE, SINGLE_FILE, warn_of_two_sets
+from .saved_folder_openvla import INDEX_FILE, PICKLED_FILE, PICKLED_INDEX_FILE, SINGLE_FILE, warn_of_two_sets
 
-PICKLED_INDEX_FILE = "pytorch_model.bin.index.json"
-PICKLED_FILE = "pytorch_model.bin"
 LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19"  # torch.save before 1.6
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 # The format's names (https://github.com/huggingface/safetensors#format).

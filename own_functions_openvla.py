@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import os
+from collections import ChainMap
 from collections.abc import Iterator, Mapping
 from types import FunctionType
 from typing import Any
@@ -151,13 +152,21 @@ def _places(kind: type) -> tuple[Place, ...]:
 
 def _methods_of(kind: type, module: str, seen: set[int]) -> Iterator[Place]:
     """Yield the places of the methods that a class defines, and of what they use by name."""
-    is_cache = kind.__module__ == Cache.__module__  # these inherit methods, and choose their layers when they are made
     for name, value in vars(kind).items():
-        if not list(_unwrapped(value)) or (name == "__init__" and not is_cache):
-            continue
-        if not (is_cache and name.startswith("__")):  # a dataclass generates some of those
-            yield vars(kind), name, "" if is_cache else f"{kind.__qualname__}.{name}"
-        yield from _called(value, module, seen)
+        if list(_unwrapped(value)) and name != "__init__":
+            yield vars(kind), name, f"{kind.__qualname__}.{name}"
+            yield from _called(value, module, seen)
+
+
+def _cache_methods(kind: type, module: str, seen: set[int]) -> Iterator[Place]:
+    """Yield the places of the methods that a cache or one of its layers has or inherits, and of what they use."""
+    dictionaries = [vars(base) for base in kind.__mro__ if base.__module__ == Cache.__module__]
+    own = ChainMap(*dictionaries)  # type: ignore[arg-type]  only read
+    for name, value in own.items():
+        if list(_unwrapped(value)):
+            if not name.startswith("__"):  # a dataclass generates some of those
+                yield own, name, ""
+            yield from _called(value, module, seen)
 
 
 def _called(value: Any, module: str, seen: set[int]) -> Iterator[Place]:
@@ -172,10 +181,7 @@ def _called(value: Any, module: str, seen: set[int]) -> Iterator[Place]:
                 if issubclass(used, Cache) or (space["__name__"] == Cache.__module__ and hasattr(used, "update")):
                     seen.add(id(used))
                     yield space, name, name
-                    for base in used.__mro__:
-                        if base.__module__ == Cache.__module__ and (base is used or id(base) not in seen):
-                            seen.add(id(base))
-                            yield from _methods_of(base, module, seen)
+                    yield from _cache_methods(used, module, seen)
             elif isinstance(used, Mapping) and "sdpa" in used:
                 seen.add(id(used))
                 yield used, "sdpa", "sdpa"
