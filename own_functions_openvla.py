@@ -96,8 +96,12 @@ def is_hooked(module: nn.Module) -> bool:
 def any_hooked(layer: nn.Module) -> bool:
     """Return whether a layer, its attention, its MLP or one of their parts is hooked; see ``is_hooked``."""
     for part in (layer, layer.self_attn, layer.mlp):
-        if is_hooked(part) or any(map(is_hooked, part.__dict__["_modules"].values())):
+        if is_hooked(part):
             return True
+        for child in part.__dict__["_modules"].values():
+            own = child.__dict__
+            if own["_forward_hooks"] or own["_forward_pre_hooks"] or "forward" in own or "_hf_hook" in own:
+                return True
     return False
 
 
