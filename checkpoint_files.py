@@ -79,7 +79,10 @@ def weight_files(folder: Path) -> dict[str, Path]:
         return dict.fromkeys(_names(single), single)
     if index.is_file():
         return _indexed(index)
-    raise ValueError(f"{folder} holds neither {SINGLE_FILE} nor {INDEX_FILE}.")
+    raise ValueError(
+        f"{folder} holds neither {SINGLE_FILE} nor {INDEX_FILE}; give a folder of whole weights without a variant in "
+        "their names. An adapter becomes one with: openvla merge ADAPTER OUT."
+    )
 
 
 def has_safetensors(folder: Path) -> bool:
