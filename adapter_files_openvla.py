@@ -25,15 +25,15 @@ from transformers.utils.hub import extract_commit_hash
 from .configuration_openvla import PrismaticConfig, hub_keywords
 from .heads_openvla import belongs_to_answer
 from .quantization_openvla import is_quantized, quantization_name
-from .saved_folder_openvla import INDEX_FILE, SINGLE_FILE
+from .saved_folder_openvla import ADAPTER_CONFIG_FILE, INDEX_FILE, SINGLE_FILE
 
 logger = logging.get_logger(__name__)
 
-ADAPTER_CONFIG_FILE = "adapter_config.json"
 ADAPTER_WEIGHTS_FILE = "adapter_model.safetensors"
 RECORD_FILE = "openvla_adapter.json"
 MATRICES = (".lora_A.weight", ".lora_B.weight", ".lora_embedding_A", ".lora_embedding_B")
 PEFT_PREFIX = "base_model.model."
+PEFT_DEFAULT = 8  # of r and lora_alpha, where adapter_config.json does not say
 # Fields of peft's configuration that leave W + scaling * B A as it is. Any other one that is set (use_dora,
 # rank_pattern, alora_invocation_tokens, what a future peft adds) may give the same matrices another meaning: refused.
 PLAIN_FIELDS = {"task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "bias"}
@@ -297,8 +297,8 @@ def read_adapter(name_or_path: str | os.PathLike, **hub: Any) -> LoraAdapter:
     if infinite:
         raise ValueError(f"{name_or_path}: {infinite[:3]} is not finite; training diverged. Use an earlier adapter.")
     return LoraAdapter(
-        config["r"],
-        config["lora_alpha"],
+        config.get("r", PEFT_DEFAULT),
+        config.get("lora_alpha", PEFT_DEFAULT),
         bool(config.get("use_rslora")),
         record.get("base"),
         record.get("default_unnorm_key"),
@@ -309,8 +309,10 @@ def read_adapter(name_or_path: str | os.PathLike, **hub: Any) -> LoraAdapter:
 
 def _require_plain(config: dict[str, Any], name_or_path: str | os.PathLike) -> None:
     """Raise unless a configuration of peft describes W + scaling * B A on the base as it is."""
-    if config.get("peft_type") != "LORA" or config.get("bias", "none") != "none":
+    if config.get("peft_type") != "LORA":
         raise ValueError(f"{name_or_path} is not plain LoRA ({config.get('peft_type')}): not supported.")
+    if config.get("bias", "none") != "none":
+        raise ValueError(f"{name_or_path} is not plain LoRA (bias={config['bias']!r}): not supported.")
     unusual = sorted(name for name, value in config.items() if value and name not in PLAIN_FIELDS)
     if unusual:
         raise ValueError(f"{name_or_path} is not plain LoRA ({unusual}): not supported.")

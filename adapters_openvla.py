@@ -36,7 +36,7 @@ from .configuration_openvla import require_hub_keywords, write_json
 from .heads_openvla import FILM_LAYER, HEAD_MODULES, belongs_to_answer
 from .parallel_openvla import refuse_loose_parts
 from .quantization_openvla import is_quantized
-from .saved_folder_openvla import mark_code
+from .saved_folder_openvla import mark_code, require_own_kind
 
 logger = logging.get_logger(__name__)
 
@@ -169,9 +169,10 @@ class LoraMixin:
             state_dict: The model's, where a trainer has gathered it; else its own parameters.
 
         Raises:
-            ValueError: The model has no adapter.
+            ValueError: The model has no adapter, or the folder holds whole weights.
         """
         lora, folder = self._require_adapter(), Path(folder)
+        require_own_kind(folder, is_adapter=True)
         folder.mkdir(parents=True, exist_ok=True)
         parameters = self.named_parameters() if state_dict is None else state_dict.items()
         lora = replace(lora, tensors=_adapter_parameters(parameters))

@@ -21,10 +21,8 @@ from tqdm import tqdm
 from .archive_files import damaged_record, is_archive, mapped_to_read, require_intact
 from .configuration_openvla import write_json
 from .direct_files import PIECE, DirectWriter, Place, read_spans
-from .saved_folder_openvla import INDEX_FILE, SINGLE_FILE, warn_of_two_sets
+from .saved_folder_openvla import INDEX_FILE, PICKLED_FILE, PICKLED_INDEX_FILE, SINGLE_FILE, warn_of_two_sets
 
-PICKLED_INDEX_FILE = "pytorch_model.bin.index.json"
-PICKLED_FILE = "pytorch_model.bin"
 LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19"  # torch.save before 1.6
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 # The format's names (https://github.com/huggingface/safetensors#format).
@@ -81,7 +79,10 @@ def weight_files(folder: Path) -> dict[str, Path]:
         return dict.fromkeys(_names(single), single)
     if index.is_file():
         return _indexed(index)
-    raise ValueError(f"{folder} holds neither {SINGLE_FILE} nor {INDEX_FILE}; give the folder of the weights.")
+    raise ValueError(
+        f"{folder} holds neither {SINGLE_FILE} nor {INDEX_FILE}; give a folder of whole weights without a variant in "
+        "their names. An adapter becomes one with: openvla merge ADAPTER OUT."
+    )
 
 
 def has_safetensors(folder: Path) -> bool:

@@ -81,6 +81,7 @@ from .native_checkpoint import (
 )
 from .oft_checkpoint import ADAPTER_FOLDER, part_files, read_answer, read_parts, unmerged_adapter, write_parts
 from .processing_openvla import OpenVLAImageProcessor, OpenVLAProcessor
+from .saved_folder_openvla import refuse_two_kinds
 
 PAD_TOKEN = "<PAD>"
 NATIVE_CONFIG_FILE = "native_config.json"
@@ -220,8 +221,9 @@ def kind_of(source: Path) -> str:
 
     Raises:
         FileNotFoundError: It has no config.json.
-        ValueError: It is a model of another kind.
+        ValueError: It is a model of another kind, or an adapter and whole weights.
     """
+    refuse_two_kinds(source)
     if unmerged_adapter(source) is not None:
         return "OpenVLA-OFT run with an adapter"
     fields = read_json(source / "config.json")

@@ -27,7 +27,7 @@ from transformers.utils import logging
 from .actions_openvla import as_numbers
 from .compatibility_openvla import attention_implementation, rotary_fields
 from .decoding_openvla import only, positions_of
-from .own_functions_openvla import changed_number, head_dim, is_hooked, patched_function, rotary_of
+from .own_functions_openvla import any_hooked, changed_number, head_dim, is_hooked, patched_function, rotary_of
 
 logger = logging.get_logger(__name__)
 
@@ -52,18 +52,18 @@ def reason_against(language_model: nn.Module, length: int) -> str | None:
         return f"its rotary positions are scaled: {rotary}"
     if getattr(config, "pretraining_tp", 1) > 1:
         return "its products are split (pretraining_tp)"
-    windowed = getattr(config, "use_sliding_window", config.model_type == "mistral")
+    windowed = getattr(config, "use_sliding_window", True)
     if windowed and (getattr(config, "sliding_window", None) or length) < length:
         return f"its attention slides over {config.sliding_window} positions, fewer than {length}"
     decoder = language_model.get_decoder()
-    if is_hooked(decoder) or is_hooked(language_model):
-        return "hooks hang on its decoder"
+    if is_hooked(decoder) or is_hooked(language_model) or is_hooked(decoder.norm):
+        return "hooks hang on its decoder, or a method of it was replaced"
     for layer in decoder.layers:
+        if any_hooked(layer):
+            return "hooks hang on its layers, methods of them were replaced, or they are spread over devices"
         for part in (layer, layer.self_attn, layer.mlp):
             if not type(part).__name__.startswith(name.removesuffix("ForCausalLM")):
                 return f"a {type(part).__name__} is among its layers"
-            if is_hooked(part):
-                return "hooks hang on its layers, or they are spread over devices"
         if any(type(part).__name__ == "Linear8bitLt" for part in (*layer.self_attn.children(), *layer.mlp.children())):
             return "its weights are LLM.int8, where what else is in a product changes a row's result"
     return changed_number(language_model) or patched_function(language_model)
@@ -182,16 +182,18 @@ def _bare(module: nn.Module, fused: bool = False) -> Callable[[torch.Tensor], to
         fused: Whether a norm is one kernel.
     """
     kind, weight = type(module), getattr(module, "weight", None)
-    if not is_hooked(module) and (weight is None or type(weight) is nn.Parameter):
+    own_kind = kind.__name__ if kind.__module__.startswith(("torch.", "transformers.")) else None
+    if weight is None or type(weight) is nn.Parameter:
         if kind is nn.Linear:
-            return functools.partial(F.linear, weight=weight, bias=module.bias)
-        if kind.__name__ in NORMS:
+            bias = module.bias
+            return lambda x: F.linear(x, weight, bias)
+        if own_kind in NORMS:
             if fused:
                 norm = _fused_norm(module.variance_epsilon)
                 return lambda x: norm(x, weight)
             epsilon = torch.tensor(module.variance_epsilon, dtype=torch.float32, device="cpu")  # faster than a number
             return functools.partial(_rms_normed, weight=weight, epsilon=epsilon)
-        if kind.__name__ in ("SiLU", "SiLUActivation"):
+        if own_kind in ("SiLU", "SiLUActivation"):
             return F.silu
         if kind.__name__ == "PrepackedLinear":
             return module.forward

@@ -76,7 +76,7 @@ def json_lines(path: Path) -> list[dict[str, Any]]:
     try:
         rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is damaged: {error}.") from error
+        raise ValueError(f"{path} is damaged: {error}; copy the dataset again.") from error
     if wrong := [row for row in rows if not isinstance(row, dict)]:
         raise ValueError(f"{path} is damaged: every line must be an object, got {wrong[0]!r:.200}.")
     return rows

@@ -19,11 +19,11 @@ import torch
 from transformers import GenerationMixin
 from transformers.utils import logging
 
-from .saved_folder_openvla import require_one_code
+from .saved_folder_openvla import refuse_two_kinds, require_one_code, require_own_kind
 
 require_one_code(__name__)
 
-from .actions_openvla import ActionTokenizer, NormalizationStatistics, as_numbers, validate_norm_stats
+from .actions_openvla import ActionTokenizer, NormalizationStatistics, as_numbers
 from .adapter_files_openvla import adapter_source, base_of, base_record, beside_or_above, optional_file, revision_of
 from .adapters_openvla import LoraMixin
 from .answers_openvla import ActionOutput, numbers_answer, tokens_answer
@@ -79,6 +79,7 @@ class OpenVLAForActionPrediction(
         """
         adapter, hub = adapter_source(pretrained_model_name_or_path, kwargs)
         if adapter is not None:
+            refuse_two_kinds(os.path.join(adapter, hub.get("subfolder") or ""))
             return cls._from_adapter(adapter, hub, kwargs)
         refuse_loose_parts(pretrained_model_name_or_path, hub)
         loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
@@ -127,21 +128,23 @@ class OpenVLAForActionPrediction(
 
         Statistics in the folder of datasets that the model does not know stay: the published scripts write the robot's
         there first, then save the merged model. No dataset is then the default of the saved folder, so ``unnorm_key``
-        has to be given; a warning says so.
+        has to be given; a warning says so. Other numbers under a key of this model are replaced, with a warning.
 
         A model with an adapter saves the adapter; ``merge_lora()`` first for whole weights.
 
         Raises:
-            ValueError: The folder's dataset_statistics.json is not usable; a keyword has no effect on an adapter.
+            ValueError: The folder's dataset_statistics.json is not usable; it holds whole weights and this is an
+                adapter, or the reverse; a keyword has no effect on an adapter.
             TypeError: Of an adapter: an unknown keyword.
         """
         if self._lora is not None:
             require_adapter_keywords(kwargs)
+        require_own_kind(save_directory, self._hf_peft_config_loaded)
         default = self.config.default_unnorm_key
         if is_main_process and self.norm_stats and not os.path.isfile(save_directory):
             os.makedirs(save_directory, exist_ok=True)
             file = Path(save_directory) / STATISTICS_FILE
-            others = self._other_statistics(file)
+            others = self._other_statistics(file)  # of the folder as it is
             write_json(file, {**others, **self.norm_stats})
             if others:
                 self.config.default_unnorm_key = None
@@ -157,17 +160,6 @@ class OpenVLAForActionPrediction(
             return super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
         finally:
             self.config.default_unnorm_key = default
-
-    def _other_statistics(self, file: Path) -> dict[str, dict[str, Any]]:
-        """Return the statistics in a folder's file of datasets that this model does not know."""
-        if not file.is_file():
-            return {}
-        try:
-            there = json.loads(file.read_text(encoding="utf-8"))
-            validate_norm_stats(there, self.config.normalization)
-        except ValueError as error:
-            raise ValueError(f"{file} is there already and not usable ({error}); mend or delete it first.") from error
-        return {key: statistics for key, statistics in there.items() if key not in self.norm_stats}
 
     # Every argument is named, not collected: transformers' Trainer keeps the columns that it finds in this signature.
     def forward(

@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import os
+import shutil
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+from transformers.utils import logging
+
 from .actions_openvla import NormalizationStatistics, nearest_name, validate_norm_stats
+
+logger = logging.get_logger(__name__)
 
 
 class NormStatsMixin:
@@ -35,6 +43,35 @@ class NormStatsMixin:
         """
         stats = stats if "action" in stats else {"action": stats}
         self.norm_stats = {**self.norm_stats, key: stats}
+
+    def _other_statistics(self, file: Path) -> dict[str, dict[str, Any]]:
+        """Return the statistics in a folder's file of datasets that this model does not know.
+
+        Where the file has other numbers than the model under one key, and the model does not come from this folder, a
+        warning says that the model's stay, and the file is kept under another name.
+
+        Raises:
+            ValueError: The file is not usable.
+        """
+        if not file.is_file():
+            return {}
+        try:
+            there = json.loads(file.read_text(encoding="utf-8"))
+            validate_norm_stats(there, self.config.normalization)
+        except ValueError as error:
+            raise ValueError(f"{file} is there already and not usable ({error}); mend or delete it first.") from error
+        own = json.loads(json.dumps(self.norm_stats))
+        other = [key for key in there if key in own and _differ(there[key], own[key])]
+        source = self.config._name_or_path
+        if other and not (os.path.isdir(source) and os.path.samefile(source, file.parent)):
+            kept = file.with_suffix(".replaced.json")
+            shutil.copyfile(file, kept)
+            logger.warning(
+                f"{file} had other numbers than this model for {other}; the model's replace them, and the file is kept "
+                f"as {kept.name}. If those were the robot's, as the published scripts write them, give them to the "
+                "model, model.add_norm_stats(key, statistics), and save again."
+            )
+        return {key: statistics for key, statistics in there.items() if key not in own}
 
     def get_action_dim(self, unnorm_key: str | None = None) -> int:
         """Number of action dimensions of a dataset."""
@@ -124,3 +161,9 @@ class NormStatsMixin:
         if len(dimensions) > 1:
             raise ValueError(f"One batch cannot mix action dimensions {sorted(dimensions)}; call once for each.")
         return statistics
+
+
+def _differ(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Return whether two statistics of a dataset give other numbers for what both say of actions or proprio."""
+    pairs = [(one.get(part) or {}, other.get(part) or {}) for part in ("action", "proprio")]
+    return any(first[name] != second[name] for first, second in pairs for name in {*first} & {*second})

@@ -13,7 +13,7 @@ from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import is_flash_attn_2_available, logging
 
-from .saved_folder_openvla import mark_code, one_set_of_weights, require_one_code, warn_of_two_sets
+from .saved_folder_openvla import mark_code, one_set_of_weights, require_one_code, require_own_kind, warn_of_two_sets
 
 require_one_code(__name__)
 
@@ -116,8 +116,12 @@ class PrismaticPreTrainedModel(PushToHub, QuantizedModelMixin, PreTrainedModel):
         """Save weights, configuration and code; weights of an earlier save in the other layout are removed.
 
         Takes what ``PreTrainedModel.save_pretrained`` takes.
+
+        Raises:
+            ValueError: The folder holds an adapter; or whole weights, and this would save transformers' own adapter.
         """
-        with one_set_of_weights(save_directory):
+        require_own_kind(save_directory, self._hf_peft_config_loaded)
+        with one_set_of_weights(save_directory, kwargs.get("variant")):
             saved = super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
         if is_main_process:
             mark_code(save_directory)

@@ -26,6 +26,7 @@ from .convert_checkpoint import TOKENIZER_FILES, require_fit
 from .loading import MODEL_CLASSES
 from .native_checkpoint import read_json
 from .publishing_openvla import CARD_FILE, publishable, push_folder
+from .saved_folder_openvla import refuse_two_kinds
 
 # What a processor alone needs.
 PROCESSOR_CODE = {f"{name}_openvla.py" for name in ("device_images", "images", "jpeg", "processing", "prompts")}
@@ -148,6 +149,7 @@ def require_complete(folder: Path) -> None:
             f"{folder} is not complete: {missing} missing. Save both parts into it: model.save_pretrained(DIR) and "
             "processor.save_pretrained(DIR)."
         )
+    refuse_two_kinds(folder)
     config = MODEL_CLASSES[fields["model_type"]].config_class.from_dict(fields)
     if isinstance(config, OpenVLAConfig) and not config.norm_stats:
         raise ValueError(

@@ -12,7 +12,7 @@ from typing import Any
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard
 
 from .actions_openvla import NORMALIZATIONS, dimension_labels
-from .saved_folder_openvla import INDEX_FILE, SHARD, SINGLE_FILE, unused_weights
+from .saved_folder_openvla import ADAPTER_CONFIG_FILE, INDEX_FILE, LAYOUTS, SHARD, SINGLE_FILE, unused_weights
 
 CARD_FILE = "README.md"
 # Keywords of transformers' save_pretrained, 4.40.1 to 5.24.
@@ -138,7 +138,8 @@ def push_folder(
     A folder with a configuration but no card gets one, unless the repository has its own already.
 
     Raises:
-        ValueError: There is no card that ``tags`` could go into, or ``private`` is not what the repository is.
+        ValueError: There is no card that ``tags`` could go into, ``private`` is not what the repository is, or it holds
+            an adapter and the folder whole weights, or the reverse.
     """
     files = publishable(folder)
     api = HfApi(token=token)
@@ -152,6 +153,12 @@ def push_folder(
         api.create_branch(repo_id, branch=revision, exist_ok=True)
     operations: list[Any] = [CommitOperationAdd(name, str(path)) for name, path in files.items()]
     there = set(api.list_repo_files(repo_id, revision=revision))
+    own, other = (LAYOUTS, (ADAPTER_CONFIG_FILE,)) if {*LAYOUTS} & {*files} else ((ADAPTER_CONFIG_FILE,), LAYOUTS)
+    if {*own} & {*files} and {*other} & there:
+        raise ValueError(
+            f"{repo_id} holds {min({*other} & there)}, which could not be told from {min({*own} & {*files})}: an "
+            "adapter and whole weights need a repository or a branch each. Give another one. Nothing was uploaded."
+        )
     if SINGLE_FILE in files or INDEX_FILE in files:  # weights of another layout would be loaded in their place
         remove = [*remove, *(name for name in there if name in (SINGLE_FILE, INDEX_FILE) or SHARD.fullmatch(name))]
     operations += [CommitOperationDelete(name) for name in sorted({*remove} & there - {*files})]

@@ -22,7 +22,11 @@ from transformers.utils import logging
 logger = logging.get_logger(__name__)
 
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
-SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
+PICKLED_FILE, PICKLED_INDEX_FILE = "pytorch_model.bin", "pytorch_model.bin.index.json"
+LAYOUTS = (SINGLE_FILE, INDEX_FILE, PICKLED_FILE, PICKLED_INDEX_FILE)  # in the order in which transformers takes them
+SHARD_NUMBER = r"-\d{5}-of-\d{5}\.safetensors"
+SHARD = re.compile("model" + SHARD_NUMBER)
+ADAPTER_CONFIG_FILE = "adapter_config.json"
 REMOTE_CODE = "transformers_modules"  # the package into which transformers copies the code of a folder
 FIRST_LINE = "from __future__ import annotations\n"  # of every code file; the digest is written behind it
 MARK = "CODE_DIGEST"
@@ -83,23 +87,65 @@ class MarksCode:
 
 
 @contextmanager
-def one_set_of_weights(folder: str | os.PathLike) -> Iterator[None]:
-    """Remove from a folder, when the block has written weights into it, what an earlier save left of the other kind.
+def one_set_of_weights(folder: str | os.PathLike, variant: str | None = None) -> Iterator[None]:
+    """Remove from a folder, when the block has written weights into it, what an earlier save left in another layout.
 
-    That is model.safetensors beside new shards, or shards and their index beside a new model.safetensors.
+    That is what transformers would load in their place, and the other layout of the same format: model.safetensors
+    beside new shards, shards and their index beside a new model.safetensors, both beside a new pytorch_model.bin.
+
+    Args:
+        folder: Where the weights are written.
+        variant: As of ``save_pretrained``, a part of the files' names.
     """
-    folder = Path(folder)
-    before = {name: _state(folder / name) for name in (SINGLE_FILE, INDEX_FILE)}
+    folder, names = Path(folder), [_of_variant(name, variant) for name in LAYOUTS]
+    before = {name: _state(folder / name) for name in names}
     yield
-    written = [name for name, state in before.items() if _state(folder / name) not in (None, state)]
-    if written == [INDEX_FILE] and before[SINGLE_FILE]:
-        _remove(folder, [SINGLE_FILE])
-    elif written == [SINGLE_FILE] and before[INDEX_FILE]:
-        shards = [path.name for path in folder.iterdir() if SHARD.fullmatch(path.name)]
-        _remove(folder, [INDEX_FILE, *shards])
+    written = [name for name in names if _state(folder / name) not in (None, before[name])]
+    if len(written) != 1:
+        return
+    rank = names.index(written[0])
+    stale = [name for name in names[: max(rank + 1, 2)] if before[name] and name != written[0]]
+    if names[1] in stale:
+        stem = re.escape(names[0].removesuffix(".safetensors"))
+        stale += [path.name for path in folder.iterdir() if re.fullmatch(stem + SHARD_NUMBER, path.name)]
+    _remove(folder, stale)
+
+
+def _of_variant(name: str, variant: str | None) -> str:
+    """Return the name that transformers gives to a weights file of a variant."""
+    stem, _, suffix = name.rpartition(".")
+    return f"{stem}.{variant}.{suffix}" if variant else name
+
+
+def refuse_two_kinds(folder: str | os.PathLike) -> None:
+    """Raise ValueError where a local folder holds both an adapter and whole weights, of which one would be ignored."""
+    weights = [name for name in LAYOUTS if os.path.isfile(os.path.join(folder, name))]
+    if weights and os.path.isfile(os.path.join(folder, ADAPTER_CONFIG_FILE)):
+        raise ValueError(
+            f"{folder} holds an adapter ({ADAPTER_CONFIG_FILE}) and whole weights ({weights[0]}); which of them is "
+            "meant cannot be told. Move the adapter's files (adapter_*, openvla_adapter.json) to a folder of their own."
+        )
+
+
+def require_own_kind(folder: str | os.PathLike, is_adapter: bool) -> None:
+    """Raise before an adapter is saved beside whole weights, or whole weights beside an adapter.
+
+    Raises:
+        ValueError: What is there would be loaded in place of what is saved, or be ignored.
+    """
+    names = LAYOUTS if is_adapter else (ADAPTER_CONFIG_FILE,)
+    there = [name for name in names if os.path.isfile(os.path.join(folder, name))]
+    if there:
+        kinds = ("an adapter", "whole weights") if is_adapter else ("whole weights", "an adapter")
+        raise ValueError(
+            f"{folder} holds {kinds[1]} ({there[0]}), and {kinds[0]} beside it could not be told from it when it is "
+            "loaded. Give another folder, or delete those files first."
+        )
 
 
 def _remove(folder: Path, names: list[str]) -> None:
+    if not names:
+        return
     for name in names:
         (folder / name).unlink()
     logger.info(f"{folder}: removed {', '.join(names)} of an earlier save.")

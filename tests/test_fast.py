@@ -15,7 +15,7 @@ from openvla.decoding_openvla import decode_greedily
 from openvla.fast_openvla import FastDecoder, decode_fast, fuse, goes_fast, reason_against
 from openvla.own_functions_openvla import rotary_of
 from openvla.tiny import build_tiny
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 from ways import adapt, alike, changes, needs_compiler
 
 # Products of one row sum in another order than those of many: a few units in the last place of logits of order one.
@@ -207,6 +207,26 @@ def patch_table(monkeypatch, model):
     monkeypatch.setitem(table, "sdpa", lambda *args, **kwargs: (original(*args, **kwargs)[0] * 0.5, None))
 
 
+def patch_cache(monkeypatch, model):
+    update = DynamicCache.update
+    monkeypatch.setattr(DynamicCache, "update", lambda self, keys, *args, **kw: update(self, keys * 0.5, *args, **kw))
+
+
+def replace_cache(monkeypatch, model):
+    class Cache(DynamicCache):
+        def update(self, keys, *args, **kwargs):
+            return super().update(keys * 0.5, *args, **kwargs)
+
+    monkeypatch.setattr(sys.modules[type(model).__module__], "DynamicCache", Cache)
+
+
+def swap_class(monkeypatch, model, part):
+    """Give one part of the second layer a subclass of the same name."""
+    part = part(model.get_decoder().layers[1])
+    kind = type(part)
+    monkeypatch.setattr(part, "__class__", type(kind.__name__, (kind,), {"forward": half(kind.forward)}))
+
+
 def patch_scaling(monkeypatch, model):
     attention = model.get_decoder().layers[1].self_attn
     if "scaling" not in vars(attention):
@@ -230,6 +250,11 @@ PATCHES |= {
     "wrapped forward": patch_wrapped,
     "attention table": patch_table,
     "scaling": patch_scaling,
+    "cache": patch_cache,
+    "another cache": replace_cache,
+    "class of one layer": functools.partial(swap_class, part=lambda layer: layer),
+    "class of one layer's attention": functools.partial(swap_class, part=lambda layer: layer.self_attn),
+    "class of one layer's MLP": functools.partial(swap_class, part=lambda layer: layer.mlp),
 }
 
 
@@ -247,6 +272,62 @@ def test_a_patched_model_runs_its_own_forward(family, patch, monkeypatch):
         assert not goes_fast(None, model, 20)
     assert goes_fast(None, model, 20)
     assert torch.equal(decode_fast(model, prompt(), None, 7)[1], plain)
+
+
+@pytest.mark.lane
+@pytest.mark.parametrize("name", ["self_attn.o_proj", "mlp.gate_proj", "post_attention_layernorm", "norm"])
+@torch.no_grad()
+def test_a_hook_sees_all_positions_of_every_row(name):
+    model = language_model("llama")
+    decoder = model.get_decoder()
+    _, plain = decode_fast(model, prompt(), None, 1)
+
+    def hook(module, args, output):
+        assert output.shape[:2] == (3, 9)
+        return output.index_fill(1, torch.tensor([8]), 0.5)
+
+    handle = (decoder if name == "norm" else decoder.layers[2]).get_submodule(name).register_forward_hook(hook)
+    assert not goes_fast(None, model, 20)
+    assert not torch.allclose(decode_greedily(model, prompt(), None, 1, None)[1], plain, rtol=0, atol=LOGIT_ATOL)
+    handle.remove()
+    assert goes_fast(None, model, 20)
+
+
+@pytest.mark.lane
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("num_hidden_layers", 2), ("is_causal", False), ("sliding_window", 4), ("attention_chunk_size", 4)],
+)
+@torch.no_grad()
+def test_a_number_of_the_configuration_that_transformers_heeds_counts(field, value):
+    model = language_model("llama")
+    setattr(model.config, field, value)
+    assert not goes_fast(None, model, 20)
+    delattr(model.config, field) if field != "num_hidden_layers" else setattr(model.config, field, 3)
+    assert goes_fast(None, model, 20)
+
+
+@pytest.mark.lane
+def test_a_method_replaced_on_an_instance_counts_as_a_hook():
+    class Part(torch.nn.Module):
+        def mask(self):
+            return None
+
+    part = Part()
+    part.number = 3
+    part.helper = print
+    assert not own_functions_openvla.is_hooked(part)
+    part.mask = lambda: 1
+    assert own_functions_openvla.is_hooked(part)
+
+
+@pytest.mark.lane
+def test_a_call_patched_for_all_modules_is_seen(monkeypatch):
+    model = language_model("llama")
+    with monkeypatch.context() as patched:
+        patched.setattr(torch.nn.Module, "_call_impl", half(torch.nn.Module._call_impl))
+        assert "_call_impl" in reason_against(model, 20)
+    assert reason_against(model, 20) is None
 
 
 @pytest.mark.lane
@@ -289,15 +370,22 @@ def own_rotary(layer):
 
 @pytest.mark.lane
 @torch.no_grad()
-def test_a_part_of_another_kind_or_with_hooks_is_called_as_it_is():
+def test_a_part_of_another_kind_is_called_as_it_is():
     model = language_model("llama")
     expected, _ = decode_fast(model, prompt(), None, 7)
     calls = []
-    for name in ("self_attn.q_proj", "mlp.down_proj", "post_attention_layernorm"):
-        model.get_decoder().layers[1].get_submodule(name).register_forward_hook(lambda *_: calls.append(1))
+    for name in ("self_attn.q_proj", "mlp.down_proj", "post_attention_layernorm", "mlp.act_fn"):
+        part = model.get_decoder().layers[1].get_submodule(name)
+        kind = type(part)
+
+        def forward(self, x, kind=kind):
+            calls.append(1)
+            return kind.forward(self, x)
+
+        part.__class__ = type(kind.__name__, (kind,), {"forward": forward})
     assert reason_against(model, 20) is None
     assert torch.equal(decode_fast(model, prompt(), None, 7)[0], expected)
-    assert len(calls) == 3 * 7
+    assert len(calls) == 4 * 7
     layer = model.get_decoder().layers[1]
     layer.mlp = torch.nn.Sequential(layer.mlp)
     layer.mlp.down_proj = layer.mlp[0].down_proj

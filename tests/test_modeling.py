@@ -428,7 +428,8 @@ def test_the_share_of_other_tokens_that_is_decoded(count):
 
 
 def test_an_action_that_is_not_finite_is_none():
-    statistics = NormalizationStatistics({"q01": [-1.7e308] * 7, "q99": [1.7e308] * 7})
+    statistics = NormalizationStatistics({"q01": [-1.0] * 7, "q99": [1.0] * 7})
+    statistics.low, statistics.high = np.full(7, -1.7e308), np.full(7, 1.7e308)  # which are refused by themselves
     with np.errstate(over="ignore"), pytest.raises(NoActionError, match="The action is not finite.*statistics"):
         tokens_answer(ActionTokenizer(32000), torch.tensor([[31744] * 7]), None, [statistics], False)
 

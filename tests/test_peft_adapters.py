@@ -120,3 +120,24 @@ def test_the_published_base_of_an_adapter_is_taken(run, tmp_path):
     assert read_adapter(run / "run" / "lora_adapter").base is None
     merge(run / "run" / "lora_adapter", tmp_path / "merged", base=run / "base")
     assert (tmp_path / "merged" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"), [({"bias": "lora_only"}, "bias='lora_only'"), ({"peft_type": "LOHA"}, "LOHA")]
+)
+def test_what_is_not_plain_is_named(change, message, run, tmp_path):
+    shutil.copytree(run / "run" / "lora_adapter", tmp_path / "adapter")
+    file = tmp_path / "adapter" / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
+    with pytest.raises(ValueError, match=f"is not plain LoRA .{message}"):
+        read_adapter(tmp_path / "adapter")
+
+
+def test_an_adapter_that_names_no_rank_has_pefts(run, tmp_path):
+    shutil.copytree(run / "run" / "lora_adapter", tmp_path / "adapter")
+    file = tmp_path / "adapter" / "adapter_config.json"
+    fields = json.loads(file.read_text())
+    file.write_text(json.dumps({name: value for name, value in fields.items() if name not in ("r", "lora_alpha")}))
+    defaults = peft.LoraConfig()
+    lora = read_adapter(tmp_path / "adapter")
+    assert (lora.r, lora.alpha) == (defaults.r, defaults.lora_alpha)

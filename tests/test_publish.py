@@ -14,7 +14,7 @@ from openvla import OpenVLAForActionPrediction, OpenVLAProcessor, quantization_c
 from openvla.__main__ import main
 from openvla.compatibility_openvla import QUANTIZES_ON_CPU
 from openvla.convert_checkpoint import convert
-from openvla.publishing_openvla import publishable
+from openvla.publishing_openvla import publishable, push_folder
 from openvla.tiny import build_tokenizer
 from reference import REPOSITORY, published_folder
 
@@ -200,6 +200,20 @@ def test_a_repository_stays_as_public_as_it_is(here, tiny):
     tiny.processor.push_to_hub("me/shut", private=True)
     tiny.processor.push_to_hub("me/shut", private=True)
     assert "me/shut" in here.private
+
+
+def test_an_adapter_and_whole_weights_do_not_meet_in_a_repository(here, tiny, tmp_path):
+    tiny.model.push_to_hub("me/whole")
+    commits = len(here.branches["me/whole"]["main"])
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(
+        ValueError, match="me/whole holds model.* a repository or a branch each. .*Nothing was uploaded"
+    ):
+        push_folder(tmp_path, "me/whole")
+    assert len(here.branches["me/whole"]["main"]) == commits
+    push_folder(tmp_path, "me/adapter")
+    with pytest.raises(ValueError, match="me/adapter holds adapter_config.json"):
+        tiny.model.push_to_hub("me/adapter")
 
 
 @pytest.mark.parametrize(

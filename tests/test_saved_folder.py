@@ -17,6 +17,7 @@ from openvla.publish import require_complete
 from openvla.publishing_openvla import publishable
 from openvla.saved_folder_openvla import INDEX_FILE, SINGLE_FILE, warn_of_two_sets
 from openvla.tiny import build_tiny
+from openvla.upgrade_checkpoint import upgrade
 from reference import REPOSITORY
 
 pytestmark = pytest.mark.lane
@@ -58,6 +59,95 @@ def test_a_folder_that_was_saved_twice_holds_the_second_weights_alone(first, sec
     require_complete(tmp_path / "model")
     convert(tmp_path / "model", tmp_path / "converted")
     assert head_of(tmp_path / "converted") == 2.0
+
+
+@pytest.mark.skipif(TRANSFORMERS_VERSION >= (5, 0), reason="transformers 5 writes safetensors whatever is asked")
+@pytest.mark.parametrize("second", [{}, SHARDED])
+@pytest.mark.parametrize("first", [{}, SHARDED])
+def test_a_pickle_saved_last_is_what_loads(first, second, tmp_path):
+    scaled(1.0)[0].save_pretrained(tmp_path, **first)
+    scaled(2.0)[0].save_pretrained(tmp_path, safe_serialization=False, **second)
+    assert head_of(tmp_path) == 2.0
+    assert not [path.name for path in tmp_path.iterdir() if ".safetensors" in path.name]
+
+
+@pytest.mark.parametrize(("first", "second"), [({}, SHARDED), (SHARDED, {})])
+def test_a_variant_saved_twice_is_the_second_one_and_touches_no_other(first, second, tmp_path):
+    scaled(3.0)[0].save_pretrained(tmp_path)
+    scaled(1.0)[0].save_pretrained(tmp_path, variant="fp16", **first)
+    scaled(2.0)[0].save_pretrained(tmp_path, variant="fp16", **second)
+    model = OpenVLAForActionPrediction.from_pretrained(tmp_path, variant="fp16")
+    assert model.language_model.lm_head.weight[0, 0] == 2.0
+    assert head_of(tmp_path) == 3.0
+
+
+@pytest.fixture(scope="module")
+def adapter_and_base(tmp_path_factory):
+    """An adapter's folder and its base's."""
+    pytest.importorskip("peft")
+    folder = tmp_path_factory.mktemp("kinds")
+    scaled(1.0)[0].save_pretrained(folder / "base")
+    model = OpenVLAForActionPrediction.from_pretrained(folder / "base")
+    model.enable_lora(2, targets="language")
+    model.save_pretrained(folder / "adapter")
+    return folder / "adapter", folder / "base"
+
+
+def test_whole_weights_are_not_saved_beside_an_adapter(adapter_and_base):
+    adapter, _ = adapter_and_base
+    before = {path.name: path.read_bytes() for path in adapter.iterdir()}
+    with pytest.raises(ValueError, match="holds an adapter .* Give another folder"):
+        scaled(2.0)[0].save_pretrained(adapter)
+    assert {path.name: path.read_bytes() for path in adapter.iterdir()} == before
+
+
+def test_an_adapter_is_not_saved_beside_whole_weights(adapter_and_base):
+    adapter, base = adapter_and_base
+    model = OpenVLAForActionPrediction.from_pretrained(adapter)
+    for save in (model.save_pretrained, model.save_lora):
+        with pytest.raises(ValueError, match="holds whole weights .* Give another folder"):
+            save(base)
+    assert head_of(base) == 1.0
+    model.save_pretrained(adapter)  # the same kind, again
+
+
+def test_a_folder_of_both_kinds_is_refused(adapter_and_base, tmp_path):
+    adapter, base = adapter_and_base
+    shutil.copytree(base, tmp_path / "both")
+    shutil.copytree(adapter, tmp_path / "both", dirs_exist_ok=True)
+    for read in (
+        OpenVLAForActionPrediction.from_pretrained,
+        require_complete,
+        lambda folder: convert(folder, tmp_path / "converted"),
+        lambda folder: upgrade(folder, tmp_path / "upgraded"),
+    ):
+        with pytest.raises(ValueError, match="holds an adapter .* and whole weights"):
+            read(tmp_path / "both")
+
+
+def test_statistics_with_other_numbers_are_replaced_with_a_warning_and_kept(tmp_path, monkeypatch):
+    from openvla import norm_stats_openvla
+
+    said = []
+    monkeypatch.setattr(norm_stats_openvla.logger, "warning", said.append)
+    model, _ = build_tiny()
+    file = tmp_path / "dataset_statistics.json"
+    there = json.loads(json.dumps(model.norm_stats))
+    there["untrained"]["num_transitions"] = 7  # moves no robot
+    file.write_text(json.dumps(there))
+    model.save_pretrained(tmp_path)
+    assert not said
+    there["untrained"]["action"]["q99"][0] = 9.0
+    file.write_text(json.dumps(there))
+    model.save_pretrained(tmp_path)
+    assert "had other numbers than this model for ['untrained']" in said[0]
+    assert json.loads(file.read_text())["untrained"]["action"]["q99"][0] == 1.0
+    assert json.loads((tmp_path / "dataset_statistics.replaced.json").read_text()) == there
+    loaded = OpenVLAForActionPrediction.from_pretrained(tmp_path)
+    loaded.add_norm_stats("untrained", there["untrained"])
+    loaded.save_pretrained(tmp_path)  # a correction of its own folder
+    assert len(said) == 1
+    assert json.loads(file.read_text())["untrained"]["action"]["q99"][0] == 9.0
 
 
 @pytest.fixture(scope="module", params=["shards", "index alone"])
