@@ -32,6 +32,7 @@ from tqdm import tqdm
 
 from .actions_openvla import END_EFFECTOR_DIMENSIONS, OPEN_X_DATASETS
 from .configuration_openvla import write_json
+from .decoding_openvla import NoActionError
 from .demonstrations import read_json
 from .images_openvla import IMAGE_PRESETS
 from .policy import Policy, add_policy_arguments, policy_from
@@ -360,6 +361,7 @@ def _open_queue(output: Path) -> int:
         # Items are numbered task by task, as the harness lists them; the newest result of an episode counts.
         recording.execute(
             "UPDATE work_queue SET done = 0 WHERE EXISTS (SELECT 1 FROM episode_results AS r WHERE r.status = 'error' "
+            f"AND coalesce(r.failure_detail, '') NOT LIKE '%{NoActionError.__name__}%' "
             "AND json_extract(r.context, '$.task_idx') = work_queue.task_idx AND r.episode_id = work_queue.item - "
             "(SELECT MIN(item) FROM work_queue AS w WHERE w.task_idx = work_queue.task_idx) "
             "AND r.rowid = (SELECT MAX(rowid) FROM episode_results AS n WHERE n.episode_id = r.episode_id "
@@ -419,6 +421,7 @@ def _finish(output: Path, settings: dict[str, Any], suite: Any, doubts: list[str
         "doubts": doubts,
         "complete": len(episodes) - len(errors) == expected,
         "errors": len(errors),
+        "no_action": sum(episode["no_action"] is not None for episode in episodes),
         **success_rate(episodes),
         "interval": "95 %, Wilson score",
         "versions": {package: version_of(package) for package in PACKAGES},

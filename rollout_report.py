@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from .decoding_openvla import NoActionError
 from .demonstrations import require
 
 NORMAL_95 = 1.959963984540054  # the normal distribution's 97.5 % point
@@ -35,7 +36,10 @@ def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
 
 
 def recorded_episodes(database: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
-    """Every episode's newest result, by task and number."""
+    """Return every episode's newest result, by task and number.
+
+    An episode that ended because the model gave no action (``NoActionError``) has failed; ``no_action`` says why.
+    """
     if not database.is_file():
         return []
     with contextlib.closing(sqlite3.connect(database)) as recording:
@@ -46,7 +50,8 @@ def recorded_episodes(database: Path, settings: dict[str, Any]) -> list[dict[str
         ).fetchall()
     found = []
     for context, number, status, steps, seconds, detail, path in rows:
-        error = detail.strip().splitlines()[-1] if detail else None
+        error = detail.strip().splitlines()[-1] if detail else "?" if status == "error" else None
+        no_action = error if error and NoActionError.__name__ in error else None
         found.append(
             {
                 "task": json.loads(context)["task_id"],
@@ -55,7 +60,8 @@ def recorded_episodes(database: Path, settings: dict[str, Any]) -> list[dict[str
                 "steps": steps,
                 "seconds": seconds,
                 "video": str(Path(path).with_suffix(".mp4")),
-                "error": error or ("?" if status == "error" else None),
+                "error": None if no_action else error,
+                "no_action": no_action,
             }
         )
     return sorted(found, key=lambda episode: (settings["tasks"].index(episode["task"]), episode["initial_state"]))
@@ -94,6 +100,11 @@ def as_table(report: dict[str, Any], output: Path) -> str:
         low, high = row["success_interval"]
         counted = f"{row['successes']}/{row['judged']}"
         lines.append(f"  {row['task']!s:>2}  {row['instruction'][:56]:<58}{counted:>10}   {low:6.1%} to {high:6.1%}")
+    if report["no_action"]:
+        lines.append(
+            f"  {report['no_action']} of the failures gave no action; --constrain-actions lets the model choose among "
+            "actions only"
+        )
     lines += ["", f"written       {output / 'results.json'}, contact_sheet.png, episodes/*.mp4"]
     return "\n".join(lines)
 

@@ -303,6 +303,31 @@ def test_a_broken_run_goes_on(tmp_path):
     assert not any(run["error"] for run in found)
 
 
+def test_an_episode_without_an_action_has_failed(tmp_path):
+    recording = pytest.importorskip("vla_eval.recording")
+    entry = f"{rollout.HARNESS}-{rollout.HARNESS}"
+    store = recording.RecordingStore(rollout._database(tmp_path))
+    store.seed_queue(entry, [0, 0])
+    said = "RuntimeError: Server error: {'error': 'observation_failed: NoActionError: The model ended early'}"
+    for number, detail in enumerate([said, None]):
+        store.claim(entry, 1, None, 2)
+        store.upsert_episode_result(
+            sid="a", eid=str(number), eval_id=entry, task_name="t", episode_id=number,
+            status="error" if detail else "success", metrics={}, steps=5, elapsed_sec=1.0,
+            context={"task_idx": 0, "task_id": 4}, jsonl_path=f"episodes/{number}.jsonl", failure_reason=None,
+            failure_detail=detail and f"Traceback:\n{detail}\n",
+        )  # fmt: skip
+        store.finish(entry, number)
+    store.close()
+    assert rollout._open_queue(tmp_path) == 2  # it is judged, so it is not run again
+    found = recorded_episodes(rollout._database(tmp_path), {"tasks": [4], "first_initial_state": 0})
+    assert [(run["success"], run["error"], run["no_action"]) for run in found] == [
+        (False, None, said),
+        (True, None, None),
+    ]
+    assert success_rate(found)["success_rate"] == 0.5
+
+
 def test_another_evaluation_is_not_mixed_in(tmp_path):
     settings = {"model": "a", "episodes": 5, "instructions": "file name"}
     rollout._settle_output(tmp_path, {**settings, "episodes": 7})  # nothing ran yet
