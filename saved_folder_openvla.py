@@ -30,6 +30,7 @@ ADAPTER_CONFIG_FILE = "adapter_config.json"
 REMOTE_CODE = "transformers_modules"  # the package into which transformers copies the code of a folder
 FIRST_LINE = "from __future__ import annotations\n"  # of every code file; the digest is written behind it
 MARK = "CODE_DIGEST"
+MARKED = re.compile(rb'^from __future__ import annotations; CODE_DIGEST = "[0-9a-f]{64}"$', re.MULTILINE)
 
 
 def require_one_code(module: str) -> None:
@@ -39,7 +40,7 @@ def require_one_code(module: str) -> None:
         module: ``__name__`` of the entry file. Code that does not come from a saved folder is not looked at.
 
     Raises:
-        ImportError: Files of another folder of the same name are loaded.
+        ImportError: Files of another folder of the same name are loaded, or versions are mixed in this folder.
     """
     package = module.rpartition(".")[0]
     if package.partition(".")[0] != REMOTE_CODE:
@@ -50,9 +51,11 @@ def require_one_code(module: str) -> None:
     if wrong:
         files = sorted(f"{name.rpartition('.')[2]}.py" for name in wrong)
         raise ImportError(
-            f"The code of this folder and that of another folder of the same name ({package.rpartition('.')[2]}) do "
-            f"not fit: {', '.join(files)} of the other one are loaded in this process. Load this folder in a new "
-            "process, rename it, or `import openvla` first: then the installed package serves both."
+            f"The code files do not fit each other: {', '.join(files)} were not saved with "
+            f"{module.rpartition('.')[2]}.py. If they are of another folder of the same name "
+            f"({package.rpartition('.')[2]}) that this process has loaded, load this one in a new process, or rename "
+            "it. If two versions of the package saved into this folder, make it one again: openvla upgrade FOLDER "
+            "--in-place. Or `import openvla` first: the installed package serves every folder."
         )
 
 
@@ -60,7 +63,8 @@ def mark_code(folder: str | os.PathLike) -> None:
     """Write into every code file of a saved folder the digest of all files that are saved together.
 
     Files that differ from the running code, such as the user's own, stay as they are; so do all of them where the
-    running code comes from a saved folder and carries its digest already.
+    running code comes from a saved folder and carries its digest already. Files of another version of the package that
+    lie in the folder are warned of.
     """
     if MARK in globals():
         return
@@ -68,12 +72,21 @@ def mark_code(folder: str | os.PathLike) -> None:
     sources = {path.name: path.read_text(encoding="utf-8") for path in files}
     digest = hashlib.sha256("\0".join(f"{name}\0{text}" for name, text in sources.items()).encode()).hexdigest()
     line = f'{FIRST_LINE.rstrip()}; {MARK} = "{digest}"\n'
+    others = []
     for name, text in sources.items():
         saved = Path(folder) / name
-        if saved.is_file() and saved.read_bytes() == text.encode():
+        content = saved.read_bytes() if saved.is_file() else b""
+        if MARKED.search(content) and digest.encode() not in content:
+            others.append(name)
+        if content == text.encode():
             temporary = saved.with_name(f".{name}.{os.getpid()}.tmp")
             temporary.write_bytes(text.replace(FIRST_LINE, line, 1).encode())
             os.replace(temporary, saved)
+    if others:
+        logger.warning_once(
+            f"{folder} holds code of another version of this package ({', '.join(others)}) beside what was saved now: "
+            "with trust_remote_code it will not load. Make it one again: openvla upgrade FOLDER --in-place."
+        )
 
 
 class MarksCode:

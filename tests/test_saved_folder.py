@@ -213,6 +213,29 @@ def test_a_users_own_code_stays_as_it_is(tmp_path):
     assert (tmp_path / "eval_openvla.py").read_text() == "from __future__ import annotations\n"
 
 
+def test_two_versions_in_one_folder_are_warned_of_and_refused(tmp_path, monkeypatch):
+    from openvla import saved_folder_openvla
+    from openvla.upgrade_checkpoint import upgrade
+
+    said = []
+    monkeypatch.setattr(saved_folder_openvla.logger, "warning_once", said.append)
+    model, processor = build_tiny()
+    folder = tmp_path / "model"
+    model.save_pretrained(folder)
+    for path in folder.glob("*_openvla.py"):  # as another version of the package would have saved it
+        path.write_text(re.sub('CODE_DIGEST = ".{64}"', f'CODE_DIGEST = "{"2" * 64}"', path.read_text()))
+    assert not said
+    processor.save_pretrained(folder)
+    assert len(set(said)) == 1
+    assert "(adapter_files_openvla.py" in said[0]
+    assert "modeling_openvla.py" in said[0]
+    assert "prompts_openvla.py" not in said[0]
+    (refused,) = load_bare(tmp_path, folder)
+    assert "openvla upgrade FOLDER --in-place" in refused
+    upgrade(folder, in_place=True)
+    assert load_bare(tmp_path, folder) == [[1, 1]]
+
+
 LOAD_BOTH = """
 import json, sys
 sys.modules["openvla"] = None
@@ -230,6 +253,15 @@ print(json.dumps(seen))
 """
 
 
+def load_bare(tmp_path, *folders):
+    """Load folders in one process without the package; return for each the versions of two helpers, or the error."""
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path / "modules")}
+    command = [sys.executable, "-c", LOAD_BOTH, *map(str, folders)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
 @pytest.mark.parametrize("changed", ["actions", "heads"])
 def test_code_of_namesake_folders_is_never_mixed(changed, tmp_path):
     model, _ = build_tiny()
@@ -241,15 +273,11 @@ def test_code_of_namesake_folders_is_never_mixed(changed, tmp_path):
     helper.write_text(helper.read_text() + "\nVERSION = 2\n")
     for path in second.glob("*_openvla.py"):
         path.write_text(re.sub('CODE_DIGEST = ".{64}"', f'CODE_DIGEST = "{"2" * 64}"', path.read_text()))
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path / "modules")}
-    command = [sys.executable, "-c", LOAD_BOTH, str(first), str(second)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    own, other = json.loads(done.stdout.splitlines()[-1])
+    own, other = load_bare(tmp_path, first, second)
     assert own == [1, 1]
     if isinstance(other, str):
         assert TRANSFORMERS_VERSION < (5, 23)  # 4.40.1 to 5.5.4 file the code of both folders under one name
-        assert "another folder of the same name" in other
+        assert "were not saved with" in other
         assert "rename it" in other
     else:
         assert other == [2 if changed == name else 1 for name in ("actions", "heads")]
