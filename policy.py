@@ -58,6 +58,14 @@ class Policy:
     unnorm_key: str
     constrain_actions: bool = False
 
+    def __post_init__(self) -> None:
+        """Refuse constrained tokens of a model that answers in numbers.
+
+        Raises:
+            ValueError: ``constrain_actions`` would be ignored.
+        """
+        require_one_pass({}, None, self.constrain_actions, self.model.config.action_head)
+
     def act(self, image: Any, instruction: str, proprio: Any = None) -> np.ndarray:
         """The next action, or chunk of actions; ``ActionChunk`` plays a chunk action by action.
 

@@ -48,7 +48,7 @@ def serving(token=None, policy=None, **overrides):
     if policy is None:
         model, processor = build_tiny(**overrides)
         key = model.resolve_unnorm_key(overrides.get("default_unnorm_key"))
-        policy = Policy(model, processor, key, constrain_actions=True)
+        policy = Policy(model, processor, key, constrain_actions=model.config.action_head is None)
     served = ServedPolicy(policy, EMBEDDED_NAME, Limits(image_side=2000))
     app = build_app(served, token=token)
     running = server(app, app.state.policy_app.queue, served.limits, "127.0.0.1", 0)
