@@ -1,4 +1,4 @@
-"""What a check of recorded numbers is given, and what it says (``data_doctor``)."""
+"""The input of a check of recorded numbers, and its result (``data_doctor``)."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ RATES = re.compile(r"vel|speed|qvel|last_action|prev_action|previous_action", re
 
 @dataclass(frozen=True)
 class Finding:
-    """What a check saw.
+    """The result of a check.
 
     Attributes:
         check: Its name, as ``accept`` takes it.
@@ -54,7 +54,7 @@ class Finding:
 
 @dataclass
 class Recording:
-    """What is examined: statistics, and the numbers behind them where they are at hand.
+    """A dataset to examine: its statistics, and the numbers behind them where they are at hand.
 
     Attributes:
         name: The dataset's.

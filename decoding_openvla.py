@@ -20,7 +20,7 @@ NO_ACTION_REMEDY = (
 
 
 class NoActionError(ValueError):
-    """What the model gave is no action: it ended early, answered in words, or with numbers that are not finite.
+    """An answer of a model that is no action: it ended early, holds words, or numbers that are not finite.
 
     Attributes:
         code: "no_action", by which the policy server and its clients name this error.

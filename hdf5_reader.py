@@ -130,7 +130,7 @@ class HDF5Reader(EpisodeReader):
             raise ValueError(f"{root}: proprio names {future}, which followed the action; name what came before it.")
 
     def _seen(self, names: Mapping[str, str]) -> str:
-        """What there is to choose from, for whoever must choose."""
+        """Return a sentence that lists the columns from which cameras and action can be chosen."""
         images, numbers = ([name for name, held in names.items() if held == kind] for kind in (IMAGE, NUMBERS))
         other = [f"{name} ({held})" for name, held in self.passed_over.items()]
         said = f" Images: {images}; numbers: {[name for name in numbers if name not in self.passed_over]}."
@@ -169,7 +169,7 @@ class HDF5Reader(EpisodeReader):
         return notes
 
     def _exchanged(self, group: Any, camera: str) -> bool:
-        """Whether encoded frames were made by OpenCV from RGB arrays, which their recorders' own loaders undo."""
+        """Return whether OpenCV encoded the frames from RGB arrays, which their recorders' own loaders undo."""
         robotwin = camera.endswith(".rgb") and "joint_action" in group
         if self.fields.channels is not None or not (robotwin or self._aloha):
             return False
@@ -366,13 +366,13 @@ def _doubt_of_libero(file: Any, stem: str) -> str | None:
 
 
 def _holds_steps(group: Any) -> bool:
-    """Whether a dataset below a group has rows."""
+    """Return whether a dataset below a group has rows."""
     found = group.visititems(lambda _, node: True if getattr(node, "shape", None) and len(node) else None)
     return bool(found)
 
 
 def _columns(group: Any) -> tuple[dict[str, str], set[str], dict[str, str]]:
-    """What every dataset below a group holds, by its dotted name.
+    """Return the kind of every dataset below a group, by its dotted name.
 
     Returns:
         The kinds; which images are encoded; and those that no one may take for a camera unasked, with the reason.
@@ -407,7 +407,7 @@ def _columns(group: Any) -> tuple[dict[str, str], set[str], dict[str, str]]:
 
 
 def _is_encoded(stored: Any, path: str) -> bool:
-    """Whether rows of bytes, of any type, begin as JPEG or PNG do, or by their name can be nothing but pictures."""
+    """Return whether rows of bytes begin as JPEG or PNG do, or by their name can be nothing but pictures."""
     rows = stored.ndim == 2 and stored.dtype == np.uint8
     rows |= stored.ndim == 1 and require("h5py", "Reading HDF5").check_vlen_dtype(stored.dtype) == np.uint8
     if not stored.shape or not len(stored) or not (rows or stored.ndim == 1 and stored.dtype.kind in "SOV"):
@@ -418,7 +418,7 @@ def _is_encoded(stored: Any, path: str) -> bool:
 
 
 def _looks_like_frames(stored: Any) -> bool:
-    """Whether numbers have the shape of frames: channels last or first, or none."""
+    """Return whether numbers have the shape of frames: channels last or first, or none."""
     if stored.ndim == 4:
         return {stored.shape[1], stored.shape[3]} & {1, 3, 4} != set() and max(stored.shape[1:]) >= 8
     return stored.ndim == 3 and min(stored.shape[1:]) >= 16

@@ -63,7 +63,7 @@ class RequestRefused(PolicyServerError, ValueError):
 
 
 class NoActionGiven(RequestRefused):
-    """What the served model gave is no action: it ended early, or answered in words. Stop the robot."""
+    """An answer of the served model that is no action: it ended early, or holds words. Stop the robot."""
 
     code = "no_action"
 

@@ -1,4 +1,4 @@
-"""What gives a run's trained weights their meaning: written into every checkpoint, compared when the run goes on.
+"""Record the meaning of a run's trained weights: written into every checkpoint, compared when the run goes on.
 
 The same trained numbers are another model beside another base, under another ``lora_alpha`` or with other statistics.
 So a run that goes on must be the one that began; the statistics in the checkpoint are those of its weights.

@@ -66,7 +66,7 @@ class Prepared:
 
 @dataclass
 class Answer:
-    """What came of a request: the output of its row, in whose company, in how many milliseconds of the model, how."""
+    """The answer to a request: its output, how many rows ran with it, the model's milliseconds, how it was chosen."""
 
     output: ActionOutput
     rows: int

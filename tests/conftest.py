@@ -174,3 +174,14 @@ def chunks():
 def frame():
     """Noise, uint8 (60, 80, 3)."""
     return np.random.RandomState(0).randint(0, 256, (60, 80, 3), dtype=np.uint8)
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory):
+    """A tiny model and its processor in a folder, for runs to begin from; nothing writes into it."""
+    from openvla.tiny import build_tiny
+
+    folder = tmp_path_factory.mktemp("base")
+    for part in build_tiny():
+        part.save_pretrained(folder)
+    return folder

@@ -90,14 +90,6 @@ class Shuffled(torch.utils.data.IterableDataset):
                     yield steps[index]
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("base")
-    for part in build_tiny():
-        part.save_pretrained(folder)
-    return folder
-
-
 def settings(base, output, **changes):
     fields = {"model": str(base), "output": str(output), "batch_size": 4, "max_steps": 4, "device": "cpu"}
     return FinetuneConfig(

@@ -15,7 +15,6 @@ from openvla.dataset_statistics import as_norm_stats
 from openvla.finetune import Demonstrations, FinetuneConfig, finetune
 from openvla.run_fingerprint import FIELDS_BY_CONTENT, FREE_FIELDS, RECORD_FILE, require_same_run
 from openvla.sequence_reader import SequenceReader
-from openvla.tiny import build_tiny
 from openvla.training_state import checkpoints
 
 COLUMNS = {"cameras": ["image"], "action": ["action"], "instruction_text": "pick it up"}
@@ -39,14 +38,6 @@ class Recording(Demonstrations):
         self.config, self.weights = config, weights or [1.0] * len(datasets)
         self.readers = [SequenceReader(data, name, {**COLUMNS, **columns}) for name, data in datasets.items()]
         self.statistics = as_norm_stats(self.readers, progress=False)
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("base")
-    for part in build_tiny():
-        part.save_pretrained(folder)
-    return folder
 
 
 def settings(base, output, **changes):
