@@ -14,6 +14,7 @@ import inspect
 import re
 from typing import Any
 
+import torch
 import transformers
 from torch import nn
 from transformers import PretrainedConfig
@@ -42,6 +43,21 @@ CACHE_FIELD = (
 # Before 4.53 transformers checks devices in a way that fails without an accelerator (4.40: "No GPU found"; 4.46 to 4.52
 # with today's bitsandbytes: 'frozenset' object has no attribute 'discard').
 QUANTIZES_ON_CPU = TRANSFORMERS_VERSION >= (4, 53)
+
+
+# torch's CPU wheels (2.13 too) use a oneMKL that picks each function's kernel on its first call. Where several threads
+# make that call at once, one of them may get a kernel of low accuracy, once: cosines were off by 1.5e-4, and a first
+# action had other bits (https://github.com/pytorch/pytorch/issues/188792, open; not seen from oneMKL 2025.0 on).
+MKL_FUNCTIONS = ("cos", "sin", "tan", "cosh", "sinh", "tanh", "acos", "asin", "atan", "exp", "expm1", "log", "log10")
+MKL_FUNCTIONS += ("log2", "log1p", "sqrt", "rsqrt", "erf", "erfc", "erfinv", "lgamma")
+
+
+def choose_mkl_kernels() -> None:
+    """Call every function of ``MKL_FUNCTIONS`` with one element, in this thread, so that later calls are exact."""
+    for dtype in (torch.float32, torch.float64):
+        one = torch.full((1,), 0.5, dtype=dtype, device="cpu")
+        for function in MKL_FUNCTIONS:
+            getattr(torch, function)(one)
 
 
 def language_model_class(config: PretrainedConfig) -> type[nn.Module]:

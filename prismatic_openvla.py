@@ -24,6 +24,7 @@ from .compatibility_openvla import (
     attention_implementation,
     cache_of,
     cached_length,
+    choose_mkl_kernels,
     is_checkpointing,
     language_model_class,
     requested_attention,
@@ -138,6 +139,7 @@ class PrismaticForConditionalGeneration(PrismaticPreTrainedModel, GenerationMixi
     """Vision-language model: images and text in, text out."""
 
     def __init__(self, config: PrismaticConfig) -> None:
+        choose_mkl_kernels()
         super().__init__(config)
         self.vision_backbone = PrismaticVisionBackbone(config)
         self.projector = PrismaticProjector(

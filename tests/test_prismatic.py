@@ -6,6 +6,7 @@ import torch
 from openvla import PrismaticConfig, PrismaticForConditionalGeneration
 from openvla.compatibility_openvla import (
     CACHE_FIELD,
+    MKL_FUNCTIONS,
     cache_of,
     disable_checkpointing,
     enable_checkpointing,
@@ -257,6 +258,19 @@ def test_the_full_size_has_the_published_number_of_parameters():
     with torch.device("meta"):
         model = OpenVLAForActionPrediction(config)
     assert sum(parameter.numel() for parameter in model.parameters()) == 7_541_237_184
+
+
+def test_building_a_model_calls_mkl_functions_in_one_thread_first(tiny):
+    """The first call of each must not be one that several threads share: see MKL_FUNCTIONS."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, record_shapes=True) as profile, torch.device("meta"):
+        type(tiny.model)(tiny.model.config)
+    calls = [
+        event.name.removeprefix("aten::").removeprefix("special_")
+        for event in profile.events()
+        if event.input_shapes == [[1]]
+    ]
+    assert set(MKL_FUNCTIONS) <= set(calls)
 
 
 def test_gradient_checkpointing_changes_no_gradient(golden):
