@@ -21,10 +21,10 @@ import numpy as np
 import torch
 import transformers
 from openvla import PLATFORMS, OpenVLAForActionPrediction
-from openvla.benchmark import floor_seconds, gemm_rate, read_rate
-from openvla.benchmark_reference import timed
-from openvla.benchmark_sizes import overrides
-from openvla.predict import SAMPLE_IMAGE, SAMPLE_INSTRUCTION
+from openvla.benchmarking.benchmark import floor_seconds, gemm_rate, read_rate
+from openvla.benchmarking.reference import timed
+from openvla.benchmarking.sizes import overrides
+from openvla.inference.predict import SAMPLE_IMAGE, SAMPLE_INSTRUCTION
 from openvla.tiny import UNTRAINED_STATISTICS, build_tiny
 from PIL import Image
 

@@ -24,10 +24,10 @@ import sys
 import time
 from pathlib import Path
 
-from openvla.benchmark_sizes import write_full
-from openvla.checkpoint_folder import MANIFEST_FILE
+from openvla.benchmarking.sizes import write_full
 from openvla.configuration_openvla import write_json
-from openvla.convert_checkpoint import DTYPES
+from openvla.conversion.convert import DTYPES
+from openvla.conversion.hub_folder import MANIFEST_FILE
 from openvla.tiny import build_tokenizer
 
 

@@ -28,7 +28,7 @@ from typing import Any
 import torch
 
 HERE = Path(__file__).parent
-REFERENCE_SCRIPT = HERE.parent / "benchmark_reference.py"
+REFERENCE_SCRIPT = HERE.parent / "benchmarking/reference.py"
 SEEN_EVERY = 0.002  # s
 DIGESTED = 40  # weights, evenly chosen
 
@@ -115,7 +115,7 @@ def main() -> int:
     if args.worker:
         worker(args)
         return 0
-    from openvla.benchmark_sizes import write_model
+    from openvla.benchmarking.sizes import write_model
     from tqdm.auto import tqdm
 
     sides = ["openvla", *(["reference"] if args.reference else [])]

@@ -26,7 +26,7 @@ import numpy as np
 import torch
 import transformers
 from openvla import OpenVLAForActionPrediction, OpenVLAProcessor, quantization_config
-from openvla.benchmark_sizes import SIZES, sample_inputs, write_model
+from openvla.benchmarking.sizes import SIZES, sample_inputs, write_model
 from openvla.compatibility_openvla import DTYPE_FIELD
 from openvla.quantization_openvla import fast_dtype
 

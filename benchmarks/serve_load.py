@@ -33,8 +33,8 @@ import numpy as np
 import psutil
 import torch
 from openvla import PolicyClient, load_policy
-from openvla.policy_client import PolicyServerError
-from openvla.serve import DRAIN_SECONDS
+from openvla.serving.cli import DRAIN_SECONDS
+from openvla.serving.client import PolicyServerError
 from PIL import Image
 
 # Of the two tasks that the embedded default knows: to others it may have no action.

@@ -24,12 +24,12 @@ import numpy as np
 import torch
 from openvla import OpenVLAForActionPrediction
 from openvla.adapters_openvla import lora_targets
-from openvla.benchmark import Resident
-from openvla.benchmark_sizes import overrides
-from openvla.demonstrations import Step
+from openvla.benchmarking.benchmark import Resident
+from openvla.benchmarking.sizes import overrides
+from openvla.data.episodes import Step
 from openvla.processing_openvla import OpenVLAProcessor
 from openvla.tiny import UNTRAINED_KEY, build_config, build_model, build_tokenizer
-from openvla.training_batch import ActionCollator
+from openvla.training.collator import ActionCollator
 
 WARM = 1
 WORKER = Path(__file__).with_name("training_worker.py")

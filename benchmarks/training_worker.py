@@ -40,8 +40,8 @@ def ours(folder: Path, checkpointing: bool) -> Side:
     """This package's model and training step."""
     from openvla import OpenVLAForActionPrediction
     from openvla.compatibility_openvla import enable_checkpointing
-    from openvla.lean_training import lean
-    from openvla.training_batch import answer_metrics, model_inputs
+    from openvla.training.collator import answer_metrics, model_inputs
+    from openvla.training.memory import lean
 
     model = OpenVLAForActionPrediction.from_pretrained(folder / "base", torch_dtype=torch.float32)
     model.enable_lora(RANK, ALPHA)

@@ -15,4 +15,4 @@ if ! found >/dev/null; then
 fi
 "$python" -m pip install --quiet -c ci/constraints.txt playwright -e ".[serve,test]"
 echo "== $("$(found)" --version 2>/dev/null)"
-exec "$python" -m pytest -m browser "$@" tests/test_page.py
+exec "$python" -m pytest -m browser "$@" tests/serving/test_page.py

@@ -35,13 +35,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from openvla.action_chunk import ActionChunk
 from openvla.configuration_openvla import OpenVLAConfig, write_json
-from openvla.demonstrations import read_json
-from openvla.lerobot_writer import LeRobotWriter
-from openvla.policy import Policy, load_policy
-from openvla.robot_conventions import convert_action
-from openvla.simulator import end_effector_state, make_environment, open_suite, parse_tasks
+from openvla.data.episodes import read_json
+from openvla.data.lerobot_writer import LeRobotWriter
+from openvla.evaluation.simulator import end_effector_state, make_environment, open_suite, parse_tasks
+from openvla.inference.action_queue import ActionChunk
+from openvla.inference.policy import Policy, load_policy
+from openvla.inference.robot_conventions import convert_action
 from PIL import Image
 from tqdm import tqdm
 

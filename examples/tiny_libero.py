@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from openvla import OpenVLAForActionPrediction, OpenVLAProcessor
 from openvla.configuration_openvla import PROMPTS
-from openvla.demonstrations import open_demonstrations
+from openvla.data.episodes import open_demonstrations
 from openvla.tiny import build_config, build_tokenizer, language_config
 
 IMAGE_SIZE, PATCH_SIZE = 224, 32

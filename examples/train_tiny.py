@@ -25,8 +25,8 @@ import time
 from pathlib import Path
 
 from openvla.configuration_openvla import write_json
-from openvla.demonstrations import read_json
-from openvla.finetune_config import read_yaml
+from openvla.data.episodes import read_json
+from openvla.training.config import read_yaml
 
 HERE = Path(__file__).parent
 DATASET = "libero_object_no_noops"  # the preset of columns and gripper goes by this name

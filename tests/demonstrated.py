@@ -1,10 +1,10 @@
 """Right demonstrations of a small arm, and what the checks of recorded numbers find in them once they are changed."""
 
 import numpy as np
-from openvla.data_doctor import Recording, examine
-from openvla.dataset_statistics import describe
-from openvla.demonstration_fields import Fields
-from openvla.sequence_reader import SequenceReader
+from openvla.data.columns import Fields
+from openvla.data.doctor import Recording, examine
+from openvla.data.statistics import describe
+from openvla.data.torch_dataset import SequenceReader
 
 EPISODES, STEPS = 8, 60
 

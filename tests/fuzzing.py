@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
-from openvla.policy_client import PolicyServerError
+from openvla.serving.client import PolicyServerError
 from reference import REPOSITORY
 
 ASKED = int(os.environ.get("OPENVLA_FUZZ", "0"))

@@ -340,7 +340,7 @@ def layers() -> tuple[Touch, ...]:
             made += parts(f"{family}{kind}.", functools.partial(part_of, family, kind), *names, where=where)
     made.append(row("SiLUActivation", check_silu, seen="SiLU 4.40.1 and 4.49.0, SiLUActivation 4.57.6 to 5.24.0"))
     change = "Write the layers out with the new name of {name}, or drop the family: _Layer in fast_openvla.py."
-    return touches("fast_openvla lean_training parallel_openvla", change, *made)
+    return touches("fast_openvla training/memory parallel_openvla", change, *made)
 
 
 def forwards() -> tuple[Touch, ...]:
@@ -395,7 +395,7 @@ SURFACE: tuple[Touch, ...] = (
         row("rope_parameters.rope_type", functools.partial(check_rope_key, "rope_type"), ROPE_TYPE, "5.5.4 to 5.24.0"),
     ),
     *touches(
-        "compatibility_openvla lean_training vision_openvla",
+        "compatibility_openvla training/memory vision_openvla",
         "Set and ask for the new name of {name} in {files}: VisionTower, is_checkpointing, _lean_forwards.",
         row("LlamaModel.gradient_checkpointing", holds(lambda: part_of("Llama", "Model"), "gradient_checkpointing")),
     ),
@@ -429,7 +429,7 @@ SURFACE: tuple[Touch, ...] = (
     ),
     *touches(
         "adapter_files_openvla adapters_openvla configuration_openvla modeling_openvla finetune_result "
-        "quantization_openvla prismatic_openvla graphs_openvla assemble_model",
+        "quantization_openvla prismatic_openvla graphs_openvla conversion/assemble",
         "Use what took the place of {name} in {files}; where versions differ, by a function in "
         "compatibility_openvla.py.",
         *members("", "transformers:", "CONFIG_MAPPING", "PretrainedConfig"),
@@ -451,7 +451,7 @@ SURFACE: tuple[Touch, ...] = (
     ),
     *layers(),
     *touches(
-        "adapters_openvla lean_training merge_adapter prepacked_model",
+        "adapters_openvla training/memory conversion/merge inference/cpu_prepack",
         "Look at peft's layers under the new name of {name}, and under the old one for older peft, in {files}.",
         *members("peft.", "peft:", "inject_adapter_in_model"),
         *members("peft.", "peft.tuners.tuners_utils:", "BaseTunerLayer"),
@@ -478,7 +478,7 @@ SURFACE: tuple[Touch, ...] = (
     ),
     *touches(
         "graphs_openvla lean_training own_functions_openvla parallel_openvla prepacked_model quantization_openvla "
-        "archive_files",
+        "conversion/torch_archive",
         "Use what took the place of {name} in {files}, and the old one where torch still has it.",
         *parts("nn.Module.", lambda: SimpleNamespace(**nn.Linear(1, 1).__dict__), *MODULE_DICTS),
         *members("nn.Module.", "torch.nn:Module.", "_save_to_state_dict", "_load_from_state_dict"),

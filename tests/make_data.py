@@ -1,6 +1,6 @@
 """How tests/data was made: small datasets written by the formats' own libraries, with what those read back.
 
-Each part runs where its libraries are installed (tests/data/README.md); the tests import only ``preset_columns``.
+Each part runs where its libraries are installed (tests/fixtures/README.md); the tests import only ``preset_columns``.
 
     python tests/make_data.py rlds tests/data               # tensorflow-cpu, tensorflow-datasets
     python tests/make_data.py presets tests/data --reference openvla-oft/   # tensorflow-cpu
@@ -261,7 +261,7 @@ def make_presets(out, reference):
     # The package without its __init__, which wants torch.
     sys.modules["openvla"] = types.ModuleType("openvla")
     sys.modules["openvla"].__path__ = [str(Path(__file__).resolve().parents[1])]
-    from openvla.demonstration_presets import PRESETS
+    from openvla.data.presets import PRESETS
 
     result = {}
     for name in sorted(set(PRESETS) & set(OXE_STANDARDIZATION_TRANSFORMS)):

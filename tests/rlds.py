@@ -5,7 +5,7 @@ import json
 import struct
 
 import numpy as np
-from openvla.tfrecord_files import masked_crc32c
+from openvla.data.tfrecord import masked_crc32c
 from PIL import Image
 
 

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 import torch
 from openvla import PLATFORMS
-from openvla.policy import Policy
-from openvla.serve import Limits
+from openvla.inference.policy import Policy
+from openvla.serving.cli import Limits
 from openvla.tiny import build_tiny
 from PIL import Image
 
@@ -35,7 +35,7 @@ OFT = {**PLATFORMS["libero"], "parallel_decoding": True, "action_head": "l1", "n
 
 def embedded(limits=LIMITS, **overrides):
     """A served policy whose answers a test can hold back: ``gate.clear()``."""
-    from openvla.served_policy import ServedPolicy
+    from openvla.serving.policy import ServedPolicy
 
     class Held(ServedPolicy):
         gate = threading.Event()
@@ -54,8 +54,8 @@ class InThread:
     """A server in a thread: ``with InThread(served) as server``."""
 
     def __init__(self, served, token=None, port=0, host=HOST):
-        from openvla.serve_app import build_app
-        from openvla.serve_guard import server
+        from openvla.serving.app import build_app
+        from openvla.serving.middleware import server
 
         self.served, self.app = served, build_app(served, token=token, host=host)
         self.shared = self.app.state.policy_app
@@ -98,7 +98,7 @@ class InProcess:
         until(lambda: self.answers(), 60)
 
     def _run(self, served):
-        from openvla.serve_app import serve
+        from openvla.serving.app import serve
 
         torch.set_num_threads(1)
         serve(served, host=HOST, port=self.port)

@@ -17,16 +17,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import rlds
-from openvla import OpenVLAProcessor, inspect_data
+from openvla import OpenVLAProcessor
 from openvla.actions_openvla import NormalizationStatistics, validate_norm_stats
-from openvla.dataset_statistics import compute_statistics
-from openvla.demonstrations import open_demonstrations
-from openvla.policy_client import PolicyClient
-from openvla.robot_conventions import ROBOT_CONVENTIONS, ActionConverter
-from openvla.sequence_reader import SequenceReader
-from openvla.tfrecord_files import parse_example
+from openvla.data import inspect as inspect_data
+from openvla.data.episodes import open_demonstrations
+from openvla.data.statistics import compute_statistics
+from openvla.data.tfrecord import parse_example
+from openvla.data.torch_dataset import SequenceReader
+from openvla.inference.robot_conventions import ROBOT_CONVENTIONS, ActionConverter
+from openvla.serving.client import PolicyClient
 from PIL import Image
-from reference import REPOSITORY
+from reference import FIXTURES
 
 for package in ("hypothesis", "fastapi", "msgpack", "h5py", "pyarrow"):
     pytest.importorskip(package)
@@ -37,11 +38,11 @@ import pyarrow  # noqa: E402
 from fuzzing import answer, arrays, examples, json_junk, junk, mutated, numbers, ours, raw_server, scalars  # noqa: E402
 from hypothesis import given  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
-from openvla.serve import Limits  # noqa: E402
-from openvla.serve_requests import pack_reply, read_json, read_msgpack, reply_of  # noqa: E402
+from openvla.serving.cli import Limits  # noqa: E402
+from openvla.serving.requests import pack_reply, read_json, read_msgpack, reply_of  # noqa: E402
 from pyarrow import parquet  # noqa: E402
 
-DATA = REPOSITORY / "tests" / "data"
+DATA = FIXTURES
 
 
 def test_only_raised_errors_of_the_package_are_ours():
@@ -411,7 +412,7 @@ def test_hdf5_files(own_cache, tmp_path_factory, columns, attributes):
 
 
 def record() -> bytes:
-    from openvla.tfrecord_files import read_record, record_offsets
+    from openvla.data.tfrecord import read_record, record_offsets
 
     file = next((DATA / "bridge_orig").rglob("*.tfrecord*"))
     return read_record(file, *record_offsets(file)[0][0])

@@ -12,7 +12,7 @@ import pytest
 import torch
 import transformers
 from openvla import AutoModelForVision2Seq, AutoProcessor, OpenVLAForActionPrediction, PrismaticForConditionalGeneration
-from openvla.publish import PROCESSOR_CODE
+from openvla.conversion.publish import PROCESSOR_CODE
 from openvla.tiny import build_tiny
 from reference import GOLDEN, REPOSITORY
 from safetensors.torch import load_file, save_file

@@ -8,15 +8,15 @@ import openvla
 import pytest
 import torch
 from openvla import OpenVLAForActionPrediction, load_policy
+from openvla.data.torch_dataset import SequenceReader
 from openvla.publishing_openvla import SAVE_KEYWORDS
-from openvla.sequence_reader import SequenceReader
 from openvla.tiny import build_tiny
-from openvla.training_batch import ActionCollator
-from reference import REPOSITORY
+from openvla.training.collator import ActionCollator
+from reference import MODULES, module_name
 
 # Parameters that a caller passes to whatever stands there: an ASGI server's lifespan, a signal's handler.
-NOT_READ = {"serve_app.PolicyApp.running": {"app"}, "serve_app.build_app.refused": {"request"}}
-NOT_READ |= {"serve_guard.DrainingServer.handle_exit": {"frame"}}
+NOT_READ = {"serving.app.PolicyApp.running": {"app"}, "serving.app.build_app.refused": {"request"}}
+NOT_READ |= {"serving.middleware.DrainingServer.handle_exit": {"frame"}}
 
 
 def functions(node, owner):
@@ -42,9 +42,9 @@ def test_a_parameter_that_is_not_read_is_found():
     assert [(name, unread(function)) for name, function in functions(tree, "m")] == [("m.A.f", {"b", "c", "d"})]
 
 
-@pytest.mark.parametrize("path", sorted(REPOSITORY.glob("*.py")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", MODULES, ids=module_name)
 def test_every_parameter_is_read(path):
-    for name, function in functions(ast.parse(path.read_text(encoding="utf-8")), path.stem):
+    for name, function in functions(ast.parse(path.read_text(encoding="utf-8")), module_name(path).replace("/", ".")):
         abstract = any(getattr(one, "id", "") == "abstractmethod" for one in function.decorator_list)
         private = function.name.startswith("_") and function.name not in ("__init__", "__call__")
         if not abstract and not private:

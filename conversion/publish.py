@@ -1,0 +1,167 @@
+"""``openvla publish``: a folder up to the Hugging Face Hub, checked first, in one commit.
+
+A folder goes up only if it is complete: configuration, this package's code, weights that fit, processor, tokenizer
+and, for a robot, statistics. The same holds for quantised folders and adapters (LoRA), whose processor may be their
+base's. Where openvla convert wrote a manifest, everything is compared with it. Uploads resume:
+what has arrived is not sent again.
+
+Examples:
+  openvla publish my-openvla me/openvla-7b-my-robot --dry-run
+  openvla publish my-openvla me/openvla-7b-my-robot --private
+  openvla publish my-openvla me/openvla-7b-my-robot --branch v2
+  openvla publish my-openvla openvla/openvla-7b --create-pr
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..adapter_files_openvla import ADAPTER_CONFIG_FILE, read_adapter
+from ..configuration_openvla import OpenVLAConfig
+from ..loading import MODEL_CLASSES
+from ..publishing_openvla import CARD_FILE, publishable, push_folder
+from ..saved_folder_openvla import refuse_two_kinds
+from .convert import TOKENIZER_FILES, require_fit
+from .hub_folder import MANIFEST_FILE
+from .prismatic_format import read_json
+from .safetensors_io import shapes, weight_files
+from .verify import verify
+
+# What a processor alone needs.
+PROCESSOR_CODE = {f"{name}_openvla.py" for name in ("device_images", "images", "jpeg", "processing", "prompts")}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of ``openvla publish``."""
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("folder", type=Path, metavar="DIR", help="folder that openvla convert or save_pretrained wrote")
+    parser.add_argument("repo_id", metavar="REPO_ID", help='"name" or "organization/name"; created if it is not there')
+    parser.add_argument("--private", action="store_true", default=None, help="of a new repository")
+    parser.add_argument("--branch", help="branch to push to, created if it is not there (default main)")
+    parser.add_argument("--create-pr", action="store_true", help="open a pull request instead of pushing")
+    parser.add_argument("--message", default="Upload model", help="of the commit (default %(default)r)")
+    parser.add_argument("--token", help="access token (default that of `hf auth login`, or $HF_TOKEN)")
+    parser.add_argument("--dry-run", action="store_true", help="check and list what would go up; touch no network")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Check, list, upload; return the exit status."""
+    return publish(
+        args.folder,
+        args.repo_id,
+        private=args.private,
+        branch=args.branch,
+        create_pr=args.create_pr,
+        message=args.message,
+        token=args.token,
+        dry_run=args.dry_run,
+    )
+
+
+def publish(
+    folder: Path,
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    branch: str | None = None,
+    create_pr: bool = False,
+    message: str = "Upload model",
+    token: str | None = None,
+    dry_run: bool = False,
+    remove: Sequence[str] = (),
+) -> int:
+    """Check a folder, list what goes up, upload it in one commit; return the exit status.
+
+    Args:
+        folder: A complete folder of this package.
+        repo_id: "name" or "organization/name".
+        private: Whether a new repository is private.
+        branch: Branch to push to; None is main.
+        create_pr: Open a pull request instead.
+        message: Title of the commit.
+        token: Access token; None takes the one of ``hf auth login``.
+        dry_run: Upload nothing.
+        remove: Files of the repository that the commit removes, such as old code.
+
+    Raises:
+        ValueError: Others could not load the folder.
+        FileNotFoundError: There is no folder, or no config.json in it.
+    """
+    require_complete(folder)
+    files = publishable(folder)
+    size = sum(path.stat().st_size for path in files.values())
+    for name, path in files.items():
+        print(f"{path.stat().st_size:>15,}  {name}")
+    if CARD_FILE not in files:
+        print(f"{'':>15}  {CARD_FILE} (written where the repository has none)")
+    left_out = sorted(
+        path.relative_to(folder).as_posix()
+        for path in folder.rglob("*")
+        if path.is_file() and path not in files.values()
+    )
+    if left_out:
+        print(f"left out, hidden, able to run code when read, or shards that are not loaded: {left_out}")
+    print(f"{size:>15,}  bytes in {len(files)} files for {repo_id}", end="")
+    print(f", branch {branch}" if branch else "")
+    if dry_run:
+        print("dry run: nothing was uploaded")
+        return 0
+    commit = push_folder(
+        folder,
+        repo_id,
+        private=private,
+        token=token,
+        revision=branch,
+        create_pr=create_pr,
+        commit_message=message,
+        remove=remove,
+    )
+    print(commit.pr_url if create_pr else commit.commit_url)
+    return 0
+
+
+def require_complete(folder: Path) -> None:
+    """Raise if others could not load the folder from the Hub, naming everything that is missing.
+
+    Raises:
+        FileNotFoundError: There is no folder, or no config.json in it.
+        ValueError: It is no folder of this package, incomplete, or not what openvla convert wrote.
+    """
+    fields = read_json(folder / "config.json")
+    if fields.get("model_type") not in MODEL_CLASSES:
+        raise ValueError(f"{folder} holds a model of type {fields.get('model_type')!r}, not {sorted(MODEL_CLASSES)}.")
+    code = {f"{reference.split('.')[0]}.py" for reference in (fields.get("auto_map") or {}).values()}
+    shipped = {path.name for path in Path(__file__).parents[1].glob("*_openvla.py")}
+    if not code or not code <= shipped:
+        raise ValueError(
+            f"{folder} carries the old remote code ({sorted(code) or 'no auto_map'}), for transformers 4.40.1 "
+            f"only. Make it current first: openvla upgrade {folder} NEW_DIR."
+        )
+    is_adapter = (folder / ADAPTER_CONFIG_FILE).is_file()
+    alone = is_adapter and not (folder / "processor_config.json").is_file()  # the processor is then the base's
+    needed = shipped - PROCESSOR_CODE if alone else {*shipped, "preprocessor_config.json", "processor_config.json"}
+    missing = sorted(name for name in needed if not (folder / name).is_file())
+    if not alone and not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        missing.append("a tokenizer")
+    if missing:
+        raise ValueError(
+            f"{folder} is not complete: {missing} missing. Save both parts into it: model.save_pretrained(DIR) and "
+            "processor.save_pretrained(DIR)."
+        )
+    refuse_two_kinds(folder)
+    config = MODEL_CLASSES[fields["model_type"]].config_class.from_dict(fields)
+    if isinstance(config, OpenVLAConfig) and not config.norm_stats:
+        raise ValueError(
+            f"{folder} has no action statistics, without which nobody can act with it: "
+            "model.add_norm_stats(key, statistics), then save it again."
+        )
+    if is_adapter:
+        read_adapter(folder)
+    elif "quantization_config" in fields:  # packed; their shapes are bitsandbytes' own
+        weight_files(folder)
+    else:
+        require_fit(shapes(weight_files(folder)), config, folder)
+    if (folder / MANIFEST_FILE).is_file():
+        verify(folder)

@@ -1,0 +1,1 @@
+"""Read datasets of robot episodes."""

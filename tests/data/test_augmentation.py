@@ -1,0 +1,110 @@
+"""The training augmentation equals the reference's, bit for bit, given the same parameters."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from frames import digest, frames, golden_cases
+from openvla.data.augmentation import (
+    AugmentationParameters,
+    ImageAugmentation,
+    adjust_contrast,
+    adjust_hue,
+    adjust_saturation,
+    augmented,
+)
+from openvla.images_openvla import as_unit_floats, preset_image
+from PIL import Image
+
+FRAMES = frames()
+ADJUST = {
+    "brightness": lambda planes, value: np.clip(planes + np.float32(value), 0, 1),
+    "contrast": adjust_contrast,
+    "saturation": adjust_saturation,
+    "hue": adjust_hue,
+}
+
+
+@pytest.mark.parametrize("case", **golden_cases("augmentation.json"))
+def test_equal_to_the_reference(case):
+    frame = FRAMES[case["image"]]
+    if case["step"] == "augment_image":  # dlimp's, with the parameters that its seed draws
+        result = augmented(frame, AugmentationParameters(**case["parameters"]))
+        assert result.mean() == pytest.approx(case["mean"], rel=1e-12)
+    else:
+        planes = as_unit_floats(frame).reshape(-1, 3).T
+        result = ADJUST[case["step"]](planes, case["value"]).T
+    assert digest(result) == case["sha256"]
+
+
+def test_all_steps_of_a_window_alike_every_camera_its_own():
+    main, wrist = np.stack([FRAMES["agentview"]] * 3), FRAMES["agentview"]
+    augment, generator = ImageAugmentation(), np.random.default_rng(0)
+    main, wrist = augment(main, generator), augment(wrist, generator)
+    assert main.dtype == wrist.dtype == np.uint8
+    assert (main[0] == main[1]).all()
+    assert (main[0] == main[2]).all()
+    assert (main[0] != wrist).mean() > 0.5
+
+
+@pytest.mark.parametrize("make", [np.random.default_rng, lambda seed: torch.Generator().manual_seed(seed)])
+def test_parameters_come_from_the_generator_and_lie_in_the_ranges(make):
+    augment = ImageAugmentation()
+    assert augment.draw(make(7)) == augment.draw(make(7)) != augment.draw(make(8))
+    generator = make(0)
+    drawn = [augment.draw(generator) for _ in range(500)]
+    ranges = {"brightness": (-0.2, 0.2), "contrast": (0.8, 1.2), "saturation": (0.8, 1.2), "hue": (-0.05, 0.05)}
+    for name, (low, high) in ranges.items():
+        values = [getattr(parameters, name) for parameters in drawn]
+        assert low <= min(values) < low + 0.02 * (high - low)
+        assert high - 0.02 * (high - low) < max(values) <= high
+    boxes = np.array([parameters.box for parameters in drawn])
+    assert np.allclose((boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1]), 0.9)
+    assert boxes.min() >= 0
+    assert boxes.max() <= 1
+    assert (boxes[:, 0] == boxes[:, 1]).all()  # the reference's crops slide along the diagonal
+    free = ImageAugmentation(diagonal_crops=False).draw(make(0)).box
+    assert free[0] != free[1]
+
+
+def test_evaluation_takes_the_middle_crop():
+    frame = FRAMES["agentview"]
+    evaluated = ImageAugmentation().evaluated(frame)
+    assert (evaluated == np.array(preset_image(Image.fromarray(frame), "center-crop", (224, 224)))).all()
+    steps = ImageAugmentation().evaluated(np.stack([frame, frame[::-1]]))
+    assert (steps[0] == evaluated).all()
+    assert (ImageAugmentation(area=1.0).evaluated(frame) == frame).all()
+
+
+def test_no_parameters_change_nothing():
+    frame = FRAMES["noise"]
+    difference = augmented(frame, AugmentationParameters()).astype(int) - frame
+    assert np.abs(difference).max() == 0
+    assert augmented(frame[None][:0], AugmentationParameters()).shape == (0, *frame.shape)
+
+
+@pytest.mark.parametrize(
+    ("frames", "message"),
+    [
+        (np.zeros((8, 8, 3), np.float32), "uint8 array, got float32"),
+        (np.zeros((8, 8), np.uint8), r"got \(8, 8\)"),
+        (np.zeros((3, 8, 8), np.uint8), r"got \(3, 8, 8\)"),
+        ([[1]], "got list"),
+    ],
+)
+def test_other_frames_are_refused(frames, message):
+    with pytest.raises(ValueError, match=message):
+        ImageAugmentation()(frames, np.random.default_rng(0))
+    with pytest.raises(ValueError, match=message):
+        ImageAugmentation().evaluated(frames)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("area", 0), ("area", 1.1), ("brightness", -1), ("hue", 2), ("contrast", (1.2, 0.8))]
+)
+def test_ranges_that_make_no_sense_are_refused(field, value):
+    with pytest.raises(ValueError, match=field):
+        replace(ImageAugmentation(), **{field: value})
+    with pytest.raises(TypeError, match="generator of yours"):
+        ImageAugmentation().draw(None)

@@ -1,0 +1,470 @@
+"""Odd LeRobot datasets: rows out of order, other files, splits, task tables, depth maps and names."""
+
+import json
+import shutil
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+from make_data import LENGTHS, TASKS
+from rlds import demonstration, jpeg, write_rlds
+
+pytest.importorskip("av")
+pa = pytest.importorskip("pyarrow")
+import pyarrow.parquet as pq  # noqa: E402
+from openvla.data.columns import is_no_camera_name  # noqa: E402
+from openvla.data.episodes import DemonstrationError, open_demonstrations  # noqa: E402
+from openvla.data.lerobot_writer import LeRobotWriter  # noqa: E402
+from openvla.data.stream import DemonstrationStream  # noqa: E402
+from reference import FIXTURES  # noqa: E402
+
+DATA = FIXTURES
+LEROBOT = ("lerobot_v21", "lerobot_v3")
+
+
+@pytest.fixture
+def copy(tmp_path):
+    """A dataset to change."""
+
+    def copied(name):
+        return Path(shutil.copytree(DATA / name, tmp_path / name))
+
+    return copied
+
+
+@pytest.fixture
+def small(tmp_path):
+    """Three episodes of four steps in three files; actions and pixels tell episode and step."""
+    cameras = {"observation/images.top": (8, 8), "observation/images.depth": (8, 8)}
+    folder = tmp_path / "mine"
+    writer = LeRobotWriter(folder, fps=10, numbers={"action": list("ab"), "observation/state": ["c"]}, cameras=cameras)
+    for episode in range(3):
+        steps = episode + np.arange(4)[:, None] / 10
+        columns = {"action": np.repeat(steps, 2, axis=1), "observation/state": steps}
+        frames = {camera: [jpeg(50 * episode + 10 * step) for step in range(4)] for camera in cameras}
+        writer.add_episode(("first", "second", "third")[episode], columns, frames)
+    return folder
+
+
+def rewrite(folder, pattern, change):
+    """Replace the rows of every parquet file that fits."""
+    files = sorted(folder.glob(pattern))
+    assert files
+    for file in files:
+        pq.write_table(change(pq.read_table(file)), file)
+
+
+def info(folder, **changed):
+    file = folder / "meta" / "info.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changed}))
+
+
+def assert_equal_episodes(folder, name):
+    """Check every number, text and frame against the dataset as it was written."""
+    for read, right in zip(open_demonstrations(folder), open_demonstrations(DATA / name), strict=True):
+        np.testing.assert_array_equal(read.actions, right.actions)
+        np.testing.assert_array_equal(read.proprio, right.proprio)
+        assert list(read.instructions) == list(right.instructions)
+        for step in range(len(right)):
+            for image, expected in zip(read.images(step), right.images(step), strict=True):
+                np.testing.assert_array_equal(image, expected)
+
+
+def shuffled(table):
+    return table.take(np.random.default_rng(0).permutation(len(table)))
+
+
+def halves_exchanged(table):
+    return pa.concat_tables([table.slice(len(table) // 2), table.slice(0, len(table) // 2)])
+
+
+@pytest.mark.parametrize("change", [shuffled, halves_exchanged])
+@pytest.mark.parametrize("name", LEROBOT)
+def test_rows_are_sorted_by_frame_index(copy, name, change):
+    """Numbers, images in the table and frames of videos follow; of v3 the episode_index goes back, too."""
+    folder = copy(name)
+    rewrite(folder, "data/*/*.parquet", change)
+    assert_equal_episodes(folder, name)
+
+
+@pytest.mark.parametrize("gone", [["frame_index"], ["frame_index", "index"]])
+def test_without_frame_index_the_next_counter_orders(copy, gone):
+    folder = copy("lerobot_v3")
+    rewrite(folder, "data/*/*.parquet", lambda table: shuffled(table).drop_columns(gone))
+    assert_equal_episodes(folder, "lerobot_v3")
+
+
+def changed_column(name, change):
+    def apply(table):
+        values = change(table[name].to_numpy().copy())
+        return table.set_column(table.column_names.index(name), name, pa.array(values))
+
+    return apply
+
+
+def placed(*changes):
+    """Set values at places of an array."""
+
+    def change(values):
+        for place, value in changes:
+            values[place] = value
+        return values
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("column", "change", "message"),
+    [
+        ("frame_index", placed((2, 1)), "frame_index 1 is there twice"),
+        ("frame_index", placed((6, 8)), "frames are missing before frame_index 8"),
+        ("index", placed((2, 5)), "index goes back at step 3, in the order of frame_index"),
+        ("timestamp", placed((2, 0.35)), "timestamp goes back at step 3, in the order of frame_index"),
+        ("timestamp", placed((2, 0.1)), "timestamp 0.1 is there twice"),  # which frame of the video?
+        ("timestamp", placed((2, np.nan)), "timestamp is not a number in row 2"),
+        ("task_index", placed((2, 9)), "task_index 9 is not in meta/tasks"),
+    ],
+)
+def test_counters_that_contradict_are_refused(copy, column, change, message):
+    folder = copy("lerobot_v3")
+    rewrite(folder, "data/*/*.parquet", changed_column(column, change))
+    reader = open_demonstrations(folder)
+    with pytest.raises(DemonstrationError, match=rf"episode 0: {message}"):
+        reader[0]
+    assert len(reader[1]) == LENGTHS[1]
+
+
+def test_frames_may_begin_anywhere(copy):
+    folder = copy("lerobot_v3")
+    rewrite(folder, "data/*/*.parquet", changed_column("frame_index", lambda values: values + 5))
+    assert_equal_episodes(folder, "lerobot_v3")
+
+
+def test_an_episode_that_meta_names_twice_is_refused(copy):
+    folder = copy("lerobot_v21")
+    file = folder / "meta" / "episodes.jsonl"
+    file.write_text(file.read_text() + file.read_text().splitlines()[1])
+    with pytest.raises(ValueError, match=r"must name every episode once; these are there twice: \[1\]"):
+        open_demonstrations(folder)
+
+
+def names_of(folder, **options):
+    """Return number, first action, instruction and a pixel of every episode."""
+    return [
+        (
+            episode.id,
+            round(float(episode.actions[1, 0]), 1),
+            episode.instructions[0],
+            int(episode.images(1)[0][0, 0, 0]),
+        )
+        for episode in open_demonstrations(folder, **options)
+    ]
+
+
+SMALL = [("0", 0.1, "first", 10), ("1", 1.1, "second", 60), ("2", 2.1, "third", 110)]
+
+
+def test_features_whose_names_are_one_are_refused(small):
+    features = json.loads((small / "meta" / "info.json").read_text())["features"]
+    info(small, features={**features, "observation.state": features["observation/state"]})
+    with pytest.raises(ValueError, match="must name features that differ in more than dots and slashes"):
+        open_demonstrations(small)
+
+
+def test_names_with_slashes_and_dots_are_one(small):
+    reader = open_demonstrations(small)
+    assert (reader.fields.cameras, reader.fields.proprio) == (("observation.images.top",), ("observation.state",))
+    for camera in ("observation/images.top", "observation.images.top", "observation/images/top"):
+        reader = open_demonstrations(small, fields={"cameras": [camera], "proprio": "observation/state"})
+        assert [int(image[0, 0, 0]) for image in reader[2].images(3)] == [130]
+        assert reader[2].proprio[3, 0] == pytest.approx(2.3)
+
+
+@pytest.mark.parametrize("number", [0, 7])
+def test_a_wrong_file_index_falls_back_on_the_file_that_holds_the_episode(small, number):
+    def change(table):
+        return table.set_column(
+            table.column_names.index("data/file_index"), "data/file_index", pa.array([0, 1, number])
+        )
+
+    rewrite(small, "meta/episodes/*/*.parquet", change)
+    assert names_of(small) == SMALL
+    right = small / "data/chunk-000/file-002.parquet"
+    shutil.copy(right, right.with_name("file-009.parquet"))
+    with pytest.raises(DemonstrationError, match=r"episode 2: .* holds no row of it, and 2 other files all 4"):
+        open_demonstrations(small)[2]
+    right.unlink()
+    assert names_of(small) == SMALL
+    right.with_name("file-009.parquet").unlink()
+    reader = open_demonstrations(small)
+    with pytest.raises(DemonstrationError, match=r"episode 2: .* holds no row of it, and 0 other files all 4"):
+        reader[2]
+    assert reader[1].id == "1"
+
+
+def test_tasks_are_found_by_the_columns_name(small):
+    file = small / "meta" / "tasks.parquet"
+    table = pq.read_table(file)
+    texts, numbers = table["__index_level_0__"], table["task_index"]
+    other = pa.array(["kitchen", "lab", "lab"])
+    for columns in (
+        {"category": other, "task_index": numbers, "task": texts},
+        {"category": other, "task_index": numbers, "__index_level_0__": texts},
+        {"place": numbers, "task_index": numbers, "words": texts},
+    ):
+        pq.write_table(pa.table(columns).take([2, 0, 1]), file)
+        assert names_of(small) == SMALL
+    pq.write_table(pa.table({"category": other, "task_index": numbers, "words": texts}), file)
+    with pytest.raises(ValueError, match=r"must hold the task's text in a column named .*'category', 'words'"):
+        open_demonstrations(small)
+    assert open_demonstrations(small, fields={"instruction_text": "go"})[2].instructions[0] == "go"
+
+
+def test_splits_are_those_of_info(small):
+    info(small, splits={"train": "0:2", "val": "2:3"})
+    assert names_of(small) == SMALL[:2]
+    assert names_of(small, split="val") == SMALL[2:]
+    assert names_of(small, split="all") == SMALL
+    digests = {open_demonstrations(small, split=split).digest() for split in ("train", "val", "all")}
+    assert len(digests) == 3  # whose statistics are others
+    with pytest.raises(ValueError, match=r"no split 'test'; take one of \['train', 'val', 'all'\]"):
+        open_demonstrations(small, split="test")
+    info(small, splits={"train": "0:1", "val": "1:2"})
+    with pytest.warns(UserWarning, match="1 of 3 episodes lie in no split"):
+        assert names_of(small) == SMALL[:1]
+    info(small, splits={"train": "80%"})
+    with pytest.raises(ValueError, match="'train' of info.json must be a range such as '0:80', got '80%'"):
+        open_demonstrations(small)
+    info(small, splits={})
+    assert names_of(small) == SMALL
+    with pytest.raises(ValueError, match=r"no split 'val'; take one of \['train', 'all'\]"):
+        open_demonstrations(small, split="val")
+
+
+@pytest.mark.parametrize(
+    "about",
+    [
+        {"info": {"is_depth_map": True}},
+        {"info": {"video.is_depth_map": True}},
+        {"video_info": {"video.is_depth_map": True}},
+        {"info": {"video.pix_fmt": "gray12le", "video.is_depth_map": False}},
+    ],
+)
+def test_a_depth_map_is_no_camera(copy, about):
+    folder = copy("lerobot_v3")
+    features = json.loads((folder / "meta" / "info.json").read_text())["features"]
+    features["observation.images.top"].update(about)
+    info(folder, features=features)
+    assert open_demonstrations(folder).fields.cameras == ("observation.images.wrist",)
+    with pytest.raises(KeyError, match=r"'observation\.images\.top' of image \(it holds a depth map\)"):
+        open_demonstrations(folder, fields={"cameras": ["observation.images.top"]})
+
+
+def test_what_may_be_depth_is_taken_when_named_with_a_word(small, tmp_path):
+    assert open_demonstrations(small).fields.cameras == ("observation.images.top",)
+    with pytest.warns(UserWarning, match=r"'observation\.images\.depth' seems to hold no colours of now"):
+        reader = open_demonstrations(small, fields={"cameras": ["observation.images.depth"]})
+    assert int(reader[1].images(2)[0][0, 0, 0]) == 70
+    features = json.loads((small / "meta" / "info.json").read_text())["features"]
+    for shape, names in (([1, 8, 8], ["channels", "height", "width"]), ([1, 8, 8], None), ([8, 8, 1], None)):
+        features["observation/images.top"].update(shape=shape, names=names)
+        info(small, features=features)
+        with pytest.raises(ValueError, match="what is camera and what is action cannot be told"):
+            open_demonstrations(small)
+    with pytest.warns(UserWarning, match=r"'observation\.images\.top' seems to hold no colours of now"):
+        open_demonstrations(small, fields={"cameras": ["observation.images.top"], "action": "action"})
+    episode = demonstration(**{"observation/depth_image": [jpeg(1)] * 6})
+    assert open_demonstrations(write_rlds(tmp_path, "rgbd", [episode])).fields.cameras == ("observation.image",)
+
+
+def test_an_empty_instruction_is_taken_from_the_next_column(copy):
+    folder = copy("lerobot_v21")
+    features = json.loads((folder / "meta" / "info.json").read_text())["features"]
+    names = ("language_instruction", "language_instruction_2")
+    info(folder, features={**features, **{name: {"dtype": "string", "shape": [1]} for name in names}})
+
+    def change(table):
+        empty, full = pa.array(["", None, *["say"] * (len(table) - 2)]), pa.array(["two"] * len(table))
+        return table.append_column(names[0], empty).append_column(names[1], full)
+
+    rewrite(folder, "data/*/*.parquet", change)
+    episode = open_demonstrations(folder, fields={"instruction": names[0]})[0]
+    assert list(episode.instructions) == ["two", "two", *["say"] * (LENGTHS[0] - 2)]
+    assert open_demonstrations(folder)[0].instructions[0] == TASKS[0]
+
+
+@pytest.mark.parametrize("column", ["frame_index", "step_index"])
+def test_rlds_steps_are_sorted_by_their_counter(tmp_path, column):
+    order = np.array([3, 1, 5, 0, 2, 4])
+    whole = demonstration(**{"language_instruction": [f"say {step}" for step in range(6)]})
+    whole[column] = np.arange(6)
+    whole["is_first"], whole["is_last"] = np.arange(6) == 0, np.arange(6) == 5
+    mixed = {k: [v[i] for i in order] if isinstance(v, list) else v[order] for k, v in whole.items()}
+    read, right = list(open_demonstrations(write_rlds(tmp_path, "mine", [mixed, whole])))
+    np.testing.assert_array_equal(read.actions, right.actions)
+    np.testing.assert_array_equal(right.actions, whole["action"])
+    assert list(read.instructions) == list(right.instructions) == whole["language_instruction"]
+    assert [int(read.images(step)[0][0, 0, 0]) for step in range(6)] == [0, 20, 40, 60, 80, 100]
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"frame_index": np.array([0, 1, 1, 2, 3, 4])}, "frame_index 1 is there twice"),
+        ({"step_index": np.array([0, 1, 2, 4, 5, 6])}, "frames are missing"),
+        ({"is_first": np.array([True, False, False, True, False, False])}, "is_first is set at step 3 of 6"),
+        ({"is_last": np.array([False, False, True, False, False, True])}, "is_last is set at step 2 of 6"),
+    ],
+)
+def test_rlds_steps_that_contradict_are_refused(tmp_path, changed, message):
+    names = {name: np.zeros(6, values.dtype) for name, values in changed.items() if values.dtype == bool}
+    right = demonstration(**{**changed, **names, **{name: np.arange(6) for name in changed if name not in names}})
+    reader = open_demonstrations(write_rlds(tmp_path, "mine", [demonstration(**changed), right]))
+    assert len(reader[1]) == 6
+    with pytest.raises(DemonstrationError, match=f"episode .*:0: {message}"):
+        reader[0]
+
+
+def test_an_rlds_episode_without_steps_says_so(tmp_path):
+    empty = demonstration(0)
+    reader = open_demonstrations(write_rlds(tmp_path, "mine", [demonstration(), empty]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(DemonstrationError, match="the episode has no steps"):
+            reader[1]
+
+
+@pytest.mark.parametrize(
+    "about",
+    [
+        {"info": {"video": {"is_depth_map": True}}},
+        {"metadata": {"is_depth_map": "true"}},
+        {"info": {"stream": {"video.pix_fmt": "gray12le"}}},
+    ],
+)
+def test_a_depth_map_is_known_wherever_it_is_said(small, about):
+    features = json.loads((small / "meta" / "info.json").read_text())["features"]
+    features["observation/images.wrist"] = features.pop("observation/images.depth")
+    rewrite(
+        small, "data/**/*.parquet", lambda t: t.rename_columns([n.replace("depth", "wrist") for n in t.column_names])
+    )
+    info(small, features=features)
+    both = ("observation.images.top", "observation.images.wrist")
+    assert open_demonstrations(small).fields.cameras == both
+    said_not = {**features["observation/images.wrist"], "info": {"is_depth_map": "False"}}
+    info(small, features={**features, "observation/images.wrist": said_not})
+    assert open_demonstrations(small).fields.cameras == both
+    info(small, features={**features, "observation/images.wrist": {**features["observation/images.wrist"], **about}})
+    reader = open_demonstrations(small)
+    assert reader.fields.cameras == both[:1]
+    assert reader.notes() == ["observation.images.wrist is no camera, it holds a depth map"]
+
+
+@pytest.mark.parametrize(
+    ("name", "is_camera"),
+    [
+        *(
+            (name, False)
+            for name in ("infra1", "ir_left", "top_disparity", "seg", "front_mask", "goal_image", "thermal")
+        ),
+        *((name, True) for name in ("wrist", "mirror", "first_person", "infrastructure", "segway", "dir_left")),
+    ],
+)
+def test_what_is_no_camera_by_its_name(name, is_camera):
+    assert is_no_camera_name(f"observation.images.{name}") is not is_camera
+    assert is_no_camera_name(f"obs/{name}") is not is_camera
+
+
+@pytest.mark.parametrize("text", ["nan", "None", " NULL ", "N/A", "<NA>"])
+def test_spellings_of_a_missing_instruction_are_none(small, text):
+    tasks = pa.table({"task_index": [0, 1, 2], "task": ["first", text, "third"]})
+    pq.write_table(tasks, small / "meta" / "tasks.parquet")
+    reader = open_demonstrations(small)
+    assert reader[0].instructions[0] == "first"
+    with pytest.raises(DemonstrationError, match=r"the instruction at step 0 is empty \("):
+        reader[1]
+    assert open_demonstrations(small, fields={"instruction_text": "go"})[1].instructions[0] == "go"
+
+
+def test_instructions_that_meta_contradicts_are_warned_of_once(small):
+    turned = changed_column("task_index", lambda values: (values + 1) % 3)
+    rewrite(small, "data/**/*.parquet", turned)
+    reader = open_demonstrations(small)
+    with pytest.warns(UserWarning, match=r"the instruction 'second', but meta/episodes \['first'\]") as seen:
+        assert [episode.instructions[0] for episode in reader] == ["second", "third", "first"]
+    assert len(seen) == 1
+
+
+def test_instructions_that_were_renamed_in_the_table_need_no_word(small):
+    tasks = pa.table({"task_index": [0, 1, 2], "task": ["a", "b", "c"]})
+    pq.write_table(tasks, small / "meta" / "tasks.parquet")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert [episode.instructions[0] for episode in open_demonstrations(small)] == ["a", "b", "c"]
+
+
+def test_another_number_of_episodes_than_info_says_is_warned_of(small):
+    rewrite(small, "meta/episodes/**/*.parquet", lambda table: table.slice(0, 2))
+    with pytest.warns(UserWarning, match="info.json says 3 episodes, but .* names 2; if it is not whole"):
+        assert len(open_demonstrations(small)) == 2
+
+
+def test_a_mixture_of_frame_rates_is_warned_of(small, tmp_path):
+    other = Path(shutil.copytree(small, tmp_path / "other"))
+    readers = [open_demonstrations(folder) for folder in (small, other)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        DemonstrationStream(readers)
+    info(other, fps=50)
+    readers[1] = open_demonstrations(other)
+    with pytest.warns(UserWarning, match=r"different frame rates \(Hz\): {'mine': 10.0, 'other': 50.0}"):
+        DemonstrationStream(readers)
+
+
+def test_a_missing_rlds_instruction_is_taken_from_the_next_column(tmp_path):
+    columns = {"language_instruction": ["nan"] * 6, "language_instruction_2": ["pick it"] * 6}
+    reader = open_demonstrations(write_rlds(tmp_path, "spoken", [demonstration(**columns)]))
+    assert reader[0].instructions == ["pick it"] * 6
+    goal = demonstration(**{"observation/goal_image": [jpeg(1)] * 6})
+    reader = open_demonstrations(write_rlds(tmp_path, "with_goals", [goal]))
+    assert reader.fields.cameras == ("observation.image",)
+    assert reader.notes()[0].startswith("observation.goal_image is no camera, it holds no colours of now")
+
+
+def test_a_row_without_numbers_is_named(copy):
+    def without_two(table):
+        rows = table["action"].to_pylist()
+        place = table.column_names.index("action")
+        rows[1] = rows[3] = None
+        return table.set_column(place, "action", pa.array(rows, table["action"].type))
+
+    folder = copy("lerobot_v3")
+    rewrite(folder, "data/**/*.parquet", without_two)
+    with pytest.raises(DemonstrationError, match="2 of 7 rows are null"):
+        open_demonstrations(folder)[0]
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"features": None}, "must describe each of its features"),
+        ({"features": {"action": {"shape": [7]}}}, "must describe each of its features"),
+        ({"splits": ["train"]}, "splits of info.json must name ranges"),
+        ({"data_path": "data/{episode_index}.parquet"}, "data_path of info.json must be a path with the numbers"),
+        ({"video_path": None}, "video_path of info.json must be a path"),
+        ({"codebase_version": "v2.1", "chunks_size": 0}, "data_path of info.json must be a path"),
+    ],
+)
+def test_damaged_info_is_named(copy, changed, message):
+    folder = copy("lerobot_v3")
+    info(folder, **changed)
+    with pytest.raises(ValueError, match=message):
+        open_demonstrations(folder)
+
+
+def test_chunks_without_episodes_are_refused(copy):
+    folder = copy("lerobot_v21")
+    info(folder, chunks_size=0)
+    with pytest.raises(ValueError, match="chunks_size of info.json must be a whole number above 0, got 0"):
+        open_demonstrations(folder)
