@@ -428,7 +428,7 @@ SURFACE: tuple[Touch, ...] = (
         row("ProcessorMixin.attributes", has(f"{PROCESSOR}{PROCESSOR_PARTS}"), None, BEFORE_5),
     ),
     *touches(
-        "adapter_files_openvla adapters_openvla configuration_openvla modeling_openvla finetune_result "
+        "adapter_files_openvla adapters_openvla configuration_openvla modeling_openvla training/export "
         "quantization_openvla prismatic_openvla graphs_openvla conversion/assemble",
         "Use what took the place of {name} in {files}; where versions differ, by a function in "
         "compatibility_openvla.py.",
@@ -477,7 +477,7 @@ SURFACE: tuple[Touch, ...] = (
         library="bitsandbytes",
     ),
     *touches(
-        "graphs_openvla lean_training own_functions_openvla parallel_openvla prepacked_model quantization_openvla "
+        "graphs_openvla training/memory own_functions_openvla parallel_openvla inference/cpu_prepack quantization_openvla "
         "conversion/torch_archive",
         "Use what took the place of {name} in {files}, and the old one where torch still has it.",
         *parts("nn.Module.", lambda: SimpleNamespace(**nn.Linear(1, 1).__dict__), *MODULE_DICTS),
