@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .answers_openvla import ActionOutput
     from .configuration_openvla import PLATFORMS, OpenVLAConfig, PrismaticConfig
     from .decoding_openvla import NoActionError
+    from .errors_openvla import OpenVLAError
     from .inference.action_queue import ActionChunk
     from .inference.policy import Policy, load_policy
     from .loading import AutoModelForVision2Seq, AutoProcessor
@@ -42,6 +43,7 @@ _MODULES = {
     "NoActionError": "decoding_openvla",
     "NormalizationStatistics": "actions_openvla",
     "OpenVLAConfig": "configuration_openvla",
+    "OpenVLAError": "errors_openvla",
     "OpenVLAForActionPrediction": "modeling_openvla",
     "OpenVLAImageProcessor": "processing_openvla",
     "OpenVLAProcessor": "processing_openvla",
@@ -65,6 +67,7 @@ __all__ = [
     "NoActionError",
     "NormalizationStatistics",
     "OpenVLAConfig",
+    "OpenVLAError",
     "OpenVLAForActionPrediction",
     "OpenVLAImageProcessor",
     "OpenVLAProcessor",

@@ -7,6 +7,7 @@ import importlib
 import sys
 
 from . import __version__
+from .errors_openvla import OpenVLAError
 
 # Subcommand: its module with add_arguments() and run(), and a line for --help.
 COMMANDS = {
@@ -35,6 +36,7 @@ def build_parser(chosen: str | None) -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, (module, summary) in COMMANDS.items():
         command = commands.add_parser(name, help=summary)
+        command.add_argument("--traceback", action="store_true", help="show the traceback of every error")
         if name == chosen:
             implementation = importlib.import_module(f".{module}", __package__)
             command.description = implementation.__doc__
@@ -43,19 +45,25 @@ def build_parser(chosen: str | None) -> argparse.ArgumentParser:
     return parser
 
 
+def describe(error: Exception) -> str | None:
+    """Return one line for an error that is not a bug: the user's, the system's (files, disk) or the network's."""
+    if type(error).__module__.split(".")[0] in HTTP_CLIENTS:
+        return f"The connection to the Hub failed, run it again and it goes on where it stopped: {error}"
+    if isinstance(error, (OpenVLAError, OSError)) or type(error).__module__ == f"{__package__}.serving.client":
+        return str(error)
+    return None
+
+
 def main(argv: list[str] | None = None) -> int:
-    """Run a subcommand; a user's mistake is one line on stderr and exit status 2."""
+    """Run a subcommand; a user's mistake is one line on stderr and exit status 2, a bug a traceback and status 1."""
     argv = sys.argv[1:] if argv is None else argv
     args = build_parser(argv[0] if argv else None).parse_args(argv)
     try:
         return args.run(args)
     except Exception as error:
-        if type(error).__module__.split(".")[0] in HTTP_CLIENTS:
-            message = f"The connection to the Hub failed, run it again and it goes on where it stopped: {error}"
-        elif isinstance(error, (ValueError, KeyError, TypeError, ImportError, OSError)):
-            message = error.args[0] if isinstance(error, KeyError) and error.args else error
-        else:
-            raise
+        message = describe(error)
+        if message is None or args.traceback:
+            raise  # Python prints the traceback and exits with status 1
         print(f"openvla {args.command}: {type(error).__name__}: {message}", file=sys.stderr)
         return 2
 

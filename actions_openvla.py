@@ -14,6 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from .errors_openvla import OpenVLATypeError, OpenVLAValueError
+
 # Added to (q99 - q01) when training data is normalised, so that a constant dimension does not divide by zero
 # (octo/dlimp normalize_action_and_proprio, as used by OpenVLA's RLDS pipeline).
 NORMALIZATION_EPSILON = 1e-8
@@ -81,11 +83,11 @@ class ActionTokenizer:
 
     def __init__(self, vocab_size: int, n_bins: int = 256, min_action: float = -1.0, max_action: float = 1.0) -> None:
         if n_bins < 2:
-            raise ValueError(f"n_bins must be at least 2 (two edges enclose one bin), got {n_bins}.")
+            raise OpenVLAValueError(f"n_bins must be at least 2 (two edges enclose one bin), got {n_bins}.")
         if vocab_size < n_bins:
-            raise ValueError(f"A vocabulary of {vocab_size} ids has no room for {n_bins} action tokens.")
+            raise OpenVLAValueError(f"A vocabulary of {vocab_size} ids has no room for {n_bins} action tokens.")
         if not min_action < max_action:
-            raise ValueError(f"min_action must be below max_action, got {min_action} and {max_action}.")
+            raise OpenVLAValueError(f"min_action must be below max_action, got {min_action} and {max_action}.")
         self.vocab_size = int(vocab_size)
         self.n_bins = int(n_bins)
         self.min_action, self.max_action = float(min_action), float(max_action)
@@ -111,7 +113,9 @@ class ActionTokenizer:
         """
         actions = np.asarray(actions)
         if np.isnan(actions).any():
-            raise ValueError(f"Cannot tokenise NaN: {int(np.isnan(actions).sum())} of {actions.size} values are NaN.")
+            raise OpenVLAValueError(
+                f"Cannot tokenise NaN: {int(np.isnan(actions).sum())} of {actions.size} values are NaN."
+            )
         clipped = np.clip(actions, self.min_action, self.max_action)
         return (self.vocab_size - np.digitize(clipped, self.bins)).astype(np.int64)
 
@@ -127,7 +131,7 @@ class ActionTokenizer:
         """Index into ``bin_centers`` of each token id: int64, same shape, ids outside the action range clipped."""
         token_ids = np.asarray(token_ids)
         if not np.issubdtype(token_ids.dtype, np.integer):
-            raise TypeError(f"Token ids must be integers, got dtype {token_ids.dtype}.")
+            raise OpenVLATypeError(f"Token ids must be integers, got dtype {token_ids.dtype}.")
         return np.clip(self.vocab_size - token_ids.astype(np.int64) - 1, 0, self.n_bins - 2)
 
     def decode(self, token_ids: np.ndarray | Sequence[int]) -> np.ndarray:
@@ -166,19 +170,19 @@ class NormalizationStatistics:
         low, high = NORMALIZATIONS[normalization]
         missing = [field for field in (low, high) if action.get(field) is None]
         if missing:
-            raise ValueError(f"{name}: {missing} missing; statistics need {low} and {high}, got {[*action]}.")
+            raise OpenVLAValueError(f"{name}: {missing} missing; statistics need {low} and {high}, got {[*action]}.")
         fields = dict.fromkeys((low, high, "q01", "q99", "mask", "mean", "std", "min", "max"))
         held = {field: _statistic(field, action[field], name) for field in fields if action.get(field) is not None}
         dimension = len(held[low])
         for field, values in held.items():
             if len(values) != dimension:
-                raise ValueError(
+                raise OpenVLAValueError(
                     f"{name}: {field} has {len(values)} entries but {low} has {dimension}; lengths must agree."
                 )
         self.low, self.high = held[low], held[high]
         if (self.low > self.high).any():
             worst = int(np.argmax(self.low > self.high))
-            raise ValueError(
+            raise OpenVLAValueError(
                 f"{name}: {low} exceeds {high} in dimension {worst} ({self.low[worst]} > {self.high[worst]}); "
                 "the lower bound must not be above the upper one."
             )
@@ -186,7 +190,7 @@ class NormalizationStatistics:
             wide = ~np.isfinite(2 * (self.high - self.low + max(epsilon, NORMALIZATION_EPSILON)))
         if wide.any():
             worst = int(np.argmax(wide))
-            raise ValueError(
+            raise OpenVLAValueError(
                 f"{name}: the range from {low} to {high} in dimension {worst} ({self.low[worst]} to "
                 f"{self.high[worst]}) is beyond {self.low.dtype}; it must be finite, and so must its double."
             )
@@ -230,9 +234,9 @@ class NormalizationStatistics:
         """
         actions = as_numbers(actions, "Actions")
         if actions.shape[-1:] != (self.dimension,):
-            raise ValueError(f"Expected actions of {self.dimension} dimensions, got shape {actions.shape}.")
+            raise OpenVLAValueError(f"Expected actions of {self.dimension} dimensions, got shape {actions.shape}.")
         if not np.isfinite(actions).all():
-            raise ValueError("Actions must be finite, got NaN or infinity.")
+            raise OpenVLAValueError("Actions must be finite, got NaN or infinity.")
         with np.errstate(over="ignore"):  # what lies so far outside is clipped
             scaled = np.clip(2 * (actions - self.low) / (self.high - self.low + NORMALIZATION_EPSILON) - 1, -1, 1)
         scaled = np.where(self.low == self.high, 0.0, scaled)
@@ -249,9 +253,11 @@ class NormalizationStatistics:
         """
         proprio = as_numbers(proprio, "proprio")
         if proprio.shape != (self.dimension,):
-            raise ValueError(f"{self.name}: proprio must hold {self.dimension} numbers, got shape {proprio.shape}.")
+            raise OpenVLAValueError(
+                f"{self.name}: proprio must hold {self.dimension} numbers, got shape {proprio.shape}."
+            )
         if not np.isfinite(proprio).all():
-            raise ValueError(f"proprio must be finite, got {proprio.tolist()}.")
+            raise OpenVLAValueError(f"proprio must be finite, got {proprio.tolist()}.")
         with np.errstate(over="ignore"):
             scaled = 2 * (proprio - self.low) / (self.high - self.low + NORMALIZATION_EPSILON) - 1
         return np.clip(np.where(self.mask, scaled, proprio), -1.0, 1.0)
@@ -280,20 +286,20 @@ def as_numbers(values: Any, name: str) -> np.ndarray:
             return array.astype(np.float64)
     except (ValueError, TypeError, OverflowError, RuntimeError) as error:  # of numpy, and of torch's tensors
         reason = f": {error}"
-    raise ValueError(f"{name} must be finite numbers, in rows of equal lengths, got {values!r:.200}{reason}")
+    raise OpenVLAValueError(f"{name} must be finite numbers, in rows of equal lengths, got {values!r:.200}{reason}")
 
 
 def _statistic(field: str, values: Any, name: str) -> np.ndarray:
     """Return a list of statistics ``(dimensions,)`` in its own dtype; whole numbers as float64."""
     numbers = as_numbers(values, f"{name}: {field}")
     if numbers.ndim != 1 or numbers.size == 0:
-        raise ValueError(f"{name}: {field} must be a non-empty flat list, got shape {numbers.shape}.")
+        raise OpenVLAValueError(f"{name}: {field} must be a non-empty flat list, got shape {numbers.shape}.")
     if not np.isfinite(numbers).all():
-        raise ValueError(f"{name}: {field} must hold finite numbers, got {numbers.tolist()}.")
+        raise OpenVLAValueError(f"{name}: {field} must hold finite numbers, got {numbers.tolist()}.")
     held = np.array(values)
     if (field == "mask") != (held.dtype.kind == "b") and (field != "mask" or not np.isin(numbers, (0, 1)).all()):
         allowed = "true or false" if field == "mask" else "numbers, not true or false"
-        raise ValueError(f"{name}: {field} must hold {allowed}, got {held.tolist()}.")
+        raise OpenVLAValueError(f"{name}: {field} must hold {allowed}, got {held.tolist()}.")
     return held if held.dtype.kind == "f" else numbers
 
 
@@ -304,11 +310,11 @@ def validate_norm_stats(norm_stats: Mapping[str, Any], normalization: str = "q99
         ValueError: Anything that would un-normalise wrongly; the message names the dataset and the field.
     """
     if not isinstance(norm_stats, Mapping):
-        raise ValueError(f"norm_stats must map dataset keys to statistics, got {type(norm_stats).__name__}.")
+        raise OpenVLAValueError(f"norm_stats must map dataset keys to statistics, got {type(norm_stats).__name__}.")
     for key, statistics in norm_stats.items():
         if not isinstance(statistics, Mapping) or not isinstance(statistics.get("action"), Mapping):
             needed = " and ".join(NORMALIZATIONS[normalization])
-            raise ValueError(f"norm_stats[{key!r}] needs an 'action' entry with {needed}.")
+            raise OpenVLAValueError(f"norm_stats[{key!r}] needs an 'action' entry with {needed}.")
         NormalizationStatistics(statistics["action"], f"norm_stats[{key!r}]['action']", normalization)
 
 

@@ -23,6 +23,7 @@ from transformers.utils import CONFIG_NAME, cached_file, logging
 from transformers.utils.hub import extract_commit_hash
 
 from .configuration_openvla import PrismaticConfig, hub_keywords
+from .errors_openvla import OpenVLAFileNotFoundError, OpenVLAValueError
 from .heads_openvla import belongs_to_answer
 from .quantization_openvla import is_quantized, quantization_name
 from .saved_folder_openvla import ADAPTER_CONFIG_FILE, INDEX_FILE, SINGLE_FILE
@@ -103,7 +104,7 @@ class LoraAdapter:
             if down is None and up is None:
                 continue
             if down is None or up is None or (down.shape[0], up.shape[1]) != (self.r, self.r):
-                raise ValueError(f"The adapter's matrices of {module} are not a pair of rank {self.r}.")
+                raise OpenVLAValueError(f"The adapter's matrices of {module} are not a pair of rank {self.r}.")
             product = up.detach().to("cpu", torch.float32) @ down.detach().to("cpu", torch.float32)
             return self.scaling * (product if a.startswith(".lora_A") else product.T)
         return None
@@ -129,9 +130,9 @@ class LoraAdapter:
             merged = change
         if merged.shape != tensor.shape:
             got, wanted = tuple(merged.shape), tuple(tensor.shape)
-            raise ValueError(f"The adapter's {name} is of shape {got}, the base's {wanted}.")
+            raise OpenVLAValueError(f"The adapter's {name} is of shape {got}, the base's {wanted}.")
         if not merged.isfinite().all():
-            raise ValueError(f"{name} with the adapter is not finite in {tensor.dtype}; use an earlier adapter.")
+            raise OpenVLAValueError(f"{name} with the adapter is not finite in {tensor.dtype}; use an earlier adapter.")
         return merged
 
 
@@ -175,7 +176,7 @@ def require_same_base(wanted: dict[str, Any] | None, found: dict[str, Any], adap
         return
     other = [name for name in ("config", "weights") if wanted[name] and found[name] and wanted[name] != found[name]]
     if other:
-        raise ValueError(
+        raise OpenVLAValueError(
             f"{adapter} was trained on {wanted['id']!r}, but this model ({found['id'] or 'not from a file'!r}) has "
             f"other {' and '.join(other)}. Load that base first, then the adapter."
         )
@@ -210,7 +211,7 @@ def require_not_merged(lora: LoraAdapter, weights: Mapping[str, torch.Tensor], a
         shares = [inner / size]
     inside = [share for share in shares if HELD[0] < share < HELD[1]]
     if shares and len(inside) > 0.8 * len(shares):
-        raise ValueError(
+        raise OpenVLAValueError(
             f"{adapter} is merged into these weights already ({len(inside)} of {len(shares)} measured parts hold it); "
             "adding it again would double it. Use the weights as they are, or give the base that it was trained on."
         )
@@ -282,20 +283,24 @@ def read_adapter(name_or_path: str | os.PathLike, **hub: Any) -> LoraAdapter:
     )
     if config_file is None or file is None:
         missing = ADAPTER_WEIGHTS_FILE if config_file else ADAPTER_CONFIG_FILE
-        raise FileNotFoundError(f"{name_or_path} is no adapter: it has no {missing}.")
+        raise OpenVLAFileNotFoundError(f"{name_or_path} is no adapter: it has no {missing}.")
     config = json.loads(Path(config_file).read_text(encoding="utf-8"))
     _require_plain(config, name_or_path)
     record = json.loads(Path(record_file).read_text(encoding="utf-8")) if record_file else {}
     try:
         tensors = {name.removeprefix(PEFT_PREFIX): tensor for name, tensor in load_file(file).items()}
     except Exception as error:  # safetensors raises its own error class from Rust
-        raise ValueError(f"{file} is no whole safetensors file: {error}. Copy it again from its source.") from error
+        raise OpenVLAValueError(
+            f"{file} is no whole safetensors file: {error}. Copy it again from its source."
+        ) from error
     unknown = [name for name in tensors if ".lora_" in name and not name.endswith(MATRICES)]
     if unknown:
-        raise ValueError(f"{name_or_path} is not plain LoRA ({unknown[:3]}): not supported.")
+        raise OpenVLAValueError(f"{name_or_path} is not plain LoRA ({unknown[:3]}): not supported.")
     infinite = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
     if infinite:
-        raise ValueError(f"{name_or_path}: {infinite[:3]} is not finite; training diverged. Use an earlier adapter.")
+        raise OpenVLAValueError(
+            f"{name_or_path}: {infinite[:3]} is not finite; training diverged. Use an earlier adapter."
+        )
     return LoraAdapter(
         config.get("r", PEFT_DEFAULT),
         config.get("lora_alpha", PEFT_DEFAULT),
@@ -310,15 +315,15 @@ def read_adapter(name_or_path: str | os.PathLike, **hub: Any) -> LoraAdapter:
 def _require_plain(config: dict[str, Any], name_or_path: str | os.PathLike) -> None:
     """Raise unless a configuration of peft describes W + scaling * B A on the base as it is."""
     if config.get("peft_type") != "LORA":
-        raise ValueError(f"{name_or_path} is not plain LoRA ({config.get('peft_type')}): not supported.")
+        raise OpenVLAValueError(f"{name_or_path} is not plain LoRA ({config.get('peft_type')}): not supported.")
     if config.get("bias", "none") != "none":
-        raise ValueError(f"{name_or_path} is not plain LoRA (bias={config['bias']!r}): not supported.")
+        raise OpenVLAValueError(f"{name_or_path} is not plain LoRA (bias={config['bias']!r}): not supported.")
     unusual = sorted(name for name, value in config.items() if value and name not in PLAIN_FIELDS)
     if unusual:
-        raise ValueError(f"{name_or_path} is not plain LoRA ({unusual}): not supported.")
+        raise OpenVLAValueError(f"{name_or_path} is not plain LoRA ({unusual}): not supported.")
     start = config.get("init_lora_weights", True)
     if start not in PLAIN_INITIALISATIONS:
-        raise ValueError(
+        raise OpenVLAValueError(
             f"{name_or_path} was trained from init_lora_weights={start!r}, which also changes the base; on the base as "
             "it is, it would be another model. Convert it to plain LoRA with peft: "
             "save_pretrained(..., path_initial_model_for_weight_conversion=...)."
@@ -348,7 +353,7 @@ def base_of(adapter: str | os.PathLike, hub: dict[str, Any]) -> tuple[str, str |
     config = json.loads(Path(optional_file(adapter, ADAPTER_CONFIG_FILE, hub)).read_text(encoding="utf-8"))
     base = config.get("base_model_name_or_path")
     if not base or (os.path.isabs(base) and not os.path.isdir(base)):
-        raise FileNotFoundError(
+        raise OpenVLAFileNotFoundError(
             f"The base of {adapter}, {base!r}, is not here. Load it from where it is, then model.load_lora(adapter)."
         )
     return base, None if os.path.isdir(base) else config.get("revision")

@@ -33,6 +33,7 @@ from .adapter_files_openvla import (
 )
 from .compatibility_openvla import DTYPE_FIELD, require_peft_of_transformers
 from .configuration_openvla import require_hub_keywords, write_json
+from .errors_openvla import OpenVLAImportError, OpenVLAValueError
 from .heads_openvla import FILM_LAYER, HEAD_MODULES, belongs_to_answer
 from .parallel_openvla import refuse_loose_parts
 from .quantization_openvla import is_quantized
@@ -97,15 +98,17 @@ class LoraMixin:
             ImportError: peft is not installed.
         """
         if not isinstance(r, int) or isinstance(r, bool) or r < 1:
-            raise ValueError(f"r must be a whole number, 1 or more, got {r!r}.")
+            raise OpenVLAValueError(f"r must be a whole number, 1 or more, got {r!r}.")
         if not (alpha > 0 and math.isfinite(alpha) and 0 <= dropout < 1):
-            raise ValueError(f"alpha must be positive and dropout in [0, 1), got {alpha!r} and {dropout!r}.")
+            raise OpenVLAValueError(f"alpha must be positive and dropout in [0, 1), got {alpha!r} and {dropout!r}.")
         self._require_no_adapter()
         names = lora_targets(self, targets)
         known = [name for name, _ in self.named_modules() if name]
         for name in modules_to_save:
             if name not in known:
-                raise ValueError(f"modules_to_save: no module {name!r}; nearest is {nearest_name(name, known)!r}.")
+                raise OpenVLAValueError(
+                    f"modules_to_save: no module {name!r}; nearest is {nearest_name(name, known)!r}."
+                )
         answer = self.config.answer if self.config.parallel_decoding else None
         settings = LoraAdapter(r, alpha, base=base_record(self), answer=answer)
         whole = [*answer_modules(self), *modules_to_save]
@@ -136,12 +139,14 @@ class LoraMixin:
         modules = dict(self.named_modules())
         enabling = adapter.answer is not None and not self.config.parallel_decoding
         if not enabling and self.config.parallel_decoding and adapter.answer != self.config.answer:
-            raise ValueError(f"{name_or_path} answers as {adapter.answer}, this model as {self.config.answer}.")
+            raise OpenVLAValueError(f"{name_or_path} answers as {adapter.answer}, this model as {self.config.answer}.")
         whole = sorted({name.rpartition(".")[0] for name in adapter.whole})
         wrong = [name for name in adapter.adapted if not _fits(modules.get(name), adapter.change(name))]
         wrong += [name for name in whole if name not in modules and not (enabling and belongs_to_answer(name))]
         if wrong:
-            raise ValueError(f"{name_or_path} does not fit this model: {len(wrong)} modules, such as {wrong[:3]}.")
+            raise OpenVLAValueError(
+                f"{name_or_path} does not fit this model: {len(wrong)} modules, such as {wrong[:3]}."
+            )
         if adapter.base is None and os.path.isdir(name_or_path):
             refuse_loose_parts(Path(os.path.abspath(name_or_path)).parent, {})
         if adapter.base is None and not is_quantized(self):
@@ -274,7 +279,7 @@ class LoraMixin:
 
     def _require_no_adapter(self) -> None:
         if self._lora is not None:
-            raise ValueError("This model already has an adapter; call merge_lora(), or load the base again.")
+            raise OpenVLAValueError("This model already has an adapter; call merge_lora(), or load the base again.")
 
     def _require_any_adapter(self) -> None:
         """Raise without an adapter, of this package or of transformers."""
@@ -283,7 +288,7 @@ class LoraMixin:
 
     def _require_adapter(self) -> LoraAdapter:
         if self._lora is None:
-            raise ValueError("This model has no adapter; call enable_lora() or load_lora(folder) first.")
+            raise OpenVLAValueError("This model has no adapter; call enable_lora() or load_lora(folder) first.")
         return self._lora
 
     def _loaded_base(self) -> Any:
@@ -335,17 +340,23 @@ def lora_targets(model: Any, targets: str | Sequence[str]) -> list[str]:
         return [name for name in body if name.startswith("language_model.")]
     if targets == "sandwich":
         if model.config.text_config.tie_word_embeddings:
-            raise ValueError("'sandwich' adapts embedding and head apart, but this model ties them; name modules.")
+            raise OpenVLAValueError(
+                "'sandwich' adapts embedding and head apart, but this model ties them; name modules."
+            )
         last = {embedding, head, *model.language_model.model.layers[-1].modules()}
         return [n for n, m in found.items() if n.startswith(("vision_backbone.", "projector.")) or m in last]
     if isinstance(targets, str) or not targets:
-        raise ValueError(f"Unknown targets {targets!r}; allowed: {list(NAMED_TARGETS)} or a list of module names.")
+        raise OpenVLAValueError(
+            f"Unknown targets {targets!r}; allowed: {list(NAMED_TARGETS)} or a list of module names."
+        )
     chosen = set()
     for target in targets:
         matching = [name for name in found if name == target or name.endswith(f".{target}")]
         if not matching:
             endings = sorted({name.rpartition(".")[2] for name in found})
-            raise ValueError(f"Unknown target {target!r}: no linear layer or embedding that runs. Endings: {endings}.")
+            raise OpenVLAValueError(
+                f"Unknown target {target!r}: no linear layer or embedding that runs. Endings: {endings}."
+            )
         chosen.update(matching)
     return sorted(chosen)
 
@@ -387,7 +398,7 @@ def _base_weight(model: Any, name: str) -> torch.Tensor:
     module = getattr(module, "original_module", getattr(module, "base_layer", module))
     weight = getattr(module, leaf)
     if weight.is_meta:
-        raise ValueError(f"{name} is offloaded; save the adapter and merge it with: openvla merge ADAPTER OUT.")
+        raise OpenVLAValueError(f"{name} is offloaded; save the adapter and merge it with: openvla merge ADAPTER OUT.")
     return weight
 
 
@@ -399,7 +410,7 @@ def _require_mergeable(lora: LoraAdapter, name: str, weight: torch.Tensor) -> No
     bound = sizes[0] if len(sizes) == 1 else lora.scaling * lora.r * sizes[0] * sizes[1]
     bound += float(weight.detach().abs().max())
     if not bound <= torch.finfo(weight.dtype).max:  # also where it is NaN
-        raise ValueError(f"{name} with the adapter is not finite in {weight.dtype}; use an earlier adapter.")
+        raise OpenVLAValueError(f"{name} with the adapter is not finite in {weight.dtype}; use an earlier adapter.")
 
 
 def _fits(module: nn.Module | None, change: torch.Tensor | None) -> bool:
@@ -412,4 +423,4 @@ def _import_peft(module: str = "") -> Any:
     try:
         return importlib.import_module(f"peft.{module}".rstrip("."))
     except ImportError as error:
-        raise ImportError(f"LoRA needs peft: pip install 'openvla[lora]' ({error})") from error
+        raise OpenVLAImportError(f"LoRA needs peft: pip install 'openvla[lora]' ({error})") from error

@@ -20,6 +20,8 @@ from torch import nn
 from transformers import PretrainedConfig
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from .errors_openvla import OpenVLAImportError
+
 
 def _release(version: str) -> tuple[int, ...]:
     """Return the first two numbers of a version, for comparison."""
@@ -144,7 +146,7 @@ def require_peft_of_transformers(method: str, own: str) -> None:
     except importlib.metadata.PackageNotFoundError:
         installed = "none"
     if installed == "none" or _release(installed) < _release(needed):
-        raise ImportError(
+        raise OpenVLAImportError(
             f"{method}() is transformers' own: transformers {transformers.__version__} needs peft {needed} or newer "
             f"for it; installed: {installed}. Use {own}() of this model, which runs with peft 0.11.1 and newer."
         )

@@ -15,6 +15,7 @@ require_one_code(__name__)
 
 from .actions_openvla import NORMALIZATION_EPSILON, NORMALIZATIONS, nearest_name, validate_norm_stats
 from .compatibility_openvla import DTYPE_FIELD
+from .errors_openvla import OpenVLATypeError, OpenVLAValueError
 
 # The vision backbones of the reference's registry: per tower its timm id, input size in pixels and activation override
 # (None keeps timm's GELU).
@@ -169,9 +170,9 @@ class PrismaticConfig(PretrainedConfig):
     ) -> None:
         towers = VISION_BACKBONES.get(vision_backbone_id)
         if towers is None and (timm_model_ids is None or image_sizes is None):
-            raise ValueError(_unknown("vision_backbone_id", vision_backbone_id, list(VISION_BACKBONES)))
+            raise OpenVLAValueError(_unknown("vision_backbone_id", vision_backbone_id, list(VISION_BACKBONES)))
         if image_resize_strategy not in IMAGE_RESIZE_STRATEGIES:
-            raise ValueError(_unknown("image_resize_strategy", image_resize_strategy, IMAGE_RESIZE_STRATEGIES))
+            raise OpenVLAValueError(_unknown("image_resize_strategy", image_resize_strategy, IMAGE_RESIZE_STRATEGIES))
         self.vision_backbone_id = vision_backbone_id
         self.llm_backbone_id = llm_backbone_id
         self.arch_specifier = arch_specifier
@@ -187,7 +188,9 @@ class PrismaticConfig(PretrainedConfig):
         self._validate_towers()
         self.image_sizes = [kw.get("img_size", size) for kw, size in zip(self.timm_model_kwargs, self.image_sizes)]
         if len(set(self.image_sizes)) > 1:
-            raise ValueError(f"Both vision towers see one image, so their image_sizes must agree: {self.image_sizes}.")
+            raise OpenVLAValueError(
+                f"Both vision towers see one image, so their image_sizes must agree: {self.image_sizes}."
+            )
         self.image_resize_strategy = image_resize_strategy
         _require_whole_number("num_images_in_input", num_images_in_input)
         self.num_images_in_input = num_images_in_input
@@ -202,13 +205,15 @@ class PrismaticConfig(PretrainedConfig):
             known = (style for prefix, style in PROMPT_STYLES.items() if llm_backbone_id.startswith(prefix))
             prompt_style = next(known, "openvla")
         if prompt_style not in PROMPTS:
-            raise ValueError(_unknown("prompt_style", prompt_style, list(PROMPTS)))
+            raise OpenVLAValueError(_unknown("prompt_style", prompt_style, list(PROMPTS)))
         self.prompt_style = prompt_style
         if empty_token_id == AUTO:
             has_empty_token = self.text_config.model_type == "llama" and self.vocab_size > LLAMA_EMPTY_TOKEN_ID
             empty_token_id = LLAMA_EMPTY_TOKEN_ID if has_empty_token else None
         if empty_token_id is not None and not 0 <= empty_token_id < self.vocab_size:
-            raise ValueError(f"empty_token_id {empty_token_id} is outside the vocabulary of {self.vocab_size} ids.")
+            raise OpenVLAValueError(
+                f"empty_token_id {empty_token_id} is outside the vocabulary of {self.vocab_size} ids."
+            )
         self.empty_token_id = empty_token_id
 
         # Ours always: a published file names its own old code here, which must not come back when it is saved again.
@@ -246,7 +251,7 @@ class PrismaticConfig(PretrainedConfig):
         for field in ("timm_model_ids", "image_sizes", "timm_override_act_layers", "timm_model_kwargs"):
             values = getattr(self, field)
             if not isinstance(values, (list, tuple)) or len(values) != count:
-                raise ValueError(
+                raise OpenVLAValueError(
                     f"{field} needs one entry for each of the {count} vision towers "
                     f"(use_fused_vision_backbone={self.use_fused_vision_backbone}), got {values!r}."
                 )
@@ -329,27 +334,27 @@ class OpenVLAConfig(PrismaticConfig):
         if norm_stats is not None:
             validate_norm_stats(norm_stats, normalization)
         if default_unnorm_key is not None and default_unnorm_key not in (norm_stats or {}):
-            raise ValueError(_unknown("default_unnorm_key", default_unnorm_key, list(norm_stats or {})))
+            raise OpenVLAValueError(_unknown("default_unnorm_key", default_unnorm_key, list(norm_stats or {})))
         self.norm_stats = norm_stats
         self.n_action_bins = n_action_bins
         self.default_unnorm_key = default_unnorm_key
         super().__init__(**kwargs)
         if not 2 <= n_action_bins <= self.vocab_size:
-            raise ValueError(f"n_action_bins must be between 2 and {self.vocab_size}, got {n_action_bins}.")
+            raise OpenVLAValueError(f"n_action_bins must be between 2 and {self.vocab_size}, got {n_action_bins}.")
 
     def _validate_answer(self) -> None:
         """Raise where the fields of the answer are not allowed or contradict each other."""
         if self.action_head not in ACTION_HEADS:
-            raise ValueError(_unknown("action_head", self.action_head, ACTION_HEADS))
+            raise OpenVLAValueError(_unknown("action_head", self.action_head, ACTION_HEADS))
         if self.normalization not in NORMALIZATIONS:
-            raise ValueError(_unknown("normalization", self.normalization, list(NORMALIZATIONS)))
+            raise OpenVLAValueError(_unknown("normalization", self.normalization, list(NORMALIZATIONS)))
         for name in ("chunk_length", "num_images_in_input", "num_diffusion_steps_train", "num_diffusion_steps"):
             _require_whole_number(name, getattr(self, name))
         for name in ("action_dim", "proprio_dim"):
             if getattr(self, name) is not None:
                 _require_whole_number(name, getattr(self, name))
         if self.parallel_decoding and self.action_dim is None:
-            raise ValueError(f"parallel_decoding needs action_dim; as on a known platform: {PLATFORMS}.")
+            raise OpenVLAValueError(f"parallel_decoding needs action_dim; as on a known platform: {PLATFORMS}.")
         needs_parallel = {
             "action_head": self.action_head,
             "chunk_length": self.chunk_length > 1,
@@ -358,11 +363,11 @@ class OpenVLAConfig(PrismaticConfig):
         }
         given = [name for name, value in needs_parallel.items() if value]
         if given and not self.parallel_decoding:
-            raise ValueError(
+            raise OpenVLAValueError(
                 f"{', '.join(given)} need parallel_decoding=True; OpenVLA itself answers one action in tokens."
             )
         if self.num_diffusion_steps > self.num_diffusion_steps_train:
-            raise ValueError(
+            raise OpenVLAValueError(
                 f"num_diffusion_steps {self.num_diffusion_steps} is more than the {self.num_diffusion_steps_train} "
                 "noise levels that the head was trained on (num_diffusion_steps_train)."
             )
@@ -400,7 +405,7 @@ class OpenVLAConfig(PrismaticConfig):
         """
         unknown = next((name for name in fields if name not in ANSWER_FIELDS), None)
         if unknown:
-            raise ValueError(_unknown("field", unknown, ANSWER_FIELDS))
+            raise OpenVLAValueError(_unknown("field", unknown, ANSWER_FIELDS))
         before = self.answer
         vars(self).update(fields)
         try:
@@ -419,11 +424,11 @@ def _build_text_config(text_config: dict[str, Any] | PretrainedConfig | None, ll
     registered_type = LLM_BACKBONES.get(llm_backbone_id, (None, None))[1]
     model_type = fields.pop("model_type", None) or registered_type
     if model_type is None:
-        raise ValueError(_unknown("llm_backbone_id", llm_backbone_id, list(LLM_BACKBONES)))
+        raise OpenVLAValueError(_unknown("llm_backbone_id", llm_backbone_id, list(LLM_BACKBONES)))
     if model_type not in LLM_MODEL_TYPES:
-        raise ValueError(_unknown("text_config.model_type", model_type, LLM_MODEL_TYPES))
+        raise OpenVLAValueError(_unknown("text_config.model_type", model_type, LLM_MODEL_TYPES))
     if registered_type is not None and model_type != registered_type:
-        raise ValueError(
+        raise OpenVLAValueError(
             f"llm_backbone_id {llm_backbone_id!r} is a {registered_type} model but text_config.model_type is "
             f"{model_type!r}; change one of them (any other name is allowed as llm_backbone_id)."
         )
@@ -457,7 +462,7 @@ def _for_every_version(fields: dict[str, Any]) -> dict[str, Any]:
 
 def _require_whole_number(field: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{field} must be a whole number, 1 or more, got {value!r}.")
+        raise OpenVLAValueError(f"{field} must be a whole number, 1 or more, got {value!r}.")
 
 
 def _unknown(field: str, value: Any, known: Any) -> str:
@@ -475,7 +480,7 @@ def require_hub_keywords(name: str, kwargs: dict[str, Any]) -> None:
     """Raise TypeError for keywords of a method that do not say where files come from; transformers drops them."""
     unknown = sorted(set(kwargs) - {*HUB_KEYWORDS, "repo_type", "user_agent"})
     if unknown:
-        raise TypeError(f"{name} takes no {', '.join(unknown)}; allowed: {list(HUB_KEYWORDS)}.")
+        raise OpenVLATypeError(f"{name} takes no {', '.join(unknown)}; allowed: {list(HUB_KEYWORDS)}.")
 
 
 def write_json(path: Path, content: Any) -> None:

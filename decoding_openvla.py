@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from .compatibility_openvla import CACHE_FIELD, cache_of, cached_length
+from .errors_openvla import OpenVLAValueError
 
 NO_ACTION_REMEDY = (
     "Check that prompt, image and unnorm_key belong to this checkpoint, or pass constrain_actions=True (of the "
@@ -19,7 +20,7 @@ NO_ACTION_REMEDY = (
 )
 
 
-class NoActionError(ValueError):
+class NoActionError(OpenVLAValueError):
     """An answer of a model that is no action: it ended early, holds words, or numbers that are not finite.
 
     Attributes:
@@ -41,11 +42,11 @@ def require_one_pass(
     asked = {name for name, value in generate_kwargs.items() if value and (name, value) != ("num_beams", 1)}
     unused = sorted(asked - {"use_cache"})
     if unused:
-        raise ValueError(f"A parallel-decoding model answers a chunk in one pass, without {', '.join(unused)}.")
+        raise OpenVLAValueError(f"A parallel-decoding model answers a chunk in one pass, without {', '.join(unused)}.")
     if draft is not None:
-        raise ValueError("draft is for a model that answers token by token; leave it out.")
+        raise OpenVLAValueError("draft is for a model that answers token by token; leave it out.")
     if constrain_actions and action_head is not None:
-        raise ValueError(
+        raise OpenVLAValueError(
             f"constrain_actions is for answers in tokens, not for action_head {action_head!r}; leave it out."
         )
 
@@ -69,26 +70,26 @@ def align_prompts(
     """
     if not torch.is_tensor(input_ids) or input_ids.ndim != 2 or input_ids.dtype not in (torch.int64, torch.int32):
         got = f"{input_ids.dtype} {tuple(input_ids.shape)}" if torch.is_tensor(input_ids) else type(input_ids).__name__
-        raise ValueError(f"input_ids must be an integer tensor of shape (batch, length), got {got}.")
+        raise OpenVLAValueError(f"input_ids must be an integer tensor of shape (batch, length), got {got}.")
     input_ids = input_ids.to(device=device, dtype=torch.long)
     if input_ids.numel() == 0:
-        raise ValueError(f"input_ids are empty: shape {tuple(input_ids.shape)}.")
+        raise OpenVLAValueError(f"input_ids are empty: shape {tuple(input_ids.shape)}.")
     if attention_mask is None:
         if len(input_ids) > 1 and pad_token_id is not None and bool((input_ids == pad_token_id).any()):
-            raise ValueError(
+            raise OpenVLAValueError(
                 f"input_ids hold the padding token {pad_token_id} but there is no attention_mask; pass the one that "
                 "the processor returned."
             )
         return input_ids, None
     if attention_mask.shape != input_ids.shape:
-        raise ValueError(
+        raise OpenVLAValueError(
             f"attention_mask has shape {tuple(attention_mask.shape)} but input_ids {tuple(input_ids.shape)}."
         )
     attention_mask = attention_mask.to(device=device, dtype=torch.long)
     if bool(attention_mask.all()):
         return input_ids, None
     if not bool(attention_mask.any(dim=1).all()):
-        raise ValueError("attention_mask hides a whole prompt.")
+        raise OpenVLAValueError("attention_mask hides a whole prompt.")
     trailing = attention_mask.flip(1).argmax(dim=1, keepdim=True)
     order = (torch.arange(input_ids.shape[1], device=device) - trailing) % input_ids.shape[1]
     return input_ids.gather(1, order), attention_mask.gather(1, order)

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from .errors_openvla import OpenVLAValueError
 from .images_openvla import as_images, crop_corner, each_tower, normalization_table, padded_size, target_size
 
 WEIGHT_BITS = 22  # Pillow's: a byte, two bits for sums above one, 32 in all
@@ -72,7 +73,9 @@ def pixels_on(
         ValueError: Another kind of tensor is asked for.
     """
     if return_tensors not in (None, "pt"):
-        raise ValueError(f"device gives torch tensors, not return_tensors={return_tensors!r}; leave one of them out.")
+        raise OpenVLAValueError(
+            f"device gives torch tensors, not return_tensors={return_tensors!r}; leave one of them out."
+        )
     if getattr(images, "ndim", None) == 4:
         images = list(images)
     images = images if isinstance(images, (list, tuple)) else [images]

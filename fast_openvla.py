@@ -27,6 +27,7 @@ from transformers.utils import logging
 from .actions_openvla import as_numbers
 from .compatibility_openvla import attention_implementation, rotary_fields
 from .decoding_openvla import only, positions_of
+from .errors_openvla import OpenVLAValueError
 from .own_functions_openvla import any_hooked, changed_number, head_dim, is_hooked, patched_function, rotary_of
 
 logger = logging.get_logger(__name__)
@@ -96,7 +97,7 @@ def require_fast(fast: bool | None, draft: Any, decodes: bool, language_model: n
         reason = reason or ("fast is False" if fast is False else reason_against(language_model, length))
     if reason:
         name = "fast=True" if draft is None else "draft"
-        raise ValueError(f"{name} has no effect on this call: {reason}. Leave {name} out.")
+        raise OpenVLAValueError(f"{name} has no effect on this call: {reason}. Leave {name} out.")
 
 
 def fuse(model: nn.Module) -> None:
@@ -113,7 +114,7 @@ def fuse(model: nn.Module) -> None:
     """
     reason = reason_against(model.language_model, 1)
     if reason:
-        raise ValueError(f"compile is for models that go the fast way: {reason}.")
+        raise OpenVLAValueError(f"compile is for models that go the fast way: {reason}.")
     setattr(model.language_model, FUSED, True)
     model._recordings = None  # of what was not fused
 
@@ -350,7 +351,7 @@ def draft_tokens(draft: Any, tokenizer: Any, statistics: Sequence[Any]) -> torch
     guesses = np.atleast_2d(as_numbers(draft, "draft"))
     if guesses.shape != (len(statistics), statistics[0].dimension):
         expected = f"({len(statistics)}, {statistics[0].dimension})"
-        raise ValueError(f"draft must be one action a row, {expected}, got shape {np.shape(draft)}.")
+        raise OpenVLAValueError(f"draft must be one action a row, {expected}, got shape {np.shape(draft)}.")
     tokens = [tokenizer.encode_decoded(row.normalize(guess)) for row, guess in zip(statistics, guesses)]
     return torch.from_numpy(np.stack(tokens)[:, :-1])
 

@@ -12,6 +12,8 @@ from functools import lru_cache
 import torch
 from torch import nn
 
+from .errors_openvla import OpenVLAValueError
+
 # What parallel decoding adds to OpenVLA's modules: heads at the top, and FiLM's layers in the towers' blocks.
 HEAD_MODULES = ("action_head", "proprio_projector", "noisy_action_projector")
 FILM_LAYER = re.compile(r"vision_backbone\.(fused_)?featurizer\.blocks\.\d+\.(scale|shift)")
@@ -133,7 +135,7 @@ class NoiseSchedule:
             ValueError: More steps than levels, or none.
         """
         if isinstance(num_steps, bool) or not isinstance(num_steps, int) or not 1 <= num_steps <= self.num_train_steps:
-            raise ValueError(f"num_inference_steps must be 1 to {self.num_train_steps}, got {num_steps!r}.")
+            raise OpenVLAValueError(f"num_inference_steps must be 1 to {self.num_train_steps}, got {num_steps!r}.")
         return [step * (self.num_train_steps // num_steps) for step in reversed(range(num_steps))]
 
     def add_noise(self, clean: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:

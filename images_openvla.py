@@ -14,6 +14,7 @@ import torch
 from PIL import Image, ImageMode
 from transformers.utils import logging
 
+from .errors_openvla import OpenVLAFileNotFoundError, OpenVLATypeError, OpenVLAValueError
 from .jpeg_openvla import jpeg_round_trip
 
 logger = logging.get_logger(__name__)
@@ -64,7 +65,7 @@ def as_images(images: ImageInput | Sequence[ImageInput]) -> list[Image.Image]:
     if not isinstance(images, (list, tuple)):
         images = [images]
     if not images:
-        raise ValueError("Got no image.")
+        raise OpenVLAValueError("Got no image.")
     return [_as_image(image) for image in images]
 
 
@@ -73,7 +74,7 @@ def _as_image(image: ImageInput) -> Image.Image:
         return _from_file(image)
     if isinstance(image, Image.Image):
         if 0 in image.size:
-            raise ValueError(f"A picture must have pixels, got {image.width} x {image.height}.")
+            raise OpenVLAValueError(f"A picture must have pixels, got {image.width} x {image.height}.")
         require_eight_bits(image)  # before its EXIF data is asked for, which reads a PNG file
         if _turn(image) is not None:
             logger.warning_once(
@@ -87,11 +88,11 @@ def _as_image(image: ImageInput) -> Image.Image:
             image = image.permute(1, 2, 0)
         image = image.float().numpy() if image.is_floating_point() else image.numpy()
     if not isinstance(image, np.ndarray):
-        raise TypeError(
+        raise OpenVLATypeError(
             f"An image must be a PIL image, a numpy array, a torch tensor or a path, got {type(image).__name__}."
         )
     if image.ndim not in (2, 3) or (image.ndim == 3 and image.shape[2] not in (1, 3, 4)) or 0 in image.shape:
-        raise ValueError(
+        raise OpenVLAValueError(
             f"An image array must have shape (height, width, 3) (or 1 or 4 channels, or none), got {image.shape}."
         )
     if image.ndim == 3 and image.shape[2] == 1:
@@ -104,9 +105,11 @@ def _from_file(path: str | os.PathLike) -> Image.Image:
         with Image.open(path) as opened:
             return upright_rgb(opened)
     except FileNotFoundError as error:
-        raise FileNotFoundError(f"No picture at {os.fspath(path)!r:.300}; give the path of a file.") from error
+        raise OpenVLAFileNotFoundError(f"No picture at {os.fspath(path)!r:.300}; give the path of a file.") from error
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # Pillow's, of broken files
-        raise ValueError(f"{os.fspath(path)!r:.300} must be a picture file that Pillow can read: {error}") from error
+        raise OpenVLAValueError(
+            f"{os.fspath(path)!r:.300} must be a picture file that Pillow can read: {error}"
+        ) from error
 
 
 def upright_rgb(picture: Image.Image) -> Image.Image:
@@ -130,7 +133,7 @@ def _turn(picture: Image.Image) -> Image.Transpose | None:
 def require_one_frame(picture: Image.Image) -> Image.Image:
     """Return a picture of a file if it is the only one there; an MPO file's others are previews of its first."""
     if getattr(picture, "is_animated", False) and picture.format != "MPO":
-        raise ValueError(
+        raise OpenVLAValueError(
             f"A picture file must hold one frame, got {picture.n_frames} ({picture.format}); which is meant is not "
             "known. Open it with PIL, seek to the frame, and give that image."
         )
@@ -145,7 +148,7 @@ def require_eight_bits(picture: Image.Image) -> Image.Image:
     # How a file that is not read yet lays its pixels out, such as "RGB;16B".
     mode = next(iter(re.findall(r"\w+;16\w*", str(getattr(picture, "tile", "")))), picture.mode)
     if mode != picture.mode or not ImageMode.getmode(mode).typestr.endswith("1"):
-        raise ValueError(
+        raise OpenVLAValueError(
             f"A picture must have 8 bits a channel, got mode {mode}, whose numbers may mean any brightness (or "
             "depth); give 8-bit RGB or grey, scaled as in training."
         )
@@ -156,9 +159,9 @@ def _as_bytes(image: np.ndarray) -> np.ndarray:
     if image.dtype == np.uint8:
         return image
     if not np.issubdtype(image.dtype, np.floating):
-        raise ValueError(f"An image array must be uint8, or float in [0, 1], got dtype {image.dtype}.")
+        raise OpenVLAValueError(f"An image array must be uint8, or float in [0, 1], got dtype {image.dtype}.")
     if not np.isfinite(image).all() or image.min() < 0 or image.max() > 1:
-        raise ValueError(
+        raise OpenVLAValueError(
             f"A float image must lie in [0, 1], got values from {image.min()} to {image.max()}; "
             "divide by 255 or give uint8."
         )
@@ -212,11 +215,11 @@ def require_used(
 ) -> None:
     """Raise ValueError for arguments of a processor that would have no effect."""
     if instruction is not None and truncation not in (None, False, "do_not_truncate"):
-        raise ValueError(f"truncation={truncation!r}: an instruction is never cut; leave truncation out.")
+        raise OpenVLAValueError(f"truncation={truncation!r}: an instruction is never cut; leave truncation out.")
     if instruction is not None and padding == "max_length" and max_length is None:
-        raise ValueError("padding='max_length' needs max_length.")
+        raise OpenVLAValueError("padding='max_length' needs max_length.")
     if images is None and device is not None:
-        raise ValueError("device is where pixel_values are made, and there are no images; leave it out.")
+        raise OpenVLAValueError("device is where pixel_values are made, and there are no images; leave it out.")
 
 
 def normalized_pixels(

@@ -13,6 +13,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from .configuration_openvla import OpenVLAConfig, PrismaticConfig, hub_keywords
+from .errors_openvla import OpenVLAValueError
 from .modeling_openvla import OpenVLAForActionPrediction
 from .prismatic_openvla import PrismaticForConditionalGeneration
 from .processing_openvla import (
@@ -99,7 +100,7 @@ def _model_type(name_or_path: str | os.PathLike, kwargs: dict[str, Any]) -> str:
         hub = hub_keywords(kwargs)
         model_type = PretrainedConfig.get_config_dict(name_or_path, **hub)[0].get("model_type")
     if model_type not in MODEL_CLASSES:
-        raise ValueError(
+        raise OpenVLAValueError(
             f"{name_or_path} holds a model of type {model_type!r}; this class loads {sorted(MODEL_CLASSES)}. For other "
             "models use transformers' AutoModelForImageTextToText."
         )

@@ -30,6 +30,7 @@ from .answers_openvla import ActionOutput, numbers_answer, tokens_answer
 from .compatibility_openvla import requested_attention
 from .configuration_openvla import OpenVLAConfig, write_json
 from .decoding_openvla import append_token, decode_greedily, only, positions_of, require_finite, require_whole_actions
+from .errors_openvla import OpenVLAValueError
 from .fast_openvla import decode_fast, draft_tokens, goes_fast, require_fast
 from .graphs_openvla import recorded
 from .heads_openvla import NoiseSchedule  # noqa: F401
@@ -119,7 +120,7 @@ class OpenVLAForActionPrediction(
         try:
             self.config.merge_statistics(json.loads(Path(file).read_text(encoding="utf-8")))
         except ValueError as error:
-            raise ValueError(
+            raise OpenVLAValueError(
                 f"{STATISTICS_FILE} beside the weights of {name_or_path} is not usable: {error}"
             ) from error
 
@@ -251,7 +252,7 @@ class OpenVLAForActionPrediction(
             ValueError: The model was trained for parallel decoding, so that token by token it would answer wrongly.
         """
         if self.config.parallel_decoding:
-            raise ValueError("This model answers a whole chunk in one pass; use predict_action, not generate.")
+            raise OpenVLAValueError("This model answers a whole chunk in one pass; use predict_action, not generate.")
         return super().generate(*args, **kwargs)
 
     @torch.no_grad()
@@ -307,11 +308,13 @@ class OpenVLAForActionPrediction(
             KeyError: Unknown ``unnorm_key``.
         """
         if input_ids is None or pixel_values is None:
-            raise ValueError(
+            raise OpenVLAValueError(
                 "predict_action needs input_ids and pixel_values; without the image it would guess blindly."
             )
         if "max_new_tokens" in generate_kwargs or "max_length" in generate_kwargs:
-            raise ValueError("predict_action generates one token a dimension; leave out max_new_tokens and max_length.")
+            raise OpenVLAValueError(
+                "predict_action generates one token a dimension; leave out max_new_tokens and max_length."
+            )
         diffusion = {"noise": noise, "generator": generator, "num_inference_steps": num_inference_steps}
         self._require_diffusion(diffusion)
         input_ids, attention_mask = self._prompts(input_ids, attention_mask)
@@ -323,7 +326,7 @@ class OpenVLAForActionPrediction(
             prompt = (input_ids, attention_mask, pixel_values, proprio)
             return self._predict_chunk(*prompt, statistics, diffusion, return_dict, constrain_actions, strict, fast)
         if proprio is not None:
-            raise ValueError("This model was trained without proprio; leave it out.")
+            raise OpenVLAValueError("This model was trained without proprio; leave it out.")
         action_dim = statistics[0].dimension
         prompt = (input_ids, pixel_values, attention_mask)
         end_ids = generate_kwargs.pop("eos_token_id", self.generation_config.eos_token_id)
@@ -345,7 +348,9 @@ class OpenVLAForActionPrediction(
         else:
             embeds, mask, _, _ = self.embed_inputs(*prompt)
             if return_dict and (generate_kwargs.get("num_beams") or 1) > 1:
-                raise ValueError("Bin probabilities are not defined for beam search; drop num_beams or return_dict.")
+                raise OpenVLAValueError(
+                    "Bin probabilities are not defined for beam search; drop num_beams or return_dict."
+                )
             if allowed is not None:
                 processors = generate_kwargs.get("logits_processor") or []
                 generate_kwargs["logits_processor"] = [*processors, lambda _, scores: only(scores, allowed)]
@@ -438,16 +443,18 @@ class OpenVLAForActionPrediction(
             KeyError: Unknown ``unnorm_key``.
         """
         if input_ids is None or pixel_values is None or actions is None:
-            raise ValueError("score_actions needs input_ids, pixel_values and actions.")
+            raise OpenVLAValueError("score_actions needs input_ids, pixel_values and actions.")
         if self.config.parallel_decoding:
-            raise ValueError("score_actions is for models that answer token by token; this one answers in parallel.")
+            raise OpenVLAValueError(
+                "score_actions is for models that answer token by token; this one answers in parallel."
+            )
         input_ids, attention_mask = self._prompts(input_ids, attention_mask)
         statistics = self.row_statistics(self.row_keys(unnorm_key, len(input_ids)))
         candidates = as_numbers(actions, "actions")
         if candidates.ndim == 2:
             candidates = np.broadcast_to(candidates, (len(input_ids), *candidates.shape))
         if candidates.ndim != 3 or len(candidates) != len(input_ids) or candidates.shape[1] == 0:
-            raise ValueError(
+            raise OpenVLAValueError(
                 f"actions must have shape (candidates, action_dim) or ({len(input_ids)}, candidates, action_dim) with "
                 f"at least one candidate, got {np.shape(actions)}."
             )

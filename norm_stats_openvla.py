@@ -12,6 +12,7 @@ from typing import Any
 from transformers.utils import logging
 
 from .actions_openvla import NormalizationStatistics, nearest_name, validate_norm_stats
+from .errors_openvla import OpenVLAKeyError, OpenVLAValueError
 
 logger = logging.get_logger(__name__)
 
@@ -59,7 +60,9 @@ class NormStatsMixin:
             there = json.loads(file.read_text(encoding="utf-8"))
             validate_norm_stats(there, self.config.normalization)
         except ValueError as error:
-            raise ValueError(f"{file} is there already and not usable ({error}); mend or delete it first.") from error
+            raise OpenVLAValueError(
+                f"{file} is there already and not usable ({error}); mend or delete it first."
+            ) from error
         own = json.loads(json.dumps(self.norm_stats))
         other = [key for key in there if key in own and _differ(there[key], own[key])]
         source = self.config._name_or_path
@@ -89,7 +92,7 @@ class NormStatsMixin:
             entry, f"norm_stats[{key!r}]['action']", config.normalization, config.normalization_epsilon, key
         )
         if config.action_dim is not None and statistics.dimension != config.action_dim:
-            raise ValueError(
+            raise OpenVLAValueError(
                 f"The actions of {key!r} have {statistics.dimension} dimensions but this model answers with "
                 f"{config.action_dim}; pass the unnorm_key of a dataset that it was trained on."
             )
@@ -104,13 +107,13 @@ class NormStatsMixin:
         key = self.resolve_unnorm_key(unnorm_key)
         entry = self.norm_stats[key].get("proprio")
         if entry is None:
-            raise ValueError(
+            raise OpenVLAValueError(
                 f"norm_stats[{key!r}] has no 'proprio' beside 'action', so the robot's state cannot be normalised; "
                 "add it with model.add_norm_stats."
             )
         statistics = NormalizationStatistics(entry, f"norm_stats[{key!r}]['proprio']", self.config.normalization)
         if statistics.dimension != self.config.proprio_dim:
-            raise ValueError(
+            raise OpenVLAValueError(
                 f"The proprio of {key!r} has {statistics.dimension} dimensions but this model takes "
                 f"{self.config.proprio_dim}; pass the unnorm_key of a dataset that it was trained on."
             )
@@ -129,25 +132,25 @@ class NormStatsMixin:
         """
         known = list(self.norm_stats)
         if not known:
-            raise ValueError(
+            raise OpenVLAValueError(
                 "This model has no action statistics, so actions cannot be un-normalised; add them with "
                 "model.add_norm_stats(key, statistics) or put dataset_statistics.json beside the weights."
             )
         if unnorm_key is None:
             unnorm_key = known[0] if len(known) == 1 else self.config.default_unnorm_key
         if unnorm_key is None:
-            raise ValueError(f"The model knows several datasets; pass unnorm_key, one of {known}.")
+            raise OpenVLAValueError(f"The model knows several datasets; pass unnorm_key, one of {known}.")
         if unnorm_key not in known:
             nearest = nearest_name(unnorm_key, known)
             hint = f" Did you mean {nearest!r}?" if nearest else ""
-            raise KeyError(f"Unknown unnorm_key {unnorm_key!r}.{hint} Known: {known}.")
+            raise OpenVLAKeyError(f"Unknown unnorm_key {unnorm_key!r}.{hint} Known: {known}.")
         return unnorm_key
 
     def row_keys(self, unnorm_key: str | Sequence[str | None] | None, rows: int) -> list[str]:
         """The dataset of every row of a batch, for one key or one a row; raises as ``resolve_unnorm_key`` does."""
         keys = [unnorm_key] * rows if unnorm_key is None or isinstance(unnorm_key, str) else list(unnorm_key)
         if len(keys) != rows:
-            raise ValueError(f"Got {len(keys)} unnorm_keys for a batch of {rows}; give one, or one a row.")
+            raise OpenVLAValueError(f"Got {len(keys)} unnorm_keys for a batch of {rows}; give one, or one a row.")
         return [self.resolve_unnorm_key(key) for key in keys]
 
     def row_statistics(self, keys: list[str]) -> list[NormalizationStatistics]:
@@ -159,7 +162,7 @@ class NormStatsMixin:
         statistics = [self.action_statistics(key) for key in keys]
         dimensions = {row.dimension for row in statistics}
         if len(dimensions) > 1:
-            raise ValueError(f"One batch cannot mix action dimensions {sorted(dimensions)}; call once for each.")
+            raise OpenVLAValueError(f"One batch cannot mix action dimensions {sorted(dimensions)}; call once for each.")
         return statistics
 
 

@@ -27,6 +27,7 @@ from .actions_openvla import FAR_STATE, as_numbers
 from .compatibility_openvla import attention_implementation
 from .configuration_openvla import OpenVLAConfig
 from .decoding_openvla import given_names, insert_after_bos, positions_of, require_one_pass
+from .errors_openvla import OpenVLAValueError
 from .fast_openvla import FastDecoder, goes_fast
 from .heads_openvla import (
     HEAD_MODULES,
@@ -124,7 +125,7 @@ def refuse_loose_parts(name_or_path: str | os.PathLike | None, hub: dict[str, An
             names = api.list_repo_files(os.fspath(name_or_path), revision=hub.get("revision"))
     parts = sorted(name for name in names if name.startswith(tuple(f"{part}--" for part in HEAD_MODULES)))
     if parts:
-        raise ValueError(
+        raise OpenVLAValueError(
             f"{name_or_path} holds {', '.join(parts)} beside a model that does not know of them (OpenVLA-OFT as it was "
             f"published). Fold them in first: openvla convert {name_or_path} OUT --preset libero --num-images 2"
         )
@@ -166,9 +167,11 @@ class ParallelDecodingMixin:
                 each other; the model is left as it was.
         """
         if self.config.parallel_decoding:
-            raise ValueError(f"This model already answers in parallel: {self.config.answer}.")
+            raise OpenVLAValueError(f"This model already answers in parallel: {self.config.answer}.")
         if not fields.get("parallel_decoding", True):
-            raise ValueError("enable_parallel_decoding makes parallel_decoding true; leave parallel_decoding out.")
+            raise OpenVLAValueError(
+                "enable_parallel_decoding makes parallel_decoding true; leave parallel_decoding out."
+            )
         self._require_no_adapter()
         self._require_masked_attention()
         self.config.set_answer(**{**fields, "parallel_decoding": True})
@@ -212,7 +215,9 @@ class ParallelDecodingMixin:
         """
         if not torch.is_tensor(pixel_values) or len(pixel_values) != len(input_ids):
             got = len(pixel_values) if torch.is_tensor(pixel_values) else pixel_values
-            raise ValueError(f"The batch has {len(input_ids)} prompts but {got} rows of images; give each its images.")
+            raise OpenVLAValueError(
+                f"The batch has {len(input_ids)} prompts but {got} rows of images; give each its images."
+            )
         self._require_proprio(proprio, len(input_ids))
         text = self.get_input_embeddings()(input_ids)
         at_slots = torch.zeros_like(input_ids, dtype=torch.bool).scatter(1, slots, True)
@@ -286,7 +291,7 @@ class ParallelDecodingMixin:
     def _require_masked_attention(self) -> str:
         attention = attention_implementation(self.language_model.config)
         if attention not in MASKED_ATTENTION:
-            raise ValueError(
+            raise OpenVLAValueError(
                 f"Parallel decoding needs a bidirectional mask, which {attention} does not take (it would silently be "
                 "causal); load with attn_implementation='sdpa' or 'eager'."
             )
@@ -340,27 +345,29 @@ class ParallelDecodingMixin:
     def _require_proprio(self, proprio: torch.Tensor | np.ndarray | None, rows: int) -> None:
         needed = self.config.proprio_dim
         if needed is None and proprio is not None:
-            raise ValueError("This model was trained without proprio; leave it out.")
+            raise OpenVLAValueError("This model was trained without proprio; leave it out.")
         if needed is not None and proprio is None:
-            raise ValueError(f"This model was trained with proprio; pass the robot's state, {needed} numbers a row.")
+            raise OpenVLAValueError(
+                f"This model was trained with proprio; pass the robot's state, {needed} numbers a row."
+            )
         if needed is not None and tuple(proprio.shape) != (rows, needed):
-            raise ValueError(f"proprio must have shape ({rows}, {needed}), got {tuple(proprio.shape)}.")
+            raise OpenVLAValueError(f"proprio must have shape ({rows}, {needed}), got {tuple(proprio.shape)}.")
 
     def _require_used(self, given: dict[str, Any]) -> None:
         """Raise ValueError for arguments of ``forward`` that this kind of model has no use for."""
         unused = given_names(given)
         if unused and self.config.parallel_decoding:
-            raise ValueError(f"A parallel-decoding model's forward takes no {unused}; leave it out.")
+            raise OpenVLAValueError(f"A parallel-decoding model's forward takes no {unused}; leave it out.")
         if unused:
-            raise ValueError(f"This model answers one action in tokens and takes no {unused}; leave it out.")
+            raise OpenVLAValueError(f"This model answers one action in tokens and takes no {unused}; leave it out.")
 
     def _require_diffusion(self, given: dict[str, Any]) -> None:
         """Raise ValueError for arguments of a diffusion head that would not be used."""
         unused = given_names(given)
         if unused and self.config.action_head != "diffusion":
-            raise ValueError(f"{unused}: only for a diffusion head, not for {self.config.action_head!r}.")
+            raise OpenVLAValueError(f"{unused}: only for a diffusion head, not for {self.config.action_head!r}.")
         if given["noise"] is not None and given["generator"] is not None:
-            raise ValueError("noise is given, so nothing is drawn from the generator; leave one of them out.")
+            raise OpenVLAValueError("noise is given, so nothing is drawn from the generator; leave one of them out.")
 
     def _require_one_pass(self, generate_kwargs: dict[str, Any], draft: Any, constrain_actions: bool) -> None:
         require_one_pass(generate_kwargs, draft, constrain_actions, self.config.action_head)
@@ -379,19 +386,23 @@ class ParallelDecodingMixin:
     ) -> ChunkOutput:
         """One training pass; see ``OpenVLAForActionPrediction.forward``."""
         if input_ids is None or pixel_values is None or labels is None:
-            raise ValueError("A parallel-decoding model trains on input_ids, pixel_values and labels; all are needed.")
+            raise OpenVLAValueError(
+                "A parallel-decoding model trains on input_ids, pixel_values and labels; all are needed."
+            )
         head, drawn = self.config.action_head, {"noise": noise, "timesteps": timesteps, "generator": generator}
         unused = given_names({**({} if head == "diffusion" else drawn), "actions": None if head else actions})
         if unused:
-            raise ValueError(f"{unused}: not used by a model whose action_head is {head!r}; leave it out.")
+            raise OpenVLAValueError(f"{unused}: not used by a model whose action_head is {head!r}; leave it out.")
         if None not in drawn.values():
-            raise ValueError("Noise and timesteps are given, so nothing is drawn from the generator; leave it out.")
+            raise OpenVLAValueError(
+                "Noise and timesteps are given, so nothing is drawn from the generator; leave it out."
+            )
         ids = self.action_token_ids
         mask = None if attention_mask is None or bool(attention_mask.all()) else attention_mask.to(torch.long)
         at_slots = (labels >= ids.start) & (labels < ids.stop)
         counts = at_slots.sum(1)
         if bool((counts != self.tokens_per_chunk).any()):
-            raise ValueError(
+            raise OpenVLAValueError(
                 f"Every row needs {self.tokens_per_chunk} action tokens ({self.config.chunk_length} actions of "
                 f"{self.config.action_dim} numbers), got {counts.tolist()}."
             )
@@ -402,7 +413,7 @@ class ParallelDecodingMixin:
         shape = (len(input_ids), self.config.chunk_length, self.config.action_dim)
         if actions is None or tuple(actions.shape) != shape:
             got = None if actions is None else tuple(actions.shape)
-            raise ValueError(f"The {head} head trains on normalised actions of shape {shape}, got {got}.")
+            raise OpenVLAValueError(f"The {head} head trains on normalised actions of shape {shape}, got {got}.")
         actions = actions.to(device=seen.text.device, dtype=seen.text.dtype)
         if head == "l1":
             hidden = self.hidden_at(seen, seen.slots)
@@ -445,7 +456,9 @@ class ParallelDecodingMixin:
         noisy = torch.as_tensor(noise, device=device, dtype=dtype)
         noisy = noisy[None] if noisy.ndim == 2 and shape[0] == 1 else noisy
         if noisy.shape != shape:
-            raise ValueError(f"noise must have shape {shape} (or {shape[1:]} for one row), got {tuple(noisy.shape)}.")
+            raise OpenVLAValueError(
+                f"noise must have shape {shape} (or {shape[1:]} for one row), got {tuple(noisy.shape)}."
+            )
         schedule = self.noise_schedule
         num_steps = self.config.num_diffusion_steps if num_inference_steps is None else num_inference_steps
         for timestep in schedule.timesteps(num_steps):

@@ -33,6 +33,7 @@ from .compatibility_openvla import (
 )
 from .configuration_openvla import PrismaticConfig
 from .decoding_openvla import align_prompts, given_names, has_gap, insert_after_bos, positions_of
+from .errors_openvla import OpenVLATypeError, OpenVLAValueError
 from .graphs_openvla import beside  # noqa: F401
 from .heads_openvla import HEAD_MODULES  # noqa: F401
 from .publishing_openvla import PushToHub
@@ -193,7 +194,7 @@ class PrismaticForConditionalGeneration(PrismaticPreTrainedModel, GenerationMixi
         """
         if not torch.is_tensor(pixel_values) or not pixel_values.is_floating_point():
             kind = pixel_values.dtype if torch.is_tensor(pixel_values) else type(pixel_values).__name__
-            raise TypeError(f"pixel_values must be a floating-point tensor made by the processor, got {kind}.")
+            raise OpenVLATypeError(f"pixel_values must be a floating-point tensor made by the processor, got {kind}.")
         target = {"dtype": self.vision_backbone.dtype}
         if self.vision_backbone.device.type != "meta":  # offloaded parts are moved by accelerate's hooks
             target["device"] = self.vision_backbone.device
@@ -223,7 +224,7 @@ class PrismaticForConditionalGeneration(PrismaticPreTrainedModel, GenerationMixi
         """
         text = self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
         if text.shape[0] != pixel_values.shape[0]:
-            raise ValueError(
+            raise OpenVLAValueError(
                 f"The batch has {text.shape[0]} prompts but {pixel_values.shape[0]} images; give one image a prompt."
             )
         patches = self.get_image_features(pixel_values).to(text.device)
@@ -278,15 +279,15 @@ class PrismaticForConditionalGeneration(PrismaticPreTrainedModel, GenerationMixi
                 it would not be seen.
         """
         if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("Give exactly one of input_ids and inputs_embeds.")
+            raise OpenVLAValueError("Give exactly one of input_ids and inputs_embeds.")
         if cache is not None and past_key_values is not None:
-            raise ValueError("cache and past_key_values are one argument under two names; give one of them.")
+            raise OpenVLAValueError("cache and past_key_values are one argument under two names; give one of them.")
         cache = past_key_values if cache is None else cache
         filled = cached_length(cache) > 0
         if filled and labels is not None:
-            raise ValueError("labels cannot be used together with a filled cache; train on whole sequences.")
+            raise OpenVLAValueError("labels cannot be used together with a filled cache; train on whole sequences.")
         if filled and pixel_values is not None:
-            raise ValueError(
+            raise OpenVLAValueError(
                 "pixel_values were given together with a filled cache, so the image would not be seen. Give the image "
                 "in the first pass only, or start without a cache."
             )
@@ -307,7 +308,7 @@ class PrismaticForConditionalGeneration(PrismaticPreTrainedModel, GenerationMixi
             asked = {"use_cache": use_cache, "output_attentions": output_attentions}
             unused = given_names({**asked, "output_hidden_states": output_hidden_states, CACHE_FIELD: cache})
             if unused:
-                raise ValueError(f"logits_at_labels gives loss and logits alone; leave it out, or {unused}.")
+                raise OpenVLAValueError(f"logits_at_labels gives loss and logits alone; leave it out, or {unused}.")
             output = self._loss_at_labels(input_ids, attention_mask, position_ids, inputs_embeds, labels)
             output.projector_features = patches if output_projector_features or not as_tuple else None
             return output.to_tuple() if as_tuple else output
@@ -343,7 +344,7 @@ class PrismaticForConditionalGeneration(PrismaticPreTrainedModel, GenerationMixi
     ) -> PrismaticCausalLMOutputWithPast:
         """The training pass whose head sees only the positions before a label."""
         if labels is None:
-            raise ValueError("logits_at_labels needs labels.")
+            raise OpenVLAValueError("logits_at_labels needs labels.")
         hidden = self.get_decoder()(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -388,7 +389,7 @@ class PrismaticForConditionalGeneration(PrismaticPreTrainedModel, GenerationMixi
         input_ids, attention_mask = self._aligned(input_ids, attention_mask)
         if kwargs.get("max_length") is not None:
             if kwargs.get("max_new_tokens") is not None:
-                raise ValueError("max_length and max_new_tokens say the same; give one of them.")
+                raise OpenVLAValueError("max_length and max_new_tokens say the same; give one of them.")
             kwargs["max_new_tokens"] = kwargs.pop("max_length") - input_ids.shape[1]
         if pixel_values is None:
             embeds, mask = self.get_input_embeddings()(input_ids), attention_mask
@@ -406,11 +407,11 @@ class PrismaticForConditionalGeneration(PrismaticPreTrainedModel, GenerationMixi
     def _generate_from(self, embeds: torch.Tensor, mask: torch.Tensor | None, kwargs: dict[str, Any]) -> Any:
         """Transformers' ``generate`` on embeddings; its result holds the new tokens only."""
         if self.training and is_checkpointing(self):  # it switches the cache off, and with it the image
-            raise ValueError("generate() needs model.eval() when gradient checkpointing is enabled.")
+            raise OpenVLAValueError("generate() needs model.eval() when gradient checkpointing is enabled.")
         if mask is None:
             mask = torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device)
         elif has_gap(mask):  # transformers would renumber the positions behind it
-            raise ValueError("attention_mask hides a token inside a prompt; leave that token out of input_ids.")
+            raise OpenVLAValueError("attention_mask hides a token inside a prompt; leave that token out of input_ids.")
         settings = copy.deepcopy(kwargs.pop("generation_config", None) or self.generation_config)
         rest = settings.update(**kwargs)
         if settings.max_new_tokens is None:
@@ -457,14 +458,14 @@ def _require_complete(info: dict[str, Any], source: Any, ignore_mismatched_sizes
     problems.append(("not loadable", info.get("error_msgs")))
     lines = [f"{len(names)} {kind}: {sorted(map(str, names))}" for kind, names in problems if names]
     if lines:
-        raise ValueError(f"The checkpoint {source} does not fit the model. Tensors " + "; ".join(lines) + ".")
+        raise OpenVLAValueError(f"The checkpoint {source} does not fit the model. Tensors " + "; ".join(lines) + ".")
 
 
 def _refuse_removed_keywords(kwargs: dict[str, Any]) -> None:
     """Explain load_in_8bit and load_in_4bit where transformers no longer takes them."""
     old = next((name for name in ("load_in_8bit", "load_in_4bit") if kwargs.get(name)), None)
     if old and not TRANSFORMERS_4:
-        raise TypeError(
+        raise OpenVLATypeError(
             f"transformers 5 removed {old}=True; pass quantization_config=BitsAndBytesConfig({old}=True) instead."
         )
 

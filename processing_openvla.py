@@ -31,6 +31,7 @@ from .configuration_openvla import (
     write_json,
 )
 from .device_images_openvla import pixels_on
+from .errors_openvla import OpenVLAValueError
 from .images_openvla import (
     IMAGE_PRESETS,
     ImageInput,
@@ -108,7 +109,7 @@ class OpenVLAImageProcessor(MarksCode, BaseImageProcessor):
     ) -> None:
         super().__init__(**kwargs)
         if image_resize_strategy not in IMAGE_RESIZE_STRATEGIES:
-            raise ValueError(
+            raise OpenVLAValueError(
                 f"Image resize strategy {image_resize_strategy!r} is not supported. Allowed: {IMAGE_RESIZE_STRATEGIES}."
             )
         self.use_fused_vision_backbone = use_fused_vision_backbone
@@ -119,10 +120,10 @@ class OpenVLAImageProcessor(MarksCode, BaseImageProcessor):
         self.stds = [(0.5, 0.5, 0.5)] * len(self.input_sizes) if stds is None else stds
         unknown = set(self.interpolations) - set(RESAMPLING)
         if unknown:
-            raise ValueError(f"Unknown interpolations {sorted(unknown)}. Allowed: {list(RESAMPLING)}.")
+            raise OpenVLAValueError(f"Unknown interpolations {sorted(unknown)}. Allowed: {list(RESAMPLING)}.")
         counts = {field: len(getattr(self, field)) for field in ("input_sizes", "interpolations", "means", "stds")}
         if len(set(counts.values())) > 1:
-            raise ValueError(f"Every field needs one entry a tower, got {counts}.")
+            raise OpenVLAValueError(f"Every field needs one entry a tower, got {counts}.")
 
         naive = image_resize_strategy == "resize-naive"
         self.tvf_resize_params = tvf_resize_params or [
@@ -237,7 +238,7 @@ class OpenVLAProcessor(MarksCode, PushToHub, ProcessorMixin):
         image_preset: str | None = None,
     ) -> None:
         if prompt_style is not None and prompt_style not in PROMPTS:
-            raise ValueError(f"Unknown prompt_style {prompt_style!r}. Allowed: {list(PROMPTS)}.")
+            raise OpenVLAValueError(f"Unknown prompt_style {prompt_style!r}. Allowed: {list(PROMPTS)}.")
         _require_image_preset(image_preset)
         super().__init__(image_processor, tokenizer)
         self.prompt_style = prompt_style
@@ -323,10 +324,12 @@ class OpenVLAProcessor(MarksCode, PushToHub, ProcessorMixin):
         """
         require_used(instruction, images, padding, truncation, max_length, device)
         if (text is None) == (instruction is None):
-            raise ValueError("Give exactly one of text (the whole prompt) and instruction (what the robot should do).")
+            raise OpenVLAValueError(
+                "Give exactly one of text (the whole prompt) and instruction (what the robot should do)."
+            )
         if instruction is not None:
             if images is None:
-                raise ValueError("An instruction needs an image: processor(instruction=..., images=...).")
+                raise OpenVLAValueError("An instruction needs an image: processor(instruction=..., images=...).")
             inputs = self._tokenized_instructions(instruction, padding, max_length, return_tensors)
         else:
             inputs = tokenized_text(
@@ -354,7 +357,7 @@ class OpenVLAProcessor(MarksCode, PushToHub, ProcessorMixin):
         if cameras > 1 and (rows > 1 or nested):
             counts = [len(row) if isinstance(row, (list, tuple)) else 1 for row in images]
             if counts != [cameras] * rows:
-                raise ValueError(
+                raise OpenVLAValueError(
                     f"The model takes {cameras} images a prompt: give {rows} lists of {cameras} images, got {counts}."
                 )
             images = [image for row in images for image in row]
@@ -365,7 +368,7 @@ class OpenVLAProcessor(MarksCode, PushToHub, ProcessorMixin):
         pixel_values = self.image_processor(images, return_tensors=return_tensors, device=device)["pixel_values"]
         if len(pixel_values) != rows * cameras:
             each = "one" if cameras == 1 else f"{cameras} (as a list, in the order of training)"
-            raise ValueError(
+            raise OpenVLAValueError(
                 f"Batch is malformed: {rows} prompts but {len(pixel_values)} images; give each prompt {each}."
             )
         _, channels, height, width = np.shape(pixel_values)
@@ -383,7 +386,7 @@ class OpenVLAProcessor(MarksCode, PushToHub, ProcessorMixin):
 
     def _require_prompt_style(self) -> None:
         if self.prompt_style is None:
-            raise ValueError(
+            raise OpenVLAValueError(
                 "This processor does not know its checkpoint's prompt; set processor.prompt_style to one of "
                 f"{list(PROMPTS)} and processor.empty_token_id, or pass the whole prompt as text."
             )
@@ -398,7 +401,7 @@ class OpenVLAProcessor(MarksCode, PushToHub, ProcessorMixin):
         """Ids and mask of prompts, the empty token at the end of every row before any padding."""
         instructions = as_list(instruction)
         if not instructions:
-            raise ValueError("Got an empty list of instructions.")
+            raise OpenVLAValueError("Got an empty list of instructions.")
         instructions = [bare_instruction(one) for one in instructions]
         self._require_prompt_style()
         rows = tokenized_prompts(self.tokenizer, self.prompt_style, instructions)
@@ -410,13 +413,15 @@ class OpenVLAProcessor(MarksCode, PushToHub, ProcessorMixin):
             (math.inf if max_length is None else max_length, "max_length"),
         )
         if longest > limit:
-            raise ValueError(f"A prompt has {longest} tokens, more than {name}={limit}; shorten the instruction.")
+            raise OpenVLAValueError(
+                f"A prompt has {longest} tokens, more than {name}={limit}; shorten the instruction."
+            )
         length = max_length if padding == "max_length" and max_length is not None else longest
         if any(len(row) != length for row in rows):
             if padding is False or padding == "do_not_pad":
-                raise ValueError("The instructions have different lengths; they need padding=True.")
+                raise OpenVLAValueError("The instructions have different lengths; they need padding=True.")
             if self.tokenizer.pad_token_id is None:
-                raise ValueError("The tokenizer has no padding token; set tokenizer.pad_token for a batch.")
+                raise OpenVLAValueError("The tokenizer has no padding token; set tokenizer.pad_token for a batch.")
         left = self.tokenizer.padding_side == "left"
         input_ids, attention_mask = [], []
         for row in rows:
@@ -468,7 +473,9 @@ class PrismaticProcessor(OpenVLAProcessor):
 
 def _require_image_preset(image_preset: str | None) -> None:
     if image_preset is not None and image_preset not in IMAGE_PRESETS:
-        raise ValueError(f"Unknown image_preset {image_preset!r}. Allowed: None, or one of {list(IMAGE_PRESETS)}.")
+        raise OpenVLAValueError(
+            f"Unknown image_preset {image_preset!r}. Allowed: None, or one of {list(IMAGE_PRESETS)}."
+        )
 
 
 def _as_float32(values: Sequence[float]) -> list[float]:

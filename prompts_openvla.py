@@ -14,6 +14,7 @@ import numpy as np
 from transformers.utils import logging
 
 from .configuration_openvla import PROMPTS
+from .errors_openvla import OpenVLAValueError
 
 logger = logging.get_logger(__name__)
 
@@ -52,32 +53,34 @@ def bare_instruction(instruction: Any) -> str:
             written into a prompt again.
     """
     if isinstance(instruction, bytes):
-        raise ValueError(f"The instruction must be text, got bytes: {instruction!r}; decode them: .decode('utf-8').")
+        raise OpenVLAValueError(
+            f"The instruction must be text, got bytes: {instruction!r}; decode them: .decode('utf-8')."
+        )
     if not isinstance(instruction, str):
-        raise ValueError(f"The instruction must say something, got {instruction!r}.")
+        raise OpenVLAValueError(f"The instruction must say something, got {instruction!r}.")
     return _checked(instruction)
 
 
 @functools.lru_cache(maxsize=1024)  # a robot is told the same at every step
 def _checked(instruction: str) -> str:
     if not any(unicodedata.category(sign)[0] in "LNS" for sign in instruction):
-        raise ValueError(f"The instruction must say something, got {instruction!r}.")
+        raise OpenVLAValueError(f"The instruction must say something, got {instruction!r}.")
     _require_characters(instruction)
     if NO_TEXT.search(instruction):
-        raise ValueError(
+        raise OpenVLAValueError(
             f"The instruction holds what no text has (a control character, a byte-order mark or U+FFFD): "
             f"{ascii(instruction[:SHOWN_CHARACTERS])}. Give plain text: cut padding of zero bytes, and read files as "
             "encoding='utf-8-sig'."
         )
     text = _normal(instruction)
     if WRITTEN_BYTES.fullmatch(text):
-        raise ValueError(
+        raise OpenVLAValueError(
             f"The instruction is what Python shows of bytes or of a list: {instruction[:SHOWN_CHARACTERS]!r}. Give the "
             "text itself: decode bytes with .decode('utf-8'), take the one entry of a list or an array."
         )
     asks = any(question in text for question in QUESTIONS)
     if asks or text.startswith(OPENINGS) or any(re.search(rf"(^|\W){re.escape(end)}$", text) for end in ENDINGS):
-        raise ValueError(
+        raise OpenVLAValueError(
             f"The instruction is a whole prompt, or a part of one: {instruction[:SHOWN_CHARACTERS]!r}. The trained "
             "prompt is written around it, so give what the robot should do alone, such as 'pick up the red block'. "
             "(The processor takes a prompt that is whole as text=.)"
@@ -87,7 +90,7 @@ def _checked(instruction: str) -> str:
 
 def _require_characters(text: str) -> None:
     if half := re.search("[\ud800-\udfff]", text):
-        raise ValueError(
+        raise OpenVLAValueError(
             f"The text {text!r:.200} holds half of a surrogate pair ({half[0]!r}), which is no character and must be "
             "left out."
         )
@@ -114,7 +117,7 @@ def whole_prompts(text: Any, style: str | None) -> str | list[str]:
     """
     prompts = as_list(text)
     if wrong := [one for one in prompts if not isinstance(one, str) or not one] or [prompts] * (not prompts):
-        raise ValueError(f"text must be a whole prompt or a list of them, at least one, got {wrong[0]!r:.200}.")
+        raise OpenVLAValueError(f"text must be a whole prompt or a list of them, at least one, got {wrong[0]!r:.200}.")
     for one in prompts:
         _require_characters(one)
         normal = _normal(one)
@@ -148,7 +151,9 @@ def tokenized_text(
     if tensors is not None:
         rows = {name: [row] for name, row in rows.items()} if isinstance(text, str) else rows
         if len(lengths := sorted({len(row) for row in rows["input_ids"]})) > 1:
-            raise ValueError(f"The prompts have different lengths in tokens ({lengths}); they need padding=True.")
+            raise OpenVLAValueError(
+                f"The prompts have different lengths in tokens ({lengths}); they need padding=True."
+            )
     return rows
 
 
@@ -193,7 +198,7 @@ def require_bos(tokenizer: Any, style: str | None, input_ids: Any, attention_mas
     for row, mask in zip(input_ids, attention_mask) if nested else [(input_ids, attention_mask)]:
         first = next((int(token) for token, seen in zip(row, mask) if seen), None)
         if first != bos:
-            raise ValueError(
+            raise OpenVLAValueError(
                 f"A prompt starts with token {first} instead of BOS ({bos}), behind which the model puts the "
                 "image. Use processor(instruction=...), which writes the trained prompt. If it says this too, the "
                 "tokenizer's files were probably re-saved by another transformers version; use the original ones."

@@ -12,6 +12,7 @@ from typing import Any
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard
 
 from .actions_openvla import NORMALIZATIONS, dimension_labels
+from .errors_openvla import OpenVLATypeError, OpenVLAValueError
 from .saved_folder_openvla import ADAPTER_CONFIG_FILE, INDEX_FILE, LAYOUTS, SHARD, SINGLE_FILE, unused_weights
 
 CARD_FILE = "README.md"
@@ -31,12 +32,12 @@ def require_adapter_keywords(kwargs: dict[str, Any]) -> None:
     """
     unknown = sorted(set(kwargs) - set(SAVE_KEYWORDS))
     if unknown:
-        raise TypeError(f"save_pretrained takes no {', '.join(unknown)}; allowed: {list(SAVE_KEYWORDS)}.")
+        raise OpenVLATypeError(f"save_pretrained takes no {', '.join(unknown)}; allowed: {list(SAVE_KEYWORDS)}.")
     wanted = {"push_to_hub": False, "safe_serialization": True, "variant": None, "save_peft_format": True}
     wanted["distributed_checkpoint"] = False
     for name, value in wanted.items():
         if kwargs.get(name, value) not in (value, None):
-            raise ValueError(
+            raise OpenVLAValueError(
                 f"{name}={kwargs[name]!r} has no effect on a model with an adapter; leave it out (merge_lora() gives a "
                 "whole model, push_to_hub() uploads either)."
             )
@@ -90,12 +91,14 @@ class PushToHub:
             huggingface_hub.errors.HfHubHTTPError: The Hub refused, for want of a token or of rights.
         """
         if safe_serialization is False:
-            raise ValueError("safe_serialization=False would upload a pickle, which can run code; leave it out.")
+            raise OpenVLAValueError("safe_serialization=False would upload a pickle, which can run code; leave it out.")
         if use_temp_dir is False:
-            raise ValueError("use_temp_dir=False would leave a folder here; leave it out, or call save_pretrained too.")
+            raise OpenVLAValueError(
+                "use_temp_dir=False would leave a folder here; leave it out, or call save_pretrained too."
+            )
         unknown = {name: value for name, value in unknown.items() if value is not None}
         if unknown:
-            raise TypeError(
+            raise OpenVLATypeError(
                 f"push_to_hub takes no {', '.join(sorted(unknown))}. Give an organization in repo_id "
                 "('organization/name') and a token as token."
             )
@@ -145,7 +148,7 @@ def push_folder(
     api = HfApi(token=token)
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
     if private is not None and bool(api.model_info(repo_id).private) is not private:
-        raise ValueError(
+        raise OpenVLAValueError(
             f"{repo_id} exists and is {'public' if private else 'private'}; private={private} is for a new repository. "
             "Change it in its settings on the Hub, or leave private out. Nothing was uploaded."
         )
@@ -155,7 +158,7 @@ def push_folder(
     there = set(api.list_repo_files(repo_id, revision=revision))
     own, other = (LAYOUTS, (ADAPTER_CONFIG_FILE,)) if {*LAYOUTS} & {*files} else ((ADAPTER_CONFIG_FILE,), LAYOUTS)
     if {*own} & {*files} and {*other} & there:
-        raise ValueError(
+        raise OpenVLAValueError(
             f"{repo_id} holds {min({*other} & there)}, which could not be told from {min({*own} & {*files})}: an "
             "adapter and whole weights need a repository or a branch each. Give another one. Nothing was uploaded."
         )
@@ -169,7 +172,7 @@ def push_folder(
     elif tags and written:
         card = ModelCard.load(files.get(CARD_FILE) or api.hf_hub_download(repo_id, CARD_FILE, revision=revision))
     elif tags:
-        raise ValueError(
+        raise OpenVLAValueError(
             f"tags go into a model's card, and {repo_id} has none; push the model first, or leave them out."
         )
     if card is not None:

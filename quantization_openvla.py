@@ -17,6 +17,7 @@ from transformers.utils import logging as transformers_logging
 
 from .compatibility_openvla import DTYPE_FIELD, QUANTIZES_ON_CPU
 from .configuration_openvla import hub_keywords
+from .errors_openvla import OpenVLAImportError, OpenVLAValueError
 from .heads_openvla import HEAD_MODULES
 
 # Never quantised: what turns features into embeddings, hidden states into logits and actions. transformers matches such
@@ -58,13 +59,13 @@ def quantization_config(
         ImportError: bitsandbytes is not installed, or this transformers cannot use it on this machine.
     """
     if bits not in (4, 8) or isinstance(bits, bool):
-        raise ValueError(f"bits must be 8 or 4, got {bits!r}; leave the quantization out for full precision.")
+        raise OpenVLAValueError(f"bits must be 8 or 4, got {bits!r}; leave the quantization out for full precision.")
     if quant_type not in (None, *QUANT_TYPES):
-        raise ValueError(f"quant_type must be one of {list(QUANT_TYPES)}, got {quant_type!r}.")
+        raise OpenVLAValueError(f"quant_type must be one of {list(QUANT_TYPES)}, got {quant_type!r}.")
     of_4_bits = {"double_quant": double_quant, "quant_type": quant_type, "compute_dtype": compute_dtype}
     unused = [name for name, value in of_4_bits.items() if value is not None]
     if bits == 8 and unused:
-        raise ValueError(f"{', '.join(unused)}: of 4 bits only, leave it out; 8-bit weights compute in float16.")
+        raise OpenVLAValueError(f"{', '.join(unused)}: of 4 bits only, leave it out; 8-bit weights compute in float16.")
     require_bitsandbytes()
     kept = [*UNQUANTIZED_MODULES] if towers else [VISION_TOWERS, *UNQUANTIZED_MODULES]
     if bits == 8:
@@ -93,10 +94,10 @@ def _cpu_has_bfloat16() -> bool:
 def require_bitsandbytes() -> None:
     """Raise ImportError where bitsandbytes is missing, or this transformers would fail with it half-way."""
     if importlib.util.find_spec("bitsandbytes") is None:
-        raise ImportError("8- and 4-bit weights need bitsandbytes: pip install 'openvla[quant]'")
+        raise OpenVLAImportError("8- and 4-bit weights need bitsandbytes: pip install 'openvla[quant]'")
     accelerators = [torch.cuda, getattr(torch, "xpu", None)]
     if not QUANTIZES_ON_CPU and not any(kind is not None and kind.is_available() for kind in accelerators):
-        raise ImportError(
+        raise OpenVLAImportError(
             f"transformers {transformers.__version__} cannot use bitsandbytes without a GPU; install transformers 4.53 "
             "or later, or load in full precision. No weight was read."
         )
@@ -138,7 +139,7 @@ def prepare_quantization(name_or_path: str | os.PathLike | None, kwargs: dict[st
         asked = asked or {"quant_method": "bitsandbytes"}
     stored = None if name_or_path is None else stored_quantization(name_or_path, kwargs)
     if asked is not None and stored is not None:
-        raise ValueError(
+        raise OpenVLAValueError(
             f"{name_or_path} is already quantised; leave quantization_config (or bits) out, or load the checkpoint "
             "that it was made from."
         )
@@ -175,7 +176,7 @@ class QuantizedModelMixin:
         """
         wrong = [name for name, module in self.named_modules() if not _has_its_scales(module)]
         if wrong:
-            raise ValueError(f"The checkpoint lacks quantisation scales of {len(wrong)} modules: {wrong}.")
+            raise OpenVLAValueError(f"The checkpoint lacks quantisation scales of {len(wrong)} modules: {wrong}.")
         if getattr(self, "is_loaded_in_8bit", False):
             bitsandbytes_log = logging.getLogger("bitsandbytes.autograd._functions")
             if _not_the_float16_line not in bitsandbytes_log.filters:
@@ -199,7 +200,7 @@ class QuantizedModelMixin:
                 continue
             loaded = getattr(module, "loaded_quant_state", None)
             if loaded is None:
-                raise ValueError(
+                raise OpenVLAValueError(
                     "These 4-bit weights were repacked for the CPU before this model could keep their scales, so they "
                     "can no longer be saved or trained exactly; load them again with from_pretrained."
                 )
@@ -228,7 +229,7 @@ class QuantizedModelMixin:
             here = next(self.parameters()).device
             moves = device is not None and (device.type, device.index or 0) != (here.type, here.index or 0)
             if moves or dtype is not None:
-                raise ValueError(
+                raise OpenVLAValueError(
                     f"A quantised model stays on the device and in the dtype that it was loaded with ({here}); load it "
                     "where it should be, from_pretrained(..., device_map={'': 'cuda'}), and leave .to() out."
                 )

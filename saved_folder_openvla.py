@@ -19,6 +19,8 @@ from typing import Any
 
 from transformers.utils import logging
 
+from .errors_openvla import OpenVLAImportError, OpenVLAValueError
+
 logger = logging.get_logger(__name__)
 
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
@@ -50,7 +52,7 @@ def require_one_code(module: str) -> None:
     wrong = [name for name in loaded if getattr(sys.modules[name], MARK, None) != own]
     if wrong:
         files = sorted(f"{name.rpartition('.')[2]}.py" for name in wrong)
-        raise ImportError(
+        raise OpenVLAImportError(
             f"The code files do not fit each other: {', '.join(files)} were not saved with "
             f"{module.rpartition('.')[2]}.py. If they are of another folder of the same name "
             f"({package.rpartition('.')[2]}) that this process has loaded, load this one in a new process, or rename "
@@ -134,7 +136,7 @@ def refuse_two_kinds(folder: str | os.PathLike) -> None:
     """Raise ValueError where a local folder holds both an adapter and whole weights, of which one would be ignored."""
     weights = [name for name in LAYOUTS if os.path.isfile(os.path.join(folder, name))]
     if weights and os.path.isfile(os.path.join(folder, ADAPTER_CONFIG_FILE)):
-        raise ValueError(
+        raise OpenVLAValueError(
             f"{folder} holds an adapter ({ADAPTER_CONFIG_FILE}) and whole weights ({weights[0]}); which of them is "
             "meant cannot be told. Move the adapter's files (adapter_*, openvla_adapter.json) to a folder of their own."
         )
@@ -150,7 +152,7 @@ def require_own_kind(folder: str | os.PathLike, is_adapter: bool) -> None:
     there = [name for name in names if os.path.isfile(os.path.join(folder, name))]
     if there:
         kinds = ("an adapter", "whole weights") if is_adapter else ("whole weights", "an adapter")
-        raise ValueError(
+        raise OpenVLAValueError(
             f"{folder} holds {kinds[1]} ({there[0]}), and {kinds[0]} beside it could not be told from it when it is "
             "loaded. Give another folder, or delete those files first."
         )

@@ -15,6 +15,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from .configuration_openvla import PrismaticConfig
+from .errors_openvla import OpenVLAValueError
 from .graphs_openvla import beside
 
 
@@ -246,7 +247,7 @@ class PrismaticVisionBackbone(nn.Module):
         self.embed_dim = sum(tower.embed_dim for tower in towers)
         self.take(config)
         if len({tower.num_patches for tower in towers}) > 1:
-            raise ValueError(
+            raise OpenVLAValueError(
                 "Both vision towers must give the same number of patches, got "
                 f"{[tower.num_patches for tower in towers]} from {config.timm_model_ids}."
             )
@@ -292,12 +293,14 @@ class PrismaticVisionBackbone(nn.Module):
         size, images = self.featurizer.image_size, self.num_images
         if pixel_values.ndim != 4 or tuple(pixel_values.shape[1:]) != (images * self.num_channels, size, size):
             cameras = f" ({images} images of {self.num_channels} channels each)" if images > 1 else ""
-            raise ValueError(
+            raise OpenVLAValueError(
                 f"pixel_values must have shape (batch, {images * self.num_channels}, {size}, {size}){cameras}, "
                 f"got {tuple(pixel_values.shape)}; make them with the checkpoint's own processor."
             )
         if self.film and condition is None:
-            raise ValueError("The vision towers have FiLM and need the instruction's embedding; use predict_action.")
+            raise OpenVLAValueError(
+                "The vision towers have FiLM and need the instruction's embedding; use predict_action."
+            )
         if images > 1:
             pixel_values = pixel_values.unflatten(1, (images, self.num_channels)).flatten(0, 1)
         if self.fused_featurizer is None:
@@ -340,22 +343,28 @@ def _architecture(
     overrides = {name: value for name, value in overrides.items() if name != "img_size"}
     known = {field.name for field in fields(TowerArchitecture)}
     if timm_id not in ARCHITECTURES and not known <= set(overrides):
-        raise ValueError(
+        raise OpenVLAValueError(
             f"Unknown timm_model_ids entry {timm_id!r}. Allowed: {sorted(ARCHITECTURES)}, or any other whose "
             f"timm_model_kwargs give all of {sorted(known)}."
         )
     if activation not in ACTIVATIONS:
-        raise ValueError(f"Unknown activation {activation!r}. Allowed: {list(ACTIVATIONS)}.")
+        raise OpenVLAValueError(f"Unknown activation {activation!r}. Allowed: {list(ACTIVATIONS)}.")
     if not set(overrides) <= known:
-        raise ValueError(
+        raise OpenVLAValueError(
             f"Unknown timm_model_kwargs {sorted(set(overrides) - known)} for {timm_id}. "
             f"Allowed: {sorted(known | {'img_size'})}."
         )
     arch = replace(ARCHITECTURES.get(timm_id, TowerArchitecture()), **overrides)
     if arch.embed_dim % arch.num_heads:
-        raise ValueError(f"{timm_id}: embed_dim {arch.embed_dim} is not a multiple of num_heads {arch.num_heads}.")
+        raise OpenVLAValueError(
+            f"{timm_id}: embed_dim {arch.embed_dim} is not a multiple of num_heads {arch.num_heads}."
+        )
     if arch.depth < 2:
-        raise ValueError(f"{timm_id}: depth must be at least 2 to have a second-to-last block, got {arch.depth}.")
+        raise OpenVLAValueError(
+            f"{timm_id}: depth must be at least 2 to have a second-to-last block, got {arch.depth}."
+        )
     if image_size < arch.patch_size:
-        raise ValueError(f"{timm_id}: image size {image_size} is smaller than one patch of {arch.patch_size} pixels.")
+        raise OpenVLAValueError(
+            f"{timm_id}: image size {image_size} is smaller than one patch of {arch.patch_size} pixels."
+        )
     return arch

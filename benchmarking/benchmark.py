@@ -30,6 +30,7 @@ from tqdm.auto import tqdm
 from ..compatibility_openvla import DTYPE_FIELD
 from ..configuration_openvla import write_json
 from ..decoding_openvla import decode_greedily
+from ..errors_openvla import OpenVLAImportError, OpenVLAValueError
 from ..fast_openvla import decode_fast, fuse
 from ..graphs_openvla import recorded
 from ..inference.cpu_prepack import multiplies, prepack
@@ -74,9 +75,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Measure, print, write; returns the exit status."""
     if (args.reference is None) != (args.reference_python is None):
-        raise ValueError("--reference (the code) and --reference-python (what runs it) belong together.")
+        raise OpenVLAValueError("--reference (the code) and --reference-python (what runs it) belong together.")
     if args.pairs < 1 or args.inputs < 1:
-        raise ValueError("--pairs and --inputs must be at least 1.")
+        raise OpenVLAValueError("--pairs and --inputs must be at least 1.")
     args.rows = args.rows or [row for row in (*ROWS, "preprocessing") if row != "batch" or _on_gpu(args.device)]
     torch.set_num_threads(args.threads)
     report: dict[str, Any] = {"machine": machine(args), "rows": [], "not run": not_run(args)}
@@ -403,7 +404,7 @@ def draw(report: dict[str, Any], file: Path) -> None:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError('A picture needs matplotlib: pip install "openvla[plot]".') from error
+        raise OpenVLAImportError('A picture needs matplotlib: pip install "openvla[plot]".') from error
     rows = [row for row in report["rows"] if row["row"] == ACTION]
     panels = list(dict.fromkeys((row["size"], row["dtype"]) for row in rows))
     figure = Figure(figsize=(9, 2.6 * len(panels)), layout="constrained")

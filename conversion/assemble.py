@@ -47,6 +47,7 @@ from ..configuration_openvla import (
     OpenVLAConfig,
     PrismaticConfig,
 )
+from ..errors_openvla import OpenVLAFileExistsError, OpenVLAImportError, OpenVLAValueError
 from ..processing_openvla import OpenVLAProcessor
 from ..vision_openvla import ARCHITECTURES, PrismaticProjector, TowerArchitecture, VisionTower
 from .convert import DTYPES, PAD_TOKEN, require_fit
@@ -123,11 +124,11 @@ def assemble(
     """
     target, shard_bytes = Path(target), parse_size(max_shard_size)
     if target.exists() and not overwrite:
-        raise FileExistsError(f"{target} exists; give another name, or --overwrite to replace it.")
+        raise OpenVLAFileExistsError(f"{target} exists; give another name, or --overwrite to replace it.")
     if len(towers) not in (1, 2):
-        raise ValueError(f"A model has one or two vision towers, got {len(towers)}: {list(towers)}.")
+        raise OpenVLAValueError(f"A model has one or two vision towers, got {len(towers)}: {list(towers)}.")
     if vlm and norm_stats is not None:
-        raise ValueError("Action statistics belong to a model with actions; leave out --vlm or --norm-stats.")
+        raise OpenVLAValueError("Action statistics belong to a model with actions; leave out --vlm or --norm-stats.")
     _timm()  # before anything is downloaded
     folder = local_folder(llm)
     tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="right")
@@ -156,7 +157,7 @@ def _timm() -> Any:
     try:
         import timm
     except (ImportError, RuntimeError) as error:  # RuntimeError: a torchvision that was built for another torch
-        raise ImportError(
+        raise OpenVLAImportError(
             "openvla assemble takes its towers from timm, which cannot be imported here: pip install 'openvla[timm]', "
             f"with the torchvision that belongs to your torch. ({error})"
         ) from error
@@ -170,9 +171,9 @@ def _create(name: str, **kwargs: Any) -> nn.Module:
         model = timm.create_model(name, num_classes=0, **kwargs)
     except (AssertionError, RuntimeError) as error:
         reason = str(error) or "it does not know this kind of id"
-        raise ValueError(f"timm {timm.__version__} cannot make {name!r}: {reason}") from error
+        raise OpenVLAValueError(f"timm {timm.__version__} cannot make {name!r}: {reason}") from error
     if not isinstance(model, timm.models.vision_transformer.VisionTransformer):
-        raise ValueError(f"{name} is a {type(model).__name__}; a tower must be a VisionTransformer of timm.")
+        raise OpenVLAValueError(f"{name} is a {type(model).__name__}; a tower must be a VisionTransformer of timm.")
     return model.eval()
 
 
@@ -188,7 +189,7 @@ def _towers(names: Sequence[str], image_size: int | None) -> tuple[list[nn.Modul
     modules, activations = [], []
     for name, cfg in zip(names, cfgs):
         if not any(cfg.get(source) for source in ("url", "file", "hf_hub_id")):
-            raise ValueError(f"timm knows no pretrained weights of {name!r}; name a tag that has some.")
+            raise OpenVLAValueError(f"timm knows no pretrained weights of {name!r}; name a tag that has some.")
         # The reference's rule: OpenAI's CLIPs were trained with QuickGELU, which timm does not say of them.
         override = {"act_layer": "quick_gelu"} if cfg.get("tag") == "openai" else {}
         modules.append(_create(name, pretrained=True, img_size=size, **override))
@@ -224,7 +225,7 @@ def _known_id(cfg: Mapping[str, Any]) -> str:
 def _activation(module: nn.Module, name: str) -> str | None:
     kind = type(module.blocks[0].mlp.act).__name__
     if kind not in ("GELU", "QuickGELU"):
-        raise ValueError(f"{name} has the activation {kind}; a tower here has GELU or QuickGELU.")
+        raise OpenVLAValueError(f"{name} has the activation {kind}; a tower here has GELU or QuickGELU.")
     return "quick_gelu" if kind == "QuickGELU" else None
 
 
@@ -261,7 +262,7 @@ def _require_same_pixels(module: nn.Module, config: PrismaticConfig, images: Any
     ours = {name: getattr(images, f"{name}s")[index] for name in ("mean", "std", "interpolation")}
     differing = [f"{name} {own[name]}, not {ours[name]}" for name in ours if tuple(own[name]) != tuple(ours[name])]
     if differing:
-        raise ValueError(
+        raise OpenVLAValueError(
             f"The tower {config.timm_model_ids[index]} was pretrained on images of {'; '.join(differing)}, which this "
             "package's image processor would give it. Take another tower, or correct the pretrained_cfg in its "
             "config.json if that is wrong."
@@ -278,13 +279,13 @@ def _require_same_features(module: nn.Module, config: PrismaticConfig, index: in
     try:
         ours.load_state_dict(_tower_tensors(module), assign=True)
     except RuntimeError as error:
-        raise ValueError(f"{timm_id} is not a plain ViT, which is all that this package has: {error}") from error
+        raise OpenVLAValueError(f"{timm_id} is not a plain ViT, which is all that this package has: {error}") from error
     pixels = torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         expected = module.get_intermediate_layers(pixels, n={len(module.blocks) - 2})[0]
         difference = float((ours(pixels) - expected).abs().max())
     if difference != 0:
-        raise ValueError(f"{timm_id}: this package's features differ from timm's by up to {difference}.")
+        raise OpenVLAValueError(f"{timm_id}: this package's features differ from timm's by up to {difference}.")
 
 
 def _tower_tensors(module: nn.Module) -> dict[str, torch.Tensor]:
@@ -295,9 +296,9 @@ def _text_config(folder: Path) -> dict[str, Any]:
     """The language model's own configuration, without what belongs to its folder."""
     fields = AutoConfig.from_pretrained(folder).to_dict()
     if fields["model_type"] not in LLM_MODEL_TYPES:
-        raise ValueError(f"{folder} is a {fields['model_type']} model. Allowed: {list(LLM_MODEL_TYPES)}.")
+        raise OpenVLAValueError(f"{folder} is a {fields['model_type']} model. Allowed: {list(LLM_MODEL_TYPES)}.")
     if fields.get("quantization_config"):
-        raise ValueError(f"{folder} is quantised; training starts from whole weights.")
+        raise OpenVLAValueError(f"{folder} is quantised; training starts from whole weights.")
     own = ("_name_or_path", "architectures", "auto_map", "dtype", "torch_dtype", "transformers_version")
     return {name: value for name, value in fields.items() if name not in own}
 
@@ -305,7 +306,7 @@ def _text_config(folder: Path) -> dict[str, Any]:
 def _vocabulary(text: dict[str, Any], tokenizer: Any, extra_tokens: bool) -> dict[str, Any]:
     """Padding token and embedding rows as the reference gives them: fields of the configuration."""
     if extra_tokens and tokenizer.add_tokens(EXTRA_TOKENS) != len(EXTRA_TOKENS):
-        raise ValueError(f"The tokenizer already has some of {EXTRA_TOKENS[0]} to {EXTRA_TOKENS[-1]}.")
+        raise OpenVLAValueError(f"The tokenizer already has some of {EXTRA_TOKENS[0]} to {EXTRA_TOKENS[-1]}.")
     end_of_bins = len(tokenizer) if extra_tokens else tokenizer.vocab_size
     if tokenizer.pad_token is None:
         tokenizer.add_special_tokens({"pad_token": PAD_TOKEN})
@@ -340,7 +341,7 @@ def _require_opening(processor: OpenVLAProcessor) -> None:
     size = processor.image_processor.input_sizes[0][-1]
     ids = processor(instruction="move", images=Image.new("RGB", (size, size)))["input_ids"][0]
     if int(ids[0]) not in processor.tokenizer.all_special_ids:
-        raise ValueError(
+        raise OpenVLAValueError(
             f"The prompt {processor.prompt('move')!r} opens with token {int(ids[0])}, behind which the image would "
             "stand; choose a --prompt-style that opens with a special token of this language model, one of "
             f"{processor.tokenizer.all_special_tokens}."

@@ -9,6 +9,7 @@ import psutil
 import torch
 
 from ..configuration_openvla import PrismaticConfig
+from ..errors_openvla import OpenVLAValueError
 from ..loading import MODEL_CLASSES
 from ..parallel_openvla import with_action_slots
 from .safetensors_io import weight_files
@@ -41,11 +42,11 @@ def compare_forward(folder: Path, tensors: Mapping[str, torch.Tensor], config: P
     model.load_state_dict(tensors, strict=not config.tie_word_embeddings)
     theirs = _output(model, config)
     if not torch.isfinite(ours).all():
-        raise ValueError(f"The forward pass of {folder} is not finite; its weights hold NaN or infinity.")
+        raise OpenVLAValueError(f"The forward pass of {folder} is not finite; its weights hold NaN or infinity.")
     compared = "actions" if getattr(config, "action_head", None) else "logits"
     if not torch.equal(ours, theirs):
         differing = (ours != theirs).sum().item()
-        raise ValueError(f"{differing} of {ours.numel()} {compared} differ between the source and {folder}.")
+        raise OpenVLAValueError(f"{differing} of {ours.numel()} {compared} differ between the source and {folder}.")
     return f"forward compared: {ours.numel()} {compared} equal in every bit"
 
 

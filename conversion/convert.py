@@ -41,6 +41,7 @@ from transformers import AutoTokenizer
 from ..adapter_files_openvla import base_of, require_not_merged
 from ..compatibility_openvla import DTYPE_FIELD
 from ..configuration_openvla import ANSWER_FIELDS, PLATFORMS, OpenVLAConfig, PrismaticConfig, write_json
+from ..errors_openvla import OpenVLAFileExistsError, OpenVLAFileNotFoundError, OpenVLAValueError
 from ..heads_openvla import belongs_to_answer
 from ..images_openvla import IMAGE_PRESETS
 from ..loading import MODEL_CLASSES
@@ -191,15 +192,17 @@ def convert(
     """
     name, target = os.fspath(source), Path(target)
     if target.exists() and not overwrite:
-        raise FileExistsError(f"{target} exists; give another name, or --overwrite to replace it.")
+        raise OpenVLAFileExistsError(f"{target} exists; give another name, or --overwrite to replace it.")
     source = local_folder(name, checkpoint=checkpoint, revision=revision, token=token)
     kind = kind_of(source)
     print(f"{name}: {kind}")
     if reverse and kind == "native run":
-        raise ValueError(f"{source} is already in the native layout.")
+        raise OpenVLAValueError(f"{source} is already in the native layout.")
     answer = {"preset": preset, "num_images": num_images, "parallel_decoding": parallel_decoding}
     if kind == "native run" and any(answer.values()):
-        raise ValueError(f"{source} is a native run; --preset, --num-images and --parallel-decoding are for OFT.")
+        raise OpenVLAValueError(
+            f"{source} is a native run; --preset, --num-images and --parallel-decoding are for OFT."
+        )
     with appearing_whole(target) as folder:
         if reverse:
             oft = read_json(source / "config.json").get("parallel_decoding")
@@ -232,7 +235,7 @@ def kind_of(source: Path) -> str:
     if fields.get("model_type") in MODEL_CLASSES:
         parts = ", ".join(path.name for path in part_files(source).values())
         return f"Hub folder with {parts}" if parts else "Hub folder"
-    raise ValueError(
+    raise OpenVLAValueError(
         f'{source}/config.json is neither a native Prismatic run\'s ("vla" or "model") nor that of a model of type '
         f"{sorted(MODEL_CLASSES)}."
     )
@@ -256,7 +259,7 @@ def require_fit(found: Mapping[str, tuple[int, ...]], config: PrismaticConfig, s
     }
     lines = [f"{len(names)} {kind}: {names}" for kind, names in problems.items() if names]
     if lines:
-        raise ValueError(f"{source} does not fit its configuration. Tensors " + "; ".join(lines) + ".")
+        raise OpenVLAValueError(f"{source} does not fit its configuration. Tensors " + "; ".join(lines) + ".")
 
 
 def _write_hub(
@@ -422,7 +425,7 @@ def _write_native(source: Path, folder: Path) -> Converted:
     wrong += [name for name, tensor in read_tensors(files) if kinds.get(name) != (tensor.dtype, tensor.shape)]
     if wrong:
         names = [to_native_name(name, config) for name in wrong]
-        raise ValueError(f"{written}: {names} do not equal {wrong} of {source}. The disk may be failing.")
+        raise OpenVLAValueError(f"{written}: {names} do not equal {wrong} of {source}. The disk may be failing.")
     return again, config
 
 
@@ -436,7 +439,7 @@ def _write_oft(source: Path, folder: Path) -> Converted:
     again = read_parts(part_files(folder), next(iter(tensors.values())).dtype)
     wrong = [n for n, t in again.items() if not torch.equal(t.view(torch.uint8), tensors[n].view(torch.uint8))]
     if wrong:
-        raise ValueError(f"{folder}: {wrong} differ from {source}. The disk may be failing.")
+        raise OpenVLAValueError(f"{folder}: {wrong} differ from {source}. The disk may be failing.")
     plain = {name: value for name, value in read_json(source / "config.json").items() if name not in ANSWER_FIELDS}
     OpenVLAProcessor.from_pretrained(source).save_pretrained(folder)
     write_surroundings(folder, OpenVLAConfig.from_dict(plain))
@@ -451,7 +454,7 @@ def _tokenizer(source: Path, given: str | os.PathLike | None, config: PrismaticC
         ValueError: Its padding token is not the model's.
     """
     if given is None and not any((source / name).is_file() for name in TOKENIZER_FILES):
-        raise FileNotFoundError(
+        raise OpenVLAFileNotFoundError(
             f"No tokenizer lies in {source}; pass the language model's own, --tokenizer DIR_OR_ID (here that of "
             f"{config.hf_llm_id}). Another one would give other prompts, and other actions."
         )
@@ -459,7 +462,7 @@ def _tokenizer(source: Path, given: str | os.PathLike | None, config: PrismaticC
     if tokenizer.pad_token is None:
         tokenizer.add_special_tokens({"pad_token": PAD_TOKEN})
     if tokenizer.pad_token_id != config.pad_token_id:
-        raise ValueError(
+        raise OpenVLAValueError(
             f"The tokenizer pads with {tokenizer.pad_token_id} but the model with {config.pad_token_id}; this is not "
             f"the tokenizer of {config.hf_llm_id}."
         )

@@ -16,6 +16,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ..errors_openvla import OpenVLAValueError
+
 O_DIRECT = getattr(os, "O_DIRECT", 0)  # Linux has it
 BLOCK = 1 << 16  # O_DIRECT starts and ends at multiples of a disk's block, which is 512 or 4096 bytes, seldom more
 PIECE = 1 << 24  # bytes per read or write; each reader or writer has two buffers
@@ -142,7 +144,9 @@ def _read(file: io.FileIO, buffer: memoryview, start: int, end: int) -> memoryvi
     while found < wanted:
         count = file.readinto(buffer[found : -(-wanted // BLOCK) * BLOCK])
         if not count:
-            raise ValueError(f"{file.name} ends at byte {first + found}, before {end}. Copy it again from its source.")
+            raise OpenVLAValueError(
+                f"{file.name} ends at byte {first + found}, before {end}. Copy it again from its source."
+            )
         found += count
     return buffer[start - first : wanted]
 

@@ -9,6 +9,7 @@ from pathlib import Path, PurePosixPath
 from huggingface_hub import HfApi
 from huggingface_hub.utils import RepositoryNotFoundError, RevisionNotFoundError
 
+from ..errors_openvla import OpenVLAFileNotFoundError, OpenVLAValueError
 from ..publishing_openvla import UNSAFE_SUFFIXES
 from .oft_format import ADAPTER_FOLDER, PART_FILE
 from .prismatic_format import CHECKPOINT_FOLDER, choose_checkpoint
@@ -39,19 +40,19 @@ def local_folder(
     path = Path(source)
     if path.exists():
         if revision is not None:
-            raise ValueError(f"--revision goes with a Hub id; {source} is a folder here.")
+            raise OpenVLAValueError(f"--revision goes with a Hub id; {source} is a folder here.")
         return path
     if not HUB_ID.fullmatch(os.fspath(source)):
-        raise FileNotFoundError(f"No folder at {source}, and that is no Hub id (organization/name).")
+        raise OpenVLAFileNotFoundError(f"No folder at {source}, and that is no Hub id (organization/name).")
     organization, name, *inside = os.fspath(source).split("/")
     repo_id, under = f"{organization}/{name}", "/".join(inside)
     api = HfApi(token=token)
     try:
         names = api.list_repo_files(repo_id, revision=revision)
     except RevisionNotFoundError as error:
-        raise FileNotFoundError(f"{repo_id} on the Hub has no revision {revision!r}.") from error
+        raise OpenVLAFileNotFoundError(f"{repo_id} on the Hub has no revision {revision!r}.") from error
     except RepositoryNotFoundError as error:
-        raise FileNotFoundError(
+        raise OpenVLAFileNotFoundError(
             f"No folder at {source}, and no repository {repo_id} on the Hub that this token may read; for a private or "
             "gated one pass --token, or run hf auth login."
         ) from error
@@ -64,7 +65,7 @@ def _needed(names: list[str], under: str, checkpoint: str | None) -> list[str]:
     inside = [PurePosixPath(name) for name in names if not under or name.startswith(f"{under}/")]
     beside = [path for path in inside if path.parent == PurePosixPath(under)]
     if not beside:
-        raise FileNotFoundError(f"The repository has no folder {under!r}; there is {sorted({*names})[:20]}.")
+        raise OpenVLAFileNotFoundError(f"The repository has no folder {under!r}; there is {sorted({*names})[:20]}.")
     wanted = [path for path in beside if path.suffix not in UNSAFE_SUFFIXES or PART_FILE.fullmatch(path.name)]
     if not any(path.name == "config.json" for path in beside):  # no whole model: OFT's unmerged adapter
         wanted += [path for path in inside if path.parent == PurePosixPath(under, ADAPTER_FOLDER)]

@@ -30,6 +30,7 @@ from ..adapter_files_openvla import (
     weights_digest,
 )
 from ..configuration_openvla import OpenVLAConfig
+from ..errors_openvla import OpenVLAFileExistsError, OpenVLAValueError
 from ..heads_openvla import belongs_to_answer
 from ..inference.policy import without_weights
 from ..modeling_openvla import STATISTICS_FILE
@@ -98,13 +99,13 @@ def merge(
     """
     target = Path(target)
     if target.exists() and not overwrite:
-        raise FileExistsError(f"{target} exists; give another name, or --overwrite to replace it.")
+        raise OpenVLAFileExistsError(f"{target} exists; give another name, or --overwrite to replace it.")
     lora = read_adapter(adapter)
     source, revision = (str(base), None) if base else base_of(adapter, {})
     folder = local_folder(source, revision=revision)
     fields = read_json(folder / "config.json")
     if fields.get("quantization_config"):
-        raise ValueError(f"{source} is quantised; give the plain checkpoint that it was made from with --base.")
+        raise OpenVLAValueError(f"{source} is quantised; give the plain checkpoint that it was made from with --base.")
     config = OpenVLAConfig.from_dict(fields)
     files = weight_files(folder)
     tensors = dict(read_tensors(files))
@@ -118,10 +119,12 @@ def merge(
         config.set_answer(**lora.answer)
         tensors.update(_heads(lora, config, next(iter(tensors.values())).dtype))
     if (lora.answer or config.answer) != config.answer:
-        raise ValueError(f"{adapter} answers as {lora.answer}, {source} as {config.answer}.")
+        raise OpenVLAValueError(f"{adapter} answers as {lora.answer}, {source} as {config.answer}.")
     missing = sorted({*(f"{name}.weight" for name in lora.adapted), *lora.whole} - set(tensors))
     if missing:
-        raise ValueError(f"{adapter} does not fit {source}, which lacks {len(missing)} of its tensors: {missing[:3]}.")
+        raise OpenVLAValueError(
+            f"{adapter} does not fit {source}, which lacks {len(missing)} of its tensors: {missing[:3]}."
+        )
     if lora.base and lora.base.get("quantization"):
         print(quantized_merge_note(lora.base))
     own_statistics = statistics or beside_or_above(adapter, STATISTICS_FILE)

@@ -12,6 +12,7 @@ import torch
 
 from ..adapter_files_openvla import LoraAdapter, read_adapter
 from ..configuration_openvla import ANSWER_FIELDS, PLATFORMS, OpenVLAConfig
+from ..errors_openvla import OpenVLAValueError
 from ..heads_openvla import FILM_LAYER, HEAD_MODULES, belongs_to_answer
 from .safetensors_io import read_pickle
 from .torch_archive import require_intact
@@ -48,9 +49,11 @@ def part_files(folder: Path, step: str | None = None) -> dict[str, Path]:
     chosen = {}
     for part, by_step in found.items():
         if step is None and len(by_step) > 1:
-            raise ValueError(f"{folder} holds several {part} files; pass --checkpoint, one of {sorted(by_step)}.")
+            raise OpenVLAValueError(
+                f"{folder} holds several {part} files; pass --checkpoint, one of {sorted(by_step)}."
+            )
         if step is not None and step not in by_step:
-            raise ValueError(f"{folder} holds no {part} of {step!r}; there is {sorted(by_step)}.")
+            raise OpenVLAValueError(f"{folder} holds no {part} of {step!r}; there is {sorted(by_step)}.")
         chosen[part] = by_step[step] if step is not None else next(iter(by_step.values()))
     return chosen
 
@@ -90,7 +93,7 @@ def _towers(content: Mapping[str, torch.Tensor], file: Path) -> Tensors:
             tensor = tensor.float() + lora.scaling * (up @ down)
         tensors[FILM_BLOCK.sub(r"\1.", name.replace(".base_layer.", "."))] = tensor
     if not any(name.startswith(f"{TOWERS_PART}.") for name in tensors):
-        raise ValueError(f"{file} holds no towers: {list(content)[:3]}.")
+        raise OpenVLAValueError(f"{file} holds no towers: {list(content)[:3]}.")
     return tensors
 
 
@@ -122,13 +125,13 @@ def read_answer(
     seen = _seen(tensors)
     if not (seen or parallel_decoding or overrides.get("parallel_decoding")):
         if preset or num_images:
-            raise ValueError(
+            raise OpenVLAValueError(
                 f"{source} holds no part files of OFT; --preset and --num-images are for those, or pass "
                 "--parallel-decoding for a model that answers a chunk of tokens in parallel."
             )
         return None
     if preset is not None and preset not in PLATFORMS:
-        raise ValueError(f"Unknown preset {preset!r}; allowed: {list(PLATFORMS)}.")
+        raise OpenVLAValueError(f"Unknown preset {preset!r}; allowed: {list(PLATFORMS)}.")
     given = {**PLATFORMS.get(preset, {}), **{n: v for n, v in overrides.items() if n in ANSWER_FIELDS}}
     if num_images is not None:
         given["num_images_in_input"] = num_images
@@ -138,7 +141,7 @@ def read_answer(
         if name in seen and given.get(name, seen[name]) != seen[name]
     ]
     if wrong:
-        raise ValueError(f"{source} contradicts --preset {preset} or the overrides: {', '.join(wrong)}.")
+        raise OpenVLAValueError(f"{source} contradicts --preset {preset} or the overrides: {', '.join(wrong)}.")
     if "proprio_dim" not in seen:
         given.pop("proprio_dim", None)  # a preset's; this model was trained without
     answer = {"parallel_decoding": True, **given, **seen}
@@ -146,7 +149,7 @@ def read_answer(
     if missing:
         ask = ["--num-images N (cameras it was trained on)"] if "num_images_in_input" in missing else []
         ask += [f"--preset ({', '.join(PLATFORMS)})"] if {*missing} - {"num_images_in_input"} else []
-        raise ValueError(
+        raise OpenVLAValueError(
             f"{source} does not say {', '.join(missing)}; pass {' and '.join(ask)}, or give them by --config-overrides."
         )
     return answer

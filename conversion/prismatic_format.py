@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from ..configuration_openvla import LLM_BACKBONES, PROMPTS, OpenVLAConfig, PrismaticConfig
+from ..errors_openvla import OpenVLAFileNotFoundError, OpenVLAValueError
 from ..modeling_openvla import STATISTICS_FILE
 from .safetensors_io import read_pickle
 
@@ -158,7 +159,7 @@ def to_native_name(hub: str, config: PrismaticConfig) -> str:
     for old, new in renames(config):
         if hub.startswith(new):
             return re.sub(r"(\.ls[12])\.scale_factor$", r"\1.gamma", old + hub.removeprefix(new))
-    raise ValueError(f"Tensor {hub!r} has no place in the native layout.")
+    raise OpenVLAValueError(f"Tensor {hub!r} has no place in the native layout.")
 
 
 def choose_checkpoint(names: Iterable[str], wanted: str | None) -> str:
@@ -170,7 +171,7 @@ def choose_checkpoint(names: Iterable[str], wanted: str | None) -> str:
     there = sorted(names)
     files = [name for name in there if name.endswith(".pt") and wanted in (None, name)]
     if not files:
-        raise FileNotFoundError(f"{CHECKPOINT_FOLDER} holds no {wanted or '*.pt'}; there is {there}.")
+        raise OpenVLAFileNotFoundError(f"{CHECKPOINT_FOLDER} holds no {wanted or '*.pt'}; there is {there}.")
     if wanted is None and CHECKPOINT_FILE in files:
         return CHECKPOINT_FILE
     return max(files, key=lambda name: int((re.search(r"step-(\d+)", name) or [0, 0])[1]))
@@ -182,7 +183,7 @@ def native_file(source: Path, checkpoint: str | None) -> Path:
     try:
         return folder / choose_checkpoint([file.name for file in folder.glob("*")], checkpoint)
     except FileNotFoundError as error:
-        raise FileNotFoundError(f"{source}: {error}") from error
+        raise OpenVLAFileNotFoundError(f"{source}: {error}") from error
 
 
 def native_tensors(file: Path) -> dict[str, torch.Tensor]:
@@ -190,10 +191,10 @@ def native_tensors(file: Path) -> dict[str, torch.Tensor]:
     model = read_pickle(file).get("model")
     if not isinstance(model, dict) or any(name not in model for name in COMPONENTS):
         got = sorted(model) if isinstance(model, dict) else "no 'model'"
-        raise ValueError(f"{file} is no native checkpoint: it needs model/{', '.join(COMPONENTS)}, got {got}.")
+        raise OpenVLAValueError(f"{file} is no native checkpoint: it needs model/{', '.join(COMPONENTS)}, got {got}.")
     surplus = [name for name, part in model.items() if name not in COMPONENTS and len(part)]
     if surplus:
-        raise ValueError(f"{file} holds parts that this model does not have: {surplus}.")
+        raise OpenVLAValueError(f"{file} holds parts that this model does not have: {surplus}.")
     return {
         f"{component}.{name.removeprefix('module.')}": tensor
         for component in COMPONENTS
@@ -210,7 +211,7 @@ def native_config(source: Path, tensors: Mapping[str, torch.Tensor], overrides: 
         fields = {**COMMON, **BASE_VLMS[_base_vlm(source, vla.get("base_vlm"))]}
         _bins_are_extra(source, vla, fields["llm_backbone_id"])
         if fields["llm_backbone_id"].endswith(CHAT_ENDINGS) and "prompt_style" not in overrides:
-            raise ValueError(
+            raise OpenVLAValueError(
                 f"{source}: {fields['llm_backbone_id']} was asked through its chat template, which is none of the "
                 f"prompts known here ({list(PROMPTS)}). If the run used one of them, give prompt_style by "
                 "--config-overrides."
@@ -218,18 +219,18 @@ def native_config(source: Path, tensors: Mapping[str, torch.Tensor], overrides: 
     else:
         missing = [name for name in COMMON if name not in native["model"]]
         if missing:
-            raise ValueError(f"{source}/config.json: 'model' lacks {missing}.")
+            raise OpenVLAValueError(f"{source}/config.json: 'model' lacks {missing}.")
         fields = {name: native["model"][name] for name in COMMON}
     _require_one_image(source, native.get("vla") or native["model"])
     if fields["arch_specifier"].endswith("linear"):
-        raise ValueError(f"A projector of kind {fields['arch_specifier']!r} has no place in the Hub's model.")
+        raise OpenVLAValueError(f"A projector of kind {fields['arch_specifier']!r} has no place in the Hub's model.")
     backbone, text_overrides = fields["llm_backbone_id"], overrides.get("text_config", {})
     known = TEXT_CONFIGS.get(text_overrides.get("model_type") or LLM_BACKBONES.get(backbone, (None, None))[1], {})
     pad = {name: value for name, value in {**known, **overrides}.items() if name == "pad_token_id"}
     heads = text_overrides.get("num_attention_heads") or ATTENTION_HEADS.get(backbone, COMMON_ATTENTION_HEADS)
     text_config = {**_sizes(tensors, heads), **known, **pad, **text_overrides}
     if text_config.get("pad_token_id", 0) >= text_config["vocab_size"]:
-        raise ValueError(
+        raise OpenVLAValueError(
             f"The checkpoint's embedding has {text_config['vocab_size']} rows, none for {backbone}'s padding token "
             f"{text_config['pad_token_id']}; if its vocabulary is another, give pad_token_id by --config-overrides."
         )
@@ -247,7 +248,7 @@ def _sizes(tensors: Mapping[str, torch.Tensor], heads: int) -> dict[str, Any]:
     inner = first.get("mlp.gate_proj.weight", first.get("mlp.fc1.weight"))
     key = first.get("self_attn.k_proj.weight")
     if embedding is None or inner is None or key is None:
-        raise ValueError("The checkpoint's language model has no embedding or no first layer.")
+        raise OpenVLAValueError("The checkpoint's language model has no embedding or no first layer.")
     layers = {
         int(name.removeprefix(f"{prefix}layers.").split(".")[0]) for name in tensors if f"{prefix}layers." in name
     }
@@ -272,13 +273,13 @@ def _base_vlm(source: Path, given: Any) -> str:
     for known in BASE_VLMS:
         if name in (known, known.replace("+", "-")):  # the latter on the Hub, which allows no "+"
             return known
-    raise ValueError(f"{source}/config.json: unknown base_vlm {given!r}. Known: {sorted(BASE_VLMS)}.")
+    raise OpenVLAValueError(f"{source}/config.json: unknown base_vlm {given!r}. Known: {sorted(BASE_VLMS)}.")
 
 
 def _require_one_image(source: Path, vla: Mapping[str, Any]) -> None:
     count, wrist = vla.get("image_sequence_len", 1), vla.get("use_wrist_image", False)
     if count != 1 or wrist:
-        raise ValueError(
+        raise OpenVLAValueError(
             f"{source} was trained on {count} images at a time (image_sequence_len={count}, use_wrist_image={wrist}); "
             "this package gives a model one image so far, which would not be what it saw. Convert a run with "
             "image_sequence_len=1."
@@ -293,14 +294,14 @@ def _bins_are_extra(source: Path, vla: Mapping[str, Any], backbone: str) -> bool
     """
     name = vla.get("action_tokenizer", "action_tokenizer")
     if name not in ACTION_TOKENIZERS:
-        raise ValueError(
+        raise OpenVLAValueError(
             f"{source} was trained with the action tokenizer {name!r}; this package decodes {list(ACTION_TOKENIZERS)} "
             "so far. Tokens of a VQ tokenizer are codes of a vector-quantised autoencoder: read as bins they would be "
             "wrong actions."
         )
     extra = ACTION_TOKENIZERS[name]
     if extra and not backbone.endswith("-extra"):
-        raise ValueError(f"{source}: {name!r} needs the <|extra_i|> tokens, which {backbone} does not have.")
+        raise OpenVLAValueError(f"{source}: {name!r} needs the <|extra_i|> tokens, which {backbone} does not have.")
     return extra
 
 
@@ -322,7 +323,7 @@ def fit_vocabulary(source: Path, config: PrismaticConfig, tokenizer: Any) -> Non
     size, rows = len(tokenizer), config.text_config.vocab_size
     ends = tokenizer.convert_tokens_to_ids([EXTRA_TOKENS[0], EXTRA_TOKENS[-1]])
     if padded(size) != rows or (extra and ends != [size - len(EXTRA_TOKENS), size - 1]):
-        raise ValueError(
+        raise OpenVLAValueError(
             f"A tokenizer of {size} tokens (with those that {config.llm_backbone_id} adds) has {padded(size)} rows in "
             f"the embedding, but the checkpoint has {rows}; this is not the tokenizer of {config.hf_llm_id}."
         )
@@ -331,7 +332,7 @@ def fit_vocabulary(source: Path, config: PrismaticConfig, tokenizer: Any) -> Non
         extra = _bins_are_extra(source, native["vla"], config.llm_backbone_id)
     rest = rows - (size if extra else tokenizer.vocab_size)
     if config.pad_to_multiple_of not in (rest, VOCABULARY_MULTIPLE):  # the latter is the configuration's default
-        raise ValueError(
+        raise OpenVLAValueError(
             f"pad_to_multiple_of is overridden as {config.pad_to_multiple_of}, but was {rest} in training."
         )
     config.pad_to_multiple_of = rest
@@ -351,7 +352,7 @@ def without_tied_head(tensors: Mapping[str, torch.Tensor], config: PrismaticConf
     if not config.tie_word_embeddings or not {HEAD, EMBEDDING} <= set(tensors):
         return dict(tensors)
     if not torch.equal(tensors[HEAD], tensors[EMBEDDING]):
-        raise ValueError(
+        raise OpenVLAValueError(
             f"{config.hf_llm_id} ties its head to its embedding, but {HEAD} and {EMBEDDING} differ; the checkpoint is "
             "damaged, or was not made by the reference's code."
         )
@@ -376,7 +377,7 @@ def native_run_config(config: PrismaticConfig) -> dict[str, Any]:
         return {"model": fields}
     base = next((name for name in sorted(BASE_VLMS) if {**COMMON, **BASE_VLMS[name]} == fields), None)
     if base is None:
-        raise ValueError(f"No base_vlm of the reference's registry has {fields}.")
+        raise OpenVLAValueError(f"No base_vlm of the reference's registry has {fields}.")
     if config.text_config.model_type != "qwen2":
         return {"vla": {"base_vlm": base}}
     extra = config.llm_backbone_id.endswith("-extra") and config.pad_to_multiple_of < VOCABULARY_MULTIPLE
@@ -393,11 +394,11 @@ def read_json(path: Path) -> dict[str, Any]:
         ValueError: It holds no JSON object.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"{path.parent} has no {path.name}.")
+        raise OpenVLAFileNotFoundError(f"{path.parent} has no {path.name}.")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}.") from error
+        raise OpenVLAValueError(f"{path} is not JSON: {error}.") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold a JSON object, got {type(content).__name__}.")
+        raise OpenVLAValueError(f"{path} must hold a JSON object, got {type(content).__name__}.")
     return content

@@ -20,6 +20,7 @@ from pathlib import Path
 
 from ..adapter_files_openvla import ADAPTER_CONFIG_FILE, read_adapter
 from ..configuration_openvla import OpenVLAConfig
+from ..errors_openvla import OpenVLAValueError
 from ..loading import MODEL_CLASSES
 from ..publishing_openvla import CARD_FILE, publishable, push_folder
 from ..saved_folder_openvla import refuse_two_kinds
@@ -131,11 +132,13 @@ def require_complete(folder: Path) -> None:
     """
     fields = read_json(folder / "config.json")
     if fields.get("model_type") not in MODEL_CLASSES:
-        raise ValueError(f"{folder} holds a model of type {fields.get('model_type')!r}, not {sorted(MODEL_CLASSES)}.")
+        raise OpenVLAValueError(
+            f"{folder} holds a model of type {fields.get('model_type')!r}, not {sorted(MODEL_CLASSES)}."
+        )
     code = {f"{reference.split('.')[0]}.py" for reference in (fields.get("auto_map") or {}).values()}
     shipped = {path.name for path in Path(__file__).parents[1].glob("*_openvla.py")}
     if not code or not code <= shipped:
-        raise ValueError(
+        raise OpenVLAValueError(
             f"{folder} carries the old remote code ({sorted(code) or 'no auto_map'}), for transformers 4.40.1 "
             f"only. Make it current first: openvla upgrade {folder} NEW_DIR."
         )
@@ -146,14 +149,14 @@ def require_complete(folder: Path) -> None:
     if not alone and not any((folder / name).is_file() for name in TOKENIZER_FILES):
         missing.append("a tokenizer")
     if missing:
-        raise ValueError(
+        raise OpenVLAValueError(
             f"{folder} is not complete: {missing} missing. Save both parts into it: model.save_pretrained(DIR) and "
             "processor.save_pretrained(DIR)."
         )
     refuse_two_kinds(folder)
     config = MODEL_CLASSES[fields["model_type"]].config_class.from_dict(fields)
     if isinstance(config, OpenVLAConfig) and not config.norm_stats:
-        raise ValueError(
+        raise OpenVLAValueError(
             f"{folder} has no action statistics, without which nobody can act with it: "
             "model.add_norm_stats(key, statistics), then save it again."
         )

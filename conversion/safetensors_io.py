@@ -19,6 +19,7 @@ from safetensors import safe_open
 from tqdm import tqdm
 
 from ..configuration_openvla import write_json
+from ..errors_openvla import OpenVLAValueError
 from ..saved_folder_openvla import INDEX_FILE, PICKLED_FILE, PICKLED_INDEX_FILE, SINGLE_FILE, warn_of_two_sets
 from .direct_io import PIECE, DirectWriter, Place, read_spans
 from .torch_archive import damaged_record, is_archive, mapped_to_read, require_intact
@@ -51,7 +52,7 @@ def read_pickle(path: Path) -> dict[str, Any]:
         head = file.read(len(LEGACY_MAGIC))
     if not mapped and head != LEGACY_MAGIC:
         reason = "it is empty" if not head else "it is truncated, or no PyTorch checkpoint"
-        raise ValueError(f"{path} cannot be read: {reason}. Copy it again from its source.")
+        raise OpenVLAValueError(f"{path} cannot be read: {reason}. Copy it again from its source.")
     name = str(path)  # before torch 2.3 a Path cannot be mapped
     try:
         return torch.load(name, map_location="cpu", mmap=mapped, weights_only=True)
@@ -61,10 +62,10 @@ def read_pickle(path: Path) -> dict[str, Any]:
             return mapped_to_read(path)
         code = re.search(r"(?:GLOBAL|Unsupported class) ([\w.]+\w)", first)
         if code:
-            raise ValueError(
+            raise OpenVLAValueError(
                 f"{path} holds code, {code[1]}, not only tensors; it was not run. Ask its author for tensors alone."
             ) from error
-        raise ValueError(f"{path} is damaged: {first[:300]}. Copy it again from its source.") from error
+        raise OpenVLAValueError(f"{path} is damaged: {first[:300]}. Copy it again from its source.") from error
 
 
 def weight_files(folder: Path) -> dict[str, Path]:
@@ -79,7 +80,7 @@ def weight_files(folder: Path) -> dict[str, Path]:
         return dict.fromkeys(_names(single), single)
     if index.is_file():
         return _indexed(index)
-    raise ValueError(
+    raise OpenVLAValueError(
         f"{folder} holds neither {SINGLE_FILE} nor {INDEX_FILE}; give a folder of whole weights without a variant in "
         "their names. An adapter becomes one with: openvla merge ADAPTER OUT."
     )
@@ -108,7 +109,7 @@ def pickled_tensors(folder: Path) -> dict[str, torch.Tensor]:
     parts = {path: read_pickle(path) for path in set(files.values())}
     missing = sorted(name for name, path in files.items() if name not in parts[path])
     if missing:
-        raise ValueError(f"{index} names tensors that are not in their files: {missing}.")
+        raise OpenVLAValueError(f"{index} names tensors that are not in their files: {missing}.")
     return {name: parts[path][name] for name, path in files.items()}
 
 
@@ -118,14 +119,14 @@ def _indexed(index: Path) -> dict[str, Path]:
     try:
         weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{index} is no index of weight files: {error}.") from error
+        raise OpenVLAValueError(f"{index} is no index of weight files: {error}.") from error
     files = {}
     for name, file in weight_map.items():
         path = folder / file
         if not file or Path(file).name != file:
-            raise ValueError(f"{index} names {file!r}, which lies outside the folder; refused.")
+            raise OpenVLAValueError(f"{index} names {file!r}, which lies outside the folder; refused.")
         if not path.is_file():
-            raise ValueError(f"{index} names {file!r}, which is not there. Download it again.")
+            raise OpenVLAValueError(f"{index} names {file!r}, which is not there. Download it again.")
         files[name] = path
     return files
 
@@ -204,7 +205,9 @@ def require_equal(files: Mapping[str, Path], expected: Mapping[str, str]) -> Non
     found = digests(places_of(files))
     wrong = sorted(name for name in {*found, *expected} if found.get(name) != expected.get(name))
     if wrong:
-        raise ValueError(f"Tensors {wrong} changed or missing in {sorted({str(file) for file in files.values()})}.")
+        raise OpenVLAValueError(
+            f"Tensors {wrong} changed or missing in {sorted({str(file) for file in files.values()})}."
+        )
 
 
 def places_of(files: Mapping[str, Path]) -> dict[str, Place]:
@@ -255,7 +258,7 @@ def parse_size(text: str) -> int:
     """
     number, unit = text[:-2].strip(), text[-2:].upper()
     if unit not in UNITS or not number.replace(".", "", 1).isdigit() or float(number) <= 0:
-        raise ValueError(f"A size looks like 5GB or 500MB, got {text!r}.")
+        raise OpenVLAValueError(f"A size looks like 5GB or 500MB, got {text!r}.")
     return int(float(number) * UNITS[unit])
 
 
@@ -328,7 +331,7 @@ def _require_written(path: Path, header: Mapping[str, Any], written: Mapping[str
         name for name in {*found, *header} if found.get(name) != header.get(name) or same.get(name) != written.get(name)
     )
     if wrong:
-        raise ValueError(f"{path} does not hold what was written: tensors {wrong}. The disk may be failing.")
+        raise OpenVLAValueError(f"{path} does not hold what was written: tensors {wrong}. The disk may be failing.")
 
 
 def _read_header(path: Path) -> tuple[int, dict[str, Any]]:
@@ -378,7 +381,7 @@ def _open(path: Path) -> Any:
     try:
         return safe_open(path, framework="pt")
     except Exception as error:  # safetensors raises its own error class from Rust
-        raise ValueError(f"{path} is no whole safetensors file: {error}. Download it again.") from error
+        raise OpenVLAValueError(f"{path} is no whole safetensors file: {error}. Download it again.") from error
 
 
 def _digest(file: Any) -> str:

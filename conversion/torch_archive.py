@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from ..errors_openvla import OpenVLAValueError
 from .direct_io import PIECE, Place
 
 ZIP_ERRORS = (zipfile.BadZipFile, EOFError, RuntimeError, ValueError, zlib.error)  # by what is damaged
@@ -169,7 +170,7 @@ def _damage_named(path: Path) -> Iterator[None]:
     try:
         yield
     except ZIP_ERRORS as error:
-        raise ValueError(f"{path} is damaged: {error}. Copy it again from its source.") from error
+        raise OpenVLAValueError(f"{path} is damaged: {error}. Copy it again from its source.") from error
 
 
 @contextmanager

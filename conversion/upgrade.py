@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from ..adapter_files_openvla import ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE, read_adapter
+from ..errors_openvla import OpenVLAFileExistsError, OpenVLAFileNotFoundError, OpenVLAValueError
 from ..publishing_openvla import CARD_FILE
 from .convert import (
     TOKENIZER_FILES,
@@ -89,12 +90,12 @@ def run(args: argparse.Namespace) -> int:
     """Upgrade, report, and publish where asked; return the exit status."""
     pushes = args.publish or args.create_pr
     if pushes and (Path(args.source).exists() or args.source.count("/") != 1):
-        raise ValueError(
+        raise OpenVLAValueError(
             f"--publish and --create-pr need a Hub id (organization/name), got {args.source}; for a folder run "
             "openvla publish OUT REPO_ID afterwards."
         )
     if pushes and args.revision and (args.create_pr or COMMIT.fullmatch(args.revision)):
-        raise ValueError(
+        raise OpenVLAValueError(
             "--publish needs a branch as --revision, and --create-pr takes none (it goes to main); got "
             f"{args.revision}. Leave out what does not fit, or run openvla publish OUT REPO_ID afterwards."
         )
@@ -152,14 +153,14 @@ def upgrade(
         OSError: The disk is full.
     """
     if in_place == (target is not None):
-        raise ValueError("An upgrade needs OUT, the folder to write, or --in-place; give one of them.")
+        raise OpenVLAValueError("An upgrade needs OUT, the folder to write, or --in-place; give one of them.")
     if os.path.lexists(Path(source).parent):
         clear_after_killed_runs(Path(os.path.abspath(source)))
     if in_place and not Path(source).is_dir():
-        raise ValueError(f"--in-place is for a folder; {source} is none. Give OUT.")
+        raise OpenVLAValueError(f"--in-place is for a folder; {source} is none. Give OUT.")
     folder = local_folder(source, revision=revision, token=token)
     if not folder.is_dir():
-        raise ValueError(f"{source} is a file; give the folder that it lies in.")
+        raise OpenVLAValueError(f"{source} is a file; give the folder that it lies in.")
     if in_place:
         folder = folder.resolve()
     target = folder if in_place else Path(target)
@@ -177,7 +178,7 @@ def upgrade(
             changed = _differences(folder, new)
             written = dict(set(_state(folder).items()) ^ set(before.items()))
             if written:
-                raise ValueError(_being_written(folder, min(written)))
+                raise OpenVLAValueError(_being_written(folder, min(written)))
             if not in_place:
                 _require_writable(target, folder, overwrite)
     except OSError as error:
@@ -196,22 +197,24 @@ def _require_writable(target: Path, folder: Path, overwrite: bool) -> None:
     """Raise where OUT may not be written, or replaced."""
     here, there = folder.resolve(), Path(os.path.realpath(target))
     if here == there or here in there.parents or there in here.parents:
-        raise ValueError(f"OUT ({target}) must lie beside {folder}, not in it or around it; or use --in-place.")
+        raise OpenVLAValueError(f"OUT ({target}) must lie beside {folder}, not in it or around it; or use --in-place.")
     if not os.path.lexists(target):
         return
     if not overwrite:
-        raise FileExistsError(f"{target} exists; give another name, or --overwrite to replace it.")
+        raise OpenVLAFileExistsError(f"{target} exists; give another name, or --overwrite to replace it.")
     if not (target / "config.json").is_file():
-        raise FileExistsError(f"{target} is no saved folder (no config.json) and is kept; give another name.")
+        raise OpenVLAFileExistsError(f"{target} is no saved folder (no config.json) and is kept; give another name.")
 
 
 def _require_upgradable(folder: Path) -> None:
     """Raise where a folder cannot be upgraded as it is; the message says what to do."""
     temporary = sorted(path.name for path in folder.iterdir() if TEMPORARY.fullmatch(path.name))
     if temporary:
-        raise ValueError(_being_written(folder, temporary[0]))
+        raise OpenVLAValueError(_being_written(folder, temporary[0]))
     if _is_adapter(folder) and not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"{folder} is an adapter of peft alone: it has no config.json and no code to upgrade.")
+        raise OpenVLAFileNotFoundError(
+            f"{folder} is an adapter of peft alone: it has no config.json and no code to upgrade."
+        )
     read_json(folder / "config.json")
     kind = kind_of(folder)
     needs_convert = None
@@ -222,7 +225,7 @@ def _require_upgradable(folder: Path) -> None:
     elif not _is_adapter(folder) and not has_safetensors(folder):
         needs_convert = "holds pytorch_model.bin, which upgrade would have to rewrite"
     if needs_convert:
-        raise ValueError(f"{folder} {needs_convert}; make a folder of it with: openvla convert {folder} OUT.")
+        raise OpenVLAValueError(f"{folder} {needs_convert}; make a folder of it with: openvla convert {folder} OUT.")
 
 
 def _is_adapter(folder: Path) -> bool:
@@ -250,7 +253,7 @@ def _write(source: Path, folder: Path, name: str) -> None:
         try:
             require_equal(files, read_json(source / MANIFEST_FILE)["tensors"])
         except ValueError as error:
-            raise ValueError(
+            raise OpenVLAValueError(
                 f"{str(error).rstrip('.')}; if the weights were changed on purpose, delete {MANIFEST_FILE} and run it "
                 "again."
             ) from error

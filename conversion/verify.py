@@ -7,6 +7,7 @@ import json
 import os
 from pathlib import Path
 
+from ..errors_openvla import OpenVLAFileNotFoundError, OpenVLAValueError
 from .hub_folder import MANIFEST_FILE
 from .safetensors_io import digest_file, require_equal, weight_files
 
@@ -35,11 +36,13 @@ def verify(folder: str | os.PathLike) -> int:
     """
     folder = Path(folder)
     if not (folder / MANIFEST_FILE).is_file():
-        raise FileNotFoundError(f"{folder} has no {MANIFEST_FILE}; only folders that openvla convert wrote have one.")
+        raise OpenVLAFileNotFoundError(
+            f"{folder} has no {MANIFEST_FILE}; only folders that openvla convert wrote have one."
+        )
     manifest = json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8"))
     wrong = [file for file in manifest["files"] if not (folder / file).is_file()]
     wrong += [f for f, sha in manifest["files"].items() if f not in wrong and digest_file(folder / f) != sha]
     if wrong:
-        raise ValueError(f"{folder} is not what was written: {sorted(wrong)} changed or missing.")
+        raise OpenVLAValueError(f"{folder} is not what was written: {sorted(wrong)} changed or missing.")
     require_equal(weight_files(folder), manifest["tensors"])
     return len(manifest["tensors"])

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from ..errors_openvla import OpenVLATypeError, OpenVLAValueError
 from ..images_openvla import (
     CENTER_CROP_AREA,
     as_rounded_bytes,
@@ -79,13 +80,15 @@ class ImageAugmentation:
     def __post_init__(self) -> None:
         """Check the ranges."""
         if not 0 < self.area <= 1:
-            raise ValueError(f"area must lie in (0, 1], got {self.area}.")
+            raise OpenVLAValueError(f"area must lie in (0, 1], got {self.area}.")
         if not self.brightness >= 0 or not 0 <= self.hue <= 1:
-            raise ValueError(f"brightness must be 0 or more and hue 0 to 1, got {self.brightness} and {self.hue}.")
+            raise OpenVLAValueError(
+                f"brightness must be 0 or more and hue 0 to 1, got {self.brightness} and {self.hue}."
+            )
         for name in ("contrast", "saturation"):
             low, high = getattr(self, name)
             if not 0 <= low <= high:
-                raise ValueError(f"{name} must be (lowest, highest), 0 or more, got {(low, high)}.")
+                raise OpenVLAValueError(f"{name} must be (lowest, highest), 0 or more, got {(low, high)}.")
 
     def draw(self, generator: np.random.Generator | torch.Generator) -> AugmentationParameters:
         """Parameters for the frames of one camera. Each call takes six numbers from the generator."""
@@ -261,7 +264,7 @@ def _six_uniform(generator: np.random.Generator | torch.Generator) -> list[float
         return generator.random(6).tolist()
     if isinstance(generator, torch.Generator):
         return torch.rand(6, dtype=torch.float64, generator=generator).tolist()
-    raise TypeError(
+    raise OpenVLATypeError(
         "Randomness must come from a generator of yours, numpy.random.default_rng(seed) or torch.Generator(), got "
         f"{type(generator).__name__}."
     )
@@ -269,6 +272,8 @@ def _six_uniform(generator: np.random.Generator | torch.Generator) -> list[float
 
 def _require_frames(frames: np.ndarray) -> None:
     if not isinstance(frames, np.ndarray) or frames.dtype != np.uint8:
-        raise ValueError(f"Frames must be a uint8 array, got {getattr(frames, 'dtype', type(frames).__name__)}.")
+        raise OpenVLAValueError(f"Frames must be a uint8 array, got {getattr(frames, 'dtype', type(frames).__name__)}.")
     if frames.ndim not in (3, 4) or frames.shape[-1] != 3 or 0 in frames.shape[-3:]:
-        raise ValueError(f"Frames must have shape (height, width, 3) or (steps, height, width, 3), got {frames.shape}.")
+        raise OpenVLAValueError(
+            f"Frames must have shape (height, width, 3) or (steps, height, width, 3), got {frames.shape}."
+        )

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from ..actions_openvla import END_EFFECTOR_DIMENSIONS, nearest_name
+from ..errors_openvla import OpenVLAValueError
 
 _SLICE = re.compile(r"^(?P<name>.*?)(\[(?P<start>-?\d*):(?P<stop>-?\d*)\])?$")
 
@@ -69,11 +70,11 @@ def as_text(value: Any) -> str:
         try:
             value = value.decode("utf-8")
         except UnicodeDecodeError as error:
-            raise ValueError(f"the text {value!r} is not UTF-8 ({error}); give instruction_text") from error
+            raise OpenVLAValueError(f"the text {value!r} is not UTF-8 ({error}); give instruction_text") from error
     if not isinstance(value, str):
-        raise ValueError(f"an instruction must be one text, got {value!r:.200}; give instruction_text")
+        raise OpenVLAValueError(f"an instruction must be one text, got {value!r:.200}; give instruction_text")
     if re.fullmatch(r"b(['\"]).*\1", value.strip(), re.DOTALL):
-        raise ValueError(f"the text {value!r} is the spelling of Python's bytes; it must be stored as text")
+        raise OpenVLAValueError(f"the text {value!r} is the spelling of Python's bytes; it must be stored as text")
     return str(value).strip("\0")
 
 
@@ -130,26 +131,28 @@ def step_order(counters: Mapping[str, np.ndarray], distinct: Iterable[str] = ())
     for name, column in counters.items():
         column = np.asarray(column)
         if column.dtype.kind not in "iufmM" or len(column) != length or column.size != length:
-            raise ValueError(
+            raise OpenVLAValueError(
                 f"{name} must hold one number in each of {length} rows, got {column.dtype} of shape {column.shape}"
             )
         values[name] = column.reshape(-1).astype(np.float64)
     order = np.argsort(values[first], kind="stable")
     for name, column in values.items():
         if not np.isfinite(column).all():
-            raise ValueError(
+            raise OpenVLAValueError(
                 f"{name} is not a number in row {np.argmin(np.isfinite(column))}; the rows must be repaired"
             )
         steps = np.diff(column[order])
         if (steps < 0).any():
             place = int(np.flatnonzero(steps < 0)[0]) + 1
-            raise ValueError(f"{name} goes back at step {place}, in the order of {first}; the rows must be repaired")
+            raise OpenVLAValueError(
+                f"{name} goes back at step {place}, in the order of {first}; the rows must be repaired"
+            )
         if name in ("frame_index", *distinct) and (steps == 0).any():
             twice = column[order][1:][steps == 0][0]
-            raise ValueError(f"{name} {twice:g} is there twice; the rows must be repaired")
+            raise OpenVLAValueError(f"{name} {twice:g} is there twice; the rows must be repaired")
         if name == "frame_index" and (steps > 1).any():
             place = column[order][1:][steps > 1][0]
-            raise ValueError(f"frames are missing before {name} {place:g}; the rows must be repaired")
+            raise OpenVLAValueError(f"frames are missing before {name} {place:g}; the rows must be repaired")
     return None if (np.diff(order) == 1).all() else order
 
 
@@ -256,28 +259,28 @@ class Fields:
         if self.action_mask is not None:
             object.__setattr__(self, "action_mask", tuple(map(bool, self.action_mask)))
         if self.gripper not in GRIPPERS:
-            raise ValueError(f"Unknown gripper {self.gripper!r}. Allowed: {list(GRIPPERS)}.")
+            raise OpenVLAValueError(f"Unknown gripper {self.gripper!r}. Allowed: {list(GRIPPERS)}.")
         if self.channels not in CHANNELS:
-            raise ValueError(f"Unknown channels {self.channels!r}. Allowed: {list(CHANNELS)}.")
+            raise OpenVLAValueError(f"Unknown channels {self.channels!r}. Allowed: {list(CHANNELS)}.")
         for name in ("rotate_180", "drop_noops"):
             if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"The field {name} must be true or false, got {getattr(self, name)!r}.")
+                raise OpenVLAValueError(f"The field {name} must be true or false, got {getattr(self, name)!r}.")
         if self.rotation not in ROTATIONS:
-            raise ValueError(f"Unknown rotation {self.rotation!r}. Allowed: {list(ROTATIONS)}.")
+            raise OpenVLAValueError(f"Unknown rotation {self.rotation!r}. Allowed: {list(ROTATIONS)}.")
         if self.gripper_range is not None:
             ends = np.asarray(self.gripper_range, dtype=object)
             fits = ends.shape == (2,) and all(isinstance(end, numbers.Real) and np.isfinite(end) for end in ends)
             if not fits or ends[0] == ends[1]:
-                raise ValueError(
+                raise OpenVLAValueError(
                     f"gripper_range must be two different numbers, closed and open; got {self.gripper_range}."
                 )
             object.__setattr__(self, "gripper_range", tuple(map(float, self.gripper_range)))
         for name in ("action", "proprio"):
             parts = getattr(self, name)
             if parts and not any(parts):
-                raise ValueError(f"{name} names no column, only zeros; got {parts}.")
+                raise OpenVLAValueError(f"{name} names no column, only zeros; got {parts}.")
         if not self.cameras or not self.action and self.standardize is None:
-            raise ValueError(f"A demonstration needs at least one camera and an action; got {self}.")
+            raise OpenVLAValueError(f"A demonstration needs at least one camera and an action; got {self}.")
 
     def changed(self, config: Mapping[str, Any]) -> Fields:
         """These fields with some replaced, as a configuration file gives them.
@@ -289,7 +292,7 @@ class Fields:
         for key in config:
             if key not in known:
                 near = nearest_name(key, known)
-                raise ValueError(
+                raise OpenVLAValueError(
                     f"Unknown field {key!r}.{f' Did you mean {near!r}?' if near else ''} Allowed: {known}."
                 )
         return dataclasses.replace(self, **config)
@@ -327,7 +330,7 @@ class Fields:
             action = _joined(columns, self.action)
             proprio = _joined(columns, self.proprio) if self.proprio else None
         if proprio is not None and len(proprio) != len(action):
-            raise ValueError(f"{len(action)} actions but {len(proprio)} proprio values")
+            raise OpenVLAValueError(f"{len(action)} actions but {len(proprio)} proprio values")
         action = action[self.skip_first :]
         proprio = None if proprio is None else proprio[self.skip_first :]
         if len(action) and (self.gripper != "as_is" or self.gripper_range):
@@ -343,7 +346,7 @@ class Fields:
             proprio = None if proprio is None else proprio[:-1]
         if self.rotation != "as_is":
             if action.shape[1] != len(END_EFFECTOR_DIMENSIONS):
-                raise ValueError(
+                raise OpenVLAValueError(
                     f"rotation: {self.rotation} needs an action of seven, got {action.shape[1]} dimensions"
                 )
             action = np.concatenate([action[:, :3], ROTATIONS[self.rotation](action[:, 3:6]), action[:, 6:]], axis=1)
@@ -361,7 +364,9 @@ def _column(columns: Mapping[str, np.ndarray], part: str) -> np.ndarray:
     values = np.asarray(columns[match["name"]])
     values = values[:, None] if values.ndim == 1 else values
     if values.ndim != 2 or values.dtype.kind not in "biuf":
-        raise ValueError(f"{match['name']!r} must hold flat numbers a step, got shape {values.shape}, {values.dtype}")
+        raise OpenVLAValueError(
+            f"{match['name']!r} must hold flat numbers a step, got shape {values.shape}, {values.dtype}"
+        )
     return values[:, _slice(match)]
 
 
@@ -374,7 +379,7 @@ def _joined(columns: Mapping[str, np.ndarray], parts: Iterable[str | None]) -> n
     named = {part: _column(columns, part) for part in parts if part}
     lengths = {part: len(values) for part, values in named.items()}
     if len(set(lengths.values())) > 1:
-        raise ValueError(f"columns of different lengths: {lengths}")
+        raise OpenVLAValueError(f"columns of different lengths: {lengths}")
     floats = [values.dtype for values in named.values() if values.dtype.kind == "f"]
     dtype = np.result_type(*floats) if floats else np.float32
     zero = np.zeros((next(iter(lengths.values()), 0), 1), dtype)

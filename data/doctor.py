@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from ..actions_openvla import nearest_name
+from ..errors_openvla import OpenVLAValueError
 from ..inference.robot_conventions import GRIPPER_TOLERANCE
 from .alignment import (
     FEWEST_STEPS,
@@ -390,7 +391,7 @@ def require_names(names: Iterable[str]) -> None:
         if name not in CHECKS:
             near = nearest_name(name, list(CHECKS))
             hint = f" Did you mean {near!r}?" if near else ""
-            raise ValueError(f"Unknown check {name!r} in accept.{hint} Allowed: {list(CHECKS)}.")
+            raise OpenVLAValueError(f"Unknown check {name!r} in accept.{hint} Allowed: {list(CHECKS)}.")
 
 
 def refuse(findings: Mapping[str, Sequence[Finding]], accept: Sequence[str] = (), quiet: bool = False) -> None:
@@ -409,7 +410,7 @@ def refuse(findings: Mapping[str, Sequence[Finding]], accept: Sequence[str] = ()
     if stopping:
         said = "\n".join(f"  {name}: {finding.text()}" for name, finding in stopping)
         flags = " ".join(sorted({f"--accept {finding.check}" for _, finding in stopping}))
-        raise ValueError(
+        raise OpenVLAValueError(
             f"The data cannot be right:\n{said}\nNothing was trained. Change the fields as said, look again with "
             f"openvla inspect-data, or go on all the same with {flags} (accept: [...] in the configuration)."
         )

@@ -22,6 +22,13 @@ import numpy as np
 from PIL import Image
 
 from ..actions_openvla import nearest_name
+from ..errors_openvla import (
+    OpenVLAFileNotFoundError,
+    OpenVLAImportError,
+    OpenVLAIndexError,
+    OpenVLAKeyError,
+    OpenVLAValueError,
+)
 from .columns import NO_COLOURS, Fields, as_text, is_no_camera_name, says_nothing
 from .presets import AUTO, NO_PRESET
 
@@ -29,7 +36,7 @@ from .presets import AUTO, NO_PRESET
 IMAGE, TEXT, NUMBERS, DEPTH = "image", "text", "numbers", "a depth map"
 
 
-class DemonstrationError(ValueError):
+class DemonstrationError(OpenVLAValueError):
     """An episode that cannot be used; the message names its file and its id. ``skip_bad`` goes on after these."""
 
 
@@ -42,7 +49,7 @@ def require(package: str, why: str, install: str = "'openvla[train]'") -> Any:
     try:
         return importlib.import_module(package)
     except ImportError as error:
-        raise ImportError(f"{why} needs {package}: pip install {install} ({error})") from error
+        raise OpenVLAImportError(f"{why} needs {package}: pip install {install} ({error})") from error
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -121,7 +128,7 @@ class Episode:
             DemonstrationError: An image cannot be decoded.
         """
         if not 0 <= index < len(self):
-            raise IndexError(f"Episode {self.id} has steps 0 to {len(self) - 1}, got {index}.")
+            raise OpenVLAIndexError(f"Episode {self.id} has steps 0 to {len(self) - 1}, got {index}.")
         steps = np.arange(index, index + chunk_length)
         return Step(
             images=self.images(index),
@@ -208,7 +215,7 @@ class EpisodeReader(ABC):
             near = nearest_name(column, fitting)
             held = self.passed_over.get(column, self.names.get(column))
             holds = f" (it holds {held})" if held else ""
-            raise KeyError(
+            raise OpenVLAKeyError(
                 f"{self.root}: no column {column!r} of {kind}{holds}."
                 f"{f' Did you mean {near!r}?' if near else ''} There are: {fitting}.{self.preset_note()}"
             )
@@ -298,7 +305,7 @@ class EpisodeReader(ABC):
                 dataset's first one.
         """
         if not 0 <= index < len(self):
-            raise IndexError(f"{self.root} has episodes 0 to {len(self) - 1}, got {index}.")
+            raise OpenVLAIndexError(f"{self.root} has episodes 0 to {len(self) - 1}, got {index}.")
         stored = self._read(index)
         where = f"{stored.source}, episode {stored.id}"
         try:
@@ -329,7 +336,7 @@ class EpisodeReader(ABC):
             images = tuple(stored.image(camera, steps[step]) for camera in cameras)
             for camera, image in zip(cameras, images):
                 if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-                    raise ValueError(f"{camera} is {image.dtype} {image.shape}, not uint8 (height, width, 3)")
+                    raise OpenVLAValueError(f"{camera} is {image.dtype} {image.shape}, not uint8 (height, width, 3)")
             images = tuple(image[..., ::-1] for image in images) if exchanged else images
             return tuple(image[::-1, ::-1] for image in images) if self.fields.rotate_180 else images
 
@@ -371,7 +378,7 @@ class EpisodeReader(ABC):
         if self._dimensions is None:
             next(usable_episodes(self), None)
         if self._dimensions is None:
-            raise ValueError(f"{self.root}: none of its {len(self)} episodes can be used.")
+            raise OpenVLAValueError(f"{self.root}: none of its {len(self)} episodes can be used.")
         return self._dimensions
 
     def digest(self) -> str:
@@ -415,7 +422,7 @@ def decoded_image(data: bytes) -> np.ndarray:
     """A JPEG or PNG as uint8 ``(height, width, 3)``."""
     with Image.open(io.BytesIO(data)) as image:
         if image.mode not in ("RGB", "RGBA", "L", "P"):
-            raise ValueError(f"an image of mode {image.mode} is no camera image")
+            raise OpenVLAValueError(f"an image of mode {image.mode} is no camera image")
         return np.asarray(image.convert("RGB"))
 
 
@@ -451,7 +458,7 @@ def open_demonstrations(
 
     path = Path(path).expanduser()
     if not path.exists():
-        raise FileNotFoundError(f"No dataset at {path}.")
+        raise OpenVLAFileNotFoundError(f"No dataset at {path}.")
     preset = None if str(preset).lower() == NO_PRESET else preset
     if (path / "meta" / "info.json").is_file():
         reader = LeRobotReader(path, preset, fields, name, split)
@@ -461,12 +468,12 @@ def open_demonstrations(
         reader = HDF5Reader(path, files, preset, fields, name, split)
     else:
         there = sorted(entry.name for entry in path.iterdir())[:8] if path.is_dir() else path.name
-        raise ValueError(
+        raise OpenVLAValueError(
             f"{path} is no dataset of a known format. Known: LeRobot v2.1 and v3 (meta/info.json), RLDS "
             f"(features.json and .tfrecord files), HDF5 (.hdf5, .h5). There is: {there}."
         )
     if not len(reader):
-        raise ValueError(f"{path} holds no episode.")
+        raise OpenVLAValueError(f"{path} holds no episode.")
     return reader
 
 
@@ -485,4 +492,4 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is no JSON: {error}.") from error
+        raise OpenVLAValueError(f"{path} is no JSON: {error}.") from error

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from ..actions_openvla import nearest_name
+from ..errors_openvla import OpenVLAValueError
 from .columns import NO_COLOURS, Fields, as_text, dotted, is_no_camera_name
 from .episodes import (
     IMAGE,
@@ -105,11 +106,13 @@ class HDF5Reader(EpisodeReader):
         if split not in ("train", "all", *masks):
             known = sorted({"train", "all", *masks})
             near = nearest_name(split, known)
-            raise ValueError(
+            raise OpenVLAValueError(
                 f"{root} has no split {split!r}.{f' Did you mean {near!r}?' if near else ''} Known: {known}."
             )
         if not self.episodes:
-            raise ValueError(f"{root}: split {split!r} holds no episode; give another of {sorted({'all', *masks})}.")
+            raise OpenVLAValueError(
+                f"{root}: split {split!r} holds no episode; give another of {sorted({'all', *masks})}."
+            )
         readable = [(file, group) for file, group in self.episodes if group is not None]
         if not readable:
             raise DemonstrationError(f"{root}: none of its {len(files)} HDF5 files holds an episode that can be read.")
@@ -127,7 +130,9 @@ class HDF5Reader(EpisodeReader):
         super().__init__(root, name or root.stem, names, merged)
         require_raw_gripper(self, fields)
         if future := [column for column in self.fields.proprio if column and _FUTURE.search(column)]:
-            raise ValueError(f"{root}: proprio names {future}, which followed the action; name what came before it.")
+            raise OpenVLAValueError(
+                f"{root}: proprio names {future}, which followed the action; name what came before it."
+            )
 
     def _seen(self, names: Mapping[str, str]) -> str:
         """Return a sentence that lists the columns from which cameras and action can be chosen."""
@@ -140,7 +145,7 @@ class HDF5Reader(EpisodeReader):
         """Raise ValueError where frames in LIBERO's columns may stand upright, so that turning them would harm."""
         for file in dict.fromkeys(file for file, group in self.episodes if group is not None):
             if doubt := _doubt_of_libero(self.handles[file], file.stem):
-                raise ValueError(
+                raise OpenVLAValueError(
                     f"{file} has LIBERO's columns, but {doubt}: it cannot be told which way up its frames are. Give "
                     "the field rotate_180: true (stored upside down, as LIBERO's) or false (upright); and gripper, "
                     "where it is not LIBERO's -1 open to 1 closed (clipped_inverted)."
@@ -314,13 +319,15 @@ def _groups(file: Any, split: str) -> list[str]:
     if split == "all" or split == "train" and "train" not in masks and not held_out:
         return demos
     if split == "train" and "train" not in masks:
-        raise ValueError(
+        raise OpenVLAValueError(
             f"{file.filename} holds demos out of training by its masks {sorted(masks)}, but has no mask 'train'; give "
             f"split: one of {sorted({'all', *masks})}."
         )
     chosen = {f"data/{name}" for name in masks.get(split, ())}
     if missing := sorted(chosen - set(demos)):
-        raise ValueError(f"{file.filename}: mask {split!r} names {missing}, which is not there; give split: all.")
+        raise OpenVLAValueError(
+            f"{file.filename}: mask {split!r} names {missing}, which is not there; give split: all."
+        )
     return [demo for demo in demos if demo in chosen]
 
 

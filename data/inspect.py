@@ -18,6 +18,7 @@ import numpy as np
 from tqdm import tqdm
 
 from ..actions_openvla import dimension_labels, validate_norm_stats
+from ..errors_openvla import OpenVLAValueError
 from ..inference.predict import import_pyplot
 from .conventions import frozen_frames
 from .doctor import FRAME_STEPS, examine_statistics, shifted_frames
@@ -97,7 +98,7 @@ def _held_statistics(path: Path) -> dict[str, Any] | None:
         if content and all(isinstance(one, dict) and isinstance(one.get("action"), dict) for one in content.values()):
             return content
     if path.suffix == ".json" and path.is_file():
-        raise ValueError(
+        raise OpenVLAValueError(
             f"{path} holds no statistics: it needs {{dataset: {{'action': {{'q01': [...], 'q99': [...]}}}}}}."
         )
     return None
@@ -107,7 +108,7 @@ def _report_statistics(args: argparse.Namespace, held: dict[str, Any]) -> int:
     given = [name for name in ("fields", "out", "skip_bad", "check_images") if getattr(args, name)]
     given += [name for name, default in (("preset", AUTO), ("split", "train")) if getattr(args, name) != default]
     if given:
-        raise ValueError(f"{args.data} holds statistics, not data: {given} must be left out.")
+        raise OpenVLAValueError(f"{args.data} holds statistics, not data: {given} must be left out.")
     validate_norm_stats(held, "q99" if all(one["action"].get("q01") is not None for one in held.values()) else "bounds")
     found = examine_statistics(held)
     if args.json:
@@ -124,7 +125,7 @@ def _fields(text: str | None) -> dict[str, Any] | None:
         return None
     fields = require("yaml", "--fields").safe_load(text)
     if not isinstance(fields, dict):
-        raise ValueError(f"--fields must be a mapping such as '{{gripper: inverted}}', got {text!r}.")
+        raise OpenVLAValueError(f"--fields must be a mapping such as '{{gripper: inverted}}', got {text!r}.")
     return fields
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from ..errors_openvla import OpenVLAValueError
 from .columns import (
     Fields,
     alternative_texts,
@@ -138,7 +139,9 @@ class LeRobotReader(EpisodeReader):
         # Names as they are stored, by the names with dots.
         self.stored = {dotted(feature): feature for feature in features}
         if len(self.stored) < len(features):
-            raise ValueError(f"{root} must name features that differ in more than dots and slashes, got {[*features]}.")
+            raise OpenVLAValueError(
+                f"{root} must name features that differ in more than dots and slashes, got {[*features]}."
+            )
         self.videos = {dotted(feature) for feature in features if features[feature]["dtype"] == "video"}
         names = {public: _kind(features[feature]) for public, feature in self.stored.items()}
         names["task"] = TEXT
@@ -203,7 +206,7 @@ class LeRobotReader(EpisodeReader):
         ]
         text = next((name for name in _TASK_TEXTS if name in texts), texts[0] if len(texts) == 1 else None)
         if text is None:
-            raise ValueError(
+            raise OpenVLAValueError(
                 f"{meta / 'tasks.parquet'} must hold the task's text in a column named one of {_TASK_TEXTS}; its text "
                 f"columns are {texts}. Or give the field instruction or instruction_text."
             )
@@ -221,7 +224,7 @@ class LeRobotReader(EpisodeReader):
         if self.split == "all":
             return rows
         if self.split not in splits:
-            raise ValueError(f"{self.root} has no split {self.split!r}; take one of {[*splits, 'all']}.")
+            raise OpenVLAValueError(f"{self.root} has no split {self.split!r}; take one of {[*splits, 'all']}.")
         kept = {name: _in_range(self.root, name, text, rows) for name, text in splits.items()}
         if outside := len(rows) - len(set().union(*kept.values())):
             warnings.warn(
@@ -256,7 +259,7 @@ class LeRobotReader(EpisodeReader):
         require_numbers(self.root, rows, ["episode_index", "length", *([f"data/{part}" for part in PLACE] * self.v3)])
         counts = Counter(row["episode_index"] for row in rows)
         if twice := sorted(number for number, count in counts.items() if count > 1):
-            raise ValueError(f"{meta} must name every episode once; these are there twice: {twice[:5]}.")
+            raise OpenVLAValueError(f"{meta} must name every episode once; these are there twice: {twice[:5]}.")
         return sorted(rows, key=lambda row: row["episode_index"])
 
     @property
@@ -302,18 +305,18 @@ class LeRobotReader(EpisodeReader):
         index, length, named = row["episode_index"], row["length"], self._data_file(row)
         got = 0
         if not length:
-            raise ValueError("it has no step")
+            raise OpenVLAValueError("it has no step")
         if named.is_file():
             table = self.handles[named].episode(index, columns)
             if len(table) == length:
                 return named, table
             got = len(table)
         if got:
-            raise ValueError(f"the table has {got} rows, meta/episodes says {length}")
+            raise OpenVLAValueError(f"the table has {got} rows, meta/episodes says {length}")
         tables = {file: self.handles[file].episode(index, columns) for file in self._others(index)}
         whole = [file for file, table in tables.items() if len(table) == length]
         if len(whole) != 1:
-            raise ValueError(
+            raise OpenVLAValueError(
                 f"{named} holds no row of it, and {len(whole)} other files all {length}, where it must be one; copy "
                 "the dataset again"
             )
@@ -345,7 +348,7 @@ class LeRobotReader(EpisodeReader):
         try:
             source, table = self._rows(row, list(dict.fromkeys([*needed, *_COUNTERS, *others])))
             if missing := sorted(set(needed) - set(table.column_names)):
-                raise ValueError(f"{missing} missing")
+                raise OpenVLAValueError(f"{missing} missing")
             order = step_order(
                 {name: _numbers(table[name]) for name in _COUNTERS if name in table.column_names},
                 distinct=("timestamp",) if files else (),
@@ -376,7 +379,7 @@ class LeRobotReader(EpisodeReader):
         if column is None:
             tasks = table["task_index"].to_pylist()
             if unknown := [task for task in tasks if not isinstance(task, (int, float)) or task not in self.tasks]:
-                raise ValueError(f"task_index {unknown[0]} is not in meta/tasks; copy the dataset again")
+                raise OpenVLAValueError(f"task_index {unknown[0]} is not in meta/tasks; copy the dataset again")
             said = [self.tasks[task] for task in tasks]
             self._compare_tasks(said, own)
             return said
@@ -451,7 +454,9 @@ def _in_range(root: Path, name: str, text: Any, rows: Sequence[Mapping[str, Any]
     """Return the numbers of the episodes of a range such as "0:80"."""
     match = _RANGE.match(text) if isinstance(text, str) else None
     if match is None:
-        raise ValueError(f"{root}: the split {name!r} of info.json must be a range such as '0:80', got {text!r}.")
+        raise OpenVLAValueError(
+            f"{root}: the split {name!r} of info.json must be a range such as '0:80', got {text!r}."
+        )
     start, stop = int(match[1] or 0), int(match[2]) if match[2] else None
     numbers = (row["episode_index"] for row in rows)
     return {number for number in numbers if start <= number and (stop is None or number < stop)}
@@ -466,20 +471,22 @@ def _numbers(column: Any) -> np.ndarray:
     values = column.combine_chunks()
     if str(values.type).startswith(("list", "fixed_size_list", "large_list")):
         if values.null_count:  # which flatten would leave out
-            raise ValueError(f"{values.null_count} of {len(values)} rows are null, where each must be {column.type}")
+            raise OpenVLAValueError(
+                f"{values.null_count} of {len(values)} rows are null, where each must be {column.type}"
+            )
         flat = values.flatten()
         if len(values) and len(flat) % len(values):
-            raise ValueError(f"rows of different lengths in {column.type}")
+            raise OpenVLAValueError(f"rows of different lengths in {column.type}")
         sizes = set(values.value_lengths().to_pylist()) if hasattr(values, "value_lengths") else set()
         if len(sizes) > 1:
-            raise ValueError(f"rows of different lengths: {sorted(sizes)}")
+            raise OpenVLAValueError(f"rows of different lengths: {sorted(sizes)}")
         return flat.to_numpy(zero_copy_only=False).reshape(len(values), -1)
     return values.to_numpy(zero_copy_only=False)
 
 
 def _read_parquet(path: Path) -> Any:
     if not path.is_file():
-        raise ValueError(f"{path} is missing; the dataset is incomplete.")
+        raise OpenVLAValueError(f"{path} is missing; the dataset is incomplete.")
     pyarrow = require("pyarrow", "Reading LeRobot datasets")
     try:
         return _Table(path).file.read()

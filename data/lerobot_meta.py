@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..errors_openvla import OpenVLAValueError
 from .episodes import read_json
 
 _VERSIONS = ("v2.0", "v2.1", "v3.0")
@@ -22,19 +23,21 @@ def checked_info(root: Path) -> dict[str, Any]:
     info = read_json(root / "meta" / "info.json")
     version = info.get("codebase_version") if isinstance(info, dict) else info
     if version not in _VERSIONS:
-        raise ValueError(
+        raise OpenVLAValueError(
             f"{root} is LeRobot {version!s:.200}; readable are {_VERSIONS}. Convert it with LeRobot's tools."
         )
     features = info.get("features")
     for name, feature in features.items() if isinstance(features, dict) else [("features", features)]:
         fits = isinstance(feature, dict) and isinstance(feature.get("dtype"), str)
         if not fits or any(not isinstance(feature.get(key), (*forms, type(None))) for key, forms in _FORMS.items()):
-            raise ValueError(
+            raise OpenVLAValueError(
                 f"{root}: info.json must describe each of its features as LeRobot does, by a dtype, a shape and names, "
                 f"got {name!r}: {feature!r:.200}; copy the dataset again."
             )
     if not isinstance(info.get("splits"), (dict, type(None))):
-        raise ValueError(f"{root}: splits of info.json must name ranges of episodes, got {info['splits']!r:.200}.")
+        raise OpenVLAValueError(
+            f"{root}: splits of info.json must name ranges of episodes, got {info['splits']!r:.200}."
+        )
     return info
 
 
@@ -44,13 +47,13 @@ def require_paths(root: Path, info: Mapping[str, Any], v3: bool, filmed: bool) -
     for key, more in (("data_path", ""), *([("video_path", r"|\{video_key\}")] if filmed else [])):
         pattern = info.get(key)
         if not isinstance(pattern, str) or not re.fullmatch(rf"([^{{}}]|\{{({numbers})(:0?\d?d)?\}}{more})+", pattern):
-            raise ValueError(
+            raise OpenVLAValueError(
                 f"{root}: {key} of info.json must be a path with the numbers {{{numbers}}}, such as LeRobot "
                 f"writes, got {pattern!r:.200}; copy the dataset again."
             )
     size = info.get("chunks_size", 1000)
     if not v3 and (type(size) is not int or size < 1):
-        raise ValueError(f"{root}: chunks_size of info.json must be a whole number above 0, got {size!r:.200}.")
+        raise OpenVLAValueError(f"{root}: chunks_size of info.json must be a whole number above 0, got {size!r:.200}.")
 
 
 def require_numbers(
@@ -59,7 +62,7 @@ def require_numbers(
     """Check that every row of a table below meta holds these numbers."""
     for row in rows:
         if wrong := [name for name in names if type(row.get(name)) not in kinds]:
-            raise ValueError(
+            raise OpenVLAValueError(
                 f"{root}: every row of the tables below meta must hold the number {wrong[0]!r}, got "
                 f"{row.get(wrong[0])!r:.200}; copy the dataset again."
             )
@@ -72,11 +75,11 @@ def json_lines(path: Path) -> list[dict[str, Any]]:
         ValueError: It is missing or damaged.
     """
     if not path.is_file():
-        raise ValueError(f"{path} is missing; the dataset is incomplete.")
+        raise OpenVLAValueError(f"{path} is missing; the dataset is incomplete.")
     try:
         rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is damaged: {error}; copy the dataset again.") from error
+        raise OpenVLAValueError(f"{path} is damaged: {error}; copy the dataset again.") from error
     if wrong := [row for row in rows if not isinstance(row, dict)]:
-        raise ValueError(f"{path} is damaged: every line must be an object, got {wrong[0]!r:.200}.")
+        raise OpenVLAValueError(f"{path} is damaged: every line must be an object, got {wrong[0]!r:.200}.")
     return rows

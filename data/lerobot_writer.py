@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from ..configuration_openvla import write_json
+from ..errors_openvla import OpenVLAValueError
 from .episodes import read_json, require
 
 _VERSION = "v3.0"
@@ -87,7 +88,9 @@ class LeRobotWriter:
         info = read_json(self.root / "meta" / "info.json")
         for key in ("codebase_version", "fps", "features"):
             if info.get(key) != self.info[key]:
-                raise ValueError(f"{self.root} holds a dataset of another {key}; take a new folder, or remove it.")
+                raise OpenVLAValueError(
+                    f"{self.root} holds a dataset of another {key}; take a new folder, or remove it."
+                )
         self.episodes = self.parquet.read_table(self.root / _EPISODES).to_pylist()
         tasks = self.parquet.read_table(self.root / "meta" / "tasks.parquet").to_pylist()
         self.tasks = [row["__index_level_0__"] for row in sorted(tasks, key=lambda row: row["task_index"])]
@@ -161,14 +164,14 @@ class LeRobotWriter:
             ("texts", texts, self.texts),
         ):
             if set(given) != set(known):
-                raise ValueError(f"{what} must hold the columns {sorted(known)}, got {sorted(given)}.")
+                raise OpenVLAValueError(f"{what} must hold the columns {sorted(known)}, got {sorted(given)}.")
         for name, dimensions in self.numbers.items():
             shape = np.shape(numbers[name])
             if len(shape) != 2 or shape[1] != len(dimensions) or not np.isfinite(numbers[name]).all():
-                raise ValueError(f"{name} must be finite, of shape (length, {len(dimensions)}), got {shape}.")
+                raise OpenVLAValueError(f"{name} must be finite, of shape (length, {len(dimensions)}), got {shape}.")
         lengths = {name: len(values) for name, values in (*numbers.items(), *images.items())}
         if len(set(lengths.values())) != 1 or not next(iter(lengths.values())):
-            raise ValueError(f"An episode's columns must have one length, 1 or more, got {lengths}.")
+            raise OpenVLAValueError(f"An episode's columns must have one length, 1 or more, got {lengths}.")
         return next(iter(lengths.values()))
 
     def _write_meta(self) -> None:

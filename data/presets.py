@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..actions_openvla import END_EFFECTOR_DIMENSIONS, nearest_name
+from ..errors_openvla import OpenVLAValueError
 from .columns import Fields
 
 if TYPE_CHECKING:
@@ -320,7 +321,7 @@ def require_raw_gripper(reader: EpisodeReader, given: Mapping[str, Any] | None) 
         "preset (preset: none, --preset none), or give gripper in fields."
     )
     if reader.preset.startswith("libero") and reader.preset not in HDF5_PRESETS:
-        raise ValueError(message)
+        raise OpenVLAValueError(message)
     warnings.warn(message, stacklevel=4)
 
 
@@ -342,7 +343,7 @@ def merged_fields(
     if preset is not None:
         if preset not in PRESETS:
             near = nearest_name(preset, list(PRESETS))
-            raise ValueError(
+            raise OpenVLAValueError(
                 f"Unknown preset {preset!r}.{f' Did you mean {near!r}?' if near else ''} Allowed: "
                 f"{[AUTO, NO_PRESET, *sorted(PRESETS)]}."
             )
@@ -351,7 +352,9 @@ def merged_fields(
     if found is not None:
         return found.changed(config)
     if "cameras" not in config or not {"action", "standardize"} & set(config):
-        raise ValueError(f"{root}: what is camera and what is action cannot be told; give cameras and action.{seen}")
+        raise OpenVLAValueError(
+            f"{root}: what is camera and what is action cannot be told; give cameras and action.{seen}"
+        )
     return Fields(("?",), ("?",)).changed({"action": (), **config})
 
 

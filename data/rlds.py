@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from ..errors_openvla import OpenVLAValueError
 from .columns import Fields, alternative_texts, dotted, is_no_camera_name, says_nothing, step_order
 from .episodes import (
     IMAGE,
@@ -44,7 +45,7 @@ def rlds_folder(path: Path) -> Path | None:
         return None
     below = sorted(entry for entry in path.iterdir() if (entry / "features.json").is_file())
     if len(below) > 1 and not all(re.fullmatch(r"[\d.]+", entry.name) for entry in below):
-        raise ValueError(f"{path} holds several datasets: {[entry.name for entry in below]}; name one of them.")
+        raise OpenVLAValueError(f"{path} holds several datasets: {[entry.name for entry in below]}; name one of them.")
     return max(below, key=lambda entry: [int(part) for part in re.findall(r"\d+", entry.name)], default=None)
 
 
@@ -112,7 +113,7 @@ class RLDSReader(EpisodeReader):
         widths = {_public(path): math.prod(feature.shape) for path, feature in self.features.items()}
         width = self.fields.action_width(widths)
         if width != len(mask):
-            raise ValueError(
+            raise OpenVLAValueError(
                 f"{self.root}: the columns {list(self.fields.action)} hold {width} dimensions, but the action has "
                 f"{len(mask)} (action_mask).{self.preset_note()}"
             )
@@ -143,15 +144,15 @@ class RLDSReader(EpisodeReader):
         offsets, damage = self._offsets(shard)
         expected = self.counts[self.shards.index(shard)]
         if damage is None and len(offsets) != expected:
-            raise ValueError(f"the file holds {len(offsets)} records, but dataset_info.json says {expected}")
+            raise OpenVLAValueError(f"the file holds {len(offsets)} records, but dataset_info.json says {expected}")
         if record >= len(offsets):
-            raise ValueError(f"{damage}; copy the file again from its source")
+            raise OpenVLAValueError(f"{damage}; copy the file again from its source")
         example = parse_example(read_record(shard, *offsets[record]), lambda name: name in wanted | optional)
         columns = [path for path in wanted if path.startswith(_STEPS)]
         if columns and all(path in example and not len(example[path]) for path in columns):
-            raise ValueError("the episode has no steps; leave it out with skip_bad=True")
+            raise OpenVLAValueError("the episode has no steps; leave it out with skip_bad=True")
         if missing := sorted(_public(path) for path in wanted if path not in example or not len(example[path])):
-            raise ValueError(f"{missing} missing from the record")
+            raise OpenVLAValueError(f"{missing} missing from the record")
         return example
 
     def _stored_length(self, index: int) -> int:
@@ -173,7 +174,7 @@ class RLDSReader(EpisodeReader):
             marks = {name: _array(values, self.features[paths[name]]) for name, values in held.items() if len(values)}
             lengths = {name: len(values) for name, values in {**columns, **frames, **marks}.items()}
             if len(set(lengths.values())) > 1:
-                raise ValueError(f"columns of different lengths: {lengths}")
+                raise OpenVLAValueError(f"columns of different lengths: {lengths}")
             order = _order(marks)
             said = self._said(shard, record, example, paths)
         except (ValueError, zlib.error) as error:
@@ -205,7 +206,7 @@ class RLDSReader(EpisodeReader):
     def _image(self, data: bytes, path: str) -> np.ndarray:
         image, shape = decoded_image(data), self.features[path].shape
         if shape and any(want > 0 and want != got for want, got in zip(shape[:2], image.shape)):
-            raise ValueError(f"{_public(path)} is {image.shape}, but features.json says {shape}")
+            raise OpenVLAValueError(f"{_public(path)} is {image.shape}, but features.json says {shape}")
         return image
 
 
@@ -221,7 +222,7 @@ def _features(tree: dict[str, Any], folder: Path) -> dict[str, Feature]:
         for depth in range(len(keys) + 1):
             node = node.get(keys[depth - 1]) if depth else node
             if not isinstance(node, dict):
-                raise ValueError(
+                raise OpenVLAValueError(
                     f"{folder}/features.json must hold an object at {'/'.join(keys[:depth])!r} of each feature, got "
                     f"{node!r:.200}; copy it again from its source."
                 )
@@ -238,7 +239,9 @@ def _features(tree: dict[str, Any], folder: Path) -> dict[str, Feature]:
 
     top = below(tree, "featuresDict", "features") if "featuresDict" in below(tree) else {}
     if "sequence" not in below(top.get("steps", {})):
-        raise ValueError(f"{folder}/features.json describes no RLDS dataset: there are no steps, only {sorted(top)}.")
+        raise OpenVLAValueError(
+            f"{folder}/features.json describes no RLDS dataset: there are no steps, only {sorted(top)}."
+        )
 
     walk(tree, "")
     return leaves
@@ -247,7 +250,7 @@ def _features(tree: dict[str, Any], folder: Path) -> dict[str, Feature]:
 def _leaf(node: dict[str, Any], where: str) -> Feature | None:
     kind = next((kind for kind in ("image", "text", "tensor") if kind in node), None)
     if kind != "text" and not isinstance(node.get(kind, {}), dict):
-        raise ValueError(f"{where} must be described by an object, got {node[kind]!r:.200}; copy it again.")
+        raise OpenVLAValueError(f"{where} must be described by an object, got {node[kind]!r:.200}; copy it again.")
     if kind == "image":
         image = node["image"]
         shape, dtype = _dimensions(image, where), image.get("dtype", "uint8")
@@ -269,7 +272,7 @@ def _dimensions(node: dict[str, Any], where: str) -> tuple[int, ...]:
     shape = node.get("shape", {})
     sizes = shape.get("dimensions", []) if isinstance(shape, dict) else None
     if not isinstance(sizes, list) or not all(re.fullmatch(r"-1|\d{1,9}", str(size)) for size in sizes):
-        raise ValueError(
+        raise OpenVLAValueError(
             f"{where}: its shape must be a list of sizes as dimensions, got {shape!r:.200}; copy it again."
         )
     return tuple(int(size) for size in sizes)
@@ -277,7 +280,7 @@ def _dimensions(node: dict[str, Any], where: str) -> tuple[int, ...]:
 
 def _texts(values: list[bytes] | np.ndarray, name: str) -> list[str]:
     if not isinstance(values, list):
-        raise ValueError(
+        raise OpenVLAValueError(
             f"{name} must hold texts, as features.json says, but holds {values.dtype}; copy the file again"
         )
     return [text.decode("utf-8", "replace") for text in values]
@@ -291,7 +294,7 @@ def _array(values: list[bytes] | np.ndarray, feature: Feature) -> np.ndarray:
         values = np.frombuffer(b"".join(values), np.dtype(feature.dtype).newbyteorder("<"))
     size = math.prod(feature.shape)
     if not size or len(values) % size:
-        raise ValueError(f"{len(values)} values cannot be steps of shape {feature.shape}")
+        raise OpenVLAValueError(f"{len(values)} values cannot be steps of shape {feature.shape}")
     return values.reshape(-1, *feature.shape).astype(feature.dtype if feature.dtype != "float64" else np.float64)
 
 
@@ -307,7 +310,7 @@ def _checked_info(file: Path) -> dict[str, Any]:
         for split in splits
     )
     if not fits or not isinstance(info.get("name") or "", str):
-        raise ValueError(
+        raise OpenVLAValueError(
             f"{file} must name the dataset, and its splits with shardLengths, as TFDS does; copy it again."
         )
     return {**info, "splits": splits}
@@ -318,12 +321,16 @@ def _shards(folder: Path, info: Mapping[str, Any], split: str) -> list[Path]:
     splits = sorted({_SHARD.match(file.name)["split"] for file in found})
     chosen = [file for file in found if split in ("all", _SHARD.match(file.name)["split"])]
     if not chosen:
-        raise ValueError(f"{folder} has no split {split!r} of .tfrecord files. There is: {splits or 'none at all'}.")
+        raise OpenVLAValueError(
+            f"{folder} has no split {split!r} of .tfrecord files. There is: {splits or 'none at all'}."
+        )
     for name in splits if split == "all" else [split]:
         these = [_SHARD.match(file.name) for file in chosen if _SHARD.match(file.name)["split"] == name]
         whole = set(range(int(these[0]["shards"])))
         if missing := sorted(whole - {int(match["shard"]) for match in these}):
-            raise ValueError(f"{folder}: split {name!r} lacks {len(missing)} of {len(whole)} shards: {missing[:5]}.")
+            raise OpenVLAValueError(
+                f"{folder}: split {name!r} lacks {len(missing)} of {len(whole)} shards: {missing[:5]}."
+            )
     return chosen
 
 
@@ -344,7 +351,7 @@ def _require_described(folder: Path, fields: Mapping[str, Any] | None, name: str
     if name not in WITHOUT_PRESET or {"action", "standardize"} & set(fields or {}):
         return
     hint = " Bridge V2 has the presets bridge_orig and bridge_oxe." if name == "bridge" else ""
-    raise ValueError(
+    raise OpenVLAValueError(
         f"{folder} is {name!r}, whose stored action is not OpenVLA's (six movements, then a gripper of 0 closed, 1 "
         f"open), and no preset describes it. Give action and gripper (or standardize) in fields.{hint} To read its "
         "column 'action' as it is stored, take no preset: preset: none, --preset none."
@@ -364,7 +371,9 @@ def _order(marks: Mapping[str, np.ndarray]) -> np.ndarray | None:
             flags = marks[name].reshape(-1).astype(bool)
             flags = flags if order is None else flags[order]
             if wrong := sorted(set(np.flatnonzero(flags)) - {range(len(flags))[end]}):
-                raise ValueError(f"{name} is set at step {wrong[0]} of {len(flags)}; the episode must be written again")
+                raise OpenVLAValueError(
+                    f"{name} is set at step {wrong[0]} of {len(flags)}; the episode must be written again"
+                )
     return order
 
 

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from ..actions_openvla import END_EFFECTOR_DIMENSIONS, NORMALIZATIONS, NormalizationStatistics, dimension_labels
 from ..configuration_openvla import write_json
+from ..errors_openvla import OpenVLAValueError
 from .doctor import Finding, Recording, examine
 from .episodes import DemonstrationError, EpisodeReader, read_json, usable_episodes, warn_skipped
 
@@ -118,7 +119,7 @@ def _pass(reader: EpisodeReader, skip_bad: bool, progress: bool) -> dict[str, An
             bar.update()
     if not actions:
         first = f" The first: {skipped[0]}" if skipped else ""
-        raise ValueError(f"{reader.root}: none of its {len(reader)} episodes can be used.{first}")
+        raise OpenVLAValueError(f"{reader.root}: none of its {len(reader)} episodes can be used.{first}")
     columns = {"action": np.concatenate(actions)}
     if proprios[0] is not None:
         columns["proprio"] = np.concatenate(proprios)
@@ -184,11 +185,13 @@ def action_mask(actions: np.ndarray, reader: EpisodeReader) -> list[bool]:
         gripper_fits = dimension == len(END_EFFECTOR_DIMENSIONS) and bool((np.abs(actions[:, -1]) <= 1).all())
         return [True] * (dimension - 1) + [not gripper_fits]
     if len(mask) != dimension:
-        raise ValueError(f"{reader.name}: action_mask has {len(mask)} entries, the action {dimension} dimensions.")
+        raise OpenVLAValueError(
+            f"{reader.name}: action_mask has {len(mask)} entries, the action {dimension} dimensions."
+        )
     for index in np.flatnonzero(~np.array(mask)):
         low, high = actions[:, index].min(), actions[:, index].max()
         if low < -1 or high > 1:
-            raise ValueError(
+            raise OpenVLAValueError(
                 f"{reader.name}: action[{index}] is not normalised (action_mask) but goes from {low:g} to {high:g}; "
                 "the model answers in [-1, 1]. Set its mask to true, or the field gripper."
             )
@@ -233,7 +236,7 @@ def require_matching(statistics: Mapping[str, Any], reader: EpisodeReader) -> No
         one = statistics[what]  # a checkpoint may hold either pair
         held = len(one["min"] if one.get("q01") is None else one["q01"])
         if held != found:
-            raise ValueError(f"{reader.name}: {what} has {found} dimensions, but {held} in the statistics.")
+            raise OpenVLAValueError(f"{reader.name}: {what} has {found} dimensions, but {held} in the statistics.")
 
 
 def as_norm_stats(readers: Sequence[EpisodeReader], **options: Any) -> dict[str, dict[str, Any]]:
@@ -250,4 +253,4 @@ def require_names_differ(readers: Sequence[EpisodeReader]) -> None:
     """Raise ValueError where two datasets have one name."""
     names = [reader.name for reader in readers]
     if len(set(names)) != len(names):
-        raise ValueError(f"Datasets need different names for their statistics, got {names}; give name=.")
+        raise OpenVLAValueError(f"Datasets need different names for their statistics, got {names}; give name=.")

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch.utils.data import IterableDataset
 
+from ..errors_openvla import OpenVLAValueError
 from .episodes import DemonstrationError, Episode, EpisodeReader, Step
 
 # Where a chunk may start near an episode's end.
@@ -91,28 +92,28 @@ class DemonstrationStream(IterableDataset):
 
     def _check(self) -> None:
         if not self.readers or len(self.weights) != len(self.readers):
-            raise ValueError(f"Got {len(self.weights)} weights for {len(self.readers)} datasets; give each one.")
+            raise OpenVLAValueError(f"Got {len(self.weights)} weights for {len(self.readers)} datasets; give each one.")
         if any(not weight > 0 or weight == float("inf") for weight in self.weights):
-            raise ValueError(f"Weights must be positive and finite, got {self.weights}.")
+            raise OpenVLAValueError(f"Weights must be positive and finite, got {self.weights}.")
         if self.ends not in ENDS:
-            raise ValueError(f"ends must be one of {ENDS}, got {self.ends!r}.")
+            raise OpenVLAValueError(f"ends must be one of {ENDS}, got {self.ends!r}.")
         if self.chunk_length < 1 or self.shuffle_buffer < 0:
-            raise ValueError(
+            raise OpenVLAValueError(
                 f"chunk_length must be at least 1 and shuffle_buffer at least 0, got {self.chunk_length} and "
                 f"{self.shuffle_buffer}."
             )
         if not 0 <= self.rank < self.world_size:
-            raise ValueError(f"rank must be in [0, {self.world_size}), got {self.rank}.")
+            raise OpenVLAValueError(f"rank must be in [0, {self.world_size}), got {self.rank}.")
         names = [reader.name for reader in self.readers]
         if len(set(names)) != len(names):
-            raise ValueError(f"Datasets of a mixture need different names, got {names}; give name=.")
+            raise OpenVLAValueError(f"Datasets of a mixture need different names, got {names}; give name=.")
         for what in ("action_dim", "proprio_dim"):
             sizes = {reader.name: getattr(reader, what) for reader in self.readers}
             if len(set(sizes.values())) > 1:
-                raise ValueError(f"Datasets of a mixture need one {what}, got {sizes}.")
+                raise OpenVLAValueError(f"Datasets of a mixture need one {what}, got {sizes}.")
         cameras = {reader.name: len(reader.fields.cameras) for reader in self.readers}
         if len(set(cameras.values())) > 1:
-            raise ValueError(f"Datasets of a mixture need one number of cameras, got {cameras}.")
+            raise OpenVLAValueError(f"Datasets of a mixture need one number of cameras, got {cameras}.")
 
     def _warn_of_short_episodes(self) -> None:
         for reader in self.readers:
@@ -172,7 +173,9 @@ class DemonstrationStream(IterableDataset):
             ValueError: A number is negative or zero.
         """
         if batches < 0 or batch_size < 1:
-            raise ValueError(f"batches must be at least 0 and batch_size at least 1, got {batches}, {batch_size}.")
+            raise OpenVLAValueError(
+                f"batches must be at least 0 and batch_size at least 1, got {batches}, {batch_size}."
+            )
         self._resume_batches, self._resume_batch_size = batches, batch_size
 
     def __iter__(self) -> Iterator[Step]:
@@ -185,7 +188,7 @@ class DemonstrationStream(IterableDataset):
         shard, shards = self.rank * workers + turn, self.world_size * workers
         for reader in self.readers if self.repeat else ():
             if len(reader) < shards:
-                raise ValueError(
+                raise OpenVLAValueError(
                     f"{reader.name} has {len(reader)} episodes, too few for {shards} readers ({self.world_size} ranks "
                     f"of {workers} workers); take fewer workers."
                 )
@@ -241,7 +244,7 @@ def one_camera_order(readers: Sequence[EpisodeReader]) -> list[EpisodeReader]:
             reader.fields = dataclasses.replace(reader.fields, cameras=cameras)
         elif names != expected:
             if moved := [name for place, name in enumerate(names) if name in expected and expected[place] != name]:
-                raise ValueError(
+                raise OpenVLAValueError(
                     f"Cameras of a mixture must have one order: {moved} stand elsewhere in {reader.name} {names} than "
                     f"in {readers[0].name} {expected}. Give the field cameras of one of them."
                 )
@@ -336,7 +339,7 @@ class _Part:
                 for step in range(length):
                     yield epoch, index, step
             if not found and not self._any_sample():
-                raise ValueError(
+                raise OpenVLAValueError(
                     f"{self.reader.name}: no episode has {self.stream.chunk_length} steps; take ends='repeat' or a "
                     "shorter chunk."
                 )

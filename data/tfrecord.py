@@ -13,6 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
+from ..errors_openvla import OpenVLAValueError
+
 _POLYNOMIAL = 0x82F63B78  # Castagnoli's, reflected
 _MASK_DELTA = 0xA282EAD8
 _HEADER, _FOOTER = 12, 4
@@ -111,7 +113,7 @@ def read_record(path: Path, offset: int, length: int) -> bytes:
         file.seek(offset)
         data, footer = file.read(length), file.read(_FOOTER)
     if len(footer) < _FOOTER or masked_crc32c(data) != struct.unpack("<I", footer)[0]:
-        raise ValueError(f"the checksum of the record at byte {offset - _HEADER} is wrong: the file is damaged")
+        raise OpenVLAValueError(f"the checksum of the record at byte {offset - _HEADER} is wrong: the file is damaged")
     return data
 
 
@@ -134,7 +136,7 @@ def parse_example(data: bytes, wanted: Callable[[str], bool]) -> dict[str, list[
                 if wanted(name):
                     out[name] = _values(parts.get(2, b""))
     except (IndexError, KeyError, TypeError, UnicodeDecodeError, ValueError) as error:
-        raise ValueError(f"the record is no tf.train.Example: {error}") from error
+        raise OpenVLAValueError(f"the record is no tf.train.Example: {error}") from error
     return out
 
 
@@ -164,11 +166,11 @@ def _fields(message: memoryview) -> Iterator[tuple[int, int | memoryview]]:
             elif wire in (1, 5):
                 length = 8 if wire == 1 else 4
             else:
-                raise ValueError(f"wire type {wire}")
+                raise OpenVLAValueError(f"wire type {wire}")
             value = message[position : position + length]
             position += length
             if position > end:
-                raise ValueError("a field ends beyond its message")
+                raise OpenVLAValueError("a field ends beyond its message")
         yield key >> 3, value
 
 

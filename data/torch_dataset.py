@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from ..errors_openvla import OpenVLAKeyError, OpenVLAValueError
 from ..images_openvla import as_images
 from .columns import Fields, dotted, single, step_order
 from .episodes import IMAGE, NUMBERS, TEXT, DemonstrationError, EpisodeReader, Stored
@@ -49,7 +50,7 @@ class SequenceReader(EpisodeReader):
         digest: str | None = None,
     ) -> None:
         if not len(data):
-            raise ValueError(f"{name} holds no step.")
+            raise OpenVLAValueError(f"{name} holds no step.")
         self.data, self.content_digest = data, digest
         first = data[0]
         self.whole = not isinstance(first, Mapping)
@@ -58,16 +59,16 @@ class SequenceReader(EpisodeReader):
         if not self.whole:
             lengths = _run_lengths(data, self.episode, name) if episode_lengths is None else list(episode_lengths)
             if wrong := [one for one in lengths if type(single(one)) is not int or one < 1]:
-                raise ValueError(
+                raise OpenVLAValueError(
                     f"{name}: episode_lengths must be whole numbers of steps, 1 or more, got {wrong[0]!r}."
                 )
             self.bounds = np.cumsum([0, *lengths])
             if self.bounds[-1] != len(data):
-                raise ValueError(
+                raise OpenVLAValueError(
                     f"{name}: episode_lengths add up to {self.bounds[-1]}, but there are {len(data)} steps."
                 )
         elif not _is_episode(first) or not len(first) or not isinstance(first[0], Mapping):
-            raise ValueError(
+            raise OpenVLAValueError(
                 f"{name} must hold steps (dictionaries) or episodes (lists of steps, at least one), got {first!r:.200}."
             )
         sample = _flat(first[0] if self.whole else first)
@@ -142,14 +143,14 @@ class SequenceReader(EpisodeReader):
             if self.frame is None or not held or not _is_number(held[0]):
                 continue
             if len(held) != len(steps):
-                raise ValueError(f"{name} must be in every step, it is in {len(held)} of {len(steps)}")
+                raise OpenVLAValueError(f"{name} must be in every step, it is in {len(held)} of {len(steps)}")
             if wrong := [value for value in held if not _is_number(value)]:
-                raise ValueError(f"{name} must be one number in every step, got {wrong[0]!r:.200}")
+                raise OpenVLAValueError(f"{name} must be one number in every step, got {wrong[0]!r:.200}")
             counters[counter] = np.array(held, np.float64)
         try:
             return step_order(counters)
         except ValueError as error:
-            raise ValueError(f"{error}, or give frame=None where the steps are not counted so") from error
+            raise OpenVLAValueError(f"{error}, or give frame=None where the steps are not counted so") from error
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -193,18 +194,18 @@ def _run_lengths(data: Any, column: str, name: str) -> list[int]:
         row = data[index]
         row = _flat(row) if isinstance(row, Mapping) else {}
         if column not in row:
-            raise KeyError(f"{name}: no column {column!r} at step {index}; give episode=, or episode_lengths.")
+            raise OpenVLAKeyError(f"{name}: no column {column!r} at step {index}; give episode=, or episode_lengths.")
         number = single(row[column])
         if isinstance(number, bool) or not (
             isinstance(number, (int, str)) or isinstance(number, float) and number.is_integer()
         ):
-            raise ValueError(
+            raise OpenVLAValueError(
                 f"{name}: {column} must be a whole number or a text at every step, got {number!r:.200} at step "
                 f"{index}; give episode=, or episode_lengths."
             )
         if not seen or seen[-1] != number:
             if number in seen:
-                raise ValueError(f"{name}: the steps of episode {number} do not lie together (step {index}).")
+                raise OpenVLAValueError(f"{name}: the steps of episode {number} do not lie together (step {index}).")
             seen.append(number)
             lengths.append(0)
         lengths[-1] += 1

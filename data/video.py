@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from ..errors_openvla import OpenVLAValueError
 from .episodes import DemonstrationError, require
 
 # How far a frame may lie from the time that the table says, in seconds (LeRobot's own tolerance).
@@ -49,12 +50,12 @@ class Video:
             frame = self._find(seconds)
         except self.av.error.FFmpegError as error:
             self.last = None
-            raise ValueError(f"{self.path} is damaged near {seconds:.3f} s: {error}") from error
+            raise OpenVLAValueError(f"{self.path} is damaged near {seconds:.3f} s: {error}") from error
         if frame is None or abs(frame.time - seconds) > TIME_TOLERANCE:
             near = "the video ends before" if frame is None else f"the nearest is at {frame.time:.4f} s"
-            raise ValueError(f"{self.path} has no frame at {seconds:.4f} s: {near}")
+            raise OpenVLAValueError(f"{self.path} has no frame at {seconds:.4f} s: {near}")
         if frame.is_corrupt:
-            raise ValueError(f"{self.path} is damaged: the frame at {seconds:.3f} s is corrupt")
+            raise OpenVLAValueError(f"{self.path} is damaged: the frame at {seconds:.3f} s is corrupt")
         return frame.to_ndarray(format="rgb24")
 
     def _find(self, seconds: float) -> Any:

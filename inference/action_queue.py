@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from ..actions_openvla import as_numbers
+from ..errors_openvla import OpenVLAValueError
 
 
 @dataclass(frozen=True)
@@ -59,9 +60,9 @@ class ActionChunk:
 
     def __init__(self, policy: Any = None, *, steps: int | None = None, blend: float | None = None) -> None:
         if steps is not None and (isinstance(steps, bool) or not isinstance(steps, int) or steps < 1):
-            raise ValueError(f"steps must be a whole number, 1 or more, or None, got {steps!r}.")
+            raise OpenVLAValueError(f"steps must be a whole number, 1 or more, or None, got {steps!r}.")
         if blend is not None and not (blend >= 0 and math.isfinite(blend)):
-            raise ValueError(f"blend must be 0 or more, or None, got {blend!r}.")
+            raise OpenVLAValueError(f"blend must be 0 or more, or None, got {blend!r}.")
         self.policy, self.steps, self.blend = policy, steps, blend
         self._lock = threading.Lock()
         self._episode = self._step = 0
@@ -107,17 +108,17 @@ class ActionChunk:
         """
         chunk = as_numbers(chunk, "A chunk")
         if chunk.ndim != 2 or 0 in chunk.shape:
-            raise ValueError(f"A chunk must have shape (chunk, action_dim), got {chunk.shape}.")
+            raise OpenVLAValueError(f"A chunk must have shape (chunk, action_dim), got {chunk.shape}.")
         if not np.isfinite(chunk).all():
-            raise ValueError("A chunk must be finite, got NaN or infinity.")
+            raise OpenVLAValueError("A chunk must be finite, got NaN or infinity.")
         if self.steps is not None and self.steps > len(chunk):
-            raise ValueError(f"steps={self.steps} actions are to be played, but the chunk holds {len(chunk)}.")
+            raise OpenVLAValueError(f"steps={self.steps} actions are to be played, but the chunk holds {len(chunk)}.")
         with self._lock:
             if self._waiting == ticket:
                 self._waiting = None
             newest = max(self._answers, default=None)
             if newest is not None and self._answers[newest].shape[1] != chunk.shape[1]:
-                raise ValueError(
+                raise OpenVLAValueError(
                     f"The chunk has {chunk.shape[1]} dimensions, earlier ones {self._answers[newest].shape[1]}."
                 )
             past = ticket.step + len(chunk) <= self._step
@@ -142,7 +143,7 @@ class ActionChunk:
                     if last is None
                     else f"the last chunk was for steps {last} to {last + len(self._answers[last]) - 1}"
                 )
-                raise ValueError(
+                raise OpenVLAValueError(
                     f"There is no action for step {self._step}: {why}. Ask the policy and answer first."
                 ) from self._failure
             if self.blend is None:

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..errors_openvla import OpenVLAValueError
+
 ROWS = 256  # of a product that the layout suits: patches and prompt; a product of one row is quick in it too
 DTYPES = (torch.bfloat16, torch.float32)
 
@@ -66,15 +68,15 @@ def prepack(model: nn.Module) -> None:
         ValueError: The model is elsewhere or of another kind, this torch has no oneDNN, or this CPU no bfloat16 in it.
     """
     if not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")):
-        raise ValueError("prepack needs a torch with oneDNN, as its CPU builds have.")
+        raise OpenVLAValueError("prepack needs a torch with oneDNN, as its CPU builds have.")
     kinds = {(parameter.device.type, parameter.dtype) for parameter in model.parameters()}
     if not kinds <= {("cpu", dtype) for dtype in DTYPES}:
         found = ", ".join(sorted(f"{dtype} on {device}" for device, dtype in kinds))
-        raise ValueError(f"prepack is for whole weights on a CPU in bfloat16 or float32, not for {found}.")
+        raise OpenVLAValueError(f"prepack is for whole weights on a CPU in bfloat16 or float32, not for {found}.")
     if not all(multiplies(dtype) for _, dtype in kinds):
-        raise ValueError("prepack needs AVX-512 for bfloat16, which this CPU has not; give dtype='float32'.")
+        raise OpenVLAValueError("prepack needs AVX-512 for bfloat16, which this CPU has not; give dtype='float32'.")
     if any(hasattr(module, "base_layer") for module in model.modules()):
-        raise ValueError("prepack is for a model without adapters; merge them first (model.merge_lora()).")
+        raise OpenVLAValueError("prepack is for a model without adapters; merge them first (model.merge_lora()).")
     kept = model.get_output_embeddings()  # transformers reads its weight
     # A list of all would keep every plain weight to the end.
     for parent in [module for module in model.modules() if type(module) is not nn.Linear]:

@@ -19,6 +19,7 @@ from ..adapter_files_openvla import ADAPTER_CONFIG_FILE, base_of, optional_file
 from ..compatibility_openvla import DTYPE_FIELD
 from ..configuration_openvla import OpenVLAConfig
 from ..decoding_openvla import require_one_pass
+from ..errors_openvla import OpenVLAValueError
 from ..fast_openvla import fuse
 from ..loading import AutoProcessor
 from ..modeling_openvla import OpenVLAForActionPrediction
@@ -139,7 +140,7 @@ def load_policy(
     require_one_pass({}, None, constrain_actions, config.action_head)
     stored = stored_bits(config)
     if bits is not None and stored not in (None, bits):
-        raise ValueError(f"{model} is already quantised to {stored} bits; leave bits out, or load its base.")
+        raise OpenVLAValueError(f"{model} is already quantised to {stored} bits; leave bits out, or load its base.")
     quantization = None
     if bits is not None and stored is None:
         quantization = quantization_config(bits, compute_dtype=computed if bits == 4 else None)
@@ -298,7 +299,7 @@ def _require_room(model: Any, config: OpenVLAConfig, bits: int | None, device: t
     if needed[bits] <= free:
         return
     fitting = [f"bits={choice} ({needed[choice] / 1e9:.1f} GB)" for choice in (8, 4) if needed[choice] <= free]
-    raise ValueError(
+    raise OpenVLAValueError(
         f"{model} needs {needed[bits] / 1e9:.1f} GB at {f'{bits} bits' if bits else dtype}, and {device} has "
         f"{free / 1e9:.1f} GB free; {' and '.join(fitting) if fitting else 'neither bits=8 nor bits=4'} would fit."
     )

@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image
 
 from ..answers_openvla import ActionOutput
+from ..errors_openvla import OpenVLAFileNotFoundError, OpenVLAImportError, OpenVLAValueError
 from ..images_openvla import as_images
 from ..quantization_openvla import quantization_name
 from .policy import add_policy_arguments, policy_from
@@ -44,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Predict and report; returns the exit status."""
     if args.model and not (args.image and args.instruction):
-        raise ValueError(
+        raise OpenVLAValueError(
             "With --model give --image and --instruction too; the sample image is for the embedded default."
         )
     image_files = args.image or [SAMPLE_IMAGE]
@@ -52,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
     draw = import_pyplot("--plot") if args.plot else None
     for file in image_files:
         if not file.is_file():
-            raise FileNotFoundError(f"No image at {file}.")
+            raise OpenVLAFileNotFoundError(f"No image at {file}.")
     images = as_images(image_files)
 
     started = time.perf_counter()
@@ -123,7 +124,7 @@ def import_pyplot(option: str) -> Any:
     try:
         import matplotlib
     except ImportError as error:
-        raise ImportError(f"{option} needs matplotlib: pip install 'openvla[plot]'") from error
+        raise OpenVLAImportError(f"{option} needs matplotlib: pip install 'openvla[plot]'") from error
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 

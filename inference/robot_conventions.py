@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from ..actions_openvla import END_EFFECTOR_DIMENSIONS, OPEN_X_UNITS, as_numbers, nearest_name
+from ..errors_openvla import OpenVLAValueError
 
 logger = logging.getLogger(__name__)
 
@@ -140,7 +141,7 @@ def robot_convention(name: str) -> RobotConvention:
     if name not in ROBOT_CONVENTIONS:
         near = nearest_name(name, list(ROBOT_CONVENTIONS))
         hint = f" Did you mean {near!r}?" if near else ""
-        raise ValueError(f"Unknown robot convention {name!r}.{hint} Allowed: {list(ROBOT_CONVENTIONS)}.")
+        raise OpenVLAValueError(f"Unknown robot convention {name!r}.{hint} Allowed: {list(ROBOT_CONVENTIONS)}.")
     return ROBOT_CONVENTIONS[name]
 
 
@@ -159,7 +160,7 @@ def convert_action(action: np.ndarray | Sequence[Any], convention: str) -> np.nd
             gripper is not in [0, 1] (by more than ``GRIPPER_TOLERANCE``).
     """
     if robot_convention(convention).sticky_steps:
-        raise ValueError(
+        raise OpenVLAValueError(
             f"The gripper of {convention!r} takes changes, which depend on the episode's earlier actions; take "
             f"ActionConverter({convention!r}), call its convert() once a control step, and its reset() when an episode "
             "begins."
@@ -293,22 +294,28 @@ class ClipAction:
         metres_per_unit: float = 1.0,
     ) -> None:
         if max_delta is None and workspace is None:
-            raise ValueError("ClipAction needs max_delta, workspace or both; without them it would limit nothing.")
+            raise OpenVLAValueError(
+                "ClipAction needs max_delta, workspace or both; without them it would limit nothing."
+            )
         self.max_delta = np.full(6, np.inf) if max_delta is None else as_numbers(max_delta, "max_delta")
         if self.max_delta.shape != (6,) or not (self.max_delta >= 0).all():
-            raise ValueError(
+            raise OpenVLAValueError(
                 f"max_delta must hold six numbers, 0 or more, for {' '.join(END_EFFECTOR_DIMENSIONS[:6])}, "
                 f"got {max_delta!r}."
             )
         if not (np.isfinite(metres_per_unit) and metres_per_unit > 0):
-            raise ValueError(f"metres_per_unit must be above 0, got {metres_per_unit!r}.")
+            raise OpenVLAValueError(f"metres_per_unit must be above 0, got {metres_per_unit!r}.")
         if workspace is None and metres_per_unit != 1.0:
-            raise ValueError(f"metres_per_unit={metres_per_unit!r} is for a workspace; leave it out, or give one.")
+            raise OpenVLAValueError(
+                f"metres_per_unit={metres_per_unit!r} is for a workspace; leave it out, or give one."
+            )
         self.workspace = None if workspace is None else as_numbers(workspace, "workspace")
         if workspace is not None and (
             self.workspace.shape != (2, 3) or not np.all(self.workspace[0] < self.workspace[1])
         ):
-            raise ValueError(f"workspace must be (low, high), each x y z with low below high, got {workspace!r}.")
+            raise OpenVLAValueError(
+                f"workspace must be (low, high), each x y z with low below high, got {workspace!r}."
+            )
         self.policy, self.metres_per_unit = policy, float(metres_per_unit)
         self.clipped: list[Clip] = []
         self.clipped_answers = 0
@@ -360,7 +367,7 @@ class ClipAction:
         if self.workspace is not None:
             return _checked_position(position)
         if position is not None:
-            raise ValueError("position is for a workspace, and none was given; leave it out, or give workspace.")
+            raise OpenVLAValueError("position is for a workspace, and none was given; leave it out, or give workspace.")
         return None
 
     def _cut(self, index: int, step: np.ndarray, limit: str, low: np.ndarray, high: np.ndarray) -> None:
@@ -381,12 +388,12 @@ def _checked_actions(action: Any) -> np.ndarray:
     """float64 ``(7,)`` or ``(chunk, 7)``, finite."""
     action = as_numbers(action, "An action")
     if action.ndim not in (1, 2) or action.shape[-1] != ACTION_DIM or action.size == 0:
-        raise ValueError(
+        raise OpenVLAValueError(
             f"An action must have shape ({ACTION_DIM},) or (chunk, {ACTION_DIM}): {' '.join(END_EFFECTOR_DIMENSIONS)}; "
             f"got {action.shape}."
         )
     if not np.isfinite(action).all():
-        raise ValueError(f"An action must be finite, got {action.tolist()}: stop the robot.")
+        raise OpenVLAValueError(f"An action must be finite, got {action.tolist()}: stop the robot.")
     return action
 
 
@@ -394,7 +401,7 @@ def _require_gripper(gripper: np.ndarray) -> None:
     """Raise ValueError where a gripper is not OpenVLA's 0 closed to 1 open, and would be taken for open or closed."""
     low, high = float(gripper.min()), float(gripper.max())
     if low < -GRIPPER_TOLERANCE or high > 1 + GRIPPER_TOLERANCE:
-        raise ValueError(
+        raise OpenVLAValueError(
             f"The gripper must be in [0, 1], 0 closed and 1 open, got {low if low < 0 else high:g}: stop the robot. "
             "The policy was trained on another convention; openvla inspect-data on its checkpoint says which field of "
             "the data mends it (gripper or gripper_range)."
@@ -404,8 +411,8 @@ def _require_gripper(gripper: np.ndarray) -> None:
 def _checked_position(position: Any) -> np.ndarray:
     """float64 ``(3,)``, finite."""
     if position is None:
-        raise ValueError("The workspace needs position=, where the end effector is now: x y z (m).")
+        raise OpenVLAValueError("The workspace needs position=, where the end effector is now: x y z (m).")
     position = as_numbers(position, "position")
     if position.shape != (3,) or not np.isfinite(position).all():
-        raise ValueError(f"position must be three finite numbers, x y z (m), got {position.tolist()}.")
+        raise OpenVLAValueError(f"position must be three finite numbers, x y z (m), got {position.tolist()}.")
     return position

@@ -21,6 +21,7 @@ import socket
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..errors_openvla import OpenVLAImportError, OpenVLAValueError
 from ..inference.policy import add_policy_arguments, policy_from
 
 TOKEN_VARIABLE = "OPENVLA_SERVE_TOKEN"
@@ -100,9 +101,9 @@ def limits_of(args: argparse.Namespace) -> Limits:
     """
     for name in ("batch", "waiting", "deadline"):
         if not getattr(args, name) > 0:
-            raise ValueError(f"--{name} must be above 0, got {getattr(args, name)}.")
+            raise OpenVLAValueError(f"--{name} must be above 0, got {getattr(args, name)}.")
     if not 0 <= args.port < 65536:
-        raise ValueError(f"--port must be 0 to 65535, got {args.port}.")
+        raise OpenVLAValueError(f"--port must be 0 to 65535, got {args.port}.")
     return Limits(batch=args.batch, waiting=args.waiting, deadline=args.deadline)
 
 
@@ -117,7 +118,7 @@ def read_token(file: Path | None) -> str | None:
     if token is None:
         return None
     if len(token) < SHORTEST_TOKEN or not (token.isascii() and token.isprintable() and " " not in token):
-        raise ValueError(
+        raise OpenVLAValueError(
             f"The token in {file or f'${TOKEN_VARIABLE}'} must be one word of at least {SHORTEST_TOKEN} ASCII "
             "characters; make one with: python -c 'import secrets; print(secrets.token_urlsafe())'"
         )
@@ -135,4 +136,4 @@ def require_serve(room: str):
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("openvla"):
             raise
-        raise ImportError(f"The policy server needs {error.name}: {INSTALL_SERVER}") from error
+        raise OpenVLAImportError(f"The policy server needs {error.name}: {INSTALL_SERVER}") from error

@@ -20,6 +20,7 @@ import numpy as np
 from PIL import Image
 
 from ..actions_openvla import nearest_name
+from ..errors_openvla import OpenVLATypeError, OpenVLAValueError
 from ..images_openvla import as_images, require_eight_bits, require_one_frame, upright_rgb
 from .cli import Limits
 
@@ -38,7 +39,7 @@ PICTURE_FORMATS = ("PNG", "JPEG")
 MAX_ASPECT = 16  # where a processor pads to the square or fits the shorter side, a strip would become huge
 
 
-class RequestError(ValueError):
+class RequestError(OpenVLAValueError):
     """A request that is refused.
 
     Args:
@@ -145,7 +146,7 @@ def pack_reply(fields: dict[str, Any]) -> bytes:
         if isinstance(value, np.ndarray):
             array = {b"__ndarray__": True, b"data": value.tobytes()}
             return {**array, b"dtype": value.dtype.str, b"shape": value.shape}
-        raise TypeError(f"Cannot pack {type(value).__name__}.")
+        raise OpenVLATypeError(f"Cannot pack {type(value).__name__}.")
 
     return msgpack.packb(fields, default=packed)
 

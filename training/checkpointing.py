@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ..configuration_openvla import write_json
+from ..errors_openvla import OpenVLAValueError
 from .fsdp import is_sharded, share_of, spread_as
 from .run_fingerprint import RECORD_FILE
 
@@ -90,16 +91,20 @@ class TrainingState:
             return
         weights_file, state_file = self._files(folder, accelerator.process_index)
         if not state_file.is_file():
-            raise ValueError(
+            raise OpenVLAValueError(
                 f"{folder} has no {state_file.name}: it was written under another parallelism or by fewer processes. "
                 "Go on as it began, or begin elsewhere."
             )
         kept = torch.load(state_file, map_location="cpu", weights_only=True)
         if kept["processes"] != accelerator.num_processes:
-            raise ValueError(f"{folder} is of {kept['processes']} processes; go on with as many, or begin elsewhere.")
+            raise OpenVLAValueError(
+                f"{folder} is of {kept['processes']} processes; go on with as many, or begin elsewhere."
+            )
         weights, own = load_file(weights_file), self.trained
         if set(weights) != set(own):
-            raise ValueError(f"{folder} trained other weights than this run would; begin in another output folder.")
+            raise OpenVLAValueError(
+                f"{folder} trained other weights than this run would; begin in another output folder."
+            )
         with torch.no_grad():
             for name, tensor in weights.items():
                 own[name].copy_(spread_as(tensor, own[name]))

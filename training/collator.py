@@ -10,6 +10,7 @@ import torch
 
 from ..actions_openvla import NORMALIZATIONS
 from ..data.augmentation import ImageAugmentation
+from ..errors_openvla import OpenVLAKeyError, OpenVLAValueError
 from ..images_openvla import lanczos3_resized
 from ..modeling_openvla import OpenVLAForActionPrediction
 from ..prismatic_openvla import IGNORE_INDEX
@@ -71,7 +72,7 @@ class ActionCollator:
         generator = np.random.default_rng([*self.seed, self._batch_number()])
         for step in steps:
             if len(step.images) != self.cameras:
-                raise ValueError(
+                raise OpenVLAValueError(
                     f"The model takes {self.cameras} images, {step.dataset!r} gives {len(step.images)}: name the "
                     "cameras that it should see, in order, in the data's fields ({path: ..., fields: {cameras: []}})."
                 )
@@ -117,14 +118,18 @@ class ActionCollator:
         """A step's actions as the model is trained on them: float64 ``(chunk, action_dim)`` in [-1, 1]."""
         key, actions = step.dataset, np.asarray(step.actions, dtype=np.float64)
         if key not in self.statistics:
-            raise KeyError(f"No statistics of {key!r} that fit the model; it has those of {list(self.statistics)}.")
+            raise OpenVLAKeyError(
+                f"No statistics of {key!r} that fit the model; it has those of {list(self.statistics)}."
+            )
         if len(actions) != self.chunk_length:
-            raise ValueError(f"The model answers with {self.chunk_length} actions; {key!r} gives {len(actions)}.")
+            raise OpenVLAValueError(
+                f"The model answers with {self.chunk_length} actions; {key!r} gives {len(actions)}."
+            )
         return self.statistics[key].normalize(actions)
 
     def _proprio(self, step: Any) -> np.ndarray:
         if step.proprio is None:
-            raise ValueError(f"The model takes proprio, and a step of {step.dataset!r} has none.")
+            raise OpenVLAValueError(f"The model takes proprio, and a step of {step.dataset!r} has none.")
         return self.proprio_statistics[step.dataset].normalize_proprio(step.proprio)
 
 

@@ -16,6 +16,7 @@ from ..data.doctor import require_names
 from ..data.episodes import require
 from ..data.presets import AUTO
 from ..data.stream import ENDS
+from ..errors_openvla import OpenVLAValueError
 
 # The ways of the paper's table; LoRA is one of its adapters' targets, QLoRA the same beside 4-bit weights.
 METHODS = ("lora", "qlora", "full", "frozen-vision", "sandwich", "last-layer")
@@ -121,29 +122,31 @@ class FinetuneConfig:
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
-                raise ValueError(f"Unknown {name} {getattr(self, name)!r}; allowed: {list(allowed)}.")
+                raise OpenVLAValueError(f"Unknown {name} {getattr(self, name)!r}; allowed: {list(allowed)}.")
         if isinstance(self.accept, str):
-            raise ValueError(f"accept must be a list of names, got {self.accept!r}.")
+            raise OpenVLAValueError(f"accept must be a list of names, got {self.accept!r}.")
         self.accept = list(self.accept or ())
         require_names(self.accept)
         if self.method == "qlora" and self.parallelism == "fsdp":
-            raise ValueError("4-bit weights cannot be spread over processes; take method: lora, or parallelism: ddp.")
+            raise OpenVLAValueError(
+                "4-bit weights cannot be spread over processes; take method: lora, or parallelism: ddp."
+            )
         if self.decay == "step" and self.decay_step is None:
-            raise ValueError("decay='step' needs decay_step.")
+            raise OpenVLAValueError("decay='step' needs decay_step.")
         defaults = {one.name: one.default for one in fields(self)}
         unused = ["decay_step"] if self.decay != "step" else []
         unused += [name for name in defaults if name.startswith("lora_") and self.method not in LORA_METHODS]
         for name in unused:
             if getattr(self, name) != defaults[name]:
-                raise ValueError(
+                raise OpenVLAValueError(
                     f"{name} is {getattr(self, name)!r}, which method: {self.method} with decay: {self.decay} does not "
                     f"use; leave it out, or take {'decay: step' if name == 'decay_step' else 'method: lora'}."
                 )
         for name in ("batch_size", "accumulation", "max_steps", "save_steps", "keep", "log_steps"):
             if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
-                raise ValueError(f"{name} must be a whole number, 1 or more, got {getattr(self, name)!r}.")
+                raise OpenVLAValueError(f"{name} must be a whole number, 1 or more, got {getattr(self, name)!r}.")
         if not self.learning_rate > 0 or not self.max_grad_norm > 0:
-            raise ValueError("learning_rate and max_grad_norm must be positive.")
+            raise OpenVLAValueError("learning_rate and max_grad_norm must be positive.")
 
     def _read_numbers(self) -> None:
         """Read numbers that YAML gives as text: ``5e-4``, which has no point."""
@@ -153,7 +156,7 @@ class FinetuneConfig:
                 try:
                     setattr(self, one.name, float(value))
                 except ValueError:
-                    raise ValueError(f"{one.name} must be a number, got {value!r}.") from None
+                    raise OpenVLAValueError(f"{one.name} must be a number, got {value!r}.") from None
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -180,7 +183,7 @@ def read_yaml(file: Path) -> dict[str, Any]:
     """The mapping in a YAML file."""
     content = require("yaml", "A configuration file").safe_load(file.read_text(encoding="utf-8"))
     if not isinstance(content, dict):
-        raise ValueError(f"{file} must hold a mapping of fields, got {type(content).__name__}.")
+        raise OpenVLAValueError(f"{file} must hold a mapping of fields, got {type(content).__name__}.")
     return content
 
 
@@ -195,7 +198,7 @@ def as_config(given: Mapping[str, Any], source: Any = None) -> FinetuneConfig:
     missing = [name for name in ("model", "output") if given.get(name) is None]
     if unknown or missing:
         where = f" in {source}" if source else ""
-        raise ValueError(f"Unknown fields{where}: {unknown}, missing: {missing}. Known: {known}.")
+        raise OpenVLAValueError(f"Unknown fields{where}: {unknown}, missing: {missing}. Known: {known}.")
     return FinetuneConfig(**given)
 
 

@@ -37,6 +37,7 @@ from ..data.doctor import examine_statistics, refuse
 from ..data.episodes import open_demonstrations, require
 from ..data.statistics import require_matching, require_names_differ, statistics_and_findings
 from ..data.stream import DemonstrationStream
+from ..errors_openvla import OpenVLAValueError
 from ..loading import AutoProcessor
 from ..modeling_openvla import OpenVLAForActionPrediction
 from ..processing_openvla import OpenVLAProcessor
@@ -128,12 +129,12 @@ def _require_processes(config: FinetuneConfig, accelerator: Any) -> None:
     """Raise ValueError where the processes are not as the run says."""
     kind = str(accelerator.distributed_type.value)
     if kind not in ("NO", "MULTI_CPU", "MULTI_GPU"):
-        raise ValueError(
+        raise OpenVLAValueError(
             f"accelerate was told to distribute by {kind}; launch with --multi_gpu (or torchrun) alone, and say "
             f"parallelism: fsdp here to spread the model."
         )
     if config.parallelism == "fsdp" and accelerator.num_processes == 1:
-        raise ValueError(
+        raise OpenVLAValueError(
             "parallelism: fsdp spreads a model over several processes, this is one. Launch them: torchrun "
             "--nproc-per-node 8 -m openvla finetune ... (or accelerate launch --multi_gpu), or take parallelism: ddp."
         )
@@ -150,7 +151,9 @@ class Demonstrations:
 
     def __init__(self, config: FinetuneConfig) -> None:
         if not config.data:
-            raise ValueError("A run needs data: a folder of demonstrations, or a list of mappings with their path.")
+            raise OpenVLAValueError(
+                "A run needs data: a folder of demonstrations, or a list of mappings with their path."
+            )
         entries = [{"path": config.data}] if isinstance(config.data, str) else [dict(entry) for entry in config.data]
         for entry in entries:
             _require_entry(entry)
@@ -189,7 +192,7 @@ def _require_entry(entry: Mapping[str, Any]) -> None:
     if unknown or not entry.get("path"):
         near = nearest_name(unknown[0], list(DATA_ENTRY)) if unknown else None
         hint = f" Did you mean {near!r}?" if near else ""
-        raise ValueError(
+        raise OpenVLAValueError(
             f"An entry of data needs a path, and takes {list(DATA_ENTRY[1:])}; got {dict(entry)}, unknown: "
             f"{unknown}.{hint}"
         )
@@ -247,7 +250,7 @@ def set_answer(model: OpenVLAForActionPrediction, answer: Mapping[str, Any]) -> 
     fields = dict(answer)
     platform = fields.pop("platform", None)
     if platform is not None and platform not in PLATFORMS:
-        raise ValueError(f"Unknown platform {platform!r}; allowed: {list(PLATFORMS)}.")
+        raise OpenVLAValueError(f"Unknown platform {platform!r}; allowed: {list(PLATFORMS)}.")
     fields = {**PLATFORMS.get(platform, {}), **fields}
     if not model.config.parallel_decoding:
         model.enable_parallel_decoding(**fields)
@@ -256,7 +259,7 @@ def set_answer(model: OpenVLAForActionPrediction, answer: Mapping[str, Any]) -> 
     other = {name: value for name, value in fields.items() if name not in own or own[name] != value}
     if other:
         now = {name: own.get(name) for name in other}
-        raise ValueError(
+        raise OpenVLAValueError(
             f"answer asks for {other}, but the model already answers with {now}; leave answer out to go on training "
             "what it is, or begin with a model that is no OpenVLA-OFT."
         )
@@ -342,7 +345,7 @@ def train(
     state = TrainingState(model, optimizer, scheduler, record)
     state.restore(newest_checkpoint(Path(config.output)), accelerator)
     if state.step > config.max_steps:
-        raise ValueError(
+        raise OpenVLAValueError(
             f"{config.output} holds a run of {state.step} steps, max_steps is {config.max_steps}; give {state.step} or "
             "more, or begin in another output folder."
         )
@@ -400,7 +403,7 @@ def log(
     means = torch.stack([torch.stack([one[name].float() for one in gathered]).mean() for name in names])
     values = dict(zip(names, accelerator.reduce(means, "mean").tolist()))
     if not np.isfinite(values["train_loss"]):
-        raise ValueError(
+        raise OpenVLAValueError(
             f"The loss at step {state.step} is {values['train_loss']}; lower learning_rate. The newest checkpoint is "
             f"{newest_checkpoint(Path(config.output))}."
         )

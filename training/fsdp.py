@@ -9,6 +9,7 @@ from torch import distributed as dist
 from torch import nn
 
 from ..adapters_openvla import idle_modules
+from ..errors_openvla import OpenVLAImportError
 from ..heads_openvla import HEAD_MODULES
 
 # Where fully_shard and what it needs have lived since it was no longer experimental.
@@ -31,7 +32,7 @@ def shard(model: nn.Module, device: torch.device, dtype: torch.dtype | None = No
     """
     if tuple(map(int, torch.__version__.split(".")[:2])) < FIRST_TORCH:
         needed = ".".join(map(str, FIRST_TORCH))
-        raise ImportError(f"parallelism: fsdp needs torch {needed} or newer, this is {torch.__version__}.")
+        raise OpenVLAImportError(f"parallelism: fsdp needs torch {needed} or newer, this is {torch.__version__}.")
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     if model.config.parallel_decoding:

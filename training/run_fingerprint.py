@@ -18,6 +18,7 @@ from typing import Any
 from ..adapter_files_openvla import base_record
 from ..data.columns import Fields
 from ..data.episodes import DemonstrationError, read_json
+from ..errors_openvla import OpenVLAValueError
 from ..modeling_openvla import STATISTICS_FILE, OpenVLAForActionPrediction
 from ..processing_openvla import OpenVLAProcessor
 from .config import FinetuneConfig
@@ -174,7 +175,7 @@ def _require_none(differences: list[tuple[str, Any, Any]], output: Path, checkpo
         return
     result = output / "model"
     learnt = f" (with model: {result} it begins with what was learnt here)" if result.is_dir() else ""
-    raise ValueError(
+    raise OpenVLAValueError(
         f"{checkpoint} is of another run than the one given: {_listed(differences)}. To go on, give the values as they "
         f"were. For the new ones, new episodes too, begin in another output folder{learnt}."
     )
