@@ -58,11 +58,13 @@ def main(argv: list[str] | None = None) -> int:
     """Run a subcommand; a user's mistake is one line on stderr and exit status 2, a bug a traceback and status 1."""
     argv = sys.argv[1:] if argv is None else argv
     args = build_parser(argv[0] if argv else None).parse_args(argv)
+    run, traceback = args.run, args.traceback
+    del args.run, args.traceback  # the rest is the subcommand's own
     try:
-        return args.run(args)
+        return run(args)
     except Exception as error:
         message = describe(error)
-        if message is None or args.traceback:
+        if message is None or traceback:
             raise  # Python prints the traceback and exits with status 1
         print(f"openvla {args.command}: {type(error).__name__}: {message}", file=sys.stderr)
         return 2

@@ -14,7 +14,7 @@ import numpy as np
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from openvla.serving.client import PolicyServerError
-from reference import REPOSITORY
+from reference import MODULES
 
 ASKED = int(os.environ.get("OPENVLA_FUZZ", "0"))
 TOTAL = ASKED or 400
@@ -37,7 +37,7 @@ def examples(share: float):
 def ours(error: BaseException) -> bool:
     """Return whether an error comes from a ``raise`` of this package."""
     frame = traceback.extract_tb(error.__traceback__)[-1]
-    own = Path(frame.filename).parent == REPOSITORY
+    own = Path(frame.filename) in MODULES
     return (
         own
         and isinstance(error, ERRORS)

@@ -127,7 +127,6 @@ def check_arguments(args):
     if args.command == "finetune":
         given = {key: value for key, value in vars(args).items() if value is not None}
         given.pop("command")
-        given.pop("run")
         file = given.pop("config", None)
         finetune_config.as_config({**(finetune_config.read_yaml(file) if file else {}), **given})
     return 0

@@ -1,7 +1,6 @@
 """Findings where users meet them: in statistics, in ``openvla inspect-data``, before ``openvla finetune`` trains."""
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +11,7 @@ from openvla.data.doctor import CHECKS, Finding, Recording, examine_statistics, 
 from openvla.data.episodes import open_demonstrations
 from openvla.data.statistics import compute_statistics, statistics_and_findings
 from openvla.training.config import FinetuneConfig
-from reference import FIXTURES
+from reference import FIXTURES, REPOSITORY
 
 DATA = FIXTURES
 
@@ -65,7 +64,7 @@ PUBLISHED = {
 
 def held_statistics():
     """Every file of statistics that lies in the repository."""
-    root = Path(__file__).parent.parent
+    root = REPOSITORY
     files = sorted([*root.glob("assets/**/*.json"), *root.glob("tests/golden/**/*.json")])
     for file in files:
         content = json.loads(file.read_text())
