@@ -114,9 +114,9 @@ def test_lora_on_plain_openvla_carries_the_heads(tiny, cameras, tmp_path):
     answer = {**ANSWER, "action_head": "l1", "use_film": True}
     norm_stats = answer.pop("norm_stats")
     model = OpenVLAForActionPrediction.from_pretrained(tmp_path / "base")
+    torch.manual_seed(0)
     model.enable_parallel_decoding(**answer)
     model.add_norm_stats("lab", norm_stats["lab"])
-    torch.manual_seed(0)
     model.enable_lora(r=4)
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     assert any("action_head." in name for name in trained)
