@@ -150,7 +150,9 @@ class OpenVLAForActionPrediction(LoraMixin, NormStatsMixin, ParallelDecodingMode
                 f"{STATISTICS_FILE} beside the weights of {name_or_path} is not usable: {error}"
             ) from error
 
-    def save_pretrained(self, save_directory: str | os.PathLike, is_main_process: bool = True, **kwargs: Any) -> Any:
+    def save_pretrained(  # type: ignore[override]  # other arguments pass through
+        self, save_directory: str | os.PathLike[str], is_main_process: bool = True, **kwargs: Any
+    ) -> Any:
         """Save weights, configuration, code and, in dataset_statistics.json, the action statistics.
 
         Statistics in the folder for other datasets are kept: the published scripts write the robot's there first, then
@@ -648,7 +650,7 @@ class OpenVLAForActionPrediction(LoraMixin, NormStatsMixin, ParallelDecodingMode
         input_ids, attention_mask = self._align_prompts(input_ids, attention_mask)
         if self.config.empty_token_id is None:
             return input_ids, attention_mask
-        return append_token(input_ids, attention_mask, self.config.empty_token_id, self.pad_token_id)
+        return append_token(input_ids, attention_mask, int(self.config.empty_token_id), self.pad_token_id)
 
 
 def _actions(output: ActionOutput) -> np.ndarray:

@@ -163,7 +163,7 @@ class PrismaticForConditionalGeneration(PrismaticPreTrainedModel, GenerationMixi
         self.projector = PrismaticProjector(
             config.use_fused_vision_backbone, self.vision_backbone.embed_dim, config.text_config.hidden_size
         )
-        model_class = language_model_class(config.text_config)
+        model_class: Any = language_model_class(config.text_config)
         attention = attention_implementation(config)
         if attention == "sdpa" and not model_class._supports_sdpa:  # Phi on transformers 4.40
             attention = "eager"
@@ -171,7 +171,7 @@ class PrismaticForConditionalGeneration(PrismaticPreTrainedModel, GenerationMixi
         self.language_model = model_class(config.text_config)
         tied = tied_weight_names(self.language_model)
         if config.text_config.tie_word_embeddings and tied:
-            self._tied_weights_keys = [f"language_model.{name}" for name in tied]
+            self._tied_weights_keys = [f"language_model.{name}" for name in tied]  # type: ignore[assignment]  # 4.x
         self.vocab_size = config.text_config.vocab_size
         self.pad_token_id = config.pad_token_id
         self.post_init()
@@ -191,7 +191,7 @@ class PrismaticForConditionalGeneration(PrismaticPreTrainedModel, GenerationMixi
     def get_decoder(self) -> nn.Module:
         return self.language_model.get_decoder()
 
-    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> nn.Module:
+    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> nn.Embedding:
         """Resize the language model's vocabulary; new entries count as padding, so action tokens keep their ids."""
         unpadded = self.config.vocab_size
         embeddings = self.language_model.resize_token_embeddings(new_num_tokens, *args, **kwargs)
@@ -437,7 +437,8 @@ class PrismaticForConditionalGeneration(PrismaticPreTrainedModel, GenerationMixi
         self, input_ids: torch.Tensor | None, attention_mask: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return checked, left-padded prompts on the device of the embeddings."""
-        device = self.get_input_embeddings().weight.device
+        embeddings: Any = self.get_input_embeddings()
+        device = embeddings.weight.device
         if device.type == "meta":  # offloaded modules are moved by accelerate's hooks
             device = torch.device("cpu")
         return align_prompts(input_ids, attention_mask, self.pad_token_id, device)

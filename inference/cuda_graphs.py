@@ -65,13 +65,13 @@ class CapturedGraph:
         self.inputs = [tensor.clone() for tensor in inputs]
         current = torch.cuda.current_stream()
         # Of this device: torch's default capture stream belongs to whichever device captured first.
-        self.stream = shared.stream if shared else torch.cuda.Stream()
+        self.stream: torch.cuda.Stream = shared.stream if shared else torch.cuda.Stream()
         self.stream.wait_stream(current)
         with torch.cuda.stream(self.stream):
             compute(*self.inputs)  # libraries allocate their workspaces at the first call on a stream
         current.wait_stream(self.stream)
         self.graph = torch.cuda.CUDAGraph()
-        self.finished = shared.finished if shared else torch.cuda.Event()
+        self.finished: torch.cuda.Event = shared.finished if shared else torch.cuda.Event()
         pool = shared.graph.pool() if shared else None
         capture = torch.cuda.graph(self.graph, pool=pool, stream=self.stream, capture_error_mode="thread_local")
         with torch.cuda.stream(current), capture:  # the outer context restores the stream where the capture fails

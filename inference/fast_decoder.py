@@ -173,7 +173,8 @@ def _functional(module: Any, compiled: bool = False) -> Function:
         module: A linear layer, a norm, an activation, or what replaced it.
         compiled: Compile a norm to one kernel.
     """
-    kind, weight = type(module), getattr(module, "weight", None)
+    kind = type(module)
+    weight: Any = getattr(module, "weight", None)
     library_name = kind.__name__ if kind.__module__.startswith(("torch.", "transformers.")) else None
     if weight is None or type(weight) is nn.Parameter:
         if kind is nn.Linear:

@@ -114,7 +114,7 @@ def load_policy(
         unnorm_key: As for ``predict_action``; settled here, so that a wrong one does not wait for the first action.
         prepack: On a CPU, lay the weights out for its products once (``prepacked_model.prepack``): faster answers, in
             bfloat16 the same in every bit, of a model that can do nothing else.
-        compile: Let torch.compile fuse the small operations of an answer (``fast_decoder.compile_pointwise``), for a GPU; the first
+        compile: Let torch.compile fuse the small operations of an answer (``compile_pointwise``), for a GPU; the first
             answer waits for it.
         constrain_actions: As of ``predict_action``: then the policy has an action to images that it does not know, too.
             None is True for the embedded default, which knows two tasks and is there to be tried, else False.

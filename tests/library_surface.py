@@ -373,8 +373,8 @@ SURFACE: tuple[Touch, ...] = (
     *forwards(),
     *touches(
         "prismatic_openvla modeling_openvla",
-        "Read {name} of what generate() gives under its new name: generate in prismatic_openvla.py, _generate_tokens in "
-        "modeling_openvla.py.",
+        "Read {name} of what generate() gives under its new name: generate in prismatic_openvla.py, "
+        "_generate_tokens in modeling_openvla.py.",
         *(row(f"generate.{n}", has_field(GENERATED, n), "generation/utils.py") for n in ("sequences", "logits")),
     ),
     *touches(

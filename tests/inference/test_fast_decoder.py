@@ -1,6 +1,9 @@
 """The fast decoder gives what the language model's forward gives, or is not used."""
 
 import functools
+import json
+import os
+import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from itertools import product
@@ -9,7 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from openvla import OpenVLAForActionPrediction, decoding_openvla, quantization_config
+from openvla import PLATFORMS, OpenVLAForActionPrediction, decoding_openvla, quantization_config
 from openvla.compatibility_openvla import QUANTIZES_ON_CPU
 from openvla.decoding_openvla import decode_greedily
 from openvla.inference import fast_decoder, patch_detection
@@ -482,3 +485,65 @@ def test_compile_rejects_unsupported_models(frames):
     compile_pointwise(model)
     assert model._cuda_graphs is None
     assert np.array_equal(model.predict_action(**inputs), model.predict_action(**inputs, fast=False))
+
+
+REMOTE = """
+import json, sys
+sys.modules["openvla"] = None  # as if the package were not installed
+import numpy as np, torch, transformers
+folder, frame = sys.argv[1:]
+processor = transformers.AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+model_class = getattr(transformers, "AutoModelForImageTextToText", None) or transformers.AutoModelForVision2Seq
+model = model_class.from_pretrained(folder, trust_remote_code=True).eval()
+assert "transformers_modules" in type(model).__module__
+assert not any(name.endswith(("fast_openvla", "graphs_openvla")) for name in sys.modules)
+inputs = processor(instruction="open the drawer", images=np.load(frame))
+options = {} if model.config.action_head else {"constrain_actions": True}
+outputs = [model.predict_action(**inputs, **options, return_dict=True, fast=fast) for fast in (None, False, True)]
+assert all(np.array_equal(outputs[0].actions, output.actions) for output in outputs)
+try:
+    model.predict_action(**inputs, **options, draft=outputs[0].actions)
+except ValueError as error:
+    refused = str(error)
+tokens = None if outputs[0].token_ids is None else outputs[0].token_ids.tolist()
+print(json.dumps({"tokens": tokens, "actions": outputs[0].actions.tolist(), "refused": refused}))
+"""
+
+
+@pytest.mark.lane
+@pytest.mark.parametrize("action_head", ["none", "l1", "tokens"])
+def test_remote_code_predicts_the_same_without_the_package(action_head, frames, tmp_path):
+    fields = {**PLATFORMS["libero"], "parallel_decoding": True, "proprio_dim": None}
+    fields["action_head"] = "l1" if action_head == "l1" else None
+    model, processor = build_tiny(**({} if action_head == "none" else fields))
+    model.save_pretrained(tmp_path / "saved")
+    processor.save_pretrained(tmp_path / "saved")
+    np.save(tmp_path / "frame.npy", frames["noise"])
+    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-c", REMOTE, tmp_path / "saved", tmp_path / "frame.npy"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    remote = json.loads(done.stdout.splitlines()[-1])
+    inputs = processor(instruction="open the drawer", images=frames["noise"])
+    options = {} if action_head == "l1" else {"constrain_actions": True}
+    for fast in (None, False):
+        output = model.predict_action(**inputs, **options, return_dict=True, fast=fast)
+        if action_head == "l1":
+            np.testing.assert_allclose(output.actions, remote["actions"], rtol=0, atol=LOGIT_ATOL)
+        else:
+            assert output.token_ids.tolist() == remote["tokens"]
+            assert output.actions.tolist() == remote["actions"]
+    reason = "draft is for a model" if action_head != "none" else "draft has no effect on this call: it is part of the"
+    assert remote["refused"].startswith(reason)
+    assert "Falling back to the standard decoder" in done.stderr
+
+
+@pytest.mark.lane
+def test_package_models_have_the_accelerator_and_others_none():
+    assert ACCELERATOR is not None
+    model = language_model("llama")
+    assert decoding_openvla.unsupported_reason(ACCELERATOR, model, 20) is None
+    assert not decoding_openvla.use_fast_decoder(None, None, model, 20)
+    assert "pip install openvla" in decoding_openvla.unsupported_reason(None, model, 20)
+    with pytest.raises(ValueError, match="draft has no effect on this call: .*pip install openvla"):
+        decoding_openvla.require_fast_decoder(None, [0.0] * 7, True, None, model, 20)
