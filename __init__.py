@@ -13,9 +13,8 @@ from .registration import register_with_transformers
 
 if TYPE_CHECKING:
     from .actions_openvla import ActionTokenizer, NormalizationStatistics
-    from .answers_openvla import ActionOutput
     from .configuration_openvla import PLATFORMS, OpenVLAConfig, PrismaticConfig
-    from .decoding_openvla import NoActionError
+    from .decoding_openvla import ActionOutput, NoActionError
     from .errors_openvla import OpenVLAError
     from .inference.action_queue import ActionChunk
     from .inference.policy import Policy, load_policy
@@ -36,7 +35,7 @@ __version__ = "0.1.0"
 _MODULES = {
     "PLATFORMS": "configuration_openvla",
     "ActionChunk": "inference.action_queue",
-    "ActionOutput": "answers_openvla",
+    "ActionOutput": "decoding_openvla",
     "ActionTokenizer": "actions_openvla",
     "AutoModelForVision2Seq": "loading",
     "AutoProcessor": "loading",

@@ -24,7 +24,7 @@ from transformers.utils.hub import extract_commit_hash
 
 from .configuration_openvla import PrismaticConfig, hub_keywords
 from .errors_openvla import OpenVLAFileNotFoundError, OpenVLAValueError
-from .heads_openvla import belongs_to_answer
+from .heads_openvla import is_action_head_param
 from .quantization_openvla import is_quantized, quantization_name
 from .saved_folder_openvla import ADAPTER_CONFIG_FILE, INDEX_FILE, SINGLE_FILE
 
@@ -249,7 +249,7 @@ def weights_digest(tensors: Iterable[tuple[str, torch.Tensor]], config: Prismati
     if config.text_config.tie_word_embeddings:
         skipped.append("lm_head.weight")
     for name, tensor in tensors:
-        if name.endswith(tuple(skipped)) or belongs_to_answer(name):
+        if name.endswith(tuple(skipped)) or is_action_head_param(name):
             continue
         flat = tensor.detach().reshape(-1)
         chosen = torch.linspace(0, flat.numel() - 1, min(SAMPLES, flat.numel()), dtype=torch.float64).long()

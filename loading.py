@@ -14,6 +14,7 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from .configuration_openvla import OpenVLAConfig, PrismaticConfig, hub_keywords
 from .errors_openvla import OpenVLAValueError
+from .inference.accelerator import attach_accelerator
 from .modeling_openvla import OpenVLAForActionPrediction
 from .prismatic_openvla import PrismaticForConditionalGeneration
 from .processing_openvla import (
@@ -31,6 +32,7 @@ MODEL_CLASSES = {
 
 def register_auto_classes() -> None:
     """Teach transformers' Auto classes the model types "openvla" and "prismatic"."""
+    attach_accelerator()
     for config, processor, image_processor in (
         (OpenVLAConfig, OpenVLAProcessor, OpenVLAImageProcessor),
         (PrismaticConfig, PrismaticProcessor, PrismaticImageProcessor),

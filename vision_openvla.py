@@ -6,8 +6,9 @@ are never run, but they are part of every published checkpoint, so their weights
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +17,6 @@ from torch.utils.checkpoint import checkpoint
 
 from .configuration_openvla import PrismaticConfig
 from .errors_openvla import OpenVLAValueError
-from .graphs_openvla import beside
 
 
 @dataclass(frozen=True)
@@ -228,8 +228,18 @@ class VisionTower(nn.Module):
         return torch.cat([*prefix, patches], dim=1) + self.pos_embed
 
 
+def run_one_by_one(
+    first: Callable[[], torch.Tensor], second: Callable[[], torch.Tensor], device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the results of two computations on a device."""
+    return first(), second()
+
+
 class PrismaticVisionBackbone(nn.Module):
     """One tower (``featurizer``), or two whose features are concatenated channel by channel (``fused_featurizer``)."""
+
+    # The installed package replaces it by run_on_two_streams (inference/cuda_graphs.py).
+    run_both: ClassVar[Callable[..., tuple[torch.Tensor, torch.Tensor]]] = staticmethod(run_one_by_one)
 
     def __init__(self, config: PrismaticConfig) -> None:
         super().__init__()
@@ -307,7 +317,7 @@ class PrismaticVisionBackbone(nn.Module):
             features = self.featurizer(pixel_values, condition)
         else:
             features = torch.cat(
-                beside(
+                self.run_both(
                     lambda: self.featurizer(pixel_values[:, :3], condition),
                     lambda: self.fused_featurizer(pixel_values[:, 3:], condition),
                     pixel_values.device,

@@ -31,9 +31,9 @@ from ..compatibility_openvla import DTYPE_FIELD
 from ..configuration_openvla import write_json
 from ..decoding_openvla import decode_greedily
 from ..errors_openvla import OpenVLAImportError, OpenVLAValueError
-from ..fast_openvla import decode_fast, fuse
-from ..graphs_openvla import recorded
 from ..inference.cpu_prepack import multiplies, prepack
+from ..inference.cuda_graphs import run_graphed
+from ..inference.fast_decoder import compile_pointwise, decode_fast
 from ..loading import AutoProcessor
 from ..modeling_openvla import OpenVLAForActionPrediction
 from . import reference as reference_script
@@ -225,7 +225,7 @@ def own_sides(
     def first_token(index: int, fast: bool) -> list[int]:
         compute = functools.partial(first_of, fast=fast)
         given = prompts[index], pixels[index]
-        tokens, _ = recorded(model, compute, given, FIRST_TOKEN) if fast else compute(*given)
+        tokens, _ = run_graphed(model, compute, given, FIRST_TOKEN) if fast else compute(*given)
         return tokens[0].tolist()
 
     @torch.no_grad()
@@ -233,7 +233,7 @@ def own_sides(
         def compute(pixel_values: torch.Tensor) -> tuple[torch.Tensor]:
             return (model.vision_backbone(pixel_values),)
 
-        (features,) = recorded(model, compute, [pixels[index]], TOWERS) if fast else compute(pixels[index])
+        (features,) = run_graphed(model, compute, [pixels[index]], TOWERS) if fast else compute(pixels[index])
         return features.float().cpu().numpy()
 
     rows = {ACTION: action, PIXELS: from_pixels, FIRST_TOKEN: first_token, TOWERS: towers, BATCH: batch}
@@ -251,7 +251,7 @@ def own_sides(
     if compiled:
         fused = copy.copy(model)  # of the same weights
         fused._modules = {**model._modules, "language_model": copy.copy(model.language_model)}
-        fuse(fused)
+        compile_pointwise(fused)
         sides[COMPILED] = {ACTION: lambda index: action(index, model=fused, fast=True)}
     if model.device.type == "cpu" and multiplies(model.dtype):
         prepacked = copy.deepcopy(model)

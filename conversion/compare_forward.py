@@ -11,7 +11,7 @@ import torch
 from ..configuration_openvla import PrismaticConfig
 from ..errors_openvla import OpenVLAValueError
 from ..loading import MODEL_CLASSES
-from ..parallel_openvla import with_action_slots
+from ..parallel_openvla import append_action_placeholders
 from .safetensors_io import weight_files
 
 PROMPT_LENGTH = 16
@@ -60,9 +60,9 @@ def _output(model: torch.nn.Module, config: PrismaticConfig) -> torch.Tensor:
     if not getattr(config, "parallel_decoding", False):
         mask = torch.ones_like(input_ids)
         return model(input_ids=input_ids, attention_mask=mask, pixel_values=pixel_values).logits
-    with_slots = with_action_slots(input_ids, None, model.tokens_per_chunk, config.text_config.eos_token_id)
+    with_slots = append_action_placeholders(input_ids, None, model.tokens_per_chunk, config.text_config.eos_token_id)
     proprio = None if config.proprio_dim is None else torch.zeros(1, config.proprio_dim)
-    seen = model.observe(*with_slots, pixel_values, proprio)
+    seen = model.embed_observation(*with_slots, pixel_values, proprio)
     if config.action_head is None:
         return model.chunk_logits(seen)[0]
     noise = torch.zeros(1, config.chunk_length, config.action_dim)

@@ -42,7 +42,7 @@ from ..adapter_files_openvla import base_of, require_not_merged
 from ..compatibility_openvla import DTYPE_FIELD
 from ..configuration_openvla import ANSWER_FIELDS, PLATFORMS, OpenVLAConfig, PrismaticConfig, write_json
 from ..errors_openvla import OpenVLAFileExistsError, OpenVLAFileNotFoundError, OpenVLAValueError
-from ..heads_openvla import belongs_to_answer
+from ..heads_openvla import is_action_head_param
 from ..images_openvla import IMAGE_PRESETS
 from ..loading import MODEL_CLASSES
 from ..modeling_openvla import STATISTICS_FILE
@@ -434,7 +434,7 @@ def _write_oft(source: Path, folder: Path) -> Converted:
     config = OpenVLAConfig.from_dict(read_json(source / "config.json"))
     tensors = dict(read_tensors(weight_files(source)))
     require_fit({name: tuple(tensor.shape) for name, tensor in tensors.items()}, config, source)
-    write_shards(folder, {n: t for n, t in tensors.items() if not belongs_to_answer(n)}, None, parse_size("5GB"))
+    write_shards(folder, {n: t for n, t in tensors.items() if not is_action_head_param(n)}, None, parse_size("5GB"))
     write_parts(folder, tensors, config)
     again = read_parts(part_files(folder), next(iter(tensors.values())).dtype)
     wrong = [n for n, t in again.items() if not torch.equal(t.view(torch.uint8), tensors[n].view(torch.uint8))]

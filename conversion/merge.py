@@ -31,7 +31,7 @@ from ..adapter_files_openvla import (
 )
 from ..configuration_openvla import OpenVLAConfig
 from ..errors_openvla import OpenVLAFileExistsError, OpenVLAValueError
-from ..heads_openvla import belongs_to_answer
+from ..heads_openvla import is_action_head_param
 from ..inference.policy import without_weights
 from ..modeling_openvla import STATISTICS_FILE
 from ..parallel_openvla import refuse_loose_parts
@@ -153,7 +153,7 @@ def _heads(lora: LoraAdapter, config: OpenVLAConfig, dtype: torch.dtype) -> dict
     return {
         name: lora.tensors[name].to(dtype) if name in lora.tensors else torch.zeros(shape, dtype=dtype)
         for name, shape in names.items()
-        if belongs_to_answer(name)
+        if is_action_head_param(name)
     }
 
 

@@ -13,7 +13,7 @@ import torch
 from ..adapter_files_openvla import LoraAdapter, read_adapter
 from ..configuration_openvla import ANSWER_FIELDS, PLATFORMS, OpenVLAConfig
 from ..errors_openvla import OpenVLAValueError
-from ..heads_openvla import FILM_LAYER, HEAD_MODULES, belongs_to_answer
+from ..heads_openvla import FILM_LAYER, HEAD_MODULES, is_action_head_param
 from .safetensors_io import read_pickle
 from .torch_archive import require_intact
 
@@ -185,7 +185,7 @@ def _film_part(towers: Mapping[str, torch.Tensor]) -> Tensors:
     linear = {
         name.removesuffix(".weight")
         for name, tensor in towers.items()
-        if name.endswith(".weight") and tensor.ndim == 2 and not belongs_to_answer(name)
+        if name.endswith(".weight") and tensor.ndim == 2 and not is_action_head_param(name)
     }
     part = {}
     for name, tensor in towers.items():

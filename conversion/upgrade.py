@@ -57,9 +57,10 @@ from .publish import publish
 from .safetensors_io import has_safetensors, require_equal, shapes, weight_files
 
 CONFIG_FILES = ("config.json", "preprocessor_config.json", "processor_config.json")
-# Code files that saved folders carry: the published code's and ours. So far every name that was ever shipped still is;
-# add the old name here when a shipped file is renamed or dropped.
+# Code files that saved folders carry: the published code's and ours, with the names that are no longer shipped. Add a
+# name here when a shipped file is renamed or dropped.
 OLD_CODE = {f"{part}_prismatic.py" for part in ("configuration", "modeling", "processing")}
+OLD_CODE |= {f"{part}_openvla.py" for part in ("answers", "fast", "graphs", "own_functions")}
 OLD_CODE |= {path.name for path in Path(__file__).parents[1].glob("*_openvla.py")}
 WEIGHTS = (".safetensors", ".safetensors.index.json")
 # Temporary names under which this package and huggingface_hub write before they rename.

@@ -20,12 +20,12 @@ from ..compatibility_openvla import DTYPE_FIELD
 from ..configuration_openvla import OpenVLAConfig
 from ..decoding_openvla import require_one_pass
 from ..errors_openvla import OpenVLAValueError
-from ..fast_openvla import fuse
 from ..loading import AutoProcessor
 from ..modeling_openvla import OpenVLAForActionPrediction
 from ..processing_openvla import OpenVLAImageProcessor, OpenVLAProcessor
 from ..quantization_openvla import UNQUANTIZED_MODULES, VISION_TOWERS, fast_dtype, quantization_config
 from .cpu_prepack import prepack as prepack_weights
+from .fast_decoder import compile_pointwise
 
 logger = logging.getLogger(__name__)
 
@@ -114,7 +114,7 @@ def load_policy(
         unnorm_key: As for ``predict_action``; settled here, so that a wrong one does not wait for the first action.
         prepack: On a CPU, lay the weights out for its products once (``prepacked_model.prepack``): faster answers, in
             bfloat16 the same in every bit, of a model that can do nothing else.
-        compile: Let torch.compile fuse the small operations of an answer (``fast_openvla.fuse``), for a GPU; the first
+        compile: Let torch.compile fuse the small operations of an answer (``compile_pointwise``), for a GPU; the first
             answer waits for it.
         constrain_actions: As of ``predict_action``: then the policy has an action to images that it does not know, too.
             None is True for the embedded default, which knows two tasks and is there to be tried, else False.
@@ -154,7 +154,7 @@ def load_policy(
     if prepack:
         prepack_weights(loaded)
     if compile:
-        fuse(loaded)
+        compile_pointwise(loaded)
     own_processor = any(optional_file(model, name) for name in PREPROCESSOR_FILES)
     processor = AutoProcessor.from_pretrained(model) if own_processor else AutoProcessor.from_pretrained(base, **at)
     for doubt in processor_doubts(config, processor.image_processor):

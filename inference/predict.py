@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ..answers_openvla import ActionOutput
+from ..decoding_openvla import ActionOutput
 from ..errors_openvla import OpenVLAFileNotFoundError, OpenVLAImportError, OpenVLAValueError
 from ..images_openvla import as_images
 from ..quantization_openvla import quantization_name

@@ -14,8 +14,7 @@ import numpy as np
 import torch
 
 from ..actions_openvla import END_EFFECTOR_DIMENSIONS, dimension_labels
-from ..answers_openvla import ActionOutput
-from ..decoding_openvla import NoActionError
+from ..decoding_openvla import ActionOutput, NoActionError
 from ..inference.policy import Policy, stored_bits
 from ..quantization_openvla import quantization_name
 from .cli import Limits

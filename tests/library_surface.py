@@ -316,7 +316,7 @@ def touches(used_in: str, change: str, *each: Row, library: str = "transformers"
     return tuple(made)
 
 
-# What the fast way reads of a language model, by the class that has it.
+# Attributes of a language model that the fast decoder reads, by the class that has them.
 PARTS = {
     "Attention": ("q_proj", "k_proj", "v_proj", "o_proj"),
     "MLP": ("gate_proj", "up_proj", "down_proj", "act_fn"),
@@ -327,7 +327,7 @@ PARTS = {
 
 
 def layers() -> tuple[Touch, ...]:
-    """Return what the fast way reads of the language models' layers.
+    """Return the touches of the language models' layers by the fast decoder.
 
     The proof renames attributes of Llama only: the others have the same check, and a proof takes seconds.
     """
@@ -339,8 +339,10 @@ def layers() -> tuple[Touch, ...]:
             where = LLAMA if family == "Llama" else None
             made += parts(f"{family}{kind}.", functools.partial(part_of, family, kind), *names, where=where)
     made.append(row("SiLUActivation", check_silu, seen="SiLU 4.40.1 and 4.49.0, SiLUActivation 4.57.6 to 5.24.0"))
-    change = "Write the layers out with the new name of {name}, or drop the family: _Layer in fast_openvla.py."
-    return touches("fast_openvla training/memory parallel_openvla", change, *made)
+    change = (
+        "Write the layers out with the new name of {name}, or drop the family: _Layer in inference/fast_decoder.py."
+    )
+    return touches("inference/fast_decoder training/memory parallel_openvla", change, *made)
 
 
 def forwards() -> tuple[Touch, ...]:
@@ -371,8 +373,8 @@ SURFACE: tuple[Touch, ...] = (
     *forwards(),
     *touches(
         "prismatic_openvla modeling_openvla",
-        "Read {name} of what generate() gives under its new name: generate in prismatic_openvla.py, predict_action in "
-        "modeling_openvla.py.",
+        "Read {name} of what generate() gives under its new name: generate in prismatic_openvla.py, "
+        "_generate_tokens in modeling_openvla.py.",
         *(row(f"generate.{n}", has_field(GENERATED, n), "generation/utils.py") for n in ("sequences", "logits")),
     ),
     *touches(
@@ -388,8 +390,8 @@ SURFACE: tuple[Touch, ...] = (
         row("PretrainedConfig.dtype", check_dtype, None, "torch_dtype 4.40.1 and 4.49.0, dtype 4.57.6 to 5.24.0"),
     ),
     *touches(
-        "compatibility_openvla fast_openvla configuration_openvla",
-        "Read {name} where it stands now, in {files}: rotary_fields, reason_against, _for_every_version.",
+        "compatibility_openvla inference/fast_decoder configuration_openvla",
+        "Read {name} where it stands now, in {files}: rotary_fields, unsupported_reason, _for_every_version.",
         row(f"PretrainedConfig.{ROPE}", holds(config_of, ROPE), seen=ROPE_SEEN),
         row("rope_parameters.rope_theta", functools.partial(check_rope_key, "rope_theta")),
         row("rope_parameters.rope_type", functools.partial(check_rope_key, "rope_type"), ROPE_TYPE, "5.5.4 to 5.24.0"),
@@ -429,7 +431,7 @@ SURFACE: tuple[Touch, ...] = (
     ),
     *touches(
         "adapter_files_openvla adapters_openvla configuration_openvla modeling_openvla training/export "
-        "quantization_openvla prismatic_openvla graphs_openvla conversion/assemble",
+        "quantization_openvla prismatic_openvla inference/cuda_graphs conversion/assemble",
         "Use what took the place of {name} in {files}; where versions differ, by a function in "
         "compatibility_openvla.py.",
         *members("", "transformers:", "CONFIG_MAPPING", "PretrainedConfig"),
@@ -463,7 +465,7 @@ SURFACE: tuple[Touch, ...] = (
         library="peft",
     ),
     *touches(
-        "quantization_openvla fast_openvla",
+        "quantization_openvla inference/fast_decoder",
         "Use the new name of {name} in QuantizedModelMixin and _has_its_scales (quantization_openvla.py).",
         *members("bitsandbytes.", "bitsandbytes.nn:", "Linear8bitLt", "Int8Params", "Params4bit"),
         row("Int8Params.SCB", mentions("bitsandbytes.nn.modules", "SCB")),
@@ -477,7 +479,7 @@ SURFACE: tuple[Touch, ...] = (
         library="bitsandbytes",
     ),
     *touches(
-        "graphs_openvla training/memory own_functions_openvla parallel_openvla inference/cpu_prepack "
+        "inference/cuda_graphs training/memory inference/patch_detection parallel_openvla inference/cpu_prepack "
         "quantization_openvla conversion/torch_archive",
         "Use what took the place of {name} in {files}, and the old one where torch still has it.",
         *parts("nn.Module.", lambda: SimpleNamespace(**nn.Linear(1, 1).__dict__), *MODULE_DICTS),
@@ -491,9 +493,9 @@ SURFACE: tuple[Touch, ...] = (
         library="torch",
     ),
     *touches(
-        "own_functions_openvla graphs_openvla prismatic_openvla",
-        "Ask for the new name of {name}: is_hooked in own_functions_openvla.py, _records in graphs_openvla.py, "
-        "_left_empty in prismatic_openvla.py.",
+        "inference/patch_detection inference/cuda_graphs prismatic_openvla",
+        "Ask for the new name of {name}: is_hooked in inference/patch_detection.py, _is_supported in "
+        "inference/cuda_graphs.py, _left_empty in prismatic_openvla.py.",
         row("nn.Module._hf_hook", holds(hooked, "_hf_hook")),
         row("PreTrainedModel.hf_device_map", holds(dispatched, "hf_device_map")),
         library="accelerate",

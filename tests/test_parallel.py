@@ -9,7 +9,7 @@ import torch
 import transformers
 from openvla import PLATFORMS, OpenVLAConfig, OpenVLAForActionPrediction, parallel_openvla
 from openvla.configuration_openvla import LLM_MODEL_TYPES
-from openvla.parallel_openvla import with_action_slots
+from openvla.parallel_openvla import append_action_placeholders
 from openvla.tiny import build_tiny
 from reference import GOLDEN, oft_model
 
@@ -99,15 +99,17 @@ def test_golden_denoising_steps(platform):
     golden = np.load(GOLDEN / f"oft_{platform}" / "diffusion_steps.npz")
     model = oft_model(platform, "diffusion")
     end_id = model.config.text_config.eos_token_id
-    slots = with_action_slots(prompt(0)["input_ids"], None, model.tokens_per_chunk, end_id)
+    with_chunk = append_action_placeholders(prompt(0)["input_ids"], None, model.tokens_per_chunk, end_id)
     proprio = torch.from_numpy(np.load(GOLDEN / f"oft_{platform}" / "predict.npz")["proprio"][:1])
     with torch.no_grad():
-        seen = model.observe(*slots, stack_images([0, 1]), proprio)
+        obs = model.embed_observation(*with_chunk, stack_images([0, 1]), proprio)
     assert model.noise_schedule.timesteps(10) == golden["timesteps"].tolist()
     for i, timestep in enumerate(golden["timesteps"].tolist()):
         noisy, noise = (torch.from_numpy(golden[name][i : i + 1]) for name in ("noisy", "predicted_noise"))
         with torch.no_grad():
-            ours = model.action_head(model.hidden_at(seen, seen.slots, noisy, torch.tensor([float(timestep)])))
+            ours = model.action_head(
+                model.action_hidden_states(obs, noisy=noisy, timesteps=torch.tensor([float(timestep)]))
+            )
         assert (ours - noise).abs().max() <= NOISE_ATOL
         step = model.noise_schedule.step(noise, timestep, noisy, 10)
         assert np.abs(step[0].numpy() - golden["denoised"][i]).max() <= STEP_ATOL
@@ -317,17 +319,17 @@ def test_a_state_in_other_units_is_said(name, factor, far):
 
 
 def test_the_model_says_that_a_state_is_far(libero, monkeypatch):
-    seen = []
-    monkeypatch.setattr(parallel_openvla.logger, "warning_once", seen.append)
-    libero.model.normalized_proprio(libero.proprio[0], [libero.key])
-    assert not seen
+    messages = []
+    monkeypatch.setattr(parallel_openvla.logger, "warning_once", messages.append)
+    libero.model.normalize_proprio(libero.proprio[0], [libero.key])
+    assert not messages
     statistics = libero.model.proprio_statistics(libero.key)
     state = (statistics.low + statistics.high) / 2
     state[1] += 11 * (statistics.high[1] - statistics.low[1]) / 2
-    normalized = libero.model.normalized_proprio(state, [libero.key])
+    normalized = libero.model.normalize_proprio(state, [libero.key])
     assert normalized[0, 1] == 1
-    assert len(seen) == 1
-    assert seen[0].startswith(
+    assert len(messages) == 1
+    assert messages[0].startswith(
         f"Numbers [1] of proprio lie more than 10 half ranges from the middle of what {libero.key!r}"
     )
 
@@ -362,5 +364,5 @@ def test_a_loaded_openvla_becomes_parallel(fused_folder, libero, tmp_path):
     again = OpenVLAForActionPrediction.from_pretrained(tmp_path).eval()
     assert again.config.answer == model.config.answer
     np.testing.assert_allclose(again.predict_action(**given), chunk, atol=1e-5, rtol=0)
-    with pytest.raises(ValueError, match="already answers in parallel"):
+    with pytest.raises(ValueError, match="already has parallel decoding"):
         again.enable_parallel_decoding(**PLATFORMS["libero"])

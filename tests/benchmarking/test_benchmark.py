@@ -4,14 +4,15 @@ import json
 
 import pytest
 import torch
-from openvla import OpenVLAForActionPrediction, OpenVLAProcessor, fast_openvla
+from openvla import OpenVLAForActionPrediction, OpenVLAProcessor
 from openvla.__main__ import main
 from openvla.benchmarking import benchmark
 from openvla.benchmarking import sizes as benchmark_sizes
 from openvla.conversion.safetensors_io import digests, places_of, weight_files
+from openvla.inference import fast_decoder
 from openvla.inference.cpu_prepack import multiplies
 from openvla.tiny import TINY_TOWERS, build_config, language_config
-from ways import needs_compiler
+from predictions import needs_compiler
 
 
 def test_all_sides_answer_alike(tmp_path, capsys):
@@ -57,7 +58,7 @@ def test_all_sides_answer_alike(tmp_path, capsys):
 @needs_compiler
 def test_a_fused_side_is_compiled_answers_alike_and_leaves_the_others_alone(tmp_path, monkeypatch):
     file, compiled, plain = tmp_path / "figures.json", [], torch.compile
-    monkeypatch.setattr(fast_openvla._fused_gated, "compiled", None)  # as before the first answer of a process
+    monkeypatch.setattr(fast_decoder._compiled_gated_silu, "compiled", None)  # as before the first answer of a process
     monkeypatch.setattr(torch, "compile", lambda *given, **options: compiled.append(1) or plain(*given, **options))
     asked = ["--sizes", "tiny", "--dtypes", "float32", "--pairs", "1", "--inputs", "3", "--threads", "1"]
     assert main(["bench", *asked, "--rows", "action", "--json", str(file)]) == 0

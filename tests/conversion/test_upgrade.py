@@ -74,8 +74,10 @@ def test_a_folder_of_our_older_code_trains_again(saved, tiny, tmp_path):
     breaks = tuple(map(int, transformers.__version__.split(".")[:2])) >= (5, 24)
     assert ("unexpected keyword argument 'cache'" in before.stderr) == breaks
     inode = (saved / "model.safetensors").stat().st_ino
+    old_code = {path.name for path in saved.glob("*.py")}
     removed = upgrade(saved, tmp_path / "new")
-    assert removed == []
+    assert {"answers_openvla.py", "fast_openvla.py", "graphs_openvla.py"} <= set(removed)  # no longer shipped
+    assert removed == sorted(old_code - {path.name for path in REPOSITORY.glob("*_openvla.py")})
     assert (tmp_path / "new" / "model.safetensors").stat().st_ino == inode  # untouched, and not copied
     assert {path.name for path in (tmp_path / "new").glob("*.py")} == {p.name for p in REPOSITORY.glob("*_openvla.py")}
     after = train_one_step(tmp_path / "new", tmp_path)
@@ -113,6 +115,16 @@ def test_a_published_folder(tmp_path):
     assert not set(removed) & set(after)
     assert json.loads(after["config.json"])["auto_map"]["AutoModel"] == "modeling_openvla.OpenVLAForActionPrediction"
     assert verify(tmp_path / "new")
+
+
+def test_code_that_is_no_longer_shipped_is_removed(tiny, tmp_path):
+    tiny.model.save_pretrained(tmp_path / "saved")
+    dropped = ["answers_openvla.py", "fast_openvla.py", "graphs_openvla.py", "own_functions_openvla.py"]
+    for name in dropped:
+        (tmp_path / "saved" / name).write_text("from __future__ import annotations\n")
+    assert upgrade(tmp_path / "saved", in_place=True) == dropped
+    shipped = {path.name for path in REPOSITORY.glob("*_openvla.py")}
+    assert {path.name for path in (tmp_path / "saved").glob("*.py")} <= shipped
 
 
 def test_in_place_and_twice(saved, tmp_path, capsys):
@@ -179,7 +191,7 @@ def test_code_of_the_user_s_own_stays(saved, tmp_path):
         fields = json.loads((saved / name).read_text())
         fields["auto_map"] = {"AutoModel" if name == "config.json" else "AutoTokenizer": reference}
         write_json(saved / name, fields)
-    assert upgrade(saved, in_place=True) == []
+    assert not {"my_tokenizer.py", "my_model.py"} & set(upgrade(saved, in_place=True))
     assert (saved / "my_tokenizer.py").read_text() == (saved / "my_model.py").read_text() == "mine"
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from openvla import load_policy
-from openvla.fast_openvla import FastDecoder
+from openvla.inference.fast_decoder import FastDecoder
 from openvla.inference.policy import EMBEDDED, EMBEDDED_OFT
 from PIL import Image
 from reference import FIXTURES

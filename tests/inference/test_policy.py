@@ -23,7 +23,7 @@ from openvla.inference.policy import (
 from openvla.processing_openvla import OpenVLAImageProcessor
 from openvla.tiny import build_config, build_tiny, build_tokenizer
 from PIL import Image
-from ways import ends_at_once
+from predictions import prefer_end_token
 
 pytest.importorskip("accelerate")
 pytestmark = pytest.mark.lane
@@ -171,7 +171,7 @@ def test_a_policy_can_be_held_to_action_tokens(tmp_path, capsys):
     model, processor = build_tiny()
     picture = tmp_path / "black.png"
     Image.new("RGB", (64, 64)).save(picture)
-    ends_at_once(model, processor(instruction="open the drawer", images=Image.open(picture)))
+    prefer_end_token(model, processor(instruction="open the drawer", images=Image.open(picture)))
     for part in (model, processor):
         part.save_pretrained(tmp_path / "model")
     asked = ["predict", "--json", "--model", str(tmp_path / "model"), "--image", str(picture)]

@@ -17,7 +17,7 @@ from openvla.inference.policy import EMBEDDED_NAME
 from openvla.inference.predict import SAMPLE_IMAGE
 from openvla.tiny import build_tiny
 from PIL import Image, ImageOps
-from ways import ends_at_once
+from predictions import prefer_end_token
 
 pytestmark = pytest.mark.browser
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -436,7 +436,7 @@ def test_a_server_that_is_gone(opened):
 
 def test_a_model_that_gives_no_action_is_said(opened):
     model, processor = build_tiny()
-    ends_at_once(model, processor(instruction=INSTRUCTION, images=Image.open(SAMPLE_IMAGE)))
+    prefer_end_token(model, processor(instruction=INSTRUCTION, images=Image.open(SAMPLE_IMAGE)))
     with serving(policy=Policy(model, processor, model.resolve_unnorm_key())) as served:
         page = opened(served)
         fill(page)

@@ -12,7 +12,7 @@ for package in ("fastapi", "uvicorn", "msgpack", "websockets", "prometheus_clien
 from openvla import NoActionError  # noqa: E402
 from openvla.serving import policy as served_policy  # noqa: E402
 from openvla.serving.requests import read_json  # noqa: E402
-from ways import ends_at_once  # noqa: E402
+from predictions import prefer_end_token  # noqa: E402
 
 from serving import INSTRUCTION, LIMITS, STATE, ask, embedded, picture  # noqa: E402
 
@@ -76,7 +76,7 @@ def test_a_row_of_no_action_does_not_hurt_the_others(frame):
     rows = [prepared(served, frame, text) for text in ("go", "on")]
     constrained = [prepared(served, frame, text, constrain_actions=True) for text in ("go", "on")]
     assert not rows[0].joins(constrained[0])
-    ends_at_once(served.policy.model, rows[0].inputs)
+    prefer_end_token(served.policy.model, rows[0].inputs)
     alone = [served.answer([row])[0] for row in (*rows, *constrained)]
     assert "ended the sequence after 1 of 7" in str(alone[0])
     together = [*served.answer(rows), *served.answer(constrained)]

@@ -1,4 +1,4 @@
-"""The ways to one answer beside each other, and what may change a model between two answers."""
+"""Comparison of the fast with the standard decoder, and changes of a model between two predictions."""
 
 import os
 import shutil
@@ -12,24 +12,24 @@ needs_compiler = pytest.mark.skipif(not COMPILER, reason="torch.compile needs a 
 
 
 @torch.no_grad()
-def ends_at_once(model, inputs):
-    """Make a model's first choice for these inputs the end of the sequence in place of an action token."""
+def prefer_end_token(model, inputs):
+    """Make the end token the model's first choice for these inputs, in place of an action token."""
     head, logits = model.get_output_embeddings().weight, model(**inputs).logits[0, -1]
     assert logits.max() > 0
     head[model.generation_config.eos_token_id] = 2 * head[logits.argmax()]
 
 
-def alike(model, inputs, fast=True):
-    """Bin probabilities of an answer whose tokens and action are the plain way's."""
-    asked = {**inputs, "return_dict": True, "constrain_actions": True}
-    plain, taken = (model.predict_action(**asked, fast=way) for way in (False, fast))
-    assert np.array_equal(plain.token_ids, taken.token_ids)
-    assert np.array_equal(plain.actions, taken.actions)
-    return taken.bin_probabilities
+def compare_decoders(model, inputs, fast=True):
+    """Return bin probabilities of a prediction whose tokens and action equal the standard decoder's."""
+    kwargs = {**inputs, "return_dict": True, "constrain_actions": True}
+    expected, output = (model.predict_action(**kwargs, fast=value) for value in (False, fast))
+    assert np.array_equal(expected.token_ids, output.token_ids)
+    assert np.array_equal(expected.actions, output.actions)
+    return output.bin_probabilities
 
 
-def changes(model):
-    """What a user may do to the weights of a language model; each gives another answer."""
+def weight_changes(model):
+    """Return functions that change the weights of a language model; each changes the prediction."""
     layer = model.get_decoder().layers[0]
 
     def another_storage():
@@ -47,8 +47,8 @@ def changes(model):
     return another_storage, another_parameter, another_module, another_dtype
 
 
-def adapt(model):
-    """A LoRA adapter that does something."""
+def add_adapter(model):
+    """Add a LoRA adapter that changes the prediction."""
     model.enable_lora(r=4)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
