@@ -34,10 +34,10 @@ from .adapter_files_openvla import (
 from .compatibility_openvla import DTYPE_FIELD, require_peft_of_transformers
 from .configuration_openvla import require_hub_keywords, write_json
 from .errors_openvla import OpenVLAImportError, OpenVLAValueError
-from .heads_openvla import FILM_LAYER, HEAD_MODULES, belongs_to_answer
+from .heads_openvla import FILM_LAYER, HEAD_MODULES, is_action_head_param
 from .parallel_openvla import refuse_loose_parts
+from .publishing_openvla import mark_code, require_own_kind
 from .quantization_openvla import is_quantized
-from .saved_folder_openvla import mark_code, require_own_kind
 
 logger = logging.get_logger(__name__)
 
@@ -109,7 +109,7 @@ class LoraMixin:
                 raise OpenVLAValueError(
                     f"modules_to_save: no module {name!r}; nearest is {nearest_name(name, known)!r}."
                 )
-        answer = self.config.answer if self.config.parallel_decoding else None
+        answer = self.config.action_config if self.config.parallel_decoding else None
         settings = LoraAdapter(r, alpha, base=base_record(self), answer=answer)
         whole = [*answer_modules(self), *modules_to_save]
         self._inject(settings, names, list(dict.fromkeys(whole)), dropout)
@@ -138,11 +138,13 @@ class LoraMixin:
         require_same_base(adapter.base, own, name_or_path)
         modules = dict(self.named_modules())
         enabling = adapter.answer is not None and not self.config.parallel_decoding
-        if not enabling and self.config.parallel_decoding and adapter.answer != self.config.answer:
-            raise OpenVLAValueError(f"{name_or_path} answers as {adapter.answer}, this model as {self.config.answer}.")
+        if not enabling and self.config.parallel_decoding and adapter.answer != self.config.action_config:
+            raise OpenVLAValueError(
+                f"{name_or_path} answers as {adapter.answer}, this model as {self.config.action_config}."
+            )
         whole = sorted({name.rpartition(".")[0] for name in adapter.whole})
         wrong = [name for name in adapter.adapted if not _fits(modules.get(name), adapter.change(name))]
-        wrong += [name for name in whole if name not in modules and not (enabling and belongs_to_answer(name))]
+        wrong += [name for name in whole if name not in modules and not (enabling and is_action_head_param(name))]
         if wrong:
             raise OpenVLAValueError(
                 f"{name_or_path} does not fit this model: {len(wrong)} modules, such as {wrong[:3]}."
@@ -330,7 +332,7 @@ def lora_targets(model: Any, targets: str | Sequence[str]) -> list[str]:
     found = {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, (nn.Linear, nn.Embedding)) and module not in idle and not belongs_to_answer(name)
+        if isinstance(module, (nn.Linear, nn.Embedding)) and module not in idle and not is_action_head_param(name)
     }
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     body = [name for name, module in found.items() if isinstance(module, nn.Linear) and module is not head]

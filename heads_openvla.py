@@ -99,7 +99,7 @@ class FeatureProjector(nn.Module):
         return self.fc2(self.act_fn1(self.fc1(features)))
 
 
-def belongs_to_answer(name: str) -> bool:
+def is_action_head_param(name: str) -> bool:
     """Whether a module or tensor of this name is of a head or of FiLM: not of OpenVLA, and always trained whole."""
     return name.partition(".")[0] in HEAD_MODULES or FILM_LAYER.match(name) is not None
 

@@ -19,11 +19,11 @@ import torch
 from transformers import GenerationMixin
 from transformers.utils import logging
 
-from .saved_folder_openvla import refuse_two_kinds, require_one_code, require_own_kind
+from .publishing_openvla import refuse_two_kinds, require_adapter_keywords, require_own_kind, require_same_code
 
-require_one_code(__name__)
+require_same_code(__name__)
 
-from .actions_openvla import ActionTokenizer, NormalizationStatistics, as_numbers
+from .actions_openvla import ActionTokenizer, NormalizationStatistics, NormStatsMixin, as_numbers
 from .adapter_files_openvla import adapter_source, base_of, base_record, beside_or_above, optional_file, revision_of
 from .adapters_openvla import LoraMixin
 from .answers_openvla import ActionOutput, numbers_answer, tokens_answer
@@ -34,7 +34,6 @@ from .errors_openvla import OpenVLAValueError
 from .fast_openvla import decode_fast, draft_tokens, goes_fast, require_fast
 from .graphs_openvla import recorded
 from .heads_openvla import NoiseSchedule  # noqa: F401
-from .norm_stats_openvla import NormStatsMixin
 from .own_functions_openvla import head_dim  # noqa: F401
 from .parallel_openvla import (
     ChunkOutput,
@@ -43,7 +42,6 @@ from .parallel_openvla import (
     with_action_slots,
 )
 from .prismatic_openvla import PrismaticCausalLMOutputWithPast, PrismaticForConditionalGeneration
-from .publishing_openvla import require_adapter_keywords
 from .quantization_openvla import is_quantized
 from .vision_openvla import PrismaticVisionBackbone  # noqa: F401  transformers up to 5.8 copies direct imports only
 
@@ -318,8 +316,8 @@ class OpenVLAForActionPrediction(
         diffusion = {"noise": noise, "generator": generator, "num_inference_steps": num_inference_steps}
         self._require_diffusion(diffusion)
         input_ids, attention_mask = self._prompts(input_ids, attention_mask)
-        keys = self.row_keys(unnorm_key, len(input_ids))
-        statistics = self.row_statistics(keys)
+        keys = self.batch_keys(unnorm_key, len(input_ids))
+        statistics = self.batch_statistics(keys)
         if self.config.parallel_decoding:
             self._require_one_pass(generate_kwargs, draft, constrain_actions)
             proprio = self.normalized_proprio(proprio, keys)
@@ -449,7 +447,7 @@ class OpenVLAForActionPrediction(
                 "score_actions is for models that answer token by token; this one answers in parallel."
             )
         input_ids, attention_mask = self._prompts(input_ids, attention_mask)
-        statistics = self.row_statistics(self.row_keys(unnorm_key, len(input_ids)))
+        statistics = self.batch_statistics(self.batch_keys(unnorm_key, len(input_ids)))
         candidates = as_numbers(actions, "actions")
         if candidates.ndim == 2:
             candidates = np.broadcast_to(candidates, (len(input_ids), *candidates.shape))

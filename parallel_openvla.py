@@ -35,7 +35,7 @@ from .heads_openvla import (
     FeatureProjector,
     L1RegressionActionHead,
     NoiseSchedule,
-    belongs_to_answer,
+    is_action_head_param,
     timestep_embedding,
 )
 from .prismatic_openvla import logits_before
@@ -167,20 +167,20 @@ class ParallelDecodingMixin:
                 each other; the model is left as it was.
         """
         if self.config.parallel_decoding:
-            raise OpenVLAValueError(f"This model already answers in parallel: {self.config.answer}.")
+            raise OpenVLAValueError(f"This model already answers in parallel: {self.config.action_config}.")
         if not fields.get("parallel_decoding", True):
             raise OpenVLAValueError(
                 "enable_parallel_decoding makes parallel_decoding true; leave parallel_decoding out."
             )
         self._require_no_adapter()
         self._require_masked_attention()
-        self.config.set_answer(**{**fields, "parallel_decoding": True})
+        self.config.set_action_config(**{**fields, "parallel_decoding": True})
         self.build_heads(self.config)
         self.vision_backbone.take(self.config)
         like = self.projector.fc1
         weight = like.weight if like.weight.is_floating_point() else like.bias
         for name, module in self.named_modules():
-            if belongs_to_answer(name):
+            if is_action_head_param(name):
                 module.to(device=weight.device, dtype=weight.dtype)
 
     @property

@@ -31,7 +31,7 @@ from ..adapter_files_openvla import (
 )
 from ..configuration_openvla import OpenVLAConfig
 from ..errors_openvla import OpenVLAFileExistsError, OpenVLAValueError
-from ..heads_openvla import belongs_to_answer
+from ..heads_openvla import is_action_head_param
 from ..inference.policy import without_weights
 from ..modeling_openvla import STATISTICS_FILE
 from ..parallel_openvla import refuse_loose_parts
@@ -116,10 +116,10 @@ def merge(
         if os.path.isdir(adapter):
             refuse_loose_parts(Path(os.path.abspath(adapter)).parent, {})
     if lora.answer is not None and not config.parallel_decoding:
-        config.set_answer(**lora.answer)
+        config.set_action_config(**lora.answer)
         tensors.update(_heads(lora, config, next(iter(tensors.values())).dtype))
-    if (lora.answer or config.answer) != config.answer:
-        raise OpenVLAValueError(f"{adapter} answers as {lora.answer}, {source} as {config.answer}.")
+    if (lora.answer or config.action_config) != config.action_config:
+        raise OpenVLAValueError(f"{adapter} answers as {lora.answer}, {source} as {config.action_config}.")
     missing = sorted({*(f"{name}.weight" for name in lora.adapted), *lora.whole} - set(tensors))
     if missing:
         raise OpenVLAValueError(
@@ -153,7 +153,7 @@ def _heads(lora: LoraAdapter, config: OpenVLAConfig, dtype: torch.dtype) -> dict
     return {
         name: lora.tensors[name].to(dtype) if name in lora.tensors else torch.zeros(shape, dtype=dtype)
         for name, shape in names.items()
-        if belongs_to_answer(name)
+        if is_action_head_param(name)
     }
 
 

@@ -74,10 +74,13 @@ def test_a_folder_of_our_older_code_trains_again(saved, tiny, tmp_path):
     breaks = tuple(map(int, transformers.__version__.split(".")[:2])) >= (5, 24)
     assert ("unexpected keyword argument 'cache'" in before.stderr) == breaks
     inode = (saved / "model.safetensors").stat().st_ino
+    shipped = {path.name for path in REPOSITORY.glob("*_openvla.py")}
+    dropped = {path.name for path in saved.glob("*_openvla.py")} - shipped
+    assert {"prompts_openvla.py", "jpeg_openvla.py", "saved_folder_openvla.py"} <= dropped
     removed = upgrade(saved, tmp_path / "new")
-    assert removed == []
+    assert removed == sorted(dropped)
     assert (tmp_path / "new" / "model.safetensors").stat().st_ino == inode  # untouched, and not copied
-    assert {path.name for path in (tmp_path / "new").glob("*.py")} == {p.name for p in REPOSITORY.glob("*_openvla.py")}
+    assert {path.name for path in (tmp_path / "new").glob("*.py")} == shipped
     after = train_one_step(tmp_path / "new", tmp_path)
     assert after.stdout.strip() == "trained", after.stderr[-2000:]
     model = AutoModelForVision2Seq.from_pretrained(tmp_path / "new").eval()
