@@ -6,6 +6,7 @@ import json
 import os
 import re
 import tempfile
+from abc import abstractmethod
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -25,6 +26,7 @@ UNSAFE_SUFFIXES = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth")
 class Saveable(Protocol):
     """A model or a processor."""
 
+    @abstractmethod
     def save_pretrained(self, save_directory: str, *, max_shard_size: int | str) -> Any:
         """Write all files to a folder."""
 

@@ -8,6 +8,7 @@ import openvla
 import pytest
 import torch
 from openvla import OpenVLAForActionPrediction, load_policy
+from openvla.conversion.hub_upload import push_to_hub
 from openvla.data.torch_dataset import SequenceReader
 from openvla.publishing_openvla import SAVE_KEYWORDS
 from openvla.tiny import build_tiny
@@ -79,6 +80,7 @@ CALLS = {
     "PrismaticForConditionalGeneration.generate": lambda t, at: t.model.generate(**t.inputs, no=1),
     "OpenVLAForActionPrediction.predict_action": lambda t, at: t.model.predict_action(**t.inputs, no=1),
     "PushToHub.push_to_hub": lambda t, at: t.model.push_to_hub("me/robot", no=1),
+    "push_to_hub": lambda t, at: push_to_hub(t.processor, "me/robot", no=1),
     "PrismaticForConditionalGeneration.resize_token_embeddings": lambda t, at: t.model.resize_token_embeddings(9, no=1),
     "QuantizedModelMixin.state_dict": lambda t, at: t.model.state_dict(no=1),
     "QuantizedModelMixin.to": lambda t, at: t.model.to("cpu", no=1),
