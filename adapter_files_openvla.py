@@ -25,8 +25,8 @@ from transformers.utils.hub import extract_commit_hash
 from .configuration_openvla import PrismaticConfig, hub_keywords
 from .errors_openvla import OpenVLAFileNotFoundError, OpenVLAValueError
 from .heads_openvla import is_action_head_param
+from .publishing_openvla import ADAPTER_CONFIG_FILE, INDEX_FILE, SINGLE_FILE
 from .quantization_openvla import is_quantized, quantization_name
-from .saved_folder_openvla import ADAPTER_CONFIG_FILE, INDEX_FILE, SINGLE_FILE
 
 logger = logging.get_logger(__name__)
 
@@ -65,7 +65,7 @@ class LoraAdapter:
         rslora: Scale by alpha / sqrt(r) instead of alpha / r.
         base: id and digests of the base (``base_record``); None where an adapter, made by peft alone, does not say.
         default_unnorm_key: As in the model's configuration.
-        answer: How the model answers (``OpenVLAConfig.answer``) where that is in parallel; its heads are trained whole.
+        answer: ``OpenVLAConfig.action_config`` where the model decodes in parallel; its heads are trained whole.
         tensors: By peft's names without its prefix: ``X.lora_A.weight`` ``(r, in)`` and ``X.lora_B.weight``
             ``(out, r)`` beside a linear layer, ``X.lora_embedding_A`` ``(r, rows)`` and ``X.lora_embedding_B``
             ``(dim, r)`` beside an embedding; any other name is a tensor that was trained whole.

@@ -36,8 +36,8 @@ from .configuration_openvla import require_hub_keywords, write_json
 from .errors_openvla import OpenVLAImportError, OpenVLAValueError
 from .heads_openvla import FILM_LAYER, HEAD_MODULES, is_action_head_param
 from .parallel_openvla import refuse_loose_parts
+from .publishing_openvla import mark_code, require_own_kind
 from .quantization_openvla import is_quantized
-from .saved_folder_openvla import mark_code, require_own_kind
 
 logger = logging.get_logger(__name__)
 
@@ -109,7 +109,7 @@ class LoraMixin:
                 raise OpenVLAValueError(
                     f"modules_to_save: no module {name!r}; nearest is {nearest_name(name, known)!r}."
                 )
-        answer = self.config.answer if self.config.parallel_decoding else None
+        answer = self.config.action_config if self.config.parallel_decoding else None
         settings = LoraAdapter(r, alpha, base=base_record(self), answer=answer)
         whole = [*answer_modules(self), *modules_to_save]
         self._inject(settings, names, list(dict.fromkeys(whole)), dropout)
@@ -138,8 +138,10 @@ class LoraMixin:
         require_same_base(adapter.base, own, name_or_path)
         modules = dict(self.named_modules())
         enabling = adapter.answer is not None and not self.config.parallel_decoding
-        if not enabling and self.config.parallel_decoding and adapter.answer != self.config.answer:
-            raise OpenVLAValueError(f"{name_or_path} answers as {adapter.answer}, this model as {self.config.answer}.")
+        if not enabling and self.config.parallel_decoding and adapter.answer != self.config.action_config:
+            raise OpenVLAValueError(
+                f"{name_or_path} answers as {adapter.answer}, this model as {self.config.action_config}."
+            )
         whole = sorted({name.rpartition(".")[0] for name in adapter.whole})
         wrong = [name for name in adapter.adapted if not _fits(modules.get(name), adapter.change(name))]
         wrong += [name for name in whole if name not in modules and not (enabling and is_action_head_param(name))]

@@ -1,66 +1,88 @@
-"""Configuration of Prismatic vision-language models and of OpenVLA: every fact that a checkpoint carries as data."""
+"""Configuration of Prismatic vision-language models and of OpenVLA."""
 
 from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from transformers import CONFIG_MAPPING, PretrainedConfig
 
-from .saved_folder_openvla import require_one_code
+from .publishing_openvla import require_same_code
 
-require_one_code(__name__)
+require_same_code(__name__)
 
 from .actions_openvla import NORMALIZATION_EPSILON, NORMALIZATIONS, nearest_name, validate_norm_stats
 from .compatibility_openvla import DTYPE_FIELD
 from .errors_openvla import OpenVLATypeError, OpenVLAValueError
 
-# The vision backbones of the reference's registry: per tower its timm id, input size in pixels and activation override
-# (None keeps timm's GELU).
-VISION_BACKBONES: dict[str, list[tuple[str, int, str | None]]] = {
-    "clip-vit-l": [("vit_large_patch14_clip_224.openai", 224, "quick_gelu")],
-    "clip-vit-l-336px": [("vit_large_patch14_clip_336.openai", 336, "quick_gelu")],
-    "dinov2-vit-l": [("vit_large_patch14_reg4_dinov2.lvd142m", 224, None)],
-    "in1k-vit-l": [("vit_large_patch16_224.augreg_in21k_ft_in1k", 224, None)],
-    "siglip-vit-so400m": [("vit_so400m_patch14_siglip_224", 224, None)],
-    "siglip-vit-so400m-384px": [("vit_so400m_patch14_siglip_384", 384, None)],
+
+class VisionTowerId(NamedTuple):
+    """One vision tower of a backbone.
+
+    Attributes:
+        timm_id: Its timm architecture.
+        image_size: Input height and width in pixels.
+        activation: Override of timm's activation; None keeps its GELU.
+    """
+
+    timm_id: str
+    image_size: int
+    activation: str | None
+
+
+class LanguageModelId(NamedTuple):
+    """A language model's Hub id and transformers model type."""
+
+    hub_id: str
+    model_type: str
+
+
+# The vision backbones of the reference's registry, by their towers.
+VISION_BACKBONES: dict[str, list[VisionTowerId]] = {
+    "clip-vit-l": [VisionTowerId("vit_large_patch14_clip_224.openai", 224, "quick_gelu")],
+    "clip-vit-l-336px": [VisionTowerId("vit_large_patch14_clip_336.openai", 336, "quick_gelu")],
+    "dinov2-vit-l": [VisionTowerId("vit_large_patch14_reg4_dinov2.lvd142m", 224, None)],
+    "in1k-vit-l": [VisionTowerId("vit_large_patch16_224.augreg_in21k_ft_in1k", 224, None)],
+    "siglip-vit-so400m": [VisionTowerId("vit_so400m_patch14_siglip_224", 224, None)],
+    "siglip-vit-so400m-384px": [VisionTowerId("vit_so400m_patch14_siglip_384", 384, None)],
     "dinoclip-vit-l-336px": [
-        ("vit_large_patch14_reg4_dinov2.lvd142m", 336, None),
-        ("vit_large_patch14_clip_336.openai", 336, "quick_gelu"),
+        VisionTowerId("vit_large_patch14_reg4_dinov2.lvd142m", 336, None),
+        VisionTowerId("vit_large_patch14_clip_336.openai", 336, "quick_gelu"),
     ],
     "dinosiglip-vit-so-224px": [
-        ("vit_large_patch14_reg4_dinov2.lvd142m", 224, None),
-        ("vit_so400m_patch14_siglip_224", 224, None),
+        VisionTowerId("vit_large_patch14_reg4_dinov2.lvd142m", 224, None),
+        VisionTowerId("vit_so400m_patch14_siglip_224", 224, None),
     ],
     "dinosiglip-vit-so-384px": [
-        ("vit_large_patch14_reg4_dinov2.lvd142m", 384, None),
-        ("vit_so400m_patch14_siglip_384", 384, None),
+        VisionTowerId("vit_large_patch14_reg4_dinov2.lvd142m", 384, None),
+        VisionTowerId("vit_so400m_patch14_siglip_384", 384, None),
     ],
 }
 
-# The language models of the reference's registry (and of openvla-mini): Hub id and transformers model type.
-LLM_BACKBONES: dict[str, tuple[str, str]] = {
-    "llama2-7b-pure": ("meta-llama/Llama-2-7b-hf", "llama"),
-    "llama2-13b-pure": ("meta-llama/Llama-2-13b-hf", "llama"),
-    "llama2-7b-chat": ("meta-llama/Llama-2-7b-chat-hf", "llama"),
-    "llama2-13b-chat": ("meta-llama/Llama-2-13b-chat-hf", "llama"),
-    "vicuna-v15-7b": ("lmsys/vicuna-7b-v1.5", "llama"),
-    "vicuna-v15-13b": ("lmsys/vicuna-13b-v1.5", "llama"),
-    "mistral-v0.1-7b-pure": ("mistralai/Mistral-7B-v0.1", "mistral"),
-    "mistral-v0.1-7b-instruct": ("mistralai/Mistral-7B-Instruct-v0.1", "mistral"),
-    "phi-2-3b": ("microsoft/phi-2", "phi"),
-    "qwen25-0_5b-pure": ("Qwen/Qwen2.5-0.5B", "qwen2"),
-    "qwen25-0_5b-extra": ("Qwen/Qwen2.5-0.5B", "qwen2"),
-    "qwen25-1_5b-pure": ("Qwen/Qwen2.5-1.5B", "qwen2"),
-    "qwen25-3b-pure": ("Qwen/Qwen2.5-3B", "qwen2"),
+# The language models of the reference's registry, and of openvla-mini.
+LLM_BACKBONES: dict[str, LanguageModelId] = {
+    "llama2-7b-pure": LanguageModelId("meta-llama/Llama-2-7b-hf", "llama"),
+    "llama2-13b-pure": LanguageModelId("meta-llama/Llama-2-13b-hf", "llama"),
+    "llama2-7b-chat": LanguageModelId("meta-llama/Llama-2-7b-chat-hf", "llama"),
+    "llama2-13b-chat": LanguageModelId("meta-llama/Llama-2-13b-chat-hf", "llama"),
+    "vicuna-v15-7b": LanguageModelId("lmsys/vicuna-7b-v1.5", "llama"),
+    "vicuna-v15-13b": LanguageModelId("lmsys/vicuna-13b-v1.5", "llama"),
+    "mistral-v0.1-7b-pure": LanguageModelId("mistralai/Mistral-7B-v0.1", "mistral"),
+    "mistral-v0.1-7b-instruct": LanguageModelId("mistralai/Mistral-7B-Instruct-v0.1", "mistral"),
+    "phi-2-3b": LanguageModelId("microsoft/phi-2", "phi"),
+    "qwen25-0_5b-pure": LanguageModelId("Qwen/Qwen2.5-0.5B", "qwen2"),
+    "qwen25-0_5b-extra": LanguageModelId("Qwen/Qwen2.5-0.5B", "qwen2"),
+    "qwen25-1_5b-pure": LanguageModelId("Qwen/Qwen2.5-1.5B", "qwen2"),
+    "qwen25-3b-pure": LanguageModelId("Qwen/Qwen2.5-3B", "qwen2"),
 }
 LLM_MODEL_TYPES = ("llama", "mistral", "phi", "qwen2")
 
-# How an instruction becomes the prompt that the model was trained on. "openvla" is OpenVLA-7B's; "openvla-v01" is the
-# Vicuna chat prompt of OpenVLA v0.1, "openvla-mini" MiniVLA's (Qwen has no BOS: the image follows <|im_start|>), and
-# "openvla-phi" Prismatic's for Phi-2. The empty token (below) is appended to the ids, not written here.
+# The prompts that models were trained on: "openvla" is OpenVLA-7B's, "openvla-v01" the Vicuna chat prompt of OpenVLA
+# v0.1, "openvla-mini" MiniVLA's (Qwen has no BOS: the image follows <|im_start|>), "openvla-phi" Prismatic's for Phi-2.
+# The empty token (below) is appended to the ids, not written here.
 PROMPTS = {
     "openvla": "In: What action should the robot take to {instruction}?\nOut:",
     "openvla-v01": (
@@ -74,22 +96,32 @@ PROMPTS = {
     ),
     "openvla-phi": "<|endoftext|>Input: What action should the robot take to {instruction}?\nOutput:",
 }
-# Which registered language models were asked otherwise than "openvla", by how their ids begin.
+# Prompt style of registered language models, by the beginning of their ids; "openvla" for all others.
 PROMPT_STYLES = {"vicuna": "openvla-v01", "qwen25": "openvla-mini", "phi-2": "openvla-phi"}
 
 # Llama-2's "▁", which follows the prompt in every training example because "Out: " ends with a space. Without it the
-# model sees a prompt that it was never trained on.
+# prompt is one that the model was never trained on.
 LLAMA_EMPTY_TOKEN_ID = 29871
 
-# What says how a model answers; ``enable_parallel_decoding`` sets it on a loaded model.
-ANSWER_FIELDS = ("parallel_decoding", "action_head", "chunk_length", "action_dim", "proprio_dim", "use_film")
-ANSWER_FIELDS += ("num_images_in_input", "normalization", "num_diffusion_steps_train", "num_diffusion_steps")
+# The fields of the action decoding and head; ``enable_parallel_decoding`` sets them on a loaded model.
+ACTION_CONFIG_FIELDS = (
+    "parallel_decoding",
+    "action_head",
+    "chunk_length",
+    "action_dim",
+    "proprio_dim",
+    "use_film",
+    "num_images_in_input",
+    "normalization",
+    "num_diffusion_steps_train",
+    "num_diffusion_steps",
+)
 
 IMAGE_RESIZE_STRATEGIES = ("resize-naive", "resize-crop", "letterbox")
 
-# How a chunk of actions is answered (OpenVLA-OFT): None is as tokens, "l1" and "diffusion" are continuous heads.
+# How actions are predicted: None is as tokens, "l1" and "diffusion" are OpenVLA-OFT's continuous heads.
 ACTION_HEADS = (None, "l1", "diffusion")
-# What OFT fixes by robot platform (its constants.py).
+# OpenVLA-OFT's constants by robot platform (its constants.py).
 PLATFORMS: dict[str, dict[str, Any]] = {
     "libero": {"chunk_length": 8, "action_dim": 7, "proprio_dim": 8, "normalization": "q99"},
     "aloha": {"chunk_length": 25, "action_dim": 14, "proprio_dim": 14, "normalization": "bounds"},
@@ -98,28 +130,28 @@ PLATFORMS: dict[str, dict[str, Any]] = {
 
 AUTO = "auto"
 
-# Keywords of from_pretrained that say where files come from.
+# Keywords of from_pretrained that determine where files come from.
 HUB_KEYWORDS = ("cache_dir", "force_download", "proxies", "token", "revision", "local_files_only", "subfolder")
 
 
 class PrismaticConfig(PretrainedConfig):
     """Configuration of a Prismatic vision-language model: one or two vision towers, a projector, a language model.
 
-    Every field of published ``config.json`` files is read. What is not given follows from ``vision_backbone_id`` and
+    Every field of published ``config.json`` files is read. Fields that are None follow from ``vision_backbone_id`` and
     ``llm_backbone_id``.
 
     Args:
         vision_backbone_id: A key of the reference's table ("dinosiglip-vit-so-224px"), or any name when
             ``timm_model_ids`` and ``image_sizes`` are given.
-        llm_backbone_id: A key of the reference's table ("llama2-7b-pure"), or any name when ``text_config`` says its
+        llm_backbone_id: A key of the reference's table ("llama2-7b-pure"), or any name when ``text_config`` has a
             ``model_type``.
         arch_specifier: Kept as published; the projector's shape follows ``use_fused_vision_backbone``.
-        use_fused_vision_backbone: Two towers whose features are concatenated. None: as the backbone says.
+        use_fused_vision_backbone: Two towers whose features are concatenated. None: as the backbone has them.
         image_resize_strategy: "resize-naive", "resize-crop" or "letterbox".
         text_config: Configuration of the language model (Llama, Mistral, Phi or Qwen2), as dict or config.
         llm_max_length: Longest sequence trained on, in tokens.
         pad_token_id: Padding id; also the one that ``image_token_index`` defaults to.
-        pad_to_multiple_of: How many rows padding added to the vocabulary: bins count from
+        pad_to_multiple_of: Number of padding ids at the end of the vocabulary: bins count from
             ``text_config.vocab_size - pad_to_multiple_of``.
         output_projector_states: Kept as published.
         timm_model_ids: Per tower, the timm architecture.
@@ -129,11 +161,11 @@ class PrismaticConfig(PretrainedConfig):
             embed_dim, num_heads, mlp_ratio, patch_size, ...), for models of other sizes.
         hf_llm_id: Hub id of the language model.
         image_token_index: Placeholder id that other engines (vLLM) expand; this model inserts patches by itself.
-        prompt_style: A key of ``PROMPTS``; "auto" takes what ``PROMPT_STYLES`` says of ``llm_backbone_id``, else
+        prompt_style: A key of ``PROMPTS``; "auto" is the one in ``PROMPT_STYLES`` for ``llm_backbone_id``, else
             "openvla".
         empty_token_id: Id appended to every prompt, or None for none; "auto" is Llama-2's 29871 for Llama models
             whose vocabulary has it, else None.
-        num_images_in_input: Images of one moment (cameras), stacked on the channel axis of ``pixel_values``.
+        num_images_in_input: Number of images (cameras), stacked on the channel axis of ``pixel_values``.
         **kwargs: Fields of ``PretrainedConfig``.
 
     Raises:
@@ -142,7 +174,7 @@ class PrismaticConfig(PretrainedConfig):
 
     model_type = "prismatic"
     is_composition = False
-    # Where a saved folder's code holds the model class; every key that some transformers version looks for.
+    # The model class in a saved folder's code, for ``auto_map``.
     model_reference = "prismatic_openvla.PrismaticForConditionalGeneration"
 
     def __init__(
@@ -177,10 +209,10 @@ class PrismaticConfig(PretrainedConfig):
         self.llm_backbone_id = llm_backbone_id
         self.arch_specifier = arch_specifier
         self.output_projector_states = output_projector_states
-        self.timm_model_ids = timm_model_ids or [timm_id for timm_id, _, _ in towers]
-        self.image_sizes = image_sizes or [size for _, size, _ in towers]
+        self.timm_model_ids = timm_model_ids or [tower.timm_id for tower in towers or []]
+        self.image_sizes = image_sizes or [tower.image_size for tower in towers or []]
         self.timm_override_act_layers = timm_override_act_layers or (
-            [activation for _, _, activation in towers] if towers else [None] * len(self.timm_model_ids)
+            [tower.activation for tower in towers] if towers else [None] * len(self.timm_model_ids)
         )
         self.timm_model_kwargs = timm_model_kwargs or [{} for _ in self.timm_model_ids]
         fused = len(self.timm_model_ids) == 2
@@ -192,53 +224,40 @@ class PrismaticConfig(PretrainedConfig):
                 f"Both vision towers see one image, so their image_sizes must agree: {self.image_sizes}."
             )
         self.image_resize_strategy = image_resize_strategy
-        _require_whole_number("num_images_in_input", num_images_in_input)
+        _require_positive_int("num_images_in_input", num_images_in_input)
         self.num_images_in_input = num_images_in_input
 
         self.text_config = _build_text_config(text_config, llm_backbone_id)
-        self.hf_llm_id = hf_llm_id or LLM_BACKBONES.get(llm_backbone_id, (None,))[0]
+        backbone = LLM_BACKBONES.get(llm_backbone_id)
+        self.hf_llm_id = hf_llm_id or (backbone.hub_id if backbone else None)
         self.llm_max_length = llm_max_length
         self.pad_to_multiple_of = pad_to_multiple_of
         self.image_token_index = pad_token_id if image_token_index is None else image_token_index
 
-        if prompt_style == AUTO:
-            known = (style for prefix, style in PROMPT_STYLES.items() if llm_backbone_id.startswith(prefix))
-            prompt_style = next(known, "openvla")
-        if prompt_style not in PROMPTS:
-            raise OpenVLAValueError(_unknown("prompt_style", prompt_style, list(PROMPTS)))
-        self.prompt_style = prompt_style
-        if empty_token_id == AUTO:
-            has_empty_token = self.text_config.model_type == "llama" and self.vocab_size > LLAMA_EMPTY_TOKEN_ID
-            empty_token_id = LLAMA_EMPTY_TOKEN_ID if has_empty_token else None
-        if empty_token_id is not None and not 0 <= empty_token_id < self.vocab_size:
-            raise OpenVLAValueError(
-                f"empty_token_id {empty_token_id} is outside the vocabulary of {self.vocab_size} ids."
-            )
-        self.empty_token_id = empty_token_id
+        self.prompt_style = self._checked_prompt_style(prompt_style)
+        self.empty_token_id = self._checked_empty_token_id(empty_token_id)
 
-        # Ours always: a published file names its own old code here, which must not come back when it is saved again.
+        # A published file names its old code here, which must not be saved again.
         kwargs.pop("auto_map", None)
-        # The language model alone decides. transformers 4.x defaults this to True and would tie Llama's head.
+        # As the language model has it. transformers 4.x defaults this to True and would tie Llama's head.
         kwargs.pop("tie_word_embeddings", None)
-        super().__init__(
-            pad_token_id=pad_token_id,
-            tie_word_embeddings=bool(self.text_config.tie_word_embeddings),
-            **_with_one_dtype(kwargs),
-        )
+        kwargs |= {"pad_token_id": pad_token_id, "tie_word_embeddings": bool(self.text_config.tie_word_embeddings)}
+        super().__init__(**_with_one_dtype(kwargs))
         self.auto_map = self._auto_map()
 
     @property
     def vocab_size(self) -> int:
-        """Size of the unpadded vocabulary, from whose end the action tokens count (32000 for Llama-2, not 32064)."""
+        """Return the size of the unpadded vocabulary (32000 for Llama-2, not 32064); its last ids are action tokens."""
         return self.text_config.vocab_size - self.pad_to_multiple_of
 
     @property
     def film_dim(self) -> int | None:
-        """Size of the language feature that modulates the vision towers (FiLM); None without."""
+        """Return the size of the language feature that modulates the vision towers (FiLM); None without FiLM."""
         return None
 
     @classmethod
     def _auto_map(cls) -> dict[str, str]:
+        """Return ``auto_map`` with every key that some transformers version looks for."""
         return {
             "AutoConfig": f"configuration_openvla.{cls.__name__}",
             "AutoModel": cls.model_reference,
@@ -246,7 +265,28 @@ class PrismaticConfig(PretrainedConfig):
             "AutoModelForImageTextToText": cls.model_reference,  # transformers 4.46 and later
         }
 
+    def _checked_prompt_style(self, style: str) -> str:
+        """Return a prompt style, with "auto" resolved."""
+        if style == AUTO:
+            registered = (style for prefix, style in PROMPT_STYLES.items() if self.llm_backbone_id.startswith(prefix))
+            return next(registered, "openvla")
+        if style not in PROMPTS:
+            raise OpenVLAValueError(_unknown("prompt_style", style, list(PROMPTS)))
+        return style
+
+    def _checked_empty_token_id(self, token_id: int | str | None) -> int | None:
+        """Return an empty token's id, with "auto" resolved."""
+        if token_id == AUTO:
+            has_empty_token = self.text_config.model_type == "llama" and self.vocab_size > LLAMA_EMPTY_TOKEN_ID
+            return LLAMA_EMPTY_TOKEN_ID if has_empty_token else None
+        if token_id is None:
+            return None
+        if not isinstance(token_id, int) or not 0 <= token_id < self.vocab_size:
+            raise OpenVLAValueError(f"empty_token_id {token_id} is outside the vocabulary of {self.vocab_size} ids.")
+        return token_id
+
     def _validate_towers(self) -> None:
+        """Raise ValueError unless every field of the towers has one entry a tower."""
         count = 2 if self.use_fused_vision_backbone else 1
         for field in ("timm_model_ids", "image_sizes", "timm_override_act_layers", "timm_model_kwargs"):
             values = getattr(self, field)
@@ -257,10 +297,10 @@ class PrismaticConfig(PretrainedConfig):
                 )
 
     def to_diff_dict(self) -> dict[str, Any]:
-        """What is written to config.json, under the names that transformers 4.40 and 5.x read alike.
+        """Return what is written to config.json, under the names of transformers 4.40 and of 5.x.
 
-        The language model is described against its own class alone: transformers compares nested values with *our*
-        default language model (a Llama), and would drop, say, a Qwen field that happens to equal Llama's default.
+        The language model's fields are compared with the defaults of its class only: transformers compares them with
+        *our* default language model (a Llama), and would drop a field of Qwen that happens to equal Llama's default.
         """
         output = super().to_diff_dict()
         output["text_config"] = _for_every_version(
@@ -273,31 +313,30 @@ class PrismaticConfig(PretrainedConfig):
 
 
 class OpenVLAConfig(PrismaticConfig):
-    """Configuration of OpenVLA: a Prismatic model that answers with robot actions.
+    """Configuration of OpenVLA: a Prismatic model that predicts robot actions.
 
-    OpenVLA answers one action, token by token. OpenVLA-OFT answers a chunk of actions in one bidirectional pass
-    (``parallel_decoding``), as tokens or through a continuous head; ``PLATFORMS`` holds what it fixes by platform:
+    OpenVLA predicts one action, token by token. OpenVLA-OFT predicts a chunk of actions in one bidirectional pass
+    (``parallel_decoding``), as tokens or through a continuous head; ``PLATFORMS`` holds its constants by platform:
     ``OpenVLAConfig(**PLATFORMS["libero"], parallel_decoding=True, action_head="l1", num_images_in_input=2, ...)``.
 
     Args:
-        norm_stats: Statistics of every dataset, ``{key: {"action": {"q01": [...], "q99": [...], ...}}}``, and where
-            the model takes proprio ``"proprio"`` beside ``"action"``.
+        norm_stats: Statistics of every dataset, ``{key: {"action": {"q01": [...], "q99": [...], ...}}}``; for a model
+            that takes proprio also ``"proprio"``.
         n_action_bins: Number of bin edges.
-        default_unnorm_key: The dataset whose statistics are used when ``predict_action`` is given no key.
-        parallel_decoding: Answer all tokens of a chunk in one pass in which every position sees every other.
+        default_unnorm_key: The dataset whose statistics ``predict_action`` uses without ``unnorm_key``.
+        parallel_decoding: Predict all tokens of a chunk in one pass with bidirectional attention.
         action_head: None (tokens), "l1" or "diffusion"; the heads need ``parallel_decoding``.
-        chunk_length: Actions in one answer.
-        action_dim: Numbers in one action; None leaves it to the dataset's statistics, which ``parallel_decoding``
-            does not allow.
-        proprio_dim: Numbers of the robot's own state that the model takes; None for none.
+        chunk_length: Number of actions in a chunk.
+        action_dim: Number of dimensions of an action; None takes the dataset's, but not with ``parallel_decoding``.
+        proprio_dim: Number of dimensions of the robot's state that the model takes; None for none.
         use_film: The instruction modulates every block of the vision towers (FiLM).
-        normalization: Which statistics are -1 and 1: "q99" (``q01``, ``q99``) or "bounds" (``min``, ``max``).
-        num_diffusion_steps_train: Noise levels that the diffusion head was trained on.
-        num_diffusion_steps: Denoising steps of one answer, at most as many.
+        normalization: The statistics that become -1 and 1: "q99" (``q01``, ``q99``) or "bounds" (``min``, ``max``).
+        num_diffusion_steps_train: Number of noise levels that the diffusion head was trained on.
+        num_diffusion_steps: Number of denoising steps of one prediction, at most ``num_diffusion_steps_train``.
         **kwargs: Fields of ``PrismaticConfig``.
 
     Raises:
-        ValueError: Statistics are inconsistent, not finite or inverted; the message names dataset and field. Or two
+        ValueError: Statistics are inconsistent, not finite or inverted (the message names dataset and field), or two
             fields contradict each other.
     """
 
@@ -330,7 +369,7 @@ class OpenVLAConfig(PrismaticConfig):
         self.num_diffusion_steps_train = num_diffusion_steps_train
         self.num_diffusion_steps = num_diffusion_steps
         self.num_images_in_input = kwargs.get("num_images_in_input", 1)
-        self._validate_answer()
+        self._validate_action_config()
         if norm_stats is not None:
             validate_norm_stats(norm_stats, normalization)
         if default_unnorm_key is not None and default_unnorm_key not in (norm_stats or {}):
@@ -342,29 +381,29 @@ class OpenVLAConfig(PrismaticConfig):
         if not 2 <= n_action_bins <= self.vocab_size:
             raise OpenVLAValueError(f"n_action_bins must be between 2 and {self.vocab_size}, got {n_action_bins}.")
 
-    def _validate_answer(self) -> None:
-        """Raise where the fields of the answer are not allowed or contradict each other."""
+    def _validate_action_config(self) -> None:
+        """Raise ValueError where a field of ``action_config`` is not allowed, or contradicts another."""
         if self.action_head not in ACTION_HEADS:
             raise OpenVLAValueError(_unknown("action_head", self.action_head, ACTION_HEADS))
         if self.normalization not in NORMALIZATIONS:
             raise OpenVLAValueError(_unknown("normalization", self.normalization, list(NORMALIZATIONS)))
         for name in ("chunk_length", "num_images_in_input", "num_diffusion_steps_train", "num_diffusion_steps"):
-            _require_whole_number(name, getattr(self, name))
+            _require_positive_int(name, getattr(self, name))
         for name in ("action_dim", "proprio_dim"):
             if getattr(self, name) is not None:
-                _require_whole_number(name, getattr(self, name))
+                _require_positive_int(name, getattr(self, name))
         if self.parallel_decoding and self.action_dim is None:
-            raise OpenVLAValueError(f"parallel_decoding needs action_dim; as on a known platform: {PLATFORMS}.")
+            raise OpenVLAValueError(f"parallel_decoding needs action_dim; those of known platforms: {PLATFORMS}.")
         needs_parallel = {
             "action_head": self.action_head,
             "chunk_length": self.chunk_length > 1,
             "proprio_dim": self.proprio_dim,
             "use_film": self.use_film,
         }
-        given = [name for name, value in needs_parallel.items() if value]
-        if given and not self.parallel_decoding:
+        names = [name for name, value in needs_parallel.items() if value]
+        if names and not self.parallel_decoding:
             raise OpenVLAValueError(
-                f"{', '.join(given)} need parallel_decoding=True; OpenVLA itself answers one action in tokens."
+                f"{', '.join(names)} need parallel_decoding=True; OpenVLA itself predicts one action in tokens."
             )
         if self.num_diffusion_steps > self.num_diffusion_steps_train:
             raise OpenVLAValueError(
@@ -374,15 +413,16 @@ class OpenVLAConfig(PrismaticConfig):
 
     @property
     def film_dim(self) -> int | None:
+        """Return the size of the language feature that modulates the vision towers (FiLM); None without FiLM."""
         return self.text_config.hidden_size if self.use_film else None
 
     @property
     def normalization_epsilon(self) -> float:
-        """What is added to a dimension's range when an action is un-normalised: OFT does, OpenVLA does not."""
+        """Return what un-normalisation adds to a dimension's range: 1e-8 in OFT, 0 in OpenVLA."""
         return NORMALIZATION_EPSILON if self.parallel_decoding else 0.0
 
     def merge_statistics(self, statistics: dict[str, dict[str, Any]]) -> None:
-        """Take in the content of a dataset_statistics.json: it wins where both have a key; an only key is the default.
+        """Merge the content of a dataset_statistics.json, which takes precedence; an only key becomes the default.
 
         Raises:
             ValueError: The statistics are inconsistent, not finite or inverted.
@@ -393,23 +433,23 @@ class OpenVLAConfig(PrismaticConfig):
             self.default_unnorm_key = next(iter(statistics))
 
     @property
-    def answer(self) -> dict[str, Any]:
-        """The fields that ``enable_parallel_decoding`` sets."""
-        return {name: getattr(self, name) for name in ANSWER_FIELDS}
+    def action_config(self) -> dict[str, Any]:
+        """Return the fields of the action decoding and head (``ACTION_CONFIG_FIELDS``)."""
+        return {name: getattr(self, name) for name in ACTION_CONFIG_FIELDS}
 
-    def set_answer(self, **fields: Any) -> None:
-        """Set fields of ``answer``, all or none.
+    def set_action_config(self, **fields: Any) -> None:
+        """Set fields of ``action_config``, all or none.
 
         Raises:
             ValueError: A field is unknown, has a value that is not allowed, or contradicts another.
         """
-        unknown = next((name for name in fields if name not in ANSWER_FIELDS), None)
+        unknown = next((name for name in fields if name not in ACTION_CONFIG_FIELDS), None)
         if unknown:
-            raise OpenVLAValueError(_unknown("field", unknown, ANSWER_FIELDS))
-        before = self.answer
+            raise OpenVLAValueError(_unknown("field", unknown, ACTION_CONFIG_FIELDS))
+        before = self.action_config
         vars(self).update(fields)
         try:
-            self._validate_answer()
+            self._validate_action_config()
             validate_norm_stats(self.norm_stats or {}, self.normalization)
         except ValueError:
             vars(self).update(before)
@@ -417,11 +457,10 @@ class OpenVLAConfig(PrismaticConfig):
 
 
 def _build_text_config(text_config: dict[str, Any] | PretrainedConfig | None, llm_backbone_id: str) -> PretrainedConfig:
-    """The language model's configuration, of the class that its model type, or else the backbone's id, names."""
-    if isinstance(text_config, PretrainedConfig):
-        text_config = text_config.to_dict()
-    fields = dict(text_config or {})
-    registered_type = LLM_BACKBONES.get(llm_backbone_id, (None, None))[1]
+    """Return the language model's configuration; without a model type it is the backbone's."""
+    fields = text_config.to_dict() if isinstance(text_config, PretrainedConfig) else dict(text_config or {})
+    backbone = LLM_BACKBONES.get(llm_backbone_id)
+    registered_type = backbone.model_type if backbone else None
     model_type = fields.pop("model_type", None) or registered_type
     if model_type is None:
         raise OpenVLAValueError(_unknown("llm_backbone_id", llm_backbone_id, list(LLM_BACKBONES)))
@@ -433,22 +472,22 @@ def _build_text_config(text_config: dict[str, Any] | PretrainedConfig | None, ll
             f"{model_type!r}; change one of them (any other name is allowed as llm_backbone_id)."
         )
     config = CONFIG_MAPPING[model_type](**_with_one_dtype(fields))
-    if not hasattr(config, "pad_token_id"):  # Phi on transformers 5.0.0, whose own model then asks for it
+    if not hasattr(config, "pad_token_id"):  # Phi on transformers 5.0.0, whose model reads it
         config.pad_token_id = None
     return config
 
 
 def _with_one_dtype(fields: dict[str, Any]) -> dict[str, Any]:
-    """Read dtype and torch_dtype alike, under the name that this transformers uses."""
+    """Return fields with dtype or torch_dtype under the name of this transformers version."""
     dtypes = [fields.pop(name, None) for name in ("dtype", "torch_dtype")]
     return {**fields, DTYPE_FIELD: dtypes[0] if dtypes[0] is not None else dtypes[1]}
 
 
 def _for_every_version(fields: dict[str, Any]) -> dict[str, Any]:
-    """Repeat what transformers 5 renamed under its old name, and the reverse: dtype and rotary embedding.
+    """Add dtype and rotary fields under the names of transformers 4 and of 5, which renamed them.
 
-    Without this a Qwen model saved on 5.x (``rope_parameters``) would run on 4.x with Llama's rotary base, and Phi-2
-    with half of each head rotated in place of 0.4, silently.
+    Without this a Qwen model saved on 5.x (``rope_parameters``) would silently run on 4.x with Llama's rotary base, and
+    Phi-2 with half of each head rotated instead of 0.4.
     """
     if fields.get(DTYPE_FIELD) is not None:
         fields["dtype"] = fields["torch_dtype"] = fields[DTYPE_FIELD]
@@ -460,31 +499,38 @@ def _for_every_version(fields: dict[str, Any]) -> dict[str, Any]:
     return fields
 
 
-def _require_whole_number(field: str, value: Any) -> None:
+def _require_positive_int(field: str, value: Any) -> None:
+    """Raise ValueError for anything but a whole number of 1 or more."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise OpenVLAValueError(f"{field} must be a whole number, 1 or more, got {value!r}.")
 
 
-def _unknown(field: str, value: Any, known: Any) -> str:
-    nearest = nearest_name(str(value), [str(k) for k in known])
+def _unknown(field: str, value: Any, known: Sequence[Any]) -> str:
+    """Return the message for a value that is not among the known ones."""
+    nearest = nearest_name(str(value), [str(name) for name in known])
     hint = f" Did you mean {nearest!r}?" if nearest else ""
     return f"Unknown {field} {value!r}.{hint} Allowed: {list(known)}."
 
 
 def hub_keywords(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Those of ``from_pretrained``'s keywords that say where files come from."""
+    """Return those keywords of ``from_pretrained`` that determine where files come from."""
     return {key: kwargs[key] for key in HUB_KEYWORDS if kwargs.get(key) is not None}
 
 
 def require_hub_keywords(name: str, kwargs: dict[str, Any]) -> None:
-    """Raise TypeError for keywords of a method that do not say where files come from; transformers drops them."""
+    """Raise TypeError for keywords other than ``hub_keywords``; transformers would drop them.
+
+    Args:
+        name: The method, for the message.
+        kwargs: Its keywords.
+    """
     unknown = sorted(set(kwargs) - {*HUB_KEYWORDS, "repo_type", "user_agent"})
     if unknown:
         raise OpenVLATypeError(f"{name} takes no {', '.join(unknown)}; allowed: {list(HUB_KEYWORDS)}.")
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write a JSON file whole or not at all: to a temporary name first, then renamed."""
+    """Write a JSON file atomically: to a temporary name, which is then renamed."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     os.replace(temporary, path)

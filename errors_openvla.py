@@ -1,11 +1,13 @@
-"""Errors that this package raises for users' mistakes: each is an OpenVLAError and also the built-in of its kind.
+"""Errors for users' mistakes: each is an ``OpenVLAError`` and the built-in exception of its kind.
 
-Whatever else comes out of this package is a bug and keeps its traceback in the ``openvla`` command.
+Any other exception from this package is a bug; the ``openvla`` command shows its traceback.
 """
+
+from __future__ import annotations
 
 
 class OpenVLAError(Exception):
-    """A mistake of the user's: the message says what was got, what is allowed and what to do."""
+    """Base class; the message says what was got, what is allowed and what to do."""
 
 
 class OpenVLAValueError(OpenVLAError, ValueError):
@@ -13,19 +15,19 @@ class OpenVLAValueError(OpenVLAError, ValueError):
 
 
 class OpenVLATypeError(OpenVLAError, TypeError):
-    """An argument of a type that is not taken, or that does not exist."""
+    """An argument of a type that is not allowed, or that does not exist."""
 
 
 class OpenVLAKeyError(OpenVLAError, KeyError):
     """A name that is not among the known ones."""
 
     def __str__(self) -> str:
-        """Return the message as it is; KeyError would quote it."""
+        """Return the message without the quotes that KeyError adds."""
         return str(self.args[0]) if self.args else ""
 
 
 class OpenVLAIndexError(OpenVLAError, IndexError):
-    """A number beyond the end."""
+    """An index out of range."""
 
 
 class OpenVLAImportError(OpenVLAError, ImportError):
@@ -33,7 +35,7 @@ class OpenVLAImportError(OpenVLAError, ImportError):
 
 
 class OpenVLAFileNotFoundError(OpenVLAError, FileNotFoundError):
-    """A file or folder that is not there."""
+    """A file or folder that does not exist."""
 
 
 class OpenVLAFileExistsError(OpenVLAError, FileExistsError):

@@ -1,4 +1,4 @@
-"""Ways into a checkpoint that do not depend on the installed transformers."""
+"""Auto classes for OpenVLA and Prismatic checkpoints, registered with transformers and independent of its version."""
 
 from __future__ import annotations
 
@@ -13,8 +13,11 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from .configuration_openvla import OpenVLAConfig, PrismaticConfig, hub_keywords
+from .conversion.hub_upload import push_to_hub
 from .errors_openvla import OpenVLAValueError
 from .inference.accelerator import attach_accelerator
+from .inference.device_images import pixels_on_device
+from .inference.image_presets import IMAGE_PRESETS
 from .modeling_openvla import OpenVLAForActionPrediction
 from .prismatic_openvla import PrismaticForConditionalGeneration
 from .processing_openvla import (
@@ -23,6 +26,7 @@ from .processing_openvla import (
     PrismaticImageProcessor,
     PrismaticProcessor,
 )
+from .publishing_openvla import PushToHub
 
 MODEL_CLASSES = {
     OpenVLAConfig.model_type: OpenVLAForActionPrediction,
@@ -31,8 +35,11 @@ MODEL_CLASSES = {
 
 
 def register_auto_classes() -> None:
-    """Teach transformers' Auto classes the model types "openvla" and "prismatic"."""
-    attach_accelerator()
+    """Register the model types "openvla" and "prismatic" with transformers' Auto classes.
+
+    Called once transformers and any module of this package are imported (``registration.py``).
+    """
+    attach_package()
     for config, processor, image_processor in (
         (OpenVLAConfig, OpenVLAProcessor, OpenVLAImageProcessor),
         (PrismaticConfig, PrismaticProcessor, PrismaticImageProcessor),
@@ -45,8 +52,16 @@ def register_auto_classes() -> None:
                 getattr(transformers, name).register(config, MODEL_CLASSES[config.model_type], exist_ok=True)
 
 
+def attach_package() -> None:
+    """Give the shipped classes what only the installed package has; a copy beside a checkpoint lacks it."""
+    PushToHub.hub_uploader = staticmethod(push_to_hub)
+    OpenVLAImageProcessor.device_pixels = staticmethod(pixels_on_device)
+    OpenVLAProcessor.image_presets = IMAGE_PRESETS
+    attach_accelerator()
+
+
 def _register_image_processor(config: type[PretrainedConfig], image_processor: type) -> None:
-    """The argument was renamed in 4.42 and again in 5.x."""
+    """Register an image processor; the argument was renamed in transformers 4.42 and again in 5.x."""
     register = AutoImageProcessor.register
     parameters = inspect.signature(register).parameters
     if "image_processor_classes" in parameters:
@@ -58,7 +73,7 @@ def _register_image_processor(config: type[PretrainedConfig], image_processor: t
 
 
 class AutoModelForVision2Seq:
-    """transformers' class of this name, which 5.x removed, for OpenVLA and Prismatic checkpoints.
+    """Transformers' class of this name, which 5.x removed, for OpenVLA and Prismatic checkpoints.
 
     A script written for transformers 4.40 needs one changed line: ``from openvla import AutoModelForVision2Seq``.
     """
@@ -68,7 +83,7 @@ class AutoModelForVision2Seq:
         """Load a folder or a Hub repository with this package's code, whatever ``trust_remote_code`` says.
 
         Raises:
-            ValueError: The checkpoint is of another model type.
+            ValueError: The checkpoint has another model type.
         """
         kwargs.pop("trust_remote_code", None)
         model_class = MODEL_CLASSES[_model_type(pretrained_model_name_or_path, kwargs)]
@@ -82,7 +97,7 @@ class AutoModelForVision2Seq:
 
 
 class AutoProcessor:
-    """transformers' ``AutoProcessor`` for OpenVLA and Prismatic checkpoints: this package's code, always.
+    """Transformers' ``AutoProcessor`` for OpenVLA and Prismatic checkpoints, which always runs this package's code.
 
     On transformers 4.x ``trust_remote_code=True`` would run the old code in the checkpoint, which needs timm.
     """
@@ -95,12 +110,13 @@ class AutoProcessor:
 
 
 def _model_type(name_or_path: str | os.PathLike, kwargs: dict[str, Any]) -> str:
+    """Return the model type of a checkpoint, or of the configuration in ``kwargs``."""
     config = kwargs.get("config")
     if isinstance(config, PretrainedConfig):
-        model_type = config.model_type
+        model_type: str | None = config.model_type
     else:
-        hub = hub_keywords(kwargs)
-        model_type = PretrainedConfig.get_config_dict(name_or_path, **hub)[0].get("model_type")
+        fields, _ = PretrainedConfig.get_config_dict(name_or_path, **hub_keywords(kwargs))
+        model_type = fields.get("model_type")
     if model_type not in MODEL_CLASSES:
         raise OpenVLAValueError(
             f"{name_or_path} holds a model of type {model_type!r}; this class loads {sorted(MODEL_CLASSES)}. For other "

@@ -21,11 +21,11 @@ import torch
 from transformers import GenerationMixin
 from transformers.utils import logging
 
-from .saved_folder_openvla import refuse_two_kinds, require_one_code, require_own_kind
+from .publishing_openvla import refuse_two_kinds, require_adapter_keywords, require_own_kind, require_same_code
 
-require_one_code(__name__)
+require_same_code(__name__)
 
-from .actions_openvla import ActionTokenizer, NormalizationStatistics, as_numbers
+from .actions_openvla import ActionTokenizer, NormalizationStatistics, NormStatsMixin, as_numbers
 from .adapter_files_openvla import adapter_source, base_of, base_record, beside_or_above, optional_file, revision_of
 from .adapters_openvla import LoraMixin
 from .compatibility_openvla import requested_attention
@@ -47,7 +47,6 @@ from .decoding_openvla import (
 )
 from .errors_openvla import OpenVLAValueError
 from .heads_openvla import is_action_head_param
-from .norm_stats_openvla import NormStatsMixin
 from .parallel_openvla import (
     ChunkOutput,
     ParallelDecodingModel,
@@ -57,7 +56,6 @@ from .parallel_openvla import (
     refuse_loose_parts,
 )
 from .prismatic_openvla import PrismaticCausalLMOutputWithPast
-from .publishing_openvla import require_adapter_keywords
 from .quantization_openvla import is_quantized
 from .vision_openvla import PrismaticVisionBackbone  # noqa: F401  transformers up to 5.8 copies direct imports only
 
@@ -204,14 +202,14 @@ class OpenVLAForActionPrediction(LoraMixin, NormStatsMixin, ParallelDecodingMode
                 other; the model is unchanged.
         """
         if self.config.parallel_decoding:
-            raise OpenVLAValueError(f"This model already has parallel decoding: {self.config.answer}.")
+            raise OpenVLAValueError(f"This model already has parallel decoding: {self.config.action_config}.")
         if not fields.get("parallel_decoding", True):
             raise OpenVLAValueError(
                 "enable_parallel_decoding makes parallel_decoding true; leave parallel_decoding out."
             )
         self._require_no_adapter()
         self._require_masked_attention()
-        self.config.set_answer(**{**fields, "parallel_decoding": True})
+        self.config.set_action_config(**{**fields, "parallel_decoding": True})
         self.build_heads(self.config)
         self.vision_backbone.take(self.config)
         projection = self.projector.fc1
@@ -404,8 +402,8 @@ class OpenVLAForActionPrediction(LoraMixin, NormStatsMixin, ParallelDecodingMode
         self._require_diffusion(diffusion)
         input_ids, attention_mask = self._prepare_prompts(input_ids, attention_mask)
         prompt = Prompt(input_ids, pixel_values, attention_mask)
-        keys = self.row_keys(unnorm_key, len(input_ids))
-        statistics = self.row_statistics(keys)
+        keys = self.batch_keys(unnorm_key, len(input_ids))
+        statistics = self.batch_statistics(keys)
         if self.config.parallel_decoding:
             require_one_pass(generate_kwargs, draft, constrain_actions, self.config.action_head)
             state = self.normalize_proprio(proprio, keys)
@@ -610,7 +608,7 @@ class OpenVLAForActionPrediction(LoraMixin, NormStatsMixin, ParallelDecodingMode
                 "score_actions is for models that predict token by token; this one has parallel decoding."
             )
         input_ids, attention_mask = self._prepare_prompts(input_ids, attention_mask)
-        statistics = self.row_statistics(self.row_keys(unnorm_key, len(input_ids)))
+        statistics = self.batch_statistics(self.batch_keys(unnorm_key, len(input_ids)))
         candidates = as_numbers(actions, "actions")
         if candidates.ndim == 2:
             candidates = np.broadcast_to(candidates, (len(input_ids), *candidates.shape))

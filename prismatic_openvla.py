@@ -13,9 +13,16 @@ from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import is_flash_attn_2_available, logging
 
-from .saved_folder_openvla import mark_code, one_set_of_weights, require_one_code, require_own_kind, warn_of_two_sets
+from .publishing_openvla import (
+    PushToHub,
+    mark_code,
+    one_set_of_weights,
+    require_own_kind,
+    require_same_code,
+    warn_of_two_sets,
+)
 
-require_one_code(__name__)
+require_same_code(__name__)
 
 from .actions_openvla import ActionTokenizer  # noqa: F401  transformers up to 5.8 copies direct imports only
 from .compatibility_openvla import (
@@ -35,7 +42,6 @@ from .configuration_openvla import PrismaticConfig
 from .decoding_openvla import align_prompts, has_gap, insert_after_bos, positions_of, set_argument_names
 from .errors_openvla import OpenVLATypeError, OpenVLAValueError
 from .heads_openvla import HEAD_MODULES  # noqa: F401
-from .publishing_openvla import PushToHub
 from .quantization_openvla import QuantizedModelMixin, prepare_quantization
 from .vision_openvla import PrismaticProjector, PrismaticVisionBackbone
 

@@ -40,14 +40,14 @@ from transformers import AutoTokenizer
 
 from ..adapter_files_openvla import base_of, require_not_merged
 from ..compatibility_openvla import DTYPE_FIELD
-from ..configuration_openvla import ANSWER_FIELDS, PLATFORMS, OpenVLAConfig, PrismaticConfig, write_json
+from ..configuration_openvla import ACTION_CONFIG_FIELDS, PLATFORMS, OpenVLAConfig, PrismaticConfig, write_json
 from ..errors_openvla import OpenVLAFileExistsError, OpenVLAFileNotFoundError, OpenVLAValueError
 from ..heads_openvla import is_action_head_param
-from ..images_openvla import IMAGE_PRESETS
+from ..inference.image_presets import IMAGE_PRESETS
 from ..loading import MODEL_CLASSES
 from ..modeling_openvla import STATISTICS_FILE
 from ..processing_openvla import OpenVLAImageProcessor, OpenVLAProcessor
-from ..saved_folder_openvla import refuse_two_kinds
+from ..publishing_openvla import refuse_two_kinds
 from .compare_forward import compare_forward
 from .direct_io import DirectWriter
 from .download import local_folder
@@ -332,7 +332,7 @@ def make_current(
         whole = local_folder(str(base or base_of(source / ADAPTER_FOLDER, {})[0]))
     fields = {**read_json(whole / "config.json"), **overrides}
     folded = {} if fields.get("parallel_decoding") else part_files(source, step)
-    plain = {name: value for name, value in fields.items() if not folded or name not in ANSWER_FIELDS}
+    plain = {name: value for name, value in fields.items() if not folded or name not in ACTION_CONFIG_FIELDS}
     config = current_config(source, plain)
     files = weight_files(whole) if has_safetensors(whole) else {}
     tensors = dict(read_tensors(files)) if files else pickled_tensors(whole)
@@ -341,7 +341,7 @@ def make_current(
     tensors.update(read_parts(folded, next(iter(tensors.values())).dtype))
     if isinstance(config, OpenVLAConfig) and not config.parallel_decoding:
         answer = read_answer(tensors, overrides, source=source, **asked)
-        config.set_answer(**(answer or {}))
+        config.set_action_config(**(answer or {}))
         if answer and image_preset is None:
             print("note: OFT's checkpoints were evaluated on frames prepared as --image-preset libero does")
     require_fit({name: tuple(tensor.shape) for name, tensor in tensors.items()}, config, source)
@@ -440,7 +440,9 @@ def _write_oft(source: Path, folder: Path) -> Converted:
     wrong = [n for n, t in again.items() if not torch.equal(t.view(torch.uint8), tensors[n].view(torch.uint8))]
     if wrong:
         raise OpenVLAValueError(f"{folder}: {wrong} differ from {source}. The disk may be failing.")
-    plain = {name: value for name, value in read_json(source / "config.json").items() if name not in ANSWER_FIELDS}
+    plain = {
+        name: value for name, value in read_json(source / "config.json").items() if name not in ACTION_CONFIG_FIELDS
+    }
     OpenVLAProcessor.from_pretrained(source).save_pretrained(folder)
     write_surroundings(folder, OpenVLAConfig.from_dict(plain))
     return {**dict(read_tensors(weight_files(folder))), **again}, config

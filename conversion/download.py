@@ -10,7 +10,7 @@ from huggingface_hub import HfApi
 from huggingface_hub.utils import RepositoryNotFoundError, RevisionNotFoundError
 
 from ..errors_openvla import OpenVLAFileNotFoundError, OpenVLAValueError
-from ..publishing_openvla import UNSAFE_SUFFIXES
+from .hub_upload import UNSAFE_SUFFIXES
 from .oft_format import ADAPTER_FOLDER, PART_FILE
 from .prismatic_format import CHECKPOINT_FOLDER, choose_checkpoint
 

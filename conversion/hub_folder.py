@@ -16,8 +16,8 @@ from transformers import GenerationConfig
 from ..configuration_openvla import PrismaticConfig, write_json
 from ..loading import MODEL_CLASSES
 from ..modeling_openvla import STATISTICS_FILE
-from ..publishing_openvla import CARD_FILE, model_card
-from ..saved_folder_openvla import mark_code
+from ..publishing_openvla import mark_code
+from .hub_upload import CARD_FILE, model_card
 from .prismatic_format import read_json
 from .safetensors_io import digest_file, weight_files
 

@@ -116,10 +116,10 @@ def merge(
         if os.path.isdir(adapter):
             refuse_loose_parts(Path(os.path.abspath(adapter)).parent, {})
     if lora.answer is not None and not config.parallel_decoding:
-        config.set_answer(**lora.answer)
+        config.set_action_config(**lora.answer)
         tensors.update(_heads(lora, config, next(iter(tensors.values())).dtype))
-    if (lora.answer or config.answer) != config.answer:
-        raise OpenVLAValueError(f"{adapter} answers as {lora.answer}, {source} as {config.answer}.")
+    if (lora.answer or config.action_config) != config.action_config:
+        raise OpenVLAValueError(f"{adapter} answers as {lora.answer}, {source} as {config.action_config}.")
     missing = sorted({*(f"{name}.weight" for name in lora.adapted), *lora.whole} - set(tensors))
     if missing:
         raise OpenVLAValueError(

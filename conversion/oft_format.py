@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ..adapter_files_openvla import LoraAdapter, read_adapter
-from ..configuration_openvla import ANSWER_FIELDS, PLATFORMS, OpenVLAConfig
+from ..configuration_openvla import ACTION_CONFIG_FIELDS, PLATFORMS, OpenVLAConfig
 from ..errors_openvla import OpenVLAValueError
 from ..heads_openvla import FILM_LAYER, HEAD_MODULES, is_action_head_param
 from .safetensors_io import read_pickle
@@ -117,7 +117,7 @@ def read_answer(
         source: Where from, for error messages.
 
     Returns:
-        Fields for ``OpenVLAConfig.set_answer``.
+        Fields for ``OpenVLAConfig.set_action_config``.
 
     Raises:
         ValueError: Something is not known, or the preset contradicts the shapes.
@@ -132,7 +132,7 @@ def read_answer(
         return None
     if preset is not None and preset not in PLATFORMS:
         raise OpenVLAValueError(f"Unknown preset {preset!r}; allowed: {list(PLATFORMS)}.")
-    given = {**PLATFORMS.get(preset, {}), **{n: v for n, v in overrides.items() if n in ANSWER_FIELDS}}
+    given = {**PLATFORMS.get(preset, {}), **{n: v for n, v in overrides.items() if n in ACTION_CONFIG_FIELDS}}
     if num_images is not None:
         given["num_images_in_input"] = num_images
     wrong = [

@@ -22,16 +22,16 @@ from ..adapter_files_openvla import ADAPTER_CONFIG_FILE, read_adapter
 from ..configuration_openvla import OpenVLAConfig
 from ..errors_openvla import OpenVLAValueError
 from ..loading import MODEL_CLASSES
-from ..publishing_openvla import CARD_FILE, publishable, push_folder
-from ..saved_folder_openvla import refuse_two_kinds
+from ..publishing_openvla import refuse_two_kinds
 from .convert import TOKENIZER_FILES, require_fit
 from .hub_folder import MANIFEST_FILE
+from .hub_upload import CARD_FILE, publishable, push_folder
 from .prismatic_format import read_json
 from .safetensors_io import shapes, weight_files
 from .verify import verify
 
 # What a processor alone needs.
-PROCESSOR_CODE = {f"{name}_openvla.py" for name in ("device_images", "images", "jpeg", "processing", "prompts")}
+PROCESSOR_CODE = {f"{name}_openvla.py" for name in ("images", "processing")}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

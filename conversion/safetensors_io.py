@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from ..configuration_openvla import write_json
 from ..errors_openvla import OpenVLAValueError
-from ..saved_folder_openvla import INDEX_FILE, PICKLED_FILE, PICKLED_INDEX_FILE, SINGLE_FILE, warn_of_two_sets
+from ..publishing_openvla import INDEX_FILE, PICKLED_FILE, PICKLED_INDEX_FILE, SINGLE_FILE, warn_of_two_sets
 from .direct_io import PIECE, DirectWriter, Place, read_spans
 from .torch_archive import damaged_record, is_archive, mapped_to_read, require_intact
 

@@ -31,7 +31,6 @@ from typing import Any
 
 from ..adapter_files_openvla import ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE, read_adapter
 from ..errors_openvla import OpenVLAFileExistsError, OpenVLAFileNotFoundError, OpenVLAValueError
-from ..publishing_openvla import CARD_FILE
 from .convert import (
     TOKENIZER_FILES,
     current_config,
@@ -51,6 +50,7 @@ from .hub_folder import (
     write_manifest,
     write_surroundings,
 )
+from .hub_upload import CARD_FILE
 from .oft_format import part_files
 from .prismatic_format import read_json
 from .publish import publish
@@ -62,6 +62,7 @@ CONFIG_FILES = ("config.json", "preprocessor_config.json", "processor_config.jso
 OLD_CODE = {f"{part}_prismatic.py" for part in ("configuration", "modeling", "processing")}
 OLD_CODE |= {f"{part}_openvla.py" for part in ("answers", "fast", "graphs", "own_functions")}
 OLD_CODE |= {path.name for path in Path(__file__).parents[1].glob("*_openvla.py")}
+OLD_CODE |= {f"{part}_openvla.py" for part in ("device_images", "jpeg", "norm_stats", "prompts", "saved_folder")}
 WEIGHTS = (".safetensors", ".safetensors.index.json")
 # Temporary names under which this package and huggingface_hub write before they rename.
 TEMPORARY = re.compile(r"\..*\.\d+\.tmp|.*\.incomplete")

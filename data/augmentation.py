@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from ..errors_openvla import OpenVLATypeError, OpenVLAValueError
-from ..images_openvla import (
+from ..inference.image_presets import (
     CENTER_CROP_AREA,
     as_rounded_bytes,
     as_unit_floats,

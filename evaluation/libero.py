@@ -35,7 +35,7 @@ from ..configuration_openvla import write_json
 from ..data.episodes import read_json
 from ..decoding_openvla import NoActionError
 from ..errors_openvla import OpenVLAImportError, OpenVLAValueError
-from ..images_openvla import IMAGE_PRESETS
+from ..inference.image_presets import IMAGE_PRESETS
 from ..inference.policy import Policy, add_policy_arguments, policy_from
 from .report import PACKAGES, as_table, draw_contact_sheet, recorded_episodes, success_rate, version_of
 from .simulator import INSTALL, INSTRUCTION_SOURCES, choose_renderer, instruction_source, open_suite, parse_tasks

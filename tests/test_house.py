@@ -12,6 +12,8 @@ SHIPPED = sorted(REPOSITORY.glob("*_openvla.py"))
 ENTRIES = ("configuration_openvla", "modeling_openvla", "prismatic_openvla", "processing_openvla")
 ALLOWED = {"torch", "numpy", "PIL", "transformers", "safetensors", "huggingface_hub"}
 INSTALLED_ONLY = [path for path in MODULES if path not in SHIPPED]
+MAX_SHIPPED_FILES = 14
+MAX_SHIPPED_LINES = 7000
 
 
 def imports(path):
@@ -23,6 +25,12 @@ def imports(path):
         elif isinstance(node, ast.ImportFrom):
             (relative if node.level else absolute).add((node.module or "").split(".")[0])
     return absolute - set(sys.stdlib_module_names), relative
+
+
+def test_few_files_are_shipped():
+    """A copy beside a checkpoint cannot be repaired: it holds what loads a checkpoint and predicts, nothing else."""
+    assert len(SHIPPED) <= MAX_SHIPPED_FILES, [path.name for path in SHIPPED]
+    assert sum(len(path.read_text(encoding="utf-8").splitlines()) for path in SHIPPED) <= MAX_SHIPPED_LINES
 
 
 @pytest.mark.lane

@@ -11,7 +11,13 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from openvla import AutoModelForVision2Seq, AutoProcessor, OpenVLAForActionPrediction, PrismaticForConditionalGeneration
+from openvla import (
+    AutoModelForVision2Seq,
+    AutoProcessor,
+    OpenVLAForActionPrediction,
+    OpenVLAProcessor,
+    PrismaticForConditionalGeneration,
+)
 from openvla.conversion.publish import PROCESSOR_CODE
 from openvla.tiny import build_tiny
 from reference import GOLDEN, REPOSITORY
@@ -123,6 +129,58 @@ def test_a_saved_folder_alone_works_with_trust_remote_code(tiny, frames, tmp_pat
         assert len(answers) == len(DOORS)
         assert all(action == expected for actions in answers.values() for action in actions)
     assert sorted(os.listdir(folder)) == sorted(os.listdir(second))
+
+
+WITHOUT_PACKAGE = """
+import sys
+sys.modules["openvla"] = None  # as if the package were not installed
+import numpy as np, transformers
+plain, preset = sys.argv[1:]
+frame = np.zeros((8, 8, 3), np.uint8)
+
+
+def error_of(call):
+    try:
+        call()
+    except ImportError as error:
+        return str(error)
+    return "no error"
+
+
+processor = transformers.AutoProcessor.from_pretrained(plain, trust_remote_code=True)
+assert "transformers_modules" in type(processor).__module__
+assert processor(instruction="go", images=frame)["pixel_values"].shape == (1, 6, 224, 224)
+print(error_of(lambda: processor(instruction="go", images=frame, device="cpu")))
+print(error_of(lambda: transformers.AutoProcessor.from_pretrained(preset, trust_remote_code=True)))
+processor.image_preset = "center-crop"
+print(error_of(lambda: processor(instruction="go", images=frame)))
+processor.image_preset = "none"
+assert processor(instruction="go", images=frame)["pixel_values"].shape == (1, 6, 224, 224)
+"""
+
+
+def test_remote_code_refuses_what_only_the_package_has(tiny, tmp_path):
+    """Image presets and pixels on a device are never ignored by the code beside a checkpoint."""
+    tiny.processor.save_pretrained(tmp_path / "plain")
+    parts = tiny.processor.image_processor, tiny.processor.tokenizer
+    OpenVLAProcessor(*parts, "openvla", 29871, image_preset="libero").save_pretrained(tmp_path / "preset")
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path / "modules")}
+    command = [sys.executable, "-c", WITHOUT_PACKAGE, str(tmp_path / "plain"), str(tmp_path / "preset")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    needs = "needs the package: pip install openvla, then `import openvla` and load without trust_remote_code."
+    names = ("device='cpu'", "image_preset='libero'", "image_preset='center-crop'")
+    assert done.stdout.splitlines() == [f"{name} {needs}" for name in names]
+
+
+@pytest.mark.parametrize(
+    "code", ["import openvla, transformers", "import transformers, openvla", "import openvla.processing_openvla"]
+)
+def test_the_package_attaches_itself_in_any_order_of_imports(code):
+    code += "\nfrom openvla.processing_openvla import OpenVLAImageProcessor as I, OpenVLAProcessor as P"
+    code += "\nassert I.device_pixels and P.image_presets and P.hub_uploader"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 def test_a_saved_folder_holds_every_tensor_and_all_the_code(fused_folder, tmp_path):

@@ -362,7 +362,7 @@ def test_a_loaded_openvla_becomes_parallel(fused_folder, libero, tmp_path):
     chunk = model.eval().predict_action(**given)
     model.save_pretrained(tmp_path)
     again = OpenVLAForActionPrediction.from_pretrained(tmp_path).eval()
-    assert again.config.answer == model.config.answer
+    assert again.config.action_config == model.config.action_config
     np.testing.assert_allclose(again.predict_action(**given), chunk, atol=1e-5, rtol=0)
     with pytest.raises(ValueError, match="already has parallel decoding"):
         again.enable_parallel_decoding(**PLATFORMS["libero"])

@@ -9,15 +9,14 @@ import json
 import numpy as np
 import pytest
 from frames import PREPROCESSING, digest, frames, golden_cases
-from openvla.images_openvla import (
+from openvla.inference.image_presets import (
     IMAGE_PRESETS,
     as_unit_floats,
     center_cropped,
     crop_and_resize,
+    jpeg_round_trip,
     lanczos3_resized,
-    preset_image,
 )
-from openvla.jpeg_openvla import jpeg_round_trip
 from openvla.processing_openvla import OpenVLAProcessor
 from PIL import Image
 
@@ -35,7 +34,7 @@ def computed(frame, step, box=None):
         return lanczos3_resized(frame, SIZE)
     if step == "crop_and_resize":
         return crop_and_resize(as_unit_floats(frame), box, (64, 48))
-    return np.array(preset_image(Image.fromarray(frame), step, SIZE))
+    return np.array(IMAGE_PRESETS[step](Image.fromarray(frame), SIZE))
 
 
 @pytest.mark.parametrize("case", **golden_cases("cases.json"))
@@ -61,10 +60,10 @@ def test_pillow_reads_jpeg_otherwise():
 def test_frames_of_the_models_size_were_prepared_before():
     """As openvla-oft: JPEG and Lanczos are for frames of other sizes; libero-raw is for the simulator's, of any."""
     frame = Image.fromarray(FRAMES["agentview"])
-    assert preset_image(frame, "libero", SIZE) == preset_image(frame, "center-crop", SIZE)
-    assert preset_image(frame, "libero-raw", SIZE) != preset_image(frame.rotate(180), "libero", SIZE)
+    assert IMAGE_PRESETS["libero"](frame, SIZE) == IMAGE_PRESETS["center-crop"](frame, SIZE)
+    assert IMAGE_PRESETS["libero-raw"](frame, SIZE) != IMAGE_PRESETS["libero"](frame.rotate(180), SIZE)
     other = Image.fromarray(FRAMES["agentview_256"])
-    assert preset_image(other, "libero-raw", SIZE) == preset_image(other.rotate(180), "libero", SIZE)
+    assert IMAGE_PRESETS["libero-raw"](other, SIZE) == IMAGE_PRESETS["libero"](other.rotate(180), SIZE)
 
 
 def test_a_crop_of_everything_changes_nothing():
@@ -82,7 +81,7 @@ def test_the_processor_prepares_every_image(tiny, preset, tmp_path):
     processor = OpenVLAProcessor.from_pretrained(tmp_path)
     assert processor.image_preset == preset
     pixel_values = processor(instruction="go", images=[frame, wrist])["pixel_values"]
-    prepared = [preset_image(Image.fromarray(image), preset, SIZE) for image in (frame, wrist)]
+    prepared = [IMAGE_PRESETS[preset](Image.fromarray(image), SIZE) for image in (frame, wrist)]
     without = OpenVLAProcessor(*parts, "openvla", 29871, num_images_in_input=2)
     assert (pixel_values == without(instruction="go", images=prepared)["pixel_values"]).all()
     changed = (pixel_values != without(instruction="go", images=[frame, wrist])["pixel_values"]).any()

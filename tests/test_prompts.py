@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 from openvla.configuration_openvla import PROMPTS
-from openvla.prompts_openvla import ENDINGS, QUESTIONS, tokenized_prompts
+from openvla.processing_openvla import ENDINGS, QUESTIONS, tokenize_prompts
 from qwen import SPECIAL, write_qwen_tokenizer
 from transformers import AutoTokenizer
 from transformers.utils import logging
@@ -102,7 +102,7 @@ def test_ordinary_text_of_any_script_is_an_instruction(tiny, instruction):
 
 
 def test_an_action_asked_for_otherwise_than_trained_is_said(tiny):
-    seen, logger = [], logging.get_logger("openvla.prompts_openvla")
+    seen, logger = [], logging.get_logger("openvla.processing_openvla")
     logger.addFilter(lambda record: seen.append(record.getMessage()) or True)
     good = PROMPTS["openvla"].format(instruction="open the drawer")
     untrained = [
@@ -121,12 +121,12 @@ def test_an_action_asked_for_otherwise_than_trained_is_said(tiny):
     finally:
         logger.filters.clear()
     assert [
-        message.partition(" asks for an action otherwise than this checkpoint was trained: ")[0] for message in seen
+        message.partition(" differs from the prompt that this checkpoint was trained on: ")[0] for message in seen
     ] == [f"text={text[-120:]!r}" for text in untrained]
 
 
 def test_an_instruction_given_as_text_is_said(tiny):
-    seen, logger = [], logging.get_logger("openvla.prompts_openvla")
+    seen, logger = [], logging.get_logger("openvla.processing_openvla")
     logger.addFilter(lambda record: seen.append(record.getMessage()) or True)
     try:
         tiny.processor("open the drawer", FRAME)
@@ -161,7 +161,7 @@ def qwen(request, tmp_path_factory):
 
 def test_special_tokens_of_qwen_are_text(qwen):
     """Those of the prompt stay tokens; those of the instruction are bytes, merged as any text."""
-    (ids,) = tokenized_prompts(qwen, "openvla-mini", ["the rob <|im_end|> in<|vision_start|>"])
+    (ids,) = tokenize_prompts(qwen, "openvla-mini", ["the rob <|im_end|> in<|vision_start|>"])
     tokens = qwen.convert_ids_to_tokens(ids)
     spelled = ["Ġthe", "Ġrob", "Ġ", *"<|im_end|>", "Ġ", "in", *"<|vision_start|>", "?"]
     end = [*spelled, "<|im_end|>", "Ċ", "<|im_start|>", *"assistant", "Ċ"]
@@ -174,9 +174,9 @@ def test_special_tokens_of_qwen_are_text(qwen):
         "<|im_start|>",
     ]
     plain = PROMPTS["openvla-mini"].format(instruction="the rob")
-    assert tokenized_prompts(qwen, "openvla-mini", ["the rob"]) == [qwen(plain)["input_ids"]]
+    assert tokenize_prompts(qwen, "openvla-mini", ["the rob"]) == [qwen(plain)["input_ids"]]
     qwen.add_tokens(["<|extra_7|>"])
-    (ids,) = tokenized_prompts(qwen, "openvla-mini", ["<|extra_7|>"])
+    (ids,) = tokenize_prompts(qwen, "openvla-mini", ["<|extra_7|>"])
     assert qwen.convert_tokens_to_ids("<|extra_7|>") not in ids
 
 

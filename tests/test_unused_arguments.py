@@ -8,6 +8,7 @@ import openvla
 import pytest
 import torch
 from openvla import OpenVLAForActionPrediction, load_policy
+from openvla.conversion.hub_upload import push_to_hub
 from openvla.data.torch_dataset import SequenceReader
 from openvla.publishing_openvla import SAVE_KEYWORDS
 from openvla.tiny import build_tiny
@@ -72,13 +73,14 @@ CALLS = {
     "AutoModelForVision2Seq.from_pretrained": lambda t, at: openvla.AutoModelForVision2Seq.from_pretrained(at, no=1),
     "OpenVLAForActionPrediction.from_pretrained": lambda t, at: OpenVLAForActionPrediction.from_pretrained(at, no=1),
     "PrismaticPreTrainedModel.from_pretrained": lambda t, at: OpenVLAForActionPrediction.from_pretrained(at, no=1),
-    "OpenVLAConfig.set_answer": lambda t, at: t.model.config.set_answer(no=1),
+    "OpenVLAConfig.set_action_config": lambda t, at: t.model.config.set_action_config(no=1),
     "ParallelDecodingMixin.enable_parallel_decoding": lambda t, at: t.model.enable_parallel_decoding(no=1),
     "LoraMixin.load_lora": lambda t, at: t.model.load_lora(at, trainabel=True),
     "OpenVLAForActionPrediction.generate": lambda t, at: t.model.generate(**t.inputs, no=1),
     "PrismaticForConditionalGeneration.generate": lambda t, at: t.model.generate(**t.inputs, no=1),
     "OpenVLAForActionPrediction.predict_action": lambda t, at: t.model.predict_action(**t.inputs, no=1),
     "PushToHub.push_to_hub": lambda t, at: t.model.push_to_hub("me/robot", no=1),
+    "push_to_hub": lambda t, at: push_to_hub(t.processor, "me/robot", no=1),
     "PrismaticForConditionalGeneration.resize_token_embeddings": lambda t, at: t.model.resize_token_embeddings(9, no=1),
     "QuantizedModelMixin.state_dict": lambda t, at: t.model.state_dict(no=1),
     "QuantizedModelMixin.to": lambda t, at: t.model.to("cpu", no=1),
@@ -91,7 +93,7 @@ CALLS = {
     "OpenVLAProcessor.from_pretrained": "as AutoProcessor's",
     "OpenVLAForActionPrediction.save_pretrained": "transformers' own, but for adapters (below)",
     "PrismaticPreTrainedModel.save_pretrained": "transformers' own",
-    "MarksCode.save_pretrained": "transformers' own",
+    "OpenVLAImageProcessor.save_pretrained": "transformers' own",
     "OpenVLAProcessor.save_pretrained": "transformers' own, or push_to_hub's",
     "OpenVLAProcessor.batch_decode": "the tokenizer's own",
     "OpenVLAProcessor.decode": "the tokenizer's own",

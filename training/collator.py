@@ -11,7 +11,7 @@ import torch
 from ..actions_openvla import NORMALIZATIONS
 from ..data.augmentation import ImageAugmentation
 from ..errors_openvla import OpenVLAKeyError, OpenVLAValueError
-from ..images_openvla import lanczos3_resized
+from ..inference.image_presets import lanczos3_resized
 from ..modeling_openvla import OpenVLAForActionPrediction
 from ..prismatic_openvla import IGNORE_INDEX
 from ..processing_openvla import OpenVLAProcessor

@@ -255,7 +255,7 @@ def set_answer(model: OpenVLAForActionPrediction, answer: Mapping[str, Any]) -> 
     if not model.config.parallel_decoding:
         model.enable_parallel_decoding(**fields)
         return
-    own = model.config.answer
+    own = model.config.action_config
     other = {name: value for name, value in fields.items() if name not in own or own[name] != value}
     if other:
         now = {name: own.get(name) for name in other}

@@ -55,7 +55,7 @@ def run_record(
         "config": asdict(config),
         "base": base_record(model) if model._lora is None else model._lora.base,
         "images": _digest([getattr(image_processor, f"tvf_{name}") for name in IMAGE_FIELDS]),
-        "answer": model.config.answer,
+        "answer": model.config.action_config,
         "default_unnorm_key": model.config.default_unnorm_key,
         "datasets": [_dataset_record(reader) for reader in data.readers],
         "weights": _shares(getattr(data, "weights", [])),

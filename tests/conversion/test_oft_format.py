@@ -44,7 +44,7 @@ def converted(published, tmp_path_factory):
 
 def test_converts_to_one_folder_that_predicts_the_same(converted):
     model = OpenVLAForActionPrediction.from_pretrained(converted).eval()
-    assert model.config.answer == oft_model("libero", "l1").config.answer
+    assert model.config.action_config == oft_model("libero", "l1").config.action_config
     np.testing.assert_allclose(chunk_of(model), chunk_of(oft_model("libero", "l1")), atol=1e-5, rtol=0)
     assert OpenVLAProcessor.from_pretrained(converted).num_images_in_input == 2
     assert verify(converted) == 142 + 16 + 4

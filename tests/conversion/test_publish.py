@@ -14,7 +14,7 @@ from openvla import OpenVLAForActionPrediction, OpenVLAProcessor, quantization_c
 from openvla.__main__ import main
 from openvla.compatibility_openvla import QUANTIZES_ON_CPU
 from openvla.conversion.convert import convert
-from openvla.publishing_openvla import publishable, push_folder
+from openvla.conversion.hub_upload import publishable, push_folder
 from openvla.tiny import build_tokenizer
 from reference import REPOSITORY, published_folder
 

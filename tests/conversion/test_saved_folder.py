@@ -12,11 +12,11 @@ import torch
 from openvla import OpenVLAForActionPrediction
 from openvla.compatibility_openvla import TRANSFORMERS_VERSION
 from openvla.conversion.convert import convert
+from openvla.conversion.hub_upload import publishable
 from openvla.conversion.publish import require_complete
 from openvla.conversion.safetensors_io import read_tensors, weight_files
 from openvla.conversion.upgrade import upgrade
-from openvla.publishing_openvla import publishable
-from openvla.saved_folder_openvla import INDEX_FILE, SINGLE_FILE, warn_of_two_sets
+from openvla.publishing_openvla import INDEX_FILE, SINGLE_FILE, warn_of_two_sets
 from openvla.tiny import build_tiny
 from reference import REPOSITORY
 
@@ -126,10 +126,10 @@ def test_a_folder_of_both_kinds_is_refused(adapter_and_base, tmp_path):
 
 
 def test_statistics_with_other_numbers_are_replaced_with_a_warning_and_kept(tmp_path, monkeypatch):
-    from openvla import norm_stats_openvla
+    from openvla import actions_openvla
 
     said = []
-    monkeypatch.setattr(norm_stats_openvla.logger, "warning", said.append)
+    monkeypatch.setattr(actions_openvla.logger, "warning", said.append)
     model, _ = build_tiny()
     file = tmp_path / "dataset_statistics.json"
     there = json.loads(json.dumps(model.norm_stats))
@@ -174,10 +174,10 @@ def test_of_two_sets_everything_reads_what_transformers_loads(two_sets, tmp_path
 
 
 def test_two_sets_are_warned_of(two_sets, monkeypatch):
-    from openvla import saved_folder_openvla
+    from openvla import publishing_openvla
 
     said = []
-    monkeypatch.setattr(saved_folder_openvla.logger, "warning_once", said.append)
+    monkeypatch.setattr(publishing_openvla.logger, "warning_once", said.append)
     warn_of_two_sets(two_sets)
     OpenVLAForActionPrediction.from_pretrained(two_sets)
     assert len(said) == 2
@@ -214,11 +214,11 @@ def test_a_users_own_code_stays_as_it_is(tmp_path):
 
 
 def test_two_versions_in_one_folder_are_warned_of_and_refused(tmp_path, monkeypatch):
-    from openvla import saved_folder_openvla
+    from openvla import publishing_openvla
     from openvla.conversion.upgrade import upgrade
 
     said = []
-    monkeypatch.setattr(saved_folder_openvla.logger, "warning_once", said.append)
+    monkeypatch.setattr(publishing_openvla.logger, "warning_once", said.append)
     model, processor = build_tiny()
     folder = tmp_path / "model"
     model.save_pretrained(folder)
@@ -229,7 +229,7 @@ def test_two_versions_in_one_folder_are_warned_of_and_refused(tmp_path, monkeypa
     assert len(set(said)) == 1
     assert "(adapter_files_openvla.py" in said[0]
     assert "modeling_openvla.py" in said[0]
-    assert "prompts_openvla.py" not in said[0]
+    assert "processing_openvla.py" not in said[0]
     (refused,) = load_bare(tmp_path, folder)
     assert "openvla upgrade FOLDER --in-place" in refused
     upgrade(folder, in_place=True)

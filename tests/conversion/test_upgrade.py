@@ -54,6 +54,13 @@ def contents(folder):
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
+def dropped_code(folder):
+    """Code files of an older save that are shipped no more."""
+    return sorted(
+        {path.name for path in folder.glob("*_openvla.py")} - {p.name for p in REPOSITORY.glob("*_openvla.py")}
+    )
+
+
 def train_one_step(folder, cwd):
     return subprocess.run([sys.executable, "-c", STEP, str(folder)], cwd=cwd, capture_output=True, text=True)
 
@@ -74,12 +81,13 @@ def test_a_folder_of_our_older_code_trains_again(saved, tiny, tmp_path):
     breaks = tuple(map(int, transformers.__version__.split(".")[:2])) >= (5, 24)
     assert ("unexpected keyword argument 'cache'" in before.stderr) == breaks
     inode = (saved / "model.safetensors").stat().st_ino
-    old_code = {path.name for path in saved.glob("*.py")}
+    shipped = {path.name for path in REPOSITORY.glob("*_openvla.py")}
+    dropped = dropped_code(saved)
+    assert {"device_images_openvla.py", "jpeg_openvla.py", "norm_stats_openvla.py"} <= {*dropped}
     removed = upgrade(saved, tmp_path / "new")
-    assert {"answers_openvla.py", "fast_openvla.py", "graphs_openvla.py"} <= set(removed)  # no longer shipped
-    assert removed == sorted(old_code - {path.name for path in REPOSITORY.glob("*_openvla.py")})
+    assert removed == dropped
     assert (tmp_path / "new" / "model.safetensors").stat().st_ino == inode  # untouched, and not copied
-    assert {path.name for path in (tmp_path / "new").glob("*.py")} == {p.name for p in REPOSITORY.glob("*_openvla.py")}
+    assert {path.name for path in (tmp_path / "new").glob("*.py")} == shipped
     after = train_one_step(tmp_path / "new", tmp_path)
     assert after.stdout.strip() == "trained", after.stderr[-2000:]
     model = AutoModelForVision2Seq.from_pretrained(tmp_path / "new").eval()
@@ -191,7 +199,8 @@ def test_code_of_the_user_s_own_stays(saved, tmp_path):
         fields = json.loads((saved / name).read_text())
         fields["auto_map"] = {"AutoModel" if name == "config.json" else "AutoTokenizer": reference}
         write_json(saved / name, fields)
-    assert not {"my_tokenizer.py", "my_model.py"} & set(upgrade(saved, in_place=True))
+    dropped = dropped_code(saved)
+    assert upgrade(saved, in_place=True) == dropped
     assert (saved / "my_tokenizer.py").read_text() == (saved / "my_model.py").read_text() == "mine"
 
 

@@ -14,7 +14,7 @@ from openvla.data.augmentation import (
     adjust_saturation,
     augmented,
 )
-from openvla.images_openvla import as_unit_floats, preset_image
+from openvla.inference.image_presets import IMAGE_PRESETS, as_unit_floats
 from PIL import Image
 
 FRAMES = frames()
@@ -71,7 +71,7 @@ def test_parameters_come_from_the_generator_and_lie_in_the_ranges(make):
 def test_evaluation_takes_the_middle_crop():
     frame = FRAMES["agentview"]
     evaluated = ImageAugmentation().evaluated(frame)
-    assert (evaluated == np.array(preset_image(Image.fromarray(frame), "center-crop", (224, 224)))).all()
+    assert (evaluated == np.array(IMAGE_PRESETS["center-crop"](Image.fromarray(frame), (224, 224)))).all()
     steps = ImageAugmentation().evaluated(np.stack([frame, frame[::-1]]))
     assert (steps[0] == evaluated).all()
     assert (ImageAugmentation(area=1.0).evaluated(frame) == frame).all()

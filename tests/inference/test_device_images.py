@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 import torch
-from openvla import device_images_openvla
 from openvla.configuration_openvla import IMAGE_RESIZE_STRATEGIES
+from openvla.inference import device_images
 from openvla.processing_openvla import HALF, IMAGENET, OpenVLAImageProcessor
 from PIL import Image
 
@@ -73,11 +73,11 @@ def test_what_pillow_does_otherwise_is_left_to_pillow(monkeypatch):
     assert torch.equal(box(frame, device="cpu")["pixel_values"], box(frame, return_tensors="pt")["pixel_values"])
     prepare = processor()
     expected = prepare(frame, return_tensors="pt")["pixel_values"]
-    caches = (device_images_openvla._order, device_images_openvla._weights)
+    caches = (device_images._pass_order, device_images._weights)
     for cache in caches:
         cache.cache_clear()
-    monkeypatch.setitem(device_images_openvla.FILTERS, 3, device_images_openvla.FILTERS[1])  # not Pillow's bicubic
-    assert device_images_openvla._order((320, 240), (224, 224), 3, torch.device("cpu")) is None
+    monkeypatch.setitem(device_images.FILTERS, 3, device_images.FILTERS[1])  # not Pillow's bicubic
+    assert device_images._pass_order(device_images.Resize((320, 240), (224, 224), 3), torch.device("cpu")) is None
     assert torch.equal(prepare(frame, device="cpu")["pixel_values"], expected)
     for cache in caches:
         cache.cache_clear()

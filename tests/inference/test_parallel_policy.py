@@ -137,7 +137,7 @@ def test_lora_on_plain_openvla_carries_the_heads(tiny, cameras, tmp_path):
     chunk = model.eval().predict_action(**given)
     model.save_pretrained(tmp_path / "adapter")
     loaded = OpenVLAForActionPrediction.from_pretrained(tmp_path / "adapter").eval()
-    assert loaded.config.answer == model.config.answer
+    assert loaded.config.action_config == model.config.action_config
     np.testing.assert_allclose(loaded.predict_action(**given), chunk, atol=1e-5, rtol=0)
     processor.save_pretrained(tmp_path / "adapter")
     merge(tmp_path / "adapter", tmp_path / "merged")
@@ -172,7 +172,7 @@ def test_transformers_trainer_takes_it(cameras, tmp_path):
 
 
 def test_the_card_says_what_it_takes(folder):
-    from openvla.publishing_openvla import model_card
+    from openvla.conversion.hub_upload import model_card
 
     card = model_card(json.loads((folder / "config.json").read_text()), "me/chunks")
     assert "takes 2 image(s) of one moment and an instruction, and `proprio=`" in card
