@@ -176,7 +176,7 @@ class ParallelDecodingMixin:
         self._require_masked_attention()
         self.config.set_action_config(**{**fields, "parallel_decoding": True})
         self.build_heads(self.config)
-        self.vision_backbone.take(self.config)
+        self.vision_backbone.configure(self.config)
         like = self.projector.fc1
         weight = like.weight if like.weight.is_floating_point() else like.bias
         for name, module in self.named_modules():
