@@ -1,4 +1,4 @@
-"""Bridge what differs between transformers versions: one constant or function for each difference.
+"""Differences between transformers versions: one constant or function for each.
 
 A version in a comment is the first one with the newer behaviour; the oldest supported one is 4.40.1, the newest one
 that was run is 5.24.0. ``tests/library_surface.py`` lists every unstable name that this package touches, these and the
@@ -50,8 +50,10 @@ QUANTIZES_ON_CPU = TRANSFORMERS_VERSION >= (4, 53)
 # torch's CPU wheels (2.13 too) use a oneMKL that picks each function's kernel on its first call. Where several threads
 # make that call at once, one of them may get a kernel of low accuracy, once: cosines were off by 1.5e-4, and a first
 # action had other bits (https://github.com/pytorch/pytorch/issues/188792, open; not seen from oneMKL 2025.0 on).
-MKL_FUNCTIONS = ("cos", "sin", "tan", "cosh", "sinh", "tanh", "acos", "asin", "atan", "exp", "expm1", "log", "log10")
-MKL_FUNCTIONS += ("log2", "log1p", "sqrt", "rsqrt", "erf", "erfc", "erfinv", "lgamma")
+MKL_FUNCTIONS = (
+    *("cos", "sin", "tan", "cosh", "sinh", "tanh", "acos", "asin", "atan", "exp", "expm1", "log", "log10"),
+    *("log2", "log1p", "sqrt", "rsqrt", "erf", "erfc", "erfinv", "lgamma"),
+)
 
 
 def choose_mkl_kernels() -> None:
@@ -64,7 +66,8 @@ def choose_mkl_kernels() -> None:
 
 def language_model_class(config: PretrainedConfig) -> type[nn.Module]:
     """Return transformers' causal language model for a configuration such as ``LlamaConfig``."""
-    return transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    model_class: Any = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    return model_class
 
 
 def cache_of(output: Any) -> Any:

@@ -1,7 +1,7 @@
 """Add files from outside docs/ to the site as pages, so that each text exists once.
 
-mkdocs calls the functions named ``on_...`` (``hooks`` in mkdocs.yml). Links are written for the repository and rewritten
-here for the site.
+mkdocs calls the functions named ``on_...`` (``hooks`` in mkdocs.yml). Links are written for the repository and are
+rewritten here for the site.
 """
 
 import posixpath
