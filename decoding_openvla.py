@@ -326,7 +326,7 @@ def decode_greedily(
             step_inputs = {"input_ids": tokens[-1][:, None]}
             position_ids = None if position_ids is None else position_ids[:, -1:]
         else:  # also where a requested cache is not returned: gradient checkpointing in training mode
-            cache, embed = None, language_model.get_input_embeddings  # type: ignore[union-attr]
+            cache, embed = None, language_model.get_input_embeddings
             new = embed()(tokens[-1][:, None]).to(embeds.dtype)  # type: ignore[operator]
             step_inputs = {"inputs_embeds": torch.cat([step_inputs["inputs_embeds"], new], dim=1)}
     return torch.stack(tokens, dim=1), torch.stack(logits, dim=1)

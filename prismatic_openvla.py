@@ -123,19 +123,22 @@ class PrismaticPreTrainedModel(PushToHub, QuantizedModelMixin, PreTrainedModel):
         _replace_missing_flash_attention(kwargs)
         output_loading_info = kwargs.pop("output_loading_info", False)
         ignore_mismatched_sizes = kwargs.pop("ignore_mismatched_sizes", False)
-        model, info = super().from_pretrained(
+        loaded: Any = super().from_pretrained(  # with its loading info
             pretrained_model_name_or_path,
             *model_args,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # _require_complete lists them with everything else that does not fit
             **kwargs,
         )
+        model, info = loaded
         info["missing_keys"] = sorted({*info["missing_keys"], *_left_empty(model)})
         _require_complete(info, pretrained_model_name_or_path, ignore_mismatched_sizes)
         model._after_loading()
         return (model, info) if output_loading_info else model
 
-    def save_pretrained(self, save_directory: str | os.PathLike, is_main_process: bool = True, **kwargs: Any) -> Any:
+    def save_pretrained(  # type: ignore[override]  # other arguments pass through
+        self, save_directory: str | os.PathLike[str], is_main_process: bool = True, **kwargs: Any
+    ) -> Any:
         """Save weights, configuration and code; weights of an earlier save in the other layout are removed.
 
         The arguments are those of ``PreTrainedModel.save_pretrained``.

@@ -31,7 +31,7 @@ from ..compatibility_openvla import DTYPE_FIELD
 from ..configuration_openvla import write_json
 from ..decoding_openvla import decode_greedily
 from ..errors_openvla import OpenVLAImportError, OpenVLAValueError
-from ..inference.cpu_prepack import multiplies, prepack
+from ..inference.cpu_prepack import has_matmul, prepack
 from ..inference.cuda_graphs import run_graphed
 from ..inference.fast_decoder import compile_pointwise, decode_fast
 from ..loading import AutoProcessor
@@ -253,7 +253,7 @@ def own_sides(
         fused._modules = {**model._modules, "language_model": copy.copy(model.language_model)}
         compile_pointwise(fused)
         sides[COMPILED] = {ACTION: lambda index: action(index, model=fused, fast=True)}
-    if model.device.type == "cpu" and multiplies(model.dtype):
+    if model.device.type == "cpu" and has_matmul(model.dtype):
         prepacked = copy.deepcopy(model)
         prepack(prepacked)
         sides[PREPACKED] = {ACTION: lambda index: action(index, model=prepacked, fast=True)}

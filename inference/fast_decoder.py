@@ -176,7 +176,8 @@ def _functional(module: Any, compiled: bool = False) -> Function:
     kind = type(module)
     weight: Any = getattr(module, "weight", None)
     library_name = kind.__name__ if kind.__module__.startswith(("torch.", "transformers.")) else None
-    if weight is None or type(weight) is nn.Parameter:
+    is_plain = weight is None or type(weight) is nn.Parameter
+    if is_plain:
         if kind is nn.Linear:
             bias = module.bias
             return lambda x: F.linear(x, weight, bias)

@@ -23,7 +23,7 @@ from transformers import Cache
 # A function whose code lies in none of these folders replaced one of torch or transformers.
 LIBRARY_FOLDERS = tuple(os.path.dirname(str(library.__file__)) + os.sep for library in (torch, transformers))
 # Modules of transformers, besides the language model's own, whose functions call further functions of the same module.
-CALLED_MODULES = ("transformers.masking_utils", "transformers.modeling_attn_mask_utils")
+CALLED_MODULES: tuple[str, ...] = ("transformers.masking_utils", "transformers.modeling_attn_mask_utils")
 CALLED_MODULES += ("transformers.integrations.sdpa_attention", "transformers.cache_utils")
 # Callable objects of these modules are no functions: activations, wrappers of the kernels library.
 OBJECT_MODULES = ("transformers.activations", "kernels.")
@@ -57,7 +57,8 @@ def patched_function(language_model: Any) -> str | None:
         return "a part of its layers is of a class that is not transformers' own"
     if not _is_original(vars(nn.Module).get("_call_impl"), ""):  # every __call__ of torch leads there
         return "Module._call_impl is not torch's own"
-    for kind in {nn.Linear, *map(type, parts), *kinds}:
+    all_kinds: set[Any] = {nn.Linear, *map(type, parts), *kinds}
+    for kind in all_kinds:
         if not _is_original(kind.__call__, ""):
             return f"{kind.__name__}.__call__ is not torch's own"
         for namespace, key, qualname in _function_slots(kind):
@@ -102,10 +103,11 @@ def is_hooked(module: nn.Module) -> bool:
     That is where it or all modules of the process have hooks, accelerate has hooked it, or a method was replaced on
     the instance.
     """
+    kind: Any = type(module)
     attributes = module.__dict__
     hooks = attributes["_forward_hooks"] or attributes["_forward_pre_hooks"]
     hooks = hooks or torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks
-    return bool(hooks or "_hf_hook" in attributes or not _methods(type(module)).isdisjoint(attributes))
+    return bool(hooks or "_hf_hook" in attributes or not _methods(kind).isdisjoint(attributes))
 
 
 def any_hooked(layer: Any) -> bool:

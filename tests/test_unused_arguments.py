@@ -180,7 +180,7 @@ HEADS = (None, "l1", "diffusion")
 @pytest.mark.parametrize(
     ("asked", "message"),
     [
-        ({"draft": ZEROS}, "draft is for a model that answers token by token; leave it out"),
+        ({"draft": ZEROS}, "draft is for a model that predicts token by token; leave it out"),
         ({"eos_token_id": 2}, "in one pass, without eos_token_id"),
         ({"do_sample": True}, "in one pass, without do_sample"),
         ({"no": 1}, "in one pass, without no"),
@@ -195,7 +195,7 @@ def test_predict_action_in_parallel(head, asked, message, parallel):
 @pytest.mark.parametrize("head", ["l1", "diffusion"])
 def test_a_continuous_head_has_no_tokens_to_choose_among(head, parallel):
     model, inputs, _ = parallel[head]
-    with pytest.raises(ValueError, match="constrain_actions is for answers in tokens, not for action_head"):
+    with pytest.raises(ValueError, match="constrain_actions is for models that predict tokens, not for action_head"):
         model.predict_action(**inputs, constrain_actions=True)
 
 
@@ -240,7 +240,7 @@ def test_forward_token_by_token(tiny):
     ids = torch.tensor([[1, 5, 6]])
     for name in ("actions", "proprio", "noise", "timesteps", "generator"):
         value = torch.Generator() if name == "generator" else torch.zeros(1)
-        with pytest.raises(ValueError, match=f"answers one action in tokens and takes no {name}; leave it out"):
+        with pytest.raises(ValueError, match=f"predicts one action in tokens and takes no {name}; leave it out"):
             tiny.model(ids, **{name: value})
     for name in FLAGS[:3]:
         with pytest.raises(ValueError, match=f"logits_at_labels gives loss and logits alone; .*{name}"):
@@ -332,6 +332,8 @@ def test_a_policy_of_a_continuous_head_refuses_constrain_actions_before_it_acts(
     model, processor = build_tiny(action_dim=7, chunk_length=2, parallel_decoding=True, action_head="l1")
     for part in (model, processor):
         part.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="constrain_actions is for answers in tokens, not for action_head 'l1'"):
+    with pytest.raises(
+        ValueError, match="constrain_actions is for models that predict tokens, not for action_head 'l1'"
+    ):
         load_policy(tmp_path, device="cpu", constrain_actions=True)
     assert load_policy(folder, device="cpu", constrain_actions=True).constrain_actions

@@ -10,7 +10,7 @@ from openvla.benchmarking import benchmark
 from openvla.benchmarking import sizes as benchmark_sizes
 from openvla.conversion.safetensors_io import digests, places_of, weight_files
 from openvla.inference import fast_decoder
-from openvla.inference.cpu_prepack import multiplies
+from openvla.inference.cpu_prepack import has_matmul
 from openvla.tiny import TINY_TOWERS, build_config, language_config
 from predictions import needs_compiler
 
@@ -24,7 +24,7 @@ def test_all_sides_answer_alike(tmp_path, capsys):
     report = json.loads(file.read_text())
     actions = [row for row in report["rows"] if row["row"] == benchmark.ACTION]
     assert [row["side"] for row in actions][:3] == ["openvla, fast=False", "transformers, static cache", "openvla"]
-    in_both = multiplies(torch.bfloat16)  # else nothing is prepacked in bfloat16
+    in_both = has_matmul(torch.bfloat16)  # else nothing is prepacked in bfloat16
     assert [row["dtype"] for row in actions] == ["float32"] * 6 + ["bfloat16"] * (5 + in_both)
     assert all(row["equal"] == row["of"] == 21 for row in actions if row["dtype"] == "float32")
     in_bfloat16 = actions[6:]
