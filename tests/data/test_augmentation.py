@@ -12,7 +12,7 @@ from openvla.data.augmentation import (
     adjust_contrast,
     adjust_hue,
     adjust_saturation,
-    augmented,
+    augment_frames,
 )
 from openvla.images_openvla import as_unit_floats, preset_image
 from PIL import Image
@@ -30,7 +30,7 @@ ADJUST = {
 def test_equal_to_the_reference(case):
     frame = FRAMES[case["image"]]
     if case["step"] == "augment_image":  # dlimp's, with the parameters that its seed draws
-        result = augmented(frame, AugmentationParameters(**case["parameters"]))
+        result = augment_frames(frame, AugmentationParameters(**case["parameters"]))
         assert result.mean() == pytest.approx(case["mean"], rel=1e-12)
     else:
         planes = as_unit_floats(frame).reshape(-1, 3).T
@@ -70,18 +70,18 @@ def test_parameters_come_from_the_generator_and_lie_in_the_ranges(make):
 
 def test_evaluation_takes_the_middle_crop():
     frame = FRAMES["agentview"]
-    evaluated = ImageAugmentation().evaluated(frame)
+    evaluated = ImageAugmentation().center_crop(frame)
     assert (evaluated == np.array(preset_image(Image.fromarray(frame), "center-crop", (224, 224)))).all()
-    steps = ImageAugmentation().evaluated(np.stack([frame, frame[::-1]]))
+    steps = ImageAugmentation().center_crop(np.stack([frame, frame[::-1]]))
     assert (steps[0] == evaluated).all()
-    assert (ImageAugmentation(area=1.0).evaluated(frame) == frame).all()
+    assert (ImageAugmentation(area=1.0).center_crop(frame) == frame).all()
 
 
 def test_no_parameters_change_nothing():
     frame = FRAMES["noise"]
-    difference = augmented(frame, AugmentationParameters()).astype(int) - frame
+    difference = augment_frames(frame, AugmentationParameters()).astype(int) - frame
     assert np.abs(difference).max() == 0
-    assert augmented(frame[None][:0], AugmentationParameters()).shape == (0, *frame.shape)
+    assert augment_frames(frame[None][:0], AugmentationParameters()).shape == (0, *frame.shape)
 
 
 @pytest.mark.parametrize(
@@ -97,7 +97,7 @@ def test_other_frames_are_refused(frames, message):
     with pytest.raises(ValueError, match=message):
         ImageAugmentation()(frames, np.random.default_rng(0))
     with pytest.raises(ValueError, match=message):
-        ImageAugmentation().evaluated(frames)
+        ImageAugmentation().center_crop(frames)
 
 
 @pytest.mark.parametrize(

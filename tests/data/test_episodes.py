@@ -14,14 +14,14 @@ pytest.importorskip("av")
 h5py = pytest.importorskip("h5py")
 pytest.importorskip("pyarrow")
 
-from openvla.data.columns import Fields  # noqa: E402
-from openvla.data.episodes import DemonstrationError, open_demonstrations  # noqa: E402
+from openvla.data.columns import ColumnSpec  # noqa: E402
+from openvla.data.episodes import DatasetError  # noqa: E402
+from openvla.data.open import open_dataset  # noqa: E402
 from openvla.data.presets import PRESETS  # noqa: E402
 from openvla.data.tfrecord import crc32c, masked_crc32c  # noqa: E402
-from openvla.data.torch_dataset import SequenceReader  # noqa: E402
+from openvla.data.torch_dataset import TorchDatasetReader  # noqa: E402
 from reference import FIXTURES  # noqa: E402
 
-DATA = FIXTURES
 LEROBOT = ("lerobot_v21", "lerobot_v3")
 RLDS = ("bridge_orig", "fractal20220817_data")
 # tfds decodes JPEG with libjpeg's fast inverse transform, Pillow with the accurate one (equal to TensorFlow's accurate
@@ -37,21 +37,21 @@ def copy(tmp_path):
     """A dataset to damage."""
 
     def copied(name):
-        return Path(shutil.copytree(DATA / name, tmp_path / name))
+        return Path(shutil.copytree(FIXTURES / name, tmp_path / name))
 
     return copied
 
 
 def expected_presets():
-    names = {key.rpartition(".")[0] for key in np.load(DATA / "presets.npz")}
+    names = {key.rpartition(".")[0] for key in np.load(FIXTURES / "presets.npz")}
     return sorted(names - {"chunks"})
 
 
 @pytest.mark.parametrize("name", expected_presets())
 def test_presets_standardise_as_the_reference(name):
     """Every bit of the reference's float32, of actions and proprio."""
-    reference, fields = np.load(DATA / "presets.npz"), PRESETS[name]
-    action, proprio = fields.tables(preset_columns(name, fields.columns()))
+    reference, fields = np.load(FIXTURES / "presets.npz"), PRESETS[name]
+    action, proprio = fields.actions_and_proprio(preset_columns(name, fields.numeric_columns()))
     np.testing.assert_array_equal(action, reference[f"{name}.action"].astype(np.float64))
     if fields.proprio:
         np.testing.assert_array_equal(proprio, reference[f"{name}.proprio"].astype(np.float64))
@@ -60,12 +60,12 @@ def test_presets_standardise_as_the_reference(name):
 
 @pytest.mark.parametrize("name", RLDS)
 def test_rlds_reads_what_tfds_reads(name):
-    tfds = np.load(DATA / f"{name}.npz")
+    tfds = np.load(FIXTURES / f"{name}.npz")
     numeric = [key[2:] for key in tfds if key.startswith("0.") and tfds[key].ndim == 2 and tfds[key].dtype.kind == "f"]
     cameras = tuple(key[2:] for key in tfds if key.startswith("0.") and tfds[key].ndim == 4)
     scalars = [key[2:] for key in tfds if key.startswith("0.") and tfds[key].ndim == 1 and tfds[key].dtype.kind in "fb"]
     config = {**RAW, "cameras": cameras, "action": numeric, "proprio": scalars, "action_mask": None}
-    reader = open_demonstrations(DATA / name, fields=config)
+    reader = open_dataset(FIXTURES / name, fields=config)
     assert len(reader) == 3
     for number, episode in enumerate(reader):
         stored = {key[2:]: tfds[key] for key in tfds if key.startswith(f"{number}.")}
@@ -80,30 +80,30 @@ def test_rlds_reads_what_tfds_reads(name):
 
 
 def test_rlds_integers_of_any_size_and_shape():
-    tfds = np.load(DATA / "fractal20220817_data.npz")
+    tfds = np.load(FIXTURES / "fractal20220817_data.npz")
     seen = {}
 
     def standardize(columns):
         seen.update(columns)
         return columns["observation.height"][:, None], None
 
-    reader = open_demonstrations(DATA / "fractal20220817_data", fields={"standardize": standardize, **RAW})
+    reader = open_dataset(FIXTURES / "fractal20220817_data", fields={"standardize": standardize, **RAW})
     reader[1]
     np.testing.assert_array_equal(seen["observation.counts"], tfds["1.observation.counts"])
     np.testing.assert_array_equal(seen["is_first"], tfds["1.is_first"])
 
 
 def test_rlds_splits():
-    lengths = {s: [len(e) for e in open_demonstrations(DATA / "bridge_orig", split=s)] for s in ("train", "val", "all")}
+    lengths = {s: [len(e) for e in open_dataset(FIXTURES / "bridge_orig", split=s)] for s in ("train", "val", "all")}
     assert (len(lengths["train"]), len(lengths["val"]), len(lengths["all"])) == (3, 2, 5)
     assert sorted(lengths["train"]) == sorted(length - 2 for length in LENGTHS)  # Bridge: without first and last
     with pytest.raises(ValueError, match=r"no split 'test'.*\['train', 'val'\]"):
-        open_demonstrations(DATA / "bridge_orig", split="test")
+        open_dataset(FIXTURES / "bridge_orig", split="test")
 
 
 def test_bridge_aligns_images_with_actions():
-    raw = open_demonstrations(DATA / "bridge_orig", fields=RAW)[0]
-    episode = open_demonstrations(DATA / "bridge_orig")[0]
+    raw = open_dataset(FIXTURES / "bridge_orig", fields=RAW)[0]
+    episode = open_dataset(FIXTURES / "bridge_orig")[0]
     assert len(episode) == len(raw) - 2
     np.testing.assert_array_equal(episode.images(0)[0], raw.images(1)[0])
     state = raw.proprio.astype(np.float32)
@@ -126,7 +126,7 @@ def test_crc32c():
 
 @pytest.mark.parametrize("name", LEROBOT)
 def test_lerobot_reads_what_lerobot_reads(name):
-    library, reader = np.load(DATA / f"{name}.npz"), open_demonstrations(DATA / name)
+    library, reader = np.load(FIXTURES / f"{name}.npz"), open_dataset(FIXTURES / name)
     assert reader.fields.cameras == ("observation.images.top", "observation.images.wrist")
     assert [reader.length(index) for index in range(len(reader))] == list(LENGTHS)
     top = dict(zip(TOP_FRAMES, library["top"]))
@@ -145,12 +145,12 @@ def test_lerobot_reads_what_lerobot_reads(name):
 
 
 def test_hdf5_reads_what_h5py_reads():
-    raw = open_demonstrations(DATA / "hdf5", preset=None)
+    raw = open_dataset(FIXTURES / "hdf5", preset=None)
     assert [episode.id.rpartition(":")[2] for episode in raw] == ["demo_0", "demo_0", "demo_2", "demo_10"]
-    turned = open_demonstrations(DATA / "hdf5")
+    turned = open_dataset(FIXTURES / "hdf5")
     assert turned.fields == PRESETS["libero_hdf5"]
     assert [episode.instructions[0] for episode in turned] == [TASKS[1], *[TASKS[0]] * 3]
-    with h5py.File(DATA / "hdf5" / "pick_up_the_red_block_demo.hdf5") as file:
+    with h5py.File(FIXTURES / "hdf5" / "pick_up_the_red_block_demo.hdf5") as file:
         stored = file["data/demo_2"]
         np.testing.assert_array_equal(raw[2].actions, stored["actions"])
         np.testing.assert_array_equal(turned[2].actions[:, :6], stored["actions"][:, :6])
@@ -176,7 +176,7 @@ def test_aloha_recordings(tmp_path):
         longest = max(map(len, encoded))
         padded = np.stack([np.pad(one, (0, longest - len(one))) for one in encoded])
         h5["observations/images/cam_high"] = padded
-    reader = open_demonstrations(file, fields={"instruction_text": "fold the shirt"})
+    reader = open_dataset(file, fields={"instruction_text": "fold the shirt"})
     np.testing.assert_array_equal(reader[0].images(2)[0], images(1, 0)[2])
     np.testing.assert_array_equal(reader[0].step(1).action, numbers(1, 14)[1])
     assert reader[0].step(1).instruction == "fold the shirt"
@@ -208,7 +208,7 @@ def test_any_sequence_of_steps_or_episodes():
     ends = np.cumsum((0, *LENGTHS))
     whole = [rows[start:stop] for start, stop in zip(ends, ends[1:])]
     for data, options in ((rows, {}), (rows, {"episode_lengths": LENGTHS}), (whole, {})):
-        reader = SequenceReader(data, "mine", ROW_FIELDS, **options)
+        reader = TorchDatasetReader(data, "mine", ROW_FIELDS, **options)
         assert [len(episode) for episode in reader] == list(LENGTHS)
         step = reader[2].step(8)
         np.testing.assert_array_equal(step.images[0], images(2, 0)[8])
@@ -216,9 +216,9 @@ def test_any_sequence_of_steps_or_episodes():
         np.testing.assert_array_equal(step.proprio, numbers(2, 8, 1)[8])
         assert (step.instruction, step.dataset, step.episode_id, step.index) == (TASKS[2], "mine", "2", 8)
     with pytest.raises(ValueError, match="add up to 6, but there are 21"):
-        SequenceReader(rows, "mine", ROW_FIELDS, episode_lengths=[6])
+        TorchDatasetReader(rows, "mine", ROW_FIELDS, episode_lengths=[6])
     with pytest.raises(ValueError, match="do not lie together"):
-        SequenceReader([*rows, rows[0]], "mine", ROW_FIELDS)
+        TorchDatasetReader([*rows, rows[0]], "mine", ROW_FIELDS)
 
 
 def counted(steps, **more):
@@ -242,9 +242,9 @@ def test_steps_of_a_sequence_are_sorted_by_what_counts_them(frame):
     in_order = [{**row, "task": f"do {step}"} for step, row in enumerate(torch_rows()[: LENGTHS[0]])]
     fields = {**ROW_FIELDS, "gripper": "relative"}
     option = {"frame": frame} if frame == "info/step" else {}
-    right = SequenceReader(in_order, "mine", fields)[0]
+    right = TorchDatasetReader(in_order, "mine", fields)[0]
     for data in (mixed, [mixed]):
-        read = SequenceReader(data, "mine", fields, **option)[0]
+        read = TorchDatasetReader(data, "mine", fields, **option)[0]
         np.testing.assert_array_equal(read.actions, right.actions)
         np.testing.assert_array_equal(read.proprio, right.proprio)
         assert list(read.instructions) == [f"do {step}" for step in range(LENGTHS[0])]
@@ -258,39 +258,39 @@ def test_a_sequence_that_lacks_steps_is_refused_unless_told_that_it_does_not_cou
         ((0, 1, 3, 4), "frames are missing before frame_index 3"),
     ):
         data = counted(steps)
-        with pytest.raises(DemonstrationError, match=f"mine, episode 0: {message}.*frame=None"):
-            SequenceReader(data, "mine", ROW_FIELDS)[0]
-        episode = SequenceReader(data, "mine", ROW_FIELDS, frame=None)[0]
+        with pytest.raises(DatasetError, match=f"mine, episode 0: {message}.*frame=None"):
+            TorchDatasetReader(data, "mine", ROW_FIELDS)[0]
+        episode = TorchDatasetReader(data, "mine", ROW_FIELDS, frame=None)[0]
         np.testing.assert_array_equal(episode.actions, numbers(0, 7)[list(steps)])
     late = counted((3, 4, 5))
-    np.testing.assert_array_equal(SequenceReader(late, "mine", ROW_FIELDS)[0].actions, numbers(0, 7)[3:6])
+    np.testing.assert_array_equal(TorchDatasetReader(late, "mine", ROW_FIELDS)[0].actions, numbers(0, 7)[3:6])
     late[1]["timestamp"] = 0.0
-    with pytest.raises(DemonstrationError, match="timestamp goes back at step 1, in the order of frame_index"):
-        SequenceReader(late, "mine", ROW_FIELDS)[0]
+    with pytest.raises(DatasetError, match="timestamp goes back at step 1, in the order of frame_index"):
+        TorchDatasetReader(late, "mine", ROW_FIELDS)[0]
     del late[1]["frame_index"]
-    with pytest.raises(DemonstrationError, match="frame_index must be in every step, it is in 2 of 3"):
-        SequenceReader(late, "mine", ROW_FIELDS)[0]
+    with pytest.raises(DatasetError, match="frame_index must be in every step, it is in 2 of 3"):
+        TorchDatasetReader(late, "mine", ROW_FIELDS)[0]
 
 
 def test_an_episode_of_a_sequence_has_steps_of_one():
     rows = torch_rows()
     message = r"mine, episode 0: its steps are of several by their 'episode_index': \['0', '1'\]; give the episode_len"
-    with pytest.raises(DemonstrationError, match=message):
-        SequenceReader(rows, "mine", ROW_FIELDS, episode_lengths=[8, 4, 9])[0]
-    with pytest.raises(DemonstrationError, match=message):
-        SequenceReader([rows[5:9]], "mine", ROW_FIELDS)[0]
+    with pytest.raises(DatasetError, match=message):
+        TorchDatasetReader(rows, "mine", ROW_FIELDS, episode_lengths=[8, 4, 9])[0]
+    with pytest.raises(DatasetError, match=message):
+        TorchDatasetReader([rows[5:9]], "mine", ROW_FIELDS)[0]
 
 
 @pytest.mark.parametrize("name", [*LEROBOT, *RLDS, "hdf5"])
 def test_readers_travel_to_other_processes(name):
-    reader = open_demonstrations(DATA / name)
+    reader = open_dataset(FIXTURES / name)
     before = reader[1].step(1)
     after = pickle.loads(pickle.dumps(reader))[1].step(1)
     np.testing.assert_array_equal(before.images[0], after.images[0])
 
 
 def test_chunks_repeat_the_last_action():
-    episode = open_demonstrations(DATA / "lerobot_v3")[1]
+    episode = open_dataset(FIXTURES / "lerobot_v3")[1]
     step = episode.step(3, chunk_length=4)
     np.testing.assert_array_equal(step.actions, episode.actions[[3, 4, 4, 4]])
     assert step.is_padding.tolist() == [False, False, True, True]
@@ -300,28 +300,28 @@ def test_chunks_repeat_the_last_action():
 
 def test_errors_at_opening(tmp_path, copy):
     with pytest.raises(FileNotFoundError, match="No dataset at"):
-        open_demonstrations(tmp_path / "nowhere")
+        open_dataset(tmp_path / "nowhere")
     (tmp_path / "notes.txt").write_text("?")
     with pytest.raises(ValueError, match=r"known format.*LeRobot.*RLDS.*HDF5.*notes\.txt"):
-        open_demonstrations(tmp_path)
+        open_dataset(tmp_path)
     with pytest.raises(KeyError, match=r"'observation\.image\.top'.*Did you mean 'observation\.images\.top'"):
-        open_demonstrations(DATA / "lerobot_v3", fields={"cameras": ["observation.image.top"]})
+        open_dataset(FIXTURES / "lerobot_v3", fields={"cameras": ["observation.image.top"]})
     with pytest.raises(KeyError, match=r"of numbers \(it holds image\)"):
-        open_demonstrations(DATA / "lerobot_v3", fields={"action": "observation.images.top"})
+        open_dataset(FIXTURES / "lerobot_v3", fields={"action": "observation.images.top"})
     with pytest.raises(ValueError, match="Unknown field 'camera'. Did you mean 'cameras'"):
-        open_demonstrations(DATA / "lerobot_v3", fields={"camera": "observation.images.top"})
+        open_dataset(FIXTURES / "lerobot_v3", fields={"camera": "observation.images.top"})
     with pytest.raises(ValueError, match="Unknown preset 'bridge'. Did you mean 'bridge_o"):
-        open_demonstrations(DATA / "bridge_orig", preset="bridge")
+        open_dataset(FIXTURES / "bridge_orig", preset="bridge")
     with pytest.raises(ValueError, match="Unknown gripper 'flip'"):
-        Fields(("image",), ("action",), gripper="flip")
+        ColumnSpec(("image",), ("action",), gripper="flip")
     empty = copy("lerobot_v21")
     (empty / "meta" / "episodes.jsonl").write_text("")
     with pytest.raises(ValueError, match="holds no episode"):
-        open_demonstrations(empty)
+        open_dataset(empty)
     info = json.loads((empty / "meta" / "info.json").read_text())
     (empty / "meta" / "info.json").write_text(json.dumps({**info, "codebase_version": "v1.6"}))
     with pytest.raises(ValueError, match=r"LeRobot v1\.6; readable are"):
-        open_demonstrations(empty)
+        open_dataset(empty)
 
 
 def test_a_truncated_tfrecord_names_file_and_record(copy):
@@ -329,27 +329,27 @@ def test_a_truncated_tfrecord_names_file_and_record(copy):
     file = folder / "1.0.0" / "bridge_orig-train.tfrecord-00000-of-00002"
     whole = file.read_bytes()
     file.write_bytes(whole[:-100])
-    reader = open_demonstrations(folder)
+    reader = open_dataset(folder)
     assert len(reader[0])
-    with pytest.raises(DemonstrationError, match=r"00000-of-00002, episode .*:1: it is truncated.*Copy|copy"):
+    with pytest.raises(DatasetError, match=r"00000-of-00002, episode .*:1: it is truncated.*Copy|copy"):
         reader[1]
     (folder / "1.0.0" / "dataset_info.json").unlink()  # now nothing says how many there should be
-    with pytest.raises(DemonstrationError, match="truncated"):
-        open_demonstrations(folder)[1]
+    with pytest.raises(DatasetError, match="truncated"):
+        open_dataset(folder)[1]
     file.write_bytes(whole[:200] + bytes([whole[200] ^ 1]) + whole[201:])
-    with pytest.raises(DemonstrationError, match="checksum"):
-        open_demonstrations(folder)[0]
+    with pytest.raises(DatasetError, match="checksum"):
+        open_dataset(folder)[0]
     file.unlink()
     with pytest.raises(ValueError, match="'train' lacks 1 of 2 shards"):
-        open_demonstrations(folder)
+        open_dataset(folder)
 
 
 def test_fewer_records_than_promised(copy):
     folder = copy("bridge_orig")
     file = folder / "1.0.0" / "dataset_info.json"
     file.write_text(file.read_text().replace('"2"', '"3"', 1))
-    reader = open_demonstrations(folder)
-    with pytest.raises(DemonstrationError, match=r"holds 2 records, but dataset_info\.json says 3"):
+    reader = open_dataset(folder)
+    with pytest.raises(DatasetError, match=r"holds 2 records, but dataset_info\.json says 3"):
         list(reader)
 
 
@@ -370,9 +370,9 @@ def test_an_episode_without_steps(copy):
     file = folder / "1.0.0" / "bridge_orig-train.tfrecord-00000-of-00002"
     file.write_bytes(size + checks[0] + record + checks[1])
     (folder / "1.0.0" / "dataset_info.json").unlink()
-    reader = open_demonstrations(folder)
+    reader = open_dataset(folder)
     assert len(reader[1])
-    with pytest.raises(DemonstrationError, match=r"00000-of-00002:0: the episode has no steps; leave it out"):
+    with pytest.raises(DatasetError, match=r"00000-of-00002:0: the episode has no steps; leave it out"):
         reader[0]
 
 
@@ -382,20 +382,20 @@ def test_a_missing_or_corrupt_video(copy, name):
     video = sorted(folder.rglob("*.mp4"))[0]
     whole = video.read_bytes()
     video.write_bytes(whole[:300])
-    with pytest.raises(DemonstrationError, match=r"parquet, episode 0: no image at step 2: .*\.mp4|\.mp4 cannot be"):
-        open_demonstrations(folder)[0].images(2)
+    with pytest.raises(DatasetError, match=r"parquet, episode 0: no image at step 2: .*\.mp4|\.mp4 cannot be"):
+        open_dataset(folder)[0].images(2)
     video.unlink()
-    with pytest.raises(DemonstrationError, match=r"episode 0: its video .*\.mp4 is missing"):
-        open_demonstrations(folder)[0]
+    with pytest.raises(DatasetError, match=r"episode 0: its video .*\.mp4 is missing"):
+        open_dataset(folder)[0]
 
 
 def test_a_video_without_the_frame(copy):
     folder = copy("lerobot_v21")
     videos = sorted(folder.rglob("*.mp4"))
     shutil.copy(videos[1], videos[2])  # five frames where nine are promised
-    episode = open_demonstrations(folder)[2]
+    episode = open_dataset(folder)[2]
     episode.images(4)
-    with pytest.raises(DemonstrationError, match=r"no frame at 0\.5000 s: the video ends before"):
+    with pytest.raises(DatasetError, match=r"no frame at 0\.5000 s: the video ends before"):
         episode.images(5)
 
 
@@ -415,9 +415,9 @@ def test_bad_episodes_are_named(copy, column, value, message):
         del file["data/demo_0"][column]
         if value is not None:
             file["data/demo_0"][column] = value
-    reader = open_demonstrations(folder)
+    reader = open_dataset(folder)
     assert len(reader[0])
-    with pytest.raises(DemonstrationError, match=message):
+    with pytest.raises(DatasetError, match=message):
         reader[1]
 
 
@@ -428,8 +428,8 @@ def test_tasks_may_be_bytes(copy, name):
     if name == "lerobot_v21":
         tasks = folder / "meta" / "tasks.jsonl"
         tasks.write_text(tasks.read_text().replace(TASKS[0], f"b'{TASKS[0]}'"))
-        with pytest.raises(DemonstrationError, match="episode 0: the text .* is the spelling of Python's bytes"):
-            open_demonstrations(folder)[0]
+        with pytest.raises(DatasetError, match="episode 0: the text .* is the spelling of Python's bytes"):
+            open_dataset(folder)[0]
         return
     import pyarrow.parquet as parquet
 
@@ -437,26 +437,26 @@ def test_tasks_may_be_bytes(copy, name):
     texts = next(column for column in tasks.column_names if column != "task_index")
     changed = tasks.set_column(tasks.column_names.index(texts), texts, tasks[texts].cast(pyarrow.binary()))
     parquet.write_table(changed.replace_schema_metadata(None), folder / "meta" / "tasks.parquet")
-    assert open_demonstrations(folder)[0].step(0).instruction == TASKS[0]
+    assert open_dataset(folder)[0].step(0).instruction == TASKS[0]
 
 
 def test_an_empty_instruction(copy):
     folder = copy("lerobot_v21")
     tasks = folder / "meta" / "tasks.jsonl"
     tasks.write_text(tasks.read_text().replace(TASKS[1], " "))
-    reader = open_demonstrations(folder)
-    with pytest.raises(DemonstrationError, match="episode 1: the instruction at step 0 is empty.*skip_bad"):
+    reader = open_dataset(folder)
+    with pytest.raises(DatasetError, match="episode 1: the instruction at step 0 is empty.*skip_bad"):
         reader[1]
-    assert open_demonstrations(folder, fields={"instruction_text": "go"})[1].step(0).instruction == "go"
+    assert open_dataset(folder, fields={"instruction_text": "go"})[1].step(0).instruction == "go"
 
 
 def test_a_damaged_hdf5_file(copy):
     folder = copy("hdf5")
     file = folder / "pick_up_the_red_block_demo.hdf5"
     file.write_bytes(file.read_bytes()[:1000])
-    reader = open_demonstrations(folder)
+    reader = open_dataset(folder)
     assert len(reader[0])
-    with pytest.raises(DemonstrationError, match=r"pick_up_the_red_block_demo\.hdf5 cannot be opened"):
+    with pytest.raises(DatasetError, match=r"pick_up_the_red_block_demo\.hdf5 cannot be opened"):
         reader[1]
 
 
@@ -469,4 +469,4 @@ def test_missing_packages_name_the_extra(monkeypatch):
     monkeypatch.setattr(module.importlib, "import_module", absent)
     for name in ("lerobot_v3", "hdf5"):
         with pytest.raises(ImportError, match=r"openvla\[train\]"):
-            open_demonstrations(DATA / name)
+            open_dataset(FIXTURES / name)

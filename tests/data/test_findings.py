@@ -1,20 +1,17 @@
 """Findings where users meet them: in statistics, in ``openvla inspect-data``, before ``openvla finetune`` trains."""
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
-from demonstrated import STEPS, arm, gripper, reader
 from openvla.__main__ import main
 from openvla.actions_openvla import NormalizationStatistics
-from openvla.data.doctor import CHECKS, Finding, Recording, examine_statistics, refuse
-from openvla.data.episodes import open_demonstrations
+from openvla.data.doctor import CHECKS, CheckInput, Finding, check_statistics, raise_for_findings
+from openvla.data.open import open_dataset
 from openvla.data.statistics import compute_statistics, statistics_and_findings
 from openvla.training.config import FinetuneConfig
-from reference import FIXTURES
-
-DATA = FIXTURES
+from reference import FIXTURES, REPOSITORY
+from synthetic_arm import STEPS, arm, arm_reader, with_gripper
 
 
 @pytest.fixture(autouse=True)
@@ -65,7 +62,7 @@ PUBLISHED = {
 
 def held_statistics():
     """Every file of statistics that lies in the repository."""
-    root = Path(__file__).parent.parent
+    root = REPOSITORY
     files = sorted([*root.glob("assets/**/*.json"), *root.glob("tests/golden/**/*.json")])
     for file in files:
         content = json.loads(file.read_text())
@@ -79,9 +76,9 @@ def test_no_alarm_on_published_statistics():
     held = [*held_statistics(), *((name, name, action) for name, action in PUBLISHED.items())]
     assert len(held) > 20
     for place, name, action in held:
-        assert examine_statistics({name: {"action": action}})[name] == [], place
+        assert check_statistics({name: {"action": action}})[name] == [], place
         only = {key: action[key] for key in ("q01", "q99")}
-        assert examine_statistics({name: {"action": only}})[name] == [], place
+        assert check_statistics({name: {"action": only}})[name] == [], place
 
 
 @pytest.mark.parametrize("name", ["toto", "ucsd_kitchen_dataset_converted_externally_to_rlds"])
@@ -90,10 +87,8 @@ def test_sets_that_are_published_as_poses_are_known_by_their_names(name):
     high = [670.0, 400.0, 500.0, 180.0, 6.0, 110.0, 1.0]
     low[2] = 200.0
     poses = {"q01": low, "q99": high}
-    assert {"absolute-pose", "degrees"} <= {
-        one.check for one in examine_statistics({"mine": {"action": poses}})["mine"]
-    }
-    assert "absolute-pose" not in {one.check for one in examine_statistics({name: {"action": poses}})[name]}
+    assert {"absolute-pose", "degrees"} <= {one.check for one in check_statistics({"mine": {"action": poses}})["mine"]}
+    assert "absolute-pose" not in {one.check for one in check_statistics({name: {"action": poses}})[name]}
 
 
 @pytest.mark.parametrize(
@@ -115,7 +110,7 @@ def test_statistics_alone_show_it(change, check, certain, tmp_path, capsys):
     for key, values in change.items():
         for index, value in values.items():
             action[key][index] = value
-    (finding,) = examine_statistics({"mine": {"action": action}})["mine"]
+    (finding,) = check_statistics({"mine": {"action": action}})["mine"]
     assert (finding.check, finding.certain) == (check, certain)
     # and of a checkpoint's folder or file
     (tmp_path / "dataset_statistics.json").write_text(json.dumps({"mine": {"action": action}}))
@@ -124,7 +119,7 @@ def test_statistics_alone_show_it(change, check, certain, tmp_path, capsys):
         said = json.loads(capsys.readouterr().out)["findings"]["mine"]
         assert [(one["check"], one["severity"]) for one in said] == [(check, "certain" if certain else "doubtful")]
     assert main(["inspect-data", str(tmp_path)]) == 0
-    assert f"{'CERTAIN' if certain else 'DOUBTFUL'} {check}: {finding.saw}" in capsys.readouterr().out
+    assert f"{'CERTAIN' if certain else 'DOUBTFUL'} {check}: {finding.evidence}" in capsys.readouterr().out
 
 
 def test_statistics_take_no_options_of_data(tmp_path, capsys):
@@ -140,16 +135,16 @@ def test_statistics_take_no_options_of_data(tmp_path, capsys):
 
 def test_statistics_warn_and_the_field_mends_what_a_model_learns():
     actions, states = arm()
-    simulated = gripper(actions, lambda g: 1 - 2 * g)  # -1 open, +1 closed
+    simulated = with_gripper(actions, lambda g: 1 - 2 * g)  # -1 open, +1 closed
     with pytest.warns(UserWarning, match=r"mine: gripper-range \(certain\): gripper from -1 to 1"):
-        compute_statistics(reader(simulated, states), progress=False)
+        compute_statistics(arm_reader(simulated, states), progress=False)
     statistics, findings = statistics_and_findings(
-        reader(simulated, states, gripper="clipped_inverted"), progress=False
+        arm_reader(simulated, states, gripper="clipped_inverted"), progress=False
     )
     assert findings == []
     assert (statistics["action"]["min"][6], statistics["action"]["max"][6]) == (0, 1)
     learnt = NormalizationStatistics(statistics["action"])
-    mended = reader(simulated, states, gripper="clipped_inverted")[0].actions
+    mended = arm_reader(simulated, states, gripper="clipped_inverted")[0].actions
     assert np.array_equal(learnt.normalize(mended)[:, 6], actions[0][:, 6])
 
 
@@ -157,10 +152,10 @@ def test_a_gripper_beyond_1_is_said_to_be_normalised():
     actions, _ = arm()
     actions[0][3, 6] = 1.1
     with pytest.warns(UserWarning, match=r"action\[6\] goes from 0 to 1.1, beyond \[-1, 1\]") as seen:
-        statistics = compute_statistics(reader(actions), progress=False)
+        statistics = compute_statistics(arm_reader(actions), progress=False)
     assert len(seen) == 1
     assert statistics["action"]["mask"] == [True] * 7
-    assert compute_statistics(reader(actions, gripper="clipped"), progress=False)["action"]["mask"][6] is False
+    assert compute_statistics(arm_reader(actions, gripper="clipped"), progress=False)["action"]["mask"][6] is False
 
 
 def test_inspect_data_shows_findings(tmp_path, capsys, monkeypatch):
@@ -170,7 +165,7 @@ def test_inspect_data_shows_findings(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(plt, "close", figures.append)
     actions, _ = arm()
     with h5py.File(tmp_path / "data.hdf5", "w") as file:
-        for index, action in enumerate(gripper(actions, lambda g: 850 * g)[:2]):
+        for index, action in enumerate(with_gripper(actions, lambda g: 850 * g)[:2]):
             episode = file.create_group(f"data/demo_{index}")
             episode.attrs["language_instruction"] = "go"
             episode["actions"] = action
@@ -194,7 +189,7 @@ def test_inspect_data_shows_findings(tmp_path, capsys, monkeypatch):
 def test_nothing_certain_in_the_small_datasets(name):
     for package in ("av", "h5py", "pyarrow"):
         pytest.importorskip(package)
-    _, findings = statistics_and_findings(open_demonstrations(DATA / name), progress=False)
+    _, findings = statistics_and_findings(open_dataset(FIXTURES / name), progress=False)
     assert not any(finding.certain for finding in findings)
 
 
@@ -205,18 +200,18 @@ DOUBTFUL = Finding("idle-steps", False, "much.", "why.", "less.")
 def test_certain_findings_stop_a_run_unless_they_are_accepted(recwarn):
     message = r"(?s)cannot be right.*a: gripper-range \(certain\): gripper from 0 to 850.*--accept gripper-range"
     with pytest.raises(ValueError, match=message):
-        refuse({"a": [CERTAIN, DOUBTFUL]})
+        raise_for_findings({"a": [CERTAIN, DOUBTFUL]})
     with pytest.raises(ValueError, match=message):
-        refuse({"a": [CERTAIN]}, ["idle-steps"])
+        raise_for_findings({"a": [CERTAIN]}, ["idle-steps"])
     assert not recwarn.list
-    refuse({"a": [CERTAIN, DOUBTFUL]}, ["gripper-range", "degrees"])
+    raise_for_findings({"a": [CERTAIN, DOUBTFUL]}, ["gripper-range", "degrees"])
     assert [str(one.message) for one in recwarn.list] == [
         f"a: accepted: {CERTAIN.text()}",
         f"a: {DOUBTFUL.text()}",
         "accept: ['degrees'] found nothing in this data; these names need not be given.",
     ]
     recwarn.clear()
-    refuse({"a": [DOUBTFUL]}, quiet=True)
+    raise_for_findings({"a": [DOUBTFUL]}, quiet=True)
     assert not recwarn.list
 
 
@@ -235,7 +230,7 @@ def simulated(tmp_path):
     h5py = pytest.importorskip("h5py")
     pytest.importorskip("accelerate")
     with h5py.File(tmp_path / "data.hdf5", "w") as file:
-        for index, action in enumerate(gripper(arm()[0], lambda g: 1 - 2 * g)[:2]):
+        for index, action in enumerate(with_gripper(arm()[0], lambda g: 1 - 2 * g)[:2]):
             episode = file.create_group(f"data/demo_{index}")
             episode.attrs["language_instruction"] = "go"
             episode["actions"] = action
@@ -273,8 +268,8 @@ def test_finetune_looks_at_statistics_where_there_is_no_reader(tmp_path):
         finetune(FinetuneConfig(model="no", output=str(tmp_path / "run"), device="cpu"), Held())
 
 
-@pytest.mark.parametrize(("shift", "found"), [(0, []), (1, ["shifted-actions"]), (-1, [])])
-def test_inspect_data_compares_frames_where_there_is_no_state(shift, found, tmp_path, capsys):
+@pytest.mark.parametrize(("shift", "checks"), [(0, []), (1, ["shifted-actions"]), (-1, [])])
+def test_inspect_data_compares_frames_where_there_is_no_state(shift, checks, tmp_path, capsys):
     h5py = pytest.importorskip("h5py")
     random, ramp = np.random.RandomState(0), np.tile(np.linspace(0, 255, 64), (32, 1))
     with h5py.File(tmp_path / "data.hdf5", "w") as file:
@@ -289,15 +284,15 @@ def test_inspect_data_compares_frames_where_there_is_no_state(shift, found, tmp_
             episode["images"] = np.repeat(frames[..., None], 3, axis=3)
     assert main(["inspect-data", str(tmp_path), "--json"]) == 0
     findings = json.loads(capsys.readouterr().out)["findings"]
-    assert [one["check"] for one in findings] == found
-    assert all("1 step before it" in one["saw"] and one["severity"] == "doubtful" for one in findings)
+    assert [one["check"] for one in findings] == checks
+    assert all("1 step before it" in one["evidence"] and one["severity"] == "doubtful" for one in findings)
 
 
 @pytest.mark.parametrize("absent", [("min", "max"), ("q01", "q99")])
 def test_statistics_that_are_null_are_not_there(absent):
     action = {"q01": [-0.1] * 6 + [0.0], "q99": [0.1] * 6 + [1.0], "min": [-0.2] * 6 + [0.0], "max": [0.2] * 6 + [1.0]}
     without = {field: values for field, values in action.items() if field not in absent}
-    null = Recording("mine", {**action, **dict.fromkeys(absent)})
-    expected = Recording("mine", without)
+    null = CheckInput("mine", {**action, **dict.fromkeys(absent)})
+    expected = CheckInput("mine", without)
     for field in ("low", "high", "least", "most"):
         assert getattr(null, field).tolist() == getattr(expected, field).tolist()

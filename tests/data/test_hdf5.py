@@ -10,8 +10,9 @@ from PIL import Image
 h5py = pytest.importorskip("h5py")
 
 from openvla.data.columns import as_text  # noqa: E402
-from openvla.data.episodes import DemonstrationError, open_demonstrations  # noqa: E402
+from openvla.data.episodes import DatasetError  # noqa: E402
 from openvla.data.inspect import inspect  # noqa: E402
+from openvla.data.open import open_dataset  # noqa: E402
 from openvla.data.statistics import compute_statistics  # noqa: E402
 
 STEPS = 4
@@ -54,7 +55,7 @@ def robomimic(path, masks=None):
 
 
 def test_cameras_are_of_the_present(tmp_path):
-    reader = open_demonstrations(robomimic(tmp_path / "image.hdf5"))
+    reader = open_dataset(robomimic(tmp_path / "image.hdf5"))
     assert reader.fields.cameras == ("obs.image",)
     assert [int(reader[2].images(step)[0][0, 0, 0]) for step in range(STEPS)] == [100, 101, 102, 103]
     notes = "\n".join(inspect(reader, progress=False)["notes"])
@@ -62,9 +63,9 @@ def test_cameras_are_of_the_present(tmp_path):
     assert "obs.depth is no camera, it holds no colours of now (depth, masks" in notes
     assert "obs.image_segmentation is no camera" in notes
     with pytest.raises(KeyError, match=r"'next_obs\.image' of image \(it holds frames that followed the action\)"):
-        open_demonstrations(tmp_path / "image.hdf5", fields={"cameras": ["next_obs.image"]})
+        open_dataset(tmp_path / "image.hdf5", fields={"cameras": ["next_obs.image"]})
     with pytest.raises(ValueError, match=r"proprio names \['next_obs\.pose'\], which followed the action"):
-        open_demonstrations(tmp_path / "image.hdf5", fields={"proprio": ["next_obs.pose"]})
+        open_dataset(tmp_path / "image.hdf5", fields={"proprio": ["next_obs.pose"]})
 
 
 @pytest.mark.parametrize(
@@ -74,7 +75,7 @@ def test_cameras_are_of_the_present(tmp_path):
 def test_what_followed_the_action_by_other_names(tmp_path, name, is_camera):
     with h5py.File(tmp_path / "a.hdf5", "w") as file:
         demo(file)[name] = UPRIGHT
-    cameras = open_demonstrations(tmp_path / "a.hdf5").fields.cameras
+    cameras = open_dataset(tmp_path / "a.hdf5").fields.cameras
     assert (name.replace("/", ".") in cameras) == is_camera
 
 
@@ -85,32 +86,32 @@ def demos(reader):
 def test_masks_are_splits(tmp_path):
     path = robomimic(tmp_path / "image.hdf5", {"train": (2, 0), "valid": (1, 3), "better": (3,)})
     expected = {"train": ["demo_0", "demo_2"], "valid": ["demo_1", "demo_3"], "better": ["demo_3"]}
-    assert demos(open_demonstrations(path)) == expected["train"]
+    assert demos(open_dataset(path)) == expected["train"]
     for split, names in expected.items():
-        reader = open_demonstrations(path, split=split)
+        reader = open_dataset(path, split=split)
         assert demos(reader) == names
         mean = np.mean([int(name[-1]) for name in names]) / 8  # the cache must not confuse them
         assert compute_statistics(reader, progress=False)["action"]["mean"] == [mean] * 7
-    assert len(open_demonstrations(path, split="all")) == 4
+    assert len(open_dataset(path, split="all")) == 4
     with pytest.raises(ValueError, match=r"no split 'val'\. Did you mean 'valid'\? Known: \['all', 'better', 'train'"):
-        open_demonstrations(path, split="val")
+        open_dataset(path, split="val")
 
 
 def test_splits_that_a_file_does_not_say(tmp_path):
     plain = robomimic(tmp_path / "plain.hdf5")
-    assert len(open_demonstrations(plain)) == len(open_demonstrations(plain, split="all")) == 4
+    assert len(open_dataset(plain)) == len(open_dataset(plain, split="all")) == 4
     with pytest.raises(ValueError, match=r"no split 'valid'\..* Known: \['all', 'train'\]"):
-        open_demonstrations(plain, split="valid")
+        open_dataset(plain, split="valid")
     grades = robomimic(tmp_path / "grades.hdf5", {"better": (1,)})
     with h5py.File(grades, "r+") as file:
         file["mask/valid"] = np.zeros((16, 16), bool)  # of pixels: no split
-    assert len(open_demonstrations(grades)) == 4
+    assert len(open_dataset(grades)) == 4
     with pytest.raises(ValueError, match=r"has no mask 'train'; give split: one of \['all', 'valid'\]"):
-        open_demonstrations(robomimic(tmp_path / "held.hdf5", {"valid": (1,)}))
+        open_dataset(robomimic(tmp_path / "held.hdf5", {"valid": (1,)}))
     with pytest.raises(ValueError, match=r"mask 'train' names \['data/demo_9'\]"):
-        open_demonstrations(robomimic(tmp_path / "gone.hdf5", {"train": (0, 9)}))
+        open_dataset(robomimic(tmp_path / "gone.hdf5", {"train": (0, 9)}))
     with pytest.raises(ValueError, match=r"split 'train' holds no episode; give another of \['all', 'train'\]"):
-        open_demonstrations(robomimic(tmp_path / "empty.hdf5", {"train": ()}))
+        open_dataset(robomimic(tmp_path / "empty.hdf5", {"train": ()}))
 
 
 FRAMES = {
@@ -128,9 +129,9 @@ def test_frames_that_cannot_be_read_are_named(tmp_path, what):
     with h5py.File(tmp_path / "a.hdf5", "w") as file:
         demo(file, frames=frames)
     with pytest.raises(ValueError, match=rf"give cameras and action\..* Passed over: obs\.image \({held}; frames must"):
-        open_demonstrations(tmp_path / "a.hdf5")
+        open_dataset(tmp_path / "a.hdf5")
     with pytest.raises(KeyError, match=rf"no column 'obs\.image' of image \(it holds {held}; frames must be uint8"):
-        open_demonstrations(tmp_path / "a.hdf5", fields={"cameras": ["obs.image"], "action": ["actions"]})
+        open_dataset(tmp_path / "a.hdf5", fields={"cameras": ["obs.image"], "action": ["actions"]})
 
 
 def libero(path, attributes=None, frames=UPRIGHT[:, ::-1, ::-1], **columns):
@@ -158,14 +159,14 @@ SIMULATED = {
 def test_liberos_frames_are_turned(tmp_path, evidence):
     stem, attributes = SIMULATED[evidence]
     path = libero(tmp_path / f"{stem}.hdf5", attributes)
-    episode = open_demonstrations(path, fields={"instruction_text": "go"})[0]
+    episode = open_dataset(path, fields={"instruction_text": "go"})[0]
     np.testing.assert_array_equal(episode.images(0)[0], UPRIGHT[0])
     assert episode.actions[:, 6].tolist() == [1] * STEPS  # -1 opens
 
 
 def test_regenerated_libero_has_the_simulators_states_alone(tmp_path):
     states = {"states": np.zeros((STEPS, 9)), "robot_states": np.zeros((STEPS, 9))}
-    episode = open_demonstrations(libero(tmp_path / "open_it_demo.hdf5", **states))[0]
+    episode = open_dataset(libero(tmp_path / "open_it_demo.hdf5", **states))[0]
     assert episode.instructions[0] == "open it"
     np.testing.assert_array_equal(episode.images(0)[0], UPRIGHT[0])
 
@@ -182,11 +183,11 @@ def test_regenerated_libero_has_the_simulators_states_alone(tmp_path):
 def test_a_robot_in_liberos_columns_must_say_which_way_up_it_is(tmp_path, attributes):
     path = libero(tmp_path / "real.hdf5", attributes, UPRIGHT)
     with pytest.raises(ValueError, match=r"real\.hdf5 has LIBERO's columns, but .*Give the field rotate_180: true"):
-        open_demonstrations(path)
+        open_dataset(path)
     for turned, shown in ((False, UPRIGHT), (True, UPRIGHT[:, ::-1, ::-1])):
-        reader = open_demonstrations(path, fields={"rotate_180": turned, "instruction_text": "go"})
+        reader = open_dataset(path, fields={"rotate_180": turned, "instruction_text": "go"})
         np.testing.assert_array_equal(reader[0].images(1)[0], shown[1])
-    assert open_demonstrations(path, preset="libero_hdf5").fields.rotate_180
+    assert open_dataset(path, preset="libero_hdf5").fields.rotate_180
 
 
 def encoded(frame, kind="JPEG"):
@@ -224,7 +225,7 @@ def store(file, path, values):
 
 
 def first_pixel(path, **fields):
-    reader = open_demonstrations(path, fields={"instruction_text": "go", **fields})
+    reader = open_dataset(path, fields={"instruction_text": "go", **fields})
     return reader[0].images(STEPS - 1)[0][5, 5].astype(int), reader
 
 
@@ -277,7 +278,7 @@ def test_colours_of_robotwin(tmp_path):
     with pytest.raises(
         ValueError, match=r"Images: \['observation.head_camera.rgb'\]; numbers: \['joint_action.vector'"
     ):
-        open_demonstrations(tmp_path / "episode0.hdf5")
+        open_dataset(tmp_path / "episode0.hdf5")
     columns = {"cameras": ["observation/head_camera/rgb"], "action": ["joint_action/vector"]}
     pixel, reader = first_pixel(tmp_path / "episode0.hdf5", **columns)
     np.testing.assert_allclose(pixel, [240, 0, 0], atol=3)
@@ -302,7 +303,7 @@ SPOKEN = {
 def test_an_instruction_in_an_attribute(tmp_path, kind):
     with h5py.File(tmp_path / "a.hdf5", "w") as file:
         demo(file, said=SPOKEN[kind])
-    assert set(open_demonstrations(tmp_path / "a.hdf5")[0].instructions) == {"pick up the cup"}
+    assert set(open_dataset(tmp_path / "a.hdf5")[0].instructions) == {"pick up the cup"}
 
 
 @pytest.mark.parametrize(
@@ -314,10 +315,10 @@ def test_an_instruction_in_a_column(tmp_path, key, count):
     with h5py.File(tmp_path / "a.hdf5", "w") as file:
         demo(file, said=None)[key] = np.array(texts) if count else b"pick up 0"
     expected = [f"pick up {step if count > 1 else 0}" for step in range(STEPS)]
-    assert list(open_demonstrations(tmp_path / "a.hdf5")[0].instructions) == expected
+    assert list(open_dataset(tmp_path / "a.hdf5")[0].instructions) == expected
     fields = {"instruction": f"{key}"}
     if "/" not in key:
-        assert list(open_demonstrations(tmp_path / "a.hdf5", fields=fields)[0].instructions) == expected
+        assert list(open_dataset(tmp_path / "a.hdf5", fields=fields)[0].instructions) == expected
 
 
 @pytest.mark.parametrize(
@@ -336,7 +337,7 @@ def test_a_demos_own_instruction_wins(tmp_path, attributes, expected):
         demo(file, said=None).attrs.update(attributes)
         demo(file, 1, said="another")
         file["data"].attrs["problem_info"] = np.bytes_(json.dumps({"language_instruction": "the file's"}))
-    assert [episode.instructions[0] for episode in open_demonstrations(tmp_path / "a.hdf5")] == [expected, "another"]
+    assert [episode.instructions[0] for episode in open_dataset(tmp_path / "a.hdf5")] == [expected, "another"]
 
 
 @pytest.mark.parametrize(
@@ -353,9 +354,9 @@ def test_a_later_demo_that_says_nothing_usable_is_named(tmp_path, said, message)
         demo(file)
         demo(file, 1, said=said)
         file["data"].attrs["language_instruction"] = "the file's"
-    reader = open_demonstrations(tmp_path / "a.hdf5")
+    reader = open_dataset(tmp_path / "a.hdf5")
     assert len(reader[0]) == STEPS
-    with pytest.raises(DemonstrationError, match=rf"a\.hdf5:demo_1: .*{message}"):
+    with pytest.raises(DatasetError, match=rf"a\.hdf5:demo_1: .*{message}"):
         reader[1]
 
 
@@ -363,10 +364,10 @@ def test_a_later_step_without_instruction_is_named(tmp_path):
     with h5py.File(tmp_path / "a.hdf5", "w") as file:
         demo(file, said=None)["language_instruction"] = np.array([b"go", b"go", b" ", b"go"])
         demo(file, 1, said=None)["language_instruction"] = np.array([b"go"] * (STEPS + 1))
-    reader = open_demonstrations(tmp_path / "a.hdf5")
-    with pytest.raises(DemonstrationError, match="the instruction at step 2 is empty"):
+    reader = open_dataset(tmp_path / "a.hdf5")
+    with pytest.raises(DatasetError, match="the instruction at step 2 is empty"):
         reader[0]
-    with pytest.raises(DemonstrationError, match="4 actions but 5 instructions"):
+    with pytest.raises(DatasetError, match="4 actions but 5 instructions"):
         reader[1]
 
 
@@ -385,27 +386,27 @@ def test_a_first_demo_without_steps_does_not_hide_the_cameras(tmp_path):
         empty, full = file.create_group("data/demo_0"), file.create_group("data/demo_1")
         empty["actions"], full["actions"] = np.zeros((0, 7)), np.zeros((STEPS, 7))
         empty["obs/front"], full["obs/front"] = np.zeros(0, "S9"), fixed(encoded(RED))
-    reader = open_demonstrations(tmp_path / "a.hdf5", fields={"instruction_text": "go"})
+    reader = open_dataset(tmp_path / "a.hdf5", fields={"instruction_text": "go"})
     assert reader.fields.cameras == ("obs.front",)
     assert len(reader[1]) == STEPS
-    with pytest.raises(DemonstrationError, match="it has no step"):
+    with pytest.raises(DatasetError, match="it has no step"):
         reader[0]
 
 
 def test_a_part_that_is_held_out_must_be_chosen_from(tmp_path):
     file = robomimic(tmp_path / "a.hdf5", {"20_percent_train": [1], "20_percent_valid": [2]})
     with pytest.raises(ValueError, match="20_percent_valid.*but has no mask 'train'; give split: one of"):
-        open_demonstrations(file)
-    assert demos(open_demonstrations(file, split="20_percent_train")) == ["demo_1"]
+        open_dataset(file)
+    assert demos(open_dataset(file, split="20_percent_train")) == ["demo_1"]
     only = robomimic(tmp_path / "b.hdf5", {"20_percent": [1]})
-    assert len(open_demonstrations(only)) == len(open_demonstrations(only, split="all"))
+    assert len(open_dataset(only)) == len(open_dataset(only, split="all"))
 
 
 @pytest.mark.parametrize("name", ["goal/top", "obs/goal_image", "obs/subgoal_img", "obs/infrared"])
 def test_a_goal_is_no_camera(tmp_path, name):
     with h5py.File(tmp_path / "a.hdf5", "w") as file:
         demo(file)[name] = UPRIGHT
-    reader = open_demonstrations(tmp_path / "a.hdf5")
+    reader = open_dataset(tmp_path / "a.hdf5")
     assert name.replace("/", ".") not in reader.fields.cameras
     with pytest.warns(UserWarning, match="seems to hold no colours of now"):
-        open_demonstrations(tmp_path / "a.hdf5", fields={"cameras": [name]})
+        open_dataset(tmp_path / "a.hdf5", fields={"cameras": [name]})

@@ -7,19 +7,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from encoded_images import jpeg
 from make_data import LENGTHS, TASKS
-from rlds import demonstration, jpeg, write_rlds
+from rlds import episode_columns, write_rlds
 
 pytest.importorskip("av")
 pa = pytest.importorskip("pyarrow")
 import pyarrow.parquet as pq  # noqa: E402
-from openvla.data.columns import is_no_camera_name  # noqa: E402
-from openvla.data.episodes import DemonstrationError, open_demonstrations  # noqa: E402
+from openvla.data.columns import is_non_camera_name  # noqa: E402
+from openvla.data.episodes import DatasetError  # noqa: E402
 from openvla.data.lerobot_writer import LeRobotWriter  # noqa: E402
-from openvla.data.stream import DemonstrationStream  # noqa: E402
+from openvla.data.open import open_dataset  # noqa: E402
+from openvla.data.stream import StepStream  # noqa: E402
 from reference import FIXTURES  # noqa: E402
 
-DATA = FIXTURES
 LEROBOT = ("lerobot_v21", "lerobot_v3")
 
 
@@ -28,7 +29,7 @@ def copy(tmp_path):
     """A dataset to change."""
 
     def copied(name):
-        return Path(shutil.copytree(DATA / name, tmp_path / name))
+        return Path(shutil.copytree(FIXTURES / name, tmp_path / name))
 
     return copied
 
@@ -62,7 +63,7 @@ def info(folder, **changed):
 
 def assert_equal_episodes(folder, name):
     """Check every number, text and frame against the dataset as it was written."""
-    for read, right in zip(open_demonstrations(folder), open_demonstrations(DATA / name), strict=True):
+    for read, right in zip(open_dataset(folder), open_dataset(FIXTURES / name), strict=True):
         np.testing.assert_array_equal(read.actions, right.actions)
         np.testing.assert_array_equal(read.proprio, right.proprio)
         assert list(read.instructions) == list(right.instructions)
@@ -129,8 +130,8 @@ def placed(*changes):
 def test_counters_that_contradict_are_refused(copy, column, change, message):
     folder = copy("lerobot_v3")
     rewrite(folder, "data/*/*.parquet", changed_column(column, change))
-    reader = open_demonstrations(folder)
-    with pytest.raises(DemonstrationError, match=rf"episode 0: {message}"):
+    reader = open_dataset(folder)
+    with pytest.raises(DatasetError, match=rf"episode 0: {message}"):
         reader[0]
     assert len(reader[1]) == LENGTHS[1]
 
@@ -146,7 +147,7 @@ def test_an_episode_that_meta_names_twice_is_refused(copy):
     file = folder / "meta" / "episodes.jsonl"
     file.write_text(file.read_text() + file.read_text().splitlines()[1])
     with pytest.raises(ValueError, match=r"must name every episode once; these are there twice: \[1\]"):
-        open_demonstrations(folder)
+        open_dataset(folder)
 
 
 def names_of(folder, **options):
@@ -158,7 +159,7 @@ def names_of(folder, **options):
             episode.instructions[0],
             int(episode.images(1)[0][0, 0, 0]),
         )
-        for episode in open_demonstrations(folder, **options)
+        for episode in open_dataset(folder, **options)
     ]
 
 
@@ -169,14 +170,14 @@ def test_features_whose_names_are_one_are_refused(small):
     features = json.loads((small / "meta" / "info.json").read_text())["features"]
     info(small, features={**features, "observation.state": features["observation/state"]})
     with pytest.raises(ValueError, match="must name features that differ in more than dots and slashes"):
-        open_demonstrations(small)
+        open_dataset(small)
 
 
 def test_names_with_slashes_and_dots_are_one(small):
-    reader = open_demonstrations(small)
+    reader = open_dataset(small)
     assert (reader.fields.cameras, reader.fields.proprio) == (("observation.images.top",), ("observation.state",))
     for camera in ("observation/images.top", "observation.images.top", "observation/images/top"):
-        reader = open_demonstrations(small, fields={"cameras": [camera], "proprio": "observation/state"})
+        reader = open_dataset(small, fields={"cameras": [camera], "proprio": "observation/state"})
         assert [int(image[0, 0, 0]) for image in reader[2].images(3)] == [130]
         assert reader[2].proprio[3, 0] == pytest.approx(2.3)
 
@@ -192,13 +193,13 @@ def test_a_wrong_file_index_falls_back_on_the_file_that_holds_the_episode(small,
     assert names_of(small) == SMALL
     right = small / "data/chunk-000/file-002.parquet"
     shutil.copy(right, right.with_name("file-009.parquet"))
-    with pytest.raises(DemonstrationError, match=r"episode 2: .* holds no row of it, and 2 other files all 4"):
-        open_demonstrations(small)[2]
+    with pytest.raises(DatasetError, match=r"episode 2: .* holds no row of it, and 2 other files all 4"):
+        open_dataset(small)[2]
     right.unlink()
     assert names_of(small) == SMALL
     right.with_name("file-009.parquet").unlink()
-    reader = open_demonstrations(small)
-    with pytest.raises(DemonstrationError, match=r"episode 2: .* holds no row of it, and 0 other files all 4"):
+    reader = open_dataset(small)
+    with pytest.raises(DatasetError, match=r"episode 2: .* holds no row of it, and 0 other files all 4"):
         reader[2]
     assert reader[1].id == "1"
 
@@ -217,8 +218,8 @@ def test_tasks_are_found_by_the_columns_name(small):
         assert names_of(small) == SMALL
     pq.write_table(pa.table({"category": other, "task_index": numbers, "words": texts}), file)
     with pytest.raises(ValueError, match=r"must hold the task's text in a column named .*'category', 'words'"):
-        open_demonstrations(small)
-    assert open_demonstrations(small, fields={"instruction_text": "go"})[2].instructions[0] == "go"
+        open_dataset(small)
+    assert open_dataset(small, fields={"instruction_text": "go"})[2].instructions[0] == "go"
 
 
 def test_splits_are_those_of_info(small):
@@ -226,20 +227,20 @@ def test_splits_are_those_of_info(small):
     assert names_of(small) == SMALL[:2]
     assert names_of(small, split="val") == SMALL[2:]
     assert names_of(small, split="all") == SMALL
-    digests = {open_demonstrations(small, split=split).digest() for split in ("train", "val", "all")}
+    digests = {open_dataset(small, split=split).digest() for split in ("train", "val", "all")}
     assert len(digests) == 3  # whose statistics are others
     with pytest.raises(ValueError, match=r"no split 'test'; take one of \['train', 'val', 'all'\]"):
-        open_demonstrations(small, split="test")
+        open_dataset(small, split="test")
     info(small, splits={"train": "0:1", "val": "1:2"})
     with pytest.warns(UserWarning, match="1 of 3 episodes lie in no split"):
         assert names_of(small) == SMALL[:1]
     info(small, splits={"train": "80%"})
     with pytest.raises(ValueError, match="'train' of info.json must be a range such as '0:80', got '80%'"):
-        open_demonstrations(small)
+        open_dataset(small)
     info(small, splits={})
     assert names_of(small) == SMALL
     with pytest.raises(ValueError, match=r"no split 'val'; take one of \['train', 'all'\]"):
-        open_demonstrations(small, split="val")
+        open_dataset(small, split="val")
 
 
 @pytest.mark.parametrize(
@@ -256,26 +257,26 @@ def test_a_depth_map_is_no_camera(copy, about):
     features = json.loads((folder / "meta" / "info.json").read_text())["features"]
     features["observation.images.top"].update(about)
     info(folder, features=features)
-    assert open_demonstrations(folder).fields.cameras == ("observation.images.wrist",)
+    assert open_dataset(folder).fields.cameras == ("observation.images.wrist",)
     with pytest.raises(KeyError, match=r"'observation\.images\.top' of image \(it holds a depth map\)"):
-        open_demonstrations(folder, fields={"cameras": ["observation.images.top"]})
+        open_dataset(folder, fields={"cameras": ["observation.images.top"]})
 
 
 def test_what_may_be_depth_is_taken_when_named_with_a_word(small, tmp_path):
-    assert open_demonstrations(small).fields.cameras == ("observation.images.top",)
+    assert open_dataset(small).fields.cameras == ("observation.images.top",)
     with pytest.warns(UserWarning, match=r"'observation\.images\.depth' seems to hold no colours of now"):
-        reader = open_demonstrations(small, fields={"cameras": ["observation.images.depth"]})
+        reader = open_dataset(small, fields={"cameras": ["observation.images.depth"]})
     assert int(reader[1].images(2)[0][0, 0, 0]) == 70
     features = json.loads((small / "meta" / "info.json").read_text())["features"]
     for shape, names in (([1, 8, 8], ["channels", "height", "width"]), ([1, 8, 8], None), ([8, 8, 1], None)):
         features["observation/images.top"].update(shape=shape, names=names)
         info(small, features=features)
         with pytest.raises(ValueError, match="what is camera and what is action cannot be told"):
-            open_demonstrations(small)
+            open_dataset(small)
     with pytest.warns(UserWarning, match=r"'observation\.images\.top' seems to hold no colours of now"):
-        open_demonstrations(small, fields={"cameras": ["observation.images.top"], "action": "action"})
-    episode = demonstration(**{"observation/depth_image": [jpeg(1)] * 6})
-    assert open_demonstrations(write_rlds(tmp_path, "rgbd", [episode])).fields.cameras == ("observation.image",)
+        open_dataset(small, fields={"cameras": ["observation.images.top"], "action": "action"})
+    episode = episode_columns(**{"observation/depth_image": [jpeg(1)] * 6})
+    assert open_dataset(write_rlds(tmp_path, "rgbd", [episode])).fields.cameras == ("observation.image",)
 
 
 def test_an_empty_instruction_is_taken_from_the_next_column(copy):
@@ -289,19 +290,19 @@ def test_an_empty_instruction_is_taken_from_the_next_column(copy):
         return table.append_column(names[0], empty).append_column(names[1], full)
 
     rewrite(folder, "data/*/*.parquet", change)
-    episode = open_demonstrations(folder, fields={"instruction": names[0]})[0]
+    episode = open_dataset(folder, fields={"instruction": names[0]})[0]
     assert list(episode.instructions) == ["two", "two", *["say"] * (LENGTHS[0] - 2)]
-    assert open_demonstrations(folder)[0].instructions[0] == TASKS[0]
+    assert open_dataset(folder)[0].instructions[0] == TASKS[0]
 
 
 @pytest.mark.parametrize("column", ["frame_index", "step_index"])
 def test_rlds_steps_are_sorted_by_their_counter(tmp_path, column):
     order = np.array([3, 1, 5, 0, 2, 4])
-    whole = demonstration(**{"language_instruction": [f"say {step}" for step in range(6)]})
+    whole = episode_columns(**{"language_instruction": [f"say {step}" for step in range(6)]})
     whole[column] = np.arange(6)
     whole["is_first"], whole["is_last"] = np.arange(6) == 0, np.arange(6) == 5
     mixed = {k: [v[i] for i in order] if isinstance(v, list) else v[order] for k, v in whole.items()}
-    read, right = list(open_demonstrations(write_rlds(tmp_path, "mine", [mixed, whole])))
+    read, right = list(open_dataset(write_rlds(tmp_path, "mine", [mixed, whole])))
     np.testing.assert_array_equal(read.actions, right.actions)
     np.testing.assert_array_equal(right.actions, whole["action"])
     assert list(read.instructions) == list(right.instructions) == whole["language_instruction"]
@@ -319,19 +320,19 @@ def test_rlds_steps_are_sorted_by_their_counter(tmp_path, column):
 )
 def test_rlds_steps_that_contradict_are_refused(tmp_path, changed, message):
     names = {name: np.zeros(6, values.dtype) for name, values in changed.items() if values.dtype == bool}
-    right = demonstration(**{**changed, **names, **{name: np.arange(6) for name in changed if name not in names}})
-    reader = open_demonstrations(write_rlds(tmp_path, "mine", [demonstration(**changed), right]))
+    right = episode_columns(**{**changed, **names, **{name: np.arange(6) for name in changed if name not in names}})
+    reader = open_dataset(write_rlds(tmp_path, "mine", [episode_columns(**changed), right]))
     assert len(reader[1]) == 6
-    with pytest.raises(DemonstrationError, match=f"episode .*:0: {message}"):
+    with pytest.raises(DatasetError, match=f"episode .*:0: {message}"):
         reader[0]
 
 
 def test_an_rlds_episode_without_steps_says_so(tmp_path):
-    empty = demonstration(0)
-    reader = open_demonstrations(write_rlds(tmp_path, "mine", [demonstration(), empty]))
+    empty = episode_columns(0)
+    reader = open_dataset(write_rlds(tmp_path, "mine", [episode_columns(), empty]))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        with pytest.raises(DemonstrationError, match="the episode has no steps"):
+        with pytest.raises(DatasetError, match="the episode has no steps"):
             reader[1]
 
 
@@ -351,12 +352,12 @@ def test_a_depth_map_is_known_wherever_it_is_said(small, about):
     )
     info(small, features=features)
     both = ("observation.images.top", "observation.images.wrist")
-    assert open_demonstrations(small).fields.cameras == both
+    assert open_dataset(small).fields.cameras == both
     said_not = {**features["observation/images.wrist"], "info": {"is_depth_map": "False"}}
     info(small, features={**features, "observation/images.wrist": said_not})
-    assert open_demonstrations(small).fields.cameras == both
+    assert open_dataset(small).fields.cameras == both
     info(small, features={**features, "observation/images.wrist": {**features["observation/images.wrist"], **about}})
-    reader = open_demonstrations(small)
+    reader = open_dataset(small)
     assert reader.fields.cameras == both[:1]
     assert reader.notes() == ["observation.images.wrist is no camera, it holds a depth map"]
 
@@ -372,25 +373,25 @@ def test_a_depth_map_is_known_wherever_it_is_said(small, about):
     ],
 )
 def test_what_is_no_camera_by_its_name(name, is_camera):
-    assert is_no_camera_name(f"observation.images.{name}") is not is_camera
-    assert is_no_camera_name(f"obs/{name}") is not is_camera
+    assert is_non_camera_name(f"observation.images.{name}") is not is_camera
+    assert is_non_camera_name(f"obs/{name}") is not is_camera
 
 
 @pytest.mark.parametrize("text", ["nan", "None", " NULL ", "N/A", "<NA>"])
 def test_spellings_of_a_missing_instruction_are_none(small, text):
     tasks = pa.table({"task_index": [0, 1, 2], "task": ["first", text, "third"]})
     pq.write_table(tasks, small / "meta" / "tasks.parquet")
-    reader = open_demonstrations(small)
+    reader = open_dataset(small)
     assert reader[0].instructions[0] == "first"
-    with pytest.raises(DemonstrationError, match=r"the instruction at step 0 is empty \("):
+    with pytest.raises(DatasetError, match=r"the instruction at step 0 is empty \("):
         reader[1]
-    assert open_demonstrations(small, fields={"instruction_text": "go"})[1].instructions[0] == "go"
+    assert open_dataset(small, fields={"instruction_text": "go"})[1].instructions[0] == "go"
 
 
 def test_instructions_that_meta_contradicts_are_warned_of_once(small):
     turned = changed_column("task_index", lambda values: (values + 1) % 3)
     rewrite(small, "data/**/*.parquet", turned)
-    reader = open_demonstrations(small)
+    reader = open_dataset(small)
     with pytest.warns(UserWarning, match=r"the instruction 'second', but meta/episodes \['first'\]") as seen:
         assert [episode.instructions[0] for episode in reader] == ["second", "third", "first"]
     assert len(seen) == 1
@@ -401,33 +402,33 @@ def test_instructions_that_were_renamed_in_the_table_need_no_word(small):
     pq.write_table(tasks, small / "meta" / "tasks.parquet")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert [episode.instructions[0] for episode in open_demonstrations(small)] == ["a", "b", "c"]
+        assert [episode.instructions[0] for episode in open_dataset(small)] == ["a", "b", "c"]
 
 
 def test_another_number_of_episodes_than_info_says_is_warned_of(small):
     rewrite(small, "meta/episodes/**/*.parquet", lambda table: table.slice(0, 2))
     with pytest.warns(UserWarning, match="info.json says 3 episodes, but .* names 2; if it is not whole"):
-        assert len(open_demonstrations(small)) == 2
+        assert len(open_dataset(small)) == 2
 
 
 def test_a_mixture_of_frame_rates_is_warned_of(small, tmp_path):
     other = Path(shutil.copytree(small, tmp_path / "other"))
-    readers = [open_demonstrations(folder) for folder in (small, other)]
+    readers = [open_dataset(folder) for folder in (small, other)]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        DemonstrationStream(readers)
+        StepStream(readers)
     info(other, fps=50)
-    readers[1] = open_demonstrations(other)
+    readers[1] = open_dataset(other)
     with pytest.warns(UserWarning, match=r"different frame rates \(Hz\): {'mine': 10.0, 'other': 50.0}"):
-        DemonstrationStream(readers)
+        StepStream(readers)
 
 
 def test_a_missing_rlds_instruction_is_taken_from_the_next_column(tmp_path):
     columns = {"language_instruction": ["nan"] * 6, "language_instruction_2": ["pick it"] * 6}
-    reader = open_demonstrations(write_rlds(tmp_path, "spoken", [demonstration(**columns)]))
+    reader = open_dataset(write_rlds(tmp_path, "spoken", [episode_columns(**columns)]))
     assert reader[0].instructions == ["pick it"] * 6
-    goal = demonstration(**{"observation/goal_image": [jpeg(1)] * 6})
-    reader = open_demonstrations(write_rlds(tmp_path, "with_goals", [goal]))
+    goal = episode_columns(**{"observation/goal_image": [jpeg(1)] * 6})
+    reader = open_dataset(write_rlds(tmp_path, "with_goals", [goal]))
     assert reader.fields.cameras == ("observation.image",)
     assert reader.notes()[0].startswith("observation.goal_image is no camera, it holds no colours of now")
 
@@ -441,8 +442,8 @@ def test_a_row_without_numbers_is_named(copy):
 
     folder = copy("lerobot_v3")
     rewrite(folder, "data/**/*.parquet", without_two)
-    with pytest.raises(DemonstrationError, match="2 of 7 rows are null"):
-        open_demonstrations(folder)[0]
+    with pytest.raises(DatasetError, match="2 of 7 rows are null"):
+        open_dataset(folder)[0]
 
 
 @pytest.mark.parametrize(
@@ -460,11 +461,11 @@ def test_damaged_info_is_named(copy, changed, message):
     folder = copy("lerobot_v3")
     info(folder, **changed)
     with pytest.raises(ValueError, match=message):
-        open_demonstrations(folder)
+        open_dataset(folder)
 
 
 def test_chunks_without_episodes_are_refused(copy):
     folder = copy("lerobot_v21")
     info(folder, chunks_size=0)
     with pytest.raises(ValueError, match="chunks_size of info.json must be a whole number above 0, got 0"):
-        open_demonstrations(folder)
+        open_dataset(folder)

@@ -1,11 +1,9 @@
 """What the writer writes, our reader reads; and LeRobot's own, where it is installed."""
 
-import io
-
 import numpy as np
 import pytest
-from openvla.data.episodes import open_demonstrations
-from PIL import Image
+from encoded_images import png
+from openvla.data.open import open_dataset
 
 pytest.importorskip("pyarrow")
 from openvla.data.lerobot_writer import LeRobotWriter  # noqa: E402
@@ -31,15 +29,9 @@ def episode(seed, length):
     return numbers, frames
 
 
-def as_png(frame):
-    stream = io.BytesIO()
-    Image.fromarray(frame).save(stream, "PNG")
-    return stream.getvalue()
-
-
 def add(writer, seed):
     numbers, frames = episode(seed, 3 + seed)
-    images = {name: [as_png(frame) for frame in shown] for name, shown in frames.items()}
+    images = {name: [png(frame) for frame in shown] for name, shown in frames.items()}
     return writer.add_episode(TASKS[seed], numbers, images, {"language_instruction": TASKS[seed]})
 
 
@@ -56,7 +48,7 @@ def folder(tmp_path):
 
 
 def test_our_reader_reads_it_with_the_preset_of_its_name(folder):
-    reader = open_demonstrations(folder)
+    reader = open_dataset(folder)
     assert (len(reader), reader.action_dim, reader.proprio_dim) == (3, 7, 8)
     for seed, read in enumerate(reader):
         numbers, frames = episode(seed, 3 + seed)
@@ -100,7 +92,7 @@ def test_a_broken_write_leaves_the_dataset_whole(folder, monkeypatch):
     with pytest.raises(OSError, match="No space"):
         add(writer, 0)
     monkeypatch.undo()
-    assert len(open_demonstrations(folder)) == 3
+    assert len(open_dataset(folder)) == 3
     assert add(LeRobotWriter(folder, **ANNOUNCED), 0) == 3
 
 
@@ -109,7 +101,7 @@ def test_what_does_not_fit_is_refused(folder):
         LeRobotWriter(folder, **{**ANNOUNCED, "fps": 10})
     writer = LeRobotWriter(folder, **ANNOUNCED)
     numbers, frames = episode(0, 3)
-    images = {name: [as_png(frame) for frame in shown] for name, shown in frames.items()}
+    images = {name: [png(frame) for frame in shown] for name, shown in frames.items()}
     texts = {"language_instruction": "go"}
     with pytest.raises(ValueError, match="texts must hold the columns"):
         writer.add_episode("go", numbers, images)
@@ -117,4 +109,4 @@ def test_what_does_not_fit_is_refused(folder):
         writer.add_episode("go", {**numbers, "action": numbers["action"][:2]}, images, texts)
     with pytest.raises(ValueError, match=r"action must be finite, of shape \(length, 7\)"):
         writer.add_episode("go", {**numbers, "action": np.full((3, 7), np.nan)}, images, texts)
-    assert len(open_demonstrations(folder)) == 3
+    assert len(open_dataset(folder)) == 3
