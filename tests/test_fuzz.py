@@ -410,10 +410,10 @@ def test_hdf5_files(own_cache, tmp_path_factory, columns, attributes):
 
 
 def record() -> bytes:
-    from openvla.data.tfrecord import read_record, record_offsets
+    from openvla.data.tfrecord import index_records, read_record
 
     file = next((FIXTURES / "bridge_orig").rglob("*.tfrecord*"))
-    return read_record(file, *record_offsets(file)[0][0])
+    return read_record(file, index_records(file).records[0])
 
 
 RECORD = record()

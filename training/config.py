@@ -56,9 +56,9 @@ class FinetuneConfig:
         skip_bad: Leave out episodes that cannot be used, and count them; else the first one stops the run.
         accept: Names of checks (``data_doctor.CHECKS``) whose certain findings are to be a warning.
         shuffle_buffer: Samples to shuffle among.
-        pad_last_chunk: False: a chunk starts only where the episode still has all its actions, as OpenVLA-OFT trains, so
-            that shorter episodes are left out. True: it starts at every step; beyond the episode's end its last action
-            repeats and is trained on.
+        pad_last_chunk: False: a chunk starts only where the episode still has all its actions, as OpenVLA-OFT trains,
+            so that shorter episodes are left out. True: it starts at every step; beyond the episode's end its last
+            action repeats and is trained on.
         augment: Crop and colour changes, as the reference trains; the result's processor then prepares images as its
             evaluation does, and else leaves them as they are (``image_preset``).
         parallelism: Of several processes. "ddp": each holds the model. "fsdp" (FSDP2): each holds its share of every

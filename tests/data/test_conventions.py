@@ -1,4 +1,4 @@
-"""What dimensions and pictures stand for: what is wrong is found by name, what is right is left alone."""
+"""Checks of conventions find wrong dimensions and frames; correct ones have no finding."""
 
 import json
 
@@ -13,13 +13,13 @@ from synthetic_arm import EPISODES, arm, changed, check_input, findings_of, with
 XYZ = ["x", "y", "z", "roll", "pitch", "yaw", "gripper"]
 
 
-def beside(states, *columns):
-    """States with further columns, one function of the episode's number each."""
+def with_columns(states, *columns):
+    """Return states with further columns, each a function of the episode's index."""
     return [np.column_stack([state, *(column(i) for column in columns)]) for i, state in enumerate(states)]
 
 
 def joints(noise=0.002):
-    """Right joint positions: targets ``(60, 7)``, reached one step later."""
+    """Return joint targets ``(60, 7)`` and positions that reach them one step later."""
     actions, _ = arm()
     random = np.random.RandomState(1)
     targets = [np.column_stack([np.cumsum(a[:, :6], axis=0), a[:, 6]]) for a in actions]
@@ -29,7 +29,7 @@ def joints(noise=0.002):
 
 def of_columns(actions, states, *proprio):
     data = check_input(actions, states)
-    data = type(data)(data.name, data.action, ColumnSpec(("image",), ("action",), proprio), (), actions, states)
+    data = type(data)(data.name, data.statistics, ColumnSpec(("image",), ("action",), proprio), (), actions, states)
     return {finding.check for finding in run_checks(data)}
 
 
@@ -42,23 +42,23 @@ def of_columns(actions, states, *proprio):
         ["joint_1"] * 7,
     ],
 )
-def test_joints_by_their_names_are_no_poses(names):
+def test_joint_names_suppress_the_pose_check(names):
     targets, reached = joints()
     assert "absolute-pose" in findings_of(targets, reached)
     assert findings_of(targets, reached, names=["action", *names]) == {}
 
 
-def test_joints_by_the_states_column_are_no_poses():
+def test_joint_state_column_suppresses_the_pose_check():
     targets, reached = joints()
     assert of_columns(targets, reached, "observations.qpos") == set()
     assert of_columns(targets, reached, "obs.joint_states") == set()
     assert "absolute-pose" in of_columns(targets, reached, "observations.pose")
 
 
-def test_measured_speeds_and_the_last_action_are_no_positions():
+def test_velocities_and_last_action_in_the_state_are_not_positions():
     actions, states = arm(noise=0.001)
-    speeds = beside(states, lambda i: np.diff(states[i][:, :6], axis=0, append=states[i][-1:, :6]))
-    last = beside(states, lambda i: np.vstack([0 * actions[i][:1], actions[i][:-1]]))
+    speeds = with_columns(states, lambda i: np.diff(states[i][:, :6], axis=0, append=states[i][-1:, :6]))
+    last = with_columns(states, lambda i: np.vstack([0 * actions[i][:1], actions[i][:-1]]))
     assert findings_of(actions, speeds) == {}
     assert findings_of(actions, last) == {}
     assert findings_of(actions, [np.column_stack([s[:, :3], s[:, 8:]]) for s in last]) == {}
@@ -68,7 +68,7 @@ def test_measured_speeds_and_the_last_action_are_no_positions():
 
 
 @pytest.mark.parametrize("steps", [3, 4])
-def test_shifts_of_some_steps(steps):
+def test_shifts_of_several_steps_are_found(steps):
     actions, states = arm(noise=0.001)
     finding = findings_of([np.roll(a, steps, axis=0) for a in actions], states)["shifted-actions"]
     assert finding.certain
@@ -76,7 +76,7 @@ def test_shifts_of_some_steps(steps):
     assert findings_of(*arm(noise=0.001, lag=steps)) == findings_of(*arm(lag=steps)) == {}  # a robot that follows later
 
 
-def test_angles_in_the_place_of_rotations():
+def test_absolute_rotations_are_found():
     actions, states = arm(noise=0.001)
     angles = [np.column_stack([a[:, :3], s[:, 3:6], a[:, 6]]) for a, s in zip(actions, states)]
     finding = findings_of(angles, states)["absolute-rotation"]
@@ -92,7 +92,7 @@ def unit(length, random):
     return four / np.linalg.norm(four, axis=1, keepdims=True)
 
 
-def test_quaternions():
+def test_quaternions_and_their_sign_changes_are_found():
     actions, states = arm()
     random = np.random.RandomState(0)
     turns = [unit(len(a), random) for a in actions]
@@ -117,7 +117,7 @@ def test_quaternions():
         ([f"eef_delta_{name}" for name in ["y", "x", *XYZ[2:]]], False, "[action[1:2], action[0:1], action[2:7]]"),
     ],
 )
-def test_names_in_another_order(names, certain, parts):
+def test_other_dimension_order_is_found(names, certain, parts):
     actions, states = arm()
     finding = findings_of(actions, states, names=["action", *names])["dimension-order"]
     assert finding.certain is certain
@@ -127,55 +127,55 @@ def test_names_in_another_order(names, certain, parts):
 @pytest.mark.parametrize(
     "names", [XYZ, [f"delta_{n}" for n in XYZ], ["dx", "dy", "dz", "droll", "dpitch", "dyaw", "grip"]]
 )
-def test_names_in_the_right_order_need_no_word(names):
+def test_usual_dimension_order_has_no_finding(names):
     actions, states = arm()
     assert findings_of(actions, states, names=["action", *names]) == {}
 
 
-def test_a_gripper_against_its_fingers():
+def test_inverted_gripper_is_found_by_its_fingers():
     actions, states = arm()
     finding = findings_of(with_gripper(actions, lambda g: 1 - g), states)["gripper-direction"]
     assert not finding.certain
     assert "proprio[7]" in finding.evidence
     assert "gripper: inverted" in finding.fix
-    slow = beside([s[:, :6] for s in states], lambda i: np.convolve(actions[i][:, 6], np.ones(4) / 4)[:60] * 0.08)
+    slow = with_columns([s[:, :6] for s in states], lambda i: np.convolve(actions[i][:, 6], np.ones(4) / 4)[:60] * 0.08)
     assert "gripper-direction" not in findings_of(actions, slow)
     assert "gripper-direction" in findings_of(with_gripper(actions, lambda g: 1 - g), slow)
     # Robotiq's angle and DROID's position are high when closed, and no metres.
-    assert findings_of(actions, beside([s[:, :6] for s in states], lambda i: 0.8 * (1 - actions[i][:, 6]))) == {}
+    assert findings_of(actions, with_columns([s[:, :6] for s in states], lambda i: 0.8 * (1 - actions[i][:, 6]))) == {}
 
 
-def test_units_outliers_and_rare_movements():
+def test_millimetres_outliers_and_rare_movements_are_found():
     actions, states = arm()
     thousands = changed(actions, lambda e: e.__setitem__((slice(None), slice(0, 3)), 1000 * e[:, :3]))
     assert list(findings_of(thousands, states)) == ["millimetres"]
     broken = changed(actions, lambda e: None)
     broken[2][5, 1] = -9999.0
     finding = findings_of(broken)["outliers"]
-    assert "dy to 9999" in finding.evidence
+    assert "dy has values up to 9999" in finding.evidence
     rare = changed(actions, lambda e: e.__setitem__((slice(None), 4), 0.0))
     rare[0][7:9, 4] = 0.3
     finding = findings_of(rare)["rare-movement"]
-    assert "dpitch is 0 from q01 to q99, and 0 to 0.3 in all" in finding.evidence
+    assert "dpitch is 0 from q01 to q99, but goes from 0 to 0.3" in finding.evidence
     for data, check in ((thousands, "millimetres"), (broken, "outliers"), (rare, "rare-movement")):
-        (one,) = check_statistics({"mine": {"action": check_input(data).action}})["mine"]
+        (one,) = check_statistics({"mine": {"action": check_input(data).statistics}})["mine"]
         assert (one.check, one.certain) == (check, False)
 
 
-def test_a_camera_that_stands_still():
+def test_frozen_camera_is_found():
     actions, _ = arm()
     data = check_input(actions)
     count = sum(len(a) - 1 for a in actions)
     (finding,) = check_frozen_frames(data, {"top": [False] * count, "wrist": [True] * count})
     assert finding.check == "frozen-frames"
-    assert finding.evidence.startswith("wrist shows the same picture again after 100% of")
+    assert finding.evidence.startswith("wrist has the same frame again after 100% of")
     assert check_frozen_frames(data, {"top": [step % 2 == 0 for step in range(count)]}) == []  # 30 Hz read at 60
     paused = [np.vstack([a, np.tile([0, 0, 0, 0, 0, 0, a[-1, 6]], (300, 1))]) for a in actions]
     same = [step >= 59 for a in paused for step in range(len(a) - 1)]
     assert check_frozen_frames(check_input(paused), {"top": same}) == []  # a simulator's pause
 
 
-def test_inspect_data_names_a_camera_that_stands_still(tmp_path, capsys, monkeypatch):
+def test_inspect_data_reports_a_frozen_camera(tmp_path, capsys, monkeypatch):
     h5py = pytest.importorskip("h5py")
     monkeypatch.setenv("OPENVLA_CACHE", str(tmp_path / "cache"))
     actions, _ = arm()
@@ -189,4 +189,4 @@ def test_inspect_data_names_a_camera_that_stands_still(tmp_path, capsys, monkeyp
     assert main(["inspect-data", str(tmp_path), "--json"]) == 0
     (finding,) = json.loads(capsys.readouterr().out)["findings"]
     assert (finding["check"], finding["severity"]) == ("frozen-frames", "doubtful")
-    assert finding["evidence"].startswith("obs.wrist shows the same picture")
+    assert finding["evidence"].startswith("obs.wrist has the same frame")

@@ -1,4 +1,4 @@
-"""Numbers that cannot be right are found, by name, with what mends them; what is right is left alone."""
+"""Checks find wrong numbers and suggest a fix; correct numbers have no finding."""
 
 import numpy as np
 import pytest
@@ -12,7 +12,7 @@ from synthetic_arm import EPISODES, STEPS, arm, arm_reader, changed, check_input
 
 @pytest.mark.parametrize("noise", [0.0, 0.002])
 @pytest.mark.parametrize("lag", [0, 1, 2])
-def test_right_demonstrations_have_no_certain_finding(noise, lag):
+def test_correct_data_has_no_certain_finding(noise, lag):
     actions, states = arm(noise, lag)
     checks = findings_of(actions, states)
     # A state that follows exactly, but later, may as well be a column that is shifted: doubtful, and only then.
@@ -22,12 +22,12 @@ def test_right_demonstrations_have_no_certain_finding(noise, lag):
 
 
 @pytest.mark.parametrize(
-    ("convert", "certain", "says"),
+    ("convert", "certain", "fix"),
     [
-        (lambda g: 1 - 2 * g, True, "clipped_inverted where -1 opens"),  # robosuite
-        (lambda g: 2 * g - 1, True, "gripper: clipped where -1 closes"),  # CALVIN
+        (lambda g: 1 - 2 * g, True, "clipped_inverted if -1 opens"),  # robosuite
+        (lambda g: 2 * g - 1, True, "gripper: clipped if -1 closes"),  # CALVIN
         (lambda g: 850 * g, True, r"gripper_range: [closed, open], the two numbers of this gripper ([0, 850]"),  # xArm
-        (lambda g: 255 * (1 - g), True, "or [255, 0] where the larger is closed"),  # Robotiq
+        (lambda g: 255 * (1 - g), True, "or [255, 0] if the larger one is closed"),  # Robotiq
         (lambda g: 100 * g, True, "[0, 100]"),
         (lambda g: 2 * g, True, "[0, 2]"),
         (
@@ -40,28 +40,28 @@ def test_right_demonstrations_have_no_certain_finding(noise, lag):
         (lambda g: 0.6 * np.sin(np.arange(len(g))), False, "clipped_inverted"),
     ],
 )
-def test_a_gripper_of_another_convention(convert, certain, says):
+def test_gripper_of_another_convention_is_found(convert, certain, fix):
     actions, states = arm()
-    if says == "relative":  # opens again
+    if fix == "relative":  # opens again
         actions, states = [np.tile(e, (3, 1)) for e in actions], ()
     finding = findings_of(with_gripper(actions, convert), states)["gripper-range"]
     assert finding.certain is certain
-    assert says in finding.fix
+    assert fix in finding.fix
     assert "gripper from" in finding.evidence
 
 
-def test_2_in_a_few_frames_says_which(recwarn):
+def test_gripper_outliers_are_located(recwarn):
     actions, _ = arm()
     actions[2][5, -1] = actions[4][6:8, -1] = 2.0
     finding = findings_of(actions)["gripper-range"]
-    assert "to 2 (q01 0, q99 1), beyond 0 to 1 in 3 steps, in 2 of 8 episodes (the first: 2, 4)" in finding.evidence
+    assert "to 2 (q01 0, q99 1), outside 0 to 1 in 3 steps, in 2 of 8 episodes (the first: 2, 4)" in finding.evidence
 
 
-def test_inverted_twice_asks_for_clipped_inverted():
+def test_inverted_gripper_outside_range_suggests_clipped_inverted():
     actions, _ = arm()
     finding = findings_of(with_gripper(actions, lambda g: 2 * g), gripper="inverted")["gripper-range"]
     assert finding.certain
-    assert "clipped_inverted in place of inverted" in finding.fix
+    assert "clipped_inverted instead of inverted" in finding.fix
 
 
 @pytest.mark.parametrize(
@@ -74,20 +74,20 @@ def test_inverted_twice_asks_for_clipped_inverted():
         (lambda g: 0 * g + 1, "constant-gripper", False),
     ],
 )
-def test_a_gripper_that_is_always_on_one_side(convert, check, certain):
+def test_gripper_on_one_side_of_one_half_is_found(convert, check, certain):
     checks = findings_of(with_gripper(arm()[0], convert))
     assert list(checks) == [check]
     assert checks[check].certain is certain
 
 
-def test_a_gripper_that_the_configuration_says_is_a_movement_is_only_doubtful():
+def test_normalised_gripper_is_only_doubtful():
     actions = with_gripper(arm()[0], lambda g: 850 * g)
     assert findings_of(actions)["gripper-range"].certain
     assert not findings_of(actions, action_mask=[True] * 7)["gripper-range"].certain
     assert not findings_of(with_gripper(actions, lambda g: g / 10_000), action_mask=[True] * 7)["gripper-scale"].certain
 
 
-def test_no_gripper_is_no_constant_gripper():
+def test_robot_without_gripper_has_no_constant_gripper_finding():
     actions = with_gripper(arm()[0], lambda g: 0 * g)
     statistics = {**describe(np.concatenate(actions)), "mask": [True] * 6 + [False]}
     fields = ColumnSpec(("image",), ("move", None))
@@ -95,12 +95,12 @@ def test_no_gripper_is_no_constant_gripper():
 
 
 def differences(states, turn=2 * np.pi):
-    """Plain differences of poses, as the movement."""
+    """Return plain differences of the poses as movements."""
     return [np.diff(state[:, :6], axis=0) * ([1, 1, 1] + [turn / 2 / np.pi] * 3) for state in states]
 
 
 @pytest.mark.parametrize(("turn", "unit"), [(2 * np.pi, "rad"), (360.0, "degrees")])
-def test_differences_of_angles_that_wrap(turn, unit):
+def test_wrapped_angle_differences_are_found(turn, unit):
     actions, states = arm()
     moves = differences(states, turn)
     shut = [np.column_stack([move, action[:-1, -1]]) for move, action in zip(moves, actions)]
@@ -108,13 +108,13 @@ def test_differences_of_angles_that_wrap(turn, unit):
     assert share > 0.01
     finding = findings_of(shut)["wrapped-rotation"]
     assert finding.certain
-    assert f"droll jumps by a turn in {unit}" in finding.evidence
+    assert f"droll jumps by a whole turn in {unit}" in finding.evidence
     assert "dyaw" not in finding.evidence
     assert "rotation: wrapped" in finding.fix
 
 
 @pytest.mark.parametrize("noise", [0.001, 0.05])
-def test_a_gripper_that_points_down_wraps_at_every_other_step(noise):
+def test_angles_near_half_a_turn_wrap_often(noise):
     random, actions = np.random.RandomState(0), arm()[0]
     for episode in actions:
         roll = np.pi + random.normal(0, noise, STEPS + 1)
@@ -125,13 +125,13 @@ def test_a_gripper_that_points_down_wraps_at_every_other_step(noise):
 
 
 @pytest.mark.parametrize("name", ["mine", "bridge_orig"])
-def test_few_wraps_are_doubtful_and_published_ones_known(name):
+def test_few_wraps_are_doubtful_or_known_from_published_data(name):
     actions, _ = arm()
     actions[3][10, 5] = 6.27
     checks = findings_of(actions, name=name)
     if name == "mine":
         assert not checks["wrapped-rotation"].certain
-        assert "dyaw jumps by a turn in rad (to 6.27) in 1 of 480 steps, in 1 of 8 episodes (the first: 3)" in (
+        assert "dyaw jumps by a whole turn in rad (to 6.27) in 1 of 480 steps, in 1 of 8 episodes (the first: 3)" in (
             checks["wrapped-rotation"].evidence
         )
     else:
@@ -144,7 +144,7 @@ def test_few_wraps_are_doubtful_and_published_ones_known(name):
 @pytest.mark.parametrize(
     ("rotation", "scale"), [("wrapped", 1.0), ("wrapped_degrees", 180 / np.pi), ("degrees", 180 / np.pi)]
 )
-def test_the_field_rotation_mends_it(rotation, scale):
+def test_field_rotation_fixes_wrapped_angles_and_degrees(rotation, scale):
     actions, states = arm()
     right = np.diff(states[0][:, :6], axis=0)
     right[:, 3:] = (right[:, 3:] + np.pi) % (2 * np.pi) - np.pi
@@ -155,13 +155,13 @@ def test_the_field_rotation_mends_it(rotation, scale):
     action, _ = fields.actions_and_proprio({"action": stored})
     assert np.allclose(action[:, :6], right, atol=1e-12)
     assert action[:, 6].tolist() == actions[0][:-1, -1].tolist()
-    with pytest.raises(ValueError, match="needs an action of seven, got 6"):
+    with pytest.raises(ValueError, match="needs an action of seven dimensions, got 6"):
         fields.actions_and_proprio({"action": stored[:, :6]})
     with pytest.raises(ValueError, match="Unknown rotation 'wrap'"):
         ColumnSpec(("image",), ("action",), rotation="wrap")
 
 
-def test_small_rotations_stay_in_every_bit():
+def test_small_rotations_stay_bitwise_equal():
     values = np.random.RandomState(0).uniform(-3, 3, (50, 7)).astype(np.float32)
     action, _ = ColumnSpec(("image",), ("action",), rotation="wrapped").actions_and_proprio({"action": values})
     assert np.array_equal(action, values.astype(np.float64))
@@ -176,7 +176,7 @@ def test_small_rotations_stay_in_every_bit():
         ([255, 0], [255, 0, 510], [0, 1, -1]),
     ],
 )
-def test_the_field_gripper_range_mends_it(ends, stored, right):
+def test_field_gripper_range_maps_to_zero_and_one(ends, stored, right):
     column = np.array(stored, float)[:, None]
     action, _ = ColumnSpec(("image",), ("action",), gripper_range=ends).actions_and_proprio({"action": column})
     assert action[:, 0].tolist() == right
@@ -187,14 +187,14 @@ def test_the_field_gripper_range_mends_it(ends, stored, right):
 
 
 @pytest.mark.parametrize("ends", [(1, 1), (0,), (0, 1, 2), ("0", "1"), (0, float("nan")), 850, True])
-def test_a_range_that_is_none_is_refused(ends):
+def test_invalid_gripper_range_is_refused(ends):
     with pytest.raises(ValueError, match="gripper_range must be two different numbers"):
         ColumnSpec(("image",), ("action",), gripper_range=ends)
 
 
 @pytest.mark.parametrize("ahead", [0, 1])
 @pytest.mark.parametrize("unit", [1, 1000])
-def test_poses_given_for_movements(ahead, unit):
+def test_absolute_poses_are_found(ahead, unit):
     actions, states = arm(noise=0.001)
     poses = [np.column_stack([np.roll(s[:, :6], -ahead, axis=0), a[:, 6]]) for a, s in zip(actions, states)]
     poses = changed(poses, lambda episode: episode.__setitem__((slice(None), slice(0, 3)), unit * episode[:, :3]))
@@ -210,7 +210,7 @@ def test_poses_given_for_movements(ahead, unit):
     assert not findings_of(level)["absolute-pose"].certain  # without either it can only be supposed
 
 
-def test_the_fields_that_are_named_mend_poses():
+def test_suggested_fields_fix_absolute_poses():
     actions, states = arm(noise=0.001)
     poses = [np.column_stack([s[:, :6], a[:, 6]]) for a, s in zip(actions, states)]
     _, findings = statistics_and_findings(arm_reader(poses, states), progress=False)
@@ -222,7 +222,7 @@ def test_the_fields_that_are_named_mend_poses():
     assert np.allclose(mended[0].actions[:, :6], actions[0][:-1, :6], atol=0.005)
 
 
-def test_degrees():
+def test_degrees_are_found():
     actions, states = arm()
     degrees = changed(actions, lambda e: e.__setitem__((slice(None), slice(3, 6)), np.degrees(e[:, 3:6])))
     finding = findings_of(degrees, states)["degrees"]
@@ -233,7 +233,7 @@ def test_degrees():
 
 @pytest.mark.parametrize("share", [0.8, 0.95])
 @pytest.mark.parametrize("dimensions", [7, 14])
-def test_idle_steps(share, dimensions):
+def test_idle_steps_are_found(share, dimensions):
     actions, _ = arm()
     if dimensions == 14:  # positions: what stands still keeps its value
         actions = [np.column_stack([np.cumsum(e, axis=0), np.cumsum(e, axis=0)]) for e in actions]
@@ -252,7 +252,7 @@ def test_idle_steps(share, dimensions):
     assert not checks["idle-steps"].certain
 
 
-def test_an_arm_that_never_moves_is_idle_and_one_that_never_stops_is_not():
+def test_motionless_arm_is_idle_and_constant_movement_is_not():
     actions, _ = arm()
     still = findings_of(changed(actions, lambda episode: episode.__setitem__((slice(None), slice(0, 6)), 0)))
     assert list(still) == ["idle-steps"]
@@ -262,7 +262,7 @@ def test_an_arm_that_never_moves_is_idle_and_one_that_never_stops_is_not():
 
 
 @pytest.mark.parametrize("noise", [0.0, 0.002])
-def test_actions_that_lead_to_the_frame_are_certain(noise):
+def test_actions_before_their_frame_are_certain(noise):
     actions, states = arm(noise)
     late = [np.roll(episode, 1, axis=0) for episode in actions]
     finding = findings_of([e[1:] for e in late], [s[1:] for s in states])["shifted-actions"]
@@ -271,7 +271,7 @@ def test_actions_that_lead_to_the_frame_are_certain(noise):
     assert "relabel: state" in finding.fix
 
 
-def test_actions_that_come_early_may_be_a_robot_that_lags():
+def test_actions_after_their_frame_are_doubtful():
     actions, states = arm()
     finding = findings_of([e[1:] for e in actions], [s[:-1] for s in states])["shifted-actions"]
     assert not finding.certain
@@ -281,13 +281,13 @@ def test_actions_that_come_early_may_be_a_robot_that_lags():
 
 
 @pytest.mark.parametrize("shift", [-1, 0, 1])
-def test_frames_show_a_shift_where_there_is_no_state(shift):
+def test_frames_reveal_a_shift_without_state(shift):
     random = np.random.RandomState(0)
     actions, _ = arm()
     for episode in actions:
         episode[:, :6] *= random.choice([0.1, 1.0], (STEPS, 1))
     data = check_input(actions)
-    scale = (data.most - data.least)[:6]
+    scale = (data.max - data.min)[:6]
     sizes = [np.linalg.norm(episode[:, :6] / scale, axis=1) for episode in actions]
     changes = [np.roll(values, shift) + random.uniform(0, 0.05, STEPS) for values in sizes]
     for values in changes:
@@ -301,7 +301,7 @@ def test_frames_show_a_shift_where_there_is_no_state(shift):
 
 
 def bimanual(kind):
-    """14 joints of two arms, grippers in places 6 and 13 or none; actions are where the leader's joints are."""
+    """Return actions and states of 14 joints of two arms; actions are the leader's joint positions."""
     random, actions, states = np.random.RandomState(1), [], []
     for _ in range(EPISODES):
         time = np.arange(STEPS)[:, None]
@@ -316,21 +316,21 @@ def bimanual(kind):
 
 @pytest.mark.parametrize("kind", ["joints", "deltas", "velocities"])
 @pytest.mark.parametrize("with_state", [True, False])
-def test_joints_of_two_arms_are_left_alone(kind, with_state):
+def test_bimanual_joints_have_no_finding(kind, with_state):
     actions, states = bimanual(kind)
     assert findings_of(actions, states if with_state else ()) == {}
     assert findings_of([e[:, :8] for e in actions], [e[:, :8] for e in states] if with_state else ()) == {}
 
 
 @pytest.mark.parametrize("names", [("action.joint_position",), ("action", "joint_1", "joint_2"), ("qpos",)])
-def test_seven_joints_are_no_end_effector_where_they_are_named_so(names):
+def test_seven_named_joints_are_not_an_end_effector(names):
     actions, states = bimanual("joints")
     actions, states = [e[:, :7] + 3 for e in actions], [e[:, :7] + 3 for e in states]
     assert {"absolute-pose", "gripper-range"} <= set(findings_of(actions, states))
     assert findings_of(actions, states, names=names) == {}
 
 
-def test_lerobot_names_of_joints_are_read(tmp_path, monkeypatch):
+def test_lerobot_joint_names_are_read(tmp_path, monkeypatch):
     monkeypatch.setenv("OPENVLA_CACHE", str(tmp_path / "cache"))
     pytest.importorskip("pyarrow")
     from openvla.data.lerobot_writer import LeRobotWriter
@@ -343,6 +343,6 @@ def test_lerobot_names_of_joints_are_read(tmp_path, monkeypatch):
             {"action": episode[:, :7].astype(np.float32) + 3},
             {"observation.image": [png(np.zeros((8, 8, 3), np.uint8))] * STEPS},
         )
-    with pytest.warns(UserWarning, match="not taken for a gripper but normalised like a movement"):
+    with pytest.warns(UserWarning, match="not treated as a gripper but normalised like a movement"):
         _, findings = statistics_and_findings(open_dataset(tmp_path / "arm"), progress=False)
     assert findings == []

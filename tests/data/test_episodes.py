@@ -1,4 +1,4 @@
-"""Readers return what the formats' own libraries return, and bad data is loud (tests/make_data.py made the data)."""
+"""Readers return what the formats' libraries return, and bad data raises (tests/make_data.py wrote the data)."""
 
 import json
 import pickle
@@ -34,7 +34,7 @@ RAW = {"gripper": "as_is", "skip_first": 0, "relabel": None}
 
 @pytest.fixture
 def copy(tmp_path):
-    """A dataset to damage."""
+    """Return a function that copies a dataset, to damage it."""
 
     def copied(name):
         return Path(shutil.copytree(FIXTURES / name, tmp_path / name))
@@ -48,8 +48,8 @@ def expected_presets():
 
 
 @pytest.mark.parametrize("name", expected_presets())
-def test_presets_standardise_as_the_reference(name):
-    """Every bit of the reference's float32, of actions and proprio."""
+def test_presets_equal_reference(name):
+    """Actions and proprio are bitwise equal to the reference's float32."""
     reference, fields = np.load(FIXTURES / "presets.npz"), PRESETS[name]
     action, proprio = fields.actions_and_proprio(preset_columns(name, fields.numeric_columns()))
     np.testing.assert_array_equal(action, reference[f"{name}.action"].astype(np.float64))
@@ -59,7 +59,7 @@ def test_presets_standardise_as_the_reference(name):
 
 
 @pytest.mark.parametrize("name", RLDS)
-def test_rlds_reads_what_tfds_reads(name):
+def test_rlds_reader_equals_tfds(name):
     tfds = np.load(FIXTURES / f"{name}.npz")
     numeric = [key[2:] for key in tfds if key.startswith("0.") and tfds[key].ndim == 2 and tfds[key].dtype.kind == "f"]
     cameras = tuple(key[2:] for key in tfds if key.startswith("0.") and tfds[key].ndim == 4)
@@ -71,26 +71,26 @@ def test_rlds_reads_what_tfds_reads(name):
         stored = {key[2:]: tfds[key] for key in tfds if key.startswith(f"{number}.")}
         np.testing.assert_array_equal(episode.actions, np.concatenate([stored[key] for key in numeric], axis=1))
         np.testing.assert_array_equal(episode.proprio, np.stack([stored[key] for key in scalars], axis=1))
-        said = next(stored[key] for key in stored if key.endswith("language_instruction"))
-        assert list(episode.instructions) == said.tolist()
+        instructions = next(stored[key] for key in stored if key.endswith("language_instruction"))
+        assert list(episode.instructions) == instructions.tolist()
         for step in range(len(episode)):
             for camera, image in zip(cameras, episode.images(step)):
                 np.testing.assert_array_equal(image, stored[camera][step])
         assert np.abs(episode.images(0)[0] - tfds[f"fast.{number}"].astype(int)).mean() < FAST_JPEG_LOSS
 
 
-def test_rlds_integers_of_any_size_and_shape():
+def test_rlds_integers_of_all_sizes_and_shapes():
     tfds = np.load(FIXTURES / "fractal20220817_data.npz")
-    seen = {}
+    received = {}
 
     def standardize(columns):
-        seen.update(columns)
+        received.update(columns)
         return columns["observation.height"][:, None], None
 
     reader = open_dataset(FIXTURES / "fractal20220817_data", fields={"standardize": standardize, **RAW})
     reader[1]
-    np.testing.assert_array_equal(seen["observation.counts"], tfds["1.observation.counts"])
-    np.testing.assert_array_equal(seen["is_first"], tfds["1.is_first"])
+    np.testing.assert_array_equal(received["observation.counts"], tfds["1.observation.counts"])
+    np.testing.assert_array_equal(received["is_first"], tfds["1.is_first"])
 
 
 def test_rlds_splits():
@@ -125,7 +125,7 @@ def test_crc32c():
 
 
 @pytest.mark.parametrize("name", LEROBOT)
-def test_lerobot_reads_what_lerobot_reads(name):
+def test_lerobot_reader_equals_lerobot(name):
     library, reader = np.load(FIXTURES / f"{name}.npz"), open_dataset(FIXTURES / name)
     assert reader.fields.cameras == ("observation.images.top", "observation.images.wrist")
     assert [reader.length(index) for index in range(len(reader))] == list(LENGTHS)
@@ -144,7 +144,7 @@ def test_lerobot_reads_what_lerobot_reads(name):
                 np.testing.assert_array_equal(video, top[rows[step]])
 
 
-def test_hdf5_reads_what_h5py_reads():
+def test_hdf5_reader_equals_h5py():
     raw = open_dataset(FIXTURES / "hdf5", preset=None)
     assert [episode.id.rpartition(":")[2] for episode in raw] == ["demo_0", "demo_0", "demo_2", "demo_10"]
     turned = open_dataset(FIXTURES / "hdf5")
@@ -161,7 +161,7 @@ def test_hdf5_reads_what_h5py_reads():
         np.testing.assert_array_equal(turned[2].images(3)[0], stored["obs/agentview_rgb"][3][::-1, ::-1])
 
 
-def test_aloha_recordings(tmp_path):
+def test_aloha_file(tmp_path):
     from PIL import Image
 
     file = tmp_path / "episode_0.hdf5"
@@ -182,20 +182,20 @@ def test_aloha_recordings(tmp_path):
     assert reader[0].step(1).instruction == "fold the shirt"
 
 
-def torch_rows():
+def torch_steps():
     import torch
 
-    rows = []
+    samples = []
     for episode in range(3):
         for step in range(LENGTHS[episode]):
             image = torch.from_numpy(images(episode, 0)[step]).permute(2, 0, 1)
             observation = {"image": image, "state": torch.from_numpy(numbers(episode, 8, 1)[step])}
-            rows.append({"observation": observation, "action": numbers(episode, 7)[step], "task": TASKS[episode]})
-            rows[-1]["episode_index"] = episode
-    return rows
+            samples.append({"observation": observation, "action": numbers(episode, 7)[step], "task": TASKS[episode]})
+            samples[-1]["episode_index"] = episode
+    return samples
 
 
-ROW_FIELDS = {
+STEP_FIELDS = {
     "cameras": ["observation.image"],
     "action": "action",
     "proprio": "observation/state",
@@ -203,12 +203,12 @@ ROW_FIELDS = {
 }
 
 
-def test_any_sequence_of_steps_or_episodes():
-    rows = torch_rows()
-    ends = np.cumsum((0, *LENGTHS))
-    whole = [rows[start:stop] for start, stop in zip(ends, ends[1:])]
-    for data, options in ((rows, {}), (rows, {"episode_lengths": LENGTHS}), (whole, {})):
-        reader = TorchDatasetReader(data, "mine", ROW_FIELDS, **options)
+def test_sequences_of_steps_or_episodes():
+    samples = torch_steps()
+    bounds = np.cumsum((0, *LENGTHS))
+    episodes = [samples[start:stop] for start, stop in zip(bounds, bounds[1:])]
+    for data, options in ((samples, {}), (samples, {"episode_lengths": LENGTHS}), (episodes, {})):
+        reader = TorchDatasetReader(data, "mine", STEP_FIELDS, **options)
         assert [len(episode) for episode in reader] == list(LENGTHS)
         step = reader[2].step(8)
         np.testing.assert_array_equal(step.images[0], images(2, 0)[8])
@@ -216,31 +216,31 @@ def test_any_sequence_of_steps_or_episodes():
         np.testing.assert_array_equal(step.proprio, numbers(2, 8, 1)[8])
         assert (step.instruction, step.dataset, step.episode_id, step.index) == (TASKS[2], "mine", "2", 8)
     with pytest.raises(ValueError, match="add up to 6, but there are 21"):
-        TorchDatasetReader(rows, "mine", ROW_FIELDS, episode_lengths=[6])
-    with pytest.raises(ValueError, match="do not lie together"):
-        TorchDatasetReader([*rows, rows[0]], "mine", ROW_FIELDS)
+        TorchDatasetReader(samples, "mine", STEP_FIELDS, episode_lengths=[6])
+    with pytest.raises(ValueError, match="are not consecutive"):
+        TorchDatasetReader([*samples, samples[0]], "mine", STEP_FIELDS)
 
 
 def counted(steps, **more):
-    """Return steps of the first episode in another order, each with its number."""
-    rows = torch_rows()
-    return [{**rows[step], "frame_index": step, "timestamp": step / 10, **more} for step in steps]
+    """Return the given steps of the first episode, each with its number."""
+    samples = torch_steps()
+    return [{**samples[step], "frame_index": step, "timestamp": step / 10, **more} for step in steps]
 
 
 @pytest.mark.parametrize("frame", ["frame_index", "timestamp", "info/step"])
-def test_steps_of_a_sequence_are_sorted_by_what_counts_them(frame):
-    """A shuffled torch dataset: numbers, relative gripper, texts and images follow."""
+def test_steps_in_memory_are_sorted_by_their_counter(frame):
+    """Numbers, relative gripper, texts and images of a shuffled torch dataset are sorted."""
     mixed = counted((5, 2, 0, 3, 1, 6, 4))
-    for row in mixed:
-        step = row.pop("frame_index")
-        row["task"] = f"do {step}"
+    for sample in mixed:
+        step = sample.pop("frame_index")
+        sample["task"] = f"do {step}"
         if frame == "info/step":
-            row["info"] = {"step": step}
-            del row["timestamp"]
+            sample["info"] = {"step": step}
+            del sample["timestamp"]
         elif frame == "frame_index":
-            row["frame_index"] = np.array([step])
-    in_order = [{**row, "task": f"do {step}"} for step, row in enumerate(torch_rows()[: LENGTHS[0]])]
-    fields = {**ROW_FIELDS, "gripper": "relative"}
+            sample["frame_index"] = np.array([step])
+    in_order = [{**sample, "task": f"do {step}"} for step, sample in enumerate(torch_steps()[: LENGTHS[0]])]
+    fields = {**STEP_FIELDS, "gripper": "relative"}
     option = {"frame": frame} if frame == "info/step" else {}
     right = TorchDatasetReader(in_order, "mine", fields)[0]
     for data in (mixed, [mixed]):
@@ -252,37 +252,37 @@ def test_steps_of_a_sequence_are_sorted_by_what_counts_them(frame):
             np.testing.assert_array_equal(read.images(step)[0], images(0, 0)[step])
 
 
-def test_a_sequence_that_lacks_steps_is_refused_unless_told_that_it_does_not_count_them():
+def test_missing_steps_in_memory_are_refused_unless_not_counted():
     for steps, message in (
-        ((0, 1, 1, 2), "frame_index 1 is there twice"),
+        ((0, 1, 1, 2), "frame_index 1 is duplicated"),
         ((0, 1, 3, 4), "frames are missing before frame_index 3"),
     ):
         data = counted(steps)
         with pytest.raises(DatasetError, match=f"mine, episode 0: {message}.*frame=None"):
-            TorchDatasetReader(data, "mine", ROW_FIELDS)[0]
-        episode = TorchDatasetReader(data, "mine", ROW_FIELDS, frame=None)[0]
+            TorchDatasetReader(data, "mine", STEP_FIELDS)[0]
+        episode = TorchDatasetReader(data, "mine", STEP_FIELDS, frame=None)[0]
         np.testing.assert_array_equal(episode.actions, numbers(0, 7)[list(steps)])
     late = counted((3, 4, 5))
-    np.testing.assert_array_equal(TorchDatasetReader(late, "mine", ROW_FIELDS)[0].actions, numbers(0, 7)[3:6])
+    np.testing.assert_array_equal(TorchDatasetReader(late, "mine", STEP_FIELDS)[0].actions, numbers(0, 7)[3:6])
     late[1]["timestamp"] = 0.0
-    with pytest.raises(DatasetError, match="timestamp goes back at step 1, in the order of frame_index"):
-        TorchDatasetReader(late, "mine", ROW_FIELDS)[0]
+    with pytest.raises(DatasetError, match="timestamp decreases at step 1, in the order of frame_index"):
+        TorchDatasetReader(late, "mine", STEP_FIELDS)[0]
     del late[1]["frame_index"]
-    with pytest.raises(DatasetError, match="frame_index must be in every step, it is in 2 of 3"):
-        TorchDatasetReader(late, "mine", ROW_FIELDS)[0]
+    with pytest.raises(DatasetError, match="frame_index must be in every step, but is in 2 of 3"):
+        TorchDatasetReader(late, "mine", STEP_FIELDS)[0]
 
 
-def test_an_episode_of_a_sequence_has_steps_of_one():
-    rows = torch_rows()
-    message = r"mine, episode 0: its steps are of several by their 'episode_index': \['0', '1'\]; give the episode_len"
+def test_steps_of_several_episodes_are_refused():
+    samples = torch_steps()
+    message = r"mine, episode 0: its steps belong to several episodes by .*'episode_index': \['0', '1'\]; give correct"
     with pytest.raises(DatasetError, match=message):
-        TorchDatasetReader(rows, "mine", ROW_FIELDS, episode_lengths=[8, 4, 9])[0]
+        TorchDatasetReader(samples, "mine", STEP_FIELDS, episode_lengths=[8, 4, 9])[0]
     with pytest.raises(DatasetError, match=message):
-        TorchDatasetReader([rows[5:9]], "mine", ROW_FIELDS)[0]
+        TorchDatasetReader([samples[5:9]], "mine", STEP_FIELDS)[0]
 
 
 @pytest.mark.parametrize("name", [*LEROBOT, *RLDS, "hdf5"])
-def test_readers_travel_to_other_processes(name):
+def test_readers_can_be_pickled(name):
     reader = open_dataset(FIXTURES / name)
     before = reader[1].step(1)
     after = pickle.loads(pickle.dumps(reader))[1].step(1)
@@ -298,15 +298,15 @@ def test_chunks_repeat_the_last_action():
         episode.step(5)
 
 
-def test_errors_at_opening(tmp_path, copy):
+def test_errors_of_open_dataset(tmp_path, copy):
     with pytest.raises(FileNotFoundError, match="No dataset at"):
         open_dataset(tmp_path / "nowhere")
     (tmp_path / "notes.txt").write_text("?")
-    with pytest.raises(ValueError, match=r"known format.*LeRobot.*RLDS.*HDF5.*notes\.txt"):
+    with pytest.raises(ValueError, match=r"not a dataset of a known format.*LeRobot.*RLDS.*HDF5.*notes\.txt"):
         open_dataset(tmp_path)
     with pytest.raises(KeyError, match=r"'observation\.image\.top'.*Did you mean 'observation\.images\.top'"):
         open_dataset(FIXTURES / "lerobot_v3", fields={"cameras": ["observation.image.top"]})
-    with pytest.raises(KeyError, match=r"of numbers \(it holds image\)"):
+    with pytest.raises(KeyError, match=r"no numeric column .* \(it holds image data\)"):
         open_dataset(FIXTURES / "lerobot_v3", fields={"action": "observation.images.top"})
     with pytest.raises(ValueError, match="Unknown field 'camera'. Did you mean 'cameras'"):
         open_dataset(FIXTURES / "lerobot_v3", fields={"camera": "observation.images.top"})
@@ -316,15 +316,15 @@ def test_errors_at_opening(tmp_path, copy):
         ColumnSpec(("image",), ("action",), gripper="flip")
     empty = copy("lerobot_v21")
     (empty / "meta" / "episodes.jsonl").write_text("")
-    with pytest.raises(ValueError, match="holds no episode"):
+    with pytest.raises(ValueError, match="has no episode"):
         open_dataset(empty)
     info = json.loads((empty / "meta" / "info.json").read_text())
     (empty / "meta" / "info.json").write_text(json.dumps({**info, "codebase_version": "v1.6"}))
-    with pytest.raises(ValueError, match=r"LeRobot v1\.6; readable are"):
+    with pytest.raises(ValueError, match=r"LeRobot v1\.6; supported versions"):
         open_dataset(empty)
 
 
-def test_a_truncated_tfrecord_names_file_and_record(copy):
+def test_truncated_tfrecord_error_names_file_and_record(copy):
     folder = copy("bridge_orig")
     file = folder / "1.0.0" / "bridge_orig-train.tfrecord-00000-of-00002"
     whole = file.read_bytes()
@@ -344,23 +344,23 @@ def test_a_truncated_tfrecord_names_file_and_record(copy):
         open_dataset(folder)
 
 
-def test_fewer_records_than_promised(copy):
+def test_fewer_records_than_dataset_info(copy):
     folder = copy("bridge_orig")
     file = folder / "1.0.0" / "dataset_info.json"
     file.write_text(file.read_text().replace('"2"', '"3"', 1))
     reader = open_dataset(folder)
-    with pytest.raises(DatasetError, match=r"holds 2 records, but dataset_info\.json says 3"):
+    with pytest.raises(DatasetError, match=r"has 2 records, but dataset_info\.json says 3"):
         list(reader)
 
 
 def encoded(field, data):
-    """One field of a protocol buffer that holds bytes, below 16384 of them."""
+    """Return one field of a protocol buffer that holds fewer than 16384 bytes."""
     size = len(data)
     return bytes([field << 3 | 2, *([size] if size < 128 else [size & 127 | 128, size >> 7])]) + data
 
 
-def test_an_episode_without_steps(copy):
-    """Every column is in the record, with no values: as tfds writes an empty sequence."""
+def test_rlds_episode_with_empty_columns_is_refused(copy):
+    """Every column is in the record, but without values, as tfds writes an empty sequence."""
     folder = copy("bridge_orig")
     names = ["action", "observation/image_0", "observation/image_1", "observation/state", "language_instruction"]
     entries = [encoded(1, encoded(1, b"steps/" + name.encode()) + encoded(2, encoded(1, b""))) for name in names]
@@ -377,7 +377,7 @@ def test_an_episode_without_steps(copy):
 
 
 @pytest.mark.parametrize("name", LEROBOT)
-def test_a_missing_or_corrupt_video(copy, name):
+def test_missing_or_corrupt_video_is_refused(copy, name):
     folder = copy(name)
     video = sorted(folder.rglob("*.mp4"))[0]
     whole = video.read_bytes()
@@ -389,7 +389,7 @@ def test_a_missing_or_corrupt_video(copy, name):
         open_dataset(folder)[0]
 
 
-def test_a_video_without_the_frame(copy):
+def test_missing_video_frame_is_refused(copy):
     folder = copy("lerobot_v21")
     videos = sorted(folder.rglob("*.mp4"))
     shutil.copy(videos[1], videos[2])  # five frames where nine are promised
@@ -405,11 +405,11 @@ def test_a_video_without_the_frame(copy):
         ("actions", np.full((7, 7), np.nan), r"demo_0: action\[0\] at step 0 is nan"),
         ("obs/ee_states", np.full((7, 6), np.inf), r"proprio\[0\] at step 0 is inf"),
         ("actions", np.zeros((7, 5)), r"demo_0: action has 5 dimensions, but 7 in the dataset's other episodes"),
-        ("actions", np.zeros((0, 7)), "columns of different lengths"),
-        ("obs/agentview_rgb", None, r"demo_0: \['obs.agentview_rgb'\] missing"),
+        ("actions", np.zeros((0, 7)), "columns have different lengths"),
+        ("obs/agentview_rgb", None, r"demo_0: the columns \['obs.agentview_rgb'\] are missing"),
     ],
 )
-def test_bad_episodes_are_named(copy, column, value, message):
+def test_errors_name_the_bad_episode(copy, column, value, message):
     folder = copy("hdf5")
     with h5py.File(folder / "pick_up_the_red_block_demo.hdf5", "r+") as file:
         del file["data/demo_0"][column]
@@ -423,12 +423,12 @@ def test_bad_episodes_are_named(copy, column, value, message):
 
 @pytest.mark.parametrize("name", LEROBOT)
 def test_tasks_may_be_bytes(copy, name):
-    """LeRobot v3's as a binary column; v2.1's JSON has no bytes, but may hold their spelling."""
+    """LeRobot v3 may store bytes; the JSON of v2.1 may hold their repr."""
     pyarrow, folder = pytest.importorskip("pyarrow"), copy(name)
     if name == "lerobot_v21":
         tasks = folder / "meta" / "tasks.jsonl"
         tasks.write_text(tasks.read_text().replace(TASKS[0], f"b'{TASKS[0]}'"))
-        with pytest.raises(DatasetError, match="episode 0: the text .* is the spelling of Python's bytes"):
+        with pytest.raises(DatasetError, match="episode 0: the text .* is the repr of Python bytes"):
             open_dataset(folder)[0]
         return
     import pyarrow.parquet as parquet
@@ -440,7 +440,7 @@ def test_tasks_may_be_bytes(copy, name):
     assert open_dataset(folder)[0].step(0).instruction == TASKS[0]
 
 
-def test_an_empty_instruction(copy):
+def test_empty_instruction_is_refused(copy):
     folder = copy("lerobot_v21")
     tasks = folder / "meta" / "tasks.jsonl"
     tasks.write_text(tasks.read_text().replace(TASKS[1], " "))
@@ -450,7 +450,7 @@ def test_an_empty_instruction(copy):
     assert open_dataset(folder, fields={"instruction_text": "go"})[1].step(0).instruction == "go"
 
 
-def test_a_damaged_hdf5_file(copy):
+def test_damaged_hdf5_file_is_refused(copy):
     folder = copy("hdf5")
     file = folder / "pick_up_the_red_block_demo.hdf5"
     file.write_bytes(file.read_bytes()[:1000])
@@ -461,12 +461,12 @@ def test_a_damaged_hdf5_file(copy):
 
 
 def test_missing_packages_name_the_extra(monkeypatch):
-    import openvla.data.episodes as module
+    import openvla.data.utils as module
 
-    def absent(name):
+    def import_nothing(name):
         raise ImportError(name)
 
-    monkeypatch.setattr(module.importlib, "import_module", absent)
+    monkeypatch.setattr(module.importlib, "import_module", import_nothing)
     for name in ("lerobot_v3", "hdf5"):
         with pytest.raises(ImportError, match=r"openvla\[train\]"):
             open_dataset(FIXTURES / name)

@@ -1,4 +1,4 @@
-"""Presets are taken by what a dataset holds; whoever bears a name only is read as stored, warned of or refused."""
+"""Presets are selected by a dataset's content; one with only the name is read as stored, warned about or refused."""
 
 import warnings
 
@@ -21,7 +21,7 @@ OPENING = [0.0, 0.0, 0.0, 1.0, 1.0, 1.0]
 
 
 def lerobot(root, name, gripper, cameras=(CAMERA,), texts=()):
-    """Write one episode of six steps whose dx counts them."""
+    """Write one episode of six steps; dx counts the steps."""
     numbers = {"action": list("abcdefg"), "observation.state": list("abcdefgh")}
     writer = LeRobotWriter(root / name, fps=10, numbers=numbers, cameras={c: (8, 8) for c in cameras}, texts=texts)
     action = np.zeros((6, 7), np.float32)
@@ -35,7 +35,7 @@ def lerobot(root, name, gripper, cameras=(CAMERA,), texts=()):
 @pytest.mark.parametrize(
     "given", [None, {"cameras": [CAMERA]}, {"instruction": "task", "proprio": "observation.state"}]
 )
-def test_standardised_lerobot_under_a_name_of_rlds_stays_as_it_is(tmp_path, given):
+def test_converted_lerobot_dataset_with_an_rlds_name_uses_no_preset(tmp_path, given):
     folder = lerobot(tmp_path, "libero_10_no_noops", OPENING)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -46,7 +46,7 @@ def test_standardised_lerobot_under_a_name_of_rlds_stays_as_it_is(tmp_path, give
 
 
 @pytest.mark.parametrize("name", ["bridge_orig", "droid", "fractal20220817_data", "language_table"])
-def test_lerobot_under_a_name_of_rlds_is_read_as_stored_with_a_word(tmp_path, name):
+def test_lerobot_dataset_with_an_rlds_name_is_read_as_stored_with_a_warning(tmp_path, name):
     folder = lerobot(tmp_path, name, OPENING, ["observation.image_0"], ["language_instruction"])
     with pytest.warns(UserWarning, match=f"{name!r} is the name of an RLDS dataset.*read as it is stored"):
         reader = open_dataset(folder)
@@ -64,7 +64,7 @@ def test_lerobot_under_a_name_of_rlds_is_read_as_stored_with_a_word(tmp_path, na
         (("observation.image", "observation.wrist_image"), ("language_instruction",), "say it"),
     ],
 )
-def test_a_gripper_below_zero_shows_that_lerobot_is_as_libero_stores_it(tmp_path, cameras, texts, instruction):
+def test_lerobot_gripper_below_zero_selects_the_libero_preset(tmp_path, cameras, texts, instruction):
     folder = lerobot(tmp_path, "libero_goal_no_noops", [-1, -1, -1, 1, 1, 1], cameras, texts)
     reader = open_dataset(folder)
     assert reader.preset == "libero_goal_no_noops"
@@ -74,7 +74,7 @@ def test_a_gripper_below_zero_shows_that_lerobot_is_as_libero_stores_it(tmp_path
     assert open_dataset(folder, fields={"gripper": "as_is"})[0].actions[0, 6] == -1
 
 
-def test_joint_angles_are_no_gripper(tmp_path):
+def test_joint_angles_do_not_select_a_preset(tmp_path):
     folder = tmp_path / "libero_goal_no_noops"
     writer = LeRobotWriter(folder, fps=10, numbers={"action": list("abcdefgh")}, cameras={CAMERA: (8, 8)})
     angles = np.full((3, 8), -0.5, np.float32)
@@ -83,18 +83,18 @@ def test_joint_angles_are_no_gripper(tmp_path):
         np.testing.assert_array_equal(open_dataset(folder)[0].actions, angles)
 
 
-def test_a_named_preset_of_rlds_says_so_where_lerobot_lacks_its_columns(tmp_path):
+def test_rlds_preset_error_for_a_lerobot_dataset_names_the_preset(tmp_path):
     folder = lerobot(tmp_path, "mine", OPENING)
     with pytest.raises(
-        KeyError, match=r"'observation\.image' of image.*preset 'libero_10_no_noops' \(you named it\).*none"
+        KeyError, match=r"no image column 'observation\.image'.*preset 'libero_10_no_noops' \(you named it\).*none"
     ):
         open_dataset(folder, preset="libero_10_no_noops")
     folder = lerobot(tmp_path, "other", OPENING, ["observation.image"], ["language_instruction"])
-    with pytest.raises(ValueError, match=r"-1 open, \+1 closed, but the stored one stays from 0 to 1"):
+    with pytest.raises(ValueError, match=r"-1 open, \+1 closed, but the stored gripper stays between 0 and 1"):
         open_dataset(folder, preset="libero_10_no_noops", fields={"cameras": "observation.image"})
 
 
-def test_droid_takes_the_end_effectors_velocity_and_its_gripper_inverted(tmp_path):
+def test_droid_uses_end_effector_velocity_and_inverted_gripper(tmp_path):
     rng = np.random.default_rng(0)
     cartesian, gripper = rng.uniform(-1, 1, (4, 6)).astype(np.float32), np.linspace(0, 1, 4, dtype=np.float32)[:, None]
     position = rng.uniform(-1, 1, (4, 6)).astype(np.float32)
@@ -124,7 +124,7 @@ def test_droid_takes_the_end_effectors_velocity_and_its_gripper_inverted(tmp_pat
 
 
 @pytest.mark.parametrize("name", sorted(WITHOUT_PRESET)[::6])
-def test_a_known_dataset_without_preset_is_refused_until_its_action_is_said(tmp_path, name):
+def test_known_dataset_without_preset_needs_an_action(tmp_path, name):
     folder = write_rlds(tmp_path, name, [episode_columns()])
     with pytest.raises(ValueError, match=f"is {name!r}, whose stored action is not OpenVLA's.*preset: none"):
         open_dataset(folder)
@@ -138,24 +138,26 @@ def test_every_dataset_name_of_the_reference_is_known():
     assert len((WITHOUT_PRESET | set(PRESETS)) - ours) == 78  # names of openvla-oft's transforms.py
 
 
-def test_rlds_of_a_presets_name_that_lacks_its_columns(tmp_path):
+def test_rlds_dataset_without_its_presets_columns_is_refused(tmp_path):
     folder = write_rlds(tmp_path, "fractal20220817_data", [episode_columns()])
     with pytest.raises(KeyError, match=r"preset 'fractal20220817_data' \(by the dataset's name\).*--preset none"):
         open_dataset(folder)
     assert open_dataset(folder, preset="None")[0].actions[:, 6].tolist() == OPENING
     folder = write_rlds(tmp_path, "cmu_stretch", [episode_columns()])  # whose action has eight dimensions
-    with pytest.raises(ValueError, match=r"\['action\[:-1\]'\] hold 6 dimensions, but the action has 7.*preset"):
+    with pytest.raises(ValueError, match=r"\['action\[:-1\]'\] have 6 dimensions, but the action has 7.*preset"):
         open_dataset(folder)
 
 
-def test_rlds_of_a_presets_name_that_is_standardised_already(tmp_path):
+def test_converted_rlds_dataset_with_a_presets_name_is_refused(tmp_path):
     episode = episode_columns(**{"observation/wrist_image": [jpeg(0)] * 6})
     folder = write_rlds(tmp_path, "libero_10_no_noops", [episode])
-    with pytest.raises(ValueError, match=r"'libero_10_no_noops' \(by the dataset's name\).*stays from 0 to 1.*none"):
+    with pytest.raises(
+        ValueError, match=r"'libero_10_no_noops' \(by the dataset's name\).*stays between 0 and 1.*none"
+    ):
         open_dataset(folder)
     assert open_dataset(folder, preset="none")[0].actions[:, 6].tolist() == OPENING
     folder = write_rlds(tmp_path, "austin_sirius_dataset_converted_externally_to_rlds", [episode])
-    with pytest.warns(UserWarning, match="would be learnt inverted"):
+    with pytest.warns(UserWarning, match="the preset would invert it"):
         open_dataset(folder)
     raw = {**episode, "action": episode["action"] * np.float32([*[1] * 6, 2]) - np.float32([*[0] * 6, 1])}
     closed = {**raw, "action": raw["action"] * np.float32([*[1] * 6, 0]) + np.float32([*[0] * 6, 1])}
@@ -167,7 +169,7 @@ def test_rlds_of_a_presets_name_that_is_standardised_already(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:.*constant over the whole dataset")
-def test_preset_none_of_a_run_and_of_inspect_data(tmp_path, capsys):
+def test_preset_none_in_finetune_and_inspect_data(tmp_path, capsys):
     from openvla.__main__ import main
 
     folder = write_rlds(tmp_path, "language_table", [episode_columns()])
@@ -183,7 +185,7 @@ def test_preset_none_of_a_run_and_of_inspect_data(tmp_path, capsys):
     assert inspect(open_dataset(libero), progress=False)["preset"] == "libero_goal_no_noops"
 
 
-def test_liberos_hdf5_layout_with_a_standardised_gripper(tmp_path):
+def test_libero_hdf5_layout_with_a_converted_gripper(tmp_path):
     h5py = pytest.importorskip("h5py")
     file = tmp_path / "pick_up_the_cup_demo.hdf5"
     with h5py.File(file, "w") as h5:
@@ -193,7 +195,7 @@ def test_liberos_hdf5_layout_with_a_standardised_gripper(tmp_path):
         group["obs/ee_states"], group["obs/gripper_states"] = np.zeros((6, 6)), np.zeros((6, 2))
         for camera in ("agentview_rgb", "eye_in_hand_rgb"):
             group[f"obs/{camera}"] = np.zeros((6, 8, 8, 3), np.uint8)
-    with pytest.warns(UserWarning, match=r"'libero_hdf5' \(by its columns\).*stays from 0 to 1"):
+    with pytest.warns(UserWarning, match=r"'libero_hdf5' \(by its columns\).*stays between 0 and 1"):
         open_dataset(file)  # relabelled, it may be: its frames alone are LIBERO's
     reader = open_dataset(file, fields={"gripper": "as_is"})
     assert (reader.preset, reader.fields.rotate_180) == ("libero_hdf5", True)

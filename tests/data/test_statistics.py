@@ -1,4 +1,4 @@
-"""Statistics equal numpy's over the whole set, and openvla inspect-data shows them."""
+"""Statistics equal numpy's over all steps, and openvla inspect-data shows them."""
 
 import json
 
@@ -40,14 +40,14 @@ def test_statistics_equal_numpy():
     validate_norm_stats({"mine": statistics})
 
 
-def test_statistics_go_into_a_model(tiny):
+def test_statistics_can_be_added_to_a_model(tiny):
     tiny.model.add_norm_stats("lerobot_v3", as_norm_stats([open_dataset(FIXTURES / "lerobot_v3")])["lerobot_v3"])
     assert tiny.model.get_action_dim("lerobot_v3") == 7
     stats = {k: v for k, v in tiny.model.norm_stats.items() if k != "lerobot_v3"}
     tiny.model.norm_stats = stats
 
 
-def test_the_cache_follows_the_data(cache, tmp_path):
+def test_cache_depends_on_files_and_fields(cache, tmp_path):
     import shutil
 
     folder = shutil.copytree(FIXTURES / "bridge_orig", tmp_path / "bridge_orig")
@@ -55,7 +55,7 @@ def test_the_cache_follows_the_data(cache, tmp_path):
         first = compute_statistics(open_dataset(folder), progress=False)
     (file,) = cache.iterdir()
     content = json.loads(file.read_text())
-    content["statistics"]["num_transitions"] = -1  # to see where the next answer comes from
+    content["statistics"]["num_transitions"] = -1  # shows whether the next result comes from the cache
     file.write_text(json.dumps(content))
     with pytest.warns(UserWarning, match="constant"):
         again = compute_statistics(open_dataset(folder), progress=False)
@@ -71,7 +71,7 @@ def test_the_cache_follows_the_data(cache, tmp_path):
             kept.write_text(damage or kept.read_text()[:-20])
 
 
-def test_bad_episodes_raise_or_are_counted(cache):
+def test_bad_episodes_raise_or_are_skipped(cache):
     with pytest.raises(DatasetError, match="episode 5"):
         compute_statistics(memory_reader(nan=5), progress=False)
     with pytest.warns(UserWarning, match=r"mine: skipped 1 of 8 episodes. The first: mine, episode 5"):
@@ -84,7 +84,7 @@ def test_bad_episodes_raise_or_are_counted(cache):
         compute_statistics(memory_reader(lengths=(3,), nan=0), skip_bad=True, progress=False)
 
 
-def test_a_cached_skip_is_still_loud(tmp_path):
+def test_cached_skip_still_warns_or_raises(tmp_path):
     import shutil
 
     folder = shutil.copytree(FIXTURES / "lerobot_v21", tmp_path / "lerobot_v21")
@@ -102,7 +102,7 @@ def masked(values, mask):
     return TorchDatasetReader(rows, "mine", {**FIELDS, "action_mask": mask}, episode_lengths=[len(rows)])
 
 
-def test_the_cache_keeps_what_was_left_out(tmp_path):
+def test_cache_restores_dropped_noops(tmp_path):
     h5py = pytest.importorskip("h5py")
     with h5py.File(tmp_path / "a.hdf5", "w") as file:
         for number, moves in enumerate(((0.5, 0, 0.25, 0), (0, 0, 0))):
@@ -113,20 +113,20 @@ def test_the_cache_keeps_what_was_left_out(tmp_path):
     found = []
     for _ in range(2):
         reader = open_dataset(tmp_path / "a.hdf5", fields={"drop_noops": True})
-        with pytest.warns(UserWarning, match=r"drop_noops leaves no episode of \['task 1'\]"):
+        with pytest.warns(UserWarning, match=r"drop_noops leaves no episode of the tasks \['task 1'\]"):
             compute_statistics(reader, skip_bad=True, cache_dir=tmp_path / "cache", progress=False)
         found.append((reader.num_noop_steps, reader.length(0), reader.usable_lengths()))
     assert found == [(2, 2, {"0": [2, 2]})] * 2
 
 
-def test_masks():
+def test_action_mask():
     values = np.random.RandomState(0).uniform(-1, 1, (20, 7))
     assert compute_statistics(masked(values, None), progress=False)["action"]["mask"] == [True] * 6 + [False]
     values[:, 6] *= 255
     assert compute_statistics(masked(values, None), progress=False)["action"]["mask"] == [True] * 7
     with pytest.raises(ValueError, match=r"action\[6\] is not normalised .* goes from -2"):
         compute_statistics(masked(values, [True] * 6 + [False]), progress=False)
-    with pytest.raises(ValueError, match="action_mask has 3 entries, the action 7"):
+    with pytest.raises(ValueError, match="action_mask has 3 entries, but the action has 7"):
         compute_statistics(masked(values, [True] * 3), progress=False)
     with pytest.raises(ValueError, match="action has 7 dimensions, but 6 in the statistics"):
         require_matching({"action": {"q01": [0] * 6}}, masked(values, None))
@@ -148,7 +148,7 @@ def test_inspect_data(name, capsys, tmp_path):
     assert len(report["statistics"]["action"]["q01"]) == report["action_dim"] == 7
 
 
-def test_inspect_data_is_told_fields(capsys):
+def test_inspect_data_with_fields(capsys):
     fields = "{cameras: [observation.images.wrist], proprio: 'observation.state[:3]', gripper: inverted}"
     assert main(["inspect-data", str(FIXTURES / "lerobot_v3"), "--json", "--fields", fields]) == 0
     report = json.loads(capsys.readouterr().out)
@@ -158,14 +158,14 @@ def test_inspect_data_is_told_fields(capsys):
     assert "FileNotFoundError: No dataset at" in capsys.readouterr().err
 
 
-def test_numbers_whose_statistics_overflow_are_refused():
+def test_overflowing_statistics_are_refused():
     steps = [{"image": np.zeros((4, 4, 3), np.uint8), "action": [1e308] * 7, "task": "go"} for _ in range(4)]
     fields = {"cameras": ["image"], "action": "action", "instruction": "task"}
     with pytest.raises(ValueError, match="the statistics of its action: .*finite"):
         compute_statistics(TorchDatasetReader(steps, "mine", fields, episode_lengths=[4]), progress=False)
 
 
-def test_episodes_of_steps_may_bear_texts_and_no_fractions():
+def test_episode_column_must_be_text_or_whole_number():
     steps = [{"image": np.zeros((4, 4, 3), np.uint8), "action": [0.1] * 7, "task": "go"} for _ in range(4)]
     fields = {"cameras": ["image"], "action": "action", "instruction": "task"}
     named = [{**step, "episode_index": name} for step, name in zip(steps, ("a", "a", "b", "b"))]
