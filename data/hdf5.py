@@ -267,8 +267,8 @@ class HDF5Reader(EpisodeReader):
             return instructions
         if file not in self._file_instructions:
             parents = (_find_instruction(node, {}) for node in (group.parent, group.file))
-            found = next((text for text in parents if text is not None), None)
-            self._file_instructions[file] = _instruction_from_file_name(file.stem) if found is None else found
+            inherited = next((text for text in parents if text is not None), None)
+            self._file_instructions[file] = _instruction_from_file_name(file.stem) if inherited is None else inherited
         return self._file_instructions[file]
 
 

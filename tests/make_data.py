@@ -419,9 +419,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("part", choices=("rlds", "presets", "lerobot", "hdf5", "episode"))
     parser.add_argument("out", type=Path)
-    parser.add_argument(
-        "--reference", type=Path, help="a checkout of openvla-oft; for episode, a LeRobot dataset"
-    )
+    parser.add_argument("--reference", type=Path, help="a checkout of openvla-oft; for episode, a LeRobot dataset")
     args = parser.parse_args()
     extra = (args.reference,) if args.part in ("presets", "episode") else ()
     globals()[f"make_{args.part}"](args.out, *extra)
