@@ -1,1 +1,1 @@
-"""Read datasets of robot episodes."""
+"""Datasets of robot episodes: reading (LeRobot, RLDS, HDF5, torch), checking, statistics, augmentation, streaming."""

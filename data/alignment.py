@@ -1,79 +1,96 @@
-"""How actions go with the state and with frames: correlations over episodes, at lags of a few steps. numpy only."""
+"""Correlate actions with the state and with camera frames, over episodes and at lags of a few steps."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
-# A rotation that passes from +180 to -180 degrees differs by a turn less the step itself, which is below 0.15 turns.
+# A rotation difference that passes from +180 to -180 degrees is a turn minus the step, which is below 0.15 turns.
 WRAP_SHARE_OF_TURN = 0.85
-# A commanded position follows the measured one so closely, at a robot's lag too; a movement does not follow positions.
+# A commanded position correlates with the measured one at least so much, even if the robot lags; a movement does not.
 POSE_CORRELATION, FOLLOWED_CORRELATION = 0.98, 0.9
-# Which frames a movement is compared with: so many steps before and after.
+# Lags in steps at which a movement is compared with changes.
 LAGS = (-4, -3, -2, -1, 0, 1, 2, 3, 4)
 # Share of a movement's variance that the best lag must explain, so that lags can be compared.
 COMPARABLE = 0.8
-# Fewer steps show no correlation; more are not needed.
-FEWEST_STEPS, MOST_STEPS = 30, 200_000
+# With fewer steps a correlation shows nothing; more steps are not needed.
+MIN_STEPS, MAX_STEPS = 30, 200_000
+
+
+class Correlation(NamedTuple):
+    """An action dimension, the state dimension that it correlates with most, and their correlation."""
+
+    action_dim: int
+    state_dim: int
+    correlation: float
 
 
 def wrapped_steps(values: np.ndarray, turn: float) -> np.ndarray:
-    """Return which steps of ``(length,)`` are a turn too much: bool, of the same length.
+    """Return which angle differences are about one turn: bool ``(length,)``.
 
-    A joint that is turned so far stays there for a while, which is not counted.
+    A value that stays about one turn for several steps is a joint's position and is not counted.
+
+    Args:
+        values: ``(length,)``.
+        turn: A whole turn in the values' unit.
     """
-    far = (np.abs(values) >= WRAP_SHARE_OF_TURN * turn) * np.sign(values)
-    same = far[1:] == far[:-1]
+    about_one_turn = (np.abs(values) >= WRAP_SHARE_OF_TURN * turn) * np.sign(values)
+    same = about_one_turn[1:] == about_one_turn[:-1]
     stays = np.concatenate([same, [False]]) | np.concatenate([[False], same])
-    return (far != 0) & ~stays
+    return (about_one_turn != 0) & ~stays
 
 
 def tracked_positions(
-    actions: Sequence[np.ndarray], states: Sequence[np.ndarray], dimensions: Sequence[int] = (0, 1, 2), fewest: int = 2
-) -> list[tuple[int, int, float]]:
-    """Return (action dimension, state dimension, correlation) where the action repeats a measured position.
+    actions: Sequence[np.ndarray],
+    states: Sequence[np.ndarray],
+    dimensions: Sequence[int] = (0, 1, 2),
+    min_count: int = 2,
+) -> list[Correlation]:
+    """Return the action dimensions that repeat a measured position; empty if there are fewer than ``min_count``.
 
-    A movement to both sides of zero that goes with the change of another state (beside measured speeds, or the last
-    action) is none.
+    A movement in both directions that correlates with the change of another state dimension (next to measured
+    velocities, or to the last action) does not count.
 
     Args:
-        actions: float64 ``(length, action_dim)``, one an episode.
-        states: float64 ``(length, state_dim)``, one an episode.
-        dimensions: Of the action, which are looked at.
-        fewest: Empty unless so many of them do, at the step itself or the one after it.
+        actions: float64 ``(length, action_dim)``, one array per episode.
+        states: float64 ``(length, state_dim)``, one array per episode.
+        dimensions: Action dimensions to examine.
+        min_count: Smallest number of dimensions, at the same step or the one after it.
     """
-    best = state_partners(actions, states, dimensions)
-    if len(best) >= fewest:
-        moves = _movements(actions, states)
-        best = [one for one in best if one[0] not in moves]
-    return best if len(best) >= fewest else []
+    tracked = correlated_states(actions, states, dimensions)
+    if len(tracked) >= min_count:
+        movements = _movement_dimensions(actions, states)
+        tracked = [entry for entry in tracked if entry.action_dim not in movements]
+    return tracked if len(tracked) >= min_count else []
 
 
-def state_partners(
+def correlated_states(
     actions: Sequence[np.ndarray], states: Sequence[np.ndarray], dimensions: Sequence[int]
-) -> list[tuple[int, int, float]]:
-    """Return (action dimension, state dimension, correlation) where a state goes with the action, whatever it is."""
-    best: list[tuple[int, int, float]] = []
+) -> list[Correlation]:
+    """Return the action dimensions that correlate with a state dimension, at the same step or the one after it."""
+    best: list[Correlation] = []
     for lag in (0, 1):
         table = correlations(actions, states, lag)
-        rows = [] if table is None else [(i, int(table[i].argmax()), float(table[i].max())) for i in dimensions]
-        best = max(best, [one for one in rows if one[2] >= POSE_CORRELATION], key=len)
+        if table is not None:
+            entries = [Correlation(i, int(table[i].argmax()), float(table[i].max())) for i in dimensions]
+            best = max(best, [entry for entry in entries if entry.correlation >= POSE_CORRELATION], key=len)
     return best
 
 
-def _movements(actions: Sequence[np.ndarray], states: Sequence[np.ndarray]) -> set[int]:
-    """Return the action dimensions that go to both sides of zero and with the change of a state."""
-    moved = [np.diff(state, axis=0, append=np.nan) for state in states]
-    tables = [table for lag in (0, 1) if (table := correlations(actions, moved, lag)) is not None]
+def _movement_dimensions(actions: Sequence[np.ndarray], states: Sequence[np.ndarray]) -> set[int]:
+    """Return the action dimensions that move in both directions and correlate with the change of a state dimension."""
+    changes = [np.diff(state, axis=0, append=np.nan) for state in states]
+    tables = [table for lag in (0, 1) if (table := correlations(actions, changes, lag)) is not None]
     steps = np.concatenate(actions)
-    central = np.abs(steps.mean(axis=0)) < steps.std(axis=0)
-    goes = np.max([table.max(axis=1) for table in tables], axis=0) if tables else np.zeros(steps.shape[1])
-    return set(np.flatnonzero(central & (goes >= FOLLOWED_CORRELATION)).tolist())
+    both_directions = np.abs(steps.mean(axis=0)) < steps.std(axis=0)
+    highest = np.max([table.max(axis=1) for table in tables], axis=0) if tables else np.zeros(steps.shape[1])
+    return set(np.flatnonzero(both_directions & (highest >= FOLLOWED_CORRELATION)).tolist())
 
 
 def follows_positions(actions: Sequence[np.ndarray], states: Sequence[np.ndarray]) -> bool:
-    """Return True where most action dimensions are positions: they go with the state."""
+    """Return whether most action dimensions are positions, which correlate with the state."""
     table = correlations(actions, states, 0)
     return table is not None and bool(np.median(table.max(axis=1)) >= FOLLOWED_CORRELATION)
 
@@ -81,49 +98,62 @@ def follows_positions(actions: Sequence[np.ndarray], states: Sequence[np.ndarray
 def explained_variance(
     actions: Sequence[np.ndarray], changes: Sequence[np.ndarray], comparable: float = COMPARABLE
 ) -> dict[int, float] | None:
-    """Return by lag which share of the actions' variance a change explains, for the dimensions where one does.
+    """Return, by lag, the share of the actions' variance that the changes explain.
 
     Args:
-        actions: float64 ``(length, dimensions)``, one an episode.
-        changes: ``(length, dimensions)``: of the step that starts at t; NaN where there is none.
-        comparable: What the best lag must explain of a dimension that counts.
+        actions: float64 ``(length, dimensions)``, one array per episode.
+        changes: ``(length, dimensions)``, one array per episode: the change from step t to t + 1; NaN if unknown.
+        comparable: Share that the best lag must explain for a dimension to count.
 
     Returns:
-        Means over these dimensions, each with the change that it goes with best; None where there is none.
+        Means over the dimensions that count, each with the change that it correlates with most; None without any.
     """
-    tables = [correlations(actions, changes, lag) for lag in LAGS]
-    if any(table is None for table in tables):
-        return None
+    tables = []
+    for lag in LAGS:
+        table = correlations(actions, changes, lag)
+        if table is None:
+            return None
+        tables.append(table)
     explained = np.stack(tables) ** 2  # (lags, action dimensions, changes)
-    partner = explained.max(axis=0).argmax(axis=1)
-    profile = explained[:, np.arange(len(partner)), partner]
-    profile = profile[:, profile.max(axis=0) >= comparable]
-    return dict(zip(LAGS, profile.mean(axis=1).tolist())) if profile.shape[1] else None
+    best_change = explained.max(axis=0).argmax(axis=1)
+    by_lag = explained[:, np.arange(len(best_change)), best_change]
+    by_lag = by_lag[:, by_lag.max(axis=0) >= comparable]
+    return dict(zip(LAGS, by_lag.mean(axis=1).tolist())) if by_lag.shape[1] else None
 
 
 def correlations(first: Sequence[np.ndarray], second: Sequence[np.ndarray], lag: int) -> np.ndarray | None:
-    """Correlations of ``first[t]`` with ``second[t + lag]`` within episodes: float64 ``(dimensions, dimensions)``.
+    """Return the correlations of ``first[t]`` with ``second[t + lag]`` within episodes.
 
-    Steps with NaN are left out, constant dimensions correlate 0. None for too few steps.
+    Steps with NaN are left out; the correlation with a constant dimension is 0.
+
+    Args:
+        first: ``(length, dimensions)``, one array per episode.
+        second: ``(length, other dimensions)``, one array per episode.
+        lag: In steps.
+
+    Returns:
+        float64 ``(dimensions, other dimensions)``; None for fewer than ``MIN_STEPS`` steps.
     """
-    pairs, steps = [], 0
+    firsts, seconds, num_steps = [], [], 0
     for one, other in zip(first, second):
         size = len(one) - abs(lag)
         if size > 0:
-            pairs.append((one[max(0, -lag) :][:size], other[max(0, lag) :][:size]))
-            steps += size
-        if steps > MOST_STEPS:
+            firsts.append(one[max(0, -lag) :][:size])
+            seconds.append(other[max(0, lag) :][:size])
+            num_steps += size
+        if num_steps > MAX_STEPS:
             break
-    if not pairs:
+    if not firsts:
         return None
-    one, other = (np.concatenate(side) for side in zip(*pairs))
-    whole = np.isfinite(one).all(axis=1) & np.isfinite(other).all(axis=1)
-    if whole.sum() < FEWEST_STEPS:
+    one, other = np.concatenate(firsts), np.concatenate(seconds)
+    finite = np.isfinite(one).all(axis=1) & np.isfinite(other).all(axis=1)
+    if finite.sum() < MIN_STEPS:
         return None
-    one, other = one[whole], other[whole]
-    sides = []
-    for values in (one, other):
-        values = values - values.mean(axis=0)
-        size = np.sqrt((values**2).sum(axis=0))
-        sides.append(values / np.where(size > 1e-9 * np.sqrt(len(values)), size, np.inf))
-    return sides[0].T @ sides[1]
+    return _normalised(one[finite]).T @ _normalised(other[finite])
+
+
+def _normalised(values: np.ndarray) -> np.ndarray:
+    """Return columns with mean 0 and norm 1; constant ones are 0."""
+    values = values - values.mean(axis=0)
+    size = np.sqrt((values**2).sum(axis=0))
+    return values / np.where(size > 1e-9 * np.sqrt(len(values)), size, np.inf)

@@ -1,14 +1,15 @@
-"""The image augmentation that OpenVLA and OpenVLA-OFT were fine-tuned with, and its twin for evaluation; no TensorFlow.
+"""The image augmentation of OpenVLA's and OpenVLA-OFT's fine-tuning, and the matching evaluation crop; no TensorFlow.
 
-The reference (dlimp on TensorFlow, as both call it) crops 90 % of the area, then changes brightness, contrast,
-saturation and hue, in float32, clipped to [0, 1] after each. Given the same parameters the result
-is the same in every pixel. Parameters are drawn once for all steps of a window, and anew for every camera:
+The reference (dlimp on TensorFlow) crops 90 % of the area, then changes brightness, contrast, saturation and hue in
+float32, clipped to [0, 1] after each. Given the same parameters the result is equal in every pixel. Parameters are
+drawn once for all steps of a window, and separately for every camera:
 
     augment = ImageAugmentation()
     generator = np.random.default_rng(seed)
     frames = {camera: augment(steps, generator) for camera, steps in frames.items()}
 
-A model trained so is evaluated with ``ImageAugmentation.evaluated`` (the processor's ``image_preset="center-crop"``).
+A model trained with it is evaluated with ``ImageAugmentation.center_crop`` (the processor's
+``image_preset="center-crop"``).
 """
 
 from __future__ import annotations
@@ -29,21 +30,21 @@ from ..inference.image_presets import (
 
 ZERO, ONE, SIX = np.float32(0), np.float32(1), np.float32(6)
 
-# Of red, green and blue in every sixth of the colour circle: highest (0), middle (1) or lowest (2). A seventh, where a
-# hue just under 0 was rounded up to the whole circle, gets no colour, as in TensorFlow.
-ORDER = np.array([[0, 1, 2, 2, 1, 0, 2], [1, 0, 0, 1, 2, 2, 2], [2, 2, 1, 0, 0, 1, 2]])
+# For red, green and blue: whether it is the highest (0), middle (1) or lowest (2) channel, by sixth of the colour
+# circle. The seventh column, for a hue just below 0 that was rounded up to the whole circle, is grey, as in TensorFlow.
+CHANNEL_ORDER = np.array([[0, 1, 2, 2, 1, 0, 2], [1, 0, 0, 1, 2, 2, 2], [2, 2, 1, 0, 0, 1, 2]])
 
 
 @dataclass(frozen=True)
 class AugmentationParameters:
-    """What is done to the frames of one camera.
+    """Parameters of the augmentation of one camera's frames.
 
     Attributes:
-        box: Top, left, bottom, right of the crop, as shares of the image; None for no crop.
-        brightness: Added to channels in [0, 1].
+        box: Top, left, bottom, right of the crop, as fractions of the image; None for no crop.
+        brightness: Added to the channels, which are in [0, 1].
         contrast: Factor of the distance from the channel's mean.
-        saturation: Factor.
-        hue: Added, in turns of the colour circle, -1 to 1.
+        saturation: Factor of the saturation.
+        hue: Added to the hue, in turns of the colour circle, -1 to 1.
     """
 
     box: tuple[float, float, float, float] | None = None
@@ -55,19 +56,19 @@ class AugmentationParameters:
 
 @dataclass(frozen=True)
 class ImageAugmentation:
-    """Random crop and colours, with the reference's ranges.
+    """Random crop and colour jitter, with the reference's ranges as defaults.
 
     Attributes:
-        area: Share of the image's area that the crop keeps; the aspect stays.
-        brightness: Drawn from plus or minus this.
+        area: Fraction of the image's area that the crop keeps, at the same aspect ratio.
+        brightness: Drawn from [-brightness, brightness].
         contrast: Lowest and highest factor.
         saturation: Lowest and highest factor.
-        hue: Drawn from plus or minus this, in turns, at most 1.
-        diagonal_crops: The crop is as far from the left as from the top. So it is in the reference, which draws both
-            from one seed; False draws each by itself.
+        hue: Drawn from [-hue, hue], in turns, at most 1.
+        diagonal_crops: The crop's offsets from the left and from the top are equal, as in the reference, which draws
+            both from one seed; False draws each separately.
 
     Raises:
-        ValueError: A range that makes no sense.
+        ValueError: A range is invalid.
     """
 
     area: float = CENTER_CROP_AREA
@@ -78,7 +79,7 @@ class ImageAugmentation:
     diagonal_crops: bool = True
 
     def __post_init__(self) -> None:
-        """Check the ranges."""
+        """Validate the ranges."""
         if not 0 < self.area <= 1:
             raise OpenVLAValueError(f"area must lie in (0, 1], got {self.area}.")
         if not self.brightness >= 0 or not 0 <= self.hue <= 1:
@@ -91,7 +92,7 @@ class ImageAugmentation:
                 raise OpenVLAValueError(f"{name} must be (lowest, highest), 0 or more, got {(low, high)}.")
 
     def draw(self, generator: np.random.Generator | torch.Generator) -> AugmentationParameters:
-        """Parameters for the frames of one camera. Each call takes six numbers from the generator."""
+        """Draw parameters for the frames of one camera. Each call takes six numbers from the generator."""
         top, left, brightness, contrast, saturation, hue = _six_uniform(generator)
         side = float(np.sqrt(np.float32(self.area)))
         top, left = top * (1 - side), (top if self.diagonal_crops else left) * (1 - side)
@@ -104,58 +105,58 @@ class ImageAugmentation:
         )
 
     def __call__(self, frames: np.ndarray, generator: np.random.Generator | torch.Generator) -> np.ndarray:
-        """Augmented frames of one camera.
+        """Return augmented frames of one camera.
 
         Args:
-            frames: uint8 ``(height, width, 3)``, or with steps in front ``(steps, height, width, 3)``, at the size that
-                the model takes: resize first, as the reference does.
+            frames: uint8 ``(height, width, 3)`` or ``(steps, height, width, 3)``, at the size that the model takes:
+                resize first, as the reference does.
             generator: numpy's or torch's (on the CPU).
 
         Returns:
             uint8, the same shape.
 
         Raises:
-            ValueError: Another shape or dtype.
-            TypeError: No generator.
+            ValueError: The frames have another shape or dtype.
+            TypeError: ``generator`` is not a generator.
         """
-        return augmented(frames, self.draw(generator))
+        return augment_frames(frames, self.draw(generator))
 
-    def evaluated(self, frames: np.ndarray) -> np.ndarray:
-        """The same frames for evaluation: the middle crop of the same area, colours as they are.
+    def center_crop(self, frames: np.ndarray) -> np.ndarray:
+        """Return frames for evaluation: the center crop of the same area, with unchanged colours.
 
         Args:
-            frames: As for the call.
+            frames: As for ``__call__``.
 
         Returns:
             uint8, the same shape.
 
         Raises:
-            ValueError: Another shape or dtype.
+            ValueError: The frames have another shape or dtype.
         """
         _require_frames(frames)
         return center_cropped(frames, frames.shape[-3:-1], self.area)
 
 
-def augmented(frames: np.ndarray, parameters: AugmentationParameters) -> np.ndarray:
-    """Frames changed by given parameters.
+def augment_frames(frames: np.ndarray, parameters: AugmentationParameters) -> np.ndarray:
+    """Return frames that are augmented with the given parameters.
 
     Args:
-        frames: uint8 ``(height, width, 3)`` or ``(steps, height, width, 3)``; all steps alike.
-        parameters: What to do.
+        frames: uint8 ``(height, width, 3)`` or ``(steps, height, width, 3)``; all steps are changed alike.
+        parameters: The parameters.
 
     Returns:
         uint8, the same shape.
 
     Raises:
-        ValueError: Another shape or dtype.
+        ValueError: The frames have another shape or dtype.
     """
     _require_frames(frames)
     if frames.ndim == 4:
-        return np.stack([augmented(frame, parameters) for frame in frames]) if len(frames) else frames.copy()
+        return np.stack([augment_frames(frame, parameters) for frame in frames]) if len(frames) else frames.copy()
     pixels = as_unit_floats(frames)
     if parameters.box is not None:
         pixels = np.clip(crop_and_resize(pixels, parameters.box, frames.shape[:2]), 0, 1)
-    planes = np.ascontiguousarray(pixels.reshape(-1, 3).T)  # (3, pixels): channels apart are several times faster
+    planes = np.ascontiguousarray(pixels.reshape(-1, 3).T)  # (3, pixels): separate channels are several times faster
     planes = np.clip(planes + np.float32(parameters.brightness), 0, 1)
     planes = np.clip(adjust_contrast(planes, parameters.contrast), 0, 1)
     planes = np.clip(adjust_saturation(planes, parameters.saturation), 0, 1)
@@ -164,7 +165,7 @@ def augmented(frames: np.ndarray, parameters: AugmentationParameters) -> np.ndar
 
 
 def adjust_contrast(planes: np.ndarray, factor: float) -> np.ndarray:
-    """``tf.image.adjust_contrast``: away from, or closer to, each channel's mean.
+    """Adjust contrast as ``tf.image.adjust_contrast``: scale the distance from each channel's mean.
 
     Args:
         planes: float32 ``(3, pixels)``, red, green, blue.
@@ -173,23 +174,25 @@ def adjust_contrast(planes: np.ndarray, factor: float) -> np.ndarray:
     Returns:
         float32 ``(3, pixels)``.
     """
-    sums, left = planes, planes.shape[1]
-    while True:  # in TensorFlow's order: the second half onto the first, until one pixel is left
-        right = left // 2
-        left -= right
-        sums = np.concatenate([sums[:, :right] + sums[:, left : left + right], sums[:, right:left]], axis=1)
-        if left == 1:
+    sums, num_left = planes, planes.shape[1]
+    while True:  # in TensorFlow's order: add the second half to the first until one pixel is left
+        num_right = num_left // 2
+        num_left -= num_right
+        sums = np.concatenate(
+            [sums[:, :num_right] + sums[:, num_left : num_left + num_right], sums[:, num_right:num_left]], axis=1
+        )
+        if num_left == 1:
             break
     mean = sums * (ONE / np.float32(planes.shape[1]))
     return mean + np.float32(factor) * (planes - mean)
 
 
 def adjust_saturation(planes: np.ndarray, factor: float) -> np.ndarray:
-    """``tf.image.adjust_saturation``, through hue, saturation and value.
+    """Adjust saturation as ``tf.image.adjust_saturation``, through hue, saturation and value.
 
     Args:
         planes: float32 ``(3, pixels)`` in [0, 1], red, green, blue.
-        factor: 1 changes nothing but roundings.
+        factor: 1 changes nothing up to rounding.
 
     Returns:
         float32 ``(3, pixels)``.
@@ -202,7 +205,7 @@ def adjust_saturation(planes: np.ndarray, factor: float) -> np.ndarray:
     norm = ONE / (SIX * np.where(grey, ONE, spread))
     red_most = red == value
     green_most = ~red_most & (green == value)
-    # One subtraction a pixel; the thirds of the circle are added in float64, as C's 2.0 / 6.0 makes them.
+    # One subtraction per pixel; the thirds of the circle are added in float64, as C's 2.0 / 6.0 makes them.
     first = np.where(red_most, green, np.where(green_most, blue, red))
     second = np.where(red_most, blue, np.where(green_most, red, green))
     third = np.where(red_most, 0.0, np.where(green_most, 2.0 / 6.0, 4.0 / 6.0))
@@ -218,11 +221,11 @@ def adjust_saturation(planes: np.ndarray, factor: float) -> np.ndarray:
 
 
 def adjust_hue(planes: np.ndarray, turns: float) -> np.ndarray:
-    """``tf.image.adjust_hue``: along the colour circle, keeping the highest and the lowest channel.
+    """Adjust hue as ``tf.image.adjust_hue``: rotate the colour circle, keeping the highest and the lowest channel.
 
     Args:
         planes: float32 ``(3, pixels)`` in [0, 1], red, green, blue.
-        turns: 0 changes nothing but roundings.
+        turns: 0 changes nothing up to rounding.
 
     Returns:
         float32 ``(3, pixels)``.
@@ -254,9 +257,9 @@ def adjust_hue(planes: np.ndarray, turns: float) -> np.ndarray:
 
 
 def _by_sector(sector: np.ndarray, high: np.ndarray, middle: np.ndarray, low: np.ndarray) -> np.ndarray:
-    """Red, green and blue, ``(3, pixels)``, where these are the channels of the hue's sixth of the colour circle."""
+    """Return red, green and blue, ``(3, pixels)``, from the highest, middle and lowest channel and the hue's sixth."""
     count = len(sector)
-    return np.concatenate([high, middle, low])[(ORDER * count)[:, sector] + np.arange(count)]
+    return np.concatenate([high, middle, low])[(CHANNEL_ORDER * count)[:, sector] + np.arange(count)]
 
 
 def _six_uniform(generator: np.random.Generator | torch.Generator) -> list[float]:
@@ -265,8 +268,7 @@ def _six_uniform(generator: np.random.Generator | torch.Generator) -> list[float
     if isinstance(generator, torch.Generator):
         return torch.rand(6, dtype=torch.float64, generator=generator).tolist()
     raise OpenVLATypeError(
-        "Randomness must come from a generator of yours, numpy.random.default_rng(seed) or torch.Generator(), got "
-        f"{type(generator).__name__}."
+        f"generator must be numpy.random.default_rng(seed) or torch.Generator(), got {type(generator).__name__}."
     )
 
 

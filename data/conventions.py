@@ -1,6 +1,6 @@
-"""Checks of what action dimensions stand for: their order, quaternions, absolute rotations, which way a gripper opens.
+"""Checks of conventions: dimension order, quaternions, absolute rotations, gripper direction, units, broken values.
 
-Beside ``data_doctor``, which lists them and says what a finding does.
+``openvla.data.doctor`` lists all checks and decides what a finding does.
 """
 
 from __future__ import annotations
@@ -10,226 +10,237 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from .alignment import FEWEST_STEPS, correlations, state_partners, tracked_positions
-from .findings import RATES, Finding, Recording
+from .alignment import MIN_STEPS, correlated_states, correlations, tracked_positions
+from .findings import RATES, CheckInput, Finding
 
-# A quaternion's length is 1 but for rounding to float16.
+# A quaternion's norm is 1 up to rounding to float16.
 UNIT_TOLERANCE = 2e-3
-# q and -q are one rotation; neighbours whose product is below this have changed sign.
+# q and -q are the same rotation; consecutive quaternions with a smaller dot product have changed their sign.
 SIGN_CHANGED = -0.5
-# Grippers open to 0.14 m at most (Robotiq 2F-140); fingers that move less than 5 mm hold nothing.
+# Range of the opening of two-finger grippers in metres: at most 0.14 (Robotiq 2F-140); below 5 mm it holds nothing.
 FINGER_METRES = (0.005, 0.2)
-# A finger needs some steps to close.
+# Lags in steps: fingers need some steps to close.
 FINGER_LAGS = range(6)
-# How well a gripper's command goes with its fingers: commands are steps, fingers move slowly.
+# Correlation of a gripper's command with its fingers: commands are step functions, fingers move slowly.
 DIRECTION_CORRELATION = 0.7
-# No arm moves by 2 m between two frames; controllers' own units go to 1.
-MOST_METRES = 2.0
-# One broken value (-9999, 1e6) decides over min and max; fractal's published ones are 70 times q99, and 22.
+# No arm moves 2 m between two frames; controllers' own units go to 1.
+MAX_METRES = 2.0
+# A broken value (-9999, 1e6) determines min and max; in fractal's published statistics max is 70 times q99, at 22.
 OUTLIER_RATIO, OUTLIER_SIZE = 100, 100.0
-# Frames that stand still in so many of the steps in which the arm moves come from no working camera. Half of them
-# do where a camera of 30 Hz is read at 60.
+# A camera with unchanged frames in this share of the moving steps does not work. A camera of 30 Hz that is read at
+# 60 Hz has unchanged frames in half of them.
 FROZEN_SHARE = 0.9
-# Of q01 to q99: smaller movements need not show in a picture.
+# Share of the range from q01 to q99; smaller movements need not be visible.
 MOVING_SHARE = 0.05
-_DIMENSION = re.compile(r"(?:^|[^a-z])(?:d|delta)?[^a-z]*(x|y|z|roll|pitch|yaw|gripper)(?=$|[^a-z])")
+_DIMENSION_NAME = re.compile(r"(?:^|[^a-z])(?:d|delta)?[^a-z]*(x|y|z|roll|pitch|yaw|gripper)(?=$|[^a-z])")
 _ORDER = ("x", "y", "z", "roll", "pitch", "yaw", "gripper")
 
 
-def state_column(data: Recording) -> str:
-    """Return the first column of the state, as a field names it, or words for it."""
+def state_column(data: CheckInput) -> str:
+    """Return the name of the first state column, or a description of it."""
     parts = [part for part in (data.fields.proprio if data.fields else ()) if part]
     return parts[0].partition("[")[0] if parts else "the column of the pose"
 
 
-def absolute_rotation(data: Recording) -> Finding | None:
-    """Return a finding where rotations are the measured angles themselves, beside movements in x y z."""
-    if not data.end_effector or data.tracked or not len(data.proprio) or data.state_of(RATES):
+def check_absolute_rotation(data: CheckInput) -> Finding | None:
+    """Return a finding if rotations are the measured angles themselves, while x, y and z are movements."""
+    if not data.is_end_effector or data.tracked or not len(data.proprio) or data.is_state_named(RATES):
         return None
-    if len(state_partners(data.actions, data.proprio, (0, 1, 2))) > 1:
-        return None  # no positions: the state holds speeds or the last action, of rotations too
-    tracked = tracked_positions(data.actions, data.proprio, (3, 4, 5), fewest=1)
+    if len(correlated_states(data.actions, data.proprio, (0, 1, 2))) > 1:
+        return None  # the state holds velocities or the last action, also of rotations
+    tracked = tracked_positions(data.actions, data.proprio, (3, 4, 5), min_count=1)
     if not tracked:
         return None
-    said = ", ".join(f"{data.labels[i]} with proprio[{j}] ({r:.3f})" for i, j, r in tracked)
+    pairs = ", ".join(f"{data.labels[i]} with proprio[{j}] ({correlation:.3f})" for i, j, correlation in tracked)
     return Finding(
-        "absolute-rotation",
-        len(tracked) > 1,
-        f"The action holds the measured angle itself: {said} correlate.",
-        "OpenVLA's rotations are movements; a robot that adds them turns by its own orientation at every step.",
-        f"Give the field relabel: {state_column(data)} (a column of x y z roll pitch yaw, whose differences become the "
-        "movement), or a column of movements in action.",
+        check="absolute-rotation",
+        certain=len(tracked) > 1,
+        evidence=f"The action's rotations are the measured angles: {pairs} correlate.",
+        reason="OpenVLA's rotations are relative; a robot that adds absolute angles turns by its own orientation at "
+        "every step.",
+        fix=f"Set the field relabel: {state_column(data)} (a column of x y z roll pitch yaw, whose differences become "
+        "the movement), or use a column of movements in action.",
     )
 
 
-def quaternions(data: Recording) -> Finding | None:
-    """Return a finding where four of seven numbers are a quaternion, or where one of more numbers changes sign."""
+def check_quaternions(data: CheckInput) -> Finding | None:
+    """Return a finding if four of seven numbers are a quaternion, or if a quaternion in more numbers changes sign."""
     if data.steps is None or data.steps.shape[1] < 4:
         return None
     for start in range(data.steps.shape[1] - 3):
-        four = data.steps[:, start : start + 4]
-        unit = np.abs(np.linalg.norm(four, axis=1) - 1) < UNIT_TOLERANCE
-        turning = (four.std(axis=0) > UNIT_TOLERANCE) & (four != np.round(four)).any(axis=0)
-        if not unit.all() or turning.sum() < 2:
+        values = data.steps[:, start : start + 4]
+        has_unit_norm = np.abs(np.linalg.norm(values, axis=1) - 1) < UNIT_TOLERANCE
+        varies = (values.std(axis=0) > UNIT_TOLERANCE) & (values != np.round(values)).any(axis=0)
+        if not has_unit_norm.all() or varies.sum() < 2:
             continue
-        names = f"action[{start}:{start + 4}] is a quaternion (its length is 1 in every step)"
-        if data.end_effector:
+        evidence = f"action[{start}:{start + 4}] is a quaternion (its norm is 1 in every step)"
+        if data.is_end_effector:
             return Finding(
-                "quaternion",
-                True,
-                f"{names}.",
-                "OpenVLA's seven numbers are three movements, three rotations (rad) and a gripper.",
-                "Give columns of these in action, or make them with standardize.",
+                check="quaternion",
+                certain=True,
+                evidence=f"{evidence}.",
+                reason="OpenVLA's seven numbers are three translations, three rotations (rad) and a gripper.",
+                fix="Use columns with these in action, or compute them with standardize.",
             )
-        both = [episode[:, start : start + 4] for episode in data.actions]
-        flips = int(sum(np.sum((one[1:] * one[:-1]).sum(axis=1) < SIGN_CHANGED) for one in both))
-        if flips:
+        episodes = [episode[:, start : start + 4] for episode in data.actions]
+        num_flips = int(sum(np.sum((q[1:] * q[:-1]).sum(axis=1) < SIGN_CHANGED) for q in episodes))
+        if num_flips:
             return Finding(
-                "quaternion",
-                False,
-                f"{names} whose sign changes between neighbouring steps {flips} times.",
-                "q and -q are one rotation: their mean, which a model learns, is none.",
-                "Give every quaternion the sign of the one before it where the dataset is written, or in standardize.",
+                check="quaternion",
+                certain=False,
+                evidence=f"{evidence}, and its sign changes between consecutive steps {num_flips} times.",
+                reason="q and -q are the same rotation, but a model that averages them learns neither.",
+                fix="Give every quaternion the sign of the previous one when writing the dataset, or in standardize.",
             )
     return None
 
 
-def dimension_order(data: Recording) -> Finding | None:
-    """Return a finding where the dataset's own names of seven dimensions stand in another order than OpenVLA's."""
+def check_dimension_order(data: CheckInput) -> Finding | None:
+    """Return a finding if the dataset's names of seven dimensions are in another order than OpenVLA's."""
     columns = data.fields.action if data.fields else ()
-    if len(data.low) != len(_ORDER) or len(columns) != 1 or "[" in str(columns[0]):
+    if len(data.q01) != len(_ORDER) or len(columns) != 1 or "[" in str(columns[0]):
         return None
-    names = list(data.names)[-len(_ORDER) :]
-    if len(data.names) != 1 + len(_ORDER):
+    names = list(data.action_names)[-len(_ORDER) :]
+    if len(data.action_names) != 1 + len(_ORDER):
         return None
-    said = [found[-1] if (found := _DIMENSION.findall(name.lower())) else None for name in names]
-    gripper_elsewhere = said.count("gripper") == 1 and said[-1] != "gripper"
-    if not gripper_elsewhere and (set(said) != set(_ORDER) or said == list(_ORDER)):
+    order = [matches[-1] if (matches := _DIMENSION_NAME.findall(name.lower())) else None for name in names]
+    is_gripper_misplaced = order.count("gripper") == 1 and order[-1] != "gripper"
+    if not is_gripper_misplaced and (set(order) != set(_ORDER) or order == list(_ORDER)):
         return None
     return Finding(
-        "dimension-order",
-        gripper_elsewhere,
-        f"The dataset names its dimensions {names}.",
-        "OpenVLA's are x y z roll pitch yaw gripper: the last is not normalised, and is sent to the gripper.",
-        f"Give the field action in that order, by parts: [{', '.join(_parts(said, columns[0]))}].",
+        check="dimension-order",
+        certain=is_gripper_misplaced,
+        evidence=f"The dataset's names of the dimensions are {names}.",
+        reason="OpenVLA's order is x y z roll pitch yaw gripper: the last dimension is not normalised and is sent to "
+        "the gripper.",
+        fix=f"Set the field action to parts in that order: [{', '.join(_reordered_parts(order, columns[0]))}].",
     )
 
 
-def _parts(said: list[str | None], column: str | None) -> list[str]:
-    if set(said) != set(_ORDER):
-        return [f"{column}[1:]", f"{column}[:1]"] if said[0] == "gripper" else [f"{column}[a:b]", "..."]
-    places = [said.index(name) for name in _ORDER]
-    runs: list[list[int]] = []
-    for place in places:
-        if runs and place == runs[-1][1]:
-            runs[-1][1] += 1
+def _reordered_parts(order: list[str | None], column: str | None) -> list[str]:
+    """Return parts ``column[a:b]`` that bring the dimensions into OpenVLA's order, consecutive ones together."""
+    if set(order) != set(_ORDER):
+        return [f"{column}[1:]", f"{column}[:1]"] if order[0] == "gripper" else [f"{column}[a:b]", "..."]
+    ranges: list[list[int]] = []
+    for position in (order.index(name) for name in _ORDER):
+        if ranges and position == ranges[-1][1]:
+            ranges[-1][1] += 1
         else:
-            runs.append([place, place + 1])
-    return [f"{column}[{start}:{stop}]" for start, stop in runs]
+            ranges.append([position, position + 1])
+    return [f"{column}[{start}:{stop}]" for start, stop in ranges]
 
 
-def gripper_direction(data: Recording) -> Finding | None:
-    """Return a finding where the fingers, in metres at the end of the state, are open when the gripper is closed."""
-    if not data.end_effector or not data.gripper_named or not len(data.proprio) or data.least[-1] == data.most[-1]:
+def check_gripper_direction(data: CheckInput) -> Finding | None:
+    """Return a finding if the fingers (the end of the state, in metres) are apart when the gripper is closed."""
+    if not data.is_end_effector or not data.has_gripper or not len(data.proprio) or data.min[-1] == data.max[-1]:
         return None
-    if not -0.25 <= data.least[-1] <= data.most[-1] <= 1.25:
-        return None  # gripper-range says so
-    for place in (-1, -2):
-        fingers = np.concatenate([state[:, place:][:, :1] for state in data.proprio])
+    if not -0.25 <= data.min[-1] <= data.max[-1] <= 1.25:
+        return None  # the check gripper-range has a finding
+    for offset in (-1, -2):
+        fingers = np.concatenate([state[:, offset:][:, :1] for state in data.proprio])
         widest = np.abs(fingers).max()
         if fingers.min() * fingers.max() < -1e-6 or not FINGER_METRES[0] <= widest <= FINGER_METRES[1]:
             continue
-        widths = [np.abs(state[:, place:][:, :1]) for state in data.proprio]
+        widths = [np.abs(state[:, offset:][:, :1]) for state in data.proprio]
         tables = [correlations([e[:, -1:] for e in data.actions], widths, lag) for lag in FINGER_LAGS]
         values = [float(table[0, 0]) for table in tables if table is not None]
         if values and min(values) <= -DIRECTION_CORRELATION and max(values) < DIRECTION_CORRELATION:
-            index = data.proprio[0].shape[1] + place
+            index = data.proprio[0].shape[1] + offset
             return Finding(
-                "gripper-direction",
-                False,
-                f"gripper is high where the fingers (proprio[{index}], up to {widest:.3g}, as metres) are together: "
-                f"correlation {min(values):.2f}.",
-                "OpenVLA's gripper is 0 closed to 1 open.",
-                "Give the field gripper: inverted (or take back what inverts it) where fingers apart are open.",
+                check="gripper-direction",
+                certain=False,
+                evidence=f"gripper is high when the fingers (proprio[{index}], up to {widest:.3g}, as metres) are "
+                f"together: correlation {min(values):.2f}.",
+                reason="OpenVLA's gripper is 0 closed to 1 open.",
+                fix="Set the field gripper: inverted (or remove the inversion) if a large finger distance means open.",
             )
     return None
 
 
-def millimetres(data: Recording) -> Finding | None:
-    """Return a finding where movements are too large for metres."""
-    far = np.maximum(-data.low, data.high)[:3]
-    if not data.end_effector or not (far > MOST_METRES).any():
+def check_millimetres(data: CheckInput) -> Finding | None:
+    """Return a finding if translations are too large for metres."""
+    largest = np.maximum(-data.q01, data.q99)[:3]
+    if not data.is_end_effector or not (largest > MAX_METRES).any():
         return None
-    said = ", ".join(f"{data.labels[i]} from {data.low[i]:.4g} to {data.high[i]:.4g}" for i in np.flatnonzero(far > 2))
+    dimensions = np.flatnonzero(largest > MAX_METRES)
+    ranges = ", ".join(f"{data.labels[i]} from {data.q01[i]:.4g} to {data.q99[i]:.4g}" for i in dimensions)
     return Finding(
-        "millimetres",
-        False,
-        f"{said} (q01 to q99): more than 2 m a step, if it were metres.",
-        "Answers are in the dataset's units; a robot that takes millimetres for metres moves 1000 times too far.",
-        "Convert it with standardize or where the dataset is written, or drive the robot in the dataset's units.",
+        check="millimetres",
+        certain=False,
+        evidence=f"{ranges} (q01 to q99): more than 2 m per step if the unit is metres.",
+        reason="Predicted actions have the dataset's units; a robot that takes millimetres for metres moves 1000 times "
+        "too far.",
+        fix="Convert the unit with standardize or when writing the dataset, or drive the robot in the dataset's units.",
     )
 
 
-def outliers(data: Recording) -> Finding | None:
-    """Return a finding where single values are far beyond all others."""
-    usual, far = np.maximum(-data.low, data.high), np.maximum(-data.least, data.most)
-    broken = np.flatnonzero((far >= OUTLIER_SIZE) & (far > OUTLIER_RATIO * usual) & (usual > 0))
+def check_outliers(data: CheckInput) -> Finding | None:
+    """Return a finding if single values are far beyond all others."""
+    usual, largest = np.maximum(-data.q01, data.q99), np.maximum(-data.min, data.max)
+    broken = np.flatnonzero((largest >= OUTLIER_SIZE) & (largest > OUTLIER_RATIO * usual) & (usual > 0))
     if not len(broken):
         return None
-    said = ", ".join(f"{data.labels[i]} to {far[i]:.4g}, beside q01 to q99 within {usual[i]:.4g}" for i in broken)
+    ranges = ", ".join(
+        f"{data.labels[i]} has values up to {largest[i]:.4g}, but q01 to q99 is within {usual[i]:.4g}" for i in broken
+    )
     return Finding(
-        "outliers",
-        False,
-        f"{said}.",
-        "These steps are trained on as the largest movement, and min and max (normalization: bounds) are theirs alone.",
-        "Repair them where the dataset is written, or leave the episodes out.",
+        check="outliers",
+        certain=False,
+        evidence=f"{ranges}.",
+        reason="The model is trained on these steps as the largest movement, and they alone determine min and max "
+        "(normalization: bounds).",
+        fix="Repair the values when writing the dataset, or leave the episodes out.",
     )
 
 
-def rare_movement(data: Recording) -> Finding | None:
-    """Return a finding where a dimension moves, but in so few steps that q01 and q99 are one value."""
-    mask = np.asarray(data.action.get("mask", [True] * len(data.low)), bool)
-    rare = np.flatnonzero(mask & (data.low == data.high) & (data.least < data.most))
-    if not data.end_effector or not len(rare) or "q01" not in data.action or "min" not in data.action:
+def check_rare_movement(data: CheckInput) -> Finding | None:
+    """Return a finding if a dimension moves in so few steps that q01 and q99 are equal."""
+    mask = np.asarray(data.statistics.get("mask", [True] * len(data.q01)), bool)
+    rare = np.flatnonzero(mask & (data.q01 == data.q99) & (data.min < data.max))
+    if not data.is_end_effector or not len(rare) or "q01" not in data.statistics or "min" not in data.statistics:
         return None
-    said = ", ".join(
-        f"{data.labels[i]} is {data.low[i]:.4g} from q01 to q99, and {data.least[i]:.4g} to {data.most[i]:.4g} in all"
+    ranges = ", ".join(
+        f"{data.labels[i]} is {data.q01[i]:.4g} from q01 to q99, but goes from {data.min[i]:.4g} to {data.max[i]:.4g}"
         for i in rare
     )
     return Finding(
-        "rare-movement",
-        False,
-        f"{said}.",
-        "Actions are normalised by q01 and q99: the model cannot answer with this movement.",
-        "Leave out steps that stand still (drop_noops), or take normalization: bounds.",
+        check="rare-movement",
+        certain=False,
+        evidence=f"{ranges}.",
+        reason="Actions are normalised by q01 and q99, so the model cannot predict this movement.",
+        fix="Leave out steps without movement (drop_noops), or set normalization: bounds.",
     )
 
 
-def frozen_frames(data: Recording, still: Mapping[str, Sequence[bool]]) -> list[Finding]:
-    """Return a finding for every camera whose pictures stay the same while the arm moves.
+def check_frozen_frames(data: CheckInput, unchanged: Mapping[str, Sequence[bool]]) -> list[Finding]:
+    """Return a finding for every camera whose frames do not change while the arm moves.
 
     Args:
-        data: With the actions of the episodes that were looked at.
-        still: By camera, whether the picture after a step is the same in every pixel: one for each step of each episode
-            but its last.
+        data: With the actions of the episodes whose frames were compared.
+        unchanged: By camera: whether the next frame is equal in every pixel, for each step of each episode but its
+            last.
     """
     moving = []
-    full = data.high - data.low
+    value_range = data.q99 - data.q01
     for episode in data.actions:
-        values = episode - np.median(episode, axis=0) if data.end_effector else np.diff(episode, axis=0, append=np.nan)
-        moving.append((np.abs(values) > MOVING_SHARE * full)[:-1, full > 0].any(axis=1))
-    steps = np.concatenate(moving) if moving else np.zeros(0, bool)
-    found = []
-    for camera, equal in still.items():
-        share = float(np.mean(np.asarray(equal)[steps])) if steps.sum() >= FEWEST_STEPS else 0.0
+        if data.is_end_effector:
+            movement = episode - np.median(episode, axis=0)
+        else:
+            movement = np.diff(episode, axis=0, append=np.nan)
+        moving.append((np.abs(movement) > MOVING_SHARE * value_range)[:-1, value_range > 0].any(axis=1))
+    is_moving = np.concatenate(moving) if moving else np.zeros(0, bool)
+    findings = []
+    for camera, equal in unchanged.items():
+        share = float(np.mean(np.asarray(equal)[is_moving])) if is_moving.sum() >= MIN_STEPS else 0.0
         if share >= FROZEN_SHARE:
-            found.append(
+            findings.append(
                 Finding(
-                    "frozen-frames",
-                    False,
-                    f"{camera} shows the same picture again after {share:.0%} of {int(steps.sum())} steps that move.",
-                    "A model that sees a picture of the past, or nothing, learns the mean movement.",
-                    "Leave the camera out of the field cameras, or record it again.",
+                    check="frozen-frames",
+                    certain=False,
+                    evidence=f"{camera} has the same frame again after {share:.0%} of {int(is_moving.sum())} moving "
+                    "steps.",
+                    reason="A model whose input is an old frame, or none, learns the mean movement.",
+                    fix="Remove the camera from the field cameras, or record the data again.",
                 )
             )
-    return found
+    return findings

@@ -1,4 +1,4 @@
-"""The input of a check of recorded numbers, and its result (``data_doctor``)."""
+"""Input and result of the checks of a dataset's numbers (``openvla.data.doctor``)."""
 
 from __future__ import annotations
 
@@ -10,33 +10,33 @@ from typing import Any
 import numpy as np
 
 from ..actions_openvla import END_EFFECTOR_DIMENSIONS, dimension_labels
-from .alignment import tracked_positions
-from .columns import Fields
+from .alignment import Correlation, tracked_positions
+from .columns import ColumnSpec
 from .presets import PRESETS
 
-# How recorders name joints: ALOHA's and LeRobot's arms, MuJoCo's qpos.
+# Names of joints: ALOHA's and LeRobot's arms, MuJoCo's qpos.
 JOINTS = re.compile(r"joint|qpos|motor|shoulder|elbow|waist|forearm|wrist_(flex|roll|angle|rotate|pitch|yaw)", re.I)
-# Columns of a state that tell how it moves, not where it is.
+# State columns that hold velocities or the last action, not positions.
 RATES = re.compile(r"vel|speed|qvel|last_action|prev_action|previous_action", re.I)
 
 
 @dataclass(frozen=True)
 class Finding:
-    """The result of a check.
+    """A problem that a check found in a dataset's numbers.
 
     Attributes:
-        check: Its name, as ``accept`` takes it.
-        certain: The numbers are wrong; else they may be meant so.
-        saw: Dimensions by their labels, episodes, numbers.
-        why: Why it matters.
-        mend: The field of the data configuration that mends it.
+        check: The check's name, as the option ``accept`` takes it.
+        certain: True if the numbers are wrong; False if they may be intended.
+        evidence: What the check saw: dimensions by their labels, episodes, numbers.
+        reason: Why it matters.
+        fix: Which field of the data configuration fixes it.
     """
 
     check: str
     certain: bool
-    saw: str
-    why: str
-    mend: str
+    evidence: str
+    reason: str
+    fix: str
 
     @property
     def severity(self) -> str:
@@ -45,7 +45,7 @@ class Finding:
 
     def text(self) -> str:
         """Return the finding in one line."""
-        return f"{self.check} ({self.severity}): {self.saw} {self.why} {self.mend}"
+        return f"{self.check} ({self.severity}): {self.evidence} {self.reason} {self.fix}"
 
     def as_json(self) -> dict[str, Any]:
         """Return the finding as ``openvla inspect-data --json`` prints it."""
@@ -53,65 +53,75 @@ class Finding:
 
 
 @dataclass
-class Recording:
-    """A dataset to examine: its statistics, and the numbers behind them where they are at hand.
+class CheckInput:
+    """A dataset to check: its statistics and, if available, the numbers of its episodes.
 
     Attributes:
-        name: The dataset's.
-        action: Lists ``q01``, ``q99``, ``min``, ``max`` (either pair), ``mask``.
-        fields: The dataset's; None for statistics alone.
-        names: What the dataset calls the action's dimensions or columns.
-        actions: float64 ``(length, action_dim)``, one an episode; empty for statistics alone.
-        proprio: float64 ``(length, proprio_dim)``, one an episode, or empty.
-        labels: What this package calls the action's dimensions.
-        tracked: Action dimensions that are measured positions (``tracked_positions``): of seven, and not where the
-            state tells speeds alone.
+        name: The dataset's name.
+        statistics: The action's lists ``q01`` and ``q99``, ``min`` and ``max`` (either pair suffices), and ``mask``.
+        fields: The dataset's fields; None for statistics alone.
+        action_names: The dataset's names of the action's columns or dimensions.
+        actions: float64 ``(length, action_dim)``, one array per episode; empty for statistics alone.
+        proprio: float64 ``(length, proprio_dim)``, one array per episode, or empty.
+        labels: This package's names of the action's dimensions.
+        q01, q99, min, max: float64 ``(action_dim,)``; a missing pair is replaced by the other one.
+        steps: The actions of all episodes, float64 ``(steps, action_dim)``; None for statistics alone.
+        tracked: For seven dimensions, those that repeat a measured position (``tracked_positions``); empty if the
+            state holds velocities alone.
     """
 
     name: str
-    action: Mapping[str, Any]
-    fields: Fields | None = None
-    names: Sequence[str] = ()
+    statistics: Mapping[str, Any]
+    fields: ColumnSpec | None = None
+    action_names: Sequence[str] = ()
     actions: Sequence[np.ndarray] = ()
     proprio: Sequence[np.ndarray] = ()
     labels: list[str] = field(init=False)
-    tracked: list[tuple[int, int, float]] = field(init=False)
+    q01: np.ndarray = field(init=False)
+    q99: np.ndarray = field(init=False)
+    min: np.ndarray = field(init=False)
+    max: np.ndarray = field(init=False)
+    steps: np.ndarray | None = field(init=False)
+    tracked: list[Correlation] = field(init=False)
 
     def __post_init__(self) -> None:
-        """Take q01 and q99 for min and max, or the other way round, where statistics hold one pair."""
-        own = {field: values for field, values in self.action.items() if values is not None}
-        self.low, self.high = (np.asarray(own[a] if a in own else own[b], float) for a, b in _PAIRS)
-        self.least, self.most = (np.asarray(own[b] if b in own else own[a], float) for a, b in _PAIRS)
-        self.labels = [label for label, _ in dimension_labels(len(self.low), self.name)]
+        """Compute the attributes that follow from the others."""
+        self.q01, self.min = self._bounds("q01", "min")
+        self.q99, self.max = self._bounds("q99", "max")
+        self.labels = [label for label, _ in dimension_labels(len(self.q01), self.name)]
         self.steps = np.concatenate(self.actions) if len(self.actions) else None
-        seven = len(self.low) == len(END_EFFECTOR_DIMENSIONS)
-        self.tracked = tracked_positions(self.actions, self.proprio) if seven and not self.state_of(RATES) else []
+        may_track = len(self.q01) == len(END_EFFECTOR_DIMENSIONS) and not self.is_state_named(RATES)
+        self.tracked = tracked_positions(self.actions, self.proprio) if may_track else []
 
-    def state_of(self, names: re.Pattern[str]) -> bool:
-        """Return True where every column of the state bears one of these names."""
+    def _bounds(self, quantile: str, extreme: str) -> tuple[np.ndarray, np.ndarray]:
+        stored = {key: values for key, values in self.statistics.items() if values is not None}
+        return (
+            np.asarray(stored[quantile if quantile in stored else extreme], float),
+            np.asarray(stored[extreme if extreme in stored else quantile], float),
+        )
+
+    def is_state_named(self, pattern: re.Pattern[str]) -> bool:
+        """Return whether the names of all state columns match a pattern."""
         parts = [part for part in (self.fields.proprio if self.fields else ()) if part]
-        return bool(parts) and all(names.search(part) for part in parts)
+        return bool(parts) and all(pattern.search(part) for part in parts)
 
     @property
-    def end_effector(self) -> bool:
-        """True where seven numbers are a movement and a gripper.
+    def is_end_effector(self) -> bool:
+        """True if the action is seven numbers, a movement and a gripper.
 
-        Not where their names speak of joints, or where they follow a state that holds joints alone.
+        False if they are named as joints, or if they follow a state whose columns are named as joints.
         """
-        joints = any(map(JOINTS.search, self.names)) or bool(self.tracked) and self.state_of(JOINTS)
-        return len(self.low) == len(END_EFFECTOR_DIMENSIONS) and not joints
+        is_joints = any(map(JOINTS.search, self.action_names)) or bool(self.tracked) and self.is_state_named(JOINTS)
+        return len(self.q01) == len(END_EFFECTOR_DIMENSIONS) and not is_joints
 
     @property
-    def gripper_named(self) -> bool:
-        """True unless the fields (or the preset of that name) put a zero in the gripper's place."""
+    def has_gripper(self) -> bool:
+        """False if the fields (or the preset with the dataset's name) fill the gripper's dimension with zeros."""
         fields = self.fields or PRESETS.get(self.name)
         return fields is None or not fields.action or fields.action[-1] is not None
 
     @property
-    def gripper_normalised(self) -> bool:
-        """True where the configuration says that the gripper is one more movement: ``action_mask`` is all true."""
-        mask = self.fields.action_mask if self.fields else self.action.get("mask")
+    def is_gripper_normalised(self) -> bool:
+        """True if ``action_mask`` says that the gripper is normalised like a movement."""
+        mask = self.fields.action_mask if self.fields else self.statistics.get("mask")
         return mask is not None and bool(mask[-1])
-
-
-_PAIRS = (("q01", "min"), ("q99", "max"))

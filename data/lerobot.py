@@ -1,4 +1,4 @@
-"""LeRobot datasets, v2.1 and v3: parquet tables through pyarrow, videos through PyAV, images as parquet bytes too."""
+"""Read LeRobot datasets, v2.0 to v3.0: tables through pyarrow, videos through PyAV, images in tables or files."""
 
 from __future__ import annotations
 
@@ -9,60 +9,49 @@ import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from ..errors_openvla import OpenVLAValueError
 from .columns import (
-    Fields,
-    alternative_texts,
+    ColumnSpec,
+    alternative_instruction_columns,
     as_text,
     dotted,
-    is_no_camera_name,
-    says_nothing,
+    is_empty_instruction,
+    is_non_camera_name,
     step_order,
 )
-from .episodes import (
-    DEPTH,
-    IMAGE,
-    NUMBERS,
-    TEXT,
-    DemonstrationError,
-    EpisodeReader,
-    Stored,
-    decoded_image,
-    require,
-)
-from .lerobot_meta import PLACE, checked_info, json_lines, require_numbers, require_paths
-from .open_files import Handles
-from .presets import (
-    ABSOLUTE,
-    AUTO,
-    HDF5_PRESETS,
-    PRESETS,
-    SIGNED,
-    WITHOUT_PRESET,
-    merged_fields,
-    require_raw_gripper,
-    stored_gripper,
-)
+from .episodes import DEPTH, IMAGE, NUMERIC, TEXT, DatasetError, EpisodeReader, RawEpisode, decode_image
+from .file_handles import FileHandleCache
+from .gripper_check import ABSOLUTE, SIGNED, detect_gripper_convention, require_unconverted_gripper
+from .lerobot_meta import FILE_INDICES, load_info, read_json_lines, require_numbers, require_path_patterns
+from .presets import AUTO, HDF5_PRESETS, PRESETS, WITHOUT_PRESET, merge_fields
+from .utils import require
 from .video import Video
 
 _IMAGE_DTYPES = ("video", "image")
-# What counts an episode's rows, in the order of trust.
+# Columns that count an episode's rows, the most reliable first.
 _COUNTERS = ("frame_index", "index", "timestamp")
-# Columns of the tasks' table that hold the text; the second is the name of a data frame's index.
+# Columns of the tasks table that hold the text; the second is the name of a data frame's index.
 _TASK_TEXTS = ("task", "__index_level_0__")
 _RANGE = re.compile(r"^\s*(\d*)\s*:\s*(\d*)\s*$")
-# Pixels of more than 8 bits: depth.
-_DEPTH_PIXELS = re.compile(r"^gray(9|1\d)")
-# How JSON, and writers of text, say that something is not so.
+# Pixel formats with more than 8 bits: depth.
+_DEPTH_PIXEL_FORMAT = re.compile(r"^gray(9|1\d)")
+# Spellings of false in JSON and in text.
 _FALSE = ("false", "none", "0", "no", "")
 
 
-class _Table:
-    """An open parquet file."""
+class _EpisodeRange(NamedTuple):
+    """Lowest and highest episode_index of a row group; infinite if unknown."""
+
+    low: float
+    high: float
+
+
+class _ParquetFile:
+    """An open parquet file with the rows of some episodes."""
 
     def __init__(self, path: Path) -> None:
         parquet = require("pyarrow.parquet", "Reading LeRobot datasets")
@@ -71,55 +60,56 @@ class _Table:
             self.file = parquet.ParquetFile(path)
             schema = self.file.schema_arrow
         except (pyarrow.ArrowException, OSError) as error:
-            raise DemonstrationError(f"{path} cannot be read as parquet: {error}.") from error
+            raise DatasetError(f"{path} cannot be read as parquet: {error}.") from error
         self.names = set(schema.names)
         if "episode_index" in self.names and not str(schema.field("episode_index").type).startswith(("int", "uint")):
-            raise DemonstrationError(
+            raise DatasetError(
                 f"{path}: episode_index must be a column of whole numbers, got {schema.field('episode_index').type}."
             )
-        self.bounds = _episode_bounds(self.file.metadata)
+        self.episode_ranges = _episode_ranges(self.file.metadata)
 
     def close(self) -> None:
         self.file.close()
 
-    def episode(self, index: int, columns: list[str]) -> Any:
-        """The rows of an episode as they are stored, of those row groups that hold them; columns that are there."""
-        groups = [group for group, (low, high) in enumerate(self.bounds) if low <= index <= high]
-        held = [name for name in columns if name in self.names]
-        table = self.file.read_row_groups(groups, columns=["episode_index", *held])
+    def read_episode(self, index: int, columns: list[str]) -> Any:
+        """Return the rows of an episode in stored order, with those of the columns that exist."""
+        groups = [group for group, (low, high) in enumerate(self.episode_ranges) if low <= index <= high]
+        existing = [name for name in columns if name in self.names]
+        table = self.file.read_row_groups(groups, columns=["episode_index", *existing])
         return table.take(np.flatnonzero(table["episode_index"].to_numpy() == index))
 
 
-def _episode_bounds(metadata: Any) -> list[tuple[float, float]]:
-    """Lowest and highest episode_index of every row group, as far as the file says."""
+def _episode_ranges(metadata: Any) -> list[_EpisodeRange]:
+    """Return the range of episode_index of every row group, from the file's statistics."""
     if not metadata.num_row_groups:
         return []
+    unknown = _EpisodeRange(-np.inf, np.inf)
     names = [metadata.row_group(0).column(leaf).path_in_schema for leaf in range(metadata.row_group(0).num_columns)]
     if "episode_index" not in names:
-        return [(-np.inf, np.inf)] * metadata.num_row_groups
+        return [unknown] * metadata.num_row_groups
     leaf = names.index("episode_index")
     statistics = [metadata.row_group(group).column(leaf).statistics for group in range(metadata.num_row_groups)]
-    return [(s.min, s.max) if s is not None and s.has_min_max else (-np.inf, np.inf) for s in statistics]
+    return [_EpisodeRange(s.min, s.max) if s is not None and s.has_min_max else unknown for s in statistics]
 
 
 class LeRobotReader(EpisodeReader):
-    """Episodes of a LeRobot dataset on disk.
+    """Reader of LeRobot datasets on disk.
 
-    Presets are of RLDS and do not belong here; a dataset that bears the name of one is read as it is stored, with a
-    warning. Only a gripper that goes below 0 shows that LIBERO's actions are stored as the simulator takes them: then
-    the preset of the name is taken.
+    Presets describe RLDS datasets and do not fit LeRobot datasets in general: a dataset with the name of a preset is
+    read as it is stored, with a warning. The exception is a LIBERO dataset whose gripper goes below 0, which shows that
+    its actions are stored as the simulator takes them: it is read with the preset of its name.
 
     Args:
         root: The folder with meta/info.json.
-        preset: As in ``open_demonstrations``.
-        fields: Fields to replace; by default all colour cameras in the order of info.json, ``action``,
-            ``observation.state``.
-        name: Of the dataset; by default the folder's name.
+        preset: As in ``open_dataset``.
+        fields: Fields of ``ColumnSpec`` to replace. Default: all colour cameras in the order of info.json, ``action``
+            and ``observation.state``.
+        name: The dataset's name. Default: the folder's name.
         split: A key of info.json's ``splits``, or "all".
 
     Raises:
-        ValueError: Another version of the format, no such split, or damaged meta files.
-        KeyError: A field is not there.
+        ValueError: The format's version is not supported, the split does not exist, or a meta file is damaged.
+        KeyError: A field names a column that does not exist.
         ImportError: pyarrow is not installed.
     """
 
@@ -128,167 +118,181 @@ class LeRobotReader(EpisodeReader):
     def __init__(
         self,
         root: Path,
-        preset: str | None,
-        fields: Mapping[str, Any] | None,
-        name: str | None,
+        *,
+        preset: str | None = AUTO,
+        fields: Mapping[str, Any] | None = None,
+        name: str | None = None,
         split: str = "train",
     ) -> None:
-        self.info = checked_info(root)
+        self.info = load_info(root)
         self.root, self.v3, self.split = root, self.info["codebase_version"] == "v3.0", split
         features = self.info["features"]
-        # Names as they are stored, by the names with dots.
-        self.stored = {dotted(feature): feature for feature in features}
-        if len(self.stored) < len(features):
+        # Stored names by dotted names.
+        self.stored_names = {dotted(feature): feature for feature in features}
+        if len(self.stored_names) < len(features):
             raise OpenVLAValueError(
                 f"{root} must name features that differ in more than dots and slashes, got {[*features]}."
             )
         self.videos = {dotted(feature) for feature in features if features[feature]["dtype"] == "video"}
-        names = {public: _kind(features[feature]) for public, feature in self.stored.items()}
-        names["task"] = TEXT
+        column_kinds = {name: _feature_kind(features[feature]) for name, feature in self.stored_names.items()}
+        column_kinds["task"] = TEXT
         self.doubtful_cameras = frozenset(
-            public for public, feature in self.stored.items() if names[public] == IMAGE and _grey(features[feature])
+            name
+            for name, feature in self.stored_names.items()
+            if column_kinds[name] == IMAGE and _has_single_channel(features[feature])
         )
-        require_paths(root, self.info, self.v3, bool(self.videos))
-        self.episodes = self._of_split(self._read_episodes())
+        require_path_patterns(root, self.info, self.v3, bool(self.videos))
+        self.episodes = self._select_split(self._read_episodes())
         fps = self.info.get("fps")
         self.frame_rate = float(fps) if isinstance(fps, (int, float)) and fps > 0 else None
-        self.handles = Handles(_Table)
-        self.open_videos = Handles(Video)
-        self._tasks_differ = False
-        self._holders: dict[Path, list[tuple[float, float]]] = {}
+        self.tables = FileHandleCache(_ParquetFile)
+        self.open_videos = FileHandleCache(Video)
+        self._has_warned_of_tasks = False
+        self._episode_ranges: dict[Path, list[_EpisodeRange]] = {}
         self.preset = None if preset == AUTO else preset
-        suggested = _suggested(names, self.doubtful_cameras)
-        super().__init__(root, name or root.name, names, merged_fields(suggested, self.preset, fields, root))
-        if self.v3 and (filmed := [f"videos/{self.stored[one]}" for one in self.fields.cameras if one in self.videos]):
-            require_numbers(root, self.episodes, [f"{one}/{part}" for one in filmed for part in PLACE])
-            require_numbers(root, self.episodes, [f"{one}/from_timestamp" for one in filmed], (int, float))
-        by_task = self.fields.instruction in (None, "task") and not self.fields.instruction_text
-        self.tasks = self._read_tasks() if by_task else {}
+        suggested = _suggest_fields(column_kinds, self.doubtful_cameras)
+        merged = merge_fields(suggested, self.preset, fields, root)
+        super().__init__(root, name or root.name, column_kinds, merged)
+        self._require_video_locations()
+        uses_tasks = self.fields.instruction in (None, "task") and not self.fields.instruction_text
+        self.tasks = self._read_tasks() if uses_tasks else {}
         if preset == AUTO:
-            self._look_at_gripper(fields, name, root.name)
+            self._select_preset_by_gripper(fields, name, root.name)
         else:
-            require_raw_gripper(self, fields)
+            require_unconverted_gripper(self, fields)
 
-    def _look_at_gripper(self, given: Mapping[str, Any] | None, *names: str | None) -> None:
-        """Take the preset of the dataset's name if the gripper shows that it fits; else say that it is not taken."""
+    def _require_video_locations(self) -> None:
+        """Check that meta/episodes (v3) locates the videos of the cameras."""
+        videos = [f"videos/{self.stored_names[camera]}" for camera in self.fields.cameras if camera in self.videos]
+        if self.v3 and videos:
+            require_numbers(self.root, self.episodes, [f"{video}/{key}" for video in videos for key in FILE_INDICES])
+            require_numbers(self.root, self.episodes, [f"{video}/from_timestamp" for video in videos], (int, float))
+
+    def _select_preset_by_gripper(self, fields: Mapping[str, Any] | None, *names: str | None) -> None:
+        """Use the preset of the dataset's name if the stored gripper fits it; else warn that it is not used."""
         known = next((name for name in names if name in (PRESETS.keys() | WITHOUT_PRESET) - {*HDF5_PRESETS}), None)
-        if known is None or {"gripper", "standardize"} & set(given or {}):
+        if known is None or {"gripper", "standardize"} & set(fields or {}):
             return
-        convention, preset = stored_gripper(self), PRESETS.get(known)
+        convention, preset = detect_gripper_convention(self), PRESETS.get(known)
         if preset is not None and preset.gripper == "clipped_inverted":
             if convention == SIGNED:
                 self.preset, self.preset_reason = known, "by the dataset's name, and its gripper goes below 0"
-                whole = preset.changed(given or {})
+                preset_fields = preset.replace(fields or {})
                 mask = self.fields.action_mask or preset.action_mask
-                own = dataclasses.replace(self.fields, gripper=preset.gripper, action_mask=mask)
-                self.fields = own if self._absent(whole) else whole
+                own_fields = dataclasses.replace(self.fields, gripper=preset.gripper, action_mask=mask)
+                self.fields = own_fields if self._missing_column(preset_fields) else preset_fields
                 return
             if convention == ABSOLUTE:
                 return
         warnings.warn(
             f"{self.root}: {known!r} is the name of an RLDS dataset, whose columns this LeRobot dataset need not have: "
-            "it is read as it is stored, the gripper as 0 closed, 1 open. Look at it with openvla inspect-data; where "
-            "that is wrong, give fields.",
+            "it is read as it is stored, the gripper as 0 closed, 1 open. Check it with openvla inspect-data; if that "
+            "is wrong, set fields.",
             stacklevel=4,
         )
 
-    def _read_tasks(self) -> dict[int, str]:
+    def _read_tasks(self) -> dict[int, Any]:
+        """Return the tasks' texts by task_index."""
         meta = self.root / "meta"
         if not self.v3:
-            rows = json_lines(meta / "tasks.jsonl")
+            rows = read_json_lines(meta / "tasks.jsonl")
             require_numbers(self.root, rows, ["task_index"])
             return {row["task_index"]: row.get("task") for row in rows}
         table = _read_parquet(meta / "tasks.parquet")
-        texts = [
+        text_columns = [
             name
             for name in table.column_names
             if name != "task_index" and re.search("string|binary", str(table[name].type))
         ]
-        text = next((name for name in _TASK_TEXTS if name in texts), texts[0] if len(texts) == 1 else None)
-        if text is None:
+        text_column = next((name for name in _TASK_TEXTS if name in text_columns), None)
+        if text_column is None and len(text_columns) == 1:
+            text_column = text_columns[0]
+        if text_column is None:
             raise OpenVLAValueError(
                 f"{meta / 'tasks.parquet'} must hold the task's text in a column named one of {_TASK_TEXTS}; its text "
-                f"columns are {texts}. Or give the field instruction or instruction_text."
+                f"columns are {text_columns}. Or set the field instruction or instruction_text."
             )
-        rows = table.select([name for name in ("task_index", text) if name in table.column_names]).to_pylist()
+        rows = table.select([name for name in ("task_index", text_column) if name in table.column_names]).to_pylist()
         require_numbers(self.root, rows, ["task_index"])
-        return {row["task_index"]: row[text] for row in rows}
+        return {row["task_index"]: row[text_column] for row in rows}
 
-    def _of_split(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Return the episodes of the split, as info.json says it: "0:80" is the episodes 0 to 79.
+    def _select_split(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Return the episodes of the split by info.json's range: "0:80" is the episodes 0 to 79.
 
         Raises:
-            ValueError: There is no such split, or its range cannot be read.
+            ValueError: The split does not exist, or its range cannot be parsed.
         """
         splits = self.info.get("splits") or {"train": ":"}
         if self.split == "all":
             return rows
         if self.split not in splits:
-            raise OpenVLAValueError(f"{self.root} has no split {self.split!r}; take one of {[*splits, 'all']}.")
-        kept = {name: _in_range(self.root, name, text, rows) for name, text in splits.items()}
-        if outside := len(rows) - len(set().union(*kept.values())):
+            raise OpenVLAValueError(f"{self.root} has no split {self.split!r}; use one of {[*splits, 'all']}.")
+        indices = {name: _indices_in_range(self.root, name, text, rows) for name, text in splits.items()}
+        if num_outside := len(rows) - len(set().union(*indices.values())):
             warnings.warn(
-                f"{self.root}: {outside} of {len(rows)} episodes lie in no split of info.json ({splits}) and are left "
-                "out; split 'all' takes every one.",
+                f"{self.root}: {num_outside} of {len(rows)} episodes are in no split of info.json ({splits}) and are "
+                "left out; split 'all' uses every episode.",
                 stacklevel=4,
             )
-        return [row for row in rows if row["episode_index"] in kept[self.split]]
+        return [row for row in rows if row["episode_index"] in indices[self.split]]
 
     def digest(self) -> str:
-        """Hex digest of what the tables depend on, the split among it."""
+        """Return the base class's digest combined with the split."""
         return hashlib.sha256(f"{super().digest()} {self.split}".encode()).hexdigest()
 
     def _read_episodes(self) -> list[dict[str, Any]]:
+        """Return the rows of meta/episodes, sorted by episode_index."""
         meta = self.root / "meta"
         if not self.v3:
-            rows = json_lines(meta / "episodes.jsonl")
+            rows = read_json_lines(meta / "episodes.jsonl")
         else:
-            files = sorted((meta / "episodes").rglob("*.parquet"))
             rows = []
-            for file in files:
+            for file in sorted((meta / "episodes").rglob("*.parquet")):
                 table = _read_parquet(file)
-                # Statistics of every episode are there too, and large.
+                # Per-episode statistics are large and not needed.
                 rows += table.select([n for n in table.column_names if not n.startswith("stats/")]).to_pylist()
         total = self.info.get("total_episodes")
         if total is not None and total != len(rows):
             warnings.warn(
-                f"{self.root}: info.json says {total} episodes, but {meta}/episodes names {len(rows)}; if it is not "
-                "whole, copy the dataset again.",
+                f"{self.root}: info.json says {total} episodes, but {meta}/episodes has {len(rows)}; if the dataset is "
+                "incomplete, copy it again.",
                 stacklevel=4,
             )
-        require_numbers(self.root, rows, ["episode_index", "length", *([f"data/{part}" for part in PLACE] * self.v3)])
+        data_indices = [f"data/{key}" for key in FILE_INDICES] if self.v3 else []
+        require_numbers(self.root, rows, ["episode_index", "length", *data_indices])
         counts = Counter(row["episode_index"] for row in rows)
-        if twice := sorted(number for number, count in counts.items() if count > 1):
-            raise OpenVLAValueError(f"{meta} must name every episode once; these are there twice: {twice[:5]}.")
+        if duplicates := sorted(number for number, count in counts.items() if count > 1):
+            raise OpenVLAValueError(f"{meta} must name every episode once; these are duplicated: {duplicates[:5]}.")
         return sorted(rows, key=lambda row: row["episode_index"])
 
     @property
     def files(self) -> list[Path]:
-        """Tables and videos that the episodes name."""
+        """The tables and videos of the episodes."""
         meta = self.root / "meta"
-        found = {meta / "info.json", *meta.glob("episodes.jsonl"), *meta.glob("episodes/**/*.parquet")}
+        files = {meta / "info.json", *meta.glob("episodes.jsonl"), *meta.glob("episodes/**/*.parquet")}
         for row in self.episodes:
-            found.add(self._data_file(row))
-            found |= {self._video_file(row, camera) for camera in self.fields.cameras if camera in self.videos}
-        return sorted(file for file in found if file.is_file())
+            files.add(self._data_file(row))
+            files |= {self._video_file(row, camera) for camera in self.fields.cameras if camera in self.videos}
+        return sorted(file for file in files if file.is_file())
 
     def _data_file(self, row: Mapping[str, Any]) -> Path:
         if self.v3:
-            numbers = {"chunk_index": row["data/chunk_index"], "file_index": row["data/file_index"]}
+            numbers = {key: row[f"data/{key}"] for key in FILE_INDICES}
         else:
-            numbers = self._place(row)
+            numbers = self._v2_file_numbers(row)
         return self.root / self.info["data_path"].format(**numbers)
 
-    def _place(self, row: Mapping[str, Any]) -> dict[str, int]:
+    def _v2_file_numbers(self, row: Mapping[str, Any]) -> dict[str, int]:
         index = row["episode_index"]
         return {"episode_index": index, "episode_chunk": index // self.info.get("chunks_size", 1000)}
 
     def _video_file(self, row: Mapping[str, Any], camera: str) -> Path:
+        stored_name = self.stored_names[camera]
         if self.v3:
-            numbers = {part: row[f"videos/{self.stored[camera]}/{part}"] for part in ("chunk_index", "file_index")}
+            numbers = {key: row[f"videos/{stored_name}/{key}"] for key in FILE_INDICES}
         else:
-            numbers = self._place(row)
-        return self.root / self.info["video_path"].format(video_key=self.stored[camera], **numbers)
+            numbers = self._v2_file_numbers(row)
+        return self.root / self.info["video_path"].format(video_key=stored_name, **numbers)
 
     def __len__(self) -> int:
         return len(self.episodes)
@@ -296,131 +300,151 @@ class LeRobotReader(EpisodeReader):
     def _stored_length(self, index: int) -> int:
         return self.episodes[index]["length"]
 
-    def _rows(self, row: Mapping[str, Any], columns: list[str]) -> tuple[Path, Any]:
-        """Return the file that holds an episode and its rows; where the named file has none, it is looked for.
+    def _read_rows(self, row: Mapping[str, Any], columns: list[str]) -> tuple[Path, Any]:
+        """Return the file that holds an episode and its rows; if the named file has none, search the other files.
 
         Raises:
-            ValueError: The named file holds some rows only, or it holds none and not exactly one other file all.
+            ValueError: The named file holds only some rows, or it holds none and not exactly one other file all.
         """
-        index, length, named = row["episode_index"], row["length"], self._data_file(row)
-        got = 0
+        index, length, named_file = row["episode_index"], row["length"], self._data_file(row)
+        num_rows = 0
         if not length:
             raise OpenVLAValueError("it has no step")
-        if named.is_file():
-            table = self.handles[named].episode(index, columns)
+        if named_file.is_file():
+            table = self.tables[named_file].read_episode(index, columns)
             if len(table) == length:
-                return named, table
-            got = len(table)
-        if got:
-            raise OpenVLAValueError(f"the table has {got} rows, meta/episodes says {length}")
-        tables = {file: self.handles[file].episode(index, columns) for file in self._others(index)}
-        whole = [file for file, table in tables.items() if len(table) == length]
-        if len(whole) != 1:
+                return named_file, table
+            num_rows = len(table)
+        if num_rows:
+            raise OpenVLAValueError(f"the table has {num_rows} rows, but meta/episodes says {length}")
+        tables = {file: self.tables[file].read_episode(index, columns) for file in self._candidate_files(index)}
+        complete = [file for file, table in tables.items() if len(table) == length]
+        if len(complete) != 1:
             raise OpenVLAValueError(
-                f"{named} holds no row of it, and {len(whole)} other files all {length}, where it must be one; copy "
-                "the dataset again"
+                f"{named_file} has no row of it, and {len(complete)} other files have all {length}, where it must be "
+                "one; copy the dataset again"
             )
-        return whole[0], tables[whole[0]]
+        return complete[0], tables[complete[0]]
 
-    def _others(self, index: int) -> list[Path]:
+    def _candidate_files(self, index: int) -> list[Path]:
         """Return the data files that may hold an episode."""
-        if not self._holders:
+        if not self._episode_ranges:
             for file in sorted((self.root / "data").rglob("*.parquet")):
-                table = _Table(file)
-                self._holders[file] = table.bounds
+                table = _ParquetFile(file)
+                self._episode_ranges[file] = table.episode_ranges
                 table.close()
-        return [file for file, bounds in self._holders.items() if any(low <= index <= high for low, high in bounds)]
+        return [
+            file for file, ranges in self._episode_ranges.items() if any(low <= index <= high for low, high in ranges)
+        ]
 
-    def _read(self, index: int) -> Stored:
+    def read_raw(self, index: int) -> RawEpisode:
+        """Return an episode as it is stored, its steps in the order of their counters."""
         row = self.episodes[index]
-        identity, source = str(row["episode_index"]), self._data_file(row)
-        where = f"{source}, episode {identity}"
-        names = self.fields.columns() if self.fields.standardize is None else set(self.names)
-        numbers = sorted(name for name in names if self.names[name] == NUMBERS)
-        texts = self.fields.instruction if self.fields.instruction not in (None, "task") else None
-        needed = [self.stored[name] for name in (*numbers, *([texts] if texts else []))]
-        files = {camera: self._video_file(row, camera) for camera in self.fields.cameras if camera in self.videos}
-        if absent := next((file for file in files.values() if not file.is_file()), None):
-            raise DemonstrationError(f"{where}: its video {absent} is missing.")
-        needed += ["timestamp"] if files else []
-        needed += ["task_index"] if not texts and not self.fields.instruction_text else []
-        others = [self.stored[name] for name in alternative_texts(texts, self.names)] if texts else []
+        episode_id, source = str(row["episode_index"]), self._data_file(row)
+        where = f"{source}, episode {episode_id}"
+        names = self.fields.numeric_columns() if self.fields.standardize is None else set(self.column_kinds)
+        numeric = sorted(name for name in names if self.column_kinds[name] == NUMERIC)
+        text = self.fields.instruction if self.fields.instruction not in (None, "task") else None
+        videos = {camera: self._video_file(row, camera) for camera in self.fields.cameras if camera in self.videos}
+        if missing_video := next((file for file in videos.values() if not file.is_file()), None):
+            raise DatasetError(f"{where}: its video {missing_video} is missing.")
+        required = [self.stored_names[name] for name in (*numeric, *([text] if text else []))]
+        required += ["timestamp"] if videos else []
+        required += ["task_index"] if not text and not self.fields.instruction_text else []
+        alternatives = (
+            [self.stored_names[name] for name in alternative_instruction_columns(text, self.column_kinds)]
+            if text
+            else []
+        )
         try:
-            source, table = self._rows(row, list(dict.fromkeys([*needed, *_COUNTERS, *others])))
-            if missing := sorted(set(needed) - set(table.column_names)):
-                raise OpenVLAValueError(f"{missing} missing")
+            source, table = self._read_rows(row, list(dict.fromkeys([*required, *_COUNTERS, *alternatives])))
+            if missing := sorted(set(required) - set(table.column_names)):
+                raise OpenVLAValueError(f"the columns {missing} are missing")
             order = step_order(
-                {name: _numbers(table[name]) for name in _COUNTERS if name in table.column_names},
-                distinct=("timestamp",) if files else (),
+                {name: _to_array(table[name]) for name in _COUNTERS if name in table.column_names},
+                distinct=("timestamp",) if videos else (),
             )
             table = table if order is None else table.take(order)
-            columns = {name: _numbers(table[self.stored[name]]) for name in numbers}
-            said = self._said(table, texts, others, row.get("tasks"))
+            columns = {name: _to_array(table[self.stored_names[name]]) for name in numeric}
+            instructions = self._step_texts(table, text, alternatives, row.get("tasks"))
         except (ValueError, OSError, KeyError, NotImplementedError) as error:  # pyarrow's errors are among these
-            raise DemonstrationError(f"{where}: {error}.") from error
-        times = table["timestamp"].to_numpy() if files else None
-        starts = {camera: row[f"videos/{self.stored[camera]}/from_timestamp"] if self.v3 else 0.0 for camera in files}
-        cells: dict[str, Any] = {}  # encoded images, as long as someone holds the episode
+            raise DatasetError(f"{where}: {error}.") from error
+        load_image = self._stored_image_loader(row, source, videos, table, order)
+        return RawEpisode(episode_id, str(source), columns, instructions, load_image)
 
-        def image(camera: str, step: int) -> np.ndarray:
-            if camera in files:
-                return self.open_videos[files[camera]].frame(float(starts[camera]) + float(times[step]))
+    def _stored_image_loader(
+        self, row: Mapping[str, Any], source: Path, videos: Mapping[str, Path], table: Any, order: np.ndarray | None
+    ) -> Any:
+        """Return ``RawEpisode.load_image`` of an episode."""
+        times = table["timestamp"].to_numpy() if videos else None
+        starts = {
+            camera: row[f"videos/{self.stored_names[camera]}/from_timestamp"] if self.v3 else 0.0 for camera in videos
+        }
+        cells: dict[str, Any] = {}  # encoded images, in memory as long as the episode
+
+        def load_image(camera: str, step: int) -> np.ndarray:
+            if times is not None and camera in videos:
+                return self.open_videos[videos[camera]].frame(float(starts[camera]) + float(times[step]))
             if camera not in cells:
-                stored = self.stored[camera]
-                cells[camera] = self.handles[source].episode(row["episode_index"], [stored])[stored]
-            return self._decoded(cells[camera][step if order is None else int(order[step])])
+                stored_name = self.stored_names[camera]
+                cells[camera] = self.tables[source].read_episode(row["episode_index"], [stored_name])[stored_name]
+            return self._decode_cell(cells[camera][step if order is None else int(order[step])])
 
-        return Stored(identity, str(source), columns, said, image)
+        return load_image
 
-    def _said(self, table: Any, column: str | None, others: list[str], own: Any) -> list[str] | str:
-        """Return the instruction of every step: of a text column (where empty, of further ones), else the task's."""
+    def _step_texts(self, table: Any, column: str | None, alternatives: list[str], meta_tasks: Any) -> list[Any] | str:
+        """Return the instruction of every step: from a text column, if empty from its alternatives, else the task's."""
         if self.fields.instruction_text:
             return ""
         if column is None:
-            tasks = table["task_index"].to_pylist()
-            if unknown := [task for task in tasks if not isinstance(task, (int, float)) or task not in self.tasks]:
+            indices = table["task_index"].to_pylist()
+            if unknown := [
+                index for index in indices if not isinstance(index, (int, float)) or index not in self.tasks
+            ]:
                 raise OpenVLAValueError(f"task_index {unknown[0]} is not in meta/tasks; copy the dataset again")
-            said = [self.tasks[task] for task in tasks]
-            self._compare_tasks(said, own)
-            return said
-        said = _texts(table[self.stored[column]])
-        for other in others:
-            said = [further if says_nothing(text) else text for text, further in zip(said, _texts(table[other]))]
-        return said
+            instructions = [self.tasks[index] for index in indices]
+            self._warn_of_other_tasks(instructions, meta_tasks)
+            return instructions
+        texts = _to_texts(table[self.stored_names[column]])
+        for alternative in alternatives:
+            other_texts = _to_texts(table[alternative])
+            texts = [other if is_empty_instruction(text) else text for text, other in zip(texts, other_texts)]
+        return texts
 
-    def _compare_tasks(self, said: list[str], own: Any) -> None:
-        """Warn once where meta/episodes gives an episode other instructions of the same table.
+    def _warn_of_other_tasks(self, instructions: list[Any], meta_tasks: Any) -> None:
+        """Warn once if meta/episodes gives an episode other instructions of the same table than task_index.
 
-        Texts that are not in the table were renamed there, and say nothing.
+        Texts that are not in the table were renamed there and show nothing.
         """
-        own = {text for text in (own if isinstance(own, (list, tuple)) else [own]) if isinstance(text, str)}
-        other = sorted(set(map(str, said)) - own)
+        texts = meta_tasks if isinstance(meta_tasks, (list, tuple)) else [meta_tasks]
+        expected = {text for text in texts if isinstance(text, str)}
+        others = sorted(set(map(str, instructions)) - expected)
         known = {text for text in self.tasks.values() if isinstance(text, str)}
-        if own and own <= known and other and not self._tasks_differ:
-            self._tasks_differ = True
+        if expected and expected <= known and others and not self._has_warned_of_tasks:
+            self._has_warned_of_tasks = True
             warnings.warn(
-                f"{self.root}: task_index gives an episode the instruction {other[0]!r}, but meta/episodes "
-                f"{sorted(own)}; merging datasets can mix instructions up. task_index is taken: look at a few "
-                "episodes, and give the field instruction_text where it is wrong.",
+                f"{self.root}: task_index gives an episode the instruction {others[0]!r}, but meta/episodes "
+                f"{sorted(expected)}; merging datasets can mix up instructions. task_index is used: check a few "
+                "episodes, and set the field instruction_text if it is wrong.",
                 stacklevel=6,
             )
 
-    def _decoded(self, cell: Any) -> np.ndarray:
-        """An image in a table, or in the file that it names (v2.1 may leave them beside)."""
+    def _decode_cell(self, cell: Any) -> np.ndarray:
+        """Return an image that is stored in a table, or in the file that the table names (possible in v2.1)."""
         stored = cell.as_py()
         if stored["bytes"] is not None:
-            return decoded_image(stored["bytes"])
-        return decoded_image((self.root / stored["path"]).read_bytes())
+            return decode_image(stored["bytes"])
+        return decode_image((self.root / stored["path"]).read_bytes())
 
 
-def _kind(feature: Mapping[str, Any]) -> str:
+def _feature_kind(feature: Mapping[str, Any]) -> str:
     if feature["dtype"] in _IMAGE_DTYPES:
         return DEPTH if _is_depth(feature) else IMAGE
-    return TEXT if feature["dtype"] == "string" else NUMBERS
+    return TEXT if feature["dtype"] == "string" else NUMERIC
 
 
 def _is_depth(feature: Mapping[str, Any]) -> bool:
-    """Return whether info.json says that an image column holds depth."""
+    """Return whether info.json declares an image column as depth."""
     for key, value in feature.items():
         name = str(key).rpartition(".")[2]
         if isinstance(value, Mapping):
@@ -428,51 +452,54 @@ def _is_depth(feature: Mapping[str, Any]) -> bool:
                 return True
         elif name == "is_depth_map" and str(value).lower() not in _FALSE:
             return True
-        if name == "pix_fmt" and _DEPTH_PIXELS.match(str(value)):
+        if name == "pix_fmt" and _DEPTH_PIXEL_FORMAT.match(str(value)):
             return True
     return False
 
 
-def _grey(feature: Mapping[str, Any]) -> bool:
+def _has_single_channel(feature: Mapping[str, Any]) -> bool:
     """Return whether an image column has one channel."""
     shape, names = list(feature.get("shape") or ()), list(feature.get("names") or ())
     channels = [size for size, name in zip(shape, names) if str(name).startswith("channel")]
     return len(shape) == 3 and 1 in (channels or (shape[0], shape[-1]))
 
 
-def _suggested(names: Mapping[str, str], grey: frozenset[str]) -> Fields | None:
+def _suggest_fields(column_kinds: Mapping[str, str], single_channel: frozenset[str]) -> ColumnSpec | None:
+    """Return the fields of the usual column names; None without cameras or an action."""
     cameras = tuple(
-        name for name, kind in names.items() if kind == IMAGE and name not in grey and not is_no_camera_name(name)
+        name
+        for name, kind in column_kinds.items()
+        if kind == IMAGE and name not in single_channel and not is_non_camera_name(name)
     )
-    if not cameras or names.get("action") != NUMBERS:
+    if not cameras or column_kinds.get("action") != NUMERIC:
         return None
-    proprio = ("observation.state",) if names.get("observation.state") == NUMBERS else ()
-    return Fields(cameras, ("action",), proprio, instruction="task")
+    proprio = ("observation.state",) if column_kinds.get("observation.state") == NUMERIC else ()
+    return ColumnSpec(cameras, ("action",), proprio, instruction="task")
 
 
-def _in_range(root: Path, name: str, text: Any, rows: Sequence[Mapping[str, Any]]) -> set[int]:
-    """Return the numbers of the episodes of a range such as "0:80"."""
+def _indices_in_range(root: Path, name: str, text: Any, rows: Sequence[Mapping[str, Any]]) -> set[int]:
+    """Return the indices of the episodes in a range such as "0:80"."""
     match = _RANGE.match(text) if isinstance(text, str) else None
     if match is None:
         raise OpenVLAValueError(
             f"{root}: the split {name!r} of info.json must be a range such as '0:80', got {text!r}."
         )
     start, stop = int(match[1] or 0), int(match[2]) if match[2] else None
-    numbers = (row["episode_index"] for row in rows)
-    return {number for number in numbers if start <= number and (stop is None or number < stop)}
+    indices = (row["episode_index"] for row in rows)
+    return {index for index in indices if start <= index and (stop is None or index < stop)}
 
 
-def _texts(column: Any) -> list[str]:
+def _to_texts(column: Any) -> list[str]:
     return [as_text(text) for text in column.to_pylist()]
 
 
-def _numbers(column: Any) -> np.ndarray:
-    """A column of numbers, or of lists of one length, as ``(length, ...)`` in its own dtype."""
+def _to_array(column: Any) -> np.ndarray:
+    """Return a column of numbers, or of lists of one length, as ``(length, ...)`` in its own dtype."""
     values = column.combine_chunks()
     if str(values.type).startswith(("list", "fixed_size_list", "large_list")):
-        if values.null_count:  # which flatten would leave out
+        if values.null_count:  # flatten would leave them out
             raise OpenVLAValueError(
-                f"{values.null_count} of {len(values)} rows are null, where each must be {column.type}"
+                f"{values.null_count} of {len(values)} rows are null, but each must be {column.type}"
             )
         flat = values.flatten()
         if len(values) and len(flat) % len(values):
@@ -489,6 +516,6 @@ def _read_parquet(path: Path) -> Any:
         raise OpenVLAValueError(f"{path} is missing; the dataset is incomplete.")
     pyarrow = require("pyarrow", "Reading LeRobot datasets")
     try:
-        return _Table(path).file.read()
+        return _ParquetFile(path).file.read()
     except (pyarrow.ArrowException, OSError) as error:
-        raise DemonstrationError(f"{path} cannot be read as parquet: {error}.") from error
+        raise DatasetError(f"{path} cannot be read as parquet: {error}.") from error

@@ -1,4 +1,4 @@
-"""Checks of a LeRobot dataset's meta files: what the reader takes from them is there, and of the right kind."""
+"""Load and validate the meta files of a LeRobot dataset: every value that the reader uses exists and has its type."""
 
 from __future__ import annotations
 
@@ -9,29 +9,35 @@ from pathlib import Path
 from typing import Any
 
 from ..errors_openvla import OpenVLAValueError
-from .episodes import read_json
+from .utils import read_json
 
 _VERSIONS = ("v2.0", "v2.1", "v3.0")
-# What describes a feature, beside its dtype, where it is there.
-_FORMS = {"shape": (list,), "names": (list, dict, str), "info": (dict,), "video_info": (dict,)}
-# Where an episode of v3 lies, by the columns of meta/episodes.
-PLACE = ("chunk_index", "file_index")
+# Types of a feature's optional entries.
+_ENTRY_TYPES = {"shape": (list,), "names": (list, dict, str), "info": (dict,), "video_info": (dict,)}
+# Columns of meta/episodes (v3) that locate an episode's file.
+FILE_INDICES = ("chunk_index", "file_index")
 
 
-def checked_info(root: Path) -> dict[str, Any]:
-    """Return info.json, once its version and the descriptions of its features can be read."""
+def load_info(root: Path) -> dict[str, Any]:
+    """Return info.json after validating its version and its features.
+
+    Raises:
+        ValueError: The version is not supported, or an entry has a wrong type.
+    """
     info = read_json(root / "meta" / "info.json")
     version = info.get("codebase_version") if isinstance(info, dict) else info
     if version not in _VERSIONS:
         raise OpenVLAValueError(
-            f"{root} is LeRobot {version!s:.200}; readable are {_VERSIONS}. Convert it with LeRobot's tools."
+            f"{root} is LeRobot {version!s:.200}; supported versions: {_VERSIONS}. Convert it with LeRobot's tools."
         )
     features = info.get("features")
     for name, feature in features.items() if isinstance(features, dict) else [("features", features)]:
-        fits = isinstance(feature, dict) and isinstance(feature.get("dtype"), str)
-        if not fits or any(not isinstance(feature.get(key), (*forms, type(None))) for key, forms in _FORMS.items()):
+        valid = isinstance(feature, dict) and isinstance(feature.get("dtype"), str)
+        if not valid or any(
+            not isinstance(feature.get(key), (*types, type(None))) for key, types in _ENTRY_TYPES.items()
+        ):
             raise OpenVLAValueError(
-                f"{root}: info.json must describe each of its features as LeRobot does, by a dtype, a shape and names, "
+                f"{root}: info.json must describe every feature as LeRobot does, by a dtype, a shape and names, "
                 f"got {name!r}: {feature!r:.200}; copy the dataset again."
             )
     if not isinstance(info.get("splits"), (dict, type(None))):
@@ -41,15 +47,17 @@ def checked_info(root: Path) -> dict[str, Any]:
     return info
 
 
-def require_paths(root: Path, info: Mapping[str, Any], v3: bool, filmed: bool) -> None:
-    """Check that info.json's patterns name files by the numbers that there are."""
-    numbers = "|".join(PLACE if v3 else ("episode_chunk", "episode_index"))
-    for key, more in (("data_path", ""), *([("video_path", r"|\{video_key\}")] if filmed else [])):
+def require_path_patterns(root: Path, info: Mapping[str, Any], v3: bool, has_videos: bool) -> None:
+    """Check that info.json's path patterns contain only the placeholders of the format's version."""
+    placeholders = "|".join(FILE_INDICES if v3 else ("episode_chunk", "episode_index"))
+    for key, video_key in (("data_path", ""), *([("video_path", r"|\{video_key\}")] if has_videos else [])):
         pattern = info.get(key)
-        if not isinstance(pattern, str) or not re.fullmatch(rf"([^{{}}]|\{{({numbers})(:0?\d?d)?\}}{more})+", pattern):
+        if not isinstance(pattern, str) or not re.fullmatch(
+            rf"([^{{}}]|\{{({placeholders})(:0?\d?d)?\}}{video_key})+", pattern
+        ):
             raise OpenVLAValueError(
-                f"{root}: {key} of info.json must be a path with the numbers {{{numbers}}}, such as LeRobot "
-                f"writes, got {pattern!r:.200}; copy the dataset again."
+                f"{root}: {key} of info.json must be a path with the placeholders {{{placeholders}}}, as "
+                f"LeRobot writes it, got {pattern!r:.200}; copy the dataset again."
             )
     size = info.get("chunks_size", 1000)
     if not v3 and (type(size) is not int or size < 1):
@@ -57,22 +65,22 @@ def require_paths(root: Path, info: Mapping[str, Any], v3: bool, filmed: bool) -
 
 
 def require_numbers(
-    root: Path, rows: Sequence[Mapping[str, Any]], names: Sequence[str], kinds: tuple[type, ...] = (int,)
+    root: Path, rows: Sequence[Mapping[str, Any]], names: Sequence[str], types: tuple[type, ...] = (int,)
 ) -> None:
-    """Check that every row of a table below meta holds these numbers."""
+    """Check that every row of a table below meta has these numeric entries."""
     for row in rows:
-        if wrong := [name for name in names if type(row.get(name)) not in kinds]:
+        if invalid := [name for name in names if type(row.get(name)) not in types]:
             raise OpenVLAValueError(
-                f"{root}: every row of the tables below meta must hold the number {wrong[0]!r}, got "
-                f"{row.get(wrong[0])!r:.200}; copy the dataset again."
+                f"{root}: every row of the tables below meta must have the number {invalid[0]!r}, got "
+                f"{row.get(invalid[0])!r:.200}; copy the dataset again."
             )
 
 
-def json_lines(path: Path) -> list[dict[str, Any]]:
-    """Return the objects of a file that holds one a line.
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """Return the objects of a JSON Lines file.
 
     Raises:
-        ValueError: It is missing or damaged.
+        ValueError: The file is missing or damaged.
     """
     if not path.is_file():
         raise OpenVLAValueError(f"{path} is missing; the dataset is incomplete.")
@@ -80,6 +88,6 @@ def json_lines(path: Path) -> list[dict[str, Any]]:
         rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     except (ValueError, RecursionError) as error:
         raise OpenVLAValueError(f"{path} is damaged: {error}; copy the dataset again.") from error
-    if wrong := [row for row in rows if not isinstance(row, dict)]:
-        raise OpenVLAValueError(f"{path} is damaged: every line must be an object, got {wrong[0]!r:.200}.")
+    if invalid := [row for row in rows if not isinstance(row, dict)]:
+        raise OpenVLAValueError(f"{path} is damaged: every line must be an object, got {invalid[0]!r:.200}.")
     return rows

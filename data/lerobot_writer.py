@@ -1,6 +1,6 @@
-"""Writing a LeRobot v3 dataset, episode by episode: tables and images as parquet through pyarrow; going on is possible.
+"""Write a LeRobot v3 dataset episode by episode, or append to one: tables and images as parquet through pyarrow.
 
-Every episode is one data file that appears whole; the folder is a complete dataset after each.
+Every episode is one data file, written atomically; the folder is a complete dataset after each episode.
 """
 
 from __future__ import annotations
@@ -15,28 +15,28 @@ import numpy as np
 
 from ..configuration_openvla import write_json
 from ..errors_openvla import OpenVLAValueError
-from .episodes import read_json, require
+from .utils import read_json, require
 
 _VERSION = "v3.0"
-_CHUNK = 1000  # files a folder, LeRobot's own
+_CHUNK_SIZE = 1000  # files per folder, as in LeRobot
 _DATA_PATH = "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
 _EPISODES = "meta/episodes/chunk-000/file-000.parquet"
 _INDICES = ("frame_index", "episode_index", "index", "task_index")
 
 
 class LeRobotWriter:
-    """A LeRobot v3 dataset that grows.
+    """Writer of a LeRobot v3 dataset.
 
     Args:
-        root: The dataset's folder; a dataset of the same features that lies there is gone on with.
-        fps: Steps a second.
-        numbers: float32 columns: the names of their dimensions, by column.
-        cameras: Height and width, by image column.
-        texts: Columns of text (the task has its own place in the format beside them).
-        robot_type: As LeRobot names it.
+        root: The dataset's folder; episodes are appended to a dataset with the same features.
+        fps: Steps per second.
+        numbers: Names of the dimensions of every float32 column.
+        cameras: Height and width of every image column.
+        texts: Text columns, in addition to the task, which the format stores separately.
+        robot_type: LeRobot's name of the robot.
 
     Raises:
-        ValueError: A dataset of other features lies there.
+        ValueError: The folder holds a dataset with other features.
         ImportError: pyarrow is not installed.
     """
 
@@ -57,7 +57,7 @@ class LeRobotWriter:
         self.info = {
             "codebase_version": _VERSION,
             "robot_type": robot_type,
-            "chunks_size": _CHUNK,
+            "chunks_size": _CHUNK_SIZE,
             "data_files_size_in_mb": 100,
             "video_files_size_in_mb": 200,
             "fps": fps,
@@ -68,7 +68,7 @@ class LeRobotWriter:
         self.episodes: list[dict[str, Any]] = []
         self.tasks: list[str] = []
         if (self.root / "meta" / "info.json").is_file():
-            self._go_on()
+            self._load_existing()
 
     def _features(self) -> dict[str, Any]:
         features: dict[str, Any] = {}
@@ -84,19 +84,19 @@ class LeRobotWriter:
             features[name] = {"dtype": dtype, "shape": [1], "names": None}
         return features
 
-    def _go_on(self) -> None:
+    def _load_existing(self) -> None:
         info = read_json(self.root / "meta" / "info.json")
         for key in ("codebase_version", "fps", "features"):
             if info.get(key) != self.info[key]:
                 raise OpenVLAValueError(
-                    f"{self.root} holds a dataset of another {key}; take a new folder, or remove it."
+                    f"{self.root} holds a dataset with another {key}; use a new folder, or remove it."
                 )
         self.episodes = self.parquet.read_table(self.root / _EPISODES).to_pylist()
         tasks = self.parquet.read_table(self.root / "meta" / "tasks.parquet").to_pylist()
         self.tasks = [row["__index_level_0__"] for row in sorted(tasks, key=lambda row: row["task_index"])]
 
     def __len__(self) -> int:
-        """Number of episodes."""
+        """Return the number of episodes."""
         return len(self.episodes)
 
     def add_episode(
@@ -111,19 +111,51 @@ class LeRobotWriter:
         Args:
             task: The instruction.
             numbers: float ``(length, dimensions)`` by column.
-            images: One encoded image (JPEG or PNG) a step, by column.
+            images: One encoded image (JPEG or PNG) per step, by column.
             texts: One text for the whole episode, by column.
 
         Returns:
-            Its index.
+            The episode's index.
 
         Raises:
-            ValueError: A column is missing or unknown, or lengths or dimensions differ from what was announced.
+            ValueError: A column is missing or unknown, or lengths or dimensions differ from the dataset's.
         """
-        length = self._checked_length(numbers, images, texts or {})
+        texts = texts or {}
+        length = self._validated_length(numbers, images, texts)
         index, start = len(self.episodes), sum(row["length"] for row in self.episodes)
         if task not in self.tasks:
             self.tasks.append(task)
+        table = self._episode_table(
+            index=index, start=start, length=length, task=task, numbers=numbers, images=images, texts=texts
+        )
+        location = {"chunk_index": index // _CHUNK_SIZE, "file_index": index % _CHUNK_SIZE}
+        self._write(_DATA_PATH.format(**location), table)
+        self.episodes.append(
+            {
+                "episode_index": index,
+                "tasks": [task],
+                "length": length,
+                **{f"data/{key}": value for key, value in location.items()},
+                "dataset_from_index": start,
+                "dataset_to_index": start + length,
+                "meta/episodes/chunk_index": 0,
+                "meta/episodes/file_index": 0,
+            }
+        )
+        self._write_meta()
+        return index
+
+    def _episode_table(
+        self,
+        *,
+        index: int,
+        start: int,
+        length: int,
+        task: str,
+        numbers: Mapping[str, np.ndarray],
+        images: Mapping[str, Sequence[bytes]],
+        texts: Mapping[str, str],
+    ) -> Any:
         arrow = self.pyarrow
         columns: dict[str, Any] = {}
         for name, dimensions in self.numbers.items():
@@ -138,49 +170,35 @@ class LeRobotWriter:
         columns["timestamp"] = arrow.array((steps / self.fps).astype(np.float32))
         values = (steps, np.full(length, index), start + steps, np.full(length, self.tasks.index(task)))
         columns |= {name: arrow.array(value.astype(np.int64)) for name, value in zip(_INDICES, values)}
-        place = {"chunk_index": index // _CHUNK, "file_index": index % _CHUNK}
-        self._write(_DATA_PATH.format(**place), arrow.table(columns))
-        self.episodes.append(
-            {
-                "episode_index": index,
-                "tasks": [task],
-                "length": length,
-                **{f"data/{name}": value for name, value in place.items()},
-                "dataset_from_index": start,
-                "dataset_to_index": start + length,
-                "meta/episodes/chunk_index": 0,
-                "meta/episodes/file_index": 0,
-            }
-        )
-        self._write_meta()
-        return index
+        return arrow.table(columns)
 
-    def _checked_length(
+    def _validated_length(
         self, numbers: Mapping[str, np.ndarray], images: Mapping[str, Sequence[bytes]], texts: Mapping[str, str]
     ) -> int:
-        for what, given, known in (
-            ("numbers", numbers, self.numbers),
-            ("images", images, self.cameras),
-            ("texts", texts, self.texts),
+        for argument, names, expected in (
+            ("numbers", set(numbers), set(self.numbers)),
+            ("images", set(images), set(self.cameras)),
+            ("texts", set(texts), set(self.texts)),
         ):
-            if set(given) != set(known):
-                raise OpenVLAValueError(f"{what} must hold the columns {sorted(known)}, got {sorted(given)}.")
+            if names != expected:
+                raise OpenVLAValueError(f"{argument} must have the columns {sorted(expected)}, got {sorted(names)}.")
         for name, dimensions in self.numbers.items():
             shape = np.shape(numbers[name])
             if len(shape) != 2 or shape[1] != len(dimensions) or not np.isfinite(numbers[name]).all():
                 raise OpenVLAValueError(f"{name} must be finite, of shape (length, {len(dimensions)}), got {shape}.")
-        lengths = {name: len(values) for name, values in (*numbers.items(), *images.items())}
+        lengths = {name: len(values) for name, values in numbers.items()}
+        lengths |= {name: len(values) for name, values in images.items()}
         if len(set(lengths.values())) != 1 or not next(iter(lengths.values())):
-            raise OpenVLAValueError(f"An episode's columns must have one length, 1 or more, got {lengths}.")
+            raise OpenVLAValueError(f"All columns of an episode must have the same length, 1 or more, got {lengths}.")
         return next(iter(lengths.values()))
 
     def _write_meta(self) -> None:
-        """The file that makes it a dataset, info.json, comes last."""
+        """Write the meta files; info.json, without which the folder is not a dataset, last."""
         arrow = self.pyarrow
         tasks = arrow.table({"task_index": list(range(len(self.tasks))), "__index_level_0__": self.tasks})
-        # LeRobot reads it as a data frame whose index is the text.
-        fields = [("task_index", "int64"), ("__index_level_0__", "unicode")]
-        frame = {
+        # LeRobot reads the table as a data frame whose index is the text.
+        columns = [("task_index", "int64"), ("__index_level_0__", "unicode")]
+        pandas_metadata = {
             "index_columns": ["__index_level_0__"],
             "column_indexes": [],
             "columns": [
@@ -191,10 +209,10 @@ class LeRobotWriter:
                     "numpy_type": "int64" if kind == "int64" else "object",
                     "metadata": None,
                 }
-                for name, kind in fields
+                for name, kind in columns
             ],
         }
-        self._write("meta/tasks.parquet", tasks.replace_schema_metadata({"pandas": json.dumps(frame)}))
+        self._write("meta/tasks.parquet", tasks.replace_schema_metadata({"pandas": json.dumps(pandas_metadata)}))
         self._write(_EPISODES, arrow.Table.from_pylist(self.episodes))
         totals = {
             "total_episodes": len(self.episodes),

@@ -1,157 +1,162 @@
-"""Fields of known datasets: what OpenVLA and OpenVLA-OFT were trained on, by the name that their statistics carry.
+"""Fields of known datasets: those that OpenVLA and OpenVLA-OFT were trained on, by the names in their statistics.
 
-Cameras are the main one and the wrist's, where there is one; the first alone is what a model of one image takes.
-Facts are those of the reference's configuration and standardising of Open X-Embodiment; the tests compare. The state is
-OpenVLA-OFT's; plain OpenVLA's statistics have a zero more in places, which its models never read.
+Cameras are the main camera and, where there is one, the wrist camera; a model of one image takes the first. Source: the
+reference's Open X-Embodiment configs.py and transforms.py, with which the tests compare. The state is OpenVLA-OFT's;
+plain OpenVLA's statistics have an additional zero in some datasets, which its models never read.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import numpy as np
-
-from ..actions_openvla import END_EFFECTOR_DIMENSIONS, nearest_name
+from ..actions_openvla import nearest_name
 from ..errors_openvla import OpenVLAValueError
-from .columns import Fields
-
-if TYPE_CHECKING:
-    from .episodes import EpisodeReader
+from .columns import ColumnSpec
 
 AUTO, NO_PRESET = "auto", "none"
 
 END_EFFECTOR_MASK = (True,) * 6 + (False,)
 BIMANUAL_MASK = (True,) * 14
 _VECTORS = ("action.world_vector", "action.rotation_delta")
-_SPOKEN = "observation.natural_language_instruction"
+_INSTRUCTION = "observation.natural_language_instruction"
 _STATE = ("observation.state[:6]", "observation.state[-1:]")
 
 
-def _set(
+def _preset(
     cameras: str,
     action: tuple[str | None, ...] = ("action",),
     proprio: tuple[str | None, ...] = (),
     instruction: str = "language_instruction",
-    **more: object,
-) -> Fields:
-    named = tuple(f"observation.{camera}" for camera in cameras.split())
-    return Fields(named, action, proprio, instruction, **{"action_mask": END_EFFECTOR_MASK, **more})
+    action_mask: tuple[bool, ...] = END_EFFECTOR_MASK,
+    gripper: str = "as_is",
+    skip_first: int = 0,
+    relabel: str | None = None,
+) -> ColumnSpec:
+    """Return the fields of an RLDS dataset; cameras are names below ``observation``, separated by spaces."""
+    return ColumnSpec(
+        cameras=tuple(f"observation.{camera}" for camera in cameras.split()),
+        action=action,
+        proprio=proprio,
+        instruction=instruction,
+        action_mask=action_mask,
+        gripper=gripper,
+        skip_first=skip_first,
+        relabel=relabel,
+    )
 
 
-PRESETS: dict[str, Fields] = {
-    "bridge_orig": _set("image_0", proprio=_STATE, gripper="binary", skip_first=1, relabel="observation.state[:6]"),
-    "bridge_oxe": _set(
+PRESETS: dict[str, ColumnSpec] = {
+    "bridge_orig": _preset("image_0", proprio=_STATE, gripper="binary", skip_first=1, relabel="observation.state[:6]"),
+    "bridge_oxe": _preset(
         "image",
         (*_VECTORS, "action.open_gripper"),
         _STATE,
-        _SPOKEN,
+        _INSTRUCTION,
         skip_first=1,
         relabel="observation.state[:6]",
     ),
-    "fractal20220817_data": _set(
+    "fractal20220817_data": _preset(
         "image",
         (*_VECTORS, "action.gripper_closedness_action[:1]"),
         ("observation.base_pose_tool_reached", "observation.gripper_closed"),
-        _SPOKEN,
+        _INSTRUCTION,
         gripper="relative",
     ),
-    "kuka": _set(
+    "kuka": _preset(
         "image",
         (*_VECTORS, "action.gripper_closedness_action[:1]"),
         ("observation.clip_function_input/base_pose_tool_reached", "observation.gripper_closed"),
-        _SPOKEN,
+        _INSTRUCTION,
         gripper="relative",
     ),
-    "taco_play": _set(
+    "taco_play": _preset(
         "rgb_static rgb_gripper",
         ("action.rel_actions_world[:6]", "action.rel_actions_world[-1:]"),
         ("observation.robot_obs[:6]", None, "observation.robot_obs[7:8]"),
-        _SPOKEN,
+        _INSTRUCTION,
         gripper="clipped",
     ),
-    "jaco_play": _set(
+    "jaco_play": _preset(
         "image image_wrist",
         ("action.world_vector", None, None, None, "action.gripper_closedness_action[:1]"),
         ("observation.end_effector_cartesian_pos[:6]", None, "observation.end_effector_cartesian_pos[-1:]"),
-        _SPOKEN,
+        _INSTRUCTION,
         gripper="relative",
     ),
-    "berkeley_cable_routing": _set(
-        "image wrist45_image", (*_VECTORS, None), ("observation.robot_state", None), _SPOKEN
+    "berkeley_cable_routing": _preset(
+        "image wrist45_image", (*_VECTORS, None), ("observation.robot_state", None), _INSTRUCTION
     ),
-    "roboturk": _set(
+    "roboturk": _preset(
         "front_rgb",
         (*_VECTORS, "action.gripper_closedness_action"),
-        instruction=_SPOKEN,
+        instruction=_INSTRUCTION,
         gripper="clipped_inverted",
     ),
-    "viola": _set(
+    "viola": _preset(
         "agentview_rgb eye_in_hand_rgb",
         (*_VECTORS, "action.gripper_closedness_action"),
         ("observation.joint_states", "observation.gripper_states"),
-        _SPOKEN,
+        _INSTRUCTION,
         gripper="clipped_inverted",
     ),
-    "berkeley_autolab_ur5": _set(
+    "berkeley_autolab_ur5": _preset(
         "image hand_image",
         (*_VECTORS, "action.gripper_closedness_action"),
         ("observation.robot_state[6:14]",),
-        _SPOKEN,
+        _INSTRUCTION,
         gripper="relative",
     ),
-    "toto": _set("image", (*_VECTORS, "action.open_gripper"), ("observation.state", None), _SPOKEN),
-    "stanford_hydra_dataset_converted_externally_to_rlds": _set(
+    "toto": _preset("image", (*_VECTORS, "action.open_gripper"), ("observation.state", None), _INSTRUCTION),
+    "stanford_hydra_dataset_converted_externally_to_rlds": _preset(
         "image wrist_image",
         proprio=("observation.state[:3]", "observation.state[7:10]", "observation.state[-3:-2]"),
         gripper="inverted",
     ),
-    "austin_buds_dataset_converted_externally_to_rlds": _set(
+    "austin_buds_dataset_converted_externally_to_rlds": _preset(
         "image wrist_image",
         ("action[:6]", "action[-1:]"),
         ("observation.state[:8]",),
         gripper="clipped_inverted",
     ),
-    "austin_sailor_dataset_converted_externally_to_rlds": _set(
+    "austin_sailor_dataset_converted_externally_to_rlds": _preset(
         "image wrist_image", ("action[:6]", "action[-1:]"), ("observation.state",), gripper="clipped_inverted"
     ),
-    "austin_sirius_dataset_converted_externally_to_rlds": _set(
+    "austin_sirius_dataset_converted_externally_to_rlds": _preset(
         "image wrist_image", ("action[:6]", "action[-1:]"), ("observation.state",), gripper="clipped_inverted"
     ),
-    "nyu_franka_play_dataset_converted_externally_to_rlds": _set(
+    "nyu_franka_play_dataset_converted_externally_to_rlds": _preset(
         "image",
         ("action[-8:-2]", "action[-2:-1]"),
         ("observation.state[-6:]", None, None),
         gripper="clipped",
     ),
-    "nyu_rot_dataset_converted_externally_to_rlds": _set("image", ("action[:7]",), _STATE),
-    "ucsd_kitchen_dataset_converted_externally_to_rlds": _set(
+    "nyu_rot_dataset_converted_externally_to_rlds": _preset("image", ("action[:7]",), _STATE),
+    "ucsd_kitchen_dataset_converted_externally_to_rlds": _preset(
         "image", ("action[:-1]",), ("observation.state[:7]", None)
     ),
-    "dlr_edan_shared_control_converted_externally_to_rlds": _set(
+    "dlr_edan_shared_control_converted_externally_to_rlds": _preset(
         "image", ("action[:6]", "action[-1:]"), ("observation.state", None), gripper="inverted"
     ),
-    "utaustin_mutex": _set(
+    "utaustin_mutex": _preset(
         "image wrist_image",
         ("action[:6]", "action[-1:]"),
         ("observation.state[:8]",),
         gripper="clipped_inverted",
     ),
-    "berkeley_fanuc_manipulation": _set(
+    "berkeley_fanuc_manipulation": _preset(
         "image wrist_image",
         ("action", "observation.state[6:7]"),
         ("observation.state[:6]", None, "observation.state[6:7]"),
         gripper="inverted",
     ),
-    "cmu_stretch": _set(
+    "cmu_stretch": _preset(
         "image",
         ("action[:-1]",),
         ("observation.state[:3]", None, None, None, "observation.state[-1:]"),
     ),
-    "bc_z": _set(
+    "bc_z": _preset(
         "image",
         (
             "action.future/xyz_residual[:3]",
@@ -159,18 +164,18 @@ PRESETS: dict[str, Fields] = {
             "action.future/target_close[:1]",
         ),
         ("observation.present/xyz", "observation.present/axis_angle", None, "observation.present/sensed_close"),
-        _SPOKEN,
+        _INSTRUCTION,
         gripper="inverted",
     ),
-    "fmb_dataset": _set(
+    "fmb_dataset": _preset(
         "image_side_1 image_wrist_1", proprio=("observation.eef_pose", "observation.state_gripper_pose")
     ),
-    "dobbe": _set("wrist_image", proprio=("observation.state",)),
+    "dobbe": _preset("wrist_image", proprio=("observation.state",)),
 }
 PRESETS["bridge_dataset"] = PRESETS["bridge_orig"]
 
-# DROID: the column "action" holds joint velocities; the reference trains on the end effector's, in the base frame. Its
-# gripper is 0 open, 1 closed.
+# DROID's column "action" holds joint velocities; the reference trains on the end effector's velocity in the base frame.
+# Its gripper is 0 open, 1 closed.
 _DROID_ACTION = ("action_dict.cartesian_velocity", "action_dict.gripper_position")
 _DROID_STATE = ("observation.cartesian_position", "observation.gripper_position")
 for _name, _camera in (
@@ -178,7 +183,7 @@ for _name, _camera in (
     ("droid_100", "exterior_image_1_left"),  # its published sample
     ("droid_wipe", "exterior_image_2_left"),
 ):
-    PRESETS[_name] = _set(f"{_camera} wrist_image_left", _DROID_ACTION, _DROID_STATE, gripper="inverted")
+    PRESETS[_name] = _preset(f"{_camera} wrist_image_left", _DROID_ACTION, _DROID_STATE, gripper="inverted")
 for _name in (
     "carrot_in_bowl",
     "pour_corn_in_pot",
@@ -187,28 +192,28 @@ for _name in (
     "knock_object_over",
     "cover_object_with_towel",
 ):
-    PRESETS[f"tdroid_{_name}"] = _set(
+    PRESETS[f"tdroid_{_name}"] = _preset(
         "static_image",
         ("action[:6]", "action[-1:]"),
         ("observation.cartesian_position[:6]", "observation.gripper_position[-1:]"),
         gripper="binary",
     )
 
-# End effector and both fingers.
+# End-effector pose and both fingers.
 _LIBERO_STATE = ("observation.state[:6]", "observation.state[-2:]")
 for _suite in ("spatial", "object", "goal", "10", "4_task_suites"):
-    PRESETS[f"libero_{_suite}_no_noops"] = _set(
+    PRESETS[f"libero_{_suite}_no_noops"] = _preset(
         "image wrist_image", ("action[:6]", "action[-1:]"), _LIBERO_STATE, gripper="clipped_inverted"
     )
 for _name in ("fold_shorts_20", "fold_shirt_30", "scoop_X_into_bowl_45", "put_X_into_pot_300"):
-    PRESETS[f"aloha1_{_name}_demos"] = _set(
+    PRESETS[f"aloha1_{_name}_demos"] = _preset(
         "image left_wrist_image right_wrist_image", proprio=("observation.state",), action_mask=BIMANUAL_MASK
     )
 
-# Presets of HDF5 layouts; all others are of RLDS.
+# Presets of HDF5 layouts; all other presets are for RLDS.
 HDF5_PRESETS = ("libero_hdf5", "aloha_hdf5")
-# LIBERO's own HDF5 files (and robomimic's layout of them): upside down, gripper -1 open to +1 closed.
-PRESETS["libero_hdf5"] = Fields(
+# LIBERO's HDF5 files, in robomimic's layout: images upside down, gripper -1 open to +1 closed.
+PRESETS["libero_hdf5"] = ColumnSpec(
     cameras=("obs.agentview_rgb", "obs.eye_in_hand_rgb"),
     action=("actions",),
     proprio=("obs.ee_states", "obs.gripper_states"),
@@ -216,8 +221,8 @@ PRESETS["libero_hdf5"] = Fields(
     rotate_180=True,
     action_mask=END_EFFECTOR_MASK,
 )
-# ALOHA's recordings: one file an episode, no instruction inside (set instruction_text).
-PRESETS["aloha_hdf5"] = Fields(
+# ALOHA's HDF5 files: one file per episode, without an instruction (set instruction_text).
+PRESETS["aloha_hdf5"] = ColumnSpec(
     cameras=(
         "observations.images.cam_high",
         "observations.images.cam_left_wrist",
@@ -228,8 +233,8 @@ PRESETS["aloha_hdf5"] = Fields(
     action_mask=BIMANUAL_MASK,
 )
 
-# RLDS datasets that the reference names, and whose action no preset describes: joint angles, quaternions, movements of
-# fewer dimensions, grippers of unknown direction. Read as they are, they would be taken for OpenVLA's action.
+# RLDS datasets that the reference names and whose action no preset describes: joint angles, quaternions, movements with
+# fewer dimensions, grippers of unknown direction. Read as stored, they would be mistaken for OpenVLA's action.
 WITHOUT_PRESET = frozenset(
     [
         "asu_table_top_converted_externally_to_rlds",
@@ -271,95 +276,46 @@ WITHOUT_PRESET = frozenset(
     ]
 )
 
-# How a gripper is stored, as far as its values tell.
-SIGNED, ABSOLUTE = "signed", "absolute"
-_SLACK = 0.05
-# Episodes that are looked at.
-_LOOKED_AT = 3
 
-
-def stored_gripper(reader: EpisodeReader) -> str | None:
-    """Return how the first episodes store the last of seven action dimensions.
-
-    Returns:
-        ``SIGNED``: it goes below 0, as -1 to +1 does. ``ABSOLUTE``: it stays from 0 to 1 and reaches both. None:
-        neither can be told.
-    """
-    plain = dataclasses.replace(reader.fields, gripper="as_is", relabel=None, skip_first=0)
-    low, high = np.inf, -np.inf
-    for index in range(min(_LOOKED_AT, len(reader))):
-        try:
-            actions, _ = plain.tables(reader._read(index).columns)
-        except (ValueError, IndexError):  # met and named when the episode is used
-            continue
-        if actions.shape[1] != len(END_EFFECTOR_DIMENSIONS):
-            continue
-        if len(actions):
-            low, high = min(low, actions[:, -1].min()), max(high, actions[:, -1].max())
-        if low < -_SLACK:
-            return SIGNED
-    return ABSOLUTE if low < _SLACK and 1 - _SLACK < high < 1 + _SLACK else None
-
-
-def require_raw_gripper(reader: EpisodeReader, given: Mapping[str, Any] | None) -> None:
-    """Refuse, or warn of, a preset that would turn a gripper which is 0 closed, 1 open already.
+def merge_fields(
+    suggested: ColumnSpec | None,
+    preset: str | None,
+    overrides: Mapping[str, Any] | None,
+    root: Path,
+    available: str = "",
+) -> ColumnSpec:
+    """Return the fields to use: the user's overrides over the preset, else over what the format suggests.
 
     Args:
-        reader: The dataset, opened.
-        given: Fields that the user gave; with ``gripper`` nothing is checked.
-
-    Raises:
-        ValueError: LIBERO's preset by its name: LIBERO's own gripper is never 0.
-    """
-    if reader.preset is None or "gripper" in (given or {}) or reader.fields.gripper != "clipped_inverted":
-        return
-    if stored_gripper(reader) != ABSOLUTE:
-        return
-    message = (
-        f"{reader.root}: the preset {reader.preset!r} ({reader.preset_reason}) turns a gripper of -1 open, +1 closed, "
-        "but the stored one stays from 0 to 1. If that is 0 closed, 1 open, it would be learnt inverted: take no "
-        "preset (preset: none, --preset none), or give gripper in fields."
-    )
-    if reader.preset.startswith("libero") and reader.preset not in HDF5_PRESETS:
-        raise OpenVLAValueError(message)
-    warnings.warn(message, stacklevel=4)
-
-
-def merged_fields(
-    found: Fields | None, preset: str | None, config: Mapping[str, Any] | None, root: Path, seen: str = ""
-) -> Fields:
-    """Return what is asked for, over the preset, over what the format itself suggests.
-
-    Args:
-        found: What the format suggests.
-        preset: A key of ``PRESETS``.
-        config: Fields to replace.
+        suggested: The format's suggestion, used without a preset.
+        preset: A key of ``PRESETS``, or None.
+        overrides: Fields given by the user.
         root: The dataset, for messages.
-        seen: A sentence on the columns that there are, for the message where none can be chosen.
+        available: A sentence that lists the available columns, for the error if none can be chosen.
 
     Raises:
-        ValueError: The preset is unknown, or nothing says what the action is.
+        ValueError: The preset is unknown, or neither preset, suggestion nor overrides name cameras and action.
     """
     if preset is not None:
         if preset not in PRESETS:
-            near = nearest_name(preset, list(PRESETS))
+            nearest = nearest_name(preset, list(PRESETS))
             raise OpenVLAValueError(
-                f"Unknown preset {preset!r}.{f' Did you mean {near!r}?' if near else ''} Allowed: "
+                f"Unknown preset {preset!r}.{f' Did you mean {nearest!r}?' if nearest else ''} Allowed: "
                 f"{[AUTO, NO_PRESET, *sorted(PRESETS)]}."
             )
-        found = PRESETS[preset]
-    config = dict(config or {})
-    if found is not None:
-        return found.changed(config)
-    if "cameras" not in config or not {"action", "standardize"} & set(config):
+        suggested = PRESETS[preset]
+    overrides = dict(overrides or {})
+    if suggested is not None:
+        return suggested.replace(overrides)
+    if "cameras" not in overrides or not {"action", "standardize"} & set(overrides):
         raise OpenVLAValueError(
-            f"{root}: what is camera and what is action cannot be told; give cameras and action.{seen}"
+            f"{root}: cameras and action cannot be detected; set the fields cameras and action.{available}"
         )
-    return Fields(("?",), ("?",)).changed({"action": (), **config})
+    return ColumnSpec(("?",), ("?",)).replace({"action": (), **overrides})
 
 
-def known_preset(preset: str | None, *names: str | None) -> str | None:
-    """Return, with "auto", the preset of RLDS that bears one of the dataset's names, where there is one."""
+def select_preset(preset: str | None, *names: str | None) -> str | None:
+    """Return, for "auto", the RLDS preset with one of the dataset's names, or None; any other preset unchanged."""
     if preset == AUTO:
         return next((name for name in names if name in PRESETS and name not in HDF5_PRESETS), None)
     return preset

@@ -1,8 +1,8 @@
-"""Endless (or single-pass) shuffled samples from one dataset or a mixture, for any number of workers and ranks.
+"""Stream shuffled training samples from one dataset or a mixture, for any number of workers and ranks.
 
-Only the order is held in memory: (episode, step) pairs in a shuffle buffer. An episode is read when its first step is
-drawn and dropped after its last; an image is decoded when it is drawn. The order follows from the seed alone, so a
-stream resumes exactly where it stopped.
+Only positions (episode and step numbers) are held in the shuffle buffer. An episode is read when its first step is
+drawn and dropped after its last; an image is decoded when it is drawn. The order depends on the seed alone, so a stream
+resumes exactly where it stopped.
 """
 
 from __future__ import annotations
@@ -12,46 +12,42 @@ import dataclasses
 import random
 import warnings
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.utils.data import IterableDataset
 
 from ..errors_openvla import OpenVLAValueError
-from .episodes import DemonstrationError, Episode, EpisodeReader, Step
-
-# Where a chunk may start near an episode's end.
-ENDS = ("drop", "repeat")
+from .episodes import DatasetError, Episode, EpisodeReader, Step
 
 
-class DemonstrationStream(IterableDataset):
-    """Samples of demonstrations, for a torch DataLoader.
+class StepStream(IterableDataset):
+    """An iterable dataset of :class:`~openvla.data.episodes.Step` samples, for a torch DataLoader.
 
-    Episodes are dealt out to ranks and workers anew in every epoch, so that each sample is seen once an epoch.
+    In every epoch the episodes are distributed anew over ranks and workers, so that each sample is seen once per epoch.
 
     Args:
-        readers: The datasets. Cameras of the same names in another order are taken in the first one's.
-        weights: How often each is drawn from; with ``balance`` relative to its number of steps. Default: all 1.
-        chunk_length: Actions of a sample.
-        ends: "drop": a chunk starts only where the episode still has all its actions, as OpenVLA-OFT trains.
-            Shorter episodes give no sample then, and are warned of.
-            "repeat": it starts at every step, and beyond the end the last action repeats (``Step.is_padding``).
-        shuffle_buffer: Steps to shuffle among; 0 or 1 keeps the stored order, of episodes too.
-        seed: Of every random choice.
-        repeat: Start over when all samples were seen. A mixture needs no common end then.
-        rank: This process among ``world_size``.
-        world_size: Processes that train together.
+        readers: The datasets. If cameras of the same names have another order, the first dataset's order is used.
+        weights: Sampling weight of every dataset; with ``balance`` relative to its number of steps. Default: all 1.
+        chunk_length: Number of actions per sample.
+        pad_last_chunk: If False, a chunk starts only where the episode still has all its actions, as OpenVLA-OFT
+            trains; shorter episodes then give no sample, which is warned about. If True, a chunk starts at every step,
+            and the last action repeats beyond the episode's end (``Step.is_padding``).
+        shuffle_buffer: Number of steps to shuffle among; 0 or 1 keeps the stored order, also of episodes.
+        seed: Seed of every random choice.
+        repeat: Start the next epoch when all samples were seen; each dataset of a mixture does so on its own.
+        rank: Index of this process in ``world_size``.
+        world_size: Number of processes that train together.
         balance: Multiply weights by the datasets' numbers of steps, as the reference does.
-        skip_bad: Leave out episodes and images that cannot be used, count them and warn; else they raise.
+        skip_bad: Skip, count and warn about episodes and images that cannot be used; otherwise they raise.
 
     Raises:
-        ValueError: An option is out of range, names collide, action or proprio dimensions or numbers of cameras differ
-            between datasets, or a camera's name stands for different places.
+        ValueError: An option is out of range, names collide, datasets differ in action or proprio dimensions or in
+            the number of cameras, or cameras of the same name are at different positions.
 
     Attributes:
         readers: The datasets, with their cameras in one order.
-        skipped: Bad episodes and steps met so far and left out, in this process (a worker has its own); each counts,
-            and is warned of, once.
+        skipped: Number of different bad episodes and steps skipped so far in this process (every worker has its own).
     """
 
     def __init__(
@@ -60,7 +56,7 @@ class DemonstrationStream(IterableDataset):
         weights: Sequence[float] | None = None,
         *,
         chunk_length: int = 1,
-        ends: str = "drop",
+        pad_last_chunk: bool = False,
         shuffle_buffer: int = 10_000,
         seed: int = 0,
         repeat: bool = True,
@@ -71,32 +67,25 @@ class DemonstrationStream(IterableDataset):
     ) -> None:
         self.readers = [readers] if isinstance(readers, EpisodeReader) else list(readers)
         self.weights = [1.0] * len(self.readers) if weights is None else [float(weight) for weight in weights]
-        self.chunk_length, self.ends, self.shuffle_buffer, self.seed = chunk_length, ends, shuffle_buffer, seed
+        self.chunk_length, self.pad_last_chunk = chunk_length, pad_last_chunk
+        self.shuffle_buffer, self.seed = shuffle_buffer, seed
         self.repeat, self.rank, self.world_size, self.skip_bad = repeat, rank, world_size, skip_bad
-        self._bad: set[str] = set()
+        self._errors: set[str] = set()
         self._resume_batches, self._resume_batch_size = 0, 1
-        self._check()
-        self.readers = one_camera_order(self.readers)
-        rates = {reader.name: reader.frame_rate for reader in self.readers if reader.frame_rate}
-        if rank == 0 and len(set(rates.values())) > 1:
-            warnings.warn(
-                f"The datasets of this mixture have different frame rates (Hz): {rates}. An action is a movement in "
-                "one step, so that the policy moves at each one's pace, whichever frames look alike; train on one "
-                "rate.",
-                stacklevel=2,
-            )
-        if rank == 0 and ends == "drop" and chunk_length > 1:
-            self._warn_of_short_episodes()
+        self._validate()
+        self.readers = align_cameras(self.readers)
+        if rank == 0:
+            self._warn_of_frame_rates()
+            if not pad_last_chunk and chunk_length > 1:
+                self._warn_of_short_episodes()
         if balance and len(self.readers) > 1:
-            self.weights = [weight * self._steps(reader) for weight, reader in zip(self.weights, self.readers)]
+            self.weights = [weight * self._num_samples(reader) for weight, reader in zip(self.weights, self.readers)]
 
-    def _check(self) -> None:
+    def _validate(self) -> None:
         if not self.readers or len(self.weights) != len(self.readers):
             raise OpenVLAValueError(f"Got {len(self.weights)} weights for {len(self.readers)} datasets; give each one.")
         if any(not weight > 0 or weight == float("inf") for weight in self.weights):
             raise OpenVLAValueError(f"Weights must be positive and finite, got {self.weights}.")
-        if self.ends not in ENDS:
-            raise OpenVLAValueError(f"ends must be one of {ENDS}, got {self.ends!r}.")
         if self.chunk_length < 1 or self.shuffle_buffer < 0:
             raise OpenVLAValueError(
                 f"chunk_length must be at least 1 and shuffle_buffer at least 0, got {self.chunk_length} and "
@@ -106,268 +95,304 @@ class DemonstrationStream(IterableDataset):
             raise OpenVLAValueError(f"rank must be in [0, {self.world_size}), got {self.rank}.")
         names = [reader.name for reader in self.readers]
         if len(set(names)) != len(names):
-            raise OpenVLAValueError(f"Datasets of a mixture need different names, got {names}; give name=.")
-        for what in ("action_dim", "proprio_dim"):
-            sizes = {reader.name: getattr(reader, what) for reader in self.readers}
+            raise OpenVLAValueError(f"Datasets of a mixture need different names, got {names}; pass name=.")
+        for attribute in ("action_dim", "proprio_dim"):
+            sizes = {reader.name: getattr(reader, attribute) for reader in self.readers}
             if len(set(sizes.values())) > 1:
-                raise OpenVLAValueError(f"Datasets of a mixture need one {what}, got {sizes}.")
+                raise OpenVLAValueError(f"Datasets of a mixture must have the same {attribute}, got {sizes}.")
         cameras = {reader.name: len(reader.fields.cameras) for reader in self.readers}
         if len(set(cameras.values())) > 1:
-            raise OpenVLAValueError(f"Datasets of a mixture need one number of cameras, got {cameras}.")
+            raise OpenVLAValueError(f"Datasets of a mixture must have the same number of cameras, got {cameras}.")
+
+    def _warn_of_frame_rates(self) -> None:
+        rates = {reader.name: reader.frame_rate for reader in self.readers if reader.frame_rate}
+        if len(set(rates.values())) > 1:
+            warnings.warn(
+                f"The datasets of this mixture have different frame rates (Hz): {rates}. An action is the movement of "
+                "one step, so the policy will move faster or slower depending on which dataset a frame resembles; use "
+                "datasets of one frame rate.",
+                stacklevel=3,
+            )
 
     def _warn_of_short_episodes(self) -> None:
         for reader in self.readers:
-            lengths = self._lengths(reader)
-            if short := lengths.count(0):
+            counts = self._sample_counts(reader)
+            if num_short := counts.count(0):
                 warnings.warn(
-                    f"{reader.name}: {short} of {len(lengths)} episodes are shorter than a chunk of "
-                    f"{self.chunk_length} actions and give no sample. Take ends='repeat' to train on them, or a "
-                    "shorter chunk.",
+                    f"{reader.name}: {num_short} of {len(counts)} episodes are shorter than a chunk of "
+                    f"{self.chunk_length} actions and give no sample. Set pad_last_chunk=True to train on them, or use "
+                    "a shorter chunk.",
                     stacklevel=3,
                 )
 
-    def _lengths(self, reader: EpisodeReader) -> list[int | None]:
-        """Steps of every episode at which a sample may start; None where the episode is bad."""
-        lengths: list[int | None] = []
+    def _sample_counts(self, reader: EpisodeReader) -> list[int | None]:
+        """Return the number of samples of every episode; None for a bad episode."""
+        counts: list[int | None] = []
         for index in range(len(reader)):
             try:
-                lengths.append(self._length(reader, index))
-            except DemonstrationError:  # raised when it is read
-                lengths.append(None)
-        return lengths
+                counts.append(self.num_samples_of(reader, index))
+            except DatasetError:  # raised when the episode is read
+                counts.append(None)
+        return counts
 
     def summary(self) -> list[dict[str, Any]]:
-        """Return what every dataset gives and what of it is left out, as JSON holds it."""
-        out = []
+        """Return, for every dataset, what it contributes and what is left out, as JSON-serializable dictionaries."""
+        summaries = []
         for reader in self.readers:
-            lengths = self._lengths(reader)
+            counts = self._sample_counts(reader)
             left_out = {
-                "bad_episodes": lengths.count(None),
-                "episodes_shorter_than_the_chunk": lengths.count(0),
-                "steps_that_do_nothing": reader.noop_steps,
+                "bad_episodes": counts.count(None),
+                "episodes_shorter_than_the_chunk": counts.count(0),
+                "steps_that_do_nothing": reader.num_noop_steps,
             }
-            out.append(
+            summaries.append(
                 {
                     "name": reader.name,
                     "format": reader.format,
                     "path": str(reader.root),
                     "cameras": list(reader.fields.cameras),
-                    "episodes": sum(1 for length in lengths if length),
-                    "samples": sum(length for length in lengths if length),
+                    "episodes": sum(1 for count in counts if count),
+                    "samples": sum(count for count in counts if count),
                     "left_out": left_out,
                     "notes": reader.notes(),
                 }
             )
-        return out
+        return summaries
 
-    def _steps(self, reader: EpisodeReader) -> int:
-        return sum(self._length(reader, index) or 0 for index in range(len(reader)))
+    def _num_samples(self, reader: EpisodeReader) -> int:
+        return sum(self.num_samples_of(reader, index) or 0 for index in range(len(reader)))
 
-    def resume(self, batches: int, batch_size: int) -> None:
-        """Go on behind that many batches of this rank; workers, seed and options must be as before.
-
-        The order is played through without reading images (with ``skip_bad``, reading them: only so it is known what
-        was left out).
+    def num_samples_of(self, reader: EpisodeReader, index: int) -> int | None:
+        """Return the number of samples of an episode; None if it is bad and ``skip_bad`` is set.
 
         Raises:
-            ValueError: A number is negative or zero.
+            DatasetError: The episode is bad and ``skip_bad`` is not set.
         """
-        if batches < 0 or batch_size < 1:
-            raise OpenVLAValueError(
-                f"batches must be at least 0 and batch_size at least 1, got {batches}, {batch_size}."
-            )
-        self._resume_batches, self._resume_batch_size = batches, batch_size
-
-    def __iter__(self) -> Iterator[Step]:
-        info = torch.utils.data.get_worker_info()
-        workers = info.num_workers if info else 1
-        # DataLoader asks its workers in turn. Behind a resumed stream it begins again with its first worker, which
-        # therefore takes the place of the one whose turn it would be.
-        turn = ((info.id if info else 0) + self._resume_batches) % workers
-        done = (self._resume_batches - turn + workers - 1) // workers * self._resume_batch_size
-        shard, shards = self.rank * workers + turn, self.world_size * workers
-        for reader in self.readers if self.repeat else ():
-            if len(reader) < shards:
-                raise OpenVLAValueError(
-                    f"{reader.name} has {len(reader)} episodes, too few for {shards} readers ({self.world_size} ranks "
-                    f"of {workers} workers); take fewer workers."
-                )
-        draws = _Mixture(self, shard, shards)
-        for number, sample in enumerate(draws.samples(done)):
-            if number >= done:
-                yield sample
-
-    def _length(self, reader: EpisodeReader, index: int) -> int | None:
-        """Steps of an episode at which a sample may start; None where the episode is bad and skipped."""
         try:
-            length = reader.length(index, checked=self.skip_bad)
-        except DemonstrationError:
+            length = reader.length(index, validate=self.skip_bad)
+        except DatasetError:
             if self.skip_bad:
                 return None
             raise
-        return length if self.ends == "repeat" else max(0, length - self.chunk_length + 1)
+        return length if self.pad_last_chunk else max(0, length - self.chunk_length + 1)
 
-    def _skip(self, error: DemonstrationError) -> None:
-        if str(error) not in self._bad:  # which is met again in every epoch
-            self._bad.add(str(error))
+    def resume(self, num_batches: int, batch_size: int) -> None:
+        """Continue after some batches of this rank; workers, seed and options must be the same as before.
+
+        The order is replayed without reading images (with ``skip_bad`` they are read, because only reading shows which
+        samples were skipped).
+
+        Args:
+            num_batches: Batches that this rank has consumed.
+            batch_size: Samples per batch.
+
+        Raises:
+            ValueError: ``num_batches`` is negative or ``batch_size`` is below 1.
+        """
+        if num_batches < 0 or batch_size < 1:
+            raise OpenVLAValueError(
+                f"num_batches must be at least 0 and batch_size at least 1, got {num_batches}, {batch_size}."
+            )
+        self._resume_batches, self._resume_batch_size = num_batches, batch_size
+
+    def __iter__(self) -> Iterator[Step]:
+        info = torch.utils.data.get_worker_info()
+        num_workers = info.num_workers if info else 1
+        # DataLoader takes batches from its workers in turn. After resuming it starts with its first worker again, which
+        # therefore continues the shard of the worker whose turn it would be.
+        worker = ((info.id if info else 0) + self._resume_batches) % num_workers
+        num_replayed = (self._resume_batches - worker + num_workers - 1) // num_workers * self._resume_batch_size
+        shard, num_shards = self.rank * num_workers + worker, self.world_size * num_workers
+        for reader in self.readers if self.repeat else ():
+            if len(reader) < num_shards:
+                raise OpenVLAValueError(
+                    f"{reader.name} has {len(reader)} episodes, too few for {num_shards} readers ({self.world_size} "
+                    f"ranks of {num_workers} workers); use fewer workers."
+                )
+        for number, sample in enumerate(_MixtureShard(self, shard, num_shards).samples(num_replayed)):
+            if number >= num_replayed and sample is not None:
+                yield sample
+
+    def record_error(self, error: DatasetError) -> None:
+        """Count a skipped episode or step and warn about it, once."""
+        if str(error) not in self._errors:  # the same error occurs in every epoch
+            self._errors.add(str(error))
             warnings.warn(f"Skipped, {self.skipped} so far: {error}", stacklevel=2)
 
     @property
     def skipped(self) -> int:
-        return len(self._bad)
+        return len(self._errors)
 
 
-def one_camera_order(readers: Sequence[EpisodeReader]) -> list[EpisodeReader]:
-    """Return the datasets of a mixture, those with the first one's cameras in its order.
+def align_cameras(readers: Sequence[EpisodeReader]) -> list[EpisodeReader]:
+    """Return the datasets of a mixture with cameras of the same names in the first dataset's order.
 
-    Cameras are one where the last parts of their names are (``observation.images.top``, ``obs.top``). Which cameras of
-    other names meet in one place is warned of.
+    Cameras are identified by the last parts of their names (``observation.images.top`` and ``obs.top`` are the same).
+    Cameras with different names at the same position are warned about.
 
     Raises:
-        ValueError: A name stands in different places and cannot be moved, as its neighbours have other names.
+        ValueError: A camera of the same name is at another position and cannot be moved, because the other cameras have
+            different names.
     """
     if len(readers) < 2:
         return list(readers)
-    last = [[camera.rpartition(".")[2] for camera in reader.fields.cameras] for reader in readers]
-    if any(len(set(names)) < len(names) for names in last):
-        last = [list(reader.fields.cameras) for reader in readers]
-    out, expected, others = [readers[0]], last[0], []
-    for reader, names in zip(readers[1:], last[1:]):
+    camera_names = [[camera.rpartition(".")[2] for camera in reader.fields.cameras] for reader in readers]
+    if any(len(set(names)) < len(names) for names in camera_names):
+        camera_names = [list(reader.fields.cameras) for reader in readers]
+    first, expected = readers[0], camera_names[0]
+    aligned, differently_named = [first], []
+    for reader, names in zip(readers[1:], camera_names[1:]):
         if sorted(names) == sorted(expected) and names != expected:
             cameras = tuple(reader.fields.cameras[names.index(name)] for name in expected)
             warnings.warn(
-                f"{reader.name} stores its cameras in another order than {readers[0].name}; they are taken in that "
-                f"one's: {list(cameras)}.",
+                f"{reader.name} stores its cameras in another order than {first.name}; they are reordered to "
+                f"{list(cameras)}.",
                 stacklevel=3,
             )
             reader = copy.copy(reader)
             reader.fields = dataclasses.replace(reader.fields, cameras=cameras)
         elif names != expected:
-            if moved := [name for place, name in enumerate(names) if name in expected and expected[place] != name]:
+            if moved := [name for i, name in enumerate(names) if name in expected and expected[i] != name]:
                 raise OpenVLAValueError(
-                    f"Cameras of a mixture must have one order: {moved} stand elsewhere in {reader.name} {names} than "
-                    f"in {readers[0].name} {expected}. Give the field cameras of one of them."
+                    f"Cameras of a mixture must be in one order: {moved} are at other positions in {reader.name} "
+                    f"{names} than in {first.name} {expected}. Set the field cameras of one of them."
                 )
-            others.append(reader)
-        out.append(reader)
-    if others:
-        listed = "; ".join(f"{reader.name} {list(reader.fields.cameras)}" for reader in [readers[0], *others])
+            differently_named.append(reader)
+        aligned.append(reader)
+    if differently_named:
+        listed = "; ".join(f"{reader.name} {list(reader.fields.cameras)}" for reader in [first, *differently_named])
         warnings.warn(
-            f"The cameras of these datasets have different names and are taken to see alike, place by place: {listed}. "
-            "Give the field cameras where they do not.",
+            "The cameras of these datasets have different names; cameras at the same position are assumed to have the "
+            f"same view: {listed}. Set the field cameras if they do not.",
             stacklevel=3,
         )
-    return out
+    return aligned
+
+
+class _Position(NamedTuple):
+    """A sample of a dataset."""
+
+    epoch: int
+    episode: int
+    step: int
 
 
 @dataclasses.dataclass
-class _Open:
-    """An episode some of whose steps are in the buffer."""
+class _OpenEpisode:
+    """An episode with samples in the shuffle buffer.
+
+    Attributes:
+        episode: Read when its first sample is drawn.
+        num_left: Number of its samples that are not drawn yet.
+    """
 
     episode: Episode | None
-    left: int
+    num_left: int
 
 
-class _Mixture:
-    """The draws of one shard: which dataset, which of its samples."""
+class _MixtureShard:
+    """One worker's share of a mixture: chooses a dataset, then one of its samples."""
 
-    def __init__(self, stream: DemonstrationStream, shard: int, shards: int) -> None:
+    def __init__(self, stream: StepStream, shard: int, num_shards: int) -> None:
         self.stream = stream
         self.random = random.Random(f"{stream.seed} mixture {shard}")
-        self.parts = [_Part(stream, reader, shard, shards) for reader in stream.readers]
+        self.datasets = [_DatasetShard(stream, reader, shard, num_shards) for reader in stream.readers]
 
-    def samples(self, replayed: int) -> Iterator[Step | None]:
-        """Samples in order; of the first ``replayed`` only that they were there (None)."""
-        parts = [(part.positions(), part, weight) for part, weight in zip(self.parts, self.stream.weights)]
-        given = 0
-        while parts:
-            chosen = self.random.choices(range(len(parts)), [weight for *_, weight in parts])[0]
-            positions, part, _ = parts[chosen]
+    def samples(self, num_replayed: int) -> Iterator[Step | None]:
+        """Yield samples in order; None in place of the first ``num_replayed``, which are not read."""
+        active = [(dataset.positions(), dataset, weight) for dataset, weight in zip(self.datasets, self.stream.weights)]
+        num_yielded = 0
+        while active:
+            index = self.random.choices(range(len(active)), [weight for *_, weight in active])[0]
+            positions, dataset, _ = active[index]
             position = next(positions, None)
             if position is None:
-                del parts[chosen]
+                del active[index]
                 continue
             try:
-                sample = part.take(*position, wanted=given >= replayed or self.stream.skip_bad)
-            except DemonstrationError as error:
+                sample = dataset.draw(position, load=num_yielded >= num_replayed or self.stream.skip_bad)
+            except DatasetError as error:
                 if not self.stream.skip_bad:
                     raise
-                self.stream._skip(error)
+                self.stream.record_error(error)
                 continue
-            given += 1
+            num_yielded += 1
             yield sample
 
 
-class _Part:
-    """One dataset of a mixture, as one shard sees it."""
+class _DatasetShard:
+    """One worker's share of one dataset."""
 
-    def __init__(self, stream: DemonstrationStream, reader: EpisodeReader, shard: int, shards: int) -> None:
-        self.stream, self.reader, self.shard, self.shards = stream, reader, shard, shards
+    def __init__(self, stream: StepStream, reader: EpisodeReader, shard: int, num_shards: int) -> None:
+        self.stream, self.reader, self.shard, self.num_shards = stream, reader, shard, num_shards
         self.random = random.Random(f"{stream.seed} {reader.name} {shard}")
-        self.open: dict[tuple[int, int], _Open] = {}
+        self.open_episodes: dict[tuple[int, int], _OpenEpisode] = {}
 
-    def positions(self) -> Iterator[tuple[int, int, int]]:
-        """(epoch, episode, step) in the order of drawing: through a buffer, a random one of which comes out."""
-        buffer: list[tuple[int, int, int]] = []
-        for position in self._stored_order():
+    def positions(self) -> Iterator[_Position]:
+        """Yield positions in the order of drawing: each new one replaces a random one of the shuffle buffer."""
+        buffer: list[_Position] = []
+        for position in self._unshuffled_positions():
             if self.stream.shuffle_buffer <= 1:
                 yield position
             elif len(buffer) < self.stream.shuffle_buffer:
                 buffer.append(position)
             else:
-                place = self.random.randrange(len(buffer))
-                buffer[place], position = position, buffer[place]
+                index = self.random.randrange(len(buffer))
+                buffer[index], position = position, buffer[index]
                 yield position
         self.random.shuffle(buffer)
         yield from buffer
 
-    def _stored_order(self) -> Iterator[tuple[int, int, int]]:
+    def _unshuffled_positions(self) -> Iterator[_Position]:
+        """Yield the steps of one episode after the other; the order of episodes is shuffled per epoch."""
         epoch = 0
         while True:
             order = list(range(len(self.reader)))
             if self.stream.shuffle_buffer > 1:
                 random.Random(f"{self.stream.seed} {self.reader.name} epoch {epoch}").shuffle(order)
-            found = False
-            for index in order[self.shard :: self.shards]:
-                length = self.stream._length(self.reader, index)
-                if length is None:
-                    self.stream._skip(_why(self.reader, index))
+            has_sample = False
+            for index in order[self.shard :: self.num_shards]:
+                num_samples = self.stream.num_samples_of(self.reader, index)
+                if num_samples is None:
+                    self.stream.record_error(_error_of(self.reader, index))
                     continue
-                if length:
-                    self.open[epoch, index] = _Open(None, length)
-                    found = True
-                for step in range(length):
-                    yield epoch, index, step
-            if not found and not self._any_sample():
+                if num_samples:
+                    self.open_episodes[epoch, index] = _OpenEpisode(None, num_samples)
+                    has_sample = True
+                for step in range(num_samples):
+                    yield _Position(epoch, index, step)
+            if not has_sample and not self._has_any_sample():
                 raise OpenVLAValueError(
-                    f"{self.reader.name}: no episode has {self.stream.chunk_length} steps; take ends='repeat' or a "
-                    "shorter chunk."
+                    f"{self.reader.name}: no episode has {self.stream.chunk_length} steps; set pad_last_chunk=True or "
+                    "use a shorter chunk."
                 )
             if not self.stream.repeat:
                 return
             epoch += 1
 
-    def _any_sample(self) -> bool:
-        return any(self.stream._length(self.reader, index) for index in range(len(self.reader)))
+    def _has_any_sample(self) -> bool:
+        return any(self.stream.num_samples_of(self.reader, index) for index in range(len(self.reader)))
 
-    def take(self, epoch: int, index: int, step: int, wanted: bool) -> Step | None:
-        """The sample of a position, or None where it is only counted."""
-        opened = self.open[epoch, index]
-        opened.left -= 1
+    def draw(self, position: _Position, load: bool) -> Step | None:
+        """Return the sample at a position; None without ``load``, which only counts it."""
+        key = position.epoch, position.episode
+        opened = self.open_episodes[key]
+        opened.num_left -= 1
         try:
-            if not wanted:
+            if not load:
                 return None
             if opened.episode is None:
-                opened.episode = self.reader[index]
-            return opened.episode.step(step, self.stream.chunk_length)
+                opened.episode = self.reader[position.episode]
+            return opened.episode.step(position.step, self.stream.chunk_length)
         finally:
-            if not opened.left:
-                del self.open[epoch, index]
+            if not opened.num_left:
+                del self.open_episodes[key]
 
 
-def _why(reader: EpisodeReader, index: int) -> DemonstrationError:
+def _error_of(reader: EpisodeReader, index: int) -> DatasetError:
+    """Return the error that reading a bad episode raises."""
     try:
         reader[index]
-    except DemonstrationError as error:
+    except DatasetError as error:
         return error
-    return DemonstrationError(f"{reader.name}, episode {index}")
+    return DatasetError(f"{reader.name}, episode {index}")

@@ -1,7 +1,7 @@
-"""TFRecord files and the tf.train.Example messages in them, without TensorFlow: numpy only.
+"""Read TFRecord files and the tf.train.Example messages in them with numpy alone, without TensorFlow.
 
-A record is its length (uint64), a masked CRC-32C of that, the data, a masked CRC-32C of the data. An Example maps
-names to lists of bytes, float32 or int64 (protocol buffers' wire format).
+A record consists of its length (uint64), a masked CRC-32C of the length, the data and a masked CRC-32C of the data. An
+Example maps names to lists of bytes, float32 or int64 (protocol buffers' wire format).
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import struct
 from collections.abc import Callable, Iterator
 from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -18,12 +19,16 @@ from ..errors_openvla import OpenVLAValueError
 _POLYNOMIAL = 0x82F63B78  # Castagnoli's, reflected
 _MASK_DELTA = 0xA282EAD8
 _HEADER, _FOOTER = 12, 4
-_MOST_LANES = 1 << 14
-_SHORT = 64  # bytes, below which a plain loop is faster
+_MAX_LANES = 1 << 14
+_SHORT = 64  # bytes; below this a plain loop is faster
+# Wire types of protocol buffers.
+_VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
+# Kinds of a tf.train.Feature: the field numbers of bytes_list and float_list; the third is int64_list.
+_BYTES_LIST, _FLOAT_LIST = 1, 2
 
 
 @lru_cache(maxsize=1)
-def _table() -> np.ndarray:
+def _crc_table() -> np.ndarray:
     table = np.arange(256, dtype=np.uint32)
     for _ in range(8):
         table = np.where(table & 1, (table >> 1) ^ np.uint32(_POLYNOMIAL), table >> 1)
@@ -31,38 +36,41 @@ def _table() -> np.ndarray:
 
 
 @lru_cache(maxsize=1)
-def _short_table() -> list[int]:
-    return _table().tolist()
+def _crc_table_list() -> list[int]:
+    return _crc_table().tolist()
 
 
-def _product(matrix: np.ndarray, vectors: np.ndarray) -> np.ndarray:
-    """A 32 x 32 matrix of bits (its columns as uint32) times each vector."""
+def _bit_matrix_product(matrix: np.ndarray, vectors: np.ndarray) -> np.ndarray:
+    """Multiply a 32 x 32 bit matrix (its columns as uint32) with each bit vector (uint32)."""
     bits = (vectors[..., None] >> np.arange(32, dtype=np.uint32)) & 1
     return np.bitwise_xor.reduce(np.where(bits == 1, matrix, np.uint32(0)), axis=-1)
 
 
 @lru_cache(maxsize=4096)
 def _zeros_operator(length: int) -> np.ndarray:
-    """What ``length`` zero bytes do to a CRC register: a 32 x 32 matrix of bits."""
+    """Return the 32 x 32 bit matrix that advances a CRC register by ``length`` zero bytes."""
     if length == 0:
         return np.uint32(1) << np.arange(32, dtype=np.uint32)
     if length == 1:
         units = np.uint32(1) << np.arange(32, dtype=np.uint32)
-        return _table()[units & 0xFF] ^ (units >> 8)
+        return _crc_table()[units & 0xFF] ^ (units >> 8)
     half = _zeros_operator(length // 2)
-    whole = _product(half, half)
-    return _product(_zeros_operator(1), whole) if length % 2 else whole
+    even = _bit_matrix_product(half, half)
+    return _bit_matrix_product(_zeros_operator(1), even) if length % 2 else even
 
 
 def crc32c(data: bytes) -> int:
-    """CRC-32C. Long data is cut into lanes that advance together; CRCs are linear, so they combine afterwards."""
-    table = _table()
+    """Return the CRC-32C of data.
+
+    Long data is cut into lanes whose CRCs are computed in parallel and combined afterwards, since CRCs are linear.
+    """
+    table = _crc_table()
     if len(data) < _SHORT:
-        value, entries = 0xFFFFFFFF, _short_table()
+        value, entries = 0xFFFFFFFF, _crc_table_list()
         for byte in data:
             value = entries[(value ^ byte) & 0xFF] ^ (value >> 8)
         return value ^ 0xFFFFFFFF
-    lanes = min(1 << (len(data).bit_length() + 1) // 2, _MOST_LANES)
+    lanes = min(1 << (len(data).bit_length() + 1) // 2, _MAX_LANES)
     values = np.frombuffer(data, np.uint8)
     # Leading zeros do not change a register that starts at zero.
     padded = np.concatenate([np.zeros(-len(values) % lanes, np.uint8), values]).reshape(lanes, -1)
@@ -71,81 +79,104 @@ def crc32c(data: bytes) -> int:
         register = table[(register ^ column) & 0xFF] ^ (register >> np.uint32(8))
     length = padded.shape[1]
     while len(register) > 1:
-        register = _product(_zeros_operator(length), register[0::2]) ^ register[1::2]
+        register = _bit_matrix_product(_zeros_operator(length), register[0::2]) ^ register[1::2]
         length *= 2
-    start = _product(_zeros_operator(len(data)), np.array([0xFFFFFFFF], np.uint32))
+    start = _bit_matrix_product(_zeros_operator(len(data)), np.array([0xFFFFFFFF], np.uint32))
     return int(register[0] ^ start[0]) ^ 0xFFFFFFFF
 
 
 def masked_crc32c(data: bytes) -> int:
-    """The checksum as TFRecord stores it."""
+    """Return the masked CRC-32C that TFRecord stores."""
     crc = crc32c(data)
     return (((crc >> 15) | (crc << 17)) + _MASK_DELTA) & 0xFFFFFFFF
 
 
-def record_offsets(path: Path) -> tuple[list[tuple[int, int]], str | None]:
-    """Where the data of every whole record lies, as (offset, length), and what is wrong with the rest, if anything."""
-    size, offset, found = path.stat().st_size, 0, []
+class RecordLocation(NamedTuple):
+    """Offset and length in bytes of a record's data."""
+
+    offset: int
+    length: int
+
+
+class RecordIndex(NamedTuple):
+    """The intact records of a file, and the damage that follows them, if any."""
+
+    records: list[RecordLocation]
+    damage: str | None
+
+
+def index_records(path: Path) -> RecordIndex:
+    """Return the locations of all records up to the first damaged one; the data's checksums are not read."""
+    size, offset = path.stat().st_size, 0
+    records: list[RecordLocation] = []
     with open(path, "rb") as file:
         while offset < size:
             file.seek(offset)
             header = file.read(_HEADER)
             if len(header) < _HEADER:
-                return found, f"it is truncated: record {len(found)} begins at byte {offset} of {size}"
+                return RecordIndex(records, f"it is truncated: record {len(records)} begins at byte {offset} of {size}")
             length, checksum = struct.unpack("<QI", header)
             if masked_crc32c(header[:8]) != checksum:
-                return found, f"record {len(found)} at byte {offset} has a damaged length, or it is no TFRecord"
+                return RecordIndex(
+                    records,
+                    f"record {len(records)} at byte {offset} has a damaged length, or it is not a TFRecord file",
+                )
             end = offset + _HEADER + length + _FOOTER
             if end > size:
-                return found, f"it is truncated: record {len(found)} would end at byte {end}, the file at {size}"
-            found.append((offset + _HEADER, length))
+                return RecordIndex(
+                    records, f"it is truncated: record {len(records)} would end at byte {end}, the file at {size}"
+                )
+            records.append(RecordLocation(offset + _HEADER, length))
             offset = end
-    return found, None
+    return RecordIndex(records, None)
 
 
-def read_record(path: Path, offset: int, length: int) -> bytes:
-    """The data of one record, its checksum checked.
+def read_record(path: Path, location: RecordLocation) -> bytes:
+    """Return the data of one record after verifying its checksum.
 
     Raises:
         ValueError: The data is damaged.
     """
     with open(path, "rb") as file:
-        file.seek(offset)
-        data, footer = file.read(length), file.read(_FOOTER)
+        file.seek(location.offset)
+        data, footer = file.read(location.length), file.read(_FOOTER)
     if len(footer) < _FOOTER or masked_crc32c(data) != struct.unpack("<I", footer)[0]:
-        raise OpenVLAValueError(f"the checksum of the record at byte {offset - _HEADER} is wrong: the file is damaged")
+        raise OpenVLAValueError(
+            f"the checksum of the record at byte {location.offset - _HEADER} is wrong: the file is damaged"
+        )
     return data
 
 
-def parse_example(data: bytes, wanted: Callable[[str], bool]) -> dict[str, list[bytes] | np.ndarray]:
-    """The features of a tf.train.Example: lists of bytes, float32 or int64 arrays ``(count,)``.
+def parse_example(data: bytes, select: Callable[[str], bool]) -> dict[str, list[bytes] | np.ndarray]:
+    """Return the features of a tf.train.Example: lists of bytes, or float32 or int64 arrays ``(count,)``.
 
     Args:
-        data: The message.
-        wanted: Which names to parse; others are passed over.
+        data: The serialized message.
+        select: Return whether to parse the feature of a name.
 
     Raises:
-        ValueError: It is no such message.
+        ValueError: The data is not such a message.
     """
-    view, out = memoryview(data), {}
+    features: dict[str, list[bytes] | np.ndarray] = {}
     try:
-        for _, features in _fields(view):
-            for _, entry in _fields(features):
-                parts = dict(_fields(entry))
-                name = bytes(parts[1]).decode()
-                if wanted(name):
-                    out[name] = _values(parts.get(2, b""))
+        for _, message in _messages(memoryview(data)):
+            for _, entry in _messages(message):
+                key_and_value = dict(_messages(entry))
+                name = bytes(key_and_value[1]).decode()
+                if select(name):
+                    features[name] = _parse_feature(key_and_value.get(2, memoryview(b"")))
     except (IndexError, KeyError, TypeError, UnicodeDecodeError, ValueError) as error:
-        raise OpenVLAValueError(f"the record is no tf.train.Example: {error}") from error
-    return out
+        raise OpenVLAValueError(f"the record is not a tf.train.Example: {error}") from error
+    return features
 
 
-def _values(feature: memoryview) -> list[bytes] | np.ndarray:
-    for kind, content in _fields(feature):
-        if kind == 1:
-            return [bytes(value) for _, value in _fields(content)]
-        if kind == 2:
-            return np.concatenate([np.frombuffer(part, "<f4") for _, part in _fields(content)] or [np.zeros(0, "<f4")])
+def _parse_feature(feature: memoryview) -> list[bytes] | np.ndarray:
+    for kind, content in _messages(feature):
+        if kind == _BYTES_LIST:
+            return [bytes(value) for _, value in _messages(content)]
+        if kind == _FLOAT_LIST:
+            parts = [np.frombuffer(part, "<f4") for _, part in _messages(content)]
+            return np.concatenate(parts or [np.zeros(0, "<f4")])
         numbers: list[int] = []
         for _, value in _fields(content):
             numbers.extend([value] if isinstance(value, int) else _varints(value))
@@ -153,20 +184,30 @@ def _values(feature: memoryview) -> list[bytes] | np.ndarray:
     return []
 
 
+def _messages(message: memoryview) -> Iterator[tuple[int, memoryview]]:
+    """Yield number and content of every field of a message whose fields hold bytes."""
+    for number, value in _fields(message):
+        if isinstance(value, int):
+            raise OpenVLAValueError(f"field {number} must hold bytes, got the number {value}")
+        yield number, value
+
+
 def _fields(message: memoryview) -> Iterator[tuple[int, int | memoryview]]:
+    """Yield number and value of every field of a message."""
     position, end = 0, len(message)
+    value: int | memoryview
     while position < end:
         key, position = _varint(message, position)
-        wire = key & 7
-        if wire == 0:
+        wire_type = key & 7
+        if wire_type == _VARINT:
             value, position = _varint(message, position)
         else:
-            if wire == 2:
+            if wire_type == _BYTES:
                 length, position = _varint(message, position)
-            elif wire in (1, 5):
-                length = 8 if wire == 1 else 4
+            elif wire_type in (_FIXED64, _FIXED32):
+                length = 8 if wire_type == _FIXED64 else 4
             else:
-                raise OpenVLAValueError(f"wire type {wire}")
+                raise OpenVLAValueError(f"wire type {wire_type}")
             value = message[position : position + length]
             position += length
             if position > end:

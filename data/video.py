@@ -1,4 +1,4 @@
-"""Frames of a video by their time, through PyAV (its wheels bring FFmpeg along, AV1 included)."""
+"""Read frames of a video by time, through PyAV (its wheels include FFmpeg with AV1)."""
 
 from __future__ import annotations
 
@@ -9,19 +9,20 @@ from typing import Any
 import numpy as np
 
 from ..errors_openvla import OpenVLAValueError
-from .episodes import DemonstrationError, require
+from .episodes import DatasetError
+from .utils import require
 
-# How far a frame may lie from the time that the table says, in seconds (LeRobot's own tolerance).
+# Largest difference between a frame's time and the requested time, in seconds (LeRobot's tolerance).
 TIME_TOLERANCE = 1e-4
-# Up to here decoding on is cheaper than looking for a key frame.
+# Up to this distance ahead, decoding on is cheaper than seeking to a key frame.
 _NEAR_SECONDS = 1.0
 
 
 class Video:
-    """An open video. Frames in order are decoded once; any other is looked for from the key frame before it.
+    """An open video. Frames read in order are decoded once; for any other, the reader seeks to the key frame before it.
 
     Raises:
-        DemonstrationError: The file is damaged, or no video.
+        DatasetError: The file is damaged or not a video.
     """
 
     def __init__(self, path: Path) -> None:
@@ -29,10 +30,10 @@ class Video:
         try:
             self.container = self.av.open(str(path))
             self.stream = self.container.streams.video[0]
-            # FFmpeg's own threads do not survive a fork; data loader workers are what runs beside each other here.
+            # FFmpeg's threads do not survive a fork; data loader workers provide the parallelism.
             self.stream.codec_context.thread_count = 1
         except (self.av.error.FFmpegError, OSError, IndexError) as error:
-            raise DemonstrationError(f"{path} cannot be opened as a video: {error}.") from error
+            raise DatasetError(f"{path} cannot be opened as a video: {error}.") from error
         self.frames: Iterator[Any] = iter(())
         self.last: Any = None
 
@@ -41,10 +42,10 @@ class Video:
         self.container.close()
 
     def frame(self, seconds: float) -> np.ndarray:
-        """The frame of a time, uint8 ``(height, width, 3)`` RGB.
+        """Return the frame at a time in seconds, uint8 ``(height, width, 3)`` RGB.
 
         Raises:
-            ValueError: There is none, or it is damaged.
+            ValueError: The video has no such frame, or the frame is damaged.
         """
         try:
             frame = self._find(seconds)
@@ -52,8 +53,8 @@ class Video:
             self.last = None
             raise OpenVLAValueError(f"{self.path} is damaged near {seconds:.3f} s: {error}") from error
         if frame is None or abs(frame.time - seconds) > TIME_TOLERANCE:
-            near = "the video ends before" if frame is None else f"the nearest is at {frame.time:.4f} s"
-            raise OpenVLAValueError(f"{self.path} has no frame at {seconds:.4f} s: {near}")
+            detail = "the video ends before" if frame is None else f"the nearest is at {frame.time:.4f} s"
+            raise OpenVLAValueError(f"{self.path} has no frame at {seconds:.4f} s: {detail}")
         if frame.is_corrupt:
             raise OpenVLAValueError(f"{self.path} is damaged: the frame at {seconds:.3f} s is corrupt")
         return frame.to_ndarray(format="rgb24")

@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 from ..actions_openvla import END_EFFECTOR_DIMENSIONS, OPEN_X_DATASETS
 from ..configuration_openvla import write_json
-from ..data.episodes import read_json
+from ..data.utils import read_json
 from ..decoding_openvla import NoActionError
 from ..errors_openvla import OpenVLAImportError, OpenVLAValueError
 from ..inference.image_presets import IMAGE_PRESETS

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from ..data.episodes import require
+from ..data.utils import require
 from ..decoding_openvla import NoActionError
 from ..errors_openvla import OpenVLAValueError
 

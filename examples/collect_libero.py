@@ -36,8 +36,8 @@ from typing import Any
 import numpy as np
 import torch
 from openvla.configuration_openvla import OpenVLAConfig, write_json
-from openvla.data.episodes import read_json
 from openvla.data.lerobot_writer import LeRobotWriter
+from openvla.data.utils import read_json
 from openvla.evaluation.simulator import end_effector_state, make_environment, open_suite, parse_tasks
 from openvla.inference.action_queue import ActionChunk
 from openvla.inference.policy import Policy, load_policy

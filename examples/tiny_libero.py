@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from openvla import OpenVLAForActionPrediction, OpenVLAProcessor
 from openvla.configuration_openvla import PROMPTS
-from openvla.data.episodes import open_demonstrations
+from openvla.data.open import open_dataset
 from openvla.tiny import build_config, build_tokenizer, language_config
 
 IMAGE_SIZE, PATCH_SIZE = 224, 32
@@ -74,7 +74,7 @@ def main() -> int:
     parser.add_argument("out", type=Path, metavar="DIR")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    reader = open_demonstrations(args.data, fields={"cameras": ["observation.image"]})
+    reader = open_dataset(args.data, fields={"cameras": ["observation.image"]})
     instructions = sorted({text for episode in reader for text in episode.instructions})
     model, processor = build(instructions, args.seed)
     model.save_pretrained(args.out)

@@ -25,7 +25,7 @@ import time
 from pathlib import Path
 
 from openvla.configuration_openvla import write_json
-from openvla.data.episodes import read_json
+from openvla.data.utils import read_json
 from openvla.training.config import read_yaml
 
 HERE = Path(__file__).parent

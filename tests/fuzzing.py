@@ -18,7 +18,7 @@ from reference import MODULES
 
 ASKED = int(os.environ.get("OPENVLA_FUZZ", "0"))
 TOTAL = ASKED or 400
-# What a user's mistake is raised as; DemonstrationError and RequestError are ValueErrors.
+# What a user's mistake is raised as; DatasetError and RequestError are ValueErrors.
 ERRORS = (ValueError, KeyError, TypeError, FileNotFoundError, PolicyServerError)
 
 

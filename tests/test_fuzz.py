@@ -20,10 +20,10 @@ import rlds
 from openvla import OpenVLAProcessor
 from openvla.actions_openvla import NormalizationStatistics, validate_norm_stats
 from openvla.data import inspect as inspect_data
-from openvla.data.episodes import open_demonstrations
+from openvla.data.open import open_dataset
 from openvla.data.statistics import compute_statistics
 from openvla.data.tfrecord import parse_example
-from openvla.data.torch_dataset import SequenceReader
+from openvla.data.torch_dataset import TorchDatasetReader
 from openvla.inference.robot_conventions import ROBOT_CONVENTIONS, ActionConverter
 from openvla.serving.client import PolicyClient
 from PIL import Image
@@ -41,8 +41,6 @@ from hypothesis import strategies as st  # noqa: E402
 from openvla.serving.cli import Limits  # noqa: E402
 from openvla.serving.requests import pack_reply, read_json, read_msgpack, reply_of  # noqa: E402
 from pyarrow import parquet  # noqa: E402
-
-DATA = FIXTURES
 
 
 def test_only_raised_errors_of_the_package_are_ours():
@@ -276,7 +274,7 @@ def rows(draw):
 @examples(0.03)
 @given(rows())
 def test_sequences_of_steps(own_cache, steps):
-    answer(lambda: read_all(SequenceReader(steps, "mine", FIELDS)))
+    answer(lambda: read_all(TorchDatasetReader(steps, "mine", FIELDS)))
 
 
 EPISODES = [[{**ROW, "episode_index": episode, "frame_index": step} for step in range(2)] for episode in range(2)]
@@ -285,9 +283,9 @@ EPISODES = [[{**ROW, "episode_index": episode, "frame_index": step} for step in 
 @examples(0.02)
 @given(mutated(EPISODES, st.one_of(arrays(), junk)), st.one_of(st.none(), st.lists(st.integers(-2, 5) | scalars)))
 def test_sequences_of_episodes(own_cache, episodes, lengths):
-    answer(lambda: read_all(SequenceReader(episodes, "mine", FIELDS)))
+    answer(lambda: read_all(TorchDatasetReader(episodes, "mine", FIELDS)))
     steps = [step for episode in EPISODES for step in episode]
-    answer(lambda: read_all(SequenceReader(steps, "mine", FIELDS, episode_lengths=lengths)))
+    answer(lambda: read_all(TorchDatasetReader(steps, "mine", FIELDS, episode_lengths=lengths)))
 
 
 @pytest.fixture
@@ -297,17 +295,17 @@ def dataset(own_cache, tmp_path_factory):
 
     def copied(name):
         shutil.rmtree(folder)
-        return Path(shutil.copytree(DATA / name, folder / name))
+        return Path(shutil.copytree(FIXTURES / name, folder / name))
 
     return copied
 
 
 @examples(0.01)
-@given(mutated(json.loads((DATA / "lerobot_v3" / "meta" / "info.json").read_text())))
+@given(mutated(json.loads((FIXTURES / "lerobot_v3" / "meta" / "info.json").read_text())))
 def test_lerobot_info(dataset, info):
     folder = dataset("lerobot_v3")
     (folder / "meta" / "info.json").write_text(json.dumps(info))
-    answer(lambda: read_all(open_demonstrations(folder)))
+    answer(lambda: read_all(open_dataset(folder)))
 
 
 @examples(0.01)
@@ -319,11 +317,11 @@ def test_older_lerobot_meta(dataset, data, name):
         json.loads(line) for line in ([file.read_text()] if name == "info.json" else file.read_text().splitlines())
     ]
     file.write_text("\n".join(map(json.dumps, data.draw(mutated(lines)))))
-    answer(lambda: read_all(open_demonstrations(folder)))
+    answer(lambda: read_all(open_dataset(folder)))
 
 
 TABLES = {
-    file: parquet.read_table(DATA / "lerobot_v3" / file)
+    file: parquet.read_table(FIXTURES / "lerobot_v3" / file)
     for file in ("data/chunk-000/file-000.parquet", "meta/episodes/chunk-000/file-000.parquet", "meta/tasks.parquet")
 }
 CELLS = [
@@ -366,7 +364,7 @@ def test_lerobot_tables(dataset, change):
         parquet.write_table(change[1], folder / change[0])
     except pyarrow.ArrowException:  # parquet holds no such column
         return
-    answer(lambda: read_all(open_demonstrations(folder)))
+    answer(lambda: read_all(open_dataset(folder)))
 
 
 HDF5 = {
@@ -406,16 +404,16 @@ def test_hdf5_files(own_cache, tmp_path_factory, columns, attributes):
         except (TypeError, ValueError, OSError, OverflowError):  # h5py stores no such value
             return
     fields = {"cameras": ["obs.agentview_rgb"], "action": "actions", "instruction_text": "go"}
-    answer(lambda: read_all(open_demonstrations(folder, fields={"rotate_180": False})))
-    answer(lambda: read_all(open_demonstrations(folder, preset=None, fields=fields)))
+    answer(lambda: read_all(open_dataset(folder, fields={"rotate_180": False})))
+    answer(lambda: read_all(open_dataset(folder, preset=None, fields=fields)))
     shutil.rmtree(folder)
 
 
 def record() -> bytes:
-    from openvla.data.tfrecord import read_record, record_offsets
+    from openvla.data.tfrecord import index_records, read_record
 
-    file = next((DATA / "bridge_orig").rglob("*.tfrecord*"))
-    return read_record(file, *record_offsets(file)[0][0])
+    file = next((FIXTURES / "bridge_orig").rglob("*.tfrecord*"))
+    return read_record(file, index_records(file).records[0])
 
 
 RECORD = record()
@@ -439,10 +437,10 @@ def test_rlds_descriptions(dataset, data, name):
     folder = dataset("bridge_orig")
     file = next(folder.rglob(name))
     file.write_text(json.dumps(data.draw(mutated(json.loads(file.read_text())))))
-    answer(lambda: read_all(open_demonstrations(folder)))
+    answer(lambda: read_all(open_dataset(folder)))
 
 
-STEPS = rlds.demonstration()
+STEPS = rlds.episode_columns()
 
 
 @st.composite
@@ -460,9 +458,9 @@ def recorded(draw):
 def test_rlds_records(own_cache, tmp_path_factory, first, second):
     folder = tmp_path_factory.mktemp("fuzz")
     rlds.write_rlds(folder, "mine", [first, second])
-    answer(lambda: read_all(open_demonstrations(folder / "mine")))
+    answer(lambda: read_all(open_dataset(folder / "mine")))
     fields = {"cameras": ["observation.image"], "action": "action", "proprio": "observation.state"}
-    answer(lambda: read_all(open_demonstrations(folder / "mine", fields={**fields, "instruction_text": "go"})))
+    answer(lambda: read_all(open_dataset(folder / "mine", fields={**fields, "instruction_text": "go"})))
     shutil.rmtree(folder)
 
 

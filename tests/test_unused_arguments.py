@@ -9,7 +9,7 @@ import pytest
 import torch
 from openvla import OpenVLAForActionPrediction, load_policy
 from openvla.conversion.hub_upload import push_to_hub
-from openvla.data.torch_dataset import SequenceReader
+from openvla.data.torch_dataset import TorchDatasetReader
 from openvla.publishing_openvla import SAVE_KEYWORDS
 from openvla.tiny import build_tiny
 from openvla.training.collator import ActionCollator
@@ -166,7 +166,7 @@ def parallel(frames):
         rows = [{"image": frames["noise"], "action": np.full(7, 0.1 * i), "episode_index": 0} for i in range(3)]
         fields = {"cameras": ["image"], "action": ["action"], "instruction_text": "go"}
         key = next(iter(model.norm_stats))
-        step = SequenceReader(rows, key, fields)[0].step(0, 2)
+        step = TorchDatasetReader(rows, key, fields)[0].step(0, 2)
         batch = ActionCollator(processor, model)([step])
         assert ("actions" in batch) == (head is not None)
         made[head] = model.eval(), processor(instruction="go", images=frames["noise"]), batch

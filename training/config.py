@@ -12,10 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from ..data.doctor import require_names
-from ..data.episodes import require
+from ..data.doctor import validate_check_names
 from ..data.presets import AUTO
-from ..data.stream import ENDS
+from ..data.utils import require
 from ..errors_openvla import OpenVLAValueError
 
 # The ways of the paper's table; LoRA is one of its adapters' targets, QLoRA the same beside 4-bit weights.
@@ -34,8 +33,8 @@ class FinetuneConfig:
     Attributes:
         model: Folder or Hub id of what is fine-tuned.
         data: Folder of demonstrations, or a list of mappings: ``path``, and where needed ``weight`` and what else
-            ``open_demonstrations`` takes (``preset``, ``fields``, ``split``, ``name``).
-        preset: As ``open_demonstrations`` takes it ("none" takes none), of data that has no ``preset`` of its own.
+            ``open_dataset`` takes (``preset``, ``fields``, ``split``, ``name``).
+        preset: As ``open_dataset`` takes it ("none" takes none), of data that has no ``preset`` of its own.
         output: Folder to write; a run that stands there already goes on, if it is the same: ``run_fingerprint`` names
             the fields that may change.
         method: One of ``METHODS``.
@@ -57,9 +56,9 @@ class FinetuneConfig:
         skip_bad: Leave out episodes that cannot be used, and count them; else the first one stops the run.
         accept: Names of checks (``data_doctor.CHECKS``) whose certain findings are to be a warning.
         shuffle_buffer: Samples to shuffle among.
-        ends: Where a chunk may start near an episode's end. "drop", as OpenVLA-OFT trains: only where the episode still
-            has all its actions, so that shorter episodes are left out. "repeat": at every step; the episode's last
-            action repeats, and is trained on.
+        pad_last_chunk: False: a chunk starts only where the episode still has all its actions, as OpenVLA-OFT trains,
+            so that shorter episodes are left out. True: it starts at every step; beyond the episode's end its last
+            action repeats and is trained on.
         augment: Crop and colour changes, as the reference trains; the result's processor then prepares images as its
             evaluation does, and else leaves them as they are (``image_preset``).
         parallelism: Of several processes. "ddp": each holds the model. "fsdp" (FSDP2): each holds its share of every
@@ -97,7 +96,7 @@ class FinetuneConfig:
     skip_bad: bool = False
     accept: Sequence[str] = ()
     shuffle_buffer: int = 10_000
-    ends: str = "drop"
+    pad_last_chunk: bool = False
     augment: bool = True
     parallelism: str = "ddp"
     gradient_checkpointing: bool = False
@@ -117,7 +116,7 @@ class FinetuneConfig:
             "method": METHODS,
             "decay": DECAYS,
             "parallelism": PARALLELISMS,
-            "ends": ENDS,
+            "pad_last_chunk": (False, True),
             "tracker": (None, *TRACKERS),
         }
         for name, allowed in choices.items():
@@ -126,7 +125,7 @@ class FinetuneConfig:
         if isinstance(self.accept, str):
             raise OpenVLAValueError(f"accept must be a list of names, got {self.accept!r}.")
         self.accept = list(self.accept or ())
-        require_names(self.accept)
+        validate_check_names(self.accept)
         if self.method == "qlora" and self.parallelism == "fsdp":
             raise OpenVLAValueError(
                 "4-bit weights cannot be spread over processes; take method: lora, or parallelism: ddp."

@@ -33,10 +33,11 @@ from ..adapters_openvla import answer_modules, idle_modules
 from ..compatibility_openvla import DTYPE_FIELD, enable_checkpointing
 from ..configuration_openvla import PLATFORMS, write_json
 from ..data.augmentation import ImageAugmentation
-from ..data.doctor import examine_statistics, refuse
-from ..data.episodes import open_demonstrations, require
+from ..data.doctor import check_statistics, raise_for_findings
+from ..data.open import open_dataset
 from ..data.statistics import require_matching, require_names_differ, statistics_and_findings
-from ..data.stream import DemonstrationStream
+from ..data.stream import StepStream
+from ..data.utils import require
 from ..errors_openvla import OpenVLAValueError
 from ..loading import AutoProcessor
 from ..modeling_openvla import OpenVLAForActionPrediction
@@ -90,8 +91,8 @@ def finetune(config: FinetuneConfig, data: Any = None) -> Path:
     _require_processes(config, accelerator)
     output = Path(config.output)
     data = Demonstrations(config) if data is None else data
-    findings = {**examine_statistics(data.statistics), **getattr(data, "findings", {})}
-    refuse(findings, config.accept, quiet=not accelerator.is_main_process)
+    findings = {**check_statistics(data.statistics), **getattr(data, "findings", {})}
+    raise_for_findings(findings, config.accept, quiet=not accelerator.is_main_process)
     require("accelerate", "openvla finetune").utils.set_seed(config.seed, device_specific=True)
     model, processor = build(config, data, accelerator.device)
     record = run_record(config, data, model, processor)
@@ -158,9 +159,7 @@ class Demonstrations:
         for entry in entries:
             _require_entry(entry)
         self.weights = [float(entry.pop("weight", 1.0)) for entry in entries]
-        self.readers = [
-            open_demonstrations(entry.pop("path"), **{"preset": config.preset, **entry}) for entry in entries
-        ]
+        self.readers = [open_dataset(entry.pop("path"), **{"preset": config.preset, **entry}) for entry in entries]
         self.config = config
         require_names_differ(self.readers)
         examined = {reader.name: statistics_and_findings(reader, skip_bad=config.skip_bad) for reader in self.readers}
@@ -169,13 +168,13 @@ class Demonstrations:
 
     def stream(
         self, chunk_length: int, rank: int = 0, world_size: int = 1, batches: int = 0, batch_size: int = 1
-    ) -> DemonstrationStream:
+    ) -> StepStream:
         """Samples without end, from behind so many batches on."""
-        stream = DemonstrationStream(
+        stream = StepStream(
             self.readers,
             self.weights,
             chunk_length=chunk_length,
-            ends=self.config.ends,
+            pad_last_chunk=self.config.pad_last_chunk,
             shuffle_buffer=self.config.shuffle_buffer,
             seed=self.config.seed,
             rank=rank,

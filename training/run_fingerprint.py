@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from ..adapter_files_openvla import base_record
-from ..data.columns import Fields
-from ..data.episodes import DemonstrationError, read_json
+from ..data.columns import ColumnSpec
+from ..data.episodes import DatasetError
+from ..data.utils import read_json
 from ..errors_openvla import OpenVLAValueError
 from ..modeling_openvla import STATISTICS_FILE, OpenVLAForActionPrediction
 from ..processing_openvla import OpenVLAProcessor
@@ -84,7 +85,7 @@ def _pictures(reader: Any, index: int) -> list[list[float]]:
     """Return of an episode's first pictures, one a camera: height, width, and the mean colours of its four quarters."""
     try:
         images = reader[index].images(0)
-    except DemonstrationError:
+    except DatasetError:
         return []
     out = []
     for image in images:
@@ -98,7 +99,7 @@ def _pictures(reader: Any, index: int) -> list[list[float]]:
 def _episode_digest(reader: Any, index: int) -> str:
     try:
         episode = reader[index]
-    except DemonstrationError:  # left out by skip_bad, which counts it in the statistics
+    except DatasetError:  # left out by skip_bad, which counts it in the statistics
         return "cannot be used"
     tables = [table.tobytes() for table in (episode.actions, episode.proprio) if table is not None]
     return hashlib.sha256(b"".join([*tables, json.dumps(list(episode.instructions)).encode()])).hexdigest()
@@ -191,7 +192,7 @@ def _differences_of_runs(before: dict[str, Any], now: dict[str, Any]) -> Iterato
     yield from _differences(*names, "datasets")
     if names[0] == names[1]:
         for then, dataset in zip(before["datasets"], now["datasets"]):
-            then = {**then, "fields": {**_defaults(Fields), **then["fields"]}}
+            then = {**then, "fields": {**_defaults(ColumnSpec), **then["fields"]}}
             pictures = [record.get("pictures") for record in (then, dataset)]
             then, dataset = ({k: v for k, v in one.items() if k != "pictures"} for one in (then, dataset))
             different = list(_differences(then, dataset, f"data {dataset['name']!r}"))

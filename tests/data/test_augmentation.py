@@ -1,4 +1,4 @@
-"""The training augmentation equals the reference's, bit for bit, given the same parameters."""
+"""The training augmentation is bitwise equal to the reference's, given the same parameters."""
 
 from dataclasses import replace
 
@@ -12,7 +12,7 @@ from openvla.data.augmentation import (
     adjust_contrast,
     adjust_hue,
     adjust_saturation,
-    augmented,
+    augment_frames,
 )
 from openvla.inference.image_presets import IMAGE_PRESETS, as_unit_floats
 from PIL import Image
@@ -27,10 +27,10 @@ ADJUST = {
 
 
 @pytest.mark.parametrize("case", **golden_cases("augmentation.json"))
-def test_equal_to_the_reference(case):
+def test_augmentation_equals_reference(case):
     frame = FRAMES[case["image"]]
     if case["step"] == "augment_image":  # dlimp's, with the parameters that its seed draws
-        result = augmented(frame, AugmentationParameters(**case["parameters"]))
+        result = augment_frames(frame, AugmentationParameters(**case["parameters"]))
         assert result.mean() == pytest.approx(case["mean"], rel=1e-12)
     else:
         planes = as_unit_floats(frame).reshape(-1, 3).T
@@ -38,7 +38,7 @@ def test_equal_to_the_reference(case):
     assert digest(result) == case["sha256"]
 
 
-def test_all_steps_of_a_window_alike_every_camera_its_own():
+def test_steps_share_parameters_and_cameras_do_not():
     main, wrist = np.stack([FRAMES["agentview"]] * 3), FRAMES["agentview"]
     augment, generator = ImageAugmentation(), np.random.default_rng(0)
     main, wrist = augment(main, generator), augment(wrist, generator)
@@ -49,7 +49,7 @@ def test_all_steps_of_a_window_alike_every_camera_its_own():
 
 
 @pytest.mark.parametrize("make", [np.random.default_rng, lambda seed: torch.Generator().manual_seed(seed)])
-def test_parameters_come_from_the_generator_and_lie_in_the_ranges(make):
+def test_parameters_depend_on_the_generator_and_stay_in_range(make):
     augment = ImageAugmentation()
     assert augment.draw(make(7)) == augment.draw(make(7)) != augment.draw(make(8))
     generator = make(0)
@@ -68,20 +68,20 @@ def test_parameters_come_from_the_generator_and_lie_in_the_ranges(make):
     assert free[0] != free[1]
 
 
-def test_evaluation_takes_the_middle_crop():
+def test_evaluation_uses_the_center_crop():
     frame = FRAMES["agentview"]
-    evaluated = ImageAugmentation().evaluated(frame)
-    assert (evaluated == np.array(IMAGE_PRESETS["center-crop"](Image.fromarray(frame), (224, 224)))).all()
-    steps = ImageAugmentation().evaluated(np.stack([frame, frame[::-1]]))
-    assert (steps[0] == evaluated).all()
-    assert (ImageAugmentation(area=1.0).evaluated(frame) == frame).all()
+    cropped = ImageAugmentation().center_crop(frame)
+    assert (cropped == np.array(IMAGE_PRESETS["center-crop"](Image.fromarray(frame), (224, 224)))).all()
+    steps = ImageAugmentation().center_crop(np.stack([frame, frame[::-1]]))
+    assert (steps[0] == cropped).all()
+    assert (ImageAugmentation(area=1.0).center_crop(frame) == frame).all()
 
 
-def test_no_parameters_change_nothing():
+def test_default_parameters_change_nothing():
     frame = FRAMES["noise"]
-    difference = augmented(frame, AugmentationParameters()).astype(int) - frame
+    difference = augment_frames(frame, AugmentationParameters()).astype(int) - frame
     assert np.abs(difference).max() == 0
-    assert augmented(frame[None][:0], AugmentationParameters()).shape == (0, *frame.shape)
+    assert augment_frames(frame[None][:0], AugmentationParameters()).shape == (0, *frame.shape)
 
 
 @pytest.mark.parametrize(
@@ -93,18 +93,18 @@ def test_no_parameters_change_nothing():
         ([[1]], "got list"),
     ],
 )
-def test_other_frames_are_refused(frames, message):
+def test_frames_of_other_shape_or_dtype_are_refused(frames, message):
     with pytest.raises(ValueError, match=message):
         ImageAugmentation()(frames, np.random.default_rng(0))
     with pytest.raises(ValueError, match=message):
-        ImageAugmentation().evaluated(frames)
+        ImageAugmentation().center_crop(frames)
 
 
 @pytest.mark.parametrize(
     ("field", "value"), [("area", 0), ("area", 1.1), ("brightness", -1), ("hue", 2), ("contrast", (1.2, 0.8))]
 )
-def test_ranges_that_make_no_sense_are_refused(field, value):
+def test_invalid_ranges_are_refused(field, value):
     with pytest.raises(ValueError, match=field):
         replace(ImageAugmentation(), **{field: value})
-    with pytest.raises(TypeError, match="generator of yours"):
+    with pytest.raises(TypeError, match="generator must be numpy"):
         ImageAugmentation().draw(None)

@@ -1,4 +1,4 @@
-"""The oracle of scripted demonstrations and what disturbs it, in a world of points; test_rollout has the simulator."""
+"""The scripted oracle of examples/collect_libero.py and its disturbances, in a world of points."""
 
 import runpy
 from types import SimpleNamespace
@@ -15,15 +15,20 @@ WITHIN = np.array([0.02, 0.02, 0.02])  # of the thing the fingers hold it
 
 
 class World:
-    """A hand, a thing on a table and a basket; what closed fingers hold goes with the hand, else it falls."""
+    """A hand, an object on a table and a basket; a grasped object moves with the hand, otherwise it falls."""
 
     def __init__(self, hand, thing):
         self.hand, self.thing, self.basket = np.array(hand), np.array(thing), np.array([0.0, 0.26, 0.0])
         self.table, self.closed = self.thing[2], False
 
     def observe(self):
-        seen = {"robot0_eef_pos": self.hand, "thing_pos": self.thing, "basket_pos": self.basket, "top_image": FRAME}
-        return {name: value.copy() for name, value in seen.items()}
+        observation = {
+            "robot0_eef_pos": self.hand,
+            "thing_pos": self.thing,
+            "basket_pos": self.basket,
+            "top_image": FRAME,
+        }
+        return {name: value.copy() for name, value in observation.items()}
 
     def step(self, command):
         held = self.closed and (np.abs(self.hand - self.thing) < WITHIN).all()
@@ -37,7 +42,7 @@ class World:
 
 
 def run(world, oracle, disturbance, steps=300):
-    """What was stored, until the thing lies in the basket."""
+    """Return the stored commands until the object is in the basket."""
     stored = []
     while not world.is_done():
         assert len(stored) < steps
@@ -48,7 +53,7 @@ def run(world, oracle, disturbance, steps=300):
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_the_oracle_brings_the_thing_to_the_basket_pushed_or_not(seed):
+def test_oracle_places_the_object_with_and_without_disturbance(seed):
     for disturbance in (collector.Undisturbed(), collector.Pushes(np.random.default_rng(seed))):
         world = World([-0.1, 0.0, 0.3], [0.05, -0.1, 0.05])
         stored = run(world, collector.Oracle("thing", "basket", np.random.default_rng(seed)), disturbance)
@@ -56,14 +61,14 @@ def test_the_oracle_brings_the_thing_to_the_basket_pushed_or_not(seed):
         assert set(stored[:, 6]) == {collector.OPEN, collector.CLOSE}
 
 
-def test_a_policy_drives_first_and_what_is_stored_is_the_oracles():
-    asked = []
+def test_policy_acts_first_and_oracle_commands_are_stored():
+    calls = []
 
     class Away:
         model = SimpleNamespace(config=SimpleNamespace(chunk_length=1))
 
         def act(self, image, instruction):
-            asked.append((image, instruction))
+            calls.append((image, instruction))
             return np.array([-1.0, 0, 0, 0, 0, 0, 0.0])  # OpenVLA's convention: closed
 
     driven = collector.Driven(Away(), "pick it up", ["top"], np.random.default_rng(0))
@@ -71,8 +76,8 @@ def test_a_policy_drives_first_and_what_is_stored_is_the_oracles():
     executed = [driven.executed(command, True, {"top_image": FRAME}) for command in commands]
     np.testing.assert_array_equal(executed[:3], [[-1, 0, 0, 0, 0, 0, collector.CLOSE]] * 3)
     np.testing.assert_array_equal(executed[3:], commands[3:])
-    assert [instruction for _, instruction in asked] == ["pick it up"] * 3
-    np.testing.assert_array_equal(asked[0][0], FRAME[::-1, ::-1])
+    assert [instruction for _, instruction in calls] == ["pick it up"] * 3
+    np.testing.assert_array_equal(calls[0][0], FRAME[::-1, ::-1])
 
     world, driven.left = World([-0.1, 0.0, 0.3], [0.05, -0.1, 0.05]), 20
     stored = run(world, collector.Oracle("thing", "basket", np.random.default_rng(0)), driven)
@@ -80,25 +85,25 @@ def test_a_policy_drives_first_and_what_is_stored_is_the_oracles():
     assert (stored[:20, 6] == collector.OPEN).all()
 
 
-def test_a_policy_that_answers_chunks_is_asked_when_one_is_played():
-    asked = []
+def test_chunk_policy_is_called_once_per_chunk():
+    calls = []
 
     class Chunks:
         model = SimpleNamespace(config=SimpleNamespace(chunk_length=2))
 
         def act(self, image, instruction, proprio):
-            asked.append(image)
-            return np.arange(1, 3)[:, None] * np.array([0.1, 0, 0, 0, 0, 0, 0.25]) * len(asked)
+            calls.append(image)
+            return np.arange(1, 3)[:, None] * np.array([0.1, 0, 0, 0, 0, 0, 0.25]) * len(calls)
 
     driven = collector.Driven(Chunks(), "pick it up", ["top"], np.random.default_rng(0))
     driven.left = 3
     executed = [driven.executed(np.eye(7)[1], True, {"top_image": FRAME}) for _ in range(4)]
     np.testing.assert_allclose([action[0] for action in executed], [0.1, 0.2, 0.2, 0])
-    assert len(asked) == 2
+    assert len(calls) == 2
 
 
-def test_what_a_policy_has_grasped_is_carried_on():
-    """Askew, as the oracle would not have grasped it."""
+def test_oracle_continues_with_an_object_that_the_policy_grasped():
+    """The policy's grasp is off center, unlike the oracle's."""
     world = World([0.065, -0.1, 0.10], [0.05, -0.1, 0.05])
     oracle = collector.Oracle("thing", "basket", np.random.default_rng(0))
     assert oracle.act(world.observe())[1][6] == collector.OPEN

@@ -1,19 +1,17 @@
-"""Findings where users meet them: in statistics, in ``openvla inspect-data``, before ``openvla finetune`` trains."""
+"""Findings in statistics, in ``openvla inspect-data`` and before ``openvla finetune`` trains."""
 
 import json
 
 import numpy as np
 import pytest
-from demonstrated import STEPS, arm, gripper, reader
 from openvla.__main__ import main
 from openvla.actions_openvla import NormalizationStatistics
-from openvla.data.doctor import CHECKS, Finding, Recording, examine_statistics, refuse
-from openvla.data.episodes import open_demonstrations
+from openvla.data.doctor import CHECKS, CheckInput, Finding, check_statistics, raise_for_findings
+from openvla.data.open import open_dataset
 from openvla.data.statistics import compute_statistics, statistics_and_findings
 from openvla.training.config import FinetuneConfig
 from reference import FIXTURES, REPOSITORY
-
-DATA = FIXTURES
+from synthetic_arm import STEPS, arm, arm_reader, with_gripper
 
 
 @pytest.fixture(autouse=True)
@@ -62,8 +60,8 @@ PUBLISHED = {
 }
 
 
-def held_statistics():
-    """Every file of statistics that lies in the repository."""
+def stored_statistics():
+    """Yield place, name and action statistics of every statistics file in the repository."""
     root = REPOSITORY
     files = sorted([*root.glob("assets/**/*.json"), *root.glob("tests/golden/**/*.json")])
     for file in files:
@@ -74,25 +72,23 @@ def held_statistics():
                 yield f"{file.relative_to(root)} {name}", name, one["action"]
 
 
-def test_no_alarm_on_published_statistics():
-    held = [*held_statistics(), *((name, name, action) for name, action in PUBLISHED.items())]
-    assert len(held) > 20
-    for place, name, action in held:
-        assert examine_statistics({name: {"action": action}})[name] == [], place
+def test_published_statistics_have_no_finding():
+    statistics_files = [*stored_statistics(), *((name, name, action) for name, action in PUBLISHED.items())]
+    assert len(statistics_files) > 20
+    for place, name, action in statistics_files:
+        assert check_statistics({name: {"action": action}})[name] == [], place
         only = {key: action[key] for key in ("q01", "q99")}
-        assert examine_statistics({name: {"action": only}})[name] == [], place
+        assert check_statistics({name: {"action": only}})[name] == [], place
 
 
 @pytest.mark.parametrize("name", ["toto", "ucsd_kitchen_dataset_converted_externally_to_rlds"])
-def test_sets_that_are_published_as_poses_are_known_by_their_names(name):
+def test_published_pose_datasets_are_known_by_name(name):
     low = [170.0, -160.0, -90.0, -180.0, -80.0, -90.0, 0.0]
     high = [670.0, 400.0, 500.0, 180.0, 6.0, 110.0, 1.0]
     low[2] = 200.0
     poses = {"q01": low, "q99": high}
-    assert {"absolute-pose", "degrees"} <= {
-        one.check for one in examine_statistics({"mine": {"action": poses}})["mine"]
-    }
-    assert "absolute-pose" not in {one.check for one in examine_statistics({name: {"action": poses}})[name]}
+    assert {"absolute-pose", "degrees"} <= {one.check for one in check_statistics({"mine": {"action": poses}})["mine"]}
+    assert "absolute-pose" not in {one.check for one in check_statistics({name: {"action": poses}})[name]}
 
 
 @pytest.mark.parametrize(
@@ -109,57 +105,57 @@ def test_sets_that_are_published_as_poses_are_known_by_their_names(name):
         ({"q99": {6: 0.0}, "max": {6: 0.0}}, "constant-gripper", False),
     ],
 )
-def test_statistics_alone_show_it(change, check, certain, tmp_path, capsys):
+def test_findings_from_statistics_alone(change, check, certain, tmp_path, capsys):
     action = json.loads(json.dumps(PUBLISHED["fractal20220817_data"]))
     for key, values in change.items():
         for index, value in values.items():
             action[key][index] = value
-    (finding,) = examine_statistics({"mine": {"action": action}})["mine"]
+    (finding,) = check_statistics({"mine": {"action": action}})["mine"]
     assert (finding.check, finding.certain) == (check, certain)
     # and of a checkpoint's folder or file
     (tmp_path / "dataset_statistics.json").write_text(json.dumps({"mine": {"action": action}}))
     for place in (tmp_path, tmp_path / "dataset_statistics.json"):
         assert main(["inspect-data", str(place), "--json"]) == 0
-        said = json.loads(capsys.readouterr().out)["findings"]["mine"]
-        assert [(one["check"], one["severity"]) for one in said] == [(check, "certain" if certain else "doubtful")]
+        output = json.loads(capsys.readouterr().out)["findings"]["mine"]
+        assert [(one["check"], one["severity"]) for one in output] == [(check, "certain" if certain else "doubtful")]
     assert main(["inspect-data", str(tmp_path)]) == 0
-    assert f"{'CERTAIN' if certain else 'DOUBTFUL'} {check}: {finding.saw}" in capsys.readouterr().out
+    assert f"{'CERTAIN' if certain else 'DOUBTFUL'} {check}: {finding.evidence}" in capsys.readouterr().out
 
 
-def test_statistics_take_no_options_of_data(tmp_path, capsys):
+def test_options_of_data_are_refused_for_statistics(tmp_path, capsys):
     (tmp_path / "config.json").write_text(json.dumps({"norm_stats": {"mine": {"action": PUBLISHED["bridge_orig"]}}}))
     assert main(["inspect-data", str(tmp_path)]) == 0
-    assert "findings     none" not in capsys.readouterr().out  # its name is not Bridge's: the wraps are said
+    assert "findings     none" not in capsys.readouterr().out  # its name is not Bridge's: the wraps are output
     assert main(["inspect-data", str(tmp_path), "--check-images"]) == 2
-    assert "holds statistics, not data: ['check_images'] must be left out" in capsys.readouterr().err
+    assert "holds statistics, not data: the options ['check_images'] do not apply" in capsys.readouterr().err
     (tmp_path / "other.json").write_text("{}")
     assert main(["inspect-data", str(tmp_path / "other.json")]) == 2
-    assert "holds no statistics: it needs" in capsys.readouterr().err
+    assert "has no statistics: it needs" in capsys.readouterr().err
 
 
-def test_statistics_warn_and_the_field_mends_what_a_model_learns():
+def test_statistics_warn_and_suggested_field_fixes_training():
     actions, states = arm()
-    simulated = gripper(actions, lambda g: 1 - 2 * g)  # -1 open, +1 closed
+    simulated = with_gripper(actions, lambda g: 1 - 2 * g)  # -1 open, +1 closed
     with pytest.warns(UserWarning, match=r"mine: gripper-range \(certain\): gripper from -1 to 1"):
-        compute_statistics(reader(simulated, states), progress=False)
+        compute_statistics(arm_reader(simulated, states), progress=False)
     statistics, findings = statistics_and_findings(
-        reader(simulated, states, gripper="clipped_inverted"), progress=False
+        arm_reader(simulated, states, gripper="clipped_inverted"), progress=False
     )
     assert findings == []
     assert (statistics["action"]["min"][6], statistics["action"]["max"][6]) == (0, 1)
     learnt = NormalizationStatistics(statistics["action"])
-    mended = reader(simulated, states, gripper="clipped_inverted")[0].actions
+    mended = arm_reader(simulated, states, gripper="clipped_inverted")[0].actions
     assert np.array_equal(learnt.normalize(mended)[:, 6], actions[0][:, 6])
 
 
-def test_a_gripper_beyond_1_is_said_to_be_normalised():
+def test_gripper_beyond_one_is_normalised_with_a_warning():
     actions, _ = arm()
     actions[0][3, 6] = 1.1
     with pytest.warns(UserWarning, match=r"action\[6\] goes from 0 to 1.1, beyond \[-1, 1\]") as seen:
-        statistics = compute_statistics(reader(actions), progress=False)
+        statistics = compute_statistics(arm_reader(actions), progress=False)
     assert len(seen) == 1
     assert statistics["action"]["mask"] == [True] * 7
-    assert compute_statistics(reader(actions, gripper="clipped"), progress=False)["action"]["mask"][6] is False
+    assert compute_statistics(arm_reader(actions, gripper="clipped"), progress=False)["action"]["mask"][6] is False
 
 
 def test_inspect_data_shows_findings(tmp_path, capsys, monkeypatch):
@@ -169,7 +165,7 @@ def test_inspect_data_shows_findings(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(plt, "close", figures.append)
     actions, _ = arm()
     with h5py.File(tmp_path / "data.hdf5", "w") as file:
-        for index, action in enumerate(gripper(actions, lambda g: 850 * g)[:2]):
+        for index, action in enumerate(with_gripper(actions, lambda g: 850 * g)[:2]):
             episode = file.create_group(f"data/demo_{index}")
             episode.attrs["language_instruction"] = "go"
             episode["actions"] = action
@@ -178,9 +174,9 @@ def test_inspect_data_shows_findings(tmp_path, capsys, monkeypatch):
         with pytest.warns(UserWarning, match="normalised like a movement"):
             assert main(["inspect-data", str(tmp_path), *more]) == 0
         text = capsys.readouterr().out
-        assert "findings     1 certain (openvla finetune refuses them), 0 doubtful" in text
+        assert "findings     1 certain (openvla finetune stops at them), 0 doubtful" in text
         assert "CERTAIN gripper-range: gripper from 0 to 850" in text
-        assert "not seen: poses given for movements, and shifts, against the state (no proprio)" in text
+        assert "not checked against the state: absolute poses and shifted actions (no proprio)" in text
     (figure,) = figures
     assert figure.get_suptitle().endswith("2 episodes, 120 steps\ngripper-range (certain)")
     titles = {axes.get_title(): axes.title.get_color() for axes in figure.axes if "units" in axes.get_title()}
@@ -190,10 +186,10 @@ def test_inspect_data_shows_findings(tmp_path, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["lerobot_v3", "lerobot_v21", "bridge_orig", "fractal20220817_data", "hdf5"])
-def test_nothing_certain_in_the_small_datasets(name):
+def test_fixtures_have_no_certain_finding(name):
     for package in ("av", "h5py", "pyarrow"):
         pytest.importorskip(package)
-    _, findings = statistics_and_findings(open_demonstrations(DATA / name), progress=False)
+    _, findings = statistics_and_findings(open_dataset(FIXTURES / name), progress=False)
     assert not any(finding.certain for finding in findings)
 
 
@@ -201,25 +197,25 @@ CERTAIN = Finding("gripper-range", True, "gripper from 0 to 850.", "why.", "Give
 DOUBTFUL = Finding("idle-steps", False, "much.", "why.", "less.")
 
 
-def test_certain_findings_stop_a_run_unless_they_are_accepted(recwarn):
+def test_certain_findings_raise_unless_accepted(recwarn):
     message = r"(?s)cannot be right.*a: gripper-range \(certain\): gripper from 0 to 850.*--accept gripper-range"
     with pytest.raises(ValueError, match=message):
-        refuse({"a": [CERTAIN, DOUBTFUL]})
+        raise_for_findings({"a": [CERTAIN, DOUBTFUL]})
     with pytest.raises(ValueError, match=message):
-        refuse({"a": [CERTAIN]}, ["idle-steps"])
+        raise_for_findings({"a": [CERTAIN]}, ["idle-steps"])
     assert not recwarn.list
-    refuse({"a": [CERTAIN, DOUBTFUL]}, ["gripper-range", "degrees"])
+    raise_for_findings({"a": [CERTAIN, DOUBTFUL]}, ["gripper-range", "degrees"])
     assert [str(one.message) for one in recwarn.list] == [
         f"a: accepted: {CERTAIN.text()}",
         f"a: {DOUBTFUL.text()}",
-        "accept: ['degrees'] found nothing in this data; these names need not be given.",
+        "accept: the checks ['degrees'] have no finding in this data; remove them.",
     ]
     recwarn.clear()
-    refuse({"a": [DOUBTFUL]}, quiet=True)
+    raise_for_findings({"a": [DOUBTFUL]}, quiet=True)
     assert not recwarn.list
 
 
-def test_accept_takes_names_of_checks():
+def test_accept_must_name_checks():
     given = {"model": "m", "output": "o"}
     assert FinetuneConfig(**given, accept=list(CHECKS)).accept == list(CHECKS)
     with pytest.raises(ValueError, match="Unknown check 'gripper' in accept. Did you mean 'gripper-"):
@@ -230,11 +226,11 @@ def test_accept_takes_names_of_checks():
 
 @pytest.fixture
 def simulated(tmp_path):
-    """A folder of demonstrations with the simulator's gripper, and the fields of a run on it."""
+    """Options of a run on a dataset with the simulator's gripper of -1 to +1."""
     h5py = pytest.importorskip("h5py")
     pytest.importorskip("accelerate")
     with h5py.File(tmp_path / "data.hdf5", "w") as file:
-        for index, action in enumerate(gripper(arm()[0], lambda g: 1 - 2 * g)[:2]):
+        for index, action in enumerate(with_gripper(arm()[0], lambda g: 1 - 2 * g)[:2]):
             episode = file.create_group(f"data/demo_{index}")
             episode.attrs["language_instruction"] = "go"
             episode["actions"] = action
@@ -242,25 +238,25 @@ def simulated(tmp_path):
     return ["--model", str(tmp_path / "no-model"), "--output", str(tmp_path / "run"), "--device", "cpu"]
 
 
-def test_finetune_refuses_before_it_loads_the_model(simulated, tmp_path, capsys):
+def test_finetune_checks_data_before_loading_the_model(simulated, tmp_path, capsys):
     run = ["finetune", "--data", str(tmp_path), *simulated]
     assert main(run) == 2
-    said = capsys.readouterr().err
-    assert "gripper-range (certain): gripper from -1 to 1" in said
-    assert "gripper: clipped_inverted where -1 opens" in said
-    assert "go on all the same with --accept gripper-range" in said
+    output = capsys.readouterr().err
+    assert "gripper-range (certain): gripper from -1 to 1" in output
+    assert "gripper: clipped_inverted if -1 opens" in output
+    assert "train anyway with --accept gripper-range" in output
     assert not (tmp_path / "run").exists()
     with pytest.warns(UserWarning, match="accepted: gripper-range") as seen:
         assert main([*run, "--accept", "gripper-range", "--accept", "degrees"]) != 0  # there is no model
     assert "The data cannot be right" not in capsys.readouterr().err
-    assert any("accept: ['degrees'] found nothing" in str(one.message) for one in seen)
+    assert any("accept: the checks ['degrees'] have no finding" in str(one.message) for one in seen)
     (tmp_path / "run.yaml").write_text("accept: [gripper-range]")
     with pytest.warns(UserWarning, match="accepted: gripper-range"):
         main(["finetune", str(tmp_path / "run.yaml"), *run[1:]])
     capsys.readouterr()
 
 
-def test_finetune_looks_at_statistics_where_there_is_no_reader(tmp_path):
+def test_finetune_checks_statistics_without_readers(tmp_path):
     pytest.importorskip("accelerate")
     from openvla.training.finetune import finetune
 
@@ -272,8 +268,8 @@ def test_finetune_looks_at_statistics_where_there_is_no_reader(tmp_path):
         finetune(FinetuneConfig(model="no", output=str(tmp_path / "run"), device="cpu"), Held())
 
 
-@pytest.mark.parametrize(("shift", "found"), [(0, []), (1, ["shifted-actions"]), (-1, [])])
-def test_inspect_data_compares_frames_where_there_is_no_state(shift, found, tmp_path, capsys):
+@pytest.mark.parametrize(("shift", "checks"), [(0, []), (1, ["shifted-actions"]), (-1, [])])
+def test_inspect_data_compares_frames_without_state(shift, checks, tmp_path, capsys):
     h5py = pytest.importorskip("h5py")
     random, ramp = np.random.RandomState(0), np.tile(np.linspace(0, 255, 64), (32, 1))
     with h5py.File(tmp_path / "data.hdf5", "w") as file:
@@ -288,15 +284,15 @@ def test_inspect_data_compares_frames_where_there_is_no_state(shift, found, tmp_
             episode["images"] = np.repeat(frames[..., None], 3, axis=3)
     assert main(["inspect-data", str(tmp_path), "--json"]) == 0
     findings = json.loads(capsys.readouterr().out)["findings"]
-    assert [one["check"] for one in findings] == found
-    assert all("1 step before it" in one["saw"] and one["severity"] == "doubtful" for one in findings)
+    assert [one["check"] for one in findings] == checks
+    assert all("1 step before it" in one["evidence"] and one["severity"] == "doubtful" for one in findings)
 
 
 @pytest.mark.parametrize("absent", [("min", "max"), ("q01", "q99")])
-def test_statistics_that_are_null_are_not_there(absent):
+def test_null_statistics_count_as_missing(absent):
     action = {"q01": [-0.1] * 6 + [0.0], "q99": [0.1] * 6 + [1.0], "min": [-0.2] * 6 + [0.0], "max": [0.2] * 6 + [1.0]}
     without = {field: values for field, values in action.items() if field not in absent}
-    null = Recording("mine", {**action, **dict.fromkeys(absent)})
-    expected = Recording("mine", without)
-    for field in ("low", "high", "least", "most"):
+    null = CheckInput("mine", {**action, **dict.fromkeys(absent)})
+    expected = CheckInput("mine", without)
+    for field in ("q01", "q99", "min", "max"):
         assert getattr(null, field).tolist() == getattr(expected, field).tolist()

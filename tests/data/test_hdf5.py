@@ -1,4 +1,4 @@
-"""HDF5 of LIBERO, robomimic, ALOHA, RDT and RoboTwin: cameras, splits, colours, which way up, instructions."""
+"""HDF5 of LIBERO, robomimic, ALOHA, RDT and RoboTwin: cameras, splits, colours, rotation, instructions."""
 
 import io
 import json
@@ -10,8 +10,9 @@ from PIL import Image
 h5py = pytest.importorskip("h5py")
 
 from openvla.data.columns import as_text  # noqa: E402
-from openvla.data.episodes import DemonstrationError, open_demonstrations  # noqa: E402
+from openvla.data.episodes import DatasetError  # noqa: E402
 from openvla.data.inspect import inspect  # noqa: E402
+from openvla.data.open import open_dataset  # noqa: E402
 from openvla.data.statistics import compute_statistics  # noqa: E402
 
 STEPS = 4
@@ -27,19 +28,19 @@ def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("OPENVLA_CACHE", str(tmp_path / "cache"))
 
 
-def demo(file, number=0, frames=UPRIGHT, said="go", **columns):
+def demo(file, number=0, frames=UPRIGHT, instruction="go", **columns):
     group = file.create_group(f"data/demo_{number}")
     group["actions"] = np.full((len(frames), 7), number / 8)
     group["obs/image"] = frames
     for name, values in columns.items():
         group[name.replace("__", "/")] = values
-    if said is not None:
-        group.attrs["language_instruction"] = said
+    if instruction is not None:
+        group.attrs["language_instruction"] = instruction
     return group
 
 
 def robomimic(path, masks=None):
-    """Four demos in robomimic's layout; pixels say which demo and which step."""
+    """Write four demos in robomimic's layout; pixels tell demo and step."""
     with h5py.File(path, "w") as file:
         for number in range(4):
             frames = np.stack([np.full((16, 16, 3), 50 * number + step, np.uint8) for step in range(STEPS + 1)])
@@ -53,28 +54,28 @@ def robomimic(path, masks=None):
     return path
 
 
-def test_cameras_are_of_the_present(tmp_path):
-    reader = open_demonstrations(robomimic(tmp_path / "image.hdf5"))
+def test_future_and_depth_images_are_not_cameras(tmp_path):
+    reader = open_dataset(robomimic(tmp_path / "image.hdf5"))
     assert reader.fields.cameras == ("obs.image",)
     assert [int(reader[2].images(step)[0][0, 0, 0]) for step in range(STEPS)] == [100, 101, 102, 103]
     notes = "\n".join(inspect(reader, progress=False)["notes"])
-    assert "next_obs.image is no camera, it holds frames that followed the action" in notes
-    assert "obs.depth is no camera, it holds no colours of now (depth, masks" in notes
-    assert "obs.image_segmentation is no camera" in notes
-    with pytest.raises(KeyError, match=r"'next_obs\.image' of image \(it holds frames that followed the action\)"):
-        open_demonstrations(tmp_path / "image.hdf5", fields={"cameras": ["next_obs.image"]})
-    with pytest.raises(ValueError, match=r"proprio names \['next_obs\.pose'\], which followed the action"):
-        open_demonstrations(tmp_path / "image.hdf5", fields={"proprio": ["next_obs.pose"]})
+    assert "next_obs.image is not used as a camera: it holds frames from after the action" in notes
+    assert "obs.depth is not used as a camera: it holds depth, masks" in notes
+    assert "obs.image_segmentation is not used as a camera" in notes
+    with pytest.raises(KeyError, match=r"no image column 'next_obs\.image' \(it holds frames from after the action\)"):
+        open_dataset(tmp_path / "image.hdf5", fields={"cameras": ["next_obs.image"]})
+    with pytest.raises(ValueError, match=r"proprio columns \['next_obs\.pose'\] are from after the action"):
+        open_dataset(tmp_path / "image.hdf5", fields={"proprio": ["next_obs.pose"]})
 
 
 @pytest.mark.parametrize(
     ("name", "is_camera"),
     [("next_obs/top", False), ("next/top", False), ("obs/next_image", False), ("obs/next_to_gripper", True)],
 )
-def test_what_followed_the_action_by_other_names(tmp_path, name, is_camera):
+def test_names_of_future_observations(tmp_path, name, is_camera):
     with h5py.File(tmp_path / "a.hdf5", "w") as file:
         demo(file)[name] = UPRIGHT
-    cameras = open_demonstrations(tmp_path / "a.hdf5").fields.cameras
+    cameras = open_dataset(tmp_path / "a.hdf5").fields.cameras
     assert (name.replace("/", ".") in cameras) == is_camera
 
 
@@ -85,32 +86,34 @@ def demos(reader):
 def test_masks_are_splits(tmp_path):
     path = robomimic(tmp_path / "image.hdf5", {"train": (2, 0), "valid": (1, 3), "better": (3,)})
     expected = {"train": ["demo_0", "demo_2"], "valid": ["demo_1", "demo_3"], "better": ["demo_3"]}
-    assert demos(open_demonstrations(path)) == expected["train"]
+    assert demos(open_dataset(path)) == expected["train"]
     for split, names in expected.items():
-        reader = open_demonstrations(path, split=split)
+        reader = open_dataset(path, split=split)
         assert demos(reader) == names
         mean = np.mean([int(name[-1]) for name in names]) / 8  # the cache must not confuse them
         assert compute_statistics(reader, progress=False)["action"]["mean"] == [mean] * 7
-    assert len(open_demonstrations(path, split="all")) == 4
-    with pytest.raises(ValueError, match=r"no split 'val'\. Did you mean 'valid'\? Known: \['all', 'better', 'train'"):
-        open_demonstrations(path, split="val")
+    assert len(open_dataset(path, split="all")) == 4
+    with pytest.raises(
+        ValueError, match=r"no split 'val'\. Did you mean 'valid'\? Allowed: \['all', 'better', 'train'"
+    ):
+        open_dataset(path, split="val")
 
 
-def test_splits_that_a_file_does_not_say(tmp_path):
+def test_splits_without_masks(tmp_path):
     plain = robomimic(tmp_path / "plain.hdf5")
-    assert len(open_demonstrations(plain)) == len(open_demonstrations(plain, split="all")) == 4
-    with pytest.raises(ValueError, match=r"no split 'valid'\..* Known: \['all', 'train'\]"):
-        open_demonstrations(plain, split="valid")
+    assert len(open_dataset(plain)) == len(open_dataset(plain, split="all")) == 4
+    with pytest.raises(ValueError, match=r"no split 'valid'\..* Allowed: \['all', 'train'\]"):
+        open_dataset(plain, split="valid")
     grades = robomimic(tmp_path / "grades.hdf5", {"better": (1,)})
     with h5py.File(grades, "r+") as file:
         file["mask/valid"] = np.zeros((16, 16), bool)  # of pixels: no split
-    assert len(open_demonstrations(grades)) == 4
-    with pytest.raises(ValueError, match=r"has no mask 'train'; give split: one of \['all', 'valid'\]"):
-        open_demonstrations(robomimic(tmp_path / "held.hdf5", {"valid": (1,)}))
+    assert len(open_dataset(grades)) == 4
+    with pytest.raises(ValueError, match=r"no mask 'train'; set split: one of \['all', 'valid'\]"):
+        open_dataset(robomimic(tmp_path / "held.hdf5", {"valid": (1,)}))
     with pytest.raises(ValueError, match=r"mask 'train' names \['data/demo_9'\]"):
-        open_demonstrations(robomimic(tmp_path / "gone.hdf5", {"train": (0, 9)}))
-    with pytest.raises(ValueError, match=r"split 'train' holds no episode; give another of \['all', 'train'\]"):
-        open_demonstrations(robomimic(tmp_path / "empty.hdf5", {"train": ()}))
+        open_dataset(robomimic(tmp_path / "gone.hdf5", {"train": (0, 9)}))
+    with pytest.raises(ValueError, match=r"split 'train' has no episode; use another of \['all', 'train'\]"):
+        open_dataset(robomimic(tmp_path / "empty.hdf5", {"train": ()}))
 
 
 FRAMES = {
@@ -123,19 +126,21 @@ FRAMES = {
 
 
 @pytest.mark.parametrize("what", FRAMES)
-def test_frames_that_cannot_be_read_are_named(tmp_path, what):
+def test_unreadable_frames_are_reported(tmp_path, what):
     frames, held = FRAMES[what]
     with h5py.File(tmp_path / "a.hdf5", "w") as file:
         demo(file, frames=frames)
-    with pytest.raises(ValueError, match=rf"give cameras and action\..* Passed over: obs\.image \({held}; frames must"):
-        open_demonstrations(tmp_path / "a.hdf5")
-    with pytest.raises(KeyError, match=rf"no column 'obs\.image' of image \(it holds {held}; frames must be uint8"):
-        open_demonstrations(tmp_path / "a.hdf5", fields={"cameras": ["obs.image"], "action": ["actions"]})
+    with pytest.raises(
+        ValueError, match=rf"set the fields cameras and action\..* Not usable: obs\.image \({held}; frames must"
+    ):
+        open_dataset(tmp_path / "a.hdf5")
+    with pytest.raises(KeyError, match=rf"no image column 'obs\.image' \(it holds {held}; frames must be uint8"):
+        open_dataset(tmp_path / "a.hdf5", fields={"cameras": ["obs.image"], "action": ["actions"]})
 
 
 def libero(path, attributes=None, frames=UPRIGHT[:, ::-1, ::-1], **columns):
     with h5py.File(path, "w") as file:
-        group = demo(file, frames=frames, said=None, **columns)
+        group = demo(file, frames=frames, instruction=None, **columns)
         del group["obs/image"]
         group["obs/agentview_rgb"] = group["obs/eye_in_hand_rgb"] = frames
         group["obs/ee_states"], group["obs/gripper_states"] = np.zeros((STEPS, 6)), np.zeros((STEPS, 2))
@@ -155,17 +160,17 @@ SIMULATED = {
 
 
 @pytest.mark.parametrize("evidence", SIMULATED)
-def test_liberos_frames_are_turned(tmp_path, evidence):
+def test_libero_frames_are_rotated(tmp_path, evidence):
     stem, attributes = SIMULATED[evidence]
     path = libero(tmp_path / f"{stem}.hdf5", attributes)
-    episode = open_demonstrations(path, fields={"instruction_text": "go"})[0]
+    episode = open_dataset(path, fields={"instruction_text": "go"})[0]
     np.testing.assert_array_equal(episode.images(0)[0], UPRIGHT[0])
     assert episode.actions[:, 6].tolist() == [1] * STEPS  # -1 opens
 
 
-def test_regenerated_libero_has_the_simulators_states_alone(tmp_path):
+def test_regenerated_libero_is_known_by_its_states(tmp_path):
     states = {"states": np.zeros((STEPS, 9)), "robot_states": np.zeros((STEPS, 9))}
-    episode = open_demonstrations(libero(tmp_path / "open_it_demo.hdf5", **states))[0]
+    episode = open_dataset(libero(tmp_path / "open_it_demo.hdf5", **states))[0]
     assert episode.instructions[0] == "open it"
     np.testing.assert_array_equal(episode.images(0)[0], UPRIGHT[0])
 
@@ -179,14 +184,14 @@ def test_regenerated_libero_has_the_simulators_states_alone(tmp_path):
         {"env_args": json.dumps({"type": 1}), "macros_image_convention": "opencv"},
     ],
 )
-def test_a_robot_in_liberos_columns_must_say_which_way_up_it_is(tmp_path, attributes):
+def test_libero_columns_of_unknown_origin_need_rotate_180(tmp_path, attributes):
     path = libero(tmp_path / "real.hdf5", attributes, UPRIGHT)
-    with pytest.raises(ValueError, match=r"real\.hdf5 has LIBERO's columns, but .*Give the field rotate_180: true"):
-        open_demonstrations(path)
+    with pytest.raises(ValueError, match=r"real\.hdf5 has LIBERO's columns, but .*Set the field rotate_180: true"):
+        open_dataset(path)
     for turned, shown in ((False, UPRIGHT), (True, UPRIGHT[:, ::-1, ::-1])):
-        reader = open_demonstrations(path, fields={"rotate_180": turned, "instruction_text": "go"})
+        reader = open_dataset(path, fields={"rotate_180": turned, "instruction_text": "go"})
         np.testing.assert_array_equal(reader[0].images(1)[0], shown[1])
-    assert open_demonstrations(path, preset="libero_hdf5").fields.rotate_180
+    assert open_dataset(path, preset="libero_hdf5").fields.rotate_180
 
 
 def encoded(frame, kind="JPEG"):
@@ -196,17 +201,17 @@ def encoded(frame, kind="JPEG"):
 
 
 def cv2_encoded(frame):
-    """What cv2.imencode gives of an RGB array: it takes it for BGR."""
+    """Return what cv2.imencode returns for an RGB array, which it takes for BGR."""
     return encoded(np.ascontiguousarray(frame[..., ::-1]))
 
 
 def rows(data):
-    """Padded bytes as ALOHA stores them."""
+    """Return padded bytes as ALOHA stores them."""
     return np.tile(np.frombuffer(data + bytes(5), np.uint8), (STEPS, 1))
 
 
 def fixed(data):
-    """Bytes of one length as RDT and RoboTwin store them."""
+    """Return bytes of one length as RDT and RoboTwin store them."""
     return np.array([data] * STEPS, dtype=f"S{len(data) + 5}")
 
 
@@ -224,13 +229,13 @@ def store(file, path, values):
 
 
 def first_pixel(path, **fields):
-    reader = open_demonstrations(path, fields={"instruction_text": "go", **fields})
+    reader = open_dataset(path, fields={"instruction_text": "go", **fields})
     return reader[0].images(STEPS - 1)[0][5, 5].astype(int), reader
 
 
 @pytest.mark.parametrize("storage", [rows, fixed, variable])
 @pytest.mark.parametrize("kind", ["JPEG", "PNG"])
-def test_encoded_frames_are_known_by_their_mark(tmp_path, storage, kind):
+def test_encoded_frames_are_detected_by_signature(tmp_path, storage, kind):
     with h5py.File(tmp_path / "a.hdf5", "w") as file:
         file["action"] = np.zeros((STEPS, 7))
         store(file, "view/front", storage(encoded(RED, kind)))
@@ -238,7 +243,7 @@ def test_encoded_frames_are_known_by_their_mark(tmp_path, storage, kind):
     pixel, reader = first_pixel(tmp_path / "a.hdf5")
     assert reader.fields.cameras == ("view.front",)
     np.testing.assert_allclose(pixel, [240, 0, 0], atol=3)
-    assert "view.front holds encoded pictures, read as RGB;" in reader.notes()[0]
+    assert "view.front holds encoded images, read as RGB;" in reader.notes()[0]
     pixel, reader = first_pixel(tmp_path / "a.hdf5", channels="bgr")
     np.testing.assert_allclose(pixel, [0, 0, 240], atol=3)
     assert reader.notes() == []
@@ -265,31 +270,31 @@ def aloha(path, values, **attributes):
         (np.stack([RED[..., ::-1]] * STEPS), {}, {"channels": "bgr"}, [240, 0, 0]),
     ],
 )
-def test_colours_in_alohas_layout(tmp_path, values, attributes, fields, expected):
+def test_channel_order_of_aloha(tmp_path, values, attributes, fields, expected):
     pixel, _ = first_pixel(aloha(tmp_path / "episode_0.hdf5", values, **attributes), **fields)
     np.testing.assert_allclose(pixel, expected, atol=3)
 
 
-def test_colours_of_robotwin(tmp_path):
+def test_channel_order_of_robotwin(tmp_path):
     with h5py.File(tmp_path / "episode0.hdf5", "w") as file:
         file["joint_action/vector"] = np.zeros((STEPS, 14))
         file["observation/head_camera/rgb"] = fixed(cv2_encoded(RED))
     with pytest.raises(
         ValueError, match=r"Images: \['observation.head_camera.rgb'\]; numbers: \['joint_action.vector'"
     ):
-        open_demonstrations(tmp_path / "episode0.hdf5")
+        open_dataset(tmp_path / "episode0.hdf5")
     columns = {"cameras": ["observation/head_camera/rgb"], "action": ["joint_action/vector"]}
     pixel, reader = first_pixel(tmp_path / "episode0.hdf5", **columns)
     np.testing.assert_allclose(pixel, [240, 0, 0], atol=3)
     assert (
-        "read as BGR; if red and blue are exchanged (OpenCV encodes BGR), give the field channels: rgb"
+        "read as BGR; if red and blue are swapped (OpenCV encodes BGR), set the field channels: rgb"
         in (reader.notes()[0])
     )
     with pytest.raises(ValueError, match=r"Unknown channels 'brg'\. Allowed: \[None, 'rgb', 'bgr'\]"):
         first_pixel(tmp_path / "episode0.hdf5", **columns, channels="brg")
 
 
-SPOKEN = {
+STORED_INSTRUCTIONS = {
     "str": "pick up the cup",
     "bytes": np.bytes_("pick up the cup"),
     "array of bytes": np.array([b"pick up the cup"]),
@@ -298,26 +303,26 @@ SPOKEN = {
 }
 
 
-@pytest.mark.parametrize("kind", SPOKEN)
-def test_an_instruction_in_an_attribute(tmp_path, kind):
+@pytest.mark.parametrize("kind", STORED_INSTRUCTIONS)
+def test_instruction_in_an_attribute(tmp_path, kind):
     with h5py.File(tmp_path / "a.hdf5", "w") as file:
-        demo(file, said=SPOKEN[kind])
-    assert set(open_demonstrations(tmp_path / "a.hdf5")[0].instructions) == {"pick up the cup"}
+        demo(file, instruction=STORED_INSTRUCTIONS[kind])
+    assert set(open_dataset(tmp_path / "a.hdf5")[0].instructions) == {"pick up the cup"}
 
 
 @pytest.mark.parametrize(
     "key", ["language_raw", "language_instruction", "obs/language_instruction", "task_description"]
 )
 @pytest.mark.parametrize("count", [0, 1, STEPS])
-def test_an_instruction_in_a_column(tmp_path, key, count):
+def test_instruction_in_a_column(tmp_path, key, count):
     texts = [f"pick up {step}".encode() for step in range(count)]
     with h5py.File(tmp_path / "a.hdf5", "w") as file:
-        demo(file, said=None)[key] = np.array(texts) if count else b"pick up 0"
+        demo(file, instruction=None)[key] = np.array(texts) if count else b"pick up 0"
     expected = [f"pick up {step if count > 1 else 0}" for step in range(STEPS)]
-    assert list(open_demonstrations(tmp_path / "a.hdf5")[0].instructions) == expected
+    assert list(open_dataset(tmp_path / "a.hdf5")[0].instructions) == expected
     fields = {"instruction": f"{key}"}
     if "/" not in key:
-        assert list(open_demonstrations(tmp_path / "a.hdf5", fields=fields)[0].instructions) == expected
+        assert list(open_dataset(tmp_path / "a.hdf5", fields=fields)[0].instructions) == expected
 
 
 @pytest.mark.parametrize(
@@ -331,46 +336,46 @@ def test_an_instruction_in_a_column(tmp_path, key, count):
         ({}, "the file's"),
     ],
 )
-def test_a_demos_own_instruction_wins(tmp_path, attributes, expected):
+def test_instruction_of_the_demo_precedes_that_of_the_file(tmp_path, attributes, expected):
     with h5py.File(tmp_path / "a.hdf5", "w") as file:
-        demo(file, said=None).attrs.update(attributes)
-        demo(file, 1, said="another")
+        demo(file, instruction=None).attrs.update(attributes)
+        demo(file, 1, instruction="another")
         file["data"].attrs["problem_info"] = np.bytes_(json.dumps({"language_instruction": "the file's"}))
-    assert [episode.instructions[0] for episode in open_demonstrations(tmp_path / "a.hdf5")] == [expected, "another"]
+    assert [episode.instructions[0] for episode in open_dataset(tmp_path / "a.hdf5")] == [expected, "another"]
 
 
 @pytest.mark.parametrize(
-    ("said", "message"),
+    ("instruction", "message"),
     [
         ("", "the instruction at step 0 is empty"),
         (np.array([b"one", b"two"]), "must be one text, got array"),
-        ("b'pick up'", "is the spelling of Python's bytes"),
+        ("b'pick up'", "is the repr of Python bytes"),
         (np.bytes_(b"caf\xe9"), "is not UTF-8"),
     ],
 )
-def test_a_later_demo_that_says_nothing_usable_is_named(tmp_path, said, message):
+def test_unusable_instruction_of_a_demo_is_refused(tmp_path, instruction, message):
     with h5py.File(tmp_path / "a.hdf5", "w") as file:
         demo(file)
-        demo(file, 1, said=said)
+        demo(file, 1, instruction=instruction)
         file["data"].attrs["language_instruction"] = "the file's"
-    reader = open_demonstrations(tmp_path / "a.hdf5")
+    reader = open_dataset(tmp_path / "a.hdf5")
     assert len(reader[0]) == STEPS
-    with pytest.raises(DemonstrationError, match=rf"a\.hdf5:demo_1: .*{message}"):
+    with pytest.raises(DatasetError, match=rf"a\.hdf5:demo_1: .*{message}"):
         reader[1]
 
 
-def test_a_later_step_without_instruction_is_named(tmp_path):
+def test_step_without_instruction_is_refused(tmp_path):
     with h5py.File(tmp_path / "a.hdf5", "w") as file:
-        demo(file, said=None)["language_instruction"] = np.array([b"go", b"go", b" ", b"go"])
-        demo(file, 1, said=None)["language_instruction"] = np.array([b"go"] * (STEPS + 1))
-    reader = open_demonstrations(tmp_path / "a.hdf5")
-    with pytest.raises(DemonstrationError, match="the instruction at step 2 is empty"):
+        demo(file, instruction=None)["language_instruction"] = np.array([b"go", b"go", b" ", b"go"])
+        demo(file, 1, instruction=None)["language_instruction"] = np.array([b"go"] * (STEPS + 1))
+    reader = open_dataset(tmp_path / "a.hdf5")
+    with pytest.raises(DatasetError, match="the instruction at step 2 is empty"):
         reader[0]
-    with pytest.raises(DemonstrationError, match="4 actions but 5 instructions"):
+    with pytest.raises(DatasetError, match="4 actions but 5 instructions"):
         reader[1]
 
 
-def test_a_text_of_any_storage():
+def test_as_text_of_all_types():
     for value in ("go", b"go", np.bytes_("go"), np.str_("go"), np.array(["go"]), [b"go"], np.array([["go"]], object)):
         assert as_text(value) == "go"
         assert type(as_text(value)) is str
@@ -380,32 +385,32 @@ def test_a_text_of_any_storage():
             as_text(value)
 
 
-def test_a_first_demo_without_steps_does_not_hide_the_cameras(tmp_path):
+def test_empty_first_demo_does_not_hide_cameras(tmp_path):
     with h5py.File(tmp_path / "a.hdf5", "w") as file:
         empty, full = file.create_group("data/demo_0"), file.create_group("data/demo_1")
         empty["actions"], full["actions"] = np.zeros((0, 7)), np.zeros((STEPS, 7))
         empty["obs/front"], full["obs/front"] = np.zeros(0, "S9"), fixed(encoded(RED))
-    reader = open_demonstrations(tmp_path / "a.hdf5", fields={"instruction_text": "go"})
+    reader = open_dataset(tmp_path / "a.hdf5", fields={"instruction_text": "go"})
     assert reader.fields.cameras == ("obs.front",)
     assert len(reader[1]) == STEPS
-    with pytest.raises(DemonstrationError, match="it has no step"):
+    with pytest.raises(DatasetError, match="it has no step"):
         reader[0]
 
 
-def test_a_part_that_is_held_out_must_be_chosen_from(tmp_path):
+def test_held_out_part_requires_a_split(tmp_path):
     file = robomimic(tmp_path / "a.hdf5", {"20_percent_train": [1], "20_percent_valid": [2]})
-    with pytest.raises(ValueError, match="20_percent_valid.*but has no mask 'train'; give split: one of"):
-        open_demonstrations(file)
-    assert demos(open_demonstrations(file, split="20_percent_train")) == ["demo_1"]
+    with pytest.raises(ValueError, match="20_percent_valid.*but no mask 'train'; set split: one of"):
+        open_dataset(file)
+    assert demos(open_dataset(file, split="20_percent_train")) == ["demo_1"]
     only = robomimic(tmp_path / "b.hdf5", {"20_percent": [1]})
-    assert len(open_demonstrations(only)) == len(open_demonstrations(only, split="all"))
+    assert len(open_dataset(only)) == len(open_dataset(only, split="all"))
 
 
 @pytest.mark.parametrize("name", ["goal/top", "obs/goal_image", "obs/subgoal_img", "obs/infrared"])
-def test_a_goal_is_no_camera(tmp_path, name):
+def test_goal_images_are_not_cameras(tmp_path, name):
     with h5py.File(tmp_path / "a.hdf5", "w") as file:
         demo(file)[name] = UPRIGHT
-    reader = open_demonstrations(tmp_path / "a.hdf5")
+    reader = open_dataset(tmp_path / "a.hdf5")
     assert name.replace("/", ".") not in reader.fields.cameras
-    with pytest.warns(UserWarning, match="seems to hold no colours of now"):
-        open_demonstrations(tmp_path / "a.hdf5", fields={"cameras": [name]})
+    with pytest.warns(UserWarning, match="seems to hold depth, masks"):
+        open_dataset(tmp_path / "a.hdf5", fields={"cameras": [name]})

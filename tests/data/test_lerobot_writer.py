@@ -1,16 +1,14 @@
-"""What the writer writes, our reader reads; and LeRobot's own, where it is installed."""
-
-import io
+"""Datasets of the LeRobot writer are read by our reader, and by LeRobot if it is installed."""
 
 import numpy as np
 import pytest
-from openvla.data.episodes import open_demonstrations
-from PIL import Image
+from encoded_images import png
+from openvla.data.open import open_dataset
 
 pytest.importorskip("pyarrow")
 from openvla.data.lerobot_writer import LeRobotWriter  # noqa: E402
 
-ANNOUNCED = {
+LAYOUT = {
     "fps": 20,
     "numbers": {"action": list("abcdefg"), "observation.state": list("12345678")},
     "cameras": {"observation.image": (32, 48), "observation.wrist_image": (16, 16)},
@@ -26,37 +24,31 @@ def episode(seed, length):
     numbers["action"][:, -1] = np.where(numbers["action"][:, -1] < 0, -1, 1)
     frames = {
         name: [random.integers(0, 256, (*size, 3), np.uint8) for _ in range(length)]
-        for name, size in ANNOUNCED["cameras"].items()
+        for name, size in LAYOUT["cameras"].items()
     }
     return numbers, frames
 
 
-def as_png(frame):
-    stream = io.BytesIO()
-    Image.fromarray(frame).save(stream, "PNG")
-    return stream.getvalue()
-
-
 def add(writer, seed):
     numbers, frames = episode(seed, 3 + seed)
-    images = {name: [as_png(frame) for frame in shown] for name, shown in frames.items()}
+    images = {name: [png(frame) for frame in shown] for name, shown in frames.items()}
     return writer.add_episode(TASKS[seed], numbers, images, {"language_instruction": TASKS[seed]})
 
 
 @pytest.fixture
 def folder(tmp_path):
-    """Three episodes, the third written by a process that went on."""
+    """A dataset of three episodes, the third appended by another writer."""
     folder = tmp_path / "libero_object_no_noops"
-    writer = LeRobotWriter(folder, **ANNOUNCED)
+    writer = LeRobotWriter(folder, **LAYOUT)
     assert [add(writer, 0), add(writer, 1)] == [0, 1]
-    again = LeRobotWriter(folder, **ANNOUNCED)
+    again = LeRobotWriter(folder, **LAYOUT)
     assert len(again) == 2
     assert add(again, 2) == 2
     return folder
 
 
-def test_our_reader_reads_it_with_the_preset_of_its_name(folder):
-    reader = open_demonstrations(folder)
+def test_written_dataset_is_read_with_the_preset_of_its_name(folder):
+    reader = open_dataset(folder)
     assert (len(reader), reader.action_dim, reader.proprio_dim) == (3, 7, 8)
     for seed, read in enumerate(reader):
         numbers, frames = episode(seed, 3 + seed)
@@ -69,7 +61,7 @@ def test_our_reader_reads_it_with_the_preset_of_its_name(folder):
                 np.testing.assert_array_equal(shown, frames[name][step])
 
 
-def test_lerobots_own_reader_reads_it(folder):
+def test_written_dataset_is_read_by_lerobot(folder):
     library = pytest.importorskip("ledataset.datasets.lerobot_dataset", reason="needs lerobot-dataset")
     dataset = library.LeRobotDataset("test/written", root=folder)
     assert (dataset.num_episodes, dataset.num_frames, dataset.fps) == (3, 12, 20)
@@ -82,7 +74,7 @@ def test_lerobots_own_reader_reads_it(folder):
             np.testing.assert_array_equal(
                 row["observation.state"], numbers["observation.state"][step].astype(np.float32)
             )
-            for name in ANNOUNCED["cameras"]:
+            for name in LAYOUT["cameras"]:
                 shown = (row[name].numpy().transpose(1, 2, 0) * 255).round().astype(np.uint8)
                 np.testing.assert_array_equal(shown, frames[name][step])
             assert (row["task"], int(row["episode_index"]), int(row["frame_index"])) == (TASKS[seed], seed, step)
@@ -90,8 +82,8 @@ def test_lerobots_own_reader_reads_it(folder):
             index += 1
 
 
-def test_a_broken_write_leaves_the_dataset_whole(folder, monkeypatch):
-    writer = LeRobotWriter(folder, **ANNOUNCED)
+def test_failed_write_leaves_the_dataset_intact(folder, monkeypatch):
+    writer = LeRobotWriter(folder, **LAYOUT)
 
     def fail(*_):
         raise OSError("No space left on device")
@@ -100,21 +92,21 @@ def test_a_broken_write_leaves_the_dataset_whole(folder, monkeypatch):
     with pytest.raises(OSError, match="No space"):
         add(writer, 0)
     monkeypatch.undo()
-    assert len(open_demonstrations(folder)) == 3
-    assert add(LeRobotWriter(folder, **ANNOUNCED), 0) == 3
+    assert len(open_dataset(folder)) == 3
+    assert add(LeRobotWriter(folder, **LAYOUT), 0) == 3
 
 
-def test_what_does_not_fit_is_refused(folder):
-    with pytest.raises(ValueError, match="dataset of another fps"):
-        LeRobotWriter(folder, **{**ANNOUNCED, "fps": 10})
-    writer = LeRobotWriter(folder, **ANNOUNCED)
+def test_mismatching_episodes_are_refused(folder):
+    with pytest.raises(ValueError, match="dataset with another fps"):
+        LeRobotWriter(folder, **{**LAYOUT, "fps": 10})
+    writer = LeRobotWriter(folder, **LAYOUT)
     numbers, frames = episode(0, 3)
-    images = {name: [as_png(frame) for frame in shown] for name, shown in frames.items()}
+    images = {name: [png(frame) for frame in shown] for name, shown in frames.items()}
     texts = {"language_instruction": "go"}
-    with pytest.raises(ValueError, match="texts must hold the columns"):
+    with pytest.raises(ValueError, match="texts must have the columns"):
         writer.add_episode("go", numbers, images)
-    with pytest.raises(ValueError, match="one length"):
+    with pytest.raises(ValueError, match="must have the same length"):
         writer.add_episode("go", {**numbers, "action": numbers["action"][:2]}, images, texts)
     with pytest.raises(ValueError, match=r"action must be finite, of shape \(length, 7\)"):
         writer.add_episode("go", {**numbers, "action": np.full((3, 7), np.nan)}, images, texts)
-    assert len(open_demonstrations(folder)) == 3
+    assert len(open_dataset(folder)) == 3

@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 from openvla import PLATFORMS, Policy, load_policy
 from openvla.__main__ import main
-from openvla.data.episodes import decoded_image, open_demonstrations
+from openvla.data.episodes import decode_image
+from openvla.data.open import open_dataset
 from openvla.evaluation import libero as rollout
 from openvla.evaluation import simulator
 from openvla.evaluation.report import draw_contact_sheet, recorded_episodes, success_rate, video_frames, wilson_interval
@@ -437,7 +438,7 @@ def test_a_demonstration_succeeds_again_through_reader_and_harness(tmp_path):
     folder = tmp_path / "libero_object_no_noops"
     arguments = [folder, "--tasks", "0", "--episodes", "1", "--initial-states", "30", "31", "--undisturbed"]
     subprocess.run([sys.executable, script, *arguments], check=True)
-    episode = open_demonstrations(folder)[0]
+    episode = open_dataset(folder)[0]
     assert set(episode.actions[:, -1]) == {0, 1}
     assert episode.actions[0, -1] == 1  # open: OpenVLA's convention
     seen = []
@@ -463,5 +464,5 @@ def test_a_demonstration_succeeds_again_through_reader_and_harness(tmp_path):
     for step in range(0, len(episode), 20):  # what evaluation shows is what was stored, byte for byte
         for shown, stored in zip(seen[step], episode.images(step)):
             upside_down = shown[::-1, ::-1]
-            np.testing.assert_array_equal(decoded_image(as_jpeg(upside_down)), stored)
+            np.testing.assert_array_equal(decode_image(as_jpeg(upside_down)), stored)
     np.testing.assert_allclose([state for _, _, state, _ in seen], episode.proprio, atol=1e-5)

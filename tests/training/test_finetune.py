@@ -360,7 +360,7 @@ def test_the_learning_rate(base, tmp_path):
         ({"method": "full", "lora_alpha": 64}, "lora_alpha is 64, which method: full .*; leave it out, or take method"),
         ({"parallelism": "tp"}, "Unknown parallelism 'tp'; allowed"),
         ({"parallelism": "fsdp", "method": "qlora"}, "4-bit weights cannot be spread"),
-        ({"ends": "pad"}, r"Unknown ends 'pad'; allowed: \['drop', 'repeat'\]"),
+        ({"pad_last_chunk": "pad"}, r"Unknown pad_last_chunk 'pad'; allowed: \[False, True\]"),
         ({"tracker": "mlflow"}, "Unknown tracker 'mlflow'; allowed"),
         ({"batch_size": 0}, "batch_size must be a whole number"),
         ({"learning_rate": 0.0}, "learning_rate and max_grad_norm must be positive"),
@@ -406,7 +406,7 @@ def test_an_answer_that_the_model_does_not_give(tmp_path):
 
 
 def test_statistics_that_a_model_holds_fit_the_data(tmp_path):
-    from openvla.data.torch_dataset import SequenceReader
+    from openvla.data.torch_dataset import TorchDatasetReader
 
     six = {"action": {"q01": [-1.0] * 6, "q99": [1.0] * 6}}
     for part in build_tiny(norm_stats={"lab": six}):
@@ -414,7 +414,7 @@ def test_statistics_that_a_model_holds_fit_the_data(tmp_path):
     data = Few()
     episode = [{"image": step.images[0], "action": step.actions[0]} for step in data.steps]
     fields = {"cameras": ["image"], "action": ["action"], "instruction_text": "go"}
-    data.readers = [SequenceReader([episode], name="lab", fields=fields)]
+    data.readers = [TorchDatasetReader([episode], name="lab", fields=fields)]
     with pytest.raises(ValueError, match="lab: action has 7 dimensions, but 6 in the statistics"):
         build(settings(tmp_path, tmp_path), data, torch.device("cpu"))
 
@@ -453,8 +453,8 @@ def test_bad_episodes_stop_a_run_or_are_counted(base, tmp_path, capsys, monkeypa
     )
 
 
-@pytest.mark.parametrize(("ends", "steps"), [("drop", [0, 1]), ("repeat", [0, 0, 1, 1, 2, 2, 3])])
-def test_a_run_says_what_happens_at_the_ends_of_episodes(tmp_path, monkeypatch, ends, steps):
+@pytest.mark.parametrize(("pad", "steps"), [(False, [0, 1]), (True, [0, 0, 1, 1, 2, 2, 3])])
+def test_a_run_says_what_happens_at_the_ends_of_episodes(tmp_path, monkeypatch, pad, steps):
     h5py = pytest.importorskip("h5py")
     monkeypatch.setenv("OPENVLA_CACHE", str(tmp_path / "cache"))
     with h5py.File(tmp_path / "a.hdf5", "w") as file:
@@ -463,10 +463,12 @@ def test_a_run_says_what_happens_at_the_ends_of_episodes(tmp_path, monkeypatch, 
             group.attrs["instruction"] = "go"
             group["actions"] = np.random.RandomState(number).uniform(0, 1, (length, 7))
             group["image"] = np.zeros((length, 8, 8, 3), np.uint8)
-    data = Demonstrations(settings("base", tmp_path, data=str(tmp_path / "a.hdf5"), ends=ends, shuffle_buffer=0))
-    stream = data.stream(3 if ends == "drop" else 5)
-    drawn = [sample.index for sample, _ in zip(stream, range(len(steps) + (ends == "drop")))]
-    assert sorted(drawn) == (sorted([0, *steps]) if ends == "drop" else steps)
+    data = Demonstrations(
+        settings("base", tmp_path, data=str(tmp_path / "a.hdf5"), pad_last_chunk=pad, shuffle_buffer=0)
+    )
+    stream = data.stream(5 if pad else 3)
+    drawn = [sample.index for sample, _ in zip(stream, range(len(steps) + (not pad)))]
+    assert sorted(drawn) == (steps if pad else sorted([0, *steps]))
 
 
 @pytest.mark.skipif(not QUANTIZES_ON_CPU, reason="needs a GPU before transformers 4.53")
@@ -574,11 +576,11 @@ def test_the_command_trains_on_stored_demonstrations(base, name, tmp_path, capsy
     for package in ("av", "h5py", "pyarrow", "yaml"):
         pytest.importorskip(package)
     from openvla.__main__ import main
-    from openvla.data.episodes import open_demonstrations
+    from openvla.data.open import open_dataset
 
     monkeypatch.setenv("OPENVLA_CACHE", str(tmp_path / "cache"))
     data = FIXTURES / name
-    camera = open_demonstrations(data).fields.cameras[0]
+    camera = open_dataset(data).fields.cameras[0]
     fields = {"model": str(base), "method": "full", "batch_size": 2, "max_steps": 3, "log_steps": 1}
     fields["data"] = [{"path": str(data), "fields": {"cameras": [camera]}}]
     (tmp_path / "run.yaml").write_text(json.dumps(fields))  # YAML reads JSON

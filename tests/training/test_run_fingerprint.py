@@ -12,7 +12,7 @@ pytest.importorskip("accelerate")
 
 from openvla import AutoProcessor, OpenVLAForActionPrediction
 from openvla.data.statistics import as_norm_stats
-from openvla.data.torch_dataset import SequenceReader
+from openvla.data.torch_dataset import TorchDatasetReader
 from openvla.training.checkpointing import checkpoints
 from openvla.training.finetune import Demonstrations, FinetuneConfig, finetune
 from openvla.training.run_fingerprint import FIELDS_BY_CONTENT, FREE_FIELDS, RECORD_FILE, require_same_run
@@ -36,7 +36,7 @@ class Recording(Demonstrations):
 
     def __init__(self, config, datasets, weights=None, **columns):
         self.config, self.weights = config, weights or [1.0] * len(datasets)
-        self.readers = [SequenceReader(data, name, {**COLUMNS, **columns}) for name, data in datasets.items()]
+        self.readers = [TorchDatasetReader(data, name, {**COLUMNS, **columns}) for name, data in datasets.items()]
         self.statistics = as_norm_stats(self.readers, progress=False)
 
 

@@ -1,18 +1,18 @@
-"""Right demonstrations of a small arm, and what the checks of recorded numbers find in them once they are changed."""
+"""Synthetic episodes of a small arm without errors, and the findings in changed ones."""
 
 import numpy as np
-from openvla.data.columns import Fields
-from openvla.data.doctor import Recording, examine
+from openvla.data.columns import ColumnSpec
+from openvla.data.doctor import CheckInput, run_checks
 from openvla.data.statistics import describe
-from openvla.data.torch_dataset import SequenceReader
+from openvla.data.torch_dataset import TorchDatasetReader
 
 EPISODES, STEPS = 8, 60
 
 
 def arm(noise=0.0, lag=0):
-    """Right demonstrations: float64 actions ``(60, 7)`` and states ``(60, 8)`` of 8 episodes.
+    """Return float64 actions ``(60, 7)`` and states ``(60, 8)`` of 8 episodes without errors.
 
-    A smooth movement (m, rad) to and fro, a gripper that closes once, and a state that follows ``lag`` steps later.
+    A smooth movement (m, rad) in both directions, a gripper that closes once, a state that follows ``lag`` steps later.
     """
     random, episodes = np.random.RandomState(0), []
     for _ in range(EPISODES):
@@ -30,36 +30,42 @@ def arm(noise=0.0, lag=0):
     return [list(side) for side in zip(*episodes)]
 
 
-def recorded(actions, states=(), name="mine", names=(), **fields):
-    fields = Fields(("image",), ("action",), ("state",) if len(states) else (), **fields)
+def check_input(actions, states=(), name="mine", names=(), **fields):
+    """Return the input of the checks."""
+    fields = ColumnSpec(("image",), ("action",), ("state",) if len(states) else (), **fields)
     statistics = {**describe(np.concatenate(actions)), "mask": [True] * (actions[0].shape[1] - 1) + [False]}
-    return Recording(name, statistics, fields, names, actions, states)
+    return CheckInput(name, statistics, fields, names, actions, states)
 
 
-def found(*args, **kwargs):
-    return {finding.check: finding for finding in examine(recorded(*args, **kwargs))}
+def findings_of(*args, **kwargs):
+    """Return the findings by check; arguments as ``check_input``."""
+    return {finding.check: finding for finding in run_checks(check_input(*args, **kwargs))}
 
 
 def changed(actions, change):
+    """Return copies of the episodes, each changed in place by a function."""
     copies = [episode.copy() for episode in actions]
     for episode in copies:
         change(episode)
     return copies
 
 
-def gripper(actions, convert):
+def with_gripper(actions, convert):
+    """Return copies of the episodes with a converted gripper."""
     return changed(actions, lambda episode: episode.__setitem__((slice(None), -1), convert(episode[:, -1])))
 
 
-def rows(actions, states=()):
+def steps_of(actions, states=()):
+    """Return all steps as dictionaries."""
     flat = np.concatenate(actions)
     states = np.concatenate(states) if len(states) else [None] * len(flat)
     image = np.zeros((4, 4, 3), np.uint8)
     return [{"image": image, "action": a, "task": "go", "state": s} for a, s in zip(flat, states)]
 
 
-def reader(actions, states=(), name="mine", **fields):
+def arm_reader(actions, states=(), name="mine", **fields):
+    """Return a reader of the episodes."""
     fields = {"cameras": ["image"], "action": "action", "instruction": "task", **fields}
     if len(states):
         fields["proprio"] = "state"
-    return SequenceReader(rows(actions, states), name, fields, episode_lengths=[len(e) for e in actions])
+    return TorchDatasetReader(steps_of(actions, states), name, fields, episode_lengths=[len(e) for e in actions])
