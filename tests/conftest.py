@@ -155,7 +155,7 @@ def here(hub, monkeypatch, tmp_path):
 @pytest.fixture(scope="session")
 def server():
     """A policy server of a tiny model on loopback."""
-    from serving import InThread, embedded
+    from servers import InThread, embedded
 
     with InThread(embedded()) as server:
         yield server
@@ -164,7 +164,7 @@ def server():
 @pytest.fixture(scope="session")
 def chunks():
     """A policy server whose model answers in chunks, from three cameras, as ALOHA's, and a state."""
-    from serving import OFT, InThread, embedded
+    from servers import OFT, InThread, embedded
 
     with InThread(embedded(num_images_in_input=3, **OFT)) as server:
         yield server

@@ -11,22 +11,21 @@ import numpy as np
 import pytest
 import torch
 from openvla import ActionChunk, PolicyClient
-from openvla.serving.client import PolicyServerError, RequestRefused, ServerUnavailable
+from openvla.serving.client import PolicyServerError, RequestRejectedError, ServerUnavailableError
 from PIL import Image
 
 for package in ("fastapi", "uvicorn", "msgpack", "websockets", "prometheus_client"):
     pytest.importorskip(package)
 
 from openvla.serving.cli import Limits  # noqa: E402
-
-from serving import INSTRUCTION, OFT, STATE, InProcess, InThread, embedded, expected, in_threads  # noqa: E402
+from servers import INSTRUCTION, OFT, STATE, InProcess, InThread, embedded, expected, in_threads  # noqa: E402
 
 LONG_CHUNKS = {**OFT, "chunk_length": 40}
 
 
 @pytest.fixture(scope="module")
 def server():
-    with InThread(embedded(Limits(waiting=1))) as server:
+    with InThread(embedded(Limits(max_queue_size=1))) as server:
         yield server
 
 
@@ -64,15 +63,15 @@ def test_chunks_of_several_cameras(frame):
 
 def test_a_refusal_names_the_field(server, frame):
     client = PolicyClient(server.url)
-    with pytest.raises(RequestRefused, match="422: state must|trained without the robot's state") as refused:
+    with pytest.raises(RequestRejectedError, match="422: state must|trained without the robot's state") as refused:
         client.act(frame, INSTRUCTION, [0.0])
     assert (refused.value.status, refused.value.field) == (422, "proprio")
     assert isinstance(refused.value, ValueError)
-    with pytest.raises(RequestRefused, match="must lie in"):
+    with pytest.raises(RequestRejectedError, match="must lie in"):
         client.act(frame / 1.0, INSTRUCTION)
     with pytest.raises(TypeError, match="An image must be"):
         client.act({"not": "an image"}, INSTRUCTION)
-    with pytest.raises(RequestRefused, match="got dtype uint16"):
+    with pytest.raises(RequestRejectedError, match="got dtype uint16"):
         client.act(frame.astype(np.uint16), INSTRUCTION)
     with pytest.raises(ValueError, match="8 bits a channel, got mode I;16"):
         client.act(Image.new("I;16", (8, 8)), INSTRUCTION)
@@ -83,7 +82,7 @@ def test_a_refusal_names_the_field(server, frame):
 def test_a_token(frame, wanted):
     token = "a-long-enough-secret"
     with InThread(embedded(), token=token) as server:
-        with pytest.raises(RequestRefused, match="401: This server needs a token"):
+        with pytest.raises(RequestRejectedError, match="401: This server needs a token"):
             PolicyClient(server.url, token="another-long-secret").act(frame, INSTRUCTION)
         assert PolicyClient(server.url, token=token).act(frame, INSTRUCTION).tolist() == wanted
 
@@ -91,9 +90,9 @@ def test_a_token(frame, wanted):
 def test_an_answer_that_is_late_is_an_error_in_time(server, frame):
     server.served.gate.clear()
     started = time.monotonic()
-    with pytest.raises(ServerUnavailable, match="504|timed out"):
+    with pytest.raises(ServerUnavailableError, match="504|timed out"):
         PolicyClient(server.url, timeout=0.3).act(frame, INSTRUCTION)
-    assert 0.2 < time.monotonic() - started < Limits().deadline / 2  # its own, not the one of the server
+    assert 0.2 < time.monotonic() - started < Limits().timeout_s / 2  # its own, not the one of the server
     server.served.gate.set()
     server.waiting(0)
 
@@ -103,7 +102,7 @@ def test_a_503_is_tried_again_when_the_server_says(server, frame, wanted):
     client = PolicyClient(server.url, timeout=20)
     first, answered = in_threads(lambda: PolicyClient(server.url, timeout=20).act(frame, INSTRUCTION))
     server.waiting(1)
-    with pytest.raises(ServerUnavailable, match=r"503: 1 requests are waiting.*\(tried 1 times"):
+    with pytest.raises(ServerUnavailableError, match=r"503: 1 requests are waiting.*\(tried 1 times"):
         PolicyClient(server.url, retries=0).act(frame, INSTRUCTION)
     started = time.monotonic()
     threading.Timer(0.2, server.served.gate.set).start()
@@ -119,7 +118,7 @@ def test_it_recovers_from_kill_9(frame, wanted):
     assert client.act(frame, INSTRUCTION).tolist() == wanted
     os.kill(server.process.pid, signal.SIGKILL)
     server.process.join()
-    with pytest.raises(ServerUnavailable, match="ConnectionRefused"):
+    with pytest.raises(ServerUnavailableError, match="ConnectionRefused"):
         PolicyClient(server.url, timeout=1).act(frame, INSTRUCTION)
     asking, answered = in_threads(lambda: client.act(frame, INSTRUCTION))  # while it is away
     time.sleep(0.2)
@@ -133,9 +132,9 @@ def test_it_recovers_from_kill_9(frame, wanted):
 @pytest.mark.parametrize(
     ("reply", "error", "message"),
     [
-        (b"", ServerUnavailable, "did not answer"),
-        (b"rubbish\r\n\r\n", ServerUnavailable, "did not answer"),
-        (b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\n{", ServerUnavailable, "IncompleteRead|did not answer"),
+        (b"", ServerUnavailableError, "did not answer"),
+        (b"rubbish\r\n\r\n", ServerUnavailableError, "did not answer"),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\n{", ServerUnavailableError, "IncompleteRead|did not answer"),
         (b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nhello", PolicyServerError, "replied b'hello'"),
         (b'HTTP/1.1 200 OK\r\nContent-Length: 7\r\n\r\n"error"', PolicyServerError, "The reply is no action: error"),
         (b"HTTP/1.1 502 Bad\r\nContent-Length: 3\r\n\r\n<p>", PolicyServerError, "502: .* replied b'<p>'"),
@@ -201,9 +200,9 @@ def test_a_loop_learns_why_its_chunks_ended(frame):
     player.answer(player.ask(), np.zeros((2, 7)))
     player.next()
     with ThreadPoolExecutor(1) as thread:
-        assert isinstance(player.ask_in(thread, frame, INSTRUCTION).exception(), ServerUnavailable)
+        assert isinstance(player.ask_in(thread, frame, INSTRUCTION).exception(), ServerUnavailableError)
         player.next()
         assert player.due  # it may be asked again
         with pytest.raises(ValueError, match="There is no action for step 2") as ended:
             player.next()
-    assert isinstance(ended.value.__cause__, ServerUnavailable)
+    assert isinstance(ended.value.__cause__, ServerUnavailableError)

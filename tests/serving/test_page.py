@@ -42,16 +42,16 @@ def serving(token=None, policy=None, **overrides):
     """A server of a policy, else of a tiny model, on a free port: its address, and the policy."""
     from openvla.serving.app import build_app
     from openvla.serving.cli import Limits
-    from openvla.serving.middleware import server
-    from openvla.serving.policy import ServedPolicy
+    from openvla.serving.middleware import create_server
+    from openvla.serving.policy import BatchedPolicy
 
     if policy is None:
         model, processor = build_tiny(**overrides)
         key = model.resolve_unnorm_key(overrides.get("default_unnorm_key"))
         policy = Policy(model, processor, key, constrain_actions=model.config.action_head is None)
-    served = ServedPolicy(policy, EMBEDDED_NAME, Limits(image_side=2000))
+    served = BatchedPolicy(policy, EMBEDDED_NAME, Limits(image_side=2000))
     app = build_app(served, token=token)
-    running = server(app, app.state.policy_app.queue, served.limits, "127.0.0.1", 0)
+    running = create_server(app, app.state.policy_app.queue, served.limits, "127.0.0.1", 0)
     thread = threading.Thread(target=running.run)
     thread.start()
     try:

@@ -30,9 +30,9 @@ def png_of_16_bits(pixels):
 
 WAYS_OF_A_FILE = {
     "path": lambda file: np.asarray(as_images(str(file))[0]),
-    "client": lambda file: policy_client._pixels(file),
+    "client": lambda file: policy_client.image_pixels(file),
     "server": lambda file: np.asarray(
-        serve_requests._image(base64.b64encode(file.read_bytes()).decode(), "image", Limits())
+        serve_requests.parse_image(base64.b64encode(file.read_bytes()).decode(), "image", Limits())
     ),
 }
 
@@ -44,7 +44,7 @@ def test_colours_of_16_bits_are_refused_by_every_way(channels, tmp_path):
     file.write_bytes(png_of_16_bits(np.full((4, 4, channels), 4000, np.uint16)))
     opened = {
         "opened": lambda file: as_images(Image.open(file)),
-        "client's": lambda file: policy_client._pixels(Image.open(file)),
+        "client's": lambda file: policy_client.image_pixels(Image.open(file)),
     }
     for way in (WAYS_OF_A_FILE | opened).values():
         with pytest.raises(ValueError, match="must have 8 bits a channel, got mode (LA|RGB|RGBA);16B"):
@@ -95,10 +95,10 @@ def test_a_batch_of_cameras_is_sent_as_its_images(kind, monkeypatch):
     images = np.random.RandomState(0).randint(0, 256, (2, 8, 12, 3), dtype=np.uint8)
     given = images if kind == "numpy" else torch.from_numpy(images).permute(0, 3, 1, 2)
     client, sent = policy_client.PolicyClient("http://127.0.0.1:1"), []
-    reply = json.loads(json.dumps(policy_client._encoded(np.zeros(7))))
-    monkeypatch.setattr(client, "_asked", lambda method, path, fields: sent.append(fields) or reply)
+    reply = json.loads(json.dumps(policy_client.encode_array(np.zeros(7))))
+    monkeypatch.setattr(client, "_request", lambda method, path, fields: sent.append(fields) or reply)
     client.act(given, "go")
-    seen = serve_requests._images(sent[0]["image"], "image", Limits())
+    seen = serve_requests.parse_images(sent[0]["image"], "image", Limits())
     assert all(np.array_equal(one, mine) for one, mine in zip(seen, images, strict=True))
     assert all(np.array_equal(one, mine) for one, mine in zip(as_images(given), images, strict=True))
 
@@ -106,4 +106,4 @@ def test_a_batch_of_cameras_is_sent_as_its_images(kind, monkeypatch):
 def test_an_open_file_is_no_image(tmp_path):
     (tmp_path / "photo.png").write_bytes(b"")
     with (tmp_path / "photo.png").open("rb") as opened, pytest.raises(TypeError, match="a torch tensor or a path, got"):
-        policy_client._pixels(opened)
+        policy_client.image_pixels(opened)

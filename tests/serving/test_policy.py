@@ -11,16 +11,15 @@ for package in ("fastapi", "uvicorn", "msgpack", "websockets", "prometheus_clien
 
 from openvla import NoActionError  # noqa: E402
 from openvla.serving import policy as served_policy  # noqa: E402
-from openvla.serving.requests import read_json  # noqa: E402
+from openvla.serving.requests import parse_json_request  # noqa: E402
+from servers import INSTRUCTION, LIMITS, STATE, ask, embedded, picture  # noqa: E402
 from ways import ends_at_once  # noqa: E402
-
-from serving import INSTRUCTION, LIMITS, STATE, ask, embedded, picture  # noqa: E402
 
 
 def prepared(served, frame, instruction, **options):
     image = np.roll(frame, len(instruction)).tolist()
     body = json.dumps({"image": image, "instruction": instruction, "details": True, **options})
-    return served.prepare(read_json(body.encode(), LIMITS))
+    return served.prepare(parse_json_request(body.encode(), LIMITS))
 
 
 @pytest.mark.parametrize(("dtype", "count"), [(torch.float32, 8), (torch.bfloat16, 3)])
@@ -28,43 +27,45 @@ def test_a_batch_has_the_tokens_of_each_row_alone(frame, dtype, count):
     served = embedded()
     served.policy.model.to(dtype)
     rows = [prepared(served, frame, f"go {index}") for index in range(count)]
-    alone_of_all = [served.answer([row])[0] for row in rows]
+    alone_of_all = [served.predict_batch([row])[0] for row in rows]
     for some in (slice(None), slice(0, None, 4), slice(0, 3)):
         batch, alone = rows[some], alone_of_all[some]
-        together = served.answer(batch)
+        together = served.predict_batch(batch)
         assert [answer.output.token_ids.tolist() for answer in together] == [
             answer.output.token_ids.tolist() for answer in alone
         ]
         assert [answer.output.actions.tolist() for answer in together] == [
             answer.output.actions.tolist() for answer in alone
         ]
-        assert any(answer.rows == len(batch) for answer in together) or dtype is torch.bfloat16  # all are close calls
+        assert (
+            any(answer.batch_size == len(batch) for answer in together) or dtype is torch.bfloat16
+        )  # all are close calls
 
 
 def test_a_close_call_is_answered_again_alone(frame, monkeypatch):
     served = embedded()
     rows = [prepared(served, frame, f"go {index}") for index in range(3)]
-    output = served.answer(rows)[0].output
+    output = served.predict_batch(rows)[0].output
     second, first = np.sort(output.bin_probabilities, axis=-1)[:, -2:].T
     closest = np.log(first / second).min()
-    for limit, again in ((closest * 0.99, False), (closest * 1.01, True)):
-        monkeypatch.setitem(served_policy.CLOSE_CALL, torch.float32, limit)
-        assert served.answer(rows)[0].again is again
+    for limit, recomputed in ((closest * 0.99, False), (closest * 1.01, True)):
+        monkeypatch.setitem(served_policy.MIN_LOG_PROB_MARGIN, torch.float32, limit)
+        assert served.predict_batch(rows)[0].recomputed is recomputed
 
 
 def test_only_prompts_of_one_length_share_a_batch(frame):
     served = embedded()
     one, other, longer = (prepared(served, frame, text) for text in ("go", "on", "go on"))
-    assert one.joins(other)
-    assert not one.joins(longer)  # padding would change what is computed
+    assert one.can_batch_with(other)
+    assert not one.can_batch_with(longer)  # padding would change what is computed
 
 
 def test_one_bad_row_does_not_hurt_the_others(frame):
     served = embedded()
     good, bad = (prepared(served, frame, text) for text in ("go", "on"))
     bad.inputs["pixel_values"] = bad.inputs["pixel_values"] * torch.nan
-    answer, failed = served.answer([good, bad])
-    assert answer.output.actions.tolist() == served.answer([good])[0].output.actions.tolist()
+    answer, failed = served.predict_batch([good, bad])
+    assert answer.output.actions.tolist() == served.predict_batch([good])[0].output.actions.tolist()
     assert isinstance(failed, NoActionError)
     assert "not finite" in str(failed)
 
@@ -75,11 +76,11 @@ def test_a_row_of_no_action_does_not_hurt_the_others(frame):
     served.policy.constrain_actions = False
     rows = [prepared(served, frame, text) for text in ("go", "on")]
     constrained = [prepared(served, frame, text, constrain_actions=True) for text in ("go", "on")]
-    assert not rows[0].joins(constrained[0])
+    assert not rows[0].can_batch_with(constrained[0])
     ends_at_once(served.policy.model, rows[0].inputs)
-    alone = [served.answer([row])[0] for row in (*rows, *constrained)]
+    alone = [served.predict_batch([row])[0] for row in (*rows, *constrained)]
     assert "ended the sequence after 1 of 7" in str(alone[0])
-    together = [*served.answer(rows), *served.answer(constrained)]
+    together = [*served.predict_batch(rows), *served.predict_batch(constrained)]
     assert [type(answer) for answer in together] == [type(answer) for answer in alone]
     assert [str(answer) for answer in together if isinstance(answer, NoActionError)] == [
         str(answer) for answer in alone if isinstance(answer, NoActionError)
@@ -121,4 +122,4 @@ def test_info(server, chunks):
     assert (refused.status, refused.error["field"]) == (422, "constrain_actions")
     assert ask(chunks, body={**body, "constrain_actions": None}).status == 200
     assert info["unnorm_keys"]["lab"]["high"][0] == pytest.approx(0.5)
-    assert info["limits"]["batch"] == 1  # rounding would reach a continuous head's numbers
+    assert info["limits"]["max_batch_size"] == 1  # rounding would reach a continuous head's numbers

@@ -14,9 +14,8 @@ for package in ("fastapi", "uvicorn", "msgpack", "websockets", "prometheus_clien
     pytest.importorskip(package)
 
 from openvla.serving.cli import Limits  # noqa: E402
-from openvla.serving.requests import RequestError, read_msgpack  # noqa: E402
-
-from serving import GOOD, INSTRUCTION, STATE, ask, encoded, expected, openpi, picture, refused_by_websocket  # noqa: E402
+from openvla.serving.requests import RequestError, parse_msgpack_request  # noqa: E402
+from servers import GOOD, INSTRUCTION, STATE, ask, encoded, expected, openpi, picture, refused_by_websocket  # noqa: E402
 
 FOUR = np.zeros((2, 2, 3), np.float32)
 
@@ -223,4 +222,4 @@ def test_a_field_that_is_packed_twice_is_refused():
     msgpack, limits = pytest.importorskip("msgpack"), Limits()
     twice = b"\x83" + b"".join(map(msgpack.packb, ("prompt", "go", "image", 1, "prompt", "stop")))
     with pytest.raises(RequestError, match="A field was sent twice: 'prompt'"):
-        read_msgpack(twice, limits)
+        parse_msgpack_request(twice, limits)

@@ -14,15 +14,15 @@ import pytest
 import torch
 from openvla import PolicyClient
 from openvla.__main__ import main
-from openvla.serving.cli import SHORTEST_TOKEN, TOKEN_VARIABLE, Limits
-from openvla.serving.client import NoActionGiven
+from openvla.serving.cli import MIN_TOKEN_LENGTH, TOKEN_VARIABLE, Limits
+from openvla.serving.client import NoActionPredictedError
 from reference import REPOSITORY
 from test_house import imports
 
 for package in ("fastapi", "uvicorn", "msgpack", "websockets", "prometheus_client"):
     pytest.importorskip(package)
 
-from serving import (  # noqa: E402
+from servers import (  # noqa: E402
     GOOD,
     INSTRUCTION,
     LIMITS,
@@ -43,7 +43,7 @@ TOKEN = "a-secret-of-twenty-two"
 @pytest.fixture(scope="module")
 def small():
     """One server with room for two requests, whose answers wait for ``gate``."""
-    with InThread(embedded(Limits(waiting=2))) as server:
+    with InThread(embedded(Limits(max_queue_size=2))) as server:
         yield server
 
 
@@ -73,8 +73,8 @@ def test_slow_clients_are_given_up(server):
     assert raw(server, b"\x00\x01garbage\r\n\r\n").startswith(b"HTTP/1.1 400")
 
 
-def test_a_flood_is_held_off(frame):
-    with InThread(embedded(Limits(connections=4, reading_bytes=1000, header_seconds=1))) as server:
+def test_a_flood_is_entries_off(frame):
+    with InThread(embedded(Limits(connections=4, max_inflight_bytes=1000, header_seconds=1))) as server:
         body = {"image": frame.tolist(), "instruction": INSTRUCTION}
         flooded = ask(server, body=body)
         assert (flooded.status, flooded.headers["retry-after"]) == (503, "1")
@@ -118,14 +118,14 @@ def test_a_tokens_file(tmp_path, capsys, monkeypatch):
     assert main(["serve", "--token-file", str(file)]) == 2
     file.write_text("short")
     assert main(["serve", "--token-file", str(file)]) == 2
-    assert f"at least {SHORTEST_TOKEN} ASCII characters" in capsys.readouterr().err
+    assert f"at least {MIN_TOKEN_LENGTH} ASCII characters" in capsys.readouterr().err
     monkeypatch.setenv(TOKEN_VARIABLE, "two words, and no secret")
     assert main(["serve"]) == 2
     assert TOKEN_VARIABLE in capsys.readouterr().err
 
 
 def test_wrong_options(capsys, monkeypatch):
-    for options in (["--port", "70000"], ["--batch", "0"], ["--waiting", "-1"], ["--deadline", "nan"]):
+    for options in (["--port", "70000"], ["--max-batch-size", "0"], ["--max-queue-size", "-1"], ["--timeout-s", "nan"]):
         assert main(["serve", *options]) == 2
         assert options[0] in capsys.readouterr().err
     with socket.create_server(("127.0.0.1", 0)) as taken:
@@ -155,7 +155,7 @@ def test_what_is_not_finite_is_no_action(frame):
 def test_a_model_that_fails_is_an_error_with_an_id(frame, caplog, monkeypatch):
     served = embedded()
     monkeypatch.setattr(served.policy.model, "predict_action", lambda **_: {}["a bug"])
-    with InThread(served) as server, caplog.at_level(logging.INFO, "openvla.serving.cli"):
+    with InThread(served) as server, caplog.at_level(logging.INFO, "openvla.serving"):
         reply = ask(server, body={"image": frame.tolist(), "instruction": INSTRUCTION})
         assert (reply.status, reply.error["code"]) == (500, None)
         assert reply.error["id"] in reply.error["message"]
@@ -178,7 +178,7 @@ def test_no_action_is_an_answer_of_its_own(frame):
             assert infer({"observation/image": frame, "prompt": INSTRUCTION}) == f"no_action: {said}"
             frames = {"observation/image": frame, "prompt": INSTRUCTION, "constrain_actions": True}
             constrained = infer(frames)["actions"][0]
-        with pytest.raises(NoActionGiven) as raised:
+        with pytest.raises(NoActionPredictedError) as raised:
             PolicyClient(server.url).act(frame, INSTRUCTION)
         assert (raised.value.code, raised.value.status) == ("no_action", 422)
         assert said in str(raised.value)
@@ -223,7 +223,7 @@ def held(small, *bodies):
 
 def newest(queue):
     """The number of the request that came last; an older one may have been dropped for it."""
-    return max(list(queue._held), default=-1)
+    return max(list(queue._entries), default=-1)
 
 
 def released(small, threads):
@@ -247,14 +247,14 @@ def test_a_deadline(small):
     late = ask(small, body={**GOOD, "deadline_ms": 100})
     assert late.status == 504
     assert "deadline of 100 ms" in late.error["message"]
-    assert time.monotonic() - started < LIMITS.deadline / 2  # its own, not the one of the server
+    assert time.monotonic() - started < LIMITS.timeout_s / 2  # its own, not the one of the server
     released(small, threads)
     assert replies[0][0].status == 200
     assert ask(small, body=GOOD).json == replies[0][0].json
 
 
 def test_a_stale_frame_is_dropped_for_a_newer_one():
-    with InThread(embedded(Limits(waiting=8))) as server:
+    with InThread(embedded(Limits(max_queue_size=8))) as server:
         mine = {**GOOD, "client_id": "arm", "latest_only": True}
         threads, replies = held(server, GOOD)
         server.busy()

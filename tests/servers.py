@@ -35,14 +35,14 @@ OFT = {**PLATFORMS["libero"], "parallel_decoding": True, "action_head": "l1", "n
 
 def embedded(limits=LIMITS, **overrides):
     """A served policy whose answers a test can hold back: ``gate.clear()``."""
-    from openvla.serving.policy import ServedPolicy
+    from openvla.serving.policy import BatchedPolicy
 
-    class Held(ServedPolicy):
+    class Held(BatchedPolicy):
         gate = threading.Event()
 
-        def answer(self, batch):
+        def predict_batch(self, requests):
             assert self.gate.wait(30)
-            return super().answer(batch)
+            return super().predict_batch(requests)
 
     Held.gate.set()
     model, processor = build_tiny(**overrides)
@@ -55,11 +55,11 @@ class InThread:
 
     def __init__(self, served, token=None, port=0, host=HOST):
         from openvla.serving.app import build_app
-        from openvla.serving.middleware import server
+        from openvla.serving.middleware import create_server
 
         self.served, self.app = served, build_app(served, token=token, host=host)
         self.shared = self.app.state.policy_app
-        self.server = server(self.app, self.shared.queue, served.limits, HOST, port)
+        self.server = create_server(self.app, self.shared.queue, served.limits, HOST, port)
         self.thread = threading.Thread(target=self.server.run, daemon=True)
 
     def __enter__(self):
@@ -76,12 +76,12 @@ class InThread:
 
     def busy(self):
         """Wait until the model has taken what is held: what comes next is not in its batch."""
-        held = self.shared.queue._held
+        held = self.shared.queue._entries
         until(lambda: held and all(place.started for place in list(held.values())))
 
     def waiting(self, count):
         """Wait until so many requests are held, ready for the model."""
-        held = self.shared.queue._held
+        held = self.shared.queue._entries
         until(lambda: sum(place.item is not None for place in list(held.values())) == len(held) == count)
 
 
