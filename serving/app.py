@@ -43,7 +43,8 @@ from .schemas import (
     Health,
     PolicyInfo,
     Responses,
-    act_body_schema,
+    act_request_body,
+    add_referenced_schemas,
     error_body,
     error_responses,
 )
@@ -225,18 +226,30 @@ def build_app(policy: BatchedPolicy, *, token: str | None = None, host: str = "1
     _add_act_route(app, policy_app)
     _add_status_routes(app, policy_app)
     app.websocket("/")(policy_app.serve_openpi)
+    app.openapi = _with_referenced_schemas(app.openapi)  # type: ignore[method-assign]  # as FastAPI documents it
     return app
+
+
+def _with_referenced_schemas(openapi: Callable[[], dict[str, Any]]) -> Callable[[], dict[str, Any]]:
+    """Return FastAPI's ``app.openapi`` extended by the schemas of bodies that FastAPI does not parse itself."""
+
+    def extended_openapi() -> dict[str, Any]:
+        document = openapi()
+        add_referenced_schemas(document)
+        return document
+
+    return extended_openapi
 
 
 def _add_act_route(app: FastAPI, policy_app: PolicyApp) -> None:
     """Add ``POST /act``; its body is parsed by ``parse_json_request`` and only documented by the models."""
-    body_schema, components = act_body_schema()
 
     @app.post(
         "/act",
         response_model=ActReply,
+        response_description="The action or chunk of actions, in the encoding of the request.",
         responses=error_responses(400, 401, 403, 408, 409, 413, 422, 500, 503, 504),
-        openapi_extra={"requestBody": {"required": True, "content": {"application/json": {"schema": body_schema}}}},
+        openapi_extra=act_request_body(),
     )
     async def act(request: Request) -> Response:
         """Predict the action, or the chunk of actions, for an image and an instruction."""
@@ -253,37 +266,48 @@ def _add_act_route(app: FastAPI, policy_app: PolicyApp) -> None:
         policy_app.finish_request("/act")
         return reply
 
-    fastapi_openapi = app.openapi
-
-    def openapi() -> dict[str, Any]:
-        document = fastapi_openapi()
-        document["components"]["schemas"].update(components)
-        return document
-
-    app.openapi = openapi  # type: ignore[method-assign]  # as FastAPI's documentation extends the schema
-
 
 def _add_status_routes(app: FastAPI, policy_app: PolicyApp) -> None:
-    @app.get("/info", response_model=PolicyInfo, responses=error_responses(401, 403))
+    @app.get(
+        "/info",
+        response_model=PolicyInfo,
+        response_description="The model and the server's limits.",
+        responses=error_responses(401, 403),
+    )
     async def info() -> Response:
         """Describe the model, its datasets and the server's limits."""
         return JSONResponse(policy_app.info)
 
     draining: Responses = {503: {"model": Health, "description": "The server is draining."}}
 
-    @app.get("/healthz", response_model=Health, responses={**error_responses(403), **draining})
+    @app.get(
+        "/healthz",
+        response_model=Health,
+        response_description="The server accepts requests.",
+        responses={**error_responses(403), **draining},
+    )
     async def healthz() -> Response:
         """Tell if the server accepts requests."""
         is_draining, waiting = policy_app.queue.draining, len(policy_app.queue)
         health = Health(status="draining" if is_draining else "ok", waiting=waiting, model=policy_app.policy.name)
         return JSONResponse(health.model_dump(), 503 if is_draining else 200)
 
-    @app.get("/metrics", response_class=PlainTextResponse, responses=error_responses(401, 403))
+    @app.get(
+        "/metrics",
+        response_class=PlainTextResponse,
+        response_description="Metrics in Prometheus' text format.",
+        responses=error_responses(401, 403),
+    )
     async def metrics() -> Response:
         """Return metrics for Prometheus."""
         return Response(policy_app.metrics.text(), media_type=policy_app.metrics.content_type)
 
-    @app.get("/", response_class=HTMLResponse, responses=error_responses(403, 404))
+    @app.get(
+        "/",
+        response_class=HTMLResponse,
+        response_description="The page.",
+        responses=error_responses(403, 404),
+    )
     async def page() -> Response:
         """Return a page to try the policy in a browser."""
         if not PAGE.is_file():

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
+from pydantic import BaseModel, ConfigDict, Field
 from pydantic.config import JsonDict
-from pydantic.json_schema import SkipJsonSchema
+from pydantic.json_schema import JsonSchemaMode, SkipJsonSchema, models_json_schema
 
 from .cli import Limits
 from .requests import MAX_ARRAY_DIMENSIONS, MAX_CAMERAS, MAX_DEADLINE_MS, MAX_TEXT_CHARACTERS, NUMERIC_DTYPE
@@ -130,9 +130,6 @@ class DoubleEncodedRequest(Schema):
     encoded: str = Field(description="The request as JSON.", json_schema_extra={"format": "encoded-request"})
 
 
-ActBody = OpenVLARequest | OFTRequest | DoubleEncodedRequest
-
-
 class ActionDetails(Schema):
     """An action, or a chunk of actions, and what the model computed; null where the model has no such output."""
 
@@ -232,6 +229,8 @@ class Health(Schema):
 
 # --- OpenAPI ----------------------------------------------------------------------------------------------------------
 
+REF_TEMPLATE = "#/components/schemas/{model}"
+REQUEST_MODELS = (OpenVLARequest, OFTRequest, DoubleEncodedRequest)
 Responses = dict[int | str, dict[str, Any]]  # FastAPI's argument: by status
 ERRORS = {
     400: "The body is not JSON.",
@@ -265,13 +264,26 @@ def error_body(
 
 def error_responses(*statuses: int) -> Responses:
     """Return the descriptions of error replies, for a route's argument ``responses``."""
-    responses: Responses = {status: {"model": ErrorReply, "description": ERRORS[status]} for status in statuses}
+    content = {"application/json": {"schema": _reference(ErrorReply)}}
+    responses: Responses = {status: {"description": ERRORS[status], "content": content} for status in statuses}
     if 503 in responses:
         responses[503]["headers"] = {"Retry-After": {"schema": {"type": "string"}, "description": "Seconds."}}
     return responses
 
 
-def act_body_schema() -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the schema of the body of ``POST /act``, and the schemas of the components that it refers to."""
-    schema = TypeAdapter(ActBody).json_schema(ref_template="#/components/schemas/{model}")
-    return schema, schema.pop("$defs")
+def act_request_body() -> dict[str, Any]:
+    """Return the description of the body of ``POST /act``, for a route's argument ``openapi_extra``."""
+    schema = {"anyOf": [_reference(model) for model in REQUEST_MODELS]}
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+
+
+def add_referenced_schemas(document: dict[str, Any]) -> None:
+    """Add the schemas to which ``error_responses`` and ``act_request_body`` refer to an OpenAPI document."""
+    models: list[tuple[type[BaseModel], JsonSchemaMode]] = [(model, "validation") for model in REQUEST_MODELS]
+    models.append((ErrorReply, "serialization"))
+    _, schemas = models_json_schema(models, ref_template=REF_TEMPLATE)
+    document["components"]["schemas"].update(schemas["$defs"])
+
+
+def _reference(model: type[BaseModel]) -> dict[str, str]:
+    return {"$ref": REF_TEMPLATE.format(model=model.__name__)}

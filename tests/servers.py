@@ -1,4 +1,4 @@
-"""Policy servers on loopback: in a thread of this process, or in a process of their own that signals can reach."""
+"""Policy servers on loopback, in a thread of this process or in a forked process, and helpers to send requests."""
 
 import base64
 import contextlib
@@ -29,97 +29,97 @@ STATISTICS = {
 
 INSTRUCTION = "open the drawer"
 STATE = np.linspace(-1, 1, 8)
-GOOD = {"image": [[[0, 0, 0]] * 2] * 2, "instruction": "go"}
-OFT = {**PLATFORMS["libero"], "parallel_decoding": True, "action_head": "l1", "norm_stats": {"lab": STATISTICS}}
+VALID_REQUEST = {"image": [[[0, 0, 0]] * 2] * 2, "instruction": "go"}
+OFT_CONFIG = {**PLATFORMS["libero"], "parallel_decoding": True, "action_head": "l1", "norm_stats": {"lab": STATISTICS}}
 
 
-def embedded(limits=LIMITS, **overrides):
-    """A served policy whose answers a test can hold back: ``gate.clear()``."""
+def build_policy(limits=LIMITS, **overrides):
+    """Return a BatchedPolicy of a tiny model; while ``gate`` is cleared, its predictions wait."""
     from openvla.serving.policy import BatchedPolicy
 
-    class Held(BatchedPolicy):
+    class GatedPolicy(BatchedPolicy):
         gate = threading.Event()
 
         def predict_batch(self, requests):
             assert self.gate.wait(30)
             return super().predict_batch(requests)
 
-    Held.gate.set()
+    GatedPolicy.gate.set()
     model, processor = build_tiny(**overrides)
     policy = Policy(model, processor, model.resolve_unnorm_key(), constrain_actions=model.config.action_head is None)
-    return Held(policy, "tiny", limits)
+    return GatedPolicy(policy, "tiny", limits)
 
 
-class InThread:
-    """A server in a thread: ``with InThread(served) as server``."""
+class ServerThread:
+    """A server in a thread: ``with ServerThread(policy) as server``."""
 
-    def __init__(self, served, token=None, port=0, host=HOST):
+    def __init__(self, policy, token=None, port=0, host=HOST):
         from openvla.serving.app import build_app
         from openvla.serving.middleware import create_server
 
-        self.served, self.app = served, build_app(served, token=token, host=host)
-        self.shared = self.app.state.policy_app
-        self.server = create_server(self.app, self.shared.queue, served.limits, HOST, port)
+        self.policy, self.app = policy, build_app(policy, token=token, host=host)
+        self.queue = self.app.state.policy_app.queue
+        self.server = create_server(self.app, self.queue, policy.limits, HOST, port)
         self.thread = threading.Thread(target=self.server.run, daemon=True)
 
     def __enter__(self):
         self.thread.start()
-        until(lambda: self.server.started)
+        wait_until(lambda: self.server.started)
         self.port = self.server.servers[0].sockets[0].getsockname()[1]
         self.url = f"http://{HOST}:{self.port}"
         return self
 
     def __exit__(self, *_):
-        self.served.gate.set()
+        self.policy.gate.set()
         self.server.should_exit = True
         self.thread.join(20)
 
-    def busy(self):
-        """Wait until the model has taken what is held: what comes next is not in its batch."""
-        held = self.shared.queue._entries
-        until(lambda: held and all(place.started for place in list(held.values())))
+    def wait_until_all_started(self):
+        """Wait until every request in the queue is in the model's batch: later ones are not in this batch."""
+        entries = self.queue._entries
+        wait_until(lambda: entries and all(entry.started for entry in list(entries.values())))
 
-    def waiting(self, count):
-        """Wait until so many requests are held, ready for the model."""
-        held = self.shared.queue._entries
-        until(lambda: sum(place.item is not None for place in list(held.values())) == len(held) == count)
+    def wait_until_prepared(self, count):
+        """Wait until the queue has exactly ``count`` requests, and all of them are prepared."""
+        entries = self.queue._entries
+        wait_until(lambda: sum(entry.item is not None for entry in list(entries.values())) == len(entries) == count)
 
 
-class InProcess:
-    """A forked server with a real end: ``kill`` it with any signal. As torch's data loaders do, it uses one thread."""
+class ServerProcess:
+    """A server in a forked process, which can be sent any signal; it uses one thread, as torch's data loaders do."""
 
-    def __init__(self, served, port=0):
+    def __init__(self, policy, port=0):
         self.socket = socket.create_server((HOST, port))  # so that the port is known, and the server's own
         self.port = self.socket.getsockname()[1]
         self.url = f"http://{HOST}:{self.port}"
         self.socket.close()
-        self.process = multiprocessing.get_context("fork").Process(target=self._run, args=(served,), daemon=True)
+        self.process = multiprocessing.get_context("fork").Process(target=self._run, args=(policy,), daemon=True)
         self.process.start()
-        until(lambda: self.answers(), 60)
+        wait_until(self.is_healthy, 60)
 
-    def _run(self, served):
+    def _run(self, policy):
         from openvla.serving.app import serve
 
         torch.set_num_threads(1)
-        serve(served, host=HOST, port=self.port)
+        serve(policy, host=HOST, port=self.port)
 
-    def answers(self):
+    def is_healthy(self):
         try:
-            return ask(self, "GET", "/healthz").status == 200
+            return send_request(self, "GET", "/healthz").status == 200
         except OSError:
             return False
 
 
-def until(condition, seconds=20):
-    """Wait for something to become true."""
+def wait_until(condition, seconds=20):
+    """Wait until a condition is true; fail after some seconds."""
     end = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < end, "it did not come to pass"
+        assert time.monotonic() < end, "the condition did not become true"
         time.sleep(0.005)
 
 
 class Reply:
-    """Status, headers and body; ``json`` is the body read."""
+    """Status, headers and body of a reply."""
 
     def __init__(self, response):
         self.status, self.headers, self.body = response.status, dict(response.getheaders()), response.read()
@@ -133,20 +133,20 @@ class Reply:
         return self.json["error"]
 
 
-def ask(server, method="POST", path="/act", body=None, **headers):
-    """One request as it is, with no header that was not asked for."""
+def send_request(server, method="POST", path="/act", body=None, **headers):
+    """Return the reply to a request that has only the given headers; underscores in their names become hyphens."""
     connection = http.client.HTTPConnection(HOST, server.port, timeout=30)
     try:
         data = json.dumps(body).encode() if isinstance(body, dict) else body
-        named = {name.replace("_", "-"): value for name, value in headers.items()}
-        connection.request(method, path, data, named, encode_chunked="Transfer-Encoding" in named)
+        headers = {name.replace("_", "-"): value for name, value in headers.items()}
+        connection.request(method, path, data, headers, encode_chunked="Transfer-Encoding" in headers)
         return Reply(connection.getresponse())
     finally:
         connection.close()
 
 
-def in_threads(*calls):
-    """What each call gives, all made at once."""
+def start_threads(*calls):
+    """Start a thread for each call; return the threads and the list into which they write their results."""
     results = [None] * len(calls)
 
     def run(index):
@@ -161,55 +161,55 @@ def in_threads(*calls):
     return threads, results
 
 
-def encoded(array):
+def encode_array(array):
+    """Return an array in json_numpy's encoding."""
     array = np.asarray(array)
     return {"__numpy__": base64.b64encode(array.tobytes()).decode(), "dtype": array.dtype.str, "shape": array.shape}
 
 
-def picture(image, form="PNG", **settings):
+def encode_picture(image, format="PNG", **options):
+    """Return an image as a picture file in base64."""
     buffer = io.BytesIO()
-    (image if isinstance(image, Image.Image) else Image.fromarray(image)).save(buffer, form, **settings)
+    (image if isinstance(image, Image.Image) else Image.fromarray(image)).save(buffer, format, **options)
     return base64.b64encode(buffer.getvalue()).decode()
 
 
-def expected(server, images, instruction=INSTRUCTION, state=None):
-    """What the model itself says."""
-    policy = getattr(server, "served", server).policy
+def predict_directly(batched_policy, images, instruction=INSTRUCTION, state=None):
+    """Return the action of the model itself, without the server."""
+    policy = batched_policy.policy
     inputs = policy.processor(instruction=instruction, images=images)
     return policy.model.predict_action(**inputs, proprio=state, constrain_actions=policy.constrain_actions)
 
 
-def openpi(server, headers=None):
-    """A session of openpi's protocol: the metadata, and a function that sends a frame and gives the reply."""
+@contextlib.contextmanager
+def connect_openpi(server, headers=None):
+    """Yield the metadata of openpi's protocol, and a function that sends a frame and returns the reply."""
     import msgpack
     from websockets.sync.client import connect
 
-    def packed(value):
+    def pack_array(value):
         data = {b"__ndarray__": True, b"data": value.tobytes()}
         return {**data, b"dtype": value.dtype.str, b"shape": value.shape}
 
-    def unpacked(value):
+    def unpack_array(value):
         if b"__ndarray__" in value:
             return np.ndarray(value[b"shape"], value[b"dtype"], value[b"data"])
         return value
 
-    @contextlib.contextmanager
-    def session():
-        with connect(f"ws://127.0.0.1:{server.port}", compression=None, additional_headers=headers) as socket:
+    with connect(f"ws://{HOST}:{server.port}", compression=None, additional_headers=headers) as websocket:
 
-            def infer(frame):
-                socket.send(frame if isinstance(frame, (bytes, str)) else msgpack.packb(frame, default=packed))
-                reply = socket.recv(timeout=20)
-                return reply if isinstance(reply, str) else msgpack.unpackb(reply, object_hook=unpacked)
+        def infer(frame):
+            websocket.send(frame if isinstance(frame, (bytes, str)) else msgpack.packb(frame, default=pack_array))
+            reply = websocket.recv(timeout=20)
+            return reply if isinstance(reply, str) else msgpack.unpackb(reply, object_hook=unpack_array)
 
-            yield msgpack.unpackb(socket.recv(timeout=20)), infer
-
-    return session()
+        yield msgpack.unpackb(websocket.recv(timeout=20)), infer
 
 
-def refused_by_websocket(server, **headers):
+def rejected_websocket_status(server, **headers):
+    """Return the HTTP status with which a WebSocket connection is rejected."""
     from websockets.exceptions import InvalidStatus
 
-    with pytest.raises(InvalidStatus) as refused, openpi(server, headers):
+    with pytest.raises(InvalidStatus) as rejected, connect_openpi(server, headers):
         pass
-    return refused.value.response.status_code
+    return rejected.value.response.status_code
