@@ -40,9 +40,11 @@ class RejectedError(Exception):
         is_body_unread: True if more of the body may arrive.
     """
 
-    def __init__(self, status: int, message: str, headers: dict[str, str] | None = None) -> None:
+    def __init__(
+        self, status: int, message: str, headers: dict[str, str] | None = None, is_body_unread: bool = True
+    ) -> None:
         super().__init__(message)
-        self.status, self.headers, self.is_body_unread = status, headers or {}, True
+        self.status, self.headers, self.is_body_unread = status, headers or {}, is_body_unread
 
 
 class Guard:
@@ -133,9 +135,7 @@ class Guard:
                 if len(body) > self.limits.body_bytes:
                     raise self._too_large(f"more than {len(body)}", more_body)
                 if self.inflight_bytes > self.limits.max_inflight_bytes:
-                    busy = RejectedError(503, "Too many bodies are arriving; try again.", retry_after())
-                    busy.is_body_unread = more_body
-                    raise busy
+                    raise RejectedError(503, "Too many bodies are arriving; try again.", retry_after(), more_body)
             return bytes(body)
         finally:
             self.inflight_bytes -= len(body)
@@ -146,16 +146,12 @@ class Guard:
         try:
             return await asyncio.wait_for(receive(), max(remaining, 0))
         except asyncio.TimeoutError:
-            error = RejectedError(
-                408, f"The body did not arrive within {self.limits.body_seconds} s; {size} bytes did."
-            )
-            error.is_body_unread = False  # it was waited for long enough
-            raise error from None
+            message = f"The body did not arrive within {self.limits.body_seconds} s; {size} bytes did."
+            raise RejectedError(408, message, is_body_unread=False) from None  # waited for the rest long enough
 
     def _too_large(self, size: str, more_body: bool = True) -> RejectedError:
-        error = RejectedError(413, f"The body has {size} bytes; at most {self.limits.body_bytes} are allowed.")
-        error.is_body_unread = more_body
-        return error
+        message = f"The body has {size} bytes; at most {self.limits.body_bytes} are allowed."
+        return RejectedError(413, message, is_body_unread=more_body)
 
 
 def retry_after() -> dict[str, str]:

@@ -56,8 +56,13 @@ class RequestError(OpenVLAValueError):
     """
 
     def __init__(self, message: str, field: str | None = None, status: int = 422) -> None:
-        super().__init__(message)
-        self.field, self.status = field, status
+        super().__init__(_escape_surrogates(message))
+        self.field, self.status = None if field is None else _escape_surrogates(field), status
+
+
+def _escape_surrogates(text: str) -> str:
+    """Return text that can be sent as UTF-8: a field's name may hold half of a surrogate pair."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 @dataclass

@@ -24,7 +24,7 @@ EXAMPLE_REQUEST: JsonDict = {"image": EXAMPLE_PNG, "instruction": "pick up the r
 class Schema(BaseModel):
     """An object that has no fields other than the declared ones."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", protected_namespaces=())  # model_ms is a field
 
 
 # --- values -----------------------------------------------------------------------------------------------------------

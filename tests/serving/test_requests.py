@@ -247,6 +247,12 @@ def test_duplicate_json_field_is_rejected(server, name, body):
         assert reply.json["error"]["message"] == f"A field was sent twice: '{name}'; send it once."
 
 
+@pytest.mark.parametrize("name", ["\ud800", "\ud800_wrist"])
+def test_field_name_that_is_not_unicode_is_rejected(server, name):
+    reply = send_request(server, body={**VALID_REQUEST, name: 1})
+    assert (reply.status, reply.error["field"]) == (422, name.replace("\ud800", "\\ud800"))
+
+
 def test_duplicate_msgpack_field_is_rejected():
     msgpack, limits = pytest.importorskip("msgpack"), Limits()
     frame = b"\x83" + b"".join(map(msgpack.packb, ("prompt", "go", "image", 1, "prompt", "stop")))
