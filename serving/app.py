@@ -1,4 +1,4 @@
-"""The policy server's application: its routes, from a request's bytes to the reply's."""
+"""FastAPI application of the policy server: its routes and the path of a request from its bytes to the reply."""
 
 from __future__ import annotations
 
@@ -8,227 +8,326 @@ import contextlib
 import hashlib
 import logging
 import re
-import sys
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from fastapi import FastAPI, Request, Response, WebSocket, WebSocketDisconnect
-from fastapi.responses import HTMLResponse, JSONResponse
+from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse
 from starlette.exceptions import HTTPException
 
-from ..decoding_openvla import NoActionError
-from . import openapi as schema
-from .batching import BatchQueue, Overloaded, QueueError
+from ..errors_openvla import OpenVLAError
+from .batching import BatchQueue, OverloadedError, QueueError
 from .cli import Limits
 from .metrics import Metrics
-from .middleware import Guard, error_body, is_loopback, retry_after, server
-from .policy import Answer, AnswerError, Prepared, ServedPolicy
-from .requests import ActRequest, RequestError, pack_reply, read_json, read_msgpack, reply_of
+from .middleware import Guard, create_server, is_loopback, retry_after
+from .policy import BatchedPolicy, Outcome, Prediction, PredictionError, PreparedRequest, action_details
+from .requests import (
+    ActRequest,
+    RequestError,
+    encode_reply,
+    pack_msgpack,
+    parse_json_request,
+    parse_msgpack_request,
+)
+from .schemas import (
+    DESCRIPTION,
+    ActionDetails,
+    ActReply,
+    ErrorDetail,
+    Health,
+    PolicyInfo,
+    Responses,
+    act_request_body,
+    add_referenced_schemas,
+    error_body,
+    error_responses,
+)
 
-logger = logging.getLogger("openvla.serving.cli")
+logger = logging.getLogger(__name__)
 
 PAGE = Path(__file__).parent / "page.html"
-PREPARING_THREADS = 4  # requests that are decoded at one time, while the model is busy
-WEBSOCKETS = 128  # open at one time
-NORMAL_ERRORS = (RequestError, QueueError, AnswerError, NoActionError)
-NO_ACTION_STATUS = 422  # the same request would have no action again
+PREPARING_THREADS = 4  # number of requests that are decoded at one time, while the model is busy
+MAX_WEBSOCKETS = 128  # open at one time
+EXPECTED_ERRORS = (OpenVLAError, QueueError, PredictionError)  # their messages are for the client
+CLIENT_ERROR_STATUS = 422  # of an OpenVLAError without a status: the same request would fail again
+
+
+@dataclass
+class ActResult:
+    """Result of one request.
+
+    Attributes:
+        request: The parsed request.
+        prediction: The prediction.
+        details: The reply, if the request has ``details``.
+    """
+
+    request: ActRequest
+    prediction: Prediction
+    details: ActionDetails | None
 
 
 class PolicyApp:
-    """What the routes share: the policy, its queue, its metrics.
+    """State that the routes share: the policy, its queue, its metrics.
 
     Args:
-        served: The policy.
+        policy: The policy.
     """
 
-    def __init__(self, served: ServedPolicy) -> None:
-        self.served, self.limits, self.info = served, served.limits, served.info()
-        self.metrics = Metrics()
-        self.websockets = 0
-        self._threads = ThreadPoolExecutor(PREPARING_THREADS, thread_name_prefix="prepare")
-        self._preparing = asyncio.Semaphore(PREPARING_THREADS)  # of all who wait for it the first comes first
-        self.queue: BatchQueue[Prepared, Answer] = BatchQueue(
-            self._answered,
-            joins=Prepared.joins,
-            places=self.limits.waiting,
-            batch=served.batch,
-            deadline=self.limits.deadline,
+    def __init__(self, policy: BatchedPolicy) -> None:
+        self.policy, self.limits, self.info = policy, policy.limits, policy.info().model_dump()
+        self.queue: BatchQueue[PreparedRequest, Prediction] = BatchQueue(
+            self._predict_batch,
+            can_batch=PreparedRequest.can_batch_with,
+            max_queue_size=self.limits.max_queue_size,
+            max_batch_size=policy.max_batch_size,
+            timeout_s=self.limits.timeout_s,
         )
+        self.metrics = Metrics(self.queue)
+        self._num_websockets = 0
+        self._threads = ThreadPoolExecutor(PREPARING_THREADS, thread_name_prefix="prepare")
+        self._preparing = asyncio.Semaphore(PREPARING_THREADS)  # wakes waiting requests in order of arrival
 
     @contextlib.asynccontextmanager
-    async def running(self, app: FastAPI) -> AsyncIterator[None]:
-        """The time between the server's start and its end."""
+    async def lifespan(self, app: FastAPI) -> AsyncIterator[None]:
+        """Run the queue from the server's start to its end."""
         self.queue.start()
-        self.metrics.watch(self.queue)
         yield
         await self.queue.stop()
         self._threads.shutdown()
 
-    def _answered(self, batch: list[Prepared]) -> list[Answer | AnswerError | NoActionError]:
-        answers = self.served.answer(batch)
-        self.metrics.answered(answers)
-        return answers
+    def _predict_batch(self, requests: list[PreparedRequest]) -> list[Outcome]:
+        outcomes = self.policy.predict_batch(requests)
+        self.metrics.observe_batch(outcomes)
+        return outcomes
 
-    async def act(
-        self, data: bytes, read: Callable[[bytes, Limits], ActRequest]
-    ) -> tuple[ActRequest, Answer, dict[str, Any] | None]:
-        """From a request's bytes to its answer, and ``details`` where it asks for them.
+    async def act(self, data: bytes, parse: Callable[[bytes, Limits], ActRequest]) -> ActResult:
+        """Parse a request, wait in the queue, and return the result.
 
         Raises:
-            RequestError: The request is refused.
-            QueueError: It is not answered.
-            AnswerError: The model failed.
-            NoActionError: What it gave is no action.
+            RequestError: The request is invalid.
+            QueueError: The request gets no result: the queue is full, or the deadline has passed.
+            PredictionError: The model failed.
+            OpenVLAError: The model rejects the request, or its output is no action (``NoActionError``).
         """
-        in_thread = asyncio.get_running_loop().run_in_executor
-        place = self.queue.enter()
+        run_in_executor = asyncio.get_running_loop().run_in_executor
+        entry = self.queue.acquire()
         try:
             async with self._preparing:
-                request = await in_thread(self._threads, read, data, self.limits)
-                self.queue.identify(place, request.client_id, request.latest_only, request.deadline)
-                prepared = await in_thread(self._threads, self.served.prepare, request)
-            del data  # as the pictures, the largest part of a request: it should not be held while it waits
+                request = await run_in_executor(self._threads, parse, data, self.limits)
+                self.queue.set_client(entry, request.client_id, request.latest_only, request.timeout_s)
+                prepared = await run_in_executor(self._threads, self.policy.prepare, request)
+            del data  # free the largest parts of the request, body and images, while it waits
             request.images.clear()
-            answer = await self.queue.result(place, prepared)
+            prediction = await self.queue.result(entry, prepared)
         finally:
-            self.queue.leave(place)
-        latency = time.monotonic() - place.arrived
-        self.metrics.latency.observe(latency)
-        return request, answer, self.served.details(answer, prepared.unnorm_key, latency) if request.details else None
+            self.queue.release(entry)
+        latency_s = time.monotonic() - entry.arrived
+        self.metrics.observe_latency(latency_s)
+        details = action_details(prediction, prepared.unnorm_key, latency_s) if request.details else None
+        return ActResult(request, prediction, details)
 
-    def over(self, route: str, error: Exception | None = None) -> tuple[int, dict[str, Any] | None]:
-        """Count and log the end of a request; its status, and the body where it is an error."""
-        if error is None:
-            self.metrics.count(route, 200)
-            return 200, None
-        identity = getattr(error, "id", None)
-        if not isinstance(error, NORMAL_ERRORS):
-            identity = uuid.uuid4().hex[:12]
-            logger.error("%s failed, id %s", route, identity, exc_info=error)
-            error = RuntimeError(f"The server failed; its log explains it under id {identity}.")
-        status, field = getattr(error, "status", 500), getattr(error, "field", None)
-        if isinstance(error, NoActionError):
-            status = NO_ACTION_STATUS
-        logger.info("%s %d%s: %s", route, status, f" ({field})" if field else "", error)
-        self.metrics.count(route, status)
-        return status, error_body(str(error), field, identity, getattr(error, "code", None))
+    def finish_request(self, route: str) -> None:
+        """Count a request that succeeded."""
+        self.metrics.count_request(route, 200)
 
-    async def openpi(self, websocket: WebSocket) -> None:
-        """A client of openpi: the metadata, then an answer for every frame; an error is a text message, as there."""
-        if self.websockets >= WEBSOCKETS or self.queue.draining:
-            return await websocket.close(1013, "no more connections are taken")
-        self.websockets += 1
-        total: float | None = None
+    def fail_request(self, route: str, error: Exception) -> tuple[int, ErrorDetail]:
+        """Count and log a request that failed; return the status and the content of its reply.
+
+        An unexpected error is a bug: it is logged with its traceback, and the reply has only the id of the log entry.
+        """
+        if isinstance(error, EXPECTED_ERRORS):
+            status = getattr(error, "status", CLIENT_ERROR_STATUS if isinstance(error, OpenVLAError) else 500)
+            detail = ErrorDetail(
+                message=str(error),
+                field=getattr(error, "field", None),
+                id=getattr(error, "id", None),
+                code=getattr(error, "code", None),
+            )
+        else:
+            status, error_id = 500, uuid.uuid4().hex[:12]
+            logger.error("%s failed, id %s", route, error_id, exc_info=error)
+            message = f"The server failed; its log explains it under id {error_id}."
+            detail = ErrorDetail(message=message, id=error_id)
+        logger.info("%s %d%s: %s", route, status, f" ({detail.field})" if detail.field else "", detail.message)
+        self.metrics.count_request(route, status)
+        return status, detail
+
+    async def serve_openpi(self, websocket: WebSocket) -> None:
+        """Serve openpi's protocol: send the metadata, then a reply to every frame; an error is a text message."""
+        if self._num_websockets >= MAX_WEBSOCKETS or self.queue.draining:
+            return await websocket.close(1013, "no more connections are accepted")
+        self._num_websockets += 1
         try:
             await websocket.accept()
-            await websocket.send_bytes(pack_reply(self.info))
-            while True:
-                frame = await websocket.receive()
-                if frame["type"] == "websocket.disconnect":
-                    return None
+            await websocket.send_bytes(pack_msgpack(self.info))
+            previous_total_ms: float | None = None
+            while (frame := await websocket.receive())["type"] != "websocket.disconnect":
                 started = time.perf_counter()
-                try:
-                    if frame.get("bytes") is None:
-                        raise RequestError("A frame must be binary, msgpack; got text.", None, 400)
-                    _, answer, details = await self.act(frame["bytes"], read_msgpack)
-                except Exception as error:
-                    said = self.over("websocket", error)[1]["error"]
-                    await websocket.send_text(f"{said['code']}: {said['message']}" if said["code"] else said["message"])
-                    continue
-                timing = {"infer_ms": answer.model_ms} | ({} if total is None else {"prev_total_ms": total})
-                reply = {**(details or {}), "actions": np.atleast_2d(answer.output.actions), "server_timing": timing}
-                await websocket.send_bytes(pack_reply(reply))
-                self.over("websocket")
-                total = (time.perf_counter() - started) * 1000
-        except (WebSocketDisconnect, RuntimeError) as error:  # the client went away while it was answered
+                if await self._reply_to_frame(websocket, frame.get("bytes"), previous_total_ms):
+                    previous_total_ms = (time.perf_counter() - started) * 1000
+        except (WebSocketDisconnect, RuntimeError) as error:  # the client disconnected before the reply
             logger.info("websocket closed: %s", error)
         finally:
-            self.websockets -= 1
-        return None
+            self._num_websockets -= 1
+
+    async def _reply_to_frame(self, websocket: WebSocket, frame: bytes | None, previous_total_ms: float | None) -> bool:
+        """Send the reply to one frame of openpi's protocol; return False if it is an error."""
+        try:
+            if frame is None:
+                raise RequestError("A frame must be binary, msgpack; got text.", None, 400)
+            result = await self.act(frame, parse_msgpack_request)
+        except Exception as error:
+            _, detail = self.fail_request("websocket", error)
+            await websocket.send_text(f"{detail.code}: {detail.message}" if detail.code else detail.message)
+            return False
+        reply = {} if result.details is None else result.details.model_dump()
+        reply["actions"] = np.atleast_2d(result.prediction.actions)
+        reply["server_timing"] = {"infer_ms": result.prediction.model_ms}
+        if previous_total_ms is not None:
+            reply["server_timing"]["prev_total_ms"] = previous_total_ms
+        await websocket.send_bytes(pack_msgpack(reply))
+        self.finish_request("websocket")
+        return True
 
 
-def build_app(served: ServedPolicy, *, token: str | None = None, host: str = "127.0.0.1") -> FastAPI:
-    """The ASGI application; its ``state.policy_app`` holds the queue.
+def build_app(policy: BatchedPolicy, *, token: str | None = None, host: str = "127.0.0.1") -> FastAPI:
+    """Return the ASGI application; its ``state.policy_app`` is the ``PolicyApp``.
 
     Args:
-        served: The policy.
-        token: That requests must carry; None for none.
-        host: The address that will be listened on.
+        policy: The policy.
+        token: Token that requests must carry; None for none.
+        host: Address that the server listens on.
     """
-    shared = PolicyApp(served)
+    policy_app = PolicyApp(policy)
     app = FastAPI(
         title="OpenVLA policy server",
-        lifespan=shared.running,
+        description=DESCRIPTION,
+        lifespan=policy_app.lifespan,
         docs_url=None,
         redoc_url=None,
         swagger_ui_oauth2_redirect_url=None,
     )
-    app.state.policy_app = shared
-    app.add_middleware(Guard, limits=served.limits, token=token, host=host, count=shared.metrics.count)
+    app.state.policy_app = policy_app
+    count_request = policy_app.metrics.count_request
+    app.add_middleware(Guard, limits=policy.limits, token=token, host=host, count_request=count_request)
 
     @app.exception_handler(HTTPException)
-    async def refused(request: Request, error: HTTPException) -> Response:
-        """No such path, or not this method."""
+    async def handle_http_error(request: Request, error: HTTPException) -> Response:
+        """Reply to an unknown path or method."""
         return JSONResponse(error_body(str(error.detail)), error.status_code, error.headers)
 
-    @app.post("/act", **schema.ACT)
-    async def act(request: Request) -> Response:
-        """The action, or the chunk of actions, for an image and an instruction."""
-        try:
-            asked, answer, details = await shared.act((await request.receive())["body"], read_json)
-            reply = JSONResponse(details if details is not None else reply_of(asked, answer.output.actions))
-        except Exception as error:
-            status, body = shared.over("/act", error)
-            return JSONResponse(body, status, retry_after() if isinstance(error, Overloaded) else None)
-        shared.over("/act")
-        return reply
-
-    @app.get("/info", **schema.INFO)
-    async def info() -> Response:
-        """The model, its datasets, and what this server takes."""
-        return JSONResponse(shared.info)
-
-    @app.get("/healthz", **schema.HEALTHZ)
-    async def healthz() -> Response:
-        """Whether the server takes requests."""
-        status = "draining" if shared.queue.draining else "ok"
-        body = {"status": status, "waiting": len(shared.queue), "model": served.name}
-        return JSONResponse(body, 503 if shared.queue.draining else 200)
-
-    @app.get("/metrics", **schema.METRICS)
-    async def metrics() -> Response:
-        """For Prometheus."""
-        return Response(shared.metrics.text(), media_type=shared.metrics.content_type)
-
-    @app.get("/", **schema.PAGE)
-    async def page() -> Response:
-        """A page to try the model by hand."""
-        if not PAGE.is_file():
-            raise HTTPException(404, "This installation has no assets/page.html; POST /act works without it.")
-        text = PAGE.read_text(encoding="utf-8")
-        return HTMLResponse(text, headers=page_headers(text))
-
-    app.websocket("/")(shared.openpi)
+    _add_act_route(app, policy_app)
+    _add_status_routes(app, policy_app)
+    app.websocket("/")(policy_app.serve_openpi)
+    app.openapi = _with_referenced_schemas(app.openapi)  # type: ignore[method-assign]  # as FastAPI documents it
     return app
 
 
-def page_headers(text: str) -> dict[str, str]:
-    """Headers that let a page run its own script and style and talk to this server, and nothing else."""
+def _with_referenced_schemas(openapi: Callable[[], dict[str, Any]]) -> Callable[[], dict[str, Any]]:
+    """Return FastAPI's ``app.openapi`` extended by the schemas of bodies that FastAPI does not parse itself."""
 
-    def digests(tag: str) -> str:
-        blocks = re.findall(rf"<{tag}[^>]*>(.*?)</{tag}>", text, re.DOTALL)
-        found = (base64.b64encode(hashlib.sha256(block.encode()).digest()).decode() for block in blocks)
-        return " ".join(f"'sha256-{digest}'" for digest in found) or "'none'"
+    def extended_openapi() -> dict[str, Any]:
+        document = openapi()
+        add_referenced_schemas(document)
+        return document
 
-    policy = {
+    return extended_openapi
+
+
+def _add_act_route(app: FastAPI, policy_app: PolicyApp) -> None:
+    """Add ``POST /act``; its body is parsed by ``parse_json_request`` and only documented by the models."""
+
+    @app.post(
+        "/act",
+        response_model=ActReply,
+        response_description="The action or chunk of actions, in the encoding of the request.",
+        responses=error_responses(400, 401, 403, 408, 409, 413, 422, 500, 503, 504),
+        openapi_extra=act_request_body(),
+    )
+    async def act(request: Request) -> Response:
+        """Predict the action, or the chunk of actions, for an image and an instruction."""
+        try:
+            result = await policy_app.act((await request.receive())["body"], parse_json_request)
+            if result.details is not None:
+                reply = JSONResponse(result.details.model_dump())
+            else:
+                reply = JSONResponse(encode_reply(result.request, result.prediction.actions))
+        except Exception as error:
+            status, detail = policy_app.fail_request("/act", error)
+            headers = retry_after() if isinstance(error, OverloadedError) else None
+            return JSONResponse({"error": detail.model_dump()}, status, headers)
+        policy_app.finish_request("/act")
+        return reply
+
+
+def _add_status_routes(app: FastAPI, policy_app: PolicyApp) -> None:
+    @app.get(
+        "/info",
+        response_model=PolicyInfo,
+        response_description="The model and the server's limits.",
+        responses=error_responses(401, 403),
+    )
+    async def info() -> Response:
+        """Describe the model, its datasets and the server's limits."""
+        return JSONResponse(policy_app.info)
+
+    draining: Responses = {503: {"model": Health, "description": "The server is draining."}}
+
+    @app.get(
+        "/healthz",
+        response_model=Health,
+        response_description="The server accepts requests.",
+        responses={**error_responses(403), **draining},
+    )
+    async def healthz() -> Response:
+        """Tell if the server accepts requests."""
+        is_draining, waiting = policy_app.queue.draining, len(policy_app.queue)
+        health = Health(status="draining" if is_draining else "ok", waiting=waiting, model=policy_app.policy.name)
+        return JSONResponse(health.model_dump(), 503 if is_draining else 200)
+
+    @app.get(
+        "/metrics",
+        response_class=PlainTextResponse,
+        response_description="Metrics in Prometheus' text format.",
+        responses=error_responses(401, 403),
+    )
+    async def metrics() -> Response:
+        """Return metrics for Prometheus."""
+        return Response(policy_app.metrics.text(), media_type=policy_app.metrics.content_type)
+
+    @app.get(
+        "/",
+        response_class=HTMLResponse,
+        response_description="The page.",
+        responses=error_responses(403, 404),
+    )
+    async def page() -> Response:
+        """Return a page to try the policy in a browser."""
+        if not PAGE.is_file():
+            raise HTTPException(404, "This installation has no serving/page.html; POST /act works without it.")
+        html = PAGE.read_text(encoding="utf-8")
+        return HTMLResponse(html, headers=page_headers(html))
+
+
+def page_headers(html: str) -> dict[str, str]:
+    """Return headers that allow a page its own script and style and requests to this server, and nothing else."""
+
+    def hashes(tag: str) -> str:
+        blocks = re.findall(rf"<{tag}[^>]*>(.*?)</{tag}>", html, re.DOTALL)
+        digests = (base64.b64encode(hashlib.sha256(block.encode()).digest()).decode() for block in blocks)
+        return " ".join(f"'sha256-{digest}'" for digest in digests) or "'none'"
+
+    content_security_policy = {
         "default-src": "'none'",
-        "script-src": digests("script"),
-        "style-src": digests("style"),
+        "script-src": hashes("script"),
+        "style-src": hashes("style"),
         "img-src": "'self' data: blob:",
         "media-src": "blob:",
         "connect-src": "'self'",
@@ -237,19 +336,18 @@ def page_headers(text: str) -> dict[str, str]:
         "frame-ancestors": "'none'",
     }
     return {
-        "content-security-policy": "; ".join(f"{name} {value}" for name, value in policy.items()),
+        "content-security-policy": "; ".join(f"{name} {value}" for name, value in content_security_policy.items()),
         "x-content-type-options": "nosniff",
         "referrer-policy": "no-referrer",
         "cache-control": "no-cache",
     }
 
 
-def serve(served: ServedPolicy, *, host: str, port: int, token: str | None = None) -> None:
-    """Serve until a signal, then answer what was accepted."""
-    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+def serve(policy: BatchedPolicy, *, host: str, port: int, token: str | None = None) -> None:
+    """Serve until a signal, then complete the accepted requests."""
     if not is_loopback(host) and token is None:
-        logger.warning("anyone who reaches %s can use this policy: give a token, or keep to 127.0.0.1", host)
-    app = build_app(served, token=token, host=host)
-    chosen = ", chooses among action tokens only" if served.info()["constrain_actions"] else ""
-    logger.info("%s, %s by default%s", served.name, served.policy.unnorm_key, chosen)
-    server(app, app.state.policy_app.queue, served.limits, host, port).run()
+        logger.warning("anyone who reaches %s can use this policy: set a token, or listen on 127.0.0.1", host)
+    app = build_app(policy, token=token, host=host)
+    constrained = ", chooses among action tokens only" if app.state.policy_app.info["constrain_actions"] else ""
+    logger.info("%s, %s by default%s", policy.name, policy.policy.unnorm_key, constrained)
+    create_server(app, app.state.policy_app.queue, policy.limits, host, port).run()

@@ -1,4 +1,4 @@
-"""The queue of a policy server: bounded, in order, with a deadline for every request and a clean end."""
+"""Request queue of the policy server: bounded, first in first out, batched, with a deadline for every request."""
 
 from __future__ import annotations
 
@@ -16,160 +16,172 @@ RETRY_SECONDS = 1  # Retry-After counts whole seconds
 
 
 class QueueError(RuntimeError):
-    """A request that is not answered; ``status`` of HTTP says why."""
+    """A request that gets no result.
+
+    Attributes:
+        status: HTTP status of the reply.
+    """
 
     status = 500
 
 
-class Overloaded(QueueError):
-    """There is no room, or the server is about to stop: try again."""
+class OverloadedError(QueueError):
+    """The queue is full, or the server is shutting down; the client may retry."""
 
     status = 503
 
 
-class Superseded(QueueError):
-    """A newer frame of the same client came before this one's turn."""
+class SupersededError(QueueError):
+    """A newer frame of the same client arrived before this request was started."""
 
     status = 409
 
 
-class DeadlinePassed(QueueError):
-    """The answer would have come too late."""
+class DeadlineExceededError(QueueError):
+    """The request was not completed before its deadline."""
 
     status = 504
 
 
-class Place(Generic[Item]):
-    """A request's place in the queue.
+class QueueEntry(Generic[Item]):
+    """A request in the queue, from its arrival to its reply.
 
     Attributes:
-        number: Counts arrivals.
-        arrived: ``time.monotonic()`` then.
-        deadline: The same clock, when its answer is of no use any more.
-        item: What is to be answered, once it is prepared.
+        number: Sequence number of the arrival.
+        arrived: ``time.monotonic()`` at arrival.
+        deadline: ``time.monotonic()`` by which the result is needed.
+        item: The prepared request; None until it is prepared.
+        started: True once the request was put into a batch.
+        outcome: Resolves to the result or to an exception instance.
     """
 
-    def __init__(self, number: int, deadline: float) -> None:
+    def __init__(self, number: int, timeout_s: float) -> None:
         self.number, self.arrived = number, time.monotonic()
-        self.deadline = self.arrived + deadline
+        self.deadline = self.arrived + timeout_s
         self.item: Item | None = None
         self.client_id: str | None = None
         self.latest_only = self.started = False
-        self.outcome: asyncio.Future = asyncio.get_running_loop().create_future()
+        self.outcome: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
 
-    def settle(self, outcome: Any) -> None:
-        """Give the outcome, an answer or an exception, unless there is one."""
+    def set_result(self, outcome: object) -> None:
+        """Set the outcome, a result or an exception instance, unless one is set already."""
         if not self.outcome.done():
             self.outcome.set_result(outcome)
 
 
 class BatchQueue(Generic[Item, Result]):
-    """Requests wait here for the model; those that wait when it is free are answered together.
+    """Queue in front of the model; requests that wait while the model is busy are predicted in one batch.
 
-    Everything but ``answer`` runs on one event loop; ``answer`` runs on a thread of its own, one batch at a time.
+    All methods run on one event loop. ``predict_batch`` runs on a thread of its own, one batch at a time.
 
     Args:
-        answer: Gives an answer, or an exception, for each of a batch.
-        joins: Whether two items may share a batch.
-        places: Most requests at one time.
-        batch: Most requests in one call of ``answer``.
-        deadline: Seconds, for requests that ask for nothing less.
+        predict_batch: Returns a result or an exception instance for each item of a batch.
+        can_batch: Tells if two items may share a batch.
+        max_queue_size: Maximum number of requests in the queue, those in the running batch included.
+        max_batch_size: Maximum number of requests in one call of ``predict_batch``.
+        timeout_s: Seconds from arrival to result, for requests that set no shorter time.
     """
 
     def __init__(
         self,
-        answer: Callable[[Sequence[Item]], Sequence[Result | Exception]],
+        predict_batch: Callable[[list[Item]], Sequence[Result | Exception]],
         *,
-        joins: Callable[[Item, Item], bool],
-        places: int,
-        batch: int,
-        deadline: float,
+        can_batch: Callable[[Item, Item], bool],
+        max_queue_size: int,
+        max_batch_size: int,
+        timeout_s: float,
     ) -> None:
-        self.places, self.batch, self.deadline = places, batch, deadline
+        self.max_queue_size, self.max_batch_size, self.timeout_s = max_queue_size, max_batch_size, timeout_s
         self.draining = False
-        self._answer, self._joins = answer, joins
+        self._predict_batch, self._can_batch = predict_batch, can_batch
         self._numbers = itertools.count()
-        self._held: dict[int, Place[Item]] = {}  # in order of arrival
+        self._entries: dict[int, QueueEntry[Item]] = {}  # in order of arrival
         self._ready, self._empty = asyncio.Event(), asyncio.Event()
         self._empty.set()
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="model")
-        self._worker: asyncio.Task | None = None
+        self._model_thread = ThreadPoolExecutor(1, thread_name_prefix="model")
+        self._worker: asyncio.Task[None] | None = None
 
     def __len__(self) -> int:
-        return len(self._held)
+        return len(self._entries)
 
     def start(self) -> None:
-        """Begin to answer, on the running loop."""
+        """Start the worker task on the running event loop."""
         self._worker = asyncio.get_running_loop().create_task(self._work())
 
     async def stop(self) -> None:
-        """End; what is still waiting is told."""
+        """Stop the worker; requests that still wait get an ``OverloadedError``."""
         self.draining = True
-        self._worker.cancel()
-        for place in list(self._held.values()):
-            place.settle(Overloaded("The server is stopping."))
-        await asyncio.to_thread(self._thread.shutdown, cancel_futures=True)
+        if self._worker is not None:
+            self._worker.cancel()
+        for entry in list(self._entries.values()):
+            entry.set_result(OverloadedError("The server is stopping."))
+        await asyncio.to_thread(self._model_thread.shutdown, cancel_futures=True)
 
-    async def drained(self, seconds: float) -> bool:
-        """Accept nothing more, and wait until all that was accepted is answered; False where time ran out."""
+    async def drain(self, timeout_s: float) -> bool:
+        """Accept no new requests and wait until the queue is empty; return False on timeout."""
         self.draining = True
         try:
-            await asyncio.wait_for(self._empty.wait(), seconds)
+            await asyncio.wait_for(self._empty.wait(), timeout_s)
         except asyncio.TimeoutError:
             return False
         return True
 
-    def enter(self) -> Place[Item]:
-        """A place for a request that has arrived; ``leave`` it at the end, whatever happens.
+    def acquire(self) -> QueueEntry[Item]:
+        """Return a queue entry for a request that has arrived; the caller must ``release`` it in the end.
 
         Raises:
-            Overloaded: There is none.
+            OverloadedError: The queue is full or draining.
         """
         if self.draining:
-            raise Overloaded("The server is draining: it answers what it has accepted and takes nothing new.")
-        if len(self._held) >= self.places:
-            raise Overloaded(f"{len(self._held)} requests are waiting, as many as are allowed; try again.")
-        place: Place[Item] = Place(next(self._numbers), self.deadline)
-        self._held[place.number] = place
+            raise OverloadedError("The server is draining: it completes accepted requests and accepts no new ones.")
+        if len(self._entries) >= self.max_queue_size:
+            raise OverloadedError(f"{len(self._entries)} requests are waiting, as many as are allowed; try again.")
+        entry: QueueEntry[Item] = QueueEntry(next(self._numbers), self.timeout_s)
+        self._entries[entry.number] = entry
         self._empty.clear()
-        return place
+        return entry
 
-    def leave(self, place: Place[Item]) -> None:
-        """Free a place."""
-        self._held.pop(place.number, None)
-        place.settle(None)
-        if not self._held:
+    def release(self, entry: QueueEntry[Item]) -> None:
+        """Remove an entry from the queue."""
+        self._entries.pop(entry.number, None)
+        entry.set_result(None)
+        if not self._entries:
             self._empty.set()
 
-    def identify(self, place: Place[Item], client_id: str | None, latest_only: bool, deadline: float | None) -> None:
-        """Say whose frame it is: an older one of the same client that wants only the latest is dropped for it."""
-        place.client_id, place.latest_only = client_id, latest_only
-        place.deadline = place.arrived + min(self.deadline, deadline or self.deadline)
+    def set_client(
+        self, entry: QueueEntry[Item], client_id: str | None, latest_only: bool, timeout_s: float | None
+    ) -> None:
+        """Set an entry's client and timeout, and drop older ``latest_only`` frames of the same client."""
+        entry.client_id, entry.latest_only = client_id, latest_only
+        entry.deadline = entry.arrived + min(self.timeout_s, timeout_s or self.timeout_s)
         if client_id is None:
             return
-        same = [other for other in self._held.values() if other.client_id == client_id]  # oldest first
-        for older, newer in zip(same, same[1:]):
+        frames = [other for other in self._entries.values() if other.client_id == client_id]  # oldest first
+        for older, newer in zip(frames, frames[1:]):
             if older.latest_only and not older.started:
-                waited = newer.arrived - older.arrived
-                older.settle(Superseded(f"A newer frame of client {client_id!r} came {waited:.3f} s after this one."))
+                seconds = newer.arrived - older.arrived
+                message = f"A newer frame of client {client_id!r} came {seconds:.3f} s after this one."
+                older.set_result(SupersededError(message))
 
-    async def result(self, place: Place[Item], item: Item) -> Result:
-        """Wait for the answer.
+    async def result(self, entry: QueueEntry[Item], item: Item) -> Result:
+        """Enqueue the prepared request and wait for its result.
 
         Raises:
-            Superseded: Dropped for a newer frame.
-            DeadlinePassed: Not answered in time.
-            Exception: As ``answer`` gave it.
+            SupersededError: The request was dropped for a newer frame.
+            DeadlineExceededError: The deadline has passed.
+            Exception: The exception that ``predict_batch`` returned for this item.
         """
-        place.item = item
+        entry.item = item
         self._ready.set()
         try:
-            outcome = await asyncio.wait_for(asyncio.shield(place.outcome), place.deadline - time.monotonic())
+            outcome = await asyncio.wait_for(asyncio.shield(entry.outcome), entry.deadline - time.monotonic())
         except asyncio.TimeoutError:
-            allowed = place.deadline - place.arrived
-            late = DeadlinePassed(f"Not answered within its deadline of {allowed * 1000:.0f} ms; try again, or later.")
-            place.settle(late)
-            raise late from None
+            timeout_ms = (entry.deadline - entry.arrived) * 1000
+            error = DeadlineExceededError(
+                f"Not completed within its deadline of {timeout_ms:.0f} ms; try again, or allow more time."
+            )
+            entry.set_result(error)
+            raise error from None
         if isinstance(outcome, Exception):
             raise outcome
         return outcome
@@ -178,23 +190,27 @@ class BatchQueue(Generic[Item, Result]):
         loop = asyncio.get_running_loop()
         while True:
             await self._ready.wait()
-            batch = self._taken()
-            if not batch:
+            entries, items = self._next_batch()
+            if not entries:
                 self._ready.clear()
                 continue
+            outcomes: Sequence[Result | Exception]
             try:
-                outcomes = await loop.run_in_executor(self._thread, self._answer, [place.item for place in batch])
+                outcomes = await loop.run_in_executor(self._model_thread, self._predict_batch, items)
             except Exception as error:
-                outcomes = [error] * len(batch)
-            for place, outcome in zip(batch, outcomes):
-                place.settle(outcome)
+                outcomes = [error] * len(entries)
+            for entry, outcome in zip(entries, outcomes):
+                entry.set_result(outcome)
 
-    def _taken(self) -> list[Place[Item]]:
-        """The next batch: the oldest request, and those after it that may join."""
-        batch: list[Place[Item]] = []
-        for place in self._held.values():
-            ready = place.item is not None and not place.started and not place.outcome.done()
-            if ready and len(batch) < self.batch and (not batch or self._joins(batch[0].item, place.item)):
-                place.started = True
-                batch.append(place)
-        return batch
+    def _next_batch(self) -> tuple[list[QueueEntry[Item]], list[Item]]:
+        """Return the oldest ready request and the later ones that can share its batch: entries and their items."""
+        entries: list[QueueEntry[Item]] = []
+        items: list[Item] = []
+        for entry in self._entries.values():
+            if entry.item is None or entry.started or entry.outcome.done() or len(entries) == self.max_batch_size:
+                continue
+            if not items or self._can_batch(items[0], entry.item):
+                entry.started = True
+                entries.append(entry)
+                items.append(entry.item)
+        return entries, items

@@ -1,7 +1,7 @@
-"""``PolicyClient``: a policy that runs elsewhere, behind ``openvla serve``.
+"""``PolicyClient``: use a policy that runs behind ``openvla serve``.
 
-It needs numpy, Pillow and the standard library only, and nothing else of this package: the file can be copied to a
-robot's computer that has no torch. Each thread keeps a connection, and opens another whenever the server was away.
+This file imports only numpy, Pillow and the standard library, and nothing else of this package: it can be copied to a
+robot's computer that has no torch. Each thread keeps one connection, and opens a new one when the server was restarted.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ import numpy as np
 from PIL import Image, ImageMode
 
 EXIF_ORIENTATION = 0x0112
-# How viewers turn a picture, by its EXIF orientation; this file needs no other, so they stand here again.
-TURNS = {
+# Transposes by EXIF orientation. images_openvla.py has the same table; this file must not import it.
+EXIF_TRANSPOSES = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -35,18 +35,18 @@ TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-BACKOFF_SECONDS = (0.05, 2.0)  # before the first retry and at most; doubled each time, with some chance in it
-LARGEST_REPLY = 64 * 2**20
+MIN_BACKOFF_SECONDS, MAX_BACKOFF_SECONDS = 0.05, 2.0  # doubled at every retry, with jitter
+MAX_REPLY_BYTES = 64 * 2**20
 
 
 class PolicyServerError(RuntimeError):
-    """The server did not give an action.
+    """The server returned no action.
 
     Attributes:
-        status: Of HTTP; None where there was no reply.
-        field: Of the request, where one is at fault.
-        id: Under which the server's log has more.
-        code: "no_action" where the model gave no action, else None.
+        status: HTTP status; None if there was no reply.
+        field: The request's field that is invalid, if one is.
+        id: Identifies the error in the server's log.
+        code: "no_action" if the model's output is no action, else None.
     """
 
     code: str | None = None
@@ -58,18 +58,18 @@ class PolicyServerError(RuntimeError):
         self.status, self.field, self.id = status, field, id
 
 
-class RequestRefused(PolicyServerError, ValueError):
-    """The request is wrong (4xx); the same one would be refused again."""
+class RequestRejectedError(PolicyServerError, ValueError):
+    """The request is invalid (4xx); the server would reject it again."""
 
 
-class NoActionGiven(RequestRefused):
-    """An answer of the served model that is no action: it ended early, or holds words. Stop the robot."""
+class NoActionPredictedError(RequestRejectedError):
+    """The model's output is no action: it ended early, or contains other tokens. Stop the robot."""
 
     code = "no_action"
 
 
-class ServerUnavailable(PolicyServerError, ConnectionError):
-    """No answer in time: no connection, an overloaded or a draining server, whatever was retried.
+class ServerUnavailableError(PolicyServerError, ConnectionError):
+    """No reply in time: no connection, or the server is overloaded or draining; retries included.
 
     Attributes:
         retry_after: Seconds that the server asks to wait.
@@ -79,30 +79,31 @@ class ServerUnavailable(PolicyServerError, ConnectionError):
 
 
 class PolicyClient:
-    """Stands where a ``Policy`` stands.
+    """Policy on a remote server, with the interface of ``Policy``.
 
-    A loop that must keep its rate does not wait for the network: it plays the last chunk and asks for the next
-    meanwhile; an answer that comes late loses the actions whose moment has passed::
+    A control loop with a fixed rate does not wait for the network: it plays the last chunk and requests the next one
+    meanwhile; a reply that comes late loses the actions whose time steps have passed::
 
         client = PolicyClient("http://gpu:8000", token=token, timeout=0.5)
         player = ActionChunk(client, steps=4)
-        player.answer(player.ask(), client.act(camera(), instruction))        # the first is waited for
+        player.answer(player.ask(), client.act(camera(), instruction))        # wait for the first chunk
         with ThreadPoolExecutor(1) as thread:
             while running:
                 player.ask_in(thread, camera(), instruction)                  # does nothing until it is due
-                robot.step(player.next())                                     # raises once every answer is past
+                robot.step(player.next())                                     # raises if no action is left
                 wait_for_the_next_control_step()
 
     Args:
         url: ``http://host:port`` or ``https://...`` of the server.
-        token: Its bearer token.
-        timeout: Seconds for an answer, all retries together; the server drops what it cannot answer by then.
-        retries: How often a request is sent again after a connection error or a 503. Asking twice does no harm: the
-            server remembers nothing.
-        unnorm_key: Whose statistics give robot units; None is the server's default.
-        constrain_actions: Let the model choose among action tokens only; None is as the server was started.
-        latest_only: Let the server drop this client's frames for newer ones; a dropped one is a ``RequestRefused``
-            with status 409.
+        token: The server's bearer token.
+        timeout: Seconds until a result, all retries together; the server drops a request that it cannot complete by
+            then.
+        retries: How often a request is sent again after a connection error or a 503. This is safe: the server keeps no
+            state between requests.
+        unnorm_key: Dataset whose statistics un-normalise the action; None for the server's default.
+        constrain_actions: Choose among action tokens only; None for the server's default.
+        latest_only: Let the server drop this client's frames for newer ones; a dropped one is a
+            ``RequestRejectedError`` with status 409.
 
     Raises:
         ValueError: An argument is out of range.
@@ -127,21 +128,23 @@ class PolicyClient:
         if isinstance(retries, bool) or not isinstance(retries, int) or retries < 0:
             raise ValueError(f"retries must be a whole number, 0 or more, got {retries!r}.")
         self.url, self.timeout, self.retries, self.unnorm_key = url.rstrip("/"), timeout, retries, unnorm_key
-        self._parts, self._own = parts, threading.local()
+        self._is_https, self._hostname, self._port = parts.scheme == "https", parts.hostname, parts.port
+        self._base_path = parts.path.rstrip("/")
+        self._thread_local = threading.local()
         self._headers = {"Content-Type": "application/json"}
         if token:
             self._headers["Authorization"] = f"Bearer {token}"
-        self._client: dict[str, Any] = {"client_id": uuid.uuid4().hex, "latest_only": True} if latest_only else {}
+        self._options: dict[str, Any] = {"client_id": uuid.uuid4().hex, "latest_only": True} if latest_only else {}
         if constrain_actions is not None:
-            self._client["constrain_actions"] = constrain_actions
+            self._options["constrain_actions"] = constrain_actions
 
     def act(self, image: Any, instruction: str, proprio: Any = None) -> np.ndarray:
-        """The next action, or chunk of actions, equal in every bit to the served policy's own.
+        """Return the next action, or chunk of actions, bitwise equal to that of the served policy.
 
         Args:
             image: Camera image: PIL, numpy ``(H, W, 3)`` uint8 or float in [0, 1], torch, or a path on *this* machine
-                (turned as its EXIF says; a PIL image is taken as its pixels lie);
-                for a model of several cameras the list of their images, in the order of training.
+                (rotated by its EXIF orientation; a PIL image is not rotated); for a model of several cameras the list
+                of their images, in the order of training.
             instruction: What the robot should do.
             proprio: The robot's state in its own units, ``(proprio_dim,)``, for models that were trained with it.
 
@@ -149,133 +152,138 @@ class PolicyClient:
             float64 ``(action_dim,)`` or ``(chunk, action_dim)`` in robot units.
 
         Raises:
-            RequestRefused: The server refuses it; ``field`` names what is wrong. A ValueError too.
-            NoActionGiven: What the model gave is no action. A RequestRefused too.
-            ServerUnavailable: No answer within ``timeout`` and ``retries``. A ConnectionError too.
+            RequestRejectedError: The server rejects the request; ``field`` names the invalid field. Also a ValueError.
+            NoActionPredictedError: The model's output is no action. Also a RequestRejectedError.
+            ServerUnavailableError: No result within ``timeout`` and ``retries``. Also a ConnectionError.
             PolicyServerError: The server failed, or its reply is no finite action.
-            ValueError: The instruction is no text, or a picture has not 8 bits a channel.
-            TypeError: Not an image at all.
+            ValueError: The instruction is no text, or an image does not have 8 bits a channel.
+            TypeError: The image is none of the accepted types.
         """
         if not isinstance(instruction, str):
             raise ValueError(f"The instruction must be text, got {type(instruction).__name__}: {instruction!r}.")
-        several = isinstance(image, (list, tuple)) or getattr(image, "ndim", 0) == 4
-        fields = {"image": [_encoded(_pixels(one)) for one in image] if several else _encoded(_pixels(image))}
-        fields |= {"instruction": instruction, **self._client}
+        has_cameras = isinstance(image, (list, tuple)) or getattr(image, "ndim", 0) == 4
+        fields: dict[str, Any] = {
+            "image": [_encode_image(camera) for camera in image] if has_cameras else _encode_image(image),
+            "instruction": instruction,
+            **self._options,
+        }
         if proprio is not None:
-            detached = proprio.detach().cpu() if hasattr(proprio, "detach") else proprio
-            fields["proprio"] = _encoded(np.asarray(detached, np.float64))
+            state = proprio.detach().cpu() if hasattr(proprio, "detach") else proprio
+            fields["proprio"] = encode_array(np.asarray(state, np.float64))
         if self.unnorm_key is not None:
             fields["unnorm_key"] = self.unnorm_key
-        return _action(self._asked("POST", "/act", fields))
+        return _decode_action(self._request("POST", "/act", fields))
 
     def reset(self) -> None:
-        """Begin an episode. Neither end remembers anything from one image to the next."""
+        """Begin an episode. Client and server keep no state between images."""
 
     def info(self) -> dict[str, Any]:
-        """What the server says of its model: datasets, units, cameras, limits; raises as ``act``."""
-        info = self._asked("GET", "/info", None)
+        """Return the server's ``/info``: model, datasets, units, cameras, limits; raises as ``act``."""
+        info = self._request("GET", "/info", None)
         if not isinstance(info, dict):
             raise PolicyServerError(f"The server's /info must be an object, got {str(info)[:200]}")
         return info
 
     def close(self) -> None:
-        """Close this thread's connection; the next request opens another."""
-        connection = getattr(self._own, "connection", None)
+        """Close this thread's connection; the next request opens a new one."""
+        connection = getattr(self._thread_local, "connection", None)
         if connection is not None:
             connection.close()
-            self._own.connection = None
+            self._thread_local.connection = None
 
-    def _asked(self, method: str, path: str, fields: dict[str, Any] | None) -> Any:
-        """The reply's JSON, after as many tries as are allowed."""
-        end = time.monotonic() + self.timeout
+    def _request(self, method: str, path: str, fields: dict[str, Any] | None) -> Any:
+        """Return the JSON of the reply; retry while retries and time are left."""
+        deadline = time.monotonic() + self.timeout
         text = None if fields is None else json.dumps(fields)[1:]
-        pause, longest = BACKOFF_SECONDS
-        for tries in range(1, self.retries + 2):
+        backoff, tries = MIN_BACKOFF_SECONDS, 0
+        while True:
+            tries += 1
             try:
-                return self._tried(method, path, text, end)
-            except ServerUnavailable as error:
-                wait = max(pause * random.uniform(0.5, 1.0), error.retry_after)
-                if tries > self.retries or wait >= end - time.monotonic():
+                return self._request_once(method, path, text, deadline)
+            except ServerUnavailableError as error:
+                wait = max(backoff * random.uniform(0.5, 1.0), error.retry_after)
+                if tries > self.retries or wait >= deadline - time.monotonic():
                     error.args = (f"{error} (tried {tries} times within {self.timeout} s)",)
                     raise
             time.sleep(wait)
-            pause = min(2 * pause, longest)
-        return None
+            backoff = min(2 * backoff, MAX_BACKOFF_SECONDS)
 
-    def _tried(self, method: str, path: str, text: str | None, end: float) -> Any:
-        kept = getattr(self._own, "connection", None) is not None
+    def _request_once(self, method: str, path: str, text: str | None, deadline: float) -> Any:
+        """Return the JSON of a reply with status 200; raise an error for any other reply."""
+        is_reused = getattr(self._thread_local, "connection", None) is not None
         try:
-            status, again, body = self._exchanged(method, path, text, end)
+            status, retry_after, body = self._exchange(method, path, text, deadline)
         except (OSError, http.client.HTTPException) as error:
             self.close()
-            if kept and isinstance(error, ConnectionError):  # servers close idle connections: that is no absence
-                return self._tried(method, path, text, end)
-            raise ServerUnavailable(f"{self.url} did not answer: {type(error).__name__}: {error}") from error
-        reply = _parsed(body)
+            if is_reused and isinstance(error, ConnectionError):  # the server closed an idle connection
+                return self._request_once(method, path, text, deadline)
+            raise ServerUnavailableError(f"{self.url} did not answer: {type(error).__name__}: {error}") from error
+        reply = _parse_json(body)
         if status == 200 and reply is not None:
             return reply
-        details = reply.get("error") if isinstance(reply, dict) else None
-        details = details if isinstance(details, dict) else {"message": f"{self.url} replied {body[:200]!r}"}
-        known = 400 <= status < 500
-        kind = RequestRefused if known else ServerUnavailable if status in (503, 504) else PolicyServerError
-        if details.get("code") == NoActionGiven.code:
-            kind = NoActionGiven
-        failed = kind(f"{status}: {details.get('message')}", status, details.get("field"), details.get("id"))
-        if isinstance(failed, ServerUnavailable):
-            failed.retry_after = again
-        raise failed
+        failure = _error_from_reply(self.url, status, reply, body)
+        if isinstance(failure, ServerUnavailableError):
+            failure.retry_after = retry_after
+        raise failure
 
-    def _exchanged(self, method: str, path: str, text: str | None, end: float) -> tuple[int, float, bytes]:
-        """One request and its reply: status, seconds of Retry-After, body; all of it before ``end``."""
-        connection = getattr(self._own, "connection", None)
-        if connection is None:
-            secure = self._parts.scheme == "https"
-            kind = http.client.HTTPSConnection if secure else http.client.HTTPConnection
-            self._own.connection = connection = kind(self._parts.hostname, self._parts.port, timeout=_left(end))
-            connection.connect()
-            connection.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        connection.sock.settimeout(_left(end))
-        body = None if text is None else f'{{"deadline_ms": {_left(end) * 1000:.3f}, {text}'.encode()
+    def _exchange(self, method: str, path: str, text: str | None, deadline: float) -> tuple[int, float, bytes]:
+        """Send a request and read the reply before the deadline; return status, seconds of Retry-After and body."""
+        connection = self._connect(deadline)
+        body = None if text is None else f'{{"deadline_ms": {_remaining(deadline) * 1000:.3f}, {text}'.encode()
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # it may have replied before the body's end
-            connection.request(method, self._parts.path.rstrip("/") + path, body, self._headers)
-        connection.sock.settimeout(_left(end))
+            connection.request(method, self._base_path + path, body, self._headers)
+        connection.sock.settimeout(_remaining(deadline))
         reply = connection.getresponse()
-        read = bytearray()
+        content = bytearray()
         while chunk := reply.read1(65536):
-            read += chunk
-            if len(read) > LARGEST_REPLY:
-                raise http.client.HTTPException(f"a reply of more than {LARGEST_REPLY} bytes")
+            content += chunk
+            if len(content) > MAX_REPLY_BYTES:
+                raise http.client.HTTPException(f"a reply of more than {MAX_REPLY_BYTES} bytes")
             if connection.sock is not None:
-                connection.sock.settimeout(_left(end))
+                connection.sock.settimeout(_remaining(deadline))
         if reply.length:
-            raise http.client.IncompleteRead(bytes(read), reply.length)
+            raise http.client.IncompleteRead(bytes(content), reply.length)
         reply.close()  # else the connection would not take the next request
         if reply.will_close:
             self.close()
-        return reply.status, _seconds(reply.getheader("retry-after")), bytes(read)
+        return reply.status, _parse_retry_after(reply.getheader("retry-after")), bytes(content)
+
+    def _connect(self, deadline: float) -> http.client.HTTPConnection:
+        """Return this thread's connection, opened if necessary, with a timeout at the deadline."""
+        connection: http.client.HTTPConnection | None = getattr(self._thread_local, "connection", None)
+        if connection is None:
+            connection_class = http.client.HTTPSConnection if self._is_https else http.client.HTTPConnection
+            connection = connection_class(self._hostname, self._port, timeout=_remaining(deadline))
+            self._thread_local.connection = connection
+            connection.connect()
+            connection.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        connection.sock.settimeout(_remaining(deadline))
+        return connection
 
 
-def _left(end: float) -> float:
-    left = end - time.monotonic()
-    if left <= 0:
-        raise TimeoutError("timed out")
-    return left
+def encode_array(array: np.ndarray) -> dict[str, Any]:
+    """Return an array in json_numpy's encoding: lossless, without the time for compression."""
+    data = base64.b64encode(np.ascontiguousarray(array).data).decode()
+    return {"__numpy__": data, "dtype": array.dtype.str, "shape": array.shape}
 
 
-def _pixels(image: Any) -> np.ndarray:
-    """Return an image as an array; files and PIL images become RGB, as the policy itself would make them."""
+def _encode_image(image: Any) -> dict[str, Any]:
+    return encode_array(image_pixels(image))
+
+
+def image_pixels(image: Any) -> np.ndarray:
+    """Return an image as an array; files and PIL images become RGB, as the policy itself would convert them.
+
+    Raises:
+        ValueError: A picture file has several frames, or not 8 bits a channel.
+        TypeError: The image is none of the accepted types.
+    """
     if isinstance(image, (str, os.PathLike)):
-        with Image.open(image) as opened:
-            if getattr(opened, "is_animated", False) and opened.format != "MPO":
-                raise ValueError(f"A picture file must hold one frame, got {opened.n_frames}; give the one you mean.")
-            _require_eight_bits(opened)
-            opened.load()  # a TIFF file turns itself then
-            turn = _turn(opened)
-            image = opened.copy() if turn is None else opened.transpose(turn)
+        image = _open_picture(image)
     if isinstance(image, Image.Image):
         _require_eight_bits(image)
         return np.asarray(image.convert("RGB"))
-    if hasattr(image, "detach") and hasattr(image, "cpu"):  # torch, which may have its channels first
+    if hasattr(image, "detach") and hasattr(image, "cpu"):  # torch, possibly with channels first
         image = image.detach().cpu()
         image = (image.float() if image.is_floating_point() else image).numpy()
         if image.ndim == 3 and image.shape[0] in (1, 3, 4):
@@ -285,34 +293,66 @@ def _pixels(image: Any) -> np.ndarray:
     return image
 
 
+def _open_picture(path: str | os.PathLike[str]) -> Image.Image:
+    """Return the picture of a file, rotated by its EXIF orientation."""
+    with Image.open(path) as picture:
+        if getattr(picture, "is_animated", False) and picture.format != "MPO":
+            num_frames = getattr(picture, "n_frames", 1)
+            raise ValueError(f"A picture file must hold one frame, got {num_frames}; give the one you mean.")
+        _require_eight_bits(picture)
+        picture.load()  # rotates a TIFF file
+        transpose = _exif_transpose(picture)
+        return picture.copy() if transpose is None else picture.transpose(transpose)
+
+
 def _require_eight_bits(picture: Image.Image) -> None:
-    """Raise ValueError as images_openvla does, which a robot may not have."""
+    """Raise ValueError as ``images_openvla.require_eight_bits`` does, which this file must not import."""
     mode = next(iter(re.findall(r"\w+;16\w*", str(getattr(picture, "tile", "")))), picture.mode)
     if mode != picture.mode or not ImageMode.getmode(mode).typestr.endswith("1"):
         raise ValueError(f"A picture must have 8 bits a channel, got mode {mode}; give 8-bit RGB or grey.")
 
 
-def _turn(picture: Image.Image) -> Image.Transpose | None:
-    """Return how viewers turn a picture; None for not at all, also where its EXIF data cannot be read."""
+def _exif_transpose(picture: Image.Image) -> Image.Transpose | None:
+    """Return the transpose for a picture's EXIF orientation; None if there is none, or the EXIF data is broken."""
     try:
-        return TURNS.get(picture.getexif().get(EXIF_ORIENTATION))
-    except Exception:  # broken data raises whatever Pillow's parsers of TIFF and XML raise
+        orientation: Any = picture.getexif().get(EXIF_ORIENTATION)
+        return EXIF_TRANSPOSES.get(orientation)
+    except Exception:  # broken data raises any error of Pillow's parsers of TIFF and XML
         return None
 
 
-def _encoded(array: np.ndarray) -> dict[str, Any]:
-    """As json_numpy writes it: no loss, and no time spent on compressing."""
-    data = base64.b64encode(np.ascontiguousarray(array)).decode()
-    return {"__numpy__": data, "dtype": array.dtype.str, "shape": array.shape}
+def _remaining(deadline: float) -> float:
+    """Return the seconds until a deadline; raise TimeoutError if it has passed."""
+    seconds = deadline - time.monotonic()
+    if seconds <= 0:
+        raise TimeoutError("timed out")
+    return seconds
 
 
-def _action(reply: Any) -> np.ndarray:
-    """float64 of the reply to ``/act``."""
+def _error_from_reply(url: str, status: int, reply: Any, body: bytes) -> PolicyServerError:
+    """Return the error for a reply that is not a success."""
+    error = reply.get("error") if isinstance(reply, dict) else None
+    if not isinstance(error, dict):
+        error = {"message": f"{url} replied {body[:200]!r}"}
+    error_class: type[PolicyServerError] = PolicyServerError
+    if error.get("code") == NoActionPredictedError.code:
+        error_class = NoActionPredictedError
+    elif 400 <= status < 500:
+        error_class = RequestRejectedError
+    elif status in (503, 504):
+        error_class = ServerUnavailableError
+    return error_class(f"{status}: {error.get('message')}", status, error.get("field"), error.get("id"))
+
+
+def _decode_action(reply: Any) -> np.ndarray:
+    """Return the float64 action, or chunk of actions, of a reply to ``/act``."""
     try:
         data, dtype, shape = base64.b64decode(reply["__numpy__"], validate=True), reply["dtype"], reply["shape"]
+        if dtype != "<f8":
+            raise ValueError(f"its dtype must be <f8, got {dtype!r:.200}")
         if not isinstance(shape, list) or any(type(size) is not int for size in shape):
             raise ValueError(f"its shape must be a list of sizes, got {shape!r:.200}")
-        action = np.frombuffer(data, {"<f8": "<f8"}[dtype]).reshape(shape).copy()
+        action = np.frombuffer(data, "<f8").reshape(shape).copy()
     except (TypeError, KeyError, ValueError, OverflowError) as error:
         raise PolicyServerError(f"The reply is no action: {str(reply)[:200]}") from error
     if action.ndim not in (1, 2) or action.size == 0 or not np.isfinite(action).all():
@@ -320,13 +360,14 @@ def _action(reply: Any) -> np.ndarray:
     return action
 
 
-def _parsed(body: bytes) -> Any:
+def _parse_json(body: bytes) -> Any:
+    """Return a body's JSON; None if it is not JSON."""
     try:
         return json.loads(body)
     except (ValueError, RecursionError):
         return None
 
 
-def _seconds(header: str | None) -> float:
-    """Of Retry-After; a date counts as none."""
+def _parse_retry_after(header: str | None) -> float:
+    """Return the seconds of a Retry-After header; 0 for none, or for a date."""
     return float(header) if header is not None and header.isdecimal() else 0.0

@@ -155,18 +155,18 @@ def here(hub, monkeypatch, tmp_path):
 @pytest.fixture(scope="session")
 def server():
     """A policy server of a tiny model on loopback."""
-    from serving import InThread, embedded
+    from servers import ServerThread, build_policy
 
-    with InThread(embedded()) as server:
+    with ServerThread(build_policy()) as server:
         yield server
 
 
 @pytest.fixture(scope="session")
 def chunks():
     """A policy server whose model answers in chunks, from three cameras, as ALOHA's, and a state."""
-    from serving import OFT, InThread, embedded
+    from servers import OFT_CONFIG, ServerThread, build_policy
 
-    with InThread(embedded(num_images_in_input=3, **OFT)) as server:
+    with ServerThread(build_policy(num_images_in_input=3, **OFT_CONFIG)) as server:
         yield server
 
 

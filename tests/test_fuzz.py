@@ -39,7 +39,7 @@ from fuzzing import answer, arrays, examples, json_junk, junk, mutated, numbers,
 from hypothesis import given  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 from openvla.serving.cli import Limits  # noqa: E402
-from openvla.serving.requests import pack_reply, read_json, read_msgpack, reply_of  # noqa: E402
+from openvla.serving.requests import encode_reply, pack_msgpack, parse_json_request, parse_msgpack_request  # noqa: E402
 from pyarrow import parquet  # noqa: E402
 
 
@@ -174,13 +174,13 @@ def require_finite_request(request):
         assert request.proprio is None or np.isfinite(request.proprio).all()
         assert request.instruction.strip()
         assert all(image.mode == "RGB" for image in request.images)
-        json.dumps(reply_of(request, np.zeros(7)))
+        json.dumps(encode_reply(request, np.zeros(7)))
 
 
 @examples(0.2)
 @given(st.one_of(mutated(REQUEST), json_junk))
 def test_json_requests(fields):
-    require_finite_request(answer(read_json, json.dumps(fields).encode(), Limits()))
+    require_finite_request(answer(parse_json_request, json.dumps(fields).encode(), Limits()))
 
 
 @examples(0.05)
@@ -191,7 +191,7 @@ def test_bytes_as_json_requests(change):
         body = body[: change[0]] + change[1] + body[change[0] + 1 :]
     else:
         body = change
-    require_finite_request(answer(read_json, body, Limits()))
+    require_finite_request(answer(parse_json_request, body, Limits()))
 
 
 @examples(0.05)
@@ -201,7 +201,7 @@ def test_damaged_pictures(place, change):
     place %= len(data)
     data[place : place + len(change)] = change
     body = {"image": base64.b64encode(bytes(data)).decode(), "instruction": "go"}
-    require_finite_request(answer(read_json, json.dumps(body).encode(), Limits()))
+    require_finite_request(answer(parse_json_request, json.dumps(body).encode(), Limits()))
 
 
 @examples(0.1)
@@ -210,15 +210,15 @@ def test_msgpack_frames(change):
     if isinstance(change, np.ndarray):
         kind = "O" if change.dtype.kind == "O" else ""
         try:
-            frame = pack_reply({**FRAME, "observation/image": change.tolist() if kind else change})
+            frame = pack_msgpack({**FRAME, "observation/image": change.tolist() if kind else change})
         except (OverflowError, ValueError, TypeError):  # msgpack writes no whole number of more than 64 bits
             return
     elif isinstance(change, tuple):
-        frame = pack_reply(FRAME)
+        frame = pack_msgpack(FRAME)
         frame = frame[: change[0]] + change[1] + frame[change[0] + 1 :]
     else:
         frame = change
-    require_finite_request(answer(read_msgpack, frame, Limits()))
+    require_finite_request(answer(parse_msgpack_request, frame, Limits()))
 
 
 @examples(0.02)
@@ -228,7 +228,7 @@ def test_msgpack_of_any_value(value):
         frame = msgpack.packb(value)
     except (OverflowError, ValueError, TypeError):  # msgpack writes no such number or text
         return
-    require_finite_request(answer(read_msgpack, frame, Limits()))
+    require_finite_request(answer(parse_msgpack_request, frame, Limits()))
 
 
 # --- readers ----------------------------------------------------------------------------------------------------------

@@ -21,7 +21,6 @@ SOURCES = MODULES
 BRIDGE = "compatibility_openvla.py"
 # Private names that are no library's surface as it may change: (a pattern, why).
 OWN = (
-    (r"_\d{3}", "HTTP statuses, keywords of replies() in serving/openapi.py"),
     (r"_cuda_graphs", "an attribute that inference/cuda_graphs.py sets on a model"),
     (r"_exit", "os._exit of Python's own library, which documents it"),
     (r"_replace", "NamedTuple._replace of Python's own library, which documents it"),

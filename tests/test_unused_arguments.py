@@ -16,7 +16,7 @@ from openvla.training.collator import ActionCollator
 from reference import MODULES, module_name
 
 # Parameters that a caller passes to whatever stands there: an ASGI server's lifespan, a signal's handler.
-NOT_READ = {"serving.app.PolicyApp.running": {"app"}, "serving.app.build_app.refused": {"request"}}
+NOT_READ = {"serving.app.PolicyApp.lifespan": {"app"}, "serving.app.build_app.handle_http_error": {"request"}}
 NOT_READ |= {"serving.middleware.DrainingServer.handle_exit": {"frame"}}
 
 

@@ -1,4 +1,4 @@
-"""PolicyClient: equal to the policy itself, and what it does when the server is slow, away, or wrong."""
+"""PolicyClient: the same actions as the policy itself; slow, restarted and broken servers."""
 
 import os
 import signal
@@ -11,68 +11,76 @@ import numpy as np
 import pytest
 import torch
 from openvla import ActionChunk, PolicyClient
-from openvla.serving.client import PolicyServerError, RequestRefused, ServerUnavailable
+from openvla.serving.client import PolicyServerError, RequestRejectedError, ServerUnavailableError
 from PIL import Image
 
 for package in ("fastapi", "uvicorn", "msgpack", "websockets", "prometheus_client"):
     pytest.importorskip(package)
 
 from openvla.serving.cli import Limits  # noqa: E402
+from servers import (  # noqa: E402
+    INSTRUCTION,
+    OFT_CONFIG,
+    STATE,
+    ServerProcess,
+    ServerThread,
+    build_policy,
+    predict_directly,
+    start_threads,
+)
 
-from serving import INSTRUCTION, OFT, STATE, InProcess, InThread, embedded, expected, in_threads  # noqa: E402
-
-LONG_CHUNKS = {**OFT, "chunk_length": 40}
+LONG_CHUNKS = {**OFT_CONFIG, "chunk_length": 40}
 
 
 @pytest.fixture(scope="module")
 def server():
-    with InThread(embedded(Limits(waiting=1))) as server:
+    with ServerThread(build_policy(Limits(max_queue_size=1))) as server:
         yield server
 
 
 @pytest.fixture(scope="module")
-def wanted(server, frame):
-    return expected(server, frame).tolist()
+def expected_action(server, frame):
+    return predict_directly(server.policy, frame).tolist()
 
 
-def test_it_acts_as_the_policy_does(server, frame, wanted, tmp_path):
+def test_actions_equal_those_of_the_policy(server, frame, expected_action, tmp_path):
     client = PolicyClient(server.url, timeout=30)
     client.reset()
     Image.fromarray(frame).save(tmp_path / "frame.png")
     planes = torch.from_numpy(frame).permute(2, 0, 1)
     for image in (frame, frame / 255, Image.fromarray(frame), planes, planes / 255, tmp_path / "frame.png"):
         action = client.act(image, INSTRUCTION)
-        assert (action.dtype, action.tolist()) == (np.float64, wanted)
+        assert (action.dtype, action.tolist()) == (np.float64, expected_action)
     sideways = Image.Exif()
     sideways[0x0112] = 6
     Image.fromarray(np.rot90(frame)).save(tmp_path / "photo.png", exif=sideways)
-    assert client.act(tmp_path / "photo.png", INSTRUCTION).tolist() == wanted
+    assert client.act(tmp_path / "photo.png", INSTRUCTION).tolist() == expected_action
     assert client.info()["action_dim"] == 7
     client.close()
-    assert client.act(frame, INSTRUCTION).tolist() == wanted
+    assert client.act(frame, INSTRUCTION).tolist() == expected_action
 
 
 def test_chunks_of_several_cameras(frame):
-    served = embedded(num_images_in_input=2, **LONG_CHUNKS)
-    with InThread(served) as server:
+    policy = build_policy(num_images_in_input=2, **LONG_CHUNKS)
+    with ServerThread(policy) as server:
         client = PolicyClient(server.url, timeout=30, unnorm_key="lab")
-        served.policy.unnorm_key = "lab"
+        policy.policy.unnorm_key = "lab"
         for state in (STATE, STATE.tolist(), torch.from_numpy(STATE)):
             chunk = client.act([frame, frame[::-1]], INSTRUCTION, state)
-            assert chunk.tolist() == served.policy.act([frame, frame[::-1]], INSTRUCTION, STATE).tolist()
+            assert chunk.tolist() == policy.policy.act([frame, frame[::-1]], INSTRUCTION, STATE).tolist()
 
 
-def test_a_refusal_names_the_field(server, frame):
+def test_rejected_request_names_the_field(server, frame):
     client = PolicyClient(server.url)
-    with pytest.raises(RequestRefused, match="422: state must|trained without the robot's state") as refused:
+    with pytest.raises(RequestRejectedError, match="422: state must|trained without the robot's state") as refused:
         client.act(frame, INSTRUCTION, [0.0])
     assert (refused.value.status, refused.value.field) == (422, "proprio")
     assert isinstance(refused.value, ValueError)
-    with pytest.raises(RequestRefused, match="must lie in"):
+    with pytest.raises(RequestRejectedError, match="must lie in"):
         client.act(frame / 1.0, INSTRUCTION)
     with pytest.raises(TypeError, match="An image must be"):
         client.act({"not": "an image"}, INSTRUCTION)
-    with pytest.raises(RequestRefused, match="got dtype uint16"):
+    with pytest.raises(RequestRejectedError, match="got dtype uint16"):
         client.act(frame.astype(np.uint16), INSTRUCTION)
     with pytest.raises(ValueError, match="8 bits a channel, got mode I;16"):
         client.act(Image.new("I;16", (8, 8)), INSTRUCTION)
@@ -80,52 +88,52 @@ def test_a_refusal_names_the_field(server, frame):
         client.act(frame, b"go")
 
 
-def test_a_token(frame, wanted):
+def test_token_is_sent(frame, expected_action):
     token = "a-long-enough-secret"
-    with InThread(embedded(), token=token) as server:
-        with pytest.raises(RequestRefused, match="401: This server needs a token"):
+    with ServerThread(build_policy(), token=token) as server:
+        with pytest.raises(RequestRejectedError, match="401: This server needs a token"):
             PolicyClient(server.url, token="another-long-secret").act(frame, INSTRUCTION)
-        assert PolicyClient(server.url, token=token).act(frame, INSTRUCTION).tolist() == wanted
+        assert PolicyClient(server.url, token=token).act(frame, INSTRUCTION).tolist() == expected_action
 
 
-def test_an_answer_that_is_late_is_an_error_in_time(server, frame):
-    server.served.gate.clear()
+def test_timeout_raises_in_time(server, frame):
+    server.policy.gate.clear()
     started = time.monotonic()
-    with pytest.raises(ServerUnavailable, match="504|timed out"):
+    with pytest.raises(ServerUnavailableError, match="504|timed out"):
         PolicyClient(server.url, timeout=0.3).act(frame, INSTRUCTION)
-    assert 0.2 < time.monotonic() - started < Limits().deadline / 2  # its own, not the one of the server
-    server.served.gate.set()
-    server.waiting(0)
+    assert 0.2 < time.monotonic() - started < Limits().timeout_s / 2  # its own, not the one of the server
+    server.policy.gate.set()
+    server.wait_until_prepared(0)
 
 
-def test_a_503_is_tried_again_when_the_server_says(server, frame, wanted):
-    server.served.gate.clear()
+def test_503_is_retried_after_retry_after(server, frame, expected_action):
+    server.policy.gate.clear()
     client = PolicyClient(server.url, timeout=20)
-    first, answered = in_threads(lambda: PolicyClient(server.url, timeout=20).act(frame, INSTRUCTION))
-    server.waiting(1)
-    with pytest.raises(ServerUnavailable, match=r"503: 1 requests are waiting.*\(tried 1 times"):
+    first, results = start_threads(lambda: PolicyClient(server.url, timeout=20).act(frame, INSTRUCTION))
+    server.wait_until_prepared(1)
+    with pytest.raises(ServerUnavailableError, match=r"503: 1 requests are waiting.*\(tried 1 times"):
         PolicyClient(server.url, retries=0).act(frame, INSTRUCTION)
     started = time.monotonic()
-    threading.Timer(0.2, server.served.gate.set).start()
-    assert client.act(frame, INSTRUCTION).tolist() == wanted
-    assert time.monotonic() - started >= 1  # what Retry-After said
+    threading.Timer(0.2, server.policy.gate.set).start()
+    assert client.act(frame, INSTRUCTION).tolist() == expected_action
+    assert time.monotonic() - started >= 1  # Retry-After
     first[0].join()
-    assert answered[0].tolist() == wanted
+    assert results[0].tolist() == expected_action
 
 
-def test_it_recovers_from_kill_9(frame, wanted):
-    server = InProcess(embedded())
+def test_client_recovers_from_a_killed_server(frame, expected_action):
+    server = ServerProcess(build_policy())
     client = PolicyClient(server.url, timeout=30, retries=30)
-    assert client.act(frame, INSTRUCTION).tolist() == wanted
+    assert client.act(frame, INSTRUCTION).tolist() == expected_action
     os.kill(server.process.pid, signal.SIGKILL)
     server.process.join()
-    with pytest.raises(ServerUnavailable, match="ConnectionRefused"):
+    with pytest.raises(ServerUnavailableError, match="ConnectionRefused"):
         PolicyClient(server.url, timeout=1).act(frame, INSTRUCTION)
-    asking, answered = in_threads(lambda: client.act(frame, INSTRUCTION))  # while it is away
+    threads, results = start_threads(lambda: client.act(frame, INSTRUCTION))  # while it is away
     time.sleep(0.2)
-    again = InProcess(embedded(), server.port)
-    asking[0].join()
-    assert answered[0].tolist() == wanted
+    again = ServerProcess(build_policy(), server.port)
+    threads[0].join()
+    assert results[0].tolist() == expected_action
     os.kill(again.process.pid, signal.SIGTERM)
     again.process.join()
 
@@ -133,9 +141,9 @@ def test_it_recovers_from_kill_9(frame, wanted):
 @pytest.mark.parametrize(
     ("reply", "error", "message"),
     [
-        (b"", ServerUnavailable, "did not answer"),
-        (b"rubbish\r\n\r\n", ServerUnavailable, "did not answer"),
-        (b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\n{", ServerUnavailable, "IncompleteRead|did not answer"),
+        (b"", ServerUnavailableError, "did not answer"),
+        (b"rubbish\r\n\r\n", ServerUnavailableError, "did not answer"),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\n{", ServerUnavailableError, "IncompleteRead|did not answer"),
         (b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nhello", PolicyServerError, "replied b'hello'"),
         (b'HTTP/1.1 200 OK\r\nContent-Length: 7\r\n\r\n"error"', PolicyServerError, "The reply is no action: error"),
         (b"HTTP/1.1 502 Bad\r\nContent-Length: 3\r\n\r\n<p>", PolicyServerError, "502: .* replied b'<p>'"),
@@ -146,7 +154,7 @@ def test_it_recovers_from_kill_9(frame, wanted):
         ),
     ],
 )
-def test_a_server_that_talks_rubbish(reply, error, message, frame):
+def test_malformed_replies_raise(reply, error, message, frame):
     def talk(listener):
         while True:
             try:
@@ -167,7 +175,7 @@ def test_a_server_that_talks_rubbish(reply, error, message, frame):
             client.act(frame, INSTRUCTION)
 
 
-def test_wrong_settings():
+def test_invalid_arguments_raise():
     for url in ("gpu:8000", "ftp://gpu", "http://", "http://gpu/act?x"):
         with pytest.raises(ValueError, match="url must be"):
             PolicyClient(url)
@@ -176,14 +184,14 @@ def test_wrong_settings():
             PolicyClient("http://gpu:8000", **wrong)
 
 
-def test_a_robot_loop_keeps_its_rate_behind_a_slow_server(frame):
-    """The loop takes 15 steps while the server owes it an answer, and then skips what these were meant for."""
-    served, period = embedded(**LONG_CHUNKS), 0.01
-    chunk = served.policy.act(frame, INSTRUCTION, STATE)
-    with InThread(served) as server, ThreadPoolExecutor(1) as thread:
+def test_control_loop_keeps_its_rate_with_a_slow_server(frame):
+    """The loop takes 15 steps while it waits for a reply, and then skips the actions of these steps."""
+    policy, period = build_policy(**LONG_CHUNKS), 0.01
+    chunk = policy.policy.act(frame, INSTRUCTION, STATE)
+    with ServerThread(policy) as server, ThreadPoolExecutor(1) as thread:
         player = ActionChunk(PolicyClient(server.url, timeout=30), steps=10)
         player.answer(player.ask(), player.policy.act(frame, INSTRUCTION, STATE))  # the first is waited for
-        served.gate.clear()
+        policy.gate.clear()
         asked = []
         for step in range(25):
             asked.append(player.ask_in(thread, frame, INSTRUCTION, STATE))
@@ -191,19 +199,19 @@ def test_a_robot_loop_keeps_its_rate_behind_a_slow_server(frame):
             time.sleep(period)
         assert [step for step, future in enumerate(asked) if future] == [10]
         assert not asked[10].done()  # nothing was waited for
-        served.gate.set()
+        policy.gate.set()
         assert asked[10].result(30)
         assert player.next().tolist() == chunk[15].tolist()  # the answer to step 10, at step 25
 
 
-def test_a_loop_learns_why_its_chunks_ended(frame):
+def test_missing_action_has_the_request_error_as_cause(frame):
     player = ActionChunk(PolicyClient("http://127.0.0.1:9", timeout=0.2, retries=0), steps=1)
     player.answer(player.ask(), np.zeros((2, 7)))
     player.next()
     with ThreadPoolExecutor(1) as thread:
-        assert isinstance(player.ask_in(thread, frame, INSTRUCTION).exception(), ServerUnavailable)
+        assert isinstance(player.ask_in(thread, frame, INSTRUCTION).exception(), ServerUnavailableError)
         player.next()
         assert player.due  # it may be asked again
         with pytest.raises(ValueError, match="There is no action for step 2") as ended:
             player.next()
-    assert isinstance(ended.value.__cause__, ServerUnavailable)
+    assert isinstance(ended.value.__cause__, ServerUnavailableError)

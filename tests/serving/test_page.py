@@ -1,4 +1,4 @@
-"""The server's page in a real browser: every way that a hand has to use it, on a desk and on a phone."""
+"""The server's page in a real browser: every control, on a desktop and on a phone."""
 
 import base64
 import contextlib
@@ -21,13 +21,13 @@ from predictions import prefer_end_token
 
 pytestmark = pytest.mark.browser
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-HOW = "make test-browser, or: apt-get install -y chromium && pip install playwright 'openvla[serve]'"
+INSTALL = "make test-browser, or: apt-get install -y chromium && pip install playwright 'openvla[serve]'"
 if CHROMIUM is None:
-    pytest.skip(f"no chromium on this machine; {HOW}", allow_module_level=True)
-browsers = pytest.importorskip("playwright.sync_api", reason=HOW)
-pytest.importorskip("openvla.serving.app", reason=HOW, exc_type=ImportError)
+    pytest.skip(f"no chromium on this machine; {INSTALL}", allow_module_level=True)
+browsers = pytest.importorskip("playwright.sync_api", reason=INSTALL)
+pytest.importorskip("openvla.serving.app", reason=INSTALL, exc_type=ImportError)
 
-DESK, PHONE = {"width": 1280, "height": 900}, {"width": 390, "height": 844}
+DESKTOP, PHONE = {"width": 1280, "height": 900}, {"width": 390, "height": 844}
 TOKEN = "a-token-for-the-test"
 INSTRUCTION = "pick up the alphabet soup and place it in the basket"
 STATISTICS = {
@@ -39,19 +39,19 @@ OFT = {**PLATFORMS["libero"], "parallel_decoding": True, "num_images_in_input": 
 
 @contextlib.contextmanager
 def serving(token=None, policy=None, **overrides):
-    """A server of a policy, else of a tiny model, on a free port: its address, and the policy."""
+    """Serve a policy, by default of a tiny model, on a free port; yield its URL, the policy and the server."""
     from openvla.serving.app import build_app
     from openvla.serving.cli import Limits
-    from openvla.serving.middleware import server
-    from openvla.serving.policy import ServedPolicy
+    from openvla.serving.middleware import create_server
+    from openvla.serving.policy import BatchedPolicy
 
     if policy is None:
         model, processor = build_tiny(**overrides)
         key = model.resolve_unnorm_key(overrides.get("default_unnorm_key"))
         policy = Policy(model, processor, key, constrain_actions=model.config.action_head is None)
-    served = ServedPolicy(policy, EMBEDDED_NAME, Limits(image_side=2000))
-    app = build_app(served, token=token)
-    running = server(app, app.state.policy_app.queue, served.limits, "127.0.0.1", 0)
+    batched = BatchedPolicy(policy, EMBEDDED_NAME, Limits(image_side=2000))
+    app = build_app(batched, token=token)
+    running = create_server(app, app.state.policy_app.queue, batched.limits, "127.0.0.1", 0)
     thread = threading.Thread(target=running.run)
     thread.start()
     try:
@@ -67,7 +67,7 @@ def serving(token=None, policy=None, **overrides):
 
 @pytest.fixture(scope="module")
 def browser():
-    # A camera that shows a test picture, given without asking.
+    # A camera that shows a test picture, without a permission prompt.
     camera = ["--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"]
     with browsers.sync_playwright() as playwright:
         started = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", *camera])
@@ -77,53 +77,53 @@ def browser():
 
 @pytest.fixture(scope="module")
 def plain():
-    with serving(policy=load_policy()) as served:
-        yield served
+    with serving(policy=load_policy()) as server:
+        yield server
 
 
 @pytest.fixture(scope="module")
 def untrained():
-    """What answers any picture; a trained policy may have no action to one that it does not know, and says so."""
-    with serving() as served:
-        yield served
+    """Serve a model with constrained tokens, which predicts an action for any picture."""
+    with serving() as server:
+        yield server
 
 
 @pytest.fixture(scope="module")
 def chunks():
     keys = dict.fromkeys(["bridge_orig", "libero_object_no_noops"], STATISTICS)
-    with serving(norm_stats=keys, default_unnorm_key="bridge_orig", action_head="l1", **OFT) as served:
-        yield served
+    with serving(norm_stats=keys, default_unnorm_key="bridge_orig", action_head="l1", **OFT) as server:
+        yield server
 
 
 @pytest.fixture
 def opened(browser):
-    """Opens the page of a server; afterwards: nothing in the console, no request that left the server."""
-    contexts, said, asked = [], [], []
+    """Return a function that opens a page; check that pages log nothing and send no request to another server."""
+    contexts, messages, requested = [], [], []
 
-    def open_page(served, viewport=DESK, **settings):
+    def open_page(server, viewport=DESKTOP, **settings):
         contexts.append(browser.new_context(viewport=viewport, **settings))
         page = contexts[-1].new_page()
         page.set_default_timeout(30_000)
-        page.said = said
-        page.on("console", lambda message: said.append(message.text))
-        page.on("pageerror", lambda error: said.append(str(error)))
-        page.on("request", lambda request: asked.append(request.url))
-        assert page.goto(served.url).status == 200
-        page.origin = served.url
-        page.locator("#inputs:visible, #token-field:visible").wait_for()  # its server has said what it is, or asked
+        page.messages = messages
+        page.on("console", lambda message: messages.append(message.text))
+        page.on("pageerror", lambda error: messages.append(str(error)))
+        page.on("request", lambda request: requested.append(request.url))
+        assert page.goto(server.url).status == 200
+        page.origin = server.url
+        page.locator("#inputs:visible, #token-field:visible").wait_for()  # /info has arrived, or needs a token
         return page
 
     yield open_page
-    # What the browser itself says of a refusal that a test asked for.
-    assert [text for text in said if not text.startswith("Failed to load resource")] == []
+    # The browser logs every reply with an error status.
+    assert [text for text in messages if not text.startswith("Failed to load resource")] == []
     origins = tuple(context.pages[0].origin for context in contexts)
-    assert all(url.startswith((*origins, "data:", "blob:")) for url in asked)
+    assert all(url.startswith((*origins, "data:", "blob:")) for url in requested)
     for context in contexts:
         context.close()
 
 
 def act(page, how=None):
-    """Ask as a hand would; what was sent and what came back."""
+    """Request an action; return the body that was sent and the response."""
     with page.expect_response(re.compile("/act$")) as waiting:
         how() if how else page.get_by_role("button", name="Act", exact=True).click()
     page.wait_for_selector("#answer[aria-busy=false]")
@@ -138,7 +138,7 @@ def fill(page, cameras=1):
 
 
 def dimensions(page):
-    """Name, value and unit of every dimension, as they stand on the page."""
+    """Return name, value and unit of every dimension that the page shows."""
     parts = [page.locator(f"#dims .{part}").all_inner_texts() for part in ("name", "value", "unit")]
     return [(name, float(value), unit) for name, value, unit in zip(*parts)]
 
@@ -153,12 +153,12 @@ def sent_image(body, name="image"):
     return base64.b64decode(body[name].partition(",")[2])
 
 
-def test_an_image_and_an_instruction_become_an_action(plain, opened):
+def test_action_for_image_and_instruction(plain, opened):
     page = opened(plain)
     assert page.title() == EMBEDDED_NAME
     fill(page)
     body, reply = act(page)
-    assert sent_image(body) == SAMPLE_IMAGE.read_bytes()  # what the model sees is the file itself
+    assert sent_image(body) == SAMPLE_IMAGE.read_bytes()  # the file is sent unchanged
     inputs = plain.policy.processor(instruction=INSTRUCTION, images=Image.open(SAMPLE_IMAGE))
     expected = plain.policy.model.predict_action(**inputs, return_dict=True)
     assert reply.json()["actions"] == expected.actions.tolist()
@@ -176,7 +176,7 @@ def test_an_image_and_an_instruction_become_an_action(plain, opened):
     assert re.fullmatch(r"\d+ ms model \d+ ms", page.locator("#latency").inner_text())
 
 
-def test_another_image_gives_another_action(plain, opened):
+def test_action_depends_on_the_image(plain, opened):
     page = opened(plain)
     fill(page)
     act(page)
@@ -187,19 +187,19 @@ def test_another_image_gives_another_action(plain, opened):
     assert dimensions(page) != before
 
 
-def test_by_keyboard_alone(plain, opened):
+def test_page_works_by_keyboard(plain, opened):
     page = opened(plain)
-    page.set_input_files("#camera-0", SAMPLE_IMAGE)  # the system's own dialog
+    page.set_input_files("#camera-0", SAMPLE_IMAGE)  # opened by the operating system's dialog
     page.get_by_text("256 x 256 pixels").wait_for()
-    reached = []
+    focused = []
     for _ in range(8):
         page.keyboard.press("Tab")
-        reached.append(page.evaluate("document.activeElement.id || document.activeElement.textContent"))
-        if reached[-1] == "instruction":
+        focused.append(page.evaluate("document.activeElement.id || document.activeElement.textContent"))
+        if focused[-1] == "instruction":
             page.keyboard.type("open the drawer")
-        if reached[-1] == "act":
+        if focused[-1] == "act":
             break
-    assert reached == ["camera-0", "Use camera", "instruction", "key", "constrain", "act"]
+    assert focused == ["camera-0", "Use camera", "instruction", "key", "constrain", "act"]
     outline = "getComputedStyle(document.activeElement).outlineStyle"
     assert page.evaluate(outline) == "solid"
     for keys in ("Enter", "Control+Enter"):
@@ -210,7 +210,7 @@ def test_by_keyboard_alone(plain, opened):
     assert page.get_by_label("Instruction", exact=True).input_value() == "open the drawer"
 
 
-def test_a_file_is_dropped(plain, opened):
+def test_file_can_be_dropped(plain, opened):
     page = opened(plain)
     data = list(png((40, 30)))
     page.evaluate(
@@ -229,8 +229,8 @@ def test_a_file_is_dropped(plain, opened):
     assert sent_image(body) == bytes(data)
 
 
-def test_what_the_server_would_see_otherwise_is_drawn_anew(plain, opened):
-    """Formats that the server does not take, and what is too large."""
+def test_unsupported_and_large_images_are_converted(plain, opened):
+    """Check a format that the server does not accept, and an image that is too large."""
     page = opened(plain)
     page.get_by_label("Instruction", exact=True).fill("go")
     files = {
@@ -250,8 +250,8 @@ def test_what_the_server_would_see_otherwise_is_drawn_anew(plain, opened):
     assert page.locator("#camera-0").get_attribute("aria-invalid") == "true"
 
 
-def test_a_sideways_photo_is_shown_and_answered_upright(plain, opened):
-    """It goes as it is, and the server turns it as the browser does."""
+def test_exif_orientation_is_applied_by_page_and_server(plain, opened):
+    """The file is sent unchanged."""
     exif, data = Image.Exif(), io.BytesIO()
     exif[0x0112] = 6
     Image.open(SAMPLE_IMAGE).convert("RGB").transpose(Image.Transpose.ROTATE_90).crop((0, 0, 256, 200)).save(
@@ -269,7 +269,7 @@ def test_a_sideways_photo_is_shown_and_answered_upright(plain, opened):
     assert reply.json()["actions"] == expected.tolist()
 
 
-def test_recent_instructions(plain, opened):
+def test_recent_instructions_are_listed(plain, opened):
     page = opened(plain)
     fill(page)
     soup, milk = (f"pick up the {thing} and place it in the basket" for thing in ("alphabet soup", "milk"))
@@ -283,11 +283,11 @@ def test_recent_instructions(plain, opened):
     assert page.get_by_label("Instruction", exact=True).input_value() == soup
 
 
-def test_on_a_phone(plain, opened):
+def test_page_fits_a_phone(plain, opened):
     page = opened(plain, PHONE, has_touch=True, is_mobile=True, device_scale_factor=2)
     fill(page)
     act(page, lambda: page.get_by_role("button", name="Act", exact=True).tap())
-    assert page.evaluate("document.documentElement.scrollWidth") == PHONE["width"]  # nothing to push sideways
+    assert page.evaluate("document.documentElement.scrollWidth") == PHONE["width"]  # no horizontal scrolling
     page.wait_for_function("Math.abs(document.getElementById('answer').getBoundingClientRect().top) < 40")
     for target in page.locator("button:visible, select:visible, textarea:visible, label.button").all():
         assert target.bounding_box()["height"] >= 36
@@ -320,8 +320,8 @@ CONTRAST = """() => {
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_everything_can_be_read(plain, opened, scheme):
-    """WCAG AA: 4.5 to 1 between every text and what is behind it; and a name for every control."""
+def test_contrast_and_names_of_controls(plain, opened, scheme):
+    """Check WCAG AA: a contrast of 4.5 to 1 between text and background, and a name for every control."""
     page = opened(plain, color_scheme=scheme)
     fill(page)
     act(page)
@@ -334,7 +334,7 @@ def test_everything_can_be_read(plain, opened, scheme):
     assert not re.search(r"- (button|textbox|combobox|slider|checkbox|img|region)\s*(:|$)", tree, re.MULTILINE)
 
 
-def test_a_chunk_is_walked_through(chunks, opened):
+def test_steps_of_a_chunk(chunks, opened):
     page = opened(chunks)
     fill(page, cameras=2)
     page.get_by_label("State of the robot").fill("[0.1, 0, 0.4, 1, 0, 0, 0.04, -0.04]")
@@ -352,7 +352,7 @@ def test_a_chunk_is_walked_through(chunks, opened):
         assert page.locator("#gripper").inner_text().startswith("open" if actions[step, -1] > 0.5 else "closed")
     assert slider.count() == 0
     assert dimensions(page)[0][2] == "controller units"
-    # The way from above, step by step: y to the left, x upwards, one scale for all axes.
+    # The path from above, step by step: y to the left, x upwards, one scale for all axes.
     path = np.concatenate([np.zeros((1, 3)), actions[:, :3].cumsum(0)])
     points = page.locator("#views polyline").first.get_attribute("points").split()
     drawn = np.array([[float(x) for x in point.split(",")] for point in points])
@@ -365,9 +365,9 @@ def test_a_chunk_is_walked_through(chunks, opened):
     np.testing.assert_allclose(np.array(cells, float).reshape(8, 7), actions, atol=5e-7)
 
 
-def test_a_chunk_of_tokens_has_its_bins_step_by_step(opened):
-    with serving(norm_stats={"bridge_orig": STATISTICS}, **OFT) as served:
-        page = opened(served)
+def test_bins_of_every_step_of_a_chunk_of_tokens(opened):
+    with serving(norm_stats={"bridge_orig": STATISTICS}, **OFT) as server:
+        page = opened(server)
         fill(page, cameras=2)
         page.get_by_label("State of the robot").fill("0 0 0 0 0 0 0 0")
         _, reply = act(page)
@@ -378,7 +378,7 @@ def test_a_chunk_of_tokens_has_its_bins_step_by_step(opened):
         assert [int(re.search(r"bin (\d+)", label)[1]) for label in labels] == list(probabilities[3].argmax(-1) + 1)
 
 
-def test_what_is_missing_is_said_where_it_is_missing(chunks, opened):
+def test_missing_input_is_named_beside_its_field(chunks, opened):
     page = opened(chunks)
     button = page.get_by_role("button", name="Act", exact=True)
     button.click()
@@ -412,7 +412,7 @@ def test_what_is_missing_is_said_where_it_is_missing(chunks, opened):
         ),
     ],
 )
-def test_what_the_server_refuses_stands_beside_its_field(plain, opened, change, place, words):
+def test_rejected_field_is_marked(plain, opened, change, place, words):
     page = opened(plain)
     fill(page)
     page.evaluate(change + "; undefined")
@@ -425,22 +425,22 @@ def test_what_the_server_refuses_stands_beside_its_field(plain, opened, change, 
     assert page.locator("[aria-invalid=true]").count() == 1
 
 
-def test_a_server_that_is_gone(opened):
-    with serving() as served:
-        page = opened(served)
+def test_stopped_server_is_reported(opened):
+    with serving() as server:
+        page = opened(server)
         fill(page)
         act(page)
     page.get_by_role("button", name="Act", exact=True).click()
     page.locator("#error", has_text="The server cannot be reached").wait_for()
 
 
-def test_a_model_that_gives_no_action_is_said(opened):
+def test_no_action_is_reported(opened):
     model, processor = build_tiny()
     prefer_end_token(model, processor(instruction=INSTRUCTION, images=Image.open(SAMPLE_IMAGE)))
-    with serving(policy=Policy(model, processor, model.resolve_unnorm_key())) as served:
-        page = opened(served)
+    with serving(policy=Policy(model, processor, model.resolve_unnorm_key())) as server:
+        page = opened(server)
         fill(page)
-        body, reply = act(page)  # the page asks for actions alone, and says so
+        body, reply = act(page)  # constrained, which the page shows
         assert (body["constrain_actions"], reply.status) == (True, 200)
         assert len(dimensions(page)) == 7
         assert page.locator("#chosen").inner_text() == "action tokens only"
@@ -448,16 +448,16 @@ def test_a_model_that_gives_no_action_is_said(opened):
         body, reply = act(page)
         assert (body["constrain_actions"], reply.status) == (False, 422)
         page.locator("#error", has_text="No action. The model ended the sequence after 1 of 7 action tokens").wait_for()
-        assert not page.locator("#result").is_visible()  # the last answer was another request's
+        assert not page.locator("#result").is_visible()  # it would be the action of another request
         page.get_by_label("Actions only").check()
         assert act(page)[1].status == 200
         assert page.locator("#result").is_visible()
         assert page.locator(".error:not(:empty)").count() == 0
 
 
-def test_a_token_is_asked_for_and_kept(opened):
-    with serving(token=TOKEN) as served:
-        page = opened(served)
+def test_token_is_requested_and_stored(opened):
+    with serving(token=TOKEN) as server:
+        page = opened(server)
         field = page.get_by_label("Token of this server")
         field.wait_for()
         assert not page.locator("#act").is_visible()
@@ -473,7 +473,7 @@ def test_a_token_is_asked_for_and_kept(opened):
         assert act(page)[1].status == 200
 
 
-def test_live_from_a_camera(untrained, opened):
+def test_live_mode_with_a_camera(untrained, opened):
     page = opened(untrained, permissions=["camera"])
     page.get_by_label("Instruction", exact=True).fill("go")
     assert not page.get_by_role("checkbox", name="Live").is_visible()
@@ -488,8 +488,8 @@ def test_live_from_a_camera(untrained, opened):
     page.get_by_role("checkbox", name="Live").uncheck()
     assert len({frame["image"] for frame in frames}) > 1  # the picture moves
     page.wait_for_selector("#answer[aria-busy=false]")
-    asked = len(frames)
+    requested = len(frames)
     page.wait_for_timeout(1000)
-    assert len(frames) == asked
+    assert len(frames) == requested
     page.get_by_role("button", name="Image: use the camera").click()
     assert not page.get_by_role("checkbox", name="Live").is_visible()
