@@ -29,7 +29,7 @@ from vla_eval.specs import (
     DimSpec,
 )
 
-from ..inference.action_queue import ActionChunk
+from ..inference.action_queue import ActionQueue
 from ..inference.policy import Policy
 from ..inference.robot_conventions import convert_action
 from .simulator import make_environment, open_suite
@@ -52,7 +52,7 @@ class PolicyServer(PredictModelServer):
     Args:
         policy: What acts; its processor's image preset is for upright frames, which the harness sends.
         steps: Actions played of a chunk before the next is asked for; None plays all of it.
-        blend: As ``ActionChunk`` takes it.
+    XX
         finished: Called with the harness's result whenever an episode ends.
     """
 
@@ -70,7 +70,7 @@ class PolicyServer(PredictModelServer):
         self.cameras = list(CAMERAS)[: config.num_images_in_input]
         self.takes_proprio = config.proprio_dim is not None
         self.is_chunked = config.chunk_length > 1
-        self.players: dict[str, ActionChunk] = {}
+        self.players: dict[str, ActionQueue] = {}
 
     def get_observation_params(self) -> dict[str, Any]:
         """What the benchmark must send."""
@@ -90,7 +90,7 @@ class PolicyServer(PredictModelServer):
         await super().on_episode_start(config, ctx)
         self.policy.reset()
         if self.is_chunked:
-            self.players[ctx.session_id] = ActionChunk(self.policy, steps=self.steps, blend=self.blend)
+            self.players[ctx.session_id] = ActionQueue(self.policy, steps=self.steps, blend=self.blend)
 
     async def on_episode_end(self, result: dict[str, Any], ctx: SessionContext) -> None:
         """Report it."""

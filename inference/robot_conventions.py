@@ -184,7 +184,7 @@ class ActionConverter:
 
     A sticky gripper takes the change of OpenVLA's gripper since the step before, and one that is larger than a half is
     repeated for ``sticky_steps`` steps, so that the fingers arrive. That is state: one converter a robot, one call a
-    control step, in the order in which actions are played (after an ``ActionChunk``, not before it), and ``reset`` when
+    control step, in the order in which actions are played (after an ``ActionQueue``, not before it), and ``reset`` when
     an episode begins. Other conventions keep no state and are converted as ``convert_action`` does.
 
         converter = ActionConverter("simpler_google_robot")
@@ -260,8 +260,8 @@ class Clip:
 class ClipAction:
     """A policy whose movements stay within limits: what exceeds them is cut, and said each time.
 
-    Around anything that acts: a ``Policy``, an ``ActionChunk``, a client of a policy server. A chunk is cut as if the
-    arm followed it: every step's position is the one before plus what was given. With ``ActionChunk``, put it outside,
+    Around anything that acts: a ``Policy``, an ``ActionQueue``, a client of a policy server. A chunk is cut as if the
+    arm followed it: every step's position is the one before plus what was given. With ``ActionQueue``, put it outside,
     where it sees the measured position every step. It is no substitute for the limits of the robot's own controller:
     it does not know where the arm's other links are, nor how far the arm goes on after a last command (LIBERO's: 0.012
     to 0.03 m from full speed), by which the workspace should lie within what is solid.
@@ -336,7 +336,7 @@ class ClipAction:
             ValueError: The answer is no action of seven or not finite, or ``position`` is missing, not finite, or of no
                 use.
         """
-        # Before the policy is asked: an ActionChunk would lose an action.
+        # Before the policy is asked: an ActionQueue would lose an action.
         position = self._checked_position(position)
         return self.clip(self.policy.act(image, instruction, proprio), position)
 

@@ -1,11 +1,11 @@
-"""Models that answer in chunks, as users meet them: load_policy, ActionChunk, predict, small weights, LoRA, Trainer."""
+"""Models that answer in chunks, as users meet them: load_policy, ActionQueue, predict, small weights, LoRA, Trainer."""
 
 import json
 
 import numpy as np
 import pytest
 import torch
-from openvla import PLATFORMS, ActionChunk, OpenVLAForActionPrediction, load_policy
+from openvla import PLATFORMS, ActionQueue, OpenVLAForActionPrediction, load_policy
 from openvla.__main__ import main
 from openvla.compatibility_openvla import QUANTIZES_ON_CPU
 from openvla.conversion.merge import merge
@@ -41,7 +41,7 @@ def test_a_policy_plays_its_chunks(folder, cameras):
     assert chunk.shape == (8, 7)
     assert not np.array_equal(chunk, policy.act(cameras[::-1], INSTRUCTION, STATE))
     assert not np.array_equal(chunk, policy.act(cameras, INSTRUCTION, -STATE))
-    player = ActionChunk(policy, steps=3)
+    player = ActionQueue(policy, n_action_steps=3)
     played = np.stack([player.act(cameras, INSTRUCTION, STATE) for _ in range(6)])
     np.testing.assert_allclose(played, np.concatenate([chunk[:3], chunk[:3]]), atol=1e-6, rtol=0)
 

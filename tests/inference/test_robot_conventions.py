@@ -4,7 +4,7 @@ import logging
 
 import numpy as np
 import pytest
-from openvla import ActionChunk
+from openvla import ActionQueue
 from openvla.inference.robot_conventions import (
     ROBOT_CONVENTIONS,
     ActionConverter,
@@ -243,7 +243,7 @@ def test_around_a_player_of_chunks():
     """The measured position counts, and a missing one costs no action."""
     chunk = np.zeros((3, 7))
     chunk[:, 0] = [0.01, 0.02, 0.03]
-    limited = ClipAction(ActionChunk(Says(chunk)), workspace=([0, 0, 0], [0.1, 1, 1]))
+    limited = ClipAction(ActionQueue(Says(chunk)), workspace=([0, 0, 0], [0.1, 1, 1]))
     assert limited.act(None, "go", position=[0.05, 0.5, 0.5])[0] == 0.01
     with pytest.raises(ValueError, match="needs position="):
         limited.act(None, "go")

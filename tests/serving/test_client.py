@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
-from openvla import ActionChunk, PolicyClient
+from openvla import ActionQueue, PolicyClient
 from openvla.serving.client import PolicyServerError, RequestRefused, ServerUnavailable
 from PIL import Image
 
@@ -181,12 +181,12 @@ def test_a_robot_loop_keeps_its_rate_behind_a_slow_server(frame):
     served, period = embedded(**LONG_CHUNKS), 0.01
     chunk = served.policy.act(frame, INSTRUCTION, STATE)
     with InThread(served) as server, ThreadPoolExecutor(1) as thread:
-        player = ActionChunk(PolicyClient(server.url, timeout=30), steps=10)
-        player.answer(player.ask(), player.policy.act(frame, INSTRUCTION, STATE))  # the first is waited for
+        player = ActionQueue(PolicyClient(server.url, timeout=30), n_action_steps=10)
+        player.push(player.request(), player.policy.act(frame, INSTRUCTION, STATE))  # the first is waited for
         served.gate.clear()
         asked = []
         for step in range(25):
-            asked.append(player.ask_in(thread, frame, INSTRUCTION, STATE))
+            asked.append(player.request_async(thread, frame, INSTRUCTION, STATE))
             assert player.next().tolist() == chunk[step].tolist()
             time.sleep(period)
         assert [step for step, future in enumerate(asked) if future] == [10]
@@ -197,13 +197,13 @@ def test_a_robot_loop_keeps_its_rate_behind_a_slow_server(frame):
 
 
 def test_a_loop_learns_why_its_chunks_ended(frame):
-    player = ActionChunk(PolicyClient("http://127.0.0.1:9", timeout=0.2, retries=0), steps=1)
-    player.answer(player.ask(), np.zeros((2, 7)))
+    player = ActionQueue(PolicyClient("http://127.0.0.1:9", timeout=0.2, retries=0), n_action_steps=1)
+    player.push(player.request(), np.zeros((2, 7)))
     player.next()
     with ThreadPoolExecutor(1) as thread:
-        assert isinstance(player.ask_in(thread, frame, INSTRUCTION).exception(), ServerUnavailable)
+        assert isinstance(player.request_async(thread, frame, INSTRUCTION).exception(), ServerUnavailable)
         player.next()
-        assert player.due  # it may be asked again
+        assert player.needs_chunk  # it may be asked again
         with pytest.raises(ValueError, match="There is no action for step 2") as ended:
             player.next()
     assert isinstance(ended.value.__cause__, ServerUnavailable)
