@@ -36,7 +36,7 @@ from ..data.episodes import read_json
 from ..decoding_openvla import NoActionError
 from ..errors_openvla import OpenVLAImportError, OpenVLAValueError
 from ..images_openvla import IMAGE_PRESETS
-from ..inference.policy import Policy, add_policy_arguments, policy_from
+from ..inference.policy import Policy, add_policy_arguments, load_policy_from_args
 from .report import PACKAGES, as_table, draw_contact_sheet, recorded_episodes, success_rate, version_of
 from .simulator import INSTALL, INSTRUCTION_SOURCES, choose_renderer, instruction_source, open_suite, parse_tasks
 
@@ -78,7 +78,7 @@ def run(args: argparse.Namespace) -> int:
     require_harness()
     suite = open_suite(args.suite)  # a mistake here should not wait for a model to load
     parse_tasks(args.tasks, suite)
-    policy, name = policy_from(args)
+    policy, name = load_policy_from_args(args)
     report = evaluate_libero(
         policy,
         name=name,

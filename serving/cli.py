@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors_openvla import OpenVLAImportError, OpenVLAValueError
-from ..inference.policy import add_policy_arguments, policy_from
+from ..inference.policy import add_policy_arguments, load_policy_from_args
 
 TOKEN_VARIABLE = "OPENVLA_SERVE_TOKEN"
 SHORTEST_TOKEN = 16
@@ -87,7 +87,7 @@ def run(args: argparse.Namespace) -> int:
     app = require_serve("app")
     # Before a large model is loaded: OSError where the port is taken.
     socket.create_server((args.host, args.port), family=socket.AF_INET6 if ":" in args.host else socket.AF_INET).close()
-    policy, name = policy_from(args)
+    policy, name = load_policy_from_args(args)
     served = require_serve("policy").ServedPolicy(policy, name, limits)
     app.serve(served, host=args.host, port=args.port, token=token)
     return 0
