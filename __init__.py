@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from .configuration_openvla import PLATFORMS, OpenVLAConfig, PrismaticConfig
     from .decoding_openvla import ActionOutput, NoActionError
     from .errors_openvla import OpenVLAError
-    from .inference.action_queue import ActionChunk
+    from .inference.action_queue import ActionQueue
     from .inference.policy import Policy, load_policy
     from .loading import AutoModelForVision2Seq, AutoProcessor
     from .modeling_openvla import OpenVLAForActionPrediction
@@ -34,8 +34,8 @@ __version__ = "0.1.0"
 
 _MODULES = {
     "PLATFORMS": "configuration_openvla",
-    "ActionChunk": "inference.action_queue",
     "ActionOutput": "decoding_openvla",
+    "ActionQueue": "inference.action_queue",
     "ActionTokenizer": "actions_openvla",
     "AutoModelForVision2Seq": "loading",
     "AutoProcessor": "loading",
@@ -58,8 +58,8 @@ _MODULES = {
 
 __all__ = [
     "PLATFORMS",
-    "ActionChunk",
     "ActionOutput",
+    "ActionQueue",
     "ActionTokenizer",
     "AutoModelForVision2Seq",
     "AutoProcessor",

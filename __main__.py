@@ -17,7 +17,7 @@ COMMANDS = {
     "assemble": ("conversion.assemble", "assemble an untrained model from vision towers and a language model"),
     "merge": ("conversion.merge", "merge an adapter into its base"),
     "finetune": ("training.finetune", "fine-tune a model on a dataset"),
-    "evaluate": ("evaluation.libero", "evaluate a policy in the LIBERO simulator"),
+    "evaluate": ("evaluation.cli", "evaluate a policy in the LIBERO simulator"),
     "serve": ("serving.cli", "serve a policy over HTTP and WebSocket"),
     "verify": ("conversion.verify", "check every file and tensor of a converted folder"),
     "inspect-data": ("data.inspect", "summarise a dataset and check its recorded numbers"),

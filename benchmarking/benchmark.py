@@ -1,91 +1,124 @@
-"""``openvla bench``: how fast an action is made, side by side with a peer, and whether it is the same action.
+"""``openvla bench``: latency of action prediction on this machine, and whether the predicted actions are the same.
 
-All sides take turns, one answer each, in resident processes; medians and quartiles are reported. The ceilings (matrix
-products, reading memory) are measured in the same run, and beside every speed stands how many answers equal those of
-the side that is compared with, and in other dtypes than float32 how many equal float32's. Weights are random, from a
-seed, and the same for every side.
+All backends run in turn, one call each, in resident processes; medians and quartiles are reported. Peak compute and
+memory rates are measured in the same run. For every backend the report says how many tokens equal those of the first
+backend, and in other dtypes than float32 how many equal those of float32. Weights are random from a seed, and the same
+for every backend.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
+import dataclasses
 import functools
 import json
 import platform
-import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import transformers
-from torch.nn.utils.rnn import pad_sequence
-from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
 
-from ..compatibility_openvla import DTYPE_FIELD
 from ..configuration_openvla import write_json
-from ..decoding_openvla import decode_greedily
 from ..errors_openvla import OpenVLAImportError, OpenVLAValueError
-from ..inference.cpu_prepack import has_matmul, prepack
-from ..inference.cuda_graphs import run_graphed
-from ..inference.fast_decoder import compile_pointwise, decode_fast
-from ..loading import AutoProcessor
-from ..modeling_openvla import OpenVLAForActionPrediction
 from . import reference as reference_script
-from .reference import ACTION, BATCH, FIRST_TOKEN, PIXELS, TOWERS, batch_of, preprocessing, timed
-from .sizes import SIZES, sample_inputs, write_model
+from .backends import PLAIN, REFERENCE, Benchmark, ModelRunner, build_backends
+from .reference import ACTION, BATCH, FIRST_TOKEN, PIXELS, TOWERS, measure_call, preprocessing_stages
+from .roofline import compute_seconds, decode_step_seconds, gemm_rate, read_rate
+from .sizes import SIZES, write_model
+from .worker_process import WorkerProcess
 
-WARM = 2
-STEP = "a decode step"  # the rest of the tokens, after the first
-ROWS = {"action": ACTION, "pixels": PIXELS, "first-token": FIRST_TOKEN, "towers": TOWERS, "batch": BATCH}
-REFERENCE, PLAIN, FAST = "reference", "openvla, fast=False", "openvla"
-DRAFTED, MISLED = "openvla, draft all right", "openvla, draft all wrong"
-PREPACKED = "openvla, prepack"
-COMPILED = "openvla, compile"
-STATIC_CACHE = "transformers, static cache"  # its own way to be fast, which it compiles by itself on a GPU
+WARMUP_CALLS = 2  # on a GPU the second captures the CUDA graph
+DECODE_STEP = "decode step"
+STAGES = {"action": ACTION, "pixels": PIXELS, "first-token": FIRST_TOKEN, "towers": TOWERS, "batch": BATCH}
+PREPROCESSING = "preprocessing"
 
-Work = dict[str, Callable[[int], Any]]
+
+@dataclass
+class Measurement:
+    """Latency of one backend in one stage.
+
+    Attributes:
+        size: Model size, one of ``SIZES``.
+        dtype: dtype of the model.
+        stage: Part of the prediction that was measured.
+        backend: Name of the backend.
+        seconds: Median wall time per call.
+        cpu_seconds: Median CPU time per call.
+        speedup: Median of the baseline's wall time divided by this backend's.
+        baseline: Backend that this one is compared with.
+        quartiles: First and third quartile of the wall time in seconds.
+        warmup_seconds: Wall times of the first calls, which are not part of the medians.
+        gpu_bytes: Peak GPU memory in bytes.
+        equal: Number of results (tokens, or digests of arrays) that equal the baseline's.
+        compared: Number of results that were compared.
+        equal_to_float32: Number of tokens that equal those in float32.
+        roofline_fraction: Roofline time divided by ``seconds``.
+    """
+
+    size: str
+    dtype: str
+    stage: str
+    backend: str
+    seconds: float
+    cpu_seconds: float
+    speedup: float
+    baseline: str
+    quartiles: tuple[float, float] | None = None
+    warmup_seconds: list[float] | None = None
+    gpu_bytes: int | None = None
+    equal: int | None = None
+    compared: int | None = None
+    equal_to_float32: int | None = None
+    roofline_fraction: float | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields that are not None."""
+        return {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of ``openvla bench``."""
+    """Add the options of ``openvla bench``."""
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=["tiny-deep", "eighth"])
     parser.add_argument("--dtypes", nargs="+", choices=("float32", "bfloat16"), default=["float32"])
     parser.add_argument(
-        "--rows", nargs="+", choices=[*ROWS, "preprocessing"], help="default all; on a CPU all but batch"
+        "--stages", nargs="+", choices=[*STAGES, PREPROCESSING], help="default all; on a CPU all but batch"
     )
-    parser.add_argument("--pairs", type=int, default=20, help="turns of every side")
-    parser.add_argument("--inputs", type=int, default=64, help="images and instructions, one after the other")
+    parser.add_argument("--repeats", type=int, default=20, help="measured calls per stage and backend")
+    parser.add_argument("--inputs", type=int, default=64, help="number of different images and instructions")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--compile", action="store_true", help="one more side, its small operations fused")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of the CPU")
-    parser.add_argument("--reference", type=Path, metavar="DIR", help="the published remote code, to run beside")
+    parser.add_argument("--compile", action="store_true", help="add a backend with compiled pointwise operations")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
+    parser.add_argument("--reference", type=Path, metavar="DIR", help="published remote code, to compare with")
     parser.add_argument(
         "--reference-python", metavar="PY", help="Python with transformers 4.40.1, timm 0.9.16, torchvision"
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all measurements")
     parser.add_argument("--plot", type=Path, metavar="PNG", help="draw them (needs the extra: openvla[plot])")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure, print, write; returns the exit status."""
+    """Measure, print and write the report; return the exit status."""
     if (args.reference is None) != (args.reference_python is None):
         raise OpenVLAValueError("--reference (the code) and --reference-python (what runs it) belong together.")
-    if args.pairs < 1 or args.inputs < 1:
-        raise OpenVLAValueError("--pairs and --inputs must be at least 1.")
-    args.rows = args.rows or [row for row in (*ROWS, "preprocessing") if row != "batch" or _on_gpu(args.device)]
+    if args.repeats < 1 or args.inputs < 1:
+        raise OpenVLAValueError("--repeats and --inputs must be at least 1.")
+    if not args.stages:
+        args.stages = [stage for stage in (*STAGES, PREPROCESSING) if stage != "batch" or _on_gpu(args.device)]
     torch.set_num_threads(args.threads)
-    report: dict[str, Any] = {"machine": machine(args), "rows": [], "not run": not_run(args)}
+    report: dict[str, Any] = {"machine": describe_machine(args), "measurements": [], "not_run": describe_not_run(args)}
     for size in args.sizes:
         for dtype in args.dtypes:
-            with tempfile.TemporaryDirectory() as place:
-                report["rows"] += measure(size, dtype, args, Path(place), report["machine"])
-    print("\n".join(table(report)))
+            with tempfile.TemporaryDirectory() as folder:
+                measurements = measure(size, dtype, args, Path(folder), report["machine"])
+                report["measurements"] += [measurement.to_dict() for measurement in measurements]
+    print("\n".join(format_table(report)))
     if args.json:
         write_json(args.json, report)
     if args.plot:
@@ -93,327 +126,259 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def machine(args: argparse.Namespace) -> dict[str, Any]:
-    """What ran this, and how fast it can be."""
-    names = [line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
-    described = {
-        "device": torch.cuda.get_device_name(args.device)
-        if _on_gpu(args.device)
-        else (names or [platform.processor()])[0],
+def describe_machine(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the device, library versions, and peak rates."""
+    info: dict[str, Any] = {
+        "device": torch.cuda.get_device_name(args.device) if _on_gpu(args.device) else _cpu_name(),
         "threads": args.threads,
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
     }
-    rates = {f"{name} GFLOP/s": gemm_rate(args.device, getattr(torch, name)) / 1e9 for name in args.dtypes}
-    return described | rates | {"read GB/s": read_rate(args.device) / 1e9}
+    for dtype in args.dtypes:
+        info[f"{dtype} GFLOP/s"] = gemm_rate(args.device, getattr(torch, dtype)) / 1e9
+    info["read GB/s"] = read_rate(args.device) / 1e9
+    return info
 
 
-def not_run(args: argparse.Namespace) -> list[str]:
-    """What this run leaves open, and why."""
-    left = [] if args.reference else ["beside the published code: --reference and --reference-python were not given"]
+def _cpu_name() -> str:
+    file = Path("/proc/cpuinfo")
+    lines = file.read_text().splitlines() if file.exists() else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+def describe_not_run(args: argparse.Namespace) -> list[str]:
+    """Return the comparisons that this run leaves out, with the reason."""
+    not_run = []
+    if not args.reference:
+        not_run.append("beside the published code: --reference and --reference-python were not given")
     if not _on_gpu(args.device):
-        why = "--device was cpu" if torch.cuda.is_available() else "there is none here"
-        left.append(f"on a GPU: {why}")
-    return left
+        reason = "--device was cpu" if torch.cuda.is_available() else "there is none here"
+        not_run.append(f"on a GPU: {reason}")
+    return not_run
 
 
 def _on_gpu(device: str) -> bool:
     return device.startswith("cuda")
 
 
-def _lines(file: str) -> list[str]:
-    return Path(file).read_text().splitlines() if Path(file).exists() else []
+def measure(
+    size: str, dtype: str, args: argparse.Namespace, folder: Path, machine: dict[str, Any]
+) -> list[Measurement]:
+    """Measure all stages and backends of one model size and dtype.
 
-
-def gemm_rate(device: str, dtype: torch.dtype) -> float:
-    """Floating-point operations a second of a large matrix product."""
-    size = 8192 if _on_gpu(device) else 2048
-    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    return 2 * size**3 / min(timed(lambda _: a @ b, 0, device)["seconds"] for _ in range(5))
-
-
-def read_rate(device: str) -> float:
-    """Bytes a second of reading much memory."""
-    data = torch.ones(2**28 if _on_gpu(device) else 2**27, device=device)
-    return data.nbytes / min(timed(lambda _: data.sum(), 0, device)["seconds"] for _ in range(5))
-
-
-def measure(size: str, dtype: str, args: argparse.Namespace, place: Path, ceilings: dict[str, Any]) -> list[dict]:
-    """All rows of one size and dtype."""
-    write_model(size, place / "model")
-    model, processor, prompts, images = prepare(place / "model", dtype, args)
-    np.savez(place / "inputs.npz", images=images, **{f"ids_{i}": ids[0].cpu().numpy() for i, ids in enumerate(prompts)})
-    sides = own_sides(model, processor, prompts, images, args.compile)
-    exact = None if dtype == "float32" else exact_answers(place / "model", args)
-    peer = None
+    Args:
+        size: One of ``SIZES``.
+        dtype: Name of the model's dtype.
+        args: Options of the command.
+        folder: Empty folder for the model and the inputs.
+        machine: Return value of ``describe_machine``; the versions of the reference are added.
+    """
+    write_model(size, folder / "model")
+    runner = ModelRunner.load(folder / "model", dtype=dtype, device=args.device, num_inputs=args.inputs)
+    backends = build_backends(runner, args.compile)
+    float32_tokens = None if dtype == "float32" else predict_in_float32(folder / "model", args)
+    worker = None
     if args.reference:
-        peer = reference(args, place, dtype)
-        ceilings["versions"]["reference"] = peer.ready
-        rows = next(iter(sides.values()))
-        sides = {REFERENCE: {row: functools.partial(peer.ask, row) for row in rows}, **sides}
+        worker = start_reference(args, runner, folder, dtype)
+        machine["versions"]["reference"] = worker.info
+        reference_stages: Benchmark = {stage: functools.partial(worker.request, stage) for stage in backends[PLAIN]}
+        backends = {REFERENCE: reference_stages, **backends}
+    stages = [STAGES[stage] for stage in args.stages if stage in STAGES]
+    if PREPROCESSING in args.stages:
+        stages += preprocessing_stages(runner.processor.image_processor)
+    measurements = []
     try:
-        asked = [ROWS[row] for row in args.rows if row in ROWS]
-        asked += preprocessing(processor.image_processor) if "preprocessing" in args.rows else []
-        rows = [
-            {"size": size, "dtype": dtype, "row": row, **figures}
-            for row in asked
-            for figures in compare(
-                row, {name: work for name, work in sides.items() if row in work}, args, exact if row == ACTION else None
+        for stage in stages:
+            measurements += compare_backends(
+                {name: backend for name, backend in backends.items() if stage in backend},
+                size=size,
+                dtype=dtype,
+                stage=stage,
+                args=args,
+                float32_tokens=float32_tokens if stage == ACTION else None,
             )
-        ]
     finally:
-        if peer:
-            peer.stop()
-    rows += decode_steps(rows, model)
-    floors = floors_of(model, sides[PLAIN], asked, ceilings[f"{dtype} GFLOP/s"], ceilings["read GB/s"])
-    for figures in rows:
-        if figures["row"] in floors:
-            figures["share of the floor"] = floors[figures["row"]] / figures["seconds"]
-    return rows
-
-
-def prepare(folder: Path, dtype: str, args: argparse.Namespace) -> tuple[Any, Any, list[torch.Tensor], np.ndarray]:
-    """The model, its processor, and prompts and images."""
-    keywords = {DTYPE_FIELD: getattr(torch, dtype)}
-    model = OpenVLAForActionPrediction.from_pretrained(folder, **keywords).to(args.device).eval()
-    processor = AutoProcessor.from_pretrained(folder)
-    texts, images = sample_inputs(args.inputs)
-    prompts = [processor(instruction=text, images=images[0])["input_ids"].to(args.device) for text in texts]
-    return model, processor, prompts, images
-
-
-def answer(model: Any, processor: Any, prompt: torch.Tensor, image: np.ndarray, **options: Any) -> Any:
-    """The ``ActionOutput`` for a prompt and an image, by way of ``options``."""
-    return model.predict_action(prompt, pixels_of(model, processor, image), return_dict=True, **options)
-
-
-def pixels_of(model: Any, processor: Any, image: np.ndarray) -> torch.Tensor:
-    """An image as the model takes it."""
-    return processor.image_processor(image, return_tensors="pt")["pixel_values"].to(model.device, model.dtype)
-
-
-def own_sides(
-    model: Any, processor: Any, prompts: list[torch.Tensor], images: np.ndarray, compiled: bool
-) -> dict[str, Work]:
-    """Ways of this package to fill the rows, each ``index of the input -> tokens``, or features of the towers."""
-    drafts: dict[tuple[str, int], np.ndarray] = {}
-    pixels = [pixels_of(model, processor, image) for image in images]
-
-    def action(index: int, draft: str | None = None, model: Any = model, **options: Any) -> list[int]:
-        if draft:
-            options["draft"] = drafts[draft, index]
-        output = answer(model, processor, prompts[index], images[index], **options)
-        if not draft:
-            drafts[DRAFTED, index], drafts[MISLED, index] = output.actions, -output.actions + 0.013
-        return output.token_ids.tolist()
-
-    def batch(index: int, fast: bool) -> list[list[int]]:
-        rows = batch_of(index, len(prompts))
-        ids = pad_sequence([prompts[row][0] for row in rows], batch_first=True, padding_value=model.pad_token_id)
-        mask = pad_sequence([torch.ones_like(prompts[row][0]) for row in rows], batch_first=True)
-        images = torch.cat([pixels[row] for row in rows])
-        return model.predict_action(ids, images, mask, return_dict=True, fast=fast).token_ids.tolist()
-
-    def from_pixels(index: int, fast: bool) -> list[int]:
-        return model.predict_action(prompts[index], pixels[index], return_dict=True, fast=fast).token_ids.tolist()
-
-    def first_of(ids: torch.Tensor, pixel_values: torch.Tensor, fast: bool) -> tuple[torch.Tensor, torch.Tensor]:
-        embeds, mask, _, _ = model.embed_inputs(ids, pixel_values)
-        asked = model.language_model, embeds, mask, 1
-        return decode_fast(*asked) if fast else decode_greedily(*asked, end_ids=None)
-
-    @torch.no_grad()
-    def first_token(index: int, fast: bool) -> list[int]:
-        compute = functools.partial(first_of, fast=fast)
-        given = prompts[index], pixels[index]
-        tokens, _ = run_graphed(model, compute, given, FIRST_TOKEN) if fast else compute(*given)
-        return tokens[0].tolist()
-
-    @torch.no_grad()
-    def towers(index: int, fast: bool) -> np.ndarray:
-        def compute(pixel_values: torch.Tensor) -> tuple[torch.Tensor]:
-            return (model.vision_backbone(pixel_values),)
-
-        (features,) = run_graphed(model, compute, [pixels[index]], TOWERS) if fast else compute(pixels[index])
-        return features.float().cpu().numpy()
-
-    rows = {ACTION: action, PIXELS: from_pixels, FIRST_TOKEN: first_token, TOWERS: towers, BATCH: batch}
-
-    def every_row(fast: bool) -> Work:
-        return {row: functools.partial(work, fast=fast) for row, work in rows.items()}
-
-    sides = {
-        PLAIN: {**every_row(fast=False), **preprocessing(processor.image_processor)},
-        STATIC_CACHE: {ACTION: lambda index: action(index, cache_implementation="static")},
-        FAST: every_row(fast=True),
-        DRAFTED: {ACTION: lambda index: action(index, DRAFTED, fast=True)},
-        MISLED: {ACTION: lambda index: action(index, MISLED, fast=True)},
-    }
-    if compiled:
-        fused = copy.copy(model)  # of the same weights
-        fused._modules = {**model._modules, "language_model": copy.copy(model.language_model)}
-        compile_pointwise(fused)
-        sides[COMPILED] = {ACTION: lambda index: action(index, model=fused, fast=True)}
-    if model.device.type == "cpu" and has_matmul(model.dtype):
-        prepacked = copy.deepcopy(model)
-        prepack(prepacked)
-        sides[PREPACKED] = {ACTION: lambda index: action(index, model=prepacked, fast=True)}
-    return sides
-
-
-def exact_answers(folder: Path, args: argparse.Namespace) -> list[list[int]]:
-    """The tokens of every input in float32: where rounding turns a near tie over, this is what is right."""
-    model, processor, prompts, images = prepare(folder, "float32", args)
-    inputs = tqdm(zip(prompts, images), total=len(prompts), desc="in float32", unit="input", file=sys.stderr)
-    return [answer(model, processor, *given, fast=False).token_ids.tolist() for given in inputs]
-
-
-class Resident:
-    """A process that loads once and then answers a line with a line, in an environment of its own.
-
-    Args:
-        command: Starts it.
-        environment: In place of this process's own.
-
-    Attributes:
-        ready: What it said when it had loaded.
-    """
-
-    def __init__(self, command: Sequence[Any], environment: Mapping[str, str] | None = None) -> None:
-        words = [str(word) for word in command]
-        self.process = subprocess.Popen(
-            words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
-        )
-        self.ready = self._answer("READY ")
-
-    def _answer(self, mark: str) -> Any:
-        for line in self.process.stdout:
-            if line.startswith(mark):
-                return json.loads(line[len(mark) :])
-        raise RuntimeError(f"{self.process.args[1]} ended with status {self.process.wait()}; it said why above.")
-
-    def ask(self, *what: Any) -> dict[str, Any]:
-        """An answer, timed there."""
-        self.process.stdin.write(json.dumps(what) + "\n")
-        self.process.stdin.flush()
-        return self._answer("DONE ")
-
-    def stop(self) -> None:
-        """End the process."""
-        self.process.stdin.close()
-        self.process.wait()
-
-
-def reference(args: argparse.Namespace, place: Path, dtype: str) -> Resident:
-    """The reference, resident."""
-    command = [args.reference_python, reference_script.__file__, args.reference, place / "model"]
-    return Resident(
-        [*command, place / "inputs.npz", "--dtype", dtype, "--device", args.device, "--threads", args.threads]
+        if worker:
+            worker.stop()
+    measurements += decode_step_measurements(measurements, runner.model.get_action_dim() - 1)
+    rooflines = stage_rooflines(
+        runner.model, backends[PLAIN], stages, gflops=machine[f"{dtype} GFLOP/s"], gbytes=machine["read GB/s"]
     )
+    for measurement in measurements:
+        if measurement.stage in rooflines:
+            measurement.roofline_fraction = rooflines[measurement.stage] / measurement.seconds
+    return measurements
 
 
-def compare(
-    row: str, sides: dict[str, Work], args: argparse.Namespace, exact: list[list[int]] | None = None
-) -> list[dict[str, Any]]:
-    """Every side's figures in one row, the sides in turn.
+def predict_in_float32(folder: Path, args: argparse.Namespace) -> list[list[int]]:
+    """Return the tokens of every input in float32, which decide near ties correctly."""
+    runner = ModelRunner.load(folder, dtype="float32", device=args.device, num_inputs=args.inputs)
+    indices = tqdm(range(args.inputs), desc="in float32", unit="input", file=sys.stderr)
+    return [runner.action(index, fast=False) for index in indices]
+
+
+def start_reference(args: argparse.Namespace, runner: ModelRunner, folder: Path, dtype: str) -> WorkerProcess:
+    """Start the reference in a worker process with the model and inputs of a runner."""
+    inputs: dict[str, Any] = {f"ids_{i}": prompt[0].cpu().numpy() for i, prompt in enumerate(runner.prompts)}
+    np.savez(folder / "inputs.npz", images=runner.images, **inputs)
+    command = [args.reference_python, reference_script.__file__]
+    command += [args.reference, folder / "model", folder / "inputs.npz"]
+    return WorkerProcess([*command, "--dtype", dtype, "--device", args.device, "--threads", args.threads])
+
+
+def compare_backends(
+    backends: dict[str, Benchmark],
+    *,
+    size: str,
+    dtype: str,
+    stage: str,
+    args: argparse.Namespace,
+    float32_tokens: list[list[int]] | None = None,
+) -> list[Measurement]:
+    """Measure all backends in one stage, in turn; the first is the baseline.
 
     Args:
-        row: What is measured.
-        sides: What does it, by name.
-        args: How often.
-        exact: The right result of every input, where it is known.
+        backends: Backends that have the stage, by name.
+        size: Model size, for the report.
+        dtype: dtype, for the report.
+        stage: Stage to measure.
+        args: Options of the command.
+        float32_tokens: Tokens of every input in float32, if they are to be compared.
     """
-    seen: dict[str, list[dict]] = {name: [] for name in sides}
-    turns = max(args.pairs + WARM, args.inputs if row == ACTION else 0)
-    for turn in tqdm(range(turns), desc=row, unit="turn", file=sys.stderr):
-        for name, work in sides.items():
-            index = turn % args.inputs
-            answered = work[row](index) if name == REFERENCE else timed(work[row], index, args.device)
-            seen[name].append(answered)
-    first = next(iter(sides))
-    rows = []
-    for name, answers in seen.items():
-        seconds, cpu = (np.array([answer[field] for answer in answers[WARM:]]) for field in ("seconds", "cpu"))
-        base = np.array([answer["seconds"] for answer in seen[first][WARM:]])
-        equal = np.concatenate(
-            [
-                np.atleast_1d(np.array(answer["result"]) == np.array(other["result"]))
-                for answer, other in zip(answers, seen[first])
-            ]
+    calls: dict[str, list[dict[str, Any]]] = {name: [] for name in backends}
+    iterations = max(args.repeats + WARMUP_CALLS, args.inputs if stage == ACTION else 0)
+    for iteration in tqdm(range(iterations), desc=stage, unit="iteration", file=sys.stderr):
+        index = iteration % args.inputs
+        for name, backend in backends.items():
+            if name == REFERENCE:
+                calls[name].append(backend[stage](index))
+            else:
+                calls[name].append(measure_call(backend[stage], index, args.device))
+    baseline = next(iter(backends))
+    expected = None
+    if float32_tokens is not None:
+        expected = [float32_tokens[iteration % args.inputs] for iteration in range(iterations)]
+    return [
+        _summarize(
+            backend_calls,
+            calls[baseline],
+            expected,
+            Measurement(size, dtype, stage, name, seconds=0.0, cpu_seconds=0.0, speedup=0.0, baseline=baseline),
         )
-        low, high = np.quantile(seconds, [0.25, 0.75])
-        figures = {"side": name, "seconds": float(np.median(seconds)), "quartiles": [float(low), float(high)]}
-        figures |= {"cpu seconds": float(np.median(cpu)), "faster": float(np.median(base / seconds))}
-        figures["first seconds"] = [answer["seconds"] for answer in answers[:WARM]]  # the second records on a GPU
-        if "GPU bytes" in answers[0]:
-            figures["GPU bytes"] = max(answer["GPU bytes"] for answer in answers)
-        if exact is not None:
-            right = [exact[turn % args.inputs] for turn in range(turns)]
-            figures["equal to float32"] = int((np.array([answer["result"] for answer in answers]) == right).sum())
-        rows.append(figures | {"compared with": first, "equal": int(equal.sum()), "of": int(equal.size)})
-    return rows
+        for name, backend_calls in calls.items()
+    ]
 
 
-def decode_steps(rows: list[dict[str, Any]], model: Any) -> list[dict[str, Any]]:
-    """A decode step of every side: an even share of what an action takes beyond its first token, of the medians."""
-    by_side = {(row["row"], row["side"]): row for row in rows}
-    steps = []
-    for (row, side), whole in by_side.items():
-        if row == PIXELS and (FIRST_TOKEN, side) in by_side:
-            first, later = by_side[FIRST_TOKEN, side], model.get_action_dim() - 1
-            took = {field: (whole[field] - first[field]) / later for field in ("seconds", "cpu seconds")}
-            steps.append({field: whole[field] for field in ("size", "dtype", "side", "compared with")} | took)
-    return [{**step, "row": STEP, "faster": steps[0]["seconds"] / step["seconds"]} for step in steps]
+def _summarize(
+    calls: list[dict[str, Any]],
+    baseline_calls: list[dict[str, Any]],
+    expected: list[list[int]] | None,
+    measurement: Measurement,
+) -> Measurement:
+    """Fill in the medians of a backend's calls, and the comparison of the results."""
+    seconds = np.array([call["seconds"] for call in calls[WARMUP_CALLS:]])
+    cpu_seconds = np.array([call["cpu_seconds"] for call in calls[WARMUP_CALLS:]])
+    baseline_seconds = np.array([call["seconds"] for call in baseline_calls[WARMUP_CALLS:]])
+    low, high = np.quantile(seconds, [0.25, 0.75])
+    equal = np.concatenate(
+        [
+            np.atleast_1d(np.array(call["result"]) == np.array(baseline_call["result"]))
+            for call, baseline_call in zip(calls, baseline_calls)
+        ]
+    )
+    measurement.seconds, measurement.cpu_seconds = float(np.median(seconds)), float(np.median(cpu_seconds))
+    measurement.speedup = float(np.median(baseline_seconds / seconds))
+    measurement.quartiles = float(low), float(high)
+    measurement.warmup_seconds = [call["seconds"] for call in calls[:WARMUP_CALLS]]
+    measurement.equal, measurement.compared = int(equal.sum()), int(equal.size)
+    if "gpu_bytes" in calls[0]:
+        measurement.gpu_bytes = max(call["gpu_bytes"] for call in calls)
+    if expected is not None:
+        tokens = np.array([call["result"] for call in calls])
+        measurement.equal_to_float32 = int((tokens == np.array(expected)).sum())
+    return measurement
 
 
-def floors_of(model: Any, plain: Work, rows: Sequence[str], gflops: float, gbytes: float) -> dict[str, float]:
-    """Seconds that a row's arithmetic alone would take, and reading the language model for every decode step."""
-    step = sum(parameter.nbytes for parameter in model.language_model.parameters()) / gbytes / 1e9
-    floors = {STEP: step}
-    for row in set(rows) & set(ROWS.values()):
-        with FlopCounterMode(display=False) as counter:
-            plain[row](0)
-        steps = model.get_action_dim() - 1 if row in (ACTION, PIXELS, BATCH) else 0
-        floors[row] = counter.get_total_flops() / gflops / 1e9 + steps * step
-    return floors
+def decode_step_measurements(measurements: Sequence[Measurement], num_steps: int) -> list[Measurement]:
+    """Return the mean time of a decode step per backend: (action from pixels - first token) / number of steps."""
+    by_stage = {(measurement.stage, measurement.backend): measurement for measurement in measurements}
+    steps: list[Measurement] = []
+    for (stage, backend), action in by_stage.items():
+        first_token = by_stage.get((FIRST_TOKEN, backend))
+        if stage != PIXELS or first_token is None:
+            continue
+        seconds = (action.seconds - first_token.seconds) / num_steps
+        steps.append(
+            Measurement(
+                size=action.size,
+                dtype=action.dtype,
+                stage=DECODE_STEP,
+                backend=backend,
+                seconds=seconds,
+                cpu_seconds=(action.cpu_seconds - first_token.cpu_seconds) / num_steps,
+                speedup=(steps[0].seconds if steps else seconds) / seconds,
+                baseline=action.baseline,
+            )
+        )
+    return steps
 
 
-def table(report: dict[str, Any]) -> list[str]:
-    """The report as lines of Markdown."""
-    lines = [", ".join(f"{name} {_short(value)}" for name, value in report["machine"].items()), ""]
-    columns = "size, dtype, row, side, ms (quartiles), CPU ms, faster, share of the floor, equal, equal to float32"
-    columns = columns.split(", ") + ["GPU MB"] * any("GPU bytes" in row for row in report["rows"])
+def stage_rooflines(
+    model: Any, plain: Benchmark, stages: Sequence[str], *, gflops: float, gbytes: float
+) -> dict[str, float]:
+    """Return the roofline time in seconds of every stage: its arithmetic, and reading the weights per decode step."""
+    step = decode_step_seconds(model.language_model, gbytes)
+    rooflines = {DECODE_STEP: step}
+    for stage in set(stages) & set(STAGES.values()):
+        num_steps = model.get_action_dim() - 1 if stage in (ACTION, PIXELS, BATCH) else 0
+        rooflines[stage] = compute_seconds(functools.partial(plain[stage], 0), gflops) + num_steps * step
+    return rooflines
+
+
+def format_table(report: Mapping[str, Any]) -> list[str]:
+    """Return the report as lines of Markdown."""
+    lines = [", ".join(f"{name} {_format_value(value)}" for name, value in report["machine"].items()), ""]
+    columns = ["size", "dtype", "stage", "backend", "ms (quartiles)", "CPU ms", "speedup", "roofline fraction"]
+    columns += ["equal", "equal to float32"]
+    columns += ["GPU MB"] * any("gpu_bytes" in measurement for measurement in report["measurements"])
     lines += [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
-    for row in report["rows"]:
-        low, high = (1e3 * quartile for quartile in row.get("quartiles", [0, 0]))
-        cells = [row["size"], row["dtype"], row["row"], row["side"]]
-        cells += [f"{1e3 * row['seconds']:.1f}" + (f" ({low:.1f}-{high:.1f})" if high else "")]
-        cells += [f"{1e3 * row['cpu seconds']:.1f}", f"{row['faster']:.2f}x"]
-        cells += [f"{row['share of the floor']:.2f}" if "share of the floor" in row else ""]
-        cells += [f"{row[field]} of {row['of']}" if field in row else "" for field in ("equal", "equal to float32")]
-        cells += [f"{row['GPU bytes'] / 1e6:.0f}"] if "GPU bytes" in row else []
-        lines.append(f"| {' | '.join(cells)} |")
-    return [*lines, "", *[f"Not run {left}." for left in report["not run"]]]
+    lines += [_format_line(measurement) for measurement in report["measurements"]]
+    return [*lines, "", *[f"Not run {reason}." for reason in report["not_run"]]]
 
 
-def _short(value: Any) -> str:
+def _format_line(measurement: Mapping[str, Any]) -> str:
+    latency = f"{1e3 * measurement['seconds']:.1f}"
+    if "quartiles" in measurement:
+        low, high = measurement["quartiles"]
+        latency += f" ({1e3 * low:.1f}-{1e3 * high:.1f})"
+    cells = [measurement[name] for name in ("size", "dtype", "stage", "backend")]
+    cells += [latency, f"{1e3 * measurement['cpu_seconds']:.1f}", f"{measurement['speedup']:.2f}x"]
+    cells += [f"{measurement['roofline_fraction']:.2f}" if "roofline_fraction" in measurement else ""]
+    for name in ("equal", "equal_to_float32"):
+        cells += [f"{measurement[name]} of {measurement['compared']}" if name in measurement else ""]
+    cells += [f"{measurement['gpu_bytes'] / 1e6:.0f}"] if "gpu_bytes" in measurement else []
+    return f"| {' | '.join(cells)} |"
+
+
+def _format_value(value: Any) -> str:
     return f"{value:.1f}" if isinstance(value, float) else json.dumps(value) if isinstance(value, dict) else str(value)
 
 
-def draw(report: dict[str, Any], file: Path) -> None:
-    """The actions' times as bars, a panel a size and dtype, with the floor as a line."""
+def draw(report: Mapping[str, Any], file: Path) -> None:
+    """Draw the latencies of an action as bars, a panel per size and dtype, with the roofline time as a line."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise OpenVLAImportError('A picture needs matplotlib: pip install "openvla[plot]".') from error
-    rows = [row for row in report["rows"] if row["row"] == ACTION]
-    panels = list(dict.fromkeys((row["size"], row["dtype"]) for row in rows))
+    actions = [measurement for measurement in report["measurements"] if measurement["stage"] == ACTION]
+    panels = list(dict.fromkeys((action["size"], action["dtype"]) for action in actions))
     figure = Figure(figsize=(9, 2.6 * len(panels)), layout="constrained")
     for axes, panel in zip(figure.subplots(len(panels), squeeze=False)[:, 0], panels):
-        shown = [row for row in rows if (row["size"], row["dtype"]) == panel]
-        milliseconds = [1e3 * row["seconds"] for row in shown]
-        spread = np.abs(1e3 * np.array([row["quartiles"] for row in shown]).T - milliseconds)
-        axes.barh([row["side"] for row in shown], milliseconds, xerr=spread, color="tab:blue")
-        axes.axvline(milliseconds[0] * shown[0]["share of the floor"], color="tab:red", label="floor")
+        shown = [action for action in actions if (action["size"], action["dtype"]) == panel]
+        milliseconds = [1e3 * action["seconds"] for action in shown]
+        spread = np.abs(1e3 * np.array([action["quartiles"] for action in shown]).T - milliseconds)
+        axes.barh([action["backend"] for action in shown], milliseconds, xerr=spread, color="tab:blue")
+        axes.axvline(milliseconds[0] * shown[0]["roofline_fraction"], color="tab:red", label="roofline")
         axes.invert_yaxis()
         axes.set(title=f"{ACTION}: {', '.join(panel)}", xlabel="ms")
         axes.legend(loc="lower right")

@@ -1,6 +1,6 @@
 """Latency of a chunk in one parallel pass beside the same weights' autoregressive action, and how near the floor it is.
 
-    python benchmarks/chunks.py [--size eighth|full] [--dtype float32|bfloat16] [--pairs 20]
+    python benchmarks/chunks.py [--size eighth|full] [--dtype float32|bfloat16] [--repeats 20]
 
 "eighth" is OpenVLA-7B's depth at an eighth of its width, "full" its size, built on the GPU with random weights. All
 rows are timed in turn in one process, and medians are reported. The floor is the pass's floating-point operations at
@@ -21,8 +21,8 @@ import numpy as np
 import torch
 import transformers
 from openvla import PLATFORMS, OpenVLAForActionPrediction
-from openvla.benchmarking.benchmark import floor_seconds, gemm_rate, read_rate
-from openvla.benchmarking.reference import timed
+from openvla.benchmarking.reference import measure_call
+from openvla.benchmarking.roofline import gemm_rate, read_rate, roofline_seconds
 from openvla.benchmarking.sizes import overrides
 from openvla.inference.predict import SAMPLE_IMAGE, SAMPLE_INSTRUCTION
 from openvla.tiny import UNTRAINED_STATISTICS, build_tiny
@@ -98,7 +98,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=("eighth", "full"), default="eighth")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--pairs", type=int, default=20)
+    parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
@@ -110,18 +110,18 @@ def main() -> None:
     )
     models = {row: build(row, args.size, args.device, dtype) for row in ROWS}
     seconds = {row: [] for row in ROWS}
-    for turn in range(WARM + args.pairs):
+    for turn in range(WARM + args.repeats):
         for row, (_, answer) in models.items():
-            took = timed(lambda _, answer=answer: answer(), 0, args.device)
+            took = measure_call(lambda _, answer=answer: answer(), 0, args.device)
             if turn >= WARM:
                 seconds[row].append(took["seconds"])
     ceilings = gemm_rate(args.device, dtype) / 1e9, read_rate(args.device) / 1e9
     first = float(np.median(seconds[next(iter(ROWS))]))
-    print("| answer | ms | ms an action | faster per action | share of the floor | check |\n|---|---|---|---|---|---|")
+    print("| answer | ms | ms an action | faster per action | roofline fraction | check |\n|---|---|---|---|---|---|")
     for row, (model, answer) in models.items():
         median = float(np.median(seconds[row]))
         one = median / model.config.chunk_length
-        share = floor_seconds(model, lambda _, answer=answer: answer(), *ceilings) / median
+        share = roofline_seconds(model, answer, *ceilings) / median
         figures = f"{1e3 * median:.1f} | {1e3 * one:.1f} | {first / one:.1f}x | {share:.2f}"
         print(f"| {row} | {figures} | {check(model, answer)} |", flush=True)
 

@@ -80,10 +80,10 @@ def worker(args: argparse.Namespace) -> None:
         specification = importlib.util.spec_from_file_location("benchmark_reference", REFERENCE_SCRIPT)
         reference = importlib.util.module_from_spec(specification)
         specification.loader.exec_module(reference)
-        reference.imported(args.reference)  # as this package is, before the clock runs
+        reference.import_reference(args.reference)  # as this package is, before the clock runs
 
         def load() -> torch.nn.Module:
-            return reference.load(args.reference, args.folder, "bfloat16", args.device)[0]
+            return reference.load_reference(args.reference, args.folder, "bfloat16", args.device)[0]
 
     model, seconds, peak = watched(load)
     print("LOADED " + json.dumps({"seconds": seconds, "peak": peak, "digests": digests(model)}))

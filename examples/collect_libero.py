@@ -39,7 +39,7 @@ from openvla.configuration_openvla import OpenVLAConfig, write_json
 from openvla.data.lerobot_writer import LeRobotWriter
 from openvla.data.utils import read_json
 from openvla.evaluation.simulator import end_effector_state, make_environment, open_suite, parse_tasks
-from openvla.inference.action_queue import ActionChunk
+from openvla.inference.action_queue import ActionQueue
 from openvla.inference.policy import Policy, load_policy
 from openvla.inference.robot_conventions import convert_action
 from PIL import Image
@@ -193,7 +193,7 @@ class Driven:
     """A policy drives for some steps; its mistakes are what disturbs the arm."""
 
     def __init__(self, policy: Policy, instruction: str, cameras: Sequence[str], rng: np.random.Generator) -> None:
-        self.actor = ActionChunk(policy) if policy.model.config.chunk_length > 1 else policy
+        self.actor = ActionQueue(policy) if policy.model.config.chunk_length > 1 else policy
         self.instruction, self.cameras = instruction, cameras
         self.left = int(rng.integers(*DRIVEN_STEPS))
 

@@ -90,7 +90,7 @@ def table(out: Path, seconds: dict[str, float]) -> str:
         for row in (*report["results"], {**report, "instruction": "all"}):
             low, high = row["success_interval"]
             lines.append(
-                f"| {name} | {row['instruction']} | {row['successes']}/{row['judged']} | {low:.0%} to {high:.0%} |"
+                f"| {name} | {row['instruction']} | {row['successes']}/{row['evaluated']} | {low:.0%} to {high:.0%} |"
             )
     lines += ["", "| part | minutes |", "|---|---|"]
     lines += [f"| {part} | {spent / 60:.1f} |" for part, spent in seconds.items()]

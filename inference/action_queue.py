@@ -1,4 +1,4 @@
-"""Playing chunks of actions one by one: open loop for some steps, or blended where chunks overlap."""
+"""Execute action chunks one action per control step: open loop, or averaged where chunks overlap."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 import threading
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -14,206 +14,239 @@ from ..actions_openvla import as_numbers
 from ..errors_openvla import OpenVLAValueError
 
 
+class ActingPolicy(Protocol):
+    """Anything that predicts actions: a ``Policy``, an ``ActionQueue``, a ``PolicyClient``."""
+
+    def act(self, image: Any, instruction: str, proprio: Any = None) -> np.ndarray:
+        """Return an action ``(action_dim,)`` or a chunk ``(chunk, action_dim)``."""
+        ...
+
+
 @dataclass(frozen=True)
-class Ticket:
-    """When a chunk was asked for: what its first action is meant for.
+class RequestId:
+    """The control step at which a chunk was requested; the chunk's first action is for this step.
 
     Attributes:
-        episode: Counts ``reset``.
-        step: Counts actions since the last ``reset``.
+        episode: Number of calls of ``reset`` before the request.
+        step: Number of actions returned since the last ``reset``.
     """
 
     episode: int
     step: int
 
 
-class ActionChunk:
-    """One action a step out of a policy that answers with chunks; the model knows nothing of it.
+class ActionQueue:
+    """Queue that returns one action per control step from a policy that predicts action chunks.
 
-    An answer is meant for the moment that it was asked at. Where it comes late, the actions whose moment has passed are
-    skipped, and an answer that is past altogether, older than the one that is played, or of an earlier episode, is not
-    played at all. Safe to use from several threads: one asks and answers while another plays.
+    The first action of a chunk is for the step at which the chunk was requested. When a chunk arrives late, the actions
+    of past steps are skipped. A chunk is dropped if all its steps are past, if it was requested before the newest one,
+    or if it belongs to an earlier episode. Thread-safe: one thread may request and push chunks while another takes
+    actions.
 
-    A loop that waits for the policy needs ``act`` alone:
+    A loop that waits for the policy needs only ``act``:
 
-        player = ActionChunk(policy, steps=8)
-        action = player.act(images, instruction, proprio)          # every control step
+        queue = ActionQueue(policy, n_action_steps=8)
+        action = queue.act(images, instruction, proprio)           # every control step
 
-    One that does not wait asks in a thread when it is ``due`` and goes on playing meanwhile:
+    A loop that does not wait requests the next chunk in a thread and takes actions meanwhile:
 
-        player.answer(player.ask(), policy.act(images, instruction, proprio))    # the first is waited for
-        with ThreadPoolExecutor(1) as thread:
+        queue.push(queue.request(), policy.act(images, instruction, proprio))    # wait for the first chunk
+        with ThreadPoolExecutor(1) as executor:
             while running:                                         # every control step
-                player.ask_in(thread, images, instruction, proprio)
-                action = player.next()
+                queue.request_async(executor, images, instruction, proprio)
+                action = queue.next()
 
     Args:
-        policy: What answers: ``policy.act(image, instruction, proprio)`` gives ``(chunk, action_dim)``.
-        steps: Actions played of an answer before the next is asked for; None plays all of it.
-        blend: None plays the newest answer. A number m, 0 or more, averages all answers that speak of this moment with
-            weights exp(-m * i), i counting from the oldest (temporal ensembling, Zhao et al. 2023, who take 0.01);
-            ``steps`` should then be small. Averaging suits continuous dimensions, not an open-or-close gripper.
+        policy: Predicts the chunks: ``policy.act(image, instruction, proprio)`` returns ``(chunk, action_dim)``. May be
+            None if all chunks are pushed by the caller.
+        n_action_steps: Actions of a chunk to execute before the next chunk is requested; None executes all of them.
+        temporal_ensemble_coeff: None executes the newest chunk. A number m >= 0 averages the actions that all chunks
+            predict for the current step with weights exp(-m * i), where i counts from the oldest chunk (temporal
+            ensembling, Zhao et al. 2023, with m = 0.01); ``n_action_steps`` should then be small. Averaging suits
+            continuous dimensions, not a binary gripper.
 
     Raises:
-        ValueError: ``steps`` or ``blend`` is out of range.
+        ValueError: ``n_action_steps`` or ``temporal_ensemble_coeff`` is out of range.
     """
 
-    def __init__(self, policy: Any = None, *, steps: int | None = None, blend: float | None = None) -> None:
-        if steps is not None and (isinstance(steps, bool) or not isinstance(steps, int) or steps < 1):
-            raise OpenVLAValueError(f"steps must be a whole number, 1 or more, or None, got {steps!r}.")
-        if blend is not None and not (blend >= 0 and math.isfinite(blend)):
-            raise OpenVLAValueError(f"blend must be 0 or more, or None, got {blend!r}.")
-        self.policy, self.steps, self.blend = policy, steps, blend
+    def __init__(
+        self,
+        policy: ActingPolicy | None = None,
+        *,
+        n_action_steps: int | None = None,
+        temporal_ensemble_coeff: float | None = None,
+    ) -> None:
+        if n_action_steps is not None and (
+            isinstance(n_action_steps, bool) or not isinstance(n_action_steps, int) or n_action_steps < 1
+        ):
+            raise OpenVLAValueError(f"n_action_steps must be an integer, 1 or more, or None, got {n_action_steps!r}.")
+        if temporal_ensemble_coeff is not None and not (
+            temporal_ensemble_coeff >= 0 and math.isfinite(temporal_ensemble_coeff)
+        ):
+            raise OpenVLAValueError(
+                f"temporal_ensemble_coeff must be 0 or more, or None, got {temporal_ensemble_coeff!r}."
+            )
+        self.policy = policy
+        self.n_action_steps = n_action_steps
+        self.temporal_ensemble_coeff = temporal_ensemble_coeff
         self._lock = threading.Lock()
         self._episode = self._step = 0
-        self._waiting: Ticket | None = None
-        self._answers: dict[int, np.ndarray] = {}  # by the step that they were asked at
-        self._failure: Exception | None = None  # of the last time that the policy was asked in a thread
+        self._pending: RequestId | None = None
+        self._chunks: dict[int, np.ndarray] = {}  # key: the step at which the chunk was requested
+        self._async_error: Exception | None = None  # raised by the policy in the last asynchronous request
 
     def reset(self) -> None:
-        """Begin an episode: answers of the one before are not played."""
+        """Begin an episode and drop all chunks of the previous one."""
         with self._lock:
             self._episode += 1
-            self._step, self._waiting, self._failure = 0, None, None
-            self._answers.clear()
+            self._step, self._pending, self._async_error = 0, None, None
+            self._chunks.clear()
 
     @property
-    def due(self) -> bool:
-        """Whether it is time to ask: no answer is awaited, and nothing is left to play or ``steps`` have passed."""
+    def needs_chunk(self) -> bool:
+        """Whether to request a chunk: none is pending, and the queue is empty or ``n_action_steps`` were executed."""
         with self._lock:
-            if self._waiting is not None:
+            if self._pending is not None:
                 return False
-            newest = max(self._answers, default=None)
-            played_enough = self.steps is not None and newest is not None and self._step - newest >= self.steps
-            return played_enough or not self._current()
+            newest = max(self._chunks, default=None)
+            executed_enough = (
+                self.n_action_steps is not None and newest is not None and self._step - newest >= self.n_action_steps
+            )
+            return executed_enough or not self._current_actions()
 
-    def ask(self) -> Ticket:
-        """Say that the policy is asked now, of an image taken now."""
+    def request(self) -> RequestId:
+        """Register that a chunk is requested for an observation of the current step."""
         with self._lock:
-            self._waiting = Ticket(self._episode, self._step)
-            return self._waiting
+            self._pending = RequestId(self._episode, self._step)
+            return self._pending
 
-    def answer(self, ticket: Ticket, chunk: np.ndarray) -> bool:
-        """Take the answer to a ticket.
+    def push(self, request_id: RequestId, chunk: np.ndarray) -> bool:
+        """Add the chunk of a request.
 
         Args:
-            ticket: What ``ask`` gave.
+            request_id: Return value of ``request``.
             chunk: float ``(chunk, action_dim)``.
 
         Returns:
-            Whether any of it will be played: False for one that is past, outdated or of an earlier episode.
+            True if the chunk was added; False if all its steps are past, if it was requested before the newest chunk,
+            or if it belongs to an earlier episode.
 
         Raises:
-            ValueError: It is no chunk, not finite, shorter than ``steps``, or of another number of dimensions.
+            ValueError: The chunk has another shape, is not finite, is shorter than ``n_action_steps``, or has another
+                ``action_dim`` than earlier chunks.
         """
         chunk = as_numbers(chunk, "A chunk")
         if chunk.ndim != 2 or 0 in chunk.shape:
             raise OpenVLAValueError(f"A chunk must have shape (chunk, action_dim), got {chunk.shape}.")
         if not np.isfinite(chunk).all():
             raise OpenVLAValueError("A chunk must be finite, got NaN or infinity.")
-        if self.steps is not None and self.steps > len(chunk):
-            raise OpenVLAValueError(f"steps={self.steps} actions are to be played, but the chunk holds {len(chunk)}.")
+        if self.n_action_steps is not None and self.n_action_steps > len(chunk):
+            raise OpenVLAValueError(
+                f"n_action_steps={self.n_action_steps} actions are to be executed, but the chunk has {len(chunk)}."
+            )
         with self._lock:
-            if self._waiting == ticket:
-                self._waiting = None
-            newest = max(self._answers, default=None)
-            if newest is not None and self._answers[newest].shape[1] != chunk.shape[1]:
+            if self._pending == request_id:
+                self._pending = None
+            newest = max(self._chunks, default=None)
+            if newest is not None and self._chunks[newest].shape[1] != chunk.shape[1]:
                 raise OpenVLAValueError(
-                    f"The chunk has {chunk.shape[1]} dimensions, earlier ones {self._answers[newest].shape[1]}."
+                    f"The chunk has {chunk.shape[1]} dimensions, earlier ones have {self._chunks[newest].shape[1]}."
                 )
-            past = ticket.step + len(chunk) <= self._step
-            outdated = self.blend is None and newest is not None and ticket.step < newest
-            if ticket.episode != self._episode or past or outdated:
+            is_past = request_id.step + len(chunk) <= self._step
+            is_outdated = self.temporal_ensemble_coeff is None and newest is not None and request_id.step < newest
+            if request_id.episode != self._episode or is_past or is_outdated:
                 return False
-            self._answers[ticket.step] = chunk
+            self._chunks[request_id.step] = chunk
             return True
 
     def next(self) -> np.ndarray:
-        """The action of this step, float64 ``(action_dim,)``; the step then counts as done.
+        """Return the action of the current step, float64 ``(action_dim,)``, and advance by one step.
 
         Raises:
-            ValueError: Every answer is past its end (or there is none): a robot should stop, not repeat.
+            ValueError: No chunk has an action for the current step; the robot should stop, not repeat an action.
         """
         with self._lock:
-            current = self._current()
-            if not current:
-                last = max(self._answers, default=None)
-                why = (
-                    "no chunk was answered yet"
-                    if last is None
-                    else f"the last chunk was for steps {last} to {last + len(self._answers[last]) - 1}"
-                )
-                raise OpenVLAValueError(
-                    f"There is no action for step {self._step}: {why}. Ask the policy and answer first."
-                ) from self._failure
-            if self.blend is None:
-                action = current[-1]
+            actions = self._current_actions()
+            if not actions:
+                raise OpenVLAValueError(self._empty_message()) from self._async_error
+            if self.temporal_ensemble_coeff is None:
+                action = actions[-1]
             else:
-                weights = np.exp(-self.blend * np.arange(len(current)))
-                action = np.average(np.stack(current), axis=0, weights=weights)
+                weights = np.exp(-self.temporal_ensemble_coeff * np.arange(len(actions)))
+                action = np.average(np.stack(actions), axis=0, weights=weights)
             self._step += 1
-            over = [step for step, chunk in self._answers.items() if step + len(chunk) < self._step]
-            for step in over:
-                del self._answers[step]
+            self._chunks = {step: chunk for step, chunk in self._chunks.items() if step + len(chunk) >= self._step}
             return action.copy()
 
     def act(self, image: Any, instruction: str, proprio: Any = None) -> np.ndarray:
-        """The action of this step, asking the policy when it is due.
+        """Return the action of the current step; call the policy first if a chunk is needed.
 
         Args:
-            image: What ``policy.act`` takes: one image, or the list of all cameras'.
-            instruction: What the robot should do.
-            proprio: The robot's state, for policies that take it.
+            image: Camera image or list of camera images, as ``policy.act`` takes it.
+            instruction: Instruction for the robot.
+            proprio: Robot state, for policies that take one.
 
         Returns:
             float64 ``(action_dim,)`` in robot units.
 
         Raises:
-            ValueError: As ``answer``, or the policy's own.
+            ValueError: The queue has no policy, or ``push`` rejects the chunk. Errors of the policy pass through.
         """
-        if self.due:
-            ticket = self.ask()
+        if self.needs_chunk:
+            request_id = self.request()
             try:
-                self.answer(ticket, self.policy.act(image, instruction, proprio))
+                self.push(request_id, self._predict(image, instruction, proprio))
             finally:
-                self._waiting = None  # also where the policy failed: the next step asks again
+                self._pending = None  # after a failure the next step requests again
         return self.next()
 
-    def ask_in(self, executor: Executor, image: Any, instruction: str, proprio: Any = None) -> Future | None:
-        """Ask the policy in a thread if it is due, without waiting; ``next`` plays what there is.
+    def request_async(self, executor: Executor, image: Any, instruction: str, proprio: Any = None) -> Future | None:
+        """Call the policy in a thread if a chunk is needed, without waiting.
 
-        Where the policy fails it is asked again at the next call; once nothing is left to play, ``next`` raises from
-        its failure.
+        If the policy fails, the next call requests again; when no action is left, ``next`` raises from that failure.
 
         Args:
-            executor: Whose thread asks, such as ``ThreadPoolExecutor(1)``.
-            image: As of ``act``.
-            instruction: As of ``act``.
-            proprio: As of ``act``.
+            executor: Runs the policy, for example ``ThreadPoolExecutor(1)``.
+            image: See ``act``.
+            instruction: See ``act``.
+            proprio: See ``act``.
 
         Returns:
-            What ``answer`` will say, or the policy's failure; None where it is not due.
+            A future with the return value of ``push``, or the policy's exception; None if no chunk is needed.
         """
-        if not self.due:
+        if not self.needs_chunk:
             return None
-        ticket = self.ask()
+        request_id = self.request()
 
-        def asked() -> bool:
+        def predict_and_push() -> bool:
             try:
-                played = self.answer(ticket, self.policy.act(image, instruction, proprio))
-                self._failure = None
+                added = self.push(request_id, self._predict(image, instruction, proprio))
+                self._async_error = None
             except Exception as error:
-                self._failure = error
+                self._async_error = error
                 raise
             finally:
                 with self._lock:
-                    if self._waiting == ticket:
-                        self._waiting = None
-            return played
+                    if self._pending == request_id:
+                        self._pending = None
+            return added
 
-        return executor.submit(asked)
+        return executor.submit(predict_and_push)
 
-    def _current(self) -> list[np.ndarray]:
-        """This step's action of every answer that holds one, the oldest answer first."""
-        found = sorted(self._answers.items())
-        return [chunk[self._step - asked] for asked, chunk in found if 0 <= self._step - asked < len(chunk)]
+    def _predict(self, image: Any, instruction: str, proprio: Any) -> np.ndarray:
+        if self.policy is None:
+            raise OpenVLAValueError("This ActionQueue has no policy; pass one, or request and push chunks yourself.")
+        return self.policy.act(image, instruction, proprio)
+
+    def _current_actions(self) -> list[np.ndarray]:
+        """Return the actions that the chunks predict for the current step, oldest chunk first."""
+        chunks = sorted(self._chunks.items())
+        return [chunk[self._step - start] for start, chunk in chunks if 0 <= self._step - start < len(chunk)]
+
+    def _empty_message(self) -> str:
+        newest = max(self._chunks, default=None)
+        if newest is None:
+            reason = "no chunk was pushed yet"
+        else:
+            reason = f"the last chunk was for steps {newest} to {newest + len(self._chunks[newest]) - 1}"
+        return f"There is no action for step {self._step}: {reason}. Request a chunk and push it first."

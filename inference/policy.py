@@ -1,4 +1,4 @@
-"""``load_policy``: a checkpoint on a device, ready to act, or an error that says what would fit."""
+"""``load_policy``: load a checkpoint onto a device as a ``Policy`` that predicts robot actions."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import numpy as np
 import psutil
 import torch
 from torch import nn
+from transformers import PretrainedConfig
 
 from ..adapter_files_openvla import ADAPTER_CONFIG_FILE, base_of, optional_file
 from ..compatibility_openvla import DTYPE_FIELD
@@ -29,13 +30,15 @@ from .fast_decoder import compile_pointwise
 
 logger = logging.getLogger(__name__)
 
-# Beside the weights: cache, activations, what the allocator does not give back.
+# Memory for the KV cache, activations and allocator fragmentation, as a factor on the weights.
 HEADROOM = 1.1
-# Bytes a weight: the value, and one scale (quantised itself at 4 bits) a block of 64 or a row.
+# Bytes per quantised weight: the value, and a scale per block of 64 (4 bits; scales are quantised too) or per row.
 BYTES_OF_BITS = {8: 1.0, 4: 0.5 + 1 / 64 + 4 / (64 * 256)}
-# Their README.md say how they were made and what they can do.
+# Tolerance when pixel means and standard deviations are compared: published ones are rounded to bfloat16.
+PIXEL_STATISTICS_TOLERANCE = 0.01
+# Checkpoints in the package; their README.md describe training and success rates.
 EMBEDDED = Path(__file__).resolve().parents[1] / "assets" / "libero"
-EMBEDDED_OFT = EMBEDDED.with_name("libero_oft")  # its twin, which answers chunks; judged in float32
+EMBEDDED_OFT = EMBEDDED.with_name("libero_oft")  # predicts action chunks; evaluated in float32
 EMBEDDED_NAME = "embedded default (4 M parameters, trained on two tasks of LIBERO-Object)"
 DTYPES = ("float32", "bfloat16", "float16")
 PREPROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
@@ -43,15 +46,15 @@ PREPROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 
 @dataclass
 class Policy:
-    """A model that acts.
+    """A model and its processor that predict robot actions from an image and an instruction.
 
     Attributes:
-        model: In eval mode, on its device.
-        processor: The checkpoint's own.
-        unnorm_key: The dataset whose statistics give robot units.
-        constrain_actions: As of ``predict_action``; random weights need it.
+        model: Model in eval mode, on its device.
+        processor: Processor of the checkpoint.
+        unnorm_key: Dataset whose statistics un-normalise the actions to robot units.
+        constrain_actions: Decode action tokens only, see ``predict_action``; needed for untrained weights.
 
-    An answer in which a single token is no action raises, since it would drive a joint at full speed.
+    A prediction with a token that is not an action token raises, because it would move a joint at full speed.
     """
 
     model: OpenVLAForActionPrediction
@@ -60,36 +63,43 @@ class Policy:
     constrain_actions: bool = False
 
     def __post_init__(self) -> None:
-        """Refuse constrained tokens of a model that answers in numbers.
+        """Validate ``constrain_actions``.
 
         Raises:
-            ValueError: ``constrain_actions`` would be ignored.
+            ValueError: The model has a continuous action head, which would ignore ``constrain_actions``.
         """
         require_one_pass({}, None, self.constrain_actions, self.model.config.action_head)
 
     def act(self, image: Any, instruction: str, proprio: Any = None) -> np.ndarray:
-        """The next action, or chunk of actions; ``ActionChunk`` plays a chunk action by action.
+        """Predict the next action or action chunk; ``ActionQueue`` returns the actions of a chunk one by one.
 
         Args:
             image: Camera image, as the processor takes it: PIL, numpy ``(H, W, 3)`` uint8 or float, torch, a path; for
                 a model of several cameras the list of their images, in the order of training.
-            instruction: What the robot should do.
-            proprio: The robot's state in its own units, ``(proprio_dim,)``, for models that were trained with it.
+            instruction: Instruction for the robot.
+            proprio: Robot state in its own units, ``(proprio_dim,)``, for models trained with it.
 
         Returns:
-            float64 ``(action_dim,)`` or ``(chunk, action_dim)`` in robot units, as ``predict_action``.
+            float64 ``(action_dim,)`` or ``(chunk, action_dim)`` in robot units.
 
         Raises:
-            NoActionError: What the model gave is no action.
+            NoActionError: The prediction is not an action.
             ValueError: Image, instruction or proprio do not fit the model.
         """
         device = self.model.device if self.model.device.type == "cuda" else None
         inputs = self.processor(instruction=instruction, images=image, device=device)
-        asked = {"unnorm_key": self.unnorm_key, "constrain_actions": self.constrain_actions, "strict": True}
-        return self.model.predict_action(**inputs, **asked, proprio=proprio)
+        action = self.model.predict_action(
+            **inputs,
+            unnorm_key=self.unnorm_key,
+            proprio=proprio,
+            constrain_actions=self.constrain_actions,
+            strict=True,
+        )
+        assert isinstance(action, np.ndarray)  # an ActionOutput with return_dict=True only
+        return action
 
     def reset(self) -> None:
-        """Begin an episode. The model remembers nothing from one image to the next."""
+        """Begin an episode. The model keeps no state between calls."""
 
 
 def load_policy(
@@ -103,154 +113,171 @@ def load_policy(
     compile: bool = False,
     constrain_actions: bool | None = None,
 ) -> Policy:
-    """Load a checkpoint, or an adapter on its base, straight onto a device.
+    """Load a checkpoint, or an adapter with its base model, directly onto a device.
 
     Args:
         model: Folder or Hub id; None is the embedded default, which needs no download.
-        bits: 8 or 4 for quantised weights (see ``quantization_config``); None for whole ones, or as saved.
-        device: None is the GPU where there is one, else the CPU.
-        dtype: None is bfloat16 on a GPU that has it (else float16), and the checkpoint's own on a CPU (float32 for the
-            embedded ones: many CPUs have no bfloat16). 4-bit weights are multiplied in it too, where it is given.
-        unnorm_key: As for ``predict_action``; settled here, so that a wrong one does not wait for the first action.
-        prepack: On a CPU, lay the weights out for its products once (``prepacked_model.prepack``): faster answers, in
-            bfloat16 the same in every bit, of a model that can do nothing else.
-        compile: Let torch.compile fuse the small operations of an answer (``compile_pointwise``), for a GPU; the first
-            answer waits for it.
-        constrain_actions: As of ``predict_action``: then the policy has an action to images that it does not know, too.
-            None is True for the embedded default, which knows two tasks and is there to be tried, else False.
+        bits: 8 or 4 for quantised weights (see ``quantization_config``); None for the dtype, or the quantisation of a
+            checkpoint that was saved quantised.
+        device: None is the GPU if there is one, else the CPU.
+        dtype: dtype of the weights and of the computation, also of 4-bit matrix products. None is bfloat16 on a GPU
+            that supports it (else float16), and the checkpoint's dtype on a CPU (float32 for the embedded checkpoints,
+            because many CPUs do not support bfloat16).
+        unnorm_key: See ``predict_action``; checked here, so that an unknown key fails before the first action.
+        prepack: Repack the weights once for the matrix products of this CPU (``inference.cpu_prepack``): faster, and
+            bitwise equal in bfloat16. The model can then only predict.
+        compile: Let torch.compile fuse pointwise operations on a GPU (``fast_decoder``); the first prediction waits for
+            the compilation.
+        constrain_actions: Decode action tokens only (see ``predict_action``), so that images unlike the training data
+            give an action, too. None is True for the embedded default, which knows two tasks only, else False.
 
     Raises:
-        ValueError: The model does not fit on the device; the message says what it needs and which ``bits`` would fit.
-            Or it is already quantised with other bits, or cannot be prepacked or fused.
+        ValueError: The model does not fit on the device (the message says which ``bits`` would), it is already
+            quantised with other bits, or it cannot be prepacked or compiled.
         KeyError: Unknown ``unnorm_key``.
         ImportError: A package for ``bits`` or an adapter is missing.
     """
     device = torch.device(device or default_device())
     dtype = getattr(torch, dtype) if isinstance(dtype, str) and dtype != "auto" else dtype
-    computed = dtype if isinstance(dtype, torch.dtype) else fast_dtype(device)
     model = EMBEDDED if model is None else model
     if constrain_actions is None:
         constrain_actions = Path(model).resolve() == EMBEDDED
     if dtype is None and device.type == "cpu" and Path(model).resolve() in (EMBEDDED, EMBEDDED_OFT):
         dtype = torch.float32
-    is_adapter = optional_file(model, ADAPTER_CONFIG_FILE) is not None
-    base, revision = base_of(model, {}) if is_adapter else (model, None)
-    at = {"revision": revision} if revision else {}
-    config = OpenVLAConfig.from_pretrained(base, **at)
+    base, base_kwargs = _base_checkpoint(model)
+    config = OpenVLAConfig.from_pretrained(base, **base_kwargs)
     require_one_pass({}, None, constrain_actions, config.action_head)
     stored = stored_bits(config)
     if bits is not None and stored not in (None, bits):
         raise OpenVLAValueError(f"{model} is already quantised to {stored} bits; leave bits out, or load its base.")
-    quantization = None
+    kwargs: dict[str, Any] = {"device_map": {"": str(device)}}
     if bits is not None and stored is None:
-        quantization = quantization_config(bits, compute_dtype=computed if bits == 4 else None)
+        compute_dtype = dtype if isinstance(dtype, torch.dtype) else fast_dtype(device)
+        kwargs["quantization_config"] = quantization_config(bits, compute_dtype=compute_dtype if bits == 4 else None)
     if dtype is None:
         dtype = "auto" if device.type == "cpu" else fast_dtype(device)
-    _require_room(model, config, stored or bits, device, dtype)
-    keywords = {"device_map": {"": str(device)}, DTYPE_FIELD: dtype}
-    if quantization is not None:
-        keywords["quantization_config"] = quantization
-    loaded = OpenVLAForActionPrediction.from_pretrained(model, **keywords).eval()
+    kwargs[DTYPE_FIELD] = dtype
+    _require_memory(model, config, stored or bits, device, dtype)
+    loaded = OpenVLAForActionPrediction.from_pretrained(model, **kwargs).eval()
     if prepack:
         prepack_weights(loaded)
     if compile:
         compile_pointwise(loaded)
-    own_processor = any(optional_file(model, name) for name in PREPROCESSOR_FILES)
-    processor = AutoProcessor.from_pretrained(model) if own_processor else AutoProcessor.from_pretrained(base, **at)
-    for doubt in processor_doubts(config, processor.image_processor):
+    has_processor = any(optional_file(model, name) for name in PREPROCESSOR_FILES)
+    processor = AutoProcessor.from_pretrained(
+        model if has_processor else base, **({} if has_processor else base_kwargs)
+    )
+    for mismatch in processor_mismatches(config, processor.image_processor):
         logger.warning(
             "%s: %s; if these are files of another checkpoint, the model sees other images than it was trained with: "
             "take the preprocessor_config.json that was saved with the weights",
             model,
-            doubt,
+            mismatch,
         )
     return Policy(loaded, processor, loaded.resolve_unnorm_key(unnorm_key), constrain_actions)
 
 
-PIXEL_STATISTICS_TOLERANCE = 0.01  # published ones are rounded to bfloat16, to within 0.001
+def _base_checkpoint(model: str | os.PathLike) -> tuple[str | os.PathLike, dict[str, Any]]:
+    """Return the checkpoint that has config and weights, and the arguments of ``from_pretrained`` for it."""
+    if optional_file(model, ADAPTER_CONFIG_FILE) is None:
+        return model, {}
+    base, revision = base_of(model, {})
+    return base, {"revision": revision} if revision else {}
 
 
-def processor_doubts(config: OpenVLAConfig, processor: OpenVLAImageProcessor) -> list[str]:
-    """Return what an image processor does otherwise than a model's towers were trained with; empty for its own.
+def processor_mismatches(config: OpenVLAConfig, processor: OpenVLAImageProcessor) -> list[str]:
+    """Describe how an image processor differs from the preprocessing that the vision towers were trained with.
 
-    Means and standard deviations are those of timm's towers of the configuration's ids: a model that was trained with
-    others is in doubt too.
+    The expected means and standard deviations are timm's for the towers of the configuration; a model trained with
+    other statistics is reported, too. Returns an empty list if nothing differs.
     """
-    trained = OpenVLAImageProcessor.for_config(config)
-    doubts = []
-    sizes, own_sizes = (
-        [tuple(crop["output_size"]) for crop in images.tvf_crop_params] for images in (trained, processor)
+    expected = OpenVLAImageProcessor.for_config(config)
+    mismatches = []
+    expected_sizes, sizes = (
+        [tuple(crop["output_size"]) for crop in images.tvf_crop_params] for images in (expected, processor)
     )
-    if own_sizes != sizes:
-        doubts.append(f"the image processor makes images of {own_sizes}, the towers take {sizes}")
-    if processor.image_resize_strategy != trained.image_resize_strategy:
-        doubts.append(
+    if sizes != expected_sizes:
+        mismatches.append(f"the image processor makes images of {sizes}, the towers take {expected_sizes}")
+    if processor.image_resize_strategy != expected.image_resize_strategy:
+        mismatches.append(
             f"the image processor resizes by {processor.image_resize_strategy!r}, the configuration says "
-            f"{trained.image_resize_strategy!r}"
+            f"{expected.image_resize_strategy!r}"
         )
     for field in ("mean", "std"):
-        values, own_values = (
-            [tower[field] for tower in images.tvf_normalize_params] for images in (trained, processor)
+        expected_values, values = (
+            [tower[field] for tower in images.tvf_normalize_params] for images in (expected, processor)
         )
-        if np.shape(own_values) != np.shape(values) or not np.allclose(
-            own_values, values, rtol=0, atol=PIXEL_STATISTICS_TOLERANCE
+        if np.shape(values) != np.shape(expected_values) or not np.allclose(
+            values, expected_values, rtol=0, atol=PIXEL_STATISTICS_TOLERANCE
         ):
-            doubts.append(
-                f"the image processor's {field} a channel is {np.round(own_values, 3).tolist()}, that of the towers "
-                f"{config.timm_model_ids} is {np.round(values, 3).tolist()}"
+            mismatches.append(
+                f"the image processor's {field} per channel is {np.round(values, 3).tolist()}, that of the towers "
+                f"{config.timm_model_ids} is {np.round(expected_values, 3).tolist()}"
             )
-    return doubts
+    return mismatches
 
 
 def add_policy_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of every command that needs a policy."""
+    """Add the options of every command that loads a policy."""
     parser.add_argument(
         "--model", metavar="DIR_OR_ID", help="checkpoint folder or Hub id; without it the embedded default"
     )
-    parser.add_argument("--unnorm-key", metavar="K", help="dataset whose statistics give robot units")
-    parser.add_argument("--bits", type=int, choices=(8, 4), help="quantise the weights (extra: openvla[quant])")
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, mps; default cuda where there is one, else cpu")
     parser.add_argument(
-        "--dtype", choices=DTYPES, help="of the computation; default bfloat16 on a GPU, the checkpoint's own on a CPU"
+        "--unnorm-key", metavar="K", help="dataset whose statistics un-normalise actions to robot units"
+    )
+    parser.add_argument("--bits", type=int, choices=(8, 4), help="quantise the weights (extra: openvla[quant])")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, mps; default cuda if available, else cpu")
+    parser.add_argument(
+        "--dtype", choices=DTYPES, help="dtype of the model; default bfloat16 on a GPU, the checkpoint's on a CPU"
     )
     parser.add_argument(
         "--constrain-actions",
         action=argparse.BooleanOptionalAction,
-        help="choose among action tokens only; else what is no action is an error. Default for the embedded default",
+        help="decode action tokens only; without it other tokens are an error. On for the embedded default",
     )
     parser.add_argument(
-        "--compile", action="store_true", help="let torch.compile fuse small operations; the first answer waits for it"
+        "--compile",
+        action="store_true",
+        help="fuse pointwise operations with torch.compile; the first action waits for it",
     )
     parser.add_argument(
-        "--prepack", action="store_true", help="lay the weights out for this CPU's products once: faster"
+        "--prepack", action="store_true", help="repack the weights once for this CPU's matrix products: faster"
     )
 
 
-def policy_from(args: argparse.Namespace) -> tuple[Policy, str]:
-    """The policy that the options of ``add_policy_arguments`` name, and its name; errors as of ``load_policy``."""
-    names = ("bits", "device", "dtype", "unnorm_key", "prepack", "compile", "constrain_actions")
-    named = {name: getattr(args, name) for name in names}
-    return load_policy(args.model, **named), str(args.model or EMBEDDED_NAME)
+def load_policy_from_args(args: argparse.Namespace) -> tuple[Policy, str]:
+    """Load the policy of the options of ``add_policy_arguments``; return it and its name. Raises as ``load_policy``."""
+    policy = load_policy(
+        args.model,
+        bits=args.bits,
+        device=args.device,
+        dtype=args.dtype,
+        unnorm_key=args.unnorm_key,
+        prepack=args.prepack,
+        compile=args.compile,
+        constrain_actions=args.constrain_actions,
+    )
+    return policy, str(args.model or EMBEDDED_NAME)
 
 
 def default_device() -> str:
-    """The GPU where there is one, else the CPU."""
+    """Return "cuda" if a GPU is available, else "cpu"."""
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def stored_bits(config: OpenVLAConfig) -> int | None:
-    """8 or 4 for the configuration of a checkpoint that was saved quantised, else None."""
-    fields = _stored_fields(config)
+def stored_bits(config: PretrainedConfig) -> int | None:
+    """Return 8 or 4 for the configuration of a checkpoint that was saved quantised, else None."""
+    fields = _quantization_fields(config)
     return None if fields is None else 8 if fields.get("load_in_8bit") else 4
 
 
-def _stored_fields(config: OpenVLAConfig) -> dict[str, Any] | None:
+def _quantization_fields(config: PretrainedConfig) -> dict[str, Any] | None:
     quantization = getattr(config, "quantization_config", None)
     return quantization if quantization is None or isinstance(quantization, dict) else quantization.to_dict()
 
 
-def without_weights(config: OpenVLAConfig) -> OpenVLAForActionPrediction:
-    """The model on torch's meta device: shapes alone."""
+def init_empty_model(config: OpenVLAConfig) -> OpenVLAForActionPrediction:
+    """Return the model on torch's meta device, without weights."""
     with torch.device("meta"):
         return OpenVLAForActionPrediction(config)
 
@@ -259,43 +286,47 @@ def weight_bytes(
     model: OpenVLAForActionPrediction,
     bits: int | None,
     dtype: torch.dtype,
-    kept: Sequence[str] = (VISION_TOWERS, *UNQUANTIZED_MODULES),
+    skip_modules: Sequence[str] = (VISION_TOWERS, *UNQUANTIZED_MODULES),
 ) -> int:
-    """Memory of a model's weights.
+    """Return the memory of a model's weights in bytes.
 
     Args:
-        model: Plain, with or without weights.
-        bits: 8, 4, or None for whole weights.
-        dtype: Of what is not quantised.
-        kept: Prefixes or endings of the modules that are not quantised.
+        model: Unquantised model, with weights or on the meta device.
+        bits: 8, 4, or None for unquantised weights.
+        dtype: dtype of the unquantised weights.
+        skip_modules: Prefixes or suffixes of the names of modules that are not quantised.
     """
     total = sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
     if bits is None:
         return total
+    skipped = tuple(skip_modules)
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) and not (name.startswith(tuple(kept)) or name.endswith(tuple(kept))):
+        if isinstance(module, nn.Linear) and not (name.startswith(skipped) or name.endswith(skipped)):
             total -= int(module.weight.numel() * (dtype.itemsize - BYTES_OF_BITS[bits]))
     return total
 
 
 def free_bytes(device: torch.device) -> int | None:
-    """Memory that a new model could take on a device; None where that cannot be told."""
+    """Return the free memory of a device in bytes; None if it is unknown."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     return psutil.virtual_memory().available if device.type == "cpu" else None
 
 
-def _require_room(model: Any, config: OpenVLAConfig, bits: int | None, device: torch.device, dtype: Any) -> None:
-    """Raise ValueError if the weights cannot fit, before any is read."""
+def _require_memory(
+    model: str | os.PathLike, config: OpenVLAConfig, bits: int | None, device: torch.device, dtype: torch.dtype | str
+) -> None:
+    """Raise ValueError if the weights cannot fit on the device, before any weight is read."""
     if dtype == "auto":
         dtype = getattr(config, DTYPE_FIELD, None) or torch.float32
     dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype  # a configuration on transformers 4.40
     free = free_bytes(device)
     if free is None:
         return
-    empty = without_weights(config)
-    kept = (_stored_fields(config) or {}).get("llm_int8_skip_modules") or (VISION_TOWERS, *UNQUANTIZED_MODULES)
-    needed = {choice: weight_bytes(empty, choice, dtype, kept) * HEADROOM for choice in (None, 8, 4)}
+    empty = init_empty_model(config)
+    skip_modules = (_quantization_fields(config) or {}).get("llm_int8_skip_modules")
+    skip_modules = skip_modules or (VISION_TOWERS, *UNQUANTIZED_MODULES)
+    needed = {choice: weight_bytes(empty, choice, dtype, skip_modules) * HEADROOM for choice in (None, 8, 4)}
     if needed[bits] <= free:
         return
     fitting = [f"bits={choice} ({needed[choice] / 1e9:.1f} GB)" for choice in (8, 4) if needed[choice] <= free]

@@ -25,7 +25,7 @@ from pathlib import Path
 from types import ModuleType
 
 from ..errors_openvla import OpenVLAImportError, OpenVLAValueError
-from ..inference.policy import add_policy_arguments, policy_from
+from ..inference.policy import add_policy_arguments, load_policy_from_args
 
 TOKEN_VARIABLE = "OPENVLA_SERVE_TOKEN"
 MIN_TOKEN_LENGTH = 16
@@ -104,7 +104,7 @@ def run(args: argparse.Namespace) -> int:
     token = read_token(args.token_file)
     app = import_server_module("app")
     require_free_port(args.host, args.port)  # before a large model is loaded
-    policy, name = policy_from(args)
+    policy, name = load_policy_from_args(args)
     batched_policy = import_server_module("policy").BatchedPolicy(policy, name, limits)
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     app.serve(batched_policy, host=args.host, port=args.port, token=token)

@@ -85,12 +85,12 @@ class PolicyClient:
     meanwhile; a reply that comes late loses the actions whose time steps have passed::
 
         client = PolicyClient("http://gpu:8000", token=token, timeout=0.5)
-        player = ActionChunk(client, steps=4)
-        player.answer(player.ask(), client.act(camera(), instruction))        # wait for the first chunk
+        queue = ActionQueue(client, n_action_steps=4)
+        queue.push(queue.request(), client.act(camera(), instruction))        # the first is waited for
         with ThreadPoolExecutor(1) as thread:
             while running:
-                player.ask_in(thread, camera(), instruction)                  # does nothing until it is due
-                robot.step(player.next())                                     # raises if no action is left
+                queue.request_async(thread, camera(), instruction)            # does nothing unless a chunk is needed
+                robot.step(queue.next())                                      # raises once every chunk is past
                 wait_for_the_next_control_step()
 
     Args:

@@ -33,7 +33,7 @@ ADDED = {
     "predict --model openvla/openvla-7b": ["--constrain-actions"],
     "convert runs/my-run my-openvla": ["--config-overrides", "sizes.json"],
     "finetune": shlex.split("--max-steps 1 --batch-size 2 --feed-back 2 --device cpu --tracker tensorboard"),
-    "bench": shlex.split("--sizes tiny --pairs 1 --inputs 2"),
+    "bench": shlex.split("--sizes tiny --repeats 1 --inputs 2"),
 }
 # Of these commands, of what torchrun launches and of what runs beside the published code, only arguments (and a run's
 # YAML file) are checked, since they take a simulator, downloads, many processes, or that code.

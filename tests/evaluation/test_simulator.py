@@ -1,21 +1,22 @@
-"""The simulator's suites: whose words tell a task, how long an episode lasts; also (``-m libero``) the real ones."""
+"""Task suites of the simulator: tasks, instructions, episode lengths; with the simulator, too (``-m libero``)."""
 
+import re
 from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
 import pytest
 from openvla import Policy
-from openvla.evaluation import libero as rollout
-from openvla.evaluation import simulator
+from openvla.evaluation import cli, simulator
+from openvla.evaluation import libero as evaluation
 from openvla.tiny import build_tiny
 
 pytestmark = pytest.mark.usefixtures("renderer")
 
 
-def test_tasks_by_number_and_name():
-    spoken = ["pick up the milk", "pick up the butter", "pick up the butter knife"]
-    suite = SimpleNamespace(n_tasks=3, get_task=lambda index: SimpleNamespace(language=spoken[index]))
+def test_parse_tasks_by_number_and_instruction():
+    instructions = ["pick up the milk", "pick up the butter", "pick up the butter knife"]
+    suite = SimpleNamespace(n_tasks=3, get_task=lambda index: SimpleNamespace(language=instructions[index]))
     assert simulator.parse_tasks(None, suite) == [0, 1, 2]
     assert simulator.parse_tasks(["2", "milk", 0, "pick_up_the_butter"], suite) == [2, 0, 1]
     with pytest.raises(ValueError, match=r"(?s)Unknown task 'soup'.*0  pick up the milk"):
@@ -46,7 +47,7 @@ BDDL = """; a comment with (:language not this one)
         ("one) (:language two", None),
     ],
 )
-def test_a_bddl_files_instruction(words, expected):
+def test_bddl_instruction(words, expected):
     if expected:
         assert simulator.bddl_instruction(BDDL.format(words=words)) == expected
         return
@@ -55,7 +56,7 @@ def test_a_bddl_files_instruction(words, expected):
 
 
 class Task(NamedTuple):
-    """As LIBERO has it."""
+    """LIBERO's task."""
 
     name: str
     language: str
@@ -65,37 +66,39 @@ class Task(NamedTuple):
 
 @pytest.fixture
 def libero(tmp_path, monkeypatch):
-    """LIBERO's registry with four suites that word one task in four ways, and no simulator."""
-    words = {
+    """A registry of suites with different instructions for one task, without the simulator."""
+    instructions = {
         "libero_object": "Pick the milk",
         "libero_object_lan": "grab milk",
         "libero_object_task": "Pick the butter",
     }
-    for suite, spoken in words.items():
+    for suite, instruction in instructions.items():
         (tmp_path / suite).mkdir()
-        (tmp_path / suite / "pick_up_the_milk.bddl").write_text(BDDL.format(words=spoken), encoding="utf-8")
+        (tmp_path / suite / "pick_up_the_milk.bddl").write_text(BDDL.format(words=instruction), encoding="utf-8")
 
-    def suite_of(name, count=1):
+    def make_suite(name, count=1):
         task = Task("pick_up_the_milk", "pick up the milk", name, "pick_up_the_milk.bddl")
         tasks = [task] * count
         return lambda: SimpleNamespace(tasks=tasks, n_tasks=count)
 
-    suites = {name: suite_of(name) for name in [*words, "libero_object_env"]} | {"libero_100": suite_of("x", 0)}
+    suites = {name: make_suite(name) for name in [*instructions, "libero_object_env"]} | {
+        "libero_100": make_suite("x", 0)
+    }
     module = SimpleNamespace(get_benchmark_dict=lambda: suites, get_libero_path=lambda kind: str(tmp_path))
     monkeypatch.setattr(simulator, "require_libero", lambda name="libero.libero.benchmark": module)
 
 
 @pytest.mark.parametrize(
-    ("suite", "source", "told"),
+    ("suite", "source", "instruction"),
     [
-        ("libero_object", "file name", "pick up the milk"),  # as trained, although its BDDL file says otherwise
+        ("libero_object", "file name", "pick up the milk"),  # as in training; its BDDL file differs
         ("libero_object_lan", "BDDL", "grab milk"),
         ("libero_object_task", "BDDL", "pick the butter"),
     ],
 )
-def test_perturbed_suites_are_told_in_their_own_words(suite, source, told, libero):
+def test_perturbed_suites_use_bddl_instructions(suite, source, instruction, libero):
     assert simulator.instruction_source(suite) == source
-    assert [task.language for task in simulator.open_suite(suite).tasks] == [told]
+    assert [task.language for task in simulator.open_suite(suite).tasks] == [instruction]
 
 
 @pytest.mark.parametrize(
@@ -106,60 +109,63 @@ def test_perturbed_suites_are_told_in_their_own_words(suite, source, told, liber
         ("libero_objekt", "Unknown suite 'libero_objekt'. Did you mean 'libero_object'"),
     ],
 )
-def test_suites_that_cannot_be_run(suite, message, libero):
+def test_suite_without_files_or_tasks_is_rejected(suite, message, libero):
     with pytest.raises(ValueError, match=message):
         simulator.open_suite(suite)
 
 
-def test_a_perturbed_suites_episodes_last_as_long_as_the_plain_ones():
+def test_perturbed_suites_have_the_step_limit_of_the_plain_ones():
     harness = pytest.importorskip("openvla.evaluation.vla_eval", reason="needs vla-eval", exc_type=ImportError)
     steps = {
         "libero_10": 520, "libero_10_lan": 520, "libero_goal_task": 300, "libero_object_with_mug": 280,
         "libero_spatial": 220, "libero_spatial_swap": 220, "libero_90": 400, "libero_mine": 300,
     }  # fmt: skip
     assert {name: harness.LiberoSuite(name, [0]).get_metadata()["max_steps"] for name in steps} == steps
-    reported = {name: rollout._episode_steps({"suite": name, "tasks": [0], "max_steps": None}) for name in steps}
-    assert reported == steps
-    assert rollout._episode_steps({"suite": "libero_10_lan", "tasks": [0], "max_steps": 7}) == 7
+
+    def reported(suite, max_steps=None):
+        return evaluation._max_episode_steps(SimpleNamespace(suite=suite, tasks=[0], max_steps=max_steps))
+
+    assert {name: reported(name) for name in steps} == steps
+    assert reported("libero_10_lan", max_steps=7) == 7
 
 
 @pytest.mark.libero
-def test_every_suite_is_told_in_the_words_it_was_made_with():
-    """What the simulator itself reads out of the BDDL file; the file's name in suites that policies are trained on."""
+def test_instructions_equal_the_simulators():
+    """BDDL instructions equal those that the simulator parses; plain suites have those of the file names."""
     parse = simulator.require_libero("libero.libero.envs.bddl_utils").get_problem_info
     registered = simulator.require_libero().get_benchmark_dict()
-    run = []
+    opened = []
     for name, suite_class in registered.items():
         try:
             suite = simulator.open_suite(name)
-        except ValueError:  # no files; below stands which ones must have them
+        except ValueError:  # no files; the suites that must have them are below
             continue
-        run.append(name)
+        opened.append(name)
         for named, task in zip(suite_class().tasks, suite.tasks):
-            of_file = parse(str(simulator.bddl_file(task)))["language_instruction"]
-            assert task.language == (named.language if name in simulator.PLAIN_SUITES else of_file)
+            from_bddl = parse(str(simulator.bddl_file(task)))["language_instruction"]
+            assert task.language == (named.language if name in simulator.PLAIN_SUITES else from_bddl)
             assert task == named._replace(language=task.language)
             if name.endswith(("_lan", "_task")):
                 assert task.language != named.language
     kinds = ("lan", "task", "swap", "object")
     perturbed = {f"libero_{suite}_{kind}" for suite in ("object", "spatial", "goal", "10") for kind in kinds}
-    assert perturbed <= set(run)
-    assert set(simulator.PLAIN_SUITES) - {"libero_100"} <= set(run)
+    assert perturbed <= set(opened)
+    assert set(simulator.PLAIN_SUITES) - {"libero_100"} <= set(opened)
 
 
 @pytest.mark.libero
-def test_a_perturbed_suite_is_judged_by_its_own_words(tmp_path, capsys):
-    """The policy, in the harness and over its connection, is told what the BDDL file says; so does the report."""
-    told = set()
+def test_perturbed_suite_is_evaluated_with_bddl_instructions(tmp_path):
+    """The policy gets the BDDL instruction through the harness, and the report has it."""
+    instructions = set()
 
-    class Still(Policy):
+    class StillPolicy(Policy):
         def act(self, image, instruction, proprio=None):
-            told.add(instruction)
+            instructions.add(instruction)
             return np.array([0, 0, 0, 0, 0, 0, 1.0])
 
     model, processor = build_tiny(norm_stats={"mine": {"action": {"q01": [-1.0] * 7, "q99": [1.0] * 7}}})
-    report = rollout.evaluate_libero(
-        Still(model, processor, "mine"),
+    report = evaluation.evaluate_libero(
+        StillPolicy(model, processor, "mine"),
         suite="libero_object_task",
         tasks=["butter"],
         episodes=1,
@@ -167,6 +173,6 @@ def test_a_perturbed_suite_is_judged_by_its_own_words(tmp_path, capsys):
         output=tmp_path,
         progress=False,
     )
-    assert told == {report["results"][0]["instruction"]} == {"pick the butter and place it in the basket"}
-    assert (report["instructions"], report["max_steps"]) == ("BDDL", 2)
-    assert "instructions  BDDL" in rollout.as_table(report, tmp_path)
+    assert instructions == {report["results"][0]["instruction"]} == {"pick the butter and place it in the basket"}
+    assert (report["instruction_source"], report["max_steps"]) == ("BDDL", 2)
+    assert re.search(r"instruction_source +BDDL", cli.format_report(report, tmp_path))

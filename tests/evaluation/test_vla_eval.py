@@ -1,4 +1,4 @@
-"""The embedded default in vla-eval's own, unmodified OpenVLA server, which does not know this package."""
+"""The embedded default in vla-eval's unmodified OpenVLA server, which does not know this package."""
 
 import os
 import subprocess
@@ -22,7 +22,7 @@ pytestmark = [
 ]
 TASK = "pick up the alphabet soup and place it in the basket"
 FRAMES = sorted((FIXTURES / "libero_episode").glob("*.jpg"))
-THEIRS = """
+HARNESS_SCRIPT = """
 import sys
 import numpy as np
 from vla_eval.model_servers.openvla import OpenVLAModelServer
@@ -35,15 +35,15 @@ assert "openvla" not in sys.modules
 """
 
 
-def test_it_gives_our_actions(tmp_path):
-    policy = load_policy(dtype=torch.bfloat16)  # as that server computes
-    policy.model.save_pretrained(tmp_path / "model")  # with the code
+def test_harness_server_predicts_the_same_actions(tmp_path):
+    policy = load_policy(dtype=torch.bfloat16)  # the dtype of that server
+    policy.model.save_pretrained(tmp_path / "model")  # with its code
     policy.processor.save_pretrained(tmp_path / "model")
-    # At this size that server's own resize changes nothing.
-    shown = [np.asarray(Image.open(frame).resize((224, 224))) for frame in FRAMES]
-    np.save(tmp_path / "frames.npy", np.stack(shown))
-    script = tmp_path / "theirs.py"
-    script.write_text(THEIRS)
+    # At this size the server's resize changes nothing.
+    frames = [np.asarray(Image.open(frame).resize((224, 224))) for frame in FRAMES]
+    np.save(tmp_path / "frames.npy", np.stack(frames))
+    script = tmp_path / "harness.py"
+    script.write_text(HARNESS_SCRIPT)
     subprocess.run(
         [sys.executable, script, tmp_path / "model", tmp_path / "frames.npy", tmp_path / "actions.npy", TASK],
         env={**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"},
@@ -51,7 +51,7 @@ def test_it_gives_our_actions(tmp_path):
         check=True,
     )
     server = PolicyServer(policy)
-    ours = [server.predict({"images": {"agentview": frame}, "task_description": TASK}, None) for frame in shown]
-    found = np.stack([answer["actions"] for answer in ours])
-    np.testing.assert_array_equal(np.load(tmp_path / "actions.npy"), found)
-    assert len(np.unique(found, axis=0)) > len(shown) // 2  # the frames are seen
+    predictions = [server.predict({"images": {"agentview": frame}, "task_description": TASK}, None) for frame in frames]
+    actions = np.stack([prediction["actions"] for prediction in predictions])
+    np.testing.assert_array_equal(np.load(tmp_path / "actions.npy"), actions)
+    assert len(np.unique(actions, axis=0)) > len(frames) // 2  # the actions depend on the frames

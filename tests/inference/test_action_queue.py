@@ -1,104 +1,25 @@
-"""Playing chunks: open loop, blended, late answers."""
+"""ActionQueue: open-loop execution, temporal ensembling, late chunks, failures, threads."""
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-from openvla import ActionChunk
+from openvla import ActionQueue
 
 
-class Counter:
-    """Answers with chunks whose numbers say when they were asked and which action they are: 10 * call + index."""
+class CountingPolicy:
+    """Policy whose chunks contain 10 * (number of the call) + (index of the action)."""
 
     def __init__(self, length=4):
-        self.length, self.calls, self.last = length, 0, None
+        self.length, self.calls, self.last_inputs = length, 0, None
 
     def act(self, image, instruction, proprio=None):
-        self.calls, self.last = self.calls + 1, (image, instruction, proprio)
+        self.calls, self.last_inputs = self.calls + 1, (image, instruction, proprio)
         return 10.0 * self.calls + np.arange(self.length)[:, None] + np.zeros((1, 2))
 
 
-def play(player, count):
-    return [player.act("image", "go", [0.5])[0] for _ in range(count)]
-
-
-def test_open_loop():
-    policy = Counter()
-    player = ActionChunk(policy, steps=3)
-    assert play(player, 7) == [10, 11, 12, 20, 21, 22, 30]
-    assert policy.last == ("image", "go", [0.5])
-    assert play(ActionChunk(Counter()), 5) == [10, 11, 12, 13, 20]
-
-
-def test_a_new_episode_asks_again():
-    player = ActionChunk(Counter(), steps=3)
-    play(player, 2)
-    player.reset()
-    assert play(player, 1) == [20]
-
-
-def test_overlapping_chunks_are_blended_with_exponential_weights():
-    player = ActionChunk(Counter(), steps=1, blend=0.5)
-    played = play(player, 5)
-    for step, value in enumerate(played):
-        # Answers of the last four steps speak of this one; the oldest weighs most.
-        candidates = [10.0 * (asked + 1) + step - asked for asked in range(max(0, step - 3), step + 1)]
-        weights = np.exp(-0.5 * np.arange(len(candidates)))
-        assert value == pytest.approx(np.dot(candidates, weights) / weights.sum(), abs=1e-12)
-
-
-def test_late_answers_skip_what_has_passed():
-    player = ActionChunk(steps=2)
-    player.answer(player.ask(), np.arange(4.0)[:, None])
-    player.next(), player.next()
-    assert player.due
-    late = player.ask()
-    assert not player.due  # one is awaited
-    assert player.next() == 2  # the old chunk goes on meanwhile
-    assert player.answer(late, 10 + np.arange(4.0)[:, None])
-    assert player.next() == 11
-
-
-def test_outdated_answers_are_not_played():
-    player = ActionChunk(steps=1)
-    first = player.ask()
-    player.answer(first, np.zeros((2, 1)))
-    player.next()
-    slow, fast = player.ask(), player.ask()
-    player.next()
-    newer = player.ask()
-    assert player.answer(newer, np.ones((3, 1)))
-    assert not player.answer(slow, np.full((3, 1), 9.0))  # asked before the one that is played
-    assert not player.answer(first, np.full((2, 1), 9.0))  # past its end
-    player.reset()
-    assert not player.answer(fast, np.full((3, 1), 9.0))  # of the last episode
-    with pytest.raises(ValueError, match="no action for step 0: no chunk was answered yet"):
-        player.next()
-
-
-def test_past_its_end_is_an_error():
-    player = ActionChunk()
-    player.answer(player.ask(), np.zeros((2, 7)))
-    player.next(), player.next()
-    with pytest.raises(ValueError, match="no action for step 2: the last chunk was for steps 0 to 1"):
-        player.next()
-
-
-def test_a_policy_that_fails_is_asked_again():
-    class Fails:
-        def act(self, *_):
-            raise ConnectionError("gone")
-
-    player = ActionChunk(Fails())
-    for _ in range(2):
-        with pytest.raises(ConnectionError):
-            player.act(None, "go")
-
-
-class FailsOnce(Counter):
-    """Fails when it is asked the second time."""
-
+class FailsOnSecondCall(CountingPolicy):
     def act(self, image, instruction, proprio=None):
         chunk = super().act(image, instruction, proprio)
         if self.calls == 2:
@@ -106,35 +27,117 @@ class FailsOnce(Counter):
         return chunk
 
 
-def test_after_a_failure_the_rest_of_the_old_chunk_is_not_played_unasked():
-    player = ActionChunk(FailsOnce(8), steps=4)
-    assert play(player, 4) == [10, 11, 12, 13]
+def execute(queue, count):
+    return [queue.act("image", "go", [0.5])[0] for _ in range(count)]
+
+
+def test_open_loop_requests_after_n_action_steps():
+    policy = CountingPolicy()
+    queue = ActionQueue(policy, n_action_steps=3)
+    assert execute(queue, 7) == [10, 11, 12, 20, 21, 22, 30]
+    assert policy.last_inputs == ("image", "go", [0.5])
+    assert execute(ActionQueue(CountingPolicy()), 5) == [10, 11, 12, 13, 20]
+
+
+def test_reset_requests_a_new_chunk():
+    queue = ActionQueue(CountingPolicy(), n_action_steps=3)
+    execute(queue, 2)
+    queue.reset()
+    assert execute(queue, 1) == [20]
+
+
+def test_temporal_ensemble_averages_with_exponential_weights():
+    queue = ActionQueue(CountingPolicy(), n_action_steps=1, temporal_ensemble_coeff=0.5)
+    executed = execute(queue, 5)
+    for step, value in enumerate(executed):
+        # The chunks of the last four steps have an action for this one; the oldest weighs most.
+        candidates = [10.0 * (start + 1) + step - start for start in range(max(0, step - 3), step + 1)]
+        weights = np.exp(-0.5 * np.arange(len(candidates)))
+        assert value == pytest.approx(np.dot(candidates, weights) / weights.sum(), abs=1e-12)
+
+
+def test_late_chunk_skips_past_actions():
+    queue = ActionQueue(n_action_steps=2)
+    queue.push(queue.request(), np.arange(4.0)[:, None])
+    queue.next(), queue.next()
+    assert queue.needs_chunk
+    late = queue.request()
+    assert not queue.needs_chunk  # one is pending
+    assert queue.next() == 2  # the old chunk continues meanwhile
+    assert queue.push(late, 10 + np.arange(4.0)[:, None])
+    assert queue.next() == 11
+
+
+def test_outdated_chunks_are_dropped():
+    queue = ActionQueue(n_action_steps=1)
+    first = queue.request()
+    queue.push(first, np.zeros((2, 1)))
+    queue.next()
+    slow, fast = queue.request(), queue.request()
+    queue.next()
+    newer = queue.request()
+    assert queue.push(newer, np.ones((3, 1)))
+    assert not queue.push(slow, np.full((3, 1), 9.0))  # requested before the newest chunk
+    assert not queue.push(first, np.full((2, 1), 9.0))  # all its steps are past
+    queue.reset()
+    assert not queue.push(fast, np.full((3, 1), 9.0))  # of the last episode
+    with pytest.raises(ValueError, match="no action for step 0: no chunk was pushed yet"):
+        queue.next()
+
+
+def test_next_raises_after_the_last_action():
+    queue = ActionQueue()
+    queue.push(queue.request(), np.zeros((2, 7)))
+    queue.next(), queue.next()
+    with pytest.raises(ValueError, match="no action for step 2: the last chunk was for steps 0 to 1"):
+        queue.next()
+
+
+def test_act_calls_the_policy_again_after_a_failure():
+    class AlwaysFails:
+        def act(self, *_):
+            raise ConnectionError("gone")
+
+    queue = ActionQueue(AlwaysFails())
+    for _ in range(2):
+        with pytest.raises(ConnectionError):
+            queue.act(None, "go")
+
+
+def test_act_does_not_execute_the_old_chunk_after_a_failure():
+    queue = ActionQueue(FailsOnSecondCall(8), n_action_steps=4)
+    assert execute(queue, 4) == [10, 11, 12, 13]
     with pytest.raises(ConnectionError):
-        player.act("image", "go")
-    assert play(player, 5) == [30, 31, 32, 33, 40]
+        queue.act("image", "go")
+    assert execute(queue, 5) == [30, 31, 32, 33, 40]
 
 
-def test_a_thread_whose_policy_failed_asks_again_at_the_next_step():
-    policy, plan = FailsOnce(8), []
-    player = ActionChunk(policy, steps=4)
-    with ThreadPoolExecutor(1) as thread:
+def test_request_async_requests_again_after_a_failure():
+    policy, executed = FailsOnSecondCall(8), []
+    queue = ActionQueue(policy, n_action_steps=4)
+    with ThreadPoolExecutor(1) as executor:
         for _ in range(7):
-            asked = player.ask_in(thread, "image", "go")
-            if asked is not None:
-                asked.exception()
-            plan.append(player.next()[0])
-    assert plan == [10, 11, 12, 13, 14, 30, 31]  # the failure was at the fifth step, whose action the old chunk has
+            future = queue.request_async(executor, "image", "go")
+            if future is not None:
+                future.exception()
+            executed.append(queue.next()[0])
+    assert executed == [10, 11, 12, 13, 14, 30, 31]  # the failure was at the fifth step, taken from the old chunk
 
 
-def test_a_failure_of_the_episode_before_is_forgotten():
-    player = ActionChunk(FailsOnce())
-    player.policy.calls = 1
-    with ThreadPoolExecutor(1) as thread:
-        player.ask_in(thread, "image", "go").exception()
-    player.reset()
-    with pytest.raises(ValueError, match="no chunk was answered yet") as raised:
-        player.next()
+def test_reset_forgets_the_failure_of_the_previous_episode():
+    queue = ActionQueue(FailsOnSecondCall())
+    queue.policy.calls = 1
+    with ThreadPoolExecutor(1) as executor:
+        queue.request_async(executor, "image", "go").exception()
+    queue.reset()
+    with pytest.raises(ValueError, match="no chunk was pushed yet") as raised:
+        queue.next()
     assert raised.value.__cause__ is None
+
+
+def test_queue_without_policy_cannot_act():
+    with pytest.raises(ValueError, match="has no policy; pass one, or request and push chunks yourself"):
+        ActionQueue().act("image", "go")
 
 
 @pytest.mark.parametrize(
@@ -142,44 +145,52 @@ def test_a_failure_of_the_episode_before_is_forgotten():
     [
         (np.zeros(7), r"must have shape \(chunk, action_dim\), got \(7,\)"),
         (np.full((4, 7), np.nan), "must be finite"),
-        (np.zeros((2, 7)), "steps=3 actions are to be played, but the chunk holds 2"),
-        (np.zeros((4, 6)), "The chunk has 6 dimensions, earlier ones 7"),
+        (np.zeros((2, 7)), "n_action_steps=3 actions are to be executed, but the chunk has 2"),
+        (np.zeros((4, 6)), "The chunk has 6 dimensions, earlier ones have 7"),
     ],
 )
-def test_bad_chunks(chunk, message):
-    player = ActionChunk(steps=3)
-    player.answer(player.ask(), np.zeros((4, 7)))
+def test_push_rejects_invalid_chunks(chunk, message):
+    queue = ActionQueue(n_action_steps=3)
+    queue.push(queue.request(), np.zeros((4, 7)))
     with pytest.raises(ValueError, match=message):
-        player.answer(player.ask(), chunk)
+        queue.push(queue.request(), chunk)
 
 
-@pytest.mark.parametrize("bad", [{"steps": 0}, {"steps": 1.5}, {"blend": -1}, {"blend": np.nan}])
-def test_bad_settings(bad):
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"n_action_steps": 0},
+        {"n_action_steps": 1.5},
+        {"temporal_ensemble_coeff": -1},
+        {"temporal_ensemble_coeff": np.nan},
+    ],
+)
+def test_invalid_arguments_are_rejected(arguments):
     with pytest.raises(ValueError, match="must be"):
-        ActionChunk(Counter(), **bad)
+        ActionQueue(CountingPolicy(), **arguments)
 
 
-def test_answers_from_another_thread():
-    player = ActionChunk(steps=4)
-    player.answer(player.ask(), np.zeros((8, 1)))
+def test_chunks_can_be_pushed_from_another_thread():
+    queue = ActionQueue(n_action_steps=4)
+    queue.push(queue.request(), np.zeros((8, 1)))
     stop, failures = threading.Event(), []
 
-    def answering():
+    def push_chunks():
         while not stop.is_set():
-            if player.due:
-                ticket = player.ask()
-                player.answer(ticket, ticket.step + np.arange(8.0)[:, None])
+            if queue.needs_chunk:
+                request_id = queue.request()
+                queue.push(request_id, request_id.step + np.arange(8.0)[:, None])
 
-    thread = threading.Thread(target=answering)
+    thread = threading.Thread(target=push_chunks)
     thread.start()
     try:
         for step in range(2000):
             try:
-                action = player.next()[0]
-            except ValueError as error:  # the thread was not scheduled in time: said, not papered over
+                action = queue.next()[0]
+            except ValueError as error:  # the thread was not scheduled in time
                 failures.append(str(error))
-                player.reset()
-                player.answer(player.ask(), np.zeros((8, 1)))
+                queue.reset()
+                queue.push(queue.request(), np.zeros((8, 1)))
                 continue
             assert action == 0 or 0 <= action < step + 8
     finally:

@@ -1,4 +1,4 @@
-"""The embedded policies see where they are: on an episode that none was trained on, they do what was demonstrated."""
+"""The embedded policies follow a demonstration that they were not trained on, and need its images."""
 
 import json
 
@@ -15,11 +15,11 @@ pytest.importorskip("accelerate")
 pytestmark = pytest.mark.lane
 EPISODE = FIXTURES / "libero_episode"
 LARGEST_BYTES = 20e6
-# Cosine between the movement that was made and the one that was demonstrated, mean over ten steps.
-FOLLOWS, SHUFFLED = 0.8, 0.5
-# In controller units, mean over ten steps and three axes; another step's frame is worse by this factor at least.
-TWIN_ERROR, TWIN_SHUFFLED = 0.15, 3.0
-SCORE_ATOL = 0.01  # nats: a pass over all tokens at once, and probability that is not on action tokens
+# Cosine between the predicted and the demonstrated movement, mean over ten steps.
+MIN_COSINE, MAX_SHUFFLED_COSINE = 0.8, 0.5
+# Mean over ten steps and three axes, controller units; with another step's frame larger by at least this factor.
+MAX_OFT_ERROR, MIN_SHUFFLED_FACTOR = 0.15, 3.0
+SCORE_ATOL = 0.01  # nats: one pass over all tokens, and the probability of other tokens
 
 
 @pytest.fixture(scope="module")
@@ -32,24 +32,24 @@ def steps():
     return json.loads((EPISODE / "steps.json").read_text())
 
 
-def answers(policy, steps, order):
-    """The next action at every step, float64 ``(steps, 7)``, each seeing the frame of another; of a chunk the first."""
-    found = []
+def predict_steps(policy, steps, order):
+    """Predict an action per step from the frame of step ``order[i]``: float64 ``(steps, 7)``, the first of a chunk."""
+    actions = []
     for step, frame in zip(steps, order):
         with Image.open(EPISODE / f"{frame}.jpg") as image:
-            found.append(np.atleast_2d(policy.act(image.convert("RGB"), step["language_instruction"]))[0])
-    return np.stack(found)
+            actions.append(np.atleast_2d(policy.act(image.convert("RGB"), step["language_instruction"]))[0])
+    return np.stack(actions)
 
 
 def agreement(actions, steps):
-    """Mean cosine of the movements, and the share of steps whose gripper is right (ours 1 open, theirs -1)."""
-    shown = np.array([step["action"] for step in steps])
-    ours, theirs = actions[:, :3], shown[:, :3]
-    cosine = (ours * theirs).sum(1) / np.linalg.norm(ours, axis=1) / np.linalg.norm(theirs, axis=1)
-    return cosine.mean(), ((actions[:, 6] > 0.5) == (shown[:, 6] < 0)).mean()
+    """Return the mean cosine of the movements and the share of steps with the right gripper (1 open; data: -1)."""
+    demonstrated = np.array([step["action"] for step in steps])
+    predicted, expected = actions[:, :3], demonstrated[:, :3]
+    cosine = (predicted * expected).sum(1) / np.linalg.norm(predicted, axis=1) / np.linalg.norm(expected, axis=1)
+    return cosine.mean(), ((actions[:, 6] > 0.5) == (demonstrated[:, 6] < 0)).mean()
 
 
-def test_it_fits_in_the_box():
+def test_embedded_checkpoints_are_small_and_complete():
     folders = (EMBEDDED, EMBEDDED_OFT)
     assert sum(file.stat().st_size for folder in folders for file in folder.iterdir()) < LARGEST_BYTES
     for folder in folders:
@@ -57,27 +57,29 @@ def test_it_fits_in_the_box():
         assert not list(folder.glob("*.py"))
 
 
-def test_it_follows_the_demonstrated_direction_and_shuffled_images_do_not(policy, steps):
+def test_default_follows_the_demonstration_only_with_its_images(policy, steps):
     order = list(range(len(steps)))
-    cosine, gripper = agreement(answers(policy, steps, order), steps)
-    turned = [agreement(answers(policy, steps, np.roll(order, by)), steps) for by in (3, 5, 7)]
-    assert cosine > FOLLOWS
+    cosine, gripper = agreement(predict_steps(policy, steps, order), steps)
+    shuffled = [agreement(predict_steps(policy, steps, np.roll(order, by)), steps) for by in (3, 5, 7)]
+    assert cosine > MIN_COSINE
     assert gripper >= 0.9
-    assert max(other for other, _ in turned) < SHUFFLED
+    assert max(other for other, _ in shuffled) < MAX_SHUFFLED_COSINE
 
 
-def test_the_twin_does_what_was_demonstrated_and_with_shuffled_images_does_not(steps):
-    twin, order = load_policy(EMBEDDED_OFT, device="cpu"), list(range(len(steps)))
-    shown = np.array([step["action"] for step in steps])[:, :3]
-    error, *turned = [np.abs(answers(twin, steps, np.roll(order, by))[:, :3] - shown).mean() for by in (0, 3, 5, 7)]
-    assert error < TWIN_ERROR
-    assert min(turned) > TWIN_SHUFFLED * error
-    assert twin.model.config.proprio_dim is None
-    assert twin.model.dtype == torch.float32  # as it was judged
+def test_oft_policy_follows_the_demonstration_only_with_its_images(steps):
+    policy, order = load_policy(EMBEDDED_OFT, device="cpu"), list(range(len(steps)))
+    demonstrated = np.array([step["action"] for step in steps])[:, :3]
+    error, *shuffled = [
+        np.abs(predict_steps(policy, steps, np.roll(order, by))[:, :3] - demonstrated).mean() for by in (0, 3, 5, 7)
+    ]
+    assert error < MAX_OFT_ERROR
+    assert min(shuffled) > MIN_SHUFFLED_FACTOR * error
+    assert policy.model.config.proprio_dim is None
+    assert policy.model.dtype == torch.float32  # as it was evaluated
 
 
-def test_its_own_answer_is_the_likeliest_and_as_a_draft_saves_every_step(policy, steps, monkeypatch):
-    """An open gripper is the top edge of the bins, whose token decodes as the highest bin's does."""
+def test_predicted_action_scores_highest_and_is_an_accepted_draft(policy, steps, monkeypatch):
+    """An open gripper is the top bin edge; its token and that of the highest bin decode alike."""
     with Image.open(EPISODE / "1.jpg") as image:
         inputs = policy.processor(instruction=steps[1]["language_instruction"], images=image.convert("RGB"))
     output = policy.model.predict_action(**inputs, return_dict=True)

@@ -496,7 +496,7 @@ processor = transformers.AutoProcessor.from_pretrained(folder, trust_remote_code
 model_class = getattr(transformers, "AutoModelForImageTextToText", None) or transformers.AutoModelForVision2Seq
 model = model_class.from_pretrained(folder, trust_remote_code=True).eval()
 assert "transformers_modules" in type(model).__module__
-assert not any(name.endswith(("fast_openvla", "graphs_openvla")) for name in sys.modules)
+assert not any(name.endswith(("fast_decoder", "graphs_openvla")) for name in sys.modules)
 inputs = processor(instruction="open the drawer", images=np.load(frame))
 options = {} if model.config.action_head else {"constrain_actions": True}
 outputs = [model.predict_action(**inputs, **options, return_dict=True, fast=fast) for fast in (None, False, True)]

@@ -1,4 +1,4 @@
-"""The ``openvla`` command as a user runs it."""
+"""``openvla predict``: its report, its pictures, its errors."""
 
 import json
 import subprocess
@@ -13,7 +13,7 @@ from openvla.inference.predict import draw_chunk
 from PIL import Image
 
 
-def test_the_embedded_default_announces_itself(capsys):
+def test_report_names_the_embedded_default(capsys):
     assert main(["predict"]) == 0
     out = capsys.readouterr().out
     assert EMBEDDED_NAME in out
@@ -22,7 +22,7 @@ def test_the_embedded_default_announces_itself(capsys):
     assert "s to load" in out
 
 
-def test_json_is_one_object(capsys):
+def test_json_report_is_one_object(capsys):
     assert main(["predict", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert len(report["action"]) == len(report["dimensions"]) == len(report["units"]) == 7
@@ -30,7 +30,7 @@ def test_json_is_one_object(capsys):
     assert report["seconds"]["predict"] > 0
 
 
-def test_a_saved_model_predicts_the_same_and_is_drawn(tiny, tmp_path, capsys):
+def test_saved_model_predicts_the_same_and_is_drawn(tiny, tmp_path, capsys):
     tiny.model.save_pretrained(tmp_path / "model")
     tiny.processor.save_pretrained(tmp_path / "model")
     main(["predict", "--json"])
@@ -58,29 +58,29 @@ def test_a_saved_model_predicts_the_same_and_is_drawn(tiny, tmp_path, capsys):
         (["--instruction", ""], "The instruction must say something, got ''."),
     ],
 )
-def test_mistakes_are_one_line(arguments, message, capsys):
+def test_errors_are_one_line(arguments, message, capsys):
     assert main(["predict", *arguments]) == 2
     captured = capsys.readouterr()
-    (said,) = [line for line in captured.err.splitlines() if line and not line.startswith("Loading weights")]
-    assert message in said
+    (error,) = [line for line in captured.err.splitlines() if line and not line.startswith("Loading weights")]
+    assert message in error
     assert not captured.out
 
 
-def test_a_folder_without_a_model_is_one_line(tmp_path, capsys):
+def test_folder_without_a_model_is_an_error(tmp_path, capsys):
     Image.new("RGB", (8, 8)).save(tmp_path / "image.png")
     arguments = ["--model", str(tmp_path), "--image", str(tmp_path / "image.png"), "--instruction", "go"]
     assert main(["predict", *arguments]) == 2
     assert str(tmp_path) in capsys.readouterr().err
 
 
-def test_python_dash_m(tmp_path):
-    done = subprocess.run(
+def test_python_m_openvla_prints_the_version(tmp_path):
+    completed = subprocess.run(
         [sys.executable, "-m", "openvla", "--version"], capture_output=True, text=True, cwd=tmp_path, check=True
     )
-    assert done.stdout.strip() == f"openvla {__version__}"
+    assert completed.stdout.strip() == f"openvla {__version__}"
 
 
-def test_a_chunk_is_drawn(tmp_path):
+def test_draw_chunk_draws_every_step(tmp_path):
     pyplot = pytest.importorskip("matplotlib.pyplot")
     labels = [(f"action[{index}]", "dataset units") for index in range(14)]
     figure = draw_chunk(pyplot, [Image.new("RGB", (8, 8))] * 2, np.zeros((25, 14)), labels, "two cameras")
@@ -89,7 +89,7 @@ def test_a_chunk_is_drawn(tmp_path):
     pyplot.close(figure)
 
 
-def test_what_is_next_to_nothing_looks_like_nothing_in_a_chunk():
+def test_draw_chunk_shares_the_scale_of_a_unit():
     pyplot = pytest.importorskip("matplotlib.pyplot")
     labels = [("dx", "m"), ("dy", "m"), ("gripper", "1 open")]
     actions = np.stack([np.linspace(-0.9, 0.3, 8), np.linspace(0, 1e-9, 8), np.linspace(0, 2e-9, 8)], axis=1)

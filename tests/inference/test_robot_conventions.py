@@ -1,30 +1,30 @@
-"""What robots take where OpenVLA says seven numbers; limits that cut and say so."""
+"""Robot conventions: conversion of actions, sticky grippers, ClipAction."""
 
 import logging
 
 import numpy as np
 import pytest
-from openvla import ActionChunk
+from openvla import ActionQueue
 from openvla.inference.robot_conventions import (
     ROBOT_CONVENTIONS,
     ActionConverter,
     ClipAction,
-    axis_angles,
     convert_action,
+    euler_to_axis_angle,
 )
 
 MOVE = [0.1, -0.2, 0.3, 0.01, -0.02, 0.03]
 
 
-class Says:
-    """Answers with what it was given, every time."""
+class ConstantPolicy:
+    """Policy that returns the same action every time and keeps its inputs."""
 
-    def __init__(self, answer):
-        self.answer, self.asked, self.episodes = np.asarray(answer, float), [], 0
+    def __init__(self, action):
+        self.action, self.inputs, self.episodes = np.asarray(action, float), [], 0
 
     def act(self, image, instruction, proprio=None):
-        self.asked.append((image, instruction, proprio))
-        return self.answer
+        self.inputs.append((image, instruction, proprio))
+        return self.action
 
     def reset(self):
         self.episodes += 1
@@ -39,9 +39,9 @@ class Says:
         ("simpler_widowx", {1.0: 1.0, 0.996: 1.0, 0.6: 1.0, 0.5: -1.0, 0.4: -1.0, 0.004: -1.0, 0.0: -1.0}),
     ],
 )
-def test_the_gripper_changes_its_convention(convention, expected):
+def test_convert_action_converts_the_gripper(convention, expected):
     action = np.array([*MOVE, 0.0])
-    move = MOVE[:3] + (axis_angles(MOVE[3:]).tolist() if convention == "simpler_widowx" else MOVE[3:])
+    move = MOVE[:3] + (euler_to_axis_angle(MOVE[3:]).tolist() if convention == "simpler_widowx" else MOVE[3:])
     for openvla, robot in expected.items():
         action[-1] = openvla
         assert convert_action(action, convention).tolist() == [*move, robot]
@@ -50,7 +50,7 @@ def test_the_gripper_changes_its_convention(convention, expected):
     assert convert_action(chunk, convention)[:, -1].tolist() == list(expected.values())
 
 
-def test_the_reference_sends_the_simulator_the_same():
+def test_libero_gripper_equals_the_reference():
     """normalize_gripper_action and invert_gripper_action of the reference, on every bin centre that is a gripper's."""
     edges = np.linspace(-1, 1, 256)
     centres = (edges[:-1] + edges[1:]) / 2
@@ -74,10 +74,12 @@ ROTATIONS = {
 }
 
 
-def test_rotations_of_simpler_are_axis_angles():
-    np.testing.assert_allclose(axis_angles(np.array(list(ROTATIONS))), list(ROTATIONS.values()), rtol=0, atol=1e-12)
-    assert axis_angles(np.zeros(3)).tolist() == [0.0, 0.0, 0.0]
-    np.testing.assert_allclose(axis_angles(np.array([1e-9, 0, 0])), [1e-9, 0, 0], rtol=1e-12)  # no arccosine
+def test_simpler_rotations_are_axis_angles():
+    np.testing.assert_allclose(
+        euler_to_axis_angle(np.array(list(ROTATIONS))), list(ROTATIONS.values()), rtol=0, atol=1e-12
+    )
+    assert euler_to_axis_angle(np.zeros(3)).tolist() == [0.0, 0.0, 0.0]
+    np.testing.assert_allclose(euler_to_axis_angle(np.array([1e-9, 0, 0])), [1e-9, 0, 0], rtol=1e-12)  # no arccosine
     for euler, expected in ROTATIONS.items():
         for robot in (convert_action, lambda action, name: ActionConverter(name).convert(action)):
             action = robot([0.01, -0.02, 0.03, *euler, 1.0], "simpler_widowx")
@@ -92,7 +94,7 @@ def test_rotations_of_simpler_are_axis_angles():
 STICKY = {
     "closes": ([1.0, 1.0] + [0.0] * 18, [0.0, 0.0] + [1.0] * 15 + [0.0] * 3),
     "begins closed, opens": ([0.0] + [1.0] * 17, [0.0] + [-1.0] * 15 + [0.0, 0.0]),
-    "a larger change while one is repeated is not sent": (
+    "a larger change during repetition is ignored": (
         [1.0, 0.25, 0.25, 1.0] + [1.0] * 12 + [0.125],
         [0.0] + [0.75] * 15 + [0.875],
     ),
@@ -100,13 +102,13 @@ STICKY = {
         [1.0] + [0.0] * 15 + [1.0] * 16,
         [0.0] + [1.0] * 15 + [-1.0] * 15 + [0.0],
     ),
-    "a half and less is a change like any other": ([1.0, 0.5, 0.25, 0.75, 0.75], [0.0, 0.5, 0.25, -0.5, 0.0]),
-    "in two halves it never becomes large": ([1.0, 0.5, 0.0, 0.0], [0.0, 0.5, 0.5, 0.0]),
+    "a change of a half or less is not repeated": ([1.0, 0.5, 0.25, 0.75, 0.75], [0.0, 0.5, 0.25, -0.5, 0.0]),
+    "two halves are not a large change": ([1.0, 0.5, 0.0, 0.0], [0.0, 0.5, 0.5, 0.0]),
 }
 
 
 @pytest.mark.parametrize("case", STICKY)
-def test_the_google_robots_gripper_is_sticky(case):
+def test_google_robot_gripper_repeats_large_changes(case):
     positions, expected = STICKY[case]
     converter = ActionConverter("simpler_google_robot")
     actions = np.array([[*[0.0] * 6, position] for position in positions])
@@ -116,7 +118,7 @@ def test_the_google_robots_gripper_is_sticky(case):
     assert converter.convert(actions)[:, -1].tolist() == expected  # as one chunk; nothing of the episode before
 
 
-def test_episodes_without_reset_are_one():
+def test_reset_clears_the_sticky_gripper():
     converter = ActionConverter("simpler_google_robot")
     closed, opened = [*[0.0] * 6, 0.0], [*[0.0] * 6, 1.0]
     assert converter.convert(closed)[-1] == 0
@@ -129,15 +131,15 @@ def test_episodes_without_reset_are_one():
 
 
 @pytest.mark.parametrize("convention", ["raw", "bridge", "libero", "simpler_widowx"])
-def test_a_converter_without_state_converts_as_convert_action(convention):
+def test_converter_without_state_equals_convert_action(convention):
     converter = ActionConverter(convention)
     for gripper in (1.0, 0.0, 0.75, 0.75):
         action = [*MOVE, gripper]
         assert converter.convert(action).tolist() == convert_action(action, convention).tolist()
 
 
-def test_a_sticky_gripper_is_not_converted_without_its_state():
-    with pytest.raises(ValueError, match=r"depend on the episode.*take ActionConverter\('simpler_google_robot'\)"):
+def test_convert_action_rejects_a_sticky_gripper():
+    with pytest.raises(ValueError, match=r"depend on the episode.*use ActionConverter\('simpler_google_robot'\)"):
         convert_action([*MOVE, 1.0], "simpler_google_robot")
     with pytest.raises(ValueError, match="Unknown robot convention 'simpler_google'. Did you mean 'simpler_google_"):
         ActionConverter("simpler_google")
@@ -156,32 +158,32 @@ def test_a_sticky_gripper_is_not_converted_without_its_state():
         ([*MOVE, 1.0], "libro", "Unknown robot convention 'libro'. Did you mean 'libero'"),
     ],
 )
-def test_what_is_no_action(action, convention, message):
+def test_convert_action_rejects_invalid_actions(action, convention, message):
     with pytest.raises(ValueError, match=message):
         convert_action(action, convention)
 
 
-def test_movements_are_cut_and_said(caplog):
-    policy = Says([0.03, -0.08, 0.0, 0.4, 0.0, -0.1, 1.0])
+def test_max_delta_clips_and_logs(caplog):
+    policy = ConstantPolicy([0.03, -0.08, 0.0, 0.4, 0.0, -0.1, 1.0])
     limited = ClipAction(policy, max_delta=[0.05] * 3 + [0.25] * 3)
     with caplog.at_level(logging.WARNING):
         action = limited.act("image", "go", [0.5])
-    assert policy.asked == [("image", "go", [0.5])]
+    assert policy.inputs == [("image", "go", [0.5])]
     assert action.tolist() == [0.03, -0.05, 0.0, 0.25, 0.0, -0.1, 1.0]
-    assert [(c.step, c.name, c.limit, c.asked, c.given) for c in limited.clipped] == [
+    assert [(c.step, c.name, c.limit, c.original, c.clipped) for c in limited.clipped] == [
         (0, "dy", "max_delta", -0.08, -0.05),
         (0, "droll", "max_delta", 0.4, 0.25),
     ]
     assert caplog.messages == ["clipped dy from -0.08 to -0.05 (max_delta); droll from +0.4 to +0.25 (max_delta)"]
-    policy.answer[:] = 0.01
+    policy.action[:] = 0.01
     assert limited.act("image", "go").tolist() == [0.01] * 7
-    assert (limited.clipped, limited.clipped_answers, len(caplog.messages)) == ([], 1, 1)
+    assert (limited.clipped, limited.num_clipped_actions, len(caplog.messages)) == ([], 1, 1)
     limited.reset()
     assert policy.episodes == 1
 
 
-def test_the_end_effector_stays_in_its_workspace():
-    limited = ClipAction(Says([0.04, 0.0, -0.04, 0, 0, 0, 0]), workspace=([0, -1, 0], [0.3, 1, 1]))
+def test_end_effector_stays_in_the_workspace():
+    limited = ClipAction(ConstantPolicy([0.04, 0.0, -0.04, 0, 0, 0, 0]), workspace=([0, -1, 0], [0.3, 1, 1]))
     action = limited.act(None, "go", position=[0.28, 0, 0.01])
     np.testing.assert_allclose(action[:3], [0.02, 0, -0.01], atol=1e-15)
     assert [(c.name, c.limit) for c in limited.clipped] == [("dx", "workspace"), ("dz", "workspace")]
@@ -190,10 +192,10 @@ def test_the_end_effector_stays_in_its_workspace():
     assert limited.act(None, "go", position=[-0.5, 0, 0.5])[:3].tolist() == [0.04, 0, -0.04]
 
 
-def test_a_chunk_is_followed_step_by_step():
+def test_chunk_is_clipped_step_by_step():
     chunk = np.zeros((4, 7))
     chunk[:, 0] = 0.05
-    limited = ClipAction(Says(chunk), max_delta=[0.04] + [np.inf] * 5, workspace=([0, 0, 0], [0.1, 1, 1]))
+    limited = ClipAction(ConstantPolicy(chunk), max_delta=[0.04] + [np.inf] * 5, workspace=([0, 0, 0], [0.1, 1, 1]))
     action = limited.act(None, "go", position=[0, 0.5, 0.5])
     np.testing.assert_allclose(action[:, 0], [0.04, 0.04, 0.02, 0], atol=1e-15)
     assert [(c.step, c.limit) for c in limited.clipped] == [
@@ -211,39 +213,39 @@ DESCENT = START - np.cumsum(MILLIMETRES) / 1000
 COASTS = 0.01272  # m, after the last
 
 
-def limited_of_libero(answer, floor):
+def clip_libero(action, floor):
     workspace = ([-1, -1, floor], [1, 1, 1.2])
     scale = ROBOT_CONVENTIONS["libero"].metres_per_unit
-    return ClipAction(Says(answer), workspace=workspace, metres_per_unit=scale)
+    return ClipAction(ConstantPolicy(action), workspace=workspace, metres_per_unit=scale)
 
 
-def test_a_chunk_of_liberos_is_forecast_as_the_arm_moves():
-    """The measured path: what stays above the floor is not cut, what would pass it is, within a tenth of the way."""
+def test_libero_chunk_is_clipped_at_the_measured_path():
+    """Actions that stay above the floor are not clipped, others are, within a tenth of the measured distance."""
     chunk = np.tile([0, 0, -1.0, 0, 0, 0, 1], (12, 1))
     for steps in (1, 4, 8, 12):
         at_rest = DESCENT[steps - 1] - COASTS
-        limited = limited_of_libero(chunk[:steps], at_rest)
+        limited = clip_libero(chunk[:steps], at_rest)
         assert (limited.act(None, "go", position=[0, 0, START]) == chunk[:steps]).all()
         assert limited.clipped == []
-    limited = limited_of_libero(chunk, DESCENT[7])  # the arm is there after eight steps
-    given = limited.act(None, "go", position=[0, 0, START])[:, 2]
-    assert given[:7].tolist() == [-1.0] * 7
-    assert given[8:].tolist() == [0.0] * 4
+    limited = clip_libero(chunk, DESCENT[7])  # the arm is there after eight steps
+    clipped = limited.act(None, "go", position=[0, 0, START])[:, 2]
+    assert clipped[:7].tolist() == [-1.0] * 7
+    assert clipped[8:].tolist() == [0.0] * 4
     assert [clip.step for clip in limited.clipped] == [7, 8, 9, 10, 11]
-    assert given.sum() * 0.0126 == pytest.approx(DESCENT[7] - START, abs=1e-12)
-    assert -given.sum() == pytest.approx(8, rel=0.1)
+    assert clipped.sum() * 0.0126 == pytest.approx(DESCENT[7] - START, abs=1e-12)
+    assert -clipped.sum() == pytest.approx(8, rel=0.1)
 
 
-def test_near_the_lid_liberos_action_is_cut_to_what_is_left():
-    action = limited_of_libero([0, 0, 0.9, 0, 0, 0, 1], 0).act(None, "go", position=[0, 0, 1.2 - 0.0063])
+def test_libero_action_is_clipped_to_the_remaining_distance():
+    action = clip_libero([0, 0, 0.9, 0, 0, 0, 1], 0).act(None, "go", position=[0, 0, 1.2 - 0.0063])
     np.testing.assert_allclose(action[2], 0.5, atol=1e-12)
 
 
-def test_around_a_player_of_chunks():
-    """The measured position counts, and a missing one costs no action."""
+def test_clip_action_around_an_action_queue():
+    """The measured position is used, and a missing one does not consume an action."""
     chunk = np.zeros((3, 7))
     chunk[:, 0] = [0.01, 0.02, 0.03]
-    limited = ClipAction(ActionChunk(Says(chunk)), workspace=([0, 0, 0], [0.1, 1, 1]))
+    limited = ClipAction(ActionQueue(ConstantPolicy(chunk)), workspace=([0, 0, 0], [0.1, 1, 1]))
     assert limited.act(None, "go", position=[0.05, 0.5, 0.5])[0] == 0.01
     with pytest.raises(ValueError, match="needs position="):
         limited.act(None, "go")
@@ -253,8 +255,8 @@ def test_around_a_player_of_chunks():
     assert limited.act(None, "go", position=[0.05, 0.5, 0.5])[0] == 0.01
 
 
-def test_a_position_that_limits_nothing_is_refused():
-    limited = ClipAction(Says([0.2] * 6 + [1]), max_delta=[0.1] * 6)
+def test_position_without_workspace_is_rejected():
+    limited = ClipAction(ConstantPolicy([0.2] * 6 + [1]), max_delta=[0.1] * 6)
     for act in (lambda: limited.act(None, "go", position=[0, 0, 0]), lambda: limited.clip([0] * 7, [0, 0, 0])):
         with pytest.raises(ValueError, match="position is for a workspace, and none was given; leave it out"):
             act()
@@ -275,17 +277,17 @@ def test_a_position_that_limits_nothing_is_refused():
         ({"max_delta": [1] * 6, "metres_per_unit": 0.0126}, "is for a workspace; leave it out, or give one"),
     ],
 )
-def test_bad_limits(settings, message):
+def test_invalid_limits_are_rejected(settings, message):
     with pytest.raises(ValueError, match=message):
-        ClipAction(Says([0] * 7), **settings)
+        ClipAction(ConstantPolicy([0] * 7), **settings)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_what_is_not_finite_is_never_cut_to_something(bad):
+def test_clip_action_rejects_non_finite_values(bad):
     with pytest.raises(ValueError, match="must be finite"):
-        ClipAction(Says([bad] + [0] * 6), max_delta=[1] * 6).act(None, "go")
+        ClipAction(ConstantPolicy([bad] + [0] * 6), max_delta=[1] * 6).act(None, "go")
     with pytest.raises(ValueError, match="three finite numbers"):
-        ClipAction(Says([0] * 7), workspace=([0] * 3, [1] * 3)).act(None, "go", position=[0, 0, bad])
+        ClipAction(ConstantPolicy([0] * 7), workspace=([0] * 3, [1] * 3)).act(None, "go", position=[0, 0, bad])
 
 
 @pytest.fixture(scope="module")
@@ -297,16 +299,16 @@ def arm():
 
     def steps(action, count):
         for _ in range(count):
-            seen, *_ = environment.step(convert_action(action, "libero"))
-        return seen
+            observation, *_ = environment.step(convert_action(action, "libero"))
+        return observation
 
     yield environment, steps
     environment.close()
 
 
 @pytest.mark.libero
-def test_the_simulator_takes_what_is_said(arm):
-    """Measured on LIBERO's own arm: which way, how far, and what opens the gripper."""
+def test_simulator_goal_and_gripper_follow_the_convention(arm):
+    """Direction and size of the controller's goal, and the gripper's sign, measured on LIBERO's arm."""
     environment, steps = arm
     environment.reset()
     fingers = [abs(steps([0] * 6 + [gripper], 20)["robot0_gripper_qpos"]).sum() for gripper in (0, 1)]
@@ -324,16 +326,16 @@ def test_the_simulator_takes_what_is_said(arm):
 
 
 @pytest.mark.libero
-def test_the_simulator_moves_as_far_as_is_said(arm):
-    """What an action of 1 moves and turns a step, once it is at speed; and the descent that a test above takes."""
+def test_simulator_moves_by_metres_per_unit(arm):
+    """Movement per step of an action of 1 at constant speed, and the descent that a test above uses."""
     environment, steps = arm
     convention = ROBOT_CONVENTIONS["libero"]
     for direction in (*np.eye(6), *-np.eye(6)):
         environment.reset()
-        seen = [steps([0] * 6 + [1], 10)] + [steps([*direction, 1], 1) for _ in range(12)]
-        heights = [row["robot0_eef_pos"] for row in seen]
+        observations = [steps([0] * 6 + [1], 10)] + [steps([*direction, 1], 1) for _ in range(12)]
+        heights = [observation["robot0_eef_pos"] for observation in observations]
         moved = np.linalg.norm(np.diff(heights, axis=0), axis=1)
-        quaternions = np.array([row["robot0_eef_quat"] for row in seen])
+        quaternions = np.array([observation["robot0_eef_quat"] for observation in observations])
         cosines = np.abs((quaternions[1:] * quaternions[:-1]).sum(-1)).clip(max=1)
         turned = 2 * np.arccos(cosines)
         if direction[:3].any():
@@ -347,8 +349,8 @@ def test_the_simulator_moves_as_far_as_is_said(arm):
 
 
 @pytest.mark.libero
-def test_only_rotations_of_exactly_zero_hold_the_hand(arm):
-    """Why constant dimensions are un-normalised exactly: a goal that is set every step follows the arm's errors."""
+def test_only_exactly_zero_rotation_keeps_the_orientation(arm):
+    """Constant dimensions are un-normalised exactly, because a goal that is set every step follows the arm's errors."""
     environment, steps = arm
     goals = {}
     for rotation in (0.0, 5e-9):
@@ -362,11 +364,11 @@ def test_only_rotations_of_exactly_zero_hold_the_hand(arm):
 
 
 @pytest.mark.parametrize("action", [["0"] * 7, [1j] * 7, [None] * 7, {}, [[0.0] * 7, [0.0] * 6], "0000000"])
-def test_what_is_no_number_is_no_action(action):
+def test_convert_action_rejects_non_numbers(action):
     with pytest.raises(ValueError, match="An action must be finite numbers"):
         convert_action(action, "bridge")
 
 
-def test_numbers_of_any_kind_are_an_action():
+def test_convert_action_accepts_objects_that_are_numbers():
     as_objects = np.array([1, 0.5, np.float32(0.25), 0, 0, 0, True], object)
     assert convert_action(as_objects, "bridge").tolist() == [1, 0.5, 0.25, 0, 0, 0, 1]

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
-from openvla import ActionChunk, PolicyClient
+from openvla import ActionQueue, PolicyClient
 from openvla.serving.client import PolicyServerError, RequestRejectedError, ServerUnavailableError
 from PIL import Image
 
@@ -189,12 +189,12 @@ def test_control_loop_keeps_its_rate_with_a_slow_server(frame):
     policy, period = build_policy(**LONG_CHUNKS), 0.01
     chunk = policy.policy.act(frame, INSTRUCTION, STATE)
     with ServerThread(policy) as server, ThreadPoolExecutor(1) as thread:
-        player = ActionChunk(PolicyClient(server.url, timeout=30), steps=10)
-        player.answer(player.ask(), player.policy.act(frame, INSTRUCTION, STATE))  # the first is waited for
+        player = ActionQueue(PolicyClient(server.url, timeout=30), n_action_steps=10)
+        player.push(player.request(), player.policy.act(frame, INSTRUCTION, STATE))  # the first is waited for
         policy.gate.clear()
         asked = []
         for step in range(25):
-            asked.append(player.ask_in(thread, frame, INSTRUCTION, STATE))
+            asked.append(player.request_async(thread, frame, INSTRUCTION, STATE))
             assert player.next().tolist() == chunk[step].tolist()
             time.sleep(period)
         assert [step for step, future in enumerate(asked) if future] == [10]
@@ -205,13 +205,13 @@ def test_control_loop_keeps_its_rate_with_a_slow_server(frame):
 
 
 def test_missing_action_has_the_request_error_as_cause(frame):
-    player = ActionChunk(PolicyClient("http://127.0.0.1:9", timeout=0.2, retries=0), steps=1)
-    player.answer(player.ask(), np.zeros((2, 7)))
+    player = ActionQueue(PolicyClient("http://127.0.0.1:9", timeout=0.2, retries=0), n_action_steps=1)
+    player.push(player.request(), np.zeros((2, 7)))
     player.next()
     with ThreadPoolExecutor(1) as thread:
-        assert isinstance(player.ask_in(thread, frame, INSTRUCTION).exception(), ServerUnavailableError)
+        assert isinstance(player.request_async(thread, frame, INSTRUCTION).exception(), ServerUnavailableError)
         player.next()
-        assert player.due  # it may be asked again
+        assert player.needs_chunk  # it may be asked again
         with pytest.raises(ValueError, match="There is no action for step 2") as ended:
             player.next()
     assert isinstance(ended.value.__cause__, ServerUnavailableError)
