@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .errors_openvla import OpenVLAError
     from .inference.action_queue import ActionChunk
     from .inference.policy import Policy, load_policy
+    from .inference.quantization import quantization_config
     from .loading import AutoModelForVision2Seq, AutoProcessor
     from .modeling_openvla import OpenVLAForActionPrediction
     from .prismatic_openvla import PrismaticForConditionalGeneration
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
         PrismaticImageProcessor,
         PrismaticProcessor,
     )
-    from .quantization_openvla import quantization_config
     from .serving.client import PolicyClient
 
 __version__ = "0.1.0"
@@ -54,7 +54,7 @@ _MODULES = {
     "PrismaticImageProcessor": "processing_openvla",
     "PrismaticProcessor": "processing_openvla",
     "load_policy": "inference.policy",
-    "quantization_config": "quantization_openvla",
+    "quantization_config": "inference.quantization",
 }
 
 __all__ = [

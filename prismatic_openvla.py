@@ -42,7 +42,6 @@ from .configuration_openvla import PrismaticConfig
 from .decoding_openvla import align_prompts, given_names, has_gap, insert_after_bos, positions_of
 from .errors_openvla import OpenVLATypeError, OpenVLAValueError
 from .graphs_openvla import beside  # noqa: F401
-from .heads_openvla import HEAD_MODULES  # noqa: F401
 from .quantization_openvla import QuantizedModelMixin, prepare_quantization
 from .vision_openvla import PrismaticProjector, PrismaticVisionBackbone
 

@@ -24,8 +24,8 @@ from ..fast_openvla import fuse
 from ..loading import AutoProcessor
 from ..modeling_openvla import OpenVLAForActionPrediction
 from ..processing_openvla import OpenVLAImageProcessor, OpenVLAProcessor
-from ..quantization_openvla import UNQUANTIZED_MODULES, VISION_TOWERS, fast_dtype, quantization_config
 from .cpu_prepack import prepack as prepack_weights
+from .quantization import UNQUANTIZED_MODULES, VISION_TOWERS, fast_dtype, quantization_config
 
 logger = logging.getLogger(__name__)
 
