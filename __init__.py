@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .errors_openvla import OpenVLAError
     from .inference.action_queue import ActionQueue
     from .inference.policy import Policy, load_policy
+    from .inference.quantization import quantization_config
     from .loading import AutoModelForVision2Seq, AutoProcessor
     from .modeling_openvla import OpenVLAForActionPrediction
     from .prismatic_openvla import PrismaticForConditionalGeneration
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
         PrismaticImageProcessor,
         PrismaticProcessor,
     )
-    from .quantization_openvla import quantization_config
     from .serving.client import PolicyClient
 
 __version__ = "0.1.0"
@@ -53,7 +53,7 @@ _MODULES = {
     "PrismaticImageProcessor": "processing_openvla",
     "PrismaticProcessor": "processing_openvla",
     "load_policy": "inference.policy",
-    "quantization_config": "quantization_openvla",
+    "quantization_config": "inference.quantization",
 }
 
 __all__ = [

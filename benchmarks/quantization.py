@@ -28,7 +28,7 @@ import transformers
 from openvla import OpenVLAForActionPrediction, OpenVLAProcessor, quantization_config
 from openvla.benchmarking.sizes import SIZES, sample_inputs, write_model
 from openvla.compatibility_openvla import DTYPE_FIELD
-from openvla.quantization_openvla import fast_dtype
+from openvla.inference.quantization import fast_dtype
 
 BATCH = 10
 TIMED = 10

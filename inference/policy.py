@@ -24,9 +24,9 @@ from ..errors_openvla import OpenVLAValueError
 from ..loading import AutoProcessor
 from ..modeling_openvla import OpenVLAForActionPrediction
 from ..processing_openvla import OpenVLAImageProcessor, OpenVLAProcessor
-from ..quantization_openvla import UNQUANTIZED_MODULES, VISION_TOWERS, fast_dtype, quantization_config
 from .cpu_prepack import prepack as prepack_weights
 from .fast_decoder import compile_pointwise
+from .quantization import UNQUANTIZED_MODULES, VISION_TOWERS, fast_dtype, quantization_config
 
 logger = logging.getLogger(__name__)
 

@@ -480,7 +480,7 @@ SURFACE: tuple[Touch, ...] = (
     ),
     *touches(
         "inference/cuda_graphs training/memory inference/patch_detection parallel_openvla inference/cpu_prepack "
-        "quantization_openvla conversion/torch_archive",
+        "quantization_openvla inference/quantization conversion/torch_archive",
         "Use what took the place of {name} in {files}, and the old one where torch still has it.",
         *parts("nn.Module.", lambda: SimpleNamespace(**nn.Linear(1, 1).__dict__), *MODULE_DICTS),
         *members("nn.Module.", "torch.nn:Module.", "_save_to_state_dict", "_load_from_state_dict"),

@@ -1,4 +1,4 @@
-"""The rules of the house that a machine can check (CONTRIBUTING.md)."""
+"""The rules for source files that a program can check (CONTRIBUTING.md)."""
 
 import ast
 import re
@@ -17,7 +17,7 @@ MAX_SHIPPED_LINES = 7000
 
 
 def imports(path):
-    """Absolute top-level packages and relative modules that a file imports, at any depth."""
+    """Return the absolute top-level packages and the relative modules that a file imports, at any depth."""
     absolute, relative = set(), set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):

@@ -39,10 +39,10 @@ from ..data.statistics import require_matching, require_names_differ, statistics
 from ..data.stream import StepStream
 from ..data.utils import require
 from ..errors_openvla import OpenVLAValueError
+from ..inference.quantization import fast_dtype, quantization_config
 from ..loading import AutoProcessor
 from ..modeling_openvla import OpenVLAForActionPrediction
 from ..processing_openvla import OpenVLAProcessor
-from ..quantization_openvla import fast_dtype, quantization_config
 from .checkpointing import TrainingState, newest_checkpoint
 from .collator import ActionCollator, answer_metrics, model_inputs
 from .config import LORA_METHODS, FinetuneConfig, add_arguments, as_config, rate, read_yaml  # noqa: F401

@@ -40,7 +40,7 @@ def head_of(folder) -> float:
 
 
 @pytest.mark.parametrize(("first", "second"), [({}, SHARDED), (SHARDED, {}), (SHARDED, SHARDED), ({}, {})])
-def test_a_folder_that_was_saved_twice_holds_the_second_weights_alone(first, second, tmp_path):
+def test_a_second_save_replaces_weights_of_another_layout(first, second, tmp_path):
     scaled(1.0)[0].save_pretrained(tmp_path / "model", **first)
     model, processor = scaled(2.0)
     model.save_pretrained(tmp_path / "model", **second)
@@ -72,7 +72,7 @@ def test_a_pickle_saved_last_is_what_loads(first, second, tmp_path):
 
 
 @pytest.mark.parametrize(("first", "second"), [({}, SHARDED), (SHARDED, {})])
-def test_a_variant_saved_twice_is_the_second_one_and_touches_no_other(first, second, tmp_path):
+def test_a_second_save_of_a_variant_replaces_only_that_variant(first, second, tmp_path):
     scaled(3.0)[0].save_pretrained(tmp_path)
     scaled(1.0)[0].save_pretrained(tmp_path, variant="fp16", **first)
     scaled(2.0)[0].save_pretrained(tmp_path, variant="fp16", **second)
@@ -128,25 +128,25 @@ def test_a_folder_of_both_kinds_is_refused(adapter_and_base, tmp_path):
 def test_statistics_with_other_numbers_are_replaced_with_a_warning_and_kept(tmp_path, monkeypatch):
     from openvla import actions_openvla
 
-    said = []
-    monkeypatch.setattr(actions_openvla.logger, "warning", said.append)
+    messages = []
+    monkeypatch.setattr(actions_openvla.logger, "warning", messages.append)
     model, _ = build_tiny()
     file = tmp_path / "dataset_statistics.json"
-    there = json.loads(json.dumps(model.norm_stats))
-    there["untrained"]["num_transitions"] = 7  # moves no robot
-    file.write_text(json.dumps(there))
+    in_file = json.loads(json.dumps(model.norm_stats))
+    in_file["untrained"]["num_transitions"] = 7  # moves no robot
+    file.write_text(json.dumps(in_file))
     model.save_pretrained(tmp_path)
-    assert not said
-    there["untrained"]["action"]["q99"][0] = 9.0
-    file.write_text(json.dumps(there))
+    assert not messages
+    in_file["untrained"]["action"]["q99"][0] = 9.0
+    file.write_text(json.dumps(in_file))
     model.save_pretrained(tmp_path)
-    assert "had other numbers than this model for ['untrained']" in said[0]
+    assert "had other numbers than this model for ['untrained']" in messages[0]
     assert json.loads(file.read_text())["untrained"]["action"]["q99"][0] == 1.0
-    assert json.loads((tmp_path / "dataset_statistics.replaced.json").read_text()) == there
+    assert json.loads((tmp_path / "dataset_statistics.replaced.json").read_text()) == in_file
     loaded = OpenVLAForActionPrediction.from_pretrained(tmp_path)
-    loaded.add_norm_stats("untrained", there["untrained"])
+    loaded.add_norm_stats("untrained", in_file["untrained"])
     loaded.save_pretrained(tmp_path)  # a correction of its own folder
-    assert len(said) == 1
+    assert len(messages) == 1
     assert json.loads(file.read_text())["untrained"]["action"]["q99"][0] == 9.0
 
 
@@ -165,7 +165,7 @@ def two_sets(request, tmp_path_factory):
     return folder
 
 
-def test_of_two_sets_everything_reads_what_transformers_loads(two_sets, tmp_path):
+def test_of_two_sets_of_weights_everything_reads_the_one_that_transformers_loads(two_sets, tmp_path):
     assert head_of(two_sets) == 2.0
     convert(two_sets, tmp_path / "converted")
     assert head_of(tmp_path / "converted") == 2.0
@@ -176,18 +176,18 @@ def test_of_two_sets_everything_reads_what_transformers_loads(two_sets, tmp_path
 def test_two_sets_are_warned_of(two_sets, monkeypatch):
     from openvla import publishing_openvla
 
-    said = []
-    monkeypatch.setattr(publishing_openvla.logger, "warning_once", said.append)
+    messages = []
+    monkeypatch.setattr(publishing_openvla.logger, "warning_once", messages.append)
     warn_of_two_sets(two_sets)
     OpenVLAForActionPrediction.from_pretrained(two_sets)
-    assert len(said) == 2
-    assert "if the shards are the newer weights, delete it" in said[0]
+    assert len(messages) == 2
+    assert "if the shards are the newer weights, delete it" in messages[0]
 
 
 def marks(folder) -> set[str]:
-    found = {path.name: MARKED.findall(path.read_text()) for path in folder.glob("*_openvla.py")}
-    assert all(len(digests) == 1 for digests in found.values()), found
-    return {digests[0] for digests in found.values()}
+    digests_by_file = {path.name: MARKED.findall(path.read_text()) for path in folder.glob("*_openvla.py")}
+    assert all(len(digests) == 1 for digests in digests_by_file.values()), digests_by_file
+    return {digests[0] for digests in digests_by_file.values()}
 
 
 def test_all_code_of_a_folder_carries_one_digest(tmp_path):
@@ -217,19 +217,19 @@ def test_two_versions_in_one_folder_are_warned_of_and_refused(tmp_path, monkeypa
     from openvla import publishing_openvla
     from openvla.conversion.upgrade import upgrade
 
-    said = []
-    monkeypatch.setattr(publishing_openvla.logger, "warning_once", said.append)
+    messages = []
+    monkeypatch.setattr(publishing_openvla.logger, "warning_once", messages.append)
     model, processor = build_tiny()
     folder = tmp_path / "model"
     model.save_pretrained(folder)
     for path in folder.glob("*_openvla.py"):  # as another version of the package would have saved it
         path.write_text(re.sub('CODE_DIGEST = ".{64}"', f'CODE_DIGEST = "{"2" * 64}"', path.read_text()))
-    assert not said
+    assert not messages
     processor.save_pretrained(folder)
-    assert len(set(said)) == 1
-    assert "(adapter_files_openvla.py" in said[0]
-    assert "modeling_openvla.py" in said[0]
-    assert "processing_openvla.py" not in said[0]
+    assert len(set(messages)) == 1
+    assert "(adapter_files_openvla.py" in messages[0]
+    assert "modeling_openvla.py" in messages[0]
+    assert "processing_openvla.py" not in messages[0]
     (refused,) = load_bare(tmp_path, folder)
     assert "openvla upgrade FOLDER --in-place" in refused
     upgrade(folder, in_place=True)
@@ -240,16 +240,17 @@ LOAD_BOTH = """
 import json, sys
 sys.modules["openvla"] = None
 import transformers
-door = getattr(transformers, "AutoModelForImageTextToText", None) or transformers.AutoModelForVision2Seq
-seen = []
+model_class = getattr(transformers, "AutoModelForImageTextToText", None) or transformers.AutoModelForVision2Seq
+results = []
 for folder in sys.argv[1:]:
     try:
-        model = door.from_pretrained(folder, trust_remote_code=True)
+        model = model_class.from_pretrained(folder, trust_remote_code=True)
         package = type(model).__module__.rpartition(".")[0]
-        seen.append([getattr(sys.modules[f"{package}.{name}_openvla"], "VERSION", 1) for name in ("actions", "heads")])
+        helpers = [sys.modules[f"{package}.{name}_openvla"] for name in ("actions", "heads")]
+        results.append([getattr(helper, "VERSION", 1) for helper in helpers])
     except ImportError as error:
-        seen.append(str(error))
-print(json.dumps(seen))
+        results.append(str(error))
+print(json.dumps(results))
 """
 
 
@@ -263,7 +264,7 @@ def load_bare(tmp_path, *folders):
 
 
 @pytest.mark.parametrize("changed", ["actions", "heads"])
-def test_code_of_namesake_folders_is_never_mixed(changed, tmp_path):
+def test_code_of_folders_with_the_same_name_is_never_mixed(changed, tmp_path):
     model, _ = build_tiny()
     first, second = tmp_path / "one" / "model", tmp_path / "two" / "model"
     for folder in (first, second):

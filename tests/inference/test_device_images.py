@@ -1,4 +1,4 @@
-"""Images made by matrix products are Pillow's, bit for bit. What a device does otherwise, only a device can show."""
+"""Images resized by matrix products equal Pillow's bit for bit; the GPU tests check the same on a device."""
 
 import numpy as np
 import pytest
@@ -45,14 +45,14 @@ def test_equals_pillow(strategy, size, kind):
 
 
 @pytest.mark.parametrize("interpolation", ["bilinear", "lanczos"])
-def test_other_filters_too(interpolation):
+def test_other_filters_equal_pillow(interpolation):
     prepare = processor(interpolation=interpolation)
     for frame in map(picture, SIZES):
         expected = prepare(frame, return_tensors="pt")["pixel_values"]
         assert torch.equal(prepare(frame, device="cpu")["pixel_values"], expected)
 
 
-def test_whatever_is_an_image():
+def test_every_kind_of_image():
     prepare, frame = processor(), picture((320, 240))
     expected = prepare(frame, return_tensors="pt")["pixel_values"]
     tensor = torch.from_numpy(frame)
@@ -67,7 +67,7 @@ def test_whatever_is_an_image():
         prepare([], device="cpu")
 
 
-def test_what_pillow_does_otherwise_is_left_to_pillow(monkeypatch):
+def test_unknown_filters_are_left_to_pillow(monkeypatch):
     frame = picture((320, 240))
     box = processor(interpolation="box")
     assert torch.equal(box(frame, device="cpu")["pixel_values"], box(frame, return_tensors="pt")["pixel_values"])
@@ -83,9 +83,9 @@ def test_what_pillow_does_otherwise_is_left_to_pillow(monkeypatch):
         cache.cache_clear()
 
 
-def test_the_processor_passes_the_device_on(tiny, frames):
-    asked = {"instruction": ["open the drawer"] * 2, "images": [frames["noise"], frames["white"]]}
-    plain, made = tiny.processor(**asked), tiny.processor(**asked, device="cpu")
+def test_the_processor_passes_the_device_to_the_image_processor(tiny, frames):
+    inputs = {"instruction": ["open the drawer"] * 2, "images": [frames["noise"], frames["white"]]}
+    plain, made = tiny.processor(**inputs), tiny.processor(**inputs, device="cpu")
     assert torch.equal(plain["pixel_values"], made["pixel_values"])
 
 
