@@ -110,7 +110,7 @@ def _by_action(hidden: torch.Tensor, action_dim: int) -> torch.Tensor:
 
 
 def timestep_embedding(timesteps: torch.Tensor, dim: int) -> torch.Tensor:
-    """Embed noise levels ``(batch,)`` in sines and cosines: float32 ``(batch, dim)``, dim even (Vaswani et al. 2017)."""
+    """Embed noise levels ``(batch,)`` as float32 sines and cosines ``(batch, dim)``, dim even (Vaswani et al. 2017)."""
     exponent = torch.arange(dim // 2, device=timesteps.device) * -math.log(10000) / (dim // 2 - 1)
     angles = timesteps[:, None] * torch.exp(exponent)[None, :]
     return torch.cat((angles.sin(), angles.cos()), dim=-1)
