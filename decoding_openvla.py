@@ -5,6 +5,7 @@ Plain functions on tensors and on a language model; nothing here knows about ima
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -48,14 +49,17 @@ class Accelerator(Protocol):
     ``trust_remote_code`` has none, and runs the language model of transformers.
     """
 
+    @abstractmethod
     def unsupported_reason(self, language_model: nn.Module, length: int, /) -> str | None:
         """Return why a language model cannot run ``length`` positions by the next methods; None if it can."""
 
+    @abstractmethod
     def encode_draft(
         self, draft: Any, tokenizer: ActionTokenizer, statistics: Sequence[NormalizationStatistics], /
     ) -> torch.Tensor:
         """Return tokens of a draft action in robot units, all but the last: int64 ``(batch, action_dim - 1)``."""
 
+    @abstractmethod
     def decode(
         self,
         language_model: nn.Module,
@@ -68,11 +72,13 @@ class Accelerator(Protocol):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return what ``decode_greedily`` returns, without its checks; ``draft`` tokens are verified, not trusted."""
 
+    @abstractmethod
     def bidirectional_hidden_states(
         self, language_model: nn.Module, embeds: torch.Tensor, mask: torch.Tensor | None, positions: torch.Tensor, /
     ) -> torch.Tensor:
         """Return last hidden states ``(batch, count, hidden)`` at ``positions`` ``(batch, count)``."""
 
+    @abstractmethod
     def run_graphed(
         self,
         model: nn.Module,

@@ -14,6 +14,7 @@ from __future__ import annotations
 import collections
 import itertools
 import threading
+from abc import abstractmethod
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any, Protocol, TypeVar
 
@@ -39,6 +40,7 @@ Second = TypeVar("Second")
 class Graph(Protocol):
     """A captured computation."""
 
+    @abstractmethod
     def replay(self, inputs: Sequence[torch.Tensor]) -> Tensors:
         """Return the outputs for inputs of the captured shapes and dtypes."""
 

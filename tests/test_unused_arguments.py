@@ -18,6 +18,7 @@ from reference import MODULES, module_name
 # Parameters that a caller passes to whatever stands there: an ASGI server's lifespan, a signal's handler.
 NOT_READ = {"serving.app.PolicyApp.lifespan": {"app"}, "serving.app.build_app.handle_http_error": {"request"}}
 NOT_READ |= {"serving.middleware.DrainingServer.handle_exit": {"frame"}}
+NOT_READ |= {"vision_openvla.run_one_by_one": {"device"}}  # read by what replaces it, run_on_two_streams
 
 
 def functions(node, owner):
@@ -74,7 +75,7 @@ CALLS = {
     "OpenVLAForActionPrediction.from_pretrained": lambda t, at: OpenVLAForActionPrediction.from_pretrained(at, no=1),
     "PrismaticPreTrainedModel.from_pretrained": lambda t, at: OpenVLAForActionPrediction.from_pretrained(at, no=1),
     "OpenVLAConfig.set_action_config": lambda t, at: t.model.config.set_action_config(no=1),
-    "ParallelDecodingMixin.enable_parallel_decoding": lambda t, at: t.model.enable_parallel_decoding(no=1),
+    "OpenVLAForActionPrediction.enable_parallel_decoding": lambda t, at: t.model.enable_parallel_decoding(no=1),
     "LoraMixin.load_lora": lambda t, at: t.model.load_lora(at, trainabel=True),
     "OpenVLAForActionPrediction.generate": lambda t, at: t.model.generate(**t.inputs, no=1),
     "PrismaticForConditionalGeneration.generate": lambda t, at: t.model.generate(**t.inputs, no=1),

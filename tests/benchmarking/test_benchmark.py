@@ -4,11 +4,12 @@ import json
 
 import pytest
 import torch
-from openvla import OpenVLAForActionPrediction, OpenVLAProcessor, fast_decoder
+from openvla import OpenVLAForActionPrediction, OpenVLAProcessor
 from openvla.__main__ import main
 from openvla.benchmarking import backends, benchmark
 from openvla.benchmarking import sizes as benchmark_sizes
 from openvla.conversion.safetensors_io import digests, places_of, weight_files
+from openvla.inference import fast_decoder
 from openvla.inference.cpu_prepack import has_matmul
 from openvla.tiny import TINY_TOWERS, build_config, language_config
 from ways import needs_compiler
