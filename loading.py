@@ -12,6 +12,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 # From its own module: transformers 5.4 to 5.2x put a placeholder in its place where torchvision is not installed.
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
+from .adapters import lora
 from .configuration_openvla import OpenVLAConfig, PrismaticConfig, hub_keywords
 from .errors_openvla import OpenVLAValueError
 from .modeling_openvla import OpenVLAForActionPrediction
@@ -30,7 +31,8 @@ MODEL_CLASSES = {
 
 
 def register_auto_classes() -> None:
-    """Teach transformers' Auto classes the model types "openvla" and "prismatic"."""
+    """Teach transformers' Auto classes the model types "openvla" and "prismatic", and the model its adapters."""
+    OpenVLAForActionPrediction.adapter_functions = lora
     for config, processor, image_processor in (
         (OpenVLAConfig, OpenVLAProcessor, OpenVLAImageProcessor),
         (PrismaticConfig, PrismaticProcessor, PrismaticImageProcessor),

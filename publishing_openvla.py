@@ -16,31 +16,8 @@ from .errors_openvla import OpenVLATypeError, OpenVLAValueError
 from .saved_folder_openvla import ADAPTER_CONFIG_FILE, INDEX_FILE, LAYOUTS, SHARD, SINGLE_FILE, unused_weights
 
 CARD_FILE = "README.md"
-# Keywords of transformers' save_pretrained, 4.40.1 to 5.24.
-SAVE_KEYWORDS = ("state_dict", "save_function", "push_to_hub", "max_shard_size", "safe_serialization", "variant")
-SAVE_KEYWORDS += ("token", "save_peft_format", "save_original_format", "distributed_checkpoint")
 # Formats that can run code when they are read; nobody should have to trust one, so none is uploaded.
 UNSAFE_SUFFIXES = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth")
-
-
-def require_adapter_keywords(kwargs: dict[str, Any]) -> None:
-    """Check keywords of ``save_pretrained`` that a model with an adapter is given.
-
-    Raises:
-        ValueError: One asks for something else.
-        TypeError: One is unknown.
-    """
-    unknown = sorted(set(kwargs) - set(SAVE_KEYWORDS))
-    if unknown:
-        raise OpenVLATypeError(f"save_pretrained takes no {', '.join(unknown)}; allowed: {list(SAVE_KEYWORDS)}.")
-    wanted = {"push_to_hub": False, "safe_serialization": True, "variant": None, "save_peft_format": True}
-    wanted["distributed_checkpoint"] = False
-    for name, value in wanted.items():
-        if kwargs.get(name, value) not in (value, None):
-            raise OpenVLAValueError(
-                f"{name}={kwargs[name]!r} has no effect on a model with an adapter; leave it out (merge_lora() gives a "
-                "whole model, push_to_hub() uploads either)."
-            )
 
 
 class PushToHub:

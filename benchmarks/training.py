@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from openvla import OpenVLAForActionPrediction
-from openvla.adapters_openvla import lora_targets
+from openvla.adapters.targets import lora_targets
 from openvla.benchmarking.benchmark import Resident
 from openvla.benchmarking.sizes import overrides
 from openvla.data.episodes import Step

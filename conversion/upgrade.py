@@ -29,9 +29,10 @@ import stat
 from pathlib import Path
 from typing import Any
 
-from ..adapter_files_openvla import ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE, read_adapter
+from ..adapters.files import ADAPTER_WEIGHTS_FILE, read_adapter
 from ..errors_openvla import OpenVLAFileExistsError, OpenVLAFileNotFoundError, OpenVLAValueError
 from ..publishing_openvla import CARD_FILE
+from ..saved_folder_openvla import ADAPTER_CONFIG_FILE
 from .convert import (
     TOKENIZER_FILES,
     current_config,
@@ -57,10 +58,11 @@ from .publish import publish
 from .safetensors_io import has_safetensors, require_equal, shapes, weight_files
 
 CONFIG_FILES = ("config.json", "preprocessor_config.json", "processor_config.json")
-# Code files that saved folders carry: the published code's and ours. So far every name that was ever shipped still is;
-# add the old name here when a shipped file is renamed or dropped.
+# Code files that saved folders carry: the published code's and ours, those that are no longer shipped included; add the
+# old name here when a shipped file is renamed or dropped.
 OLD_CODE = {f"{part}_prismatic.py" for part in ("configuration", "modeling", "processing")}
 OLD_CODE |= {path.name for path in Path(__file__).parents[1].glob("*_openvla.py")}
+OLD_CODE |= {"adapters_openvla.py", "adapter_files_openvla.py"}
 WEIGHTS = (".safetensors", ".safetensors.index.json")
 # Temporary names under which this package and huggingface_hub write before they rename.
 TEMPORARY = re.compile(r"\..*\.\d+\.tmp|.*\.incomplete")

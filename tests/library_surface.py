@@ -428,7 +428,7 @@ SURFACE: tuple[Touch, ...] = (
         row("ProcessorMixin.attributes", has(f"{PROCESSOR}{PROCESSOR_PARTS}"), None, BEFORE_5),
     ),
     *touches(
-        "adapter_files_openvla adapters_openvla configuration_openvla modeling_openvla training/export "
+        "adapters/base_record adapters/lora configuration_openvla modeling_openvla training/export "
         "quantization_openvla prismatic_openvla graphs_openvla conversion/assemble",
         "Use what took the place of {name} in {files}; where versions differ, by a function in "
         "compatibility_openvla.py.",
@@ -451,7 +451,7 @@ SURFACE: tuple[Touch, ...] = (
     ),
     *layers(),
     *touches(
-        "adapters_openvla training/memory conversion/merge inference/cpu_prepack",
+        "adapters/lora training/memory conversion/merge inference/cpu_prepack",
         "Look at peft's layers under the new name of {name}, and under the old one for older peft, in {files}.",
         *members("peft.", "peft:", "inject_adapter_in_model"),
         *members("peft.", "peft.tuners.tuners_utils:", "BaseTunerLayer"),

@@ -14,7 +14,7 @@ import torch
 import transformers
 from openvla import AutoModelForVision2Seq, OpenVLAForActionPrediction, load_policy, quantization_config
 from openvla.__main__ import main
-from openvla.adapter_files_openvla import read_adapter
+from openvla.adapters.files import read_adapter
 from openvla.compatibility_openvla import QUANTIZES_ON_CPU, is_checkpointing
 from openvla.conversion.merge import merge
 from openvla.tiny import PADDED_ROWS, build_tiny, build_tokenizer
@@ -247,7 +247,7 @@ def test_merging_streamed_and_in_memory_give_the_same_bits(dtype, tiny, base, tr
         assert tensor.dtype == streamed[name].dtype == dtype
         assert torch.equal(tensor, streamed[name]), name
         module = name.removesuffix(".weight")
-        if module not in adapter.adapted:
+        if module not in adapter.target_modules:
             assert torch.equal(tensor, before[name]), name
             continue
         a, b = (adapter.tensors[f"{module}.lora_{half}.weight"].double() for half in "AB")
@@ -557,7 +557,7 @@ def test_an_adapter_of_whole_weights_merges_from_a_quantised_model_as_from_a_pla
     model.load_lora(folder)
     before = logits(model, tiny.processor)
     said = []
-    monkeypatch.setattr("openvla.adapters_openvla.logger.warning", said.append)
+    monkeypatch.setattr("openvla.adapters.lora.logger.warning", said.append)
     merged = model.merge_lora()
     assert said == []
     expected = plain.merge_lora().state_dict()

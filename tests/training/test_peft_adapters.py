@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 from openvla import OpenVLAForActionPrediction
-from openvla.adapter_files_openvla import MATRICES, LoraAdapter, read_adapter, require_not_merged
+from openvla.adapters.base_record import require_not_merged
+from openvla.adapters.files import LINEAR_SUFFIXES, LoraAdapter, read_adapter
 from openvla.conversion.merge import merge
 from openvla.tiny import build_tiny
 
@@ -99,21 +100,22 @@ def test_only_a_base_that_holds_an_adapter_is_taken_for_one(scale, aligned, dtyp
     """Also where training moved weights along what they were, as growing or shrinking weights are."""
     generator = torch.Generator().manual_seed(1)
     size, rank, tensors, weights, merged = 256, 8, {}, {}, {}
-    lora = LoraAdapter(rank, 16.0, tensors=tensors)
+    adapter = LoraAdapter(rank, 16.0, tensors=tensors)
     for name in ("first", "second", "third"):
         weight = torch.randn(size, size, generator=generator) * 0.02
-        up, down = (torch.randn(shape, generator=generator) for shape in ((size, rank), (rank, size)))
-        left, values, right = torch.linalg.svd(weight)
-        up = (1 - abs(aligned)) * up / np.sqrt(size) + aligned * left[:, :rank]
-        down = (1 - abs(aligned)) * down / np.sqrt(size) + abs(aligned) * right[:rank]
-        tensors.update({name + MATRICES[0]: down, name + MATRICES[1]: up})
-        tensors[name + MATRICES[1]] = up * scale * weight.norm() / lora.change(name).norm()
+        b, a = (torch.randn(shape, generator=generator) for shape in ((size, rank), (rank, size)))
+        left, _, right = torch.linalg.svd(weight)
+        b = (1 - abs(aligned)) * b / np.sqrt(size) + aligned * left[:, :rank]
+        a = (1 - abs(aligned)) * a / np.sqrt(size) + abs(aligned) * right[:rank]
+        name_a, name_b = (name + suffix for suffix in LINEAR_SUFFIXES)
+        tensors.update({name_a: a, name_b: b})
+        tensors[name_b] = b * scale * weight.norm() / adapter.delta_weight(name).norm()
         weights[f"{name}.weight"] = weight.to(dtype)
-        merged[f"{name}.weight"] = lora.merged(f"{name}.weight", weight.to(dtype))
-    require_not_merged(lora, weights, "adapter")
+        merged[f"{name}.weight"] = adapter.merge_tensor(f"{name}.weight", weight.to(dtype))
+    require_not_merged(adapter, weights, "adapter")
     if scale >= 0.1 and aligned == 0:
         with pytest.raises(ValueError, match="3 of 3 measured parts"):
-            require_not_merged(lora, merged, "adapter")
+            require_not_merged(adapter, merged, "adapter")
 
 
 def test_the_published_base_of_an_adapter_is_taken(run, tmp_path):
