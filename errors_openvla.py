@@ -3,6 +3,8 @@
 Whatever else comes out of this package is a bug and keeps its traceback in the ``openvla`` command.
 """
 
+from __future__ import annotations
+
 
 class OpenVLAError(Exception):
     """A mistake of the user's: the message says what was got, what is allowed and what to do."""

@@ -360,6 +360,10 @@ class OpenVLAForActionPrediction(
         cls.adapter_functions = functions
         return functions
 
+    def _require_no_adapter(self) -> None:
+        if self.lora_adapter is not None:
+            raise OpenVLAValueError("This model already has an adapter; call merge_lora(), or load the base again.")
+
     def _record_quantized_base(self) -> None:
         """Record in the configuration what was quantised: the base of adapters that are trained on the saved folder."""
         try:

@@ -87,7 +87,7 @@ def enable_lora(
         raise OpenVLAValueError(f"r must be a whole number, 1 or more, got {r!r}.")
     if not (alpha > 0 and math.isfinite(alpha) and 0 <= dropout < 1):
         raise OpenVLAValueError(f"alpha must be positive and dropout in [0, 1), got {alpha!r} and {dropout!r}.")
-    _require_no_adapter(model)
+    model._require_no_adapter()
     target_modules = lora_targets(model, targets)
     known = [name for name, _ in model.named_modules() if name]
     for name in modules_to_save:
@@ -103,7 +103,7 @@ def load_lora(
     model: OpenVLAForActionPrediction, name_or_path: str | os.PathLike[str], trainable: bool, hub_kwargs: dict[str, Any]
 ) -> None:
     """Load an adapter on a model, its base; see ``OpenVLAForActionPrediction.load_lora``."""
-    _require_no_adapter(model)
+    model._require_no_adapter()
     require_hub_keywords("load_lora", hub_kwargs)
     adapter = read_adapter(name_or_path, **hub_kwargs)
     base = record_base(model)
@@ -373,11 +373,6 @@ def _adapter_parameters(parameters: Iterable[tuple[str, torch.Tensor]]) -> dict[
         elif f".modules_to_save.{ADAPTER_NAME}." in name:
             selected[name.replace(f".modules_to_save.{ADAPTER_NAME}", "")] = parameter
     return selected
-
-
-def _require_no_adapter(model: OpenVLAForActionPrediction) -> None:
-    if model.lora_adapter is not None:
-        raise OpenVLAValueError("This model already has an adapter; call merge_lora(), or load the base again.")
 
 
 def _require_adapter(model: OpenVLAForActionPrediction) -> tuple[LoraAdapter, BaseRecord]:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from library_surface import CACHE, ROOT, SURFACE
-from reference import MODULES
+from reference import MODULES, module_name
 
 pytestmark = pytest.mark.lane
 
@@ -94,7 +94,7 @@ def test_the_library_still_has(touch):
 def test_every_touch_has_a_name_of_its_own_and_is_used():
     names = [touch.name for touch in SURFACE]
     assert len(set(names)) == len(names)
-    assert {file for touch in SURFACE for file in touch.used_in} <= {path.name for path in SOURCES}
+    assert {file for touch in SURFACE for file in touch.used_in} <= {f"{module_name(path)}.py" for path in SOURCES}
 
 
 def test_every_private_name_is_listed():

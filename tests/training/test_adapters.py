@@ -460,14 +460,21 @@ def test_an_interrupted_merge_leaves_both_inputs_whole(tmp_path):
     assert torch.equal(logits(load(tmp_path / "merged"), processor), logits(load(tmp_path / "base"), processor))
 
 
-REMOTE = """
+LOAD_REMOTE = """
 import sys
-sys.modules["openvla"] = None  # as if the package were not installed
 import torch, transformers
-folder, adapter = sys.argv[1:]
-door = getattr(transformers, "AutoModelForImageTextToText", None) or transformers.AutoModelForVision2Seq
-model = door.from_pretrained(folder, trust_remote_code=True).eval()
-processor = transformers.AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+auto_class = getattr(transformers, "AutoModelForImageTextToText", None) or transformers.AutoModelForVision2Seq
+def load(folder):
+    model = auto_class.from_pretrained(folder, trust_remote_code=True).eval()
+    assert "transformers_modules" in type(model).__module__
+    return model
+"""
+REMOTE_TRAINING = (
+    LOAD_REMOTE
+    + """
+base, adapter, logits = sys.argv[1:]
+model = load(base)
+processor = transformers.AutoProcessor.from_pretrained(base, trust_remote_code=True)
 inputs = processor(instruction="pick up the red block", images=torch.zeros(3, 224, 224))
 model.enable_lora(r=2)
 with torch.no_grad():
@@ -476,21 +483,79 @@ with torch.no_grad():
             parameter.fill_(0.01)
     expected = model(**inputs).logits
     model.save_pretrained(adapter)
-    again = door.from_pretrained(adapter, trust_remote_code=True).eval()
+    again = type(model).from_pretrained(adapter).eval()
     assert "transformers_modules" in type(again).__module__
     assert torch.equal(again(**inputs).logits, expected)
+    again.disable_adapters()
+    assert not torch.equal(again(**inputs).logits, expected)
+    again.enable_adapters()
     merged = again.merge_lora()(**inputs).logits
 assert (merged - expected).abs().max() < 1e-4
+torch.save({"inputs": dict(inputs), "logits": expected}, logits)
 """
+)
+REMOTE_ADAPTER = (
+    LOAD_REMOTE
+    + """
+adapter, logits = sys.argv[1:]
+saved = torch.load(logits, weights_only=True)
+with torch.no_grad():
+    assert torch.equal(load(adapter)(**saved["inputs"]).logits, saved["logits"])
+"""
+)
+REMOTE_WITHOUT_PACKAGE = (
+    "import sys\nsys.modules['openvla'] = None  # as if the package were not installed\n"
+    + LOAD_REMOTE
+    + """
+base, adapter, merged, out, logits = sys.argv[1:]
+model = load(base)
+def refused(call, *args):
+    try:
+        call(*args)
+    except ImportError as error:
+        assert "pip install openvla" in str(error), error
+        assert type(error).__name__ == "OpenVLAImportError"
+        return True
+    return False
+assert refused(model.enable_lora)
+assert refused(model.load_lora, adapter)
+assert refused(model.save_lora, out)
+assert refused(model.merge_lora)
+assert refused(model.disable_adapters)
+assert refused(model.enable_adapters)
+assert refused(load, adapter)
+model.save_pretrained(out)  # a model without an adapter needs no package
+saved = torch.load(logits, weights_only=True)
+with torch.no_grad():
+    assert torch.equal(load(merged)(**saved["inputs"]).logits, saved["logits"])
+"""
+)
+
+
+def run_with_remote_code(script, folder, *arguments):
+    """Run a script, and fail with what it wrote to stderr where it failed."""
+    environment = {**os.environ, "HF_MODULES_CACHE": str(folder / "modules"), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-c", script, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 @pytest.mark.slow
-def test_remote_code_has_it_too(base, tmp_path):
-    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-c", REMOTE, base, tmp_path / "adapter"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+def test_remote_code_uses_the_adapters_of_the_installed_package(base, tmp_path):
+    run_with_remote_code(REMOTE_TRAINING, tmp_path, base, tmp_path / "adapter", tmp_path / "logits.pt")
+    run_with_remote_code(REMOTE_ADAPTER, tmp_path, tmp_path / "adapter", tmp_path / "logits.pt")
     load(tmp_path / "adapter")
+
+
+@pytest.mark.slow
+def test_remote_code_without_the_package_refuses_adapters_and_predicts_with_merged_ones(base, trained, tiny, tmp_path):
+    merge(trained[1], tmp_path / "merged")
+    inputs = dict(tiny.processor(instruction=INSTRUCTION, images=IMAGE))
+    with torch.no_grad():
+        expected = load(tmp_path / "merged")(**inputs).logits
+    torch.save({"inputs": inputs, "logits": expected}, tmp_path / "logits.pt")
+    folders = (base, trained[1], tmp_path / "merged", tmp_path / "out", tmp_path / "logits.pt")
+    run_with_remote_code(REMOTE_WITHOUT_PACKAGE, tmp_path, *folders)
 
 
 def test_without_peft_the_error_names_the_extra(base, monkeypatch):
