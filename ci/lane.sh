@@ -32,7 +32,7 @@ make_environment() {  # requirements...
 # which both need: that lane tests the package without any of them.
 optional=(peft accelerate bitsandbytes)
 case $lane in
-  4.40.1) packages=(transformers==4.40.1 "pillow<13" peft==0.11.1 accelerate==0.30.1) ;;  # Pillow 13 resizes in another order of passes
+  4.40.1) packages=(transformers==4.40.1 "pillow<13" peft==0.11.1 accelerate==0.30.1) ;;  # Pillow 13: other order of passes
   4.49.0) packages=(transformers==4.49.0 pillow) ;;
   4.57.6) packages=(transformers==4.57.6 pillow "${optional[@]}" vla-eval) ;;  # the last for vla-eval's OpenVLA server
   lerobot) packages=("transformers==5.5.4" "pillow<13" "huggingface-hub<2" "numpy<2.3" "${optional[@]}") ;;
