@@ -1,11 +1,11 @@
-"""Many robots on one policy server: latency, actions a second, errors, the server's memory; with --hostile bad company.
+"""Load test of a policy server: latency, actions per second, errors, the server's memory; --hostile adds bad clients.
 
     python benchmarks/serve_load.py --clients 50 --seconds 60 --hostile --json load.json
 
-Every good client asks with one of a few known frames and instructions, and every answer is compared with the action
-that the policy gives in this process: a wrong one ends the run with status 1. Hostile clients come and go meanwhile;
-what they are told is counted, and that the server still serves is what the good ones show. The server is a process of
-its own on loopback (the embedded default), or ``--url`` of one that runs already with the same model.
+Every good client sends one of a few known frames and instructions, and every action is compared with the one that the
+policy predicts in this process: a wrong one ends the run with status 1. Hostile clients connect meanwhile; the replies
+to them are counted, and the good clients show that the server still serves. The server runs in a new process on
+loopback (the embedded default), or is given by ``--url`` and runs the same model.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ START_SECONDS = 300
 
 
 class Tally:
-    """What has happened, counted from many threads."""
+    """Counts of requests, updated from many threads."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
@@ -61,7 +61,7 @@ class Tally:
         self.wrong: list[str] = []
 
     def good(self, seconds: float, status: str, wrong: str | None = None) -> None:
-        """One request of a good client."""
+        """Count one request of a good client."""
         with self.lock:
             self.statuses[status] += 1
             if status == "200":
@@ -70,13 +70,13 @@ class Tally:
                 self.wrong.append(wrong)
 
     def bad(self, kind: str, outcome: str) -> None:
-        """One request of a hostile client."""
+        """Count one request of a hostile client."""
         with self.lock:
             self.hostile[f"{kind}: {outcome}"] += 1
 
 
 def known_answers() -> list[tuple[np.ndarray, str, np.ndarray]]:
-    """Frames, instructions, and what the policy answers to them."""
+    """Return frames, instructions, and the actions that the policy predicts for them."""
     policy = load_policy()
     frames = []
     for file in sorted(EPISODE.glob("*.jpg"))[:FRAMES]:
@@ -87,7 +87,7 @@ def known_answers() -> list[tuple[np.ndarray, str, np.ndarray]]:
 
 
 def good_client(url: str, answers: list, period: float, tally: Tally, stop: threading.Event, seed: int) -> None:
-    """A robot: asks, compares, asks again."""
+    """Request actions and compare them, until ``stop`` is set."""
     client, chance = PolicyClient(url, timeout=30, retries=0), random.Random(seed)
     while not stop.is_set():
         frame, instruction, wanted = chance.choice(answers)
@@ -105,7 +105,7 @@ def good_client(url: str, answers: list, period: float, tally: Tally, stop: thre
 
 
 def hostile_client(host: str, port: int, kind: str, tally: Tally, stop: threading.Event) -> None:
-    """One bad habit, again and again."""
+    """Repeat one kind of hostile request until ``stop`` is set."""
     while not stop.is_set():
         try:
             outcome = HOSTILE[kind](host, port)
@@ -116,7 +116,7 @@ def hostile_client(host: str, port: int, kind: str, tally: Tally, stop: threadin
 
 
 def posted(body: bytes | dict) -> Callable[[str, int], int]:
-    """A request whose body is wrong."""
+    """Return a function that sends a request with a wrong body."""
     data = json.dumps(body).encode() if isinstance(body, dict) else body
 
     def ask(host: str, port: int) -> int:
@@ -131,7 +131,7 @@ def posted(body: bytes | dict) -> Callable[[str, int], int]:
 
 
 def dripped(head: bytes, drip: bytes, seconds: float) -> Callable[[str, int], str]:
-    """A head, then a byte every so often, until the server has had enough."""
+    """Return a function that sends a head, then single bytes slowly, until the server closes the connection."""
 
     def drip_on(host: str, port: int) -> str:
         with socket.create_connection((host, port), timeout=seconds) as connection:
@@ -148,20 +148,20 @@ def dripped(head: bytes, drip: bytes, seconds: float) -> Callable[[str, int], st
 
 
 def truncated(host: str, port: int) -> str:
-    """Half a body, then gone."""
+    """Send half a body, then close the connection."""
     with socket.create_connection((host, port), timeout=5) as connection:
         connection.sendall(b"POST /act HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100000\r\n\r\n" + b"x" * 5000)
     return "left"
 
 
 def encoded(array: np.ndarray, dtype: str | None = None) -> dict:
-    """As json_numpy writes it."""
+    """Encode an array as json_numpy does."""
     data = base64.b64encode(array.tobytes()).decode()
     return {"__numpy__": data, "dtype": dtype or array.dtype.str, "shape": list(array.shape)}
 
 
 def bomb(side: int = 10000) -> str:
-    """A PNG of 100 megapixels in a few kilobytes, base64."""
+    """Return a base64 PNG of 100 megapixels in a few kilobytes."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -209,7 +209,7 @@ def start_server() -> tuple[subprocess.Popen, str]:
 
 
 def run(args: argparse.Namespace) -> dict:
-    """The load, and what came of it."""
+    """Run the load and return the results."""
     answers = known_answers()
     process, url = (None, args.url) if args.url else start_server()
     watched = psutil.Process(process.pid) if process else None
@@ -257,7 +257,7 @@ def run(args: argparse.Namespace) -> dict:
 
 
 def as_table(report: dict) -> str:
-    """The report for people."""
+    """Return the report as text."""
     latency = "  ".join(f"{name} {value:.0f}" for name, value in report["latency_ms"].items() if value is not None)
     lines = [
         f"clients            {report['clients']} for {report['seconds']:.0f} s, {report['cpu_count']} CPUs",
@@ -279,7 +279,7 @@ def as_table(report: dict) -> str:
 
 
 def main() -> int:
-    """Run, print, write."""
+    """Run, print the report, write it as JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--clients", type=int, default=50)
     parser.add_argument("--seconds", type=float, default=60.0)
