@@ -15,14 +15,15 @@ import psutil
 import torch
 from torch import nn
 
-from ..adapter_files_openvla import ADAPTER_CONFIG_FILE, base_of, optional_file
+from ..adapters.files import locate_base
 from ..compatibility_openvla import DTYPE_FIELD
-from ..configuration_openvla import OpenVLAConfig
+from ..configuration_openvla import OpenVLAConfig, optional_file
 from ..decoding_openvla import require_one_pass
 from ..errors_openvla import OpenVLAValueError
 from ..loading import AutoProcessor
 from ..modeling_openvla import OpenVLAForActionPrediction
 from ..processing_openvla import OpenVLAImageProcessor, OpenVLAProcessor
+from ..publishing_openvla import ADAPTER_CONFIG_FILE
 from ..quantization_openvla import UNQUANTIZED_MODULES, VISION_TOWERS, fast_dtype, quantization_config
 from .cpu_prepack import prepack as prepack_weights
 from .fast_decoder import compile_pointwise
@@ -134,7 +135,7 @@ def load_policy(
     if dtype is None and device.type == "cpu" and Path(model).resolve() in (EMBEDDED, EMBEDDED_OFT):
         dtype = torch.float32
     is_adapter = optional_file(model, ADAPTER_CONFIG_FILE) is not None
-    base, revision = base_of(model, {}) if is_adapter else (model, None)
+    base, revision = locate_base(model, {}) if is_adapter else (model, None)
     at = {"revision": revision} if revision else {}
     config = OpenVLAConfig.from_pretrained(base, **at)
     require_one_pass({}, None, constrain_actions, config.action_head)

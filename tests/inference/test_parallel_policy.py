@@ -152,7 +152,7 @@ def test_a_heads_adapter_does_not_go_on_other_heads(folder, tmp_path):
     model.enable_lora(r=2)
     model.save_pretrained(tmp_path)
     other, _ = build_tiny(**{**ANSWER, "action_head": "l1", "chunk_length": 5})
-    with pytest.raises(ValueError, match="answers as"):
+    with pytest.raises(ValueError, match="predicts as"):
         other.load_lora(tmp_path)
 
 
