@@ -269,7 +269,7 @@ def test_bad_use(libero):
     with pytest.raises(ValueError, match=r"needs 56 action tokens .* got \[0\]"):
         without(**prompt(0), pixel_values=stack_images([0]), labels=torch.full((1, 17), -100))
     libero.model.add_norm_stats("two", {"q01": [0.0, 0.0], "q99": [1.0, 1.0]})
-    with pytest.raises(ValueError, match="have 2 dimensions but this model answers with 7"):
+    with pytest.raises(ValueError, match="have 2 dimensions but this model predicts 7"):
         libero.model.predict_action(
             **prompt(0), pixel_values=libero.pixel_values, unnorm_key="two", proprio=libero.proprio[0]
         )
