@@ -427,7 +427,10 @@ class OpenVLAForActionPrediction(NormStatsMixin, ParallelDecodingModel, Generati
             self.config.quantized_from = dict(self._installed_adapter_functions().record_base(self))
         except OpenVLAImportError as error:
             if getattr(self.config, "quantized_from", None) is None:
-                logger.warning(f"An adapter trained on the saved folder could not be merged: no record of it. {error}")
+                logger.warning(
+                    "The saved folder does not record which weights were quantised, so adapters that are trained on it "
+                    f"cannot be merged. {error}"
+                )
 
     def _save_code(self, folder: Path, config: PretrainedConfig) -> None:
         """Save this model's code files into a folder and name them in the configuration."""
