@@ -516,7 +516,7 @@ class NormStatsMixin:
             validate_norm_stats(in_file, self.config.normalization)
         except ValueError as error:
             raise OpenVLAValueError(
-                f"{file} exists already and is not usable ({error}); mend or delete it first."
+                f"{file} is there already and not usable ({error}); mend or delete it first."
             ) from error
         in_model = json.loads(json.dumps(self.norm_stats))
         replaced = [key for key in in_file if key in in_model and _differ(in_file[key], in_model[key])]

@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from transformers import CONFIG_MAPPING, PretrainedConfig
+from transformers.utils import CONFIG_NAME, cached_file
+from transformers.utils.hub import extract_commit_hash
 
-from .publishing_openvla import require_same_code
+from .publishing_openvla import ADAPTER_CONFIG_FILE, require_same_code
 
 require_same_code(__name__)
 
@@ -527,6 +529,43 @@ def require_hub_keywords(name: str, kwargs: dict[str, Any]) -> None:
     unknown = sorted(set(kwargs) - {*HUB_KEYWORDS, "repo_type", "user_agent"})
     if unknown:
         raise OpenVLATypeError(f"{name} takes no {', '.join(unknown)}; allowed: {list(HUB_KEYWORDS)}.")
+
+
+def optional_file(
+    name_or_path: str | os.PathLike[str], name: str, hub_kwargs: dict[str, Any] | None = None
+) -> str | None:
+    """Return the path of a file of a folder or Hub repository; None where it does not exist."""
+    path: str | None = cached_file(
+        name_or_path,
+        name,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+        **(hub_kwargs or {}),
+    )
+    return path
+
+
+def commit_of(name_or_path: str | os.PathLike[str], hub_kwargs: dict[str, Any]) -> str | None:
+    """Return the commit of a Hub repository that its files come from; None for a folder."""
+    commit: str | None = extract_commit_hash(optional_file(name_or_path, CONFIG_NAME, hub_kwargs), None)
+    return commit
+
+
+def find_adapter(
+    name_or_path: str | os.PathLike[str] | None, kwargs: dict[str, Any]
+) -> tuple[str | os.PathLike[str] | None, dict[str, Any]]:
+    """Return the adapter that a call of ``from_pretrained`` is for, or None, and its keywords of the Hub.
+
+    ``adapter_kwargs`` is removed from ``kwargs``.
+    """
+    hub_kwargs = hub_keywords(kwargs)
+    adapter_kwargs = kwargs.pop("adapter_kwargs", None) or {}
+    adapter = adapter_kwargs.get("_adapter_model_path")
+    if adapter is not None:  # set by an Auto class, which may have replaced the adapter's revision by the base's
+        hub_kwargs.pop("revision", None)
+        return adapter, {**hub_kwargs, **hub_keywords(adapter_kwargs)}
+    is_adapter = name_or_path is not None and optional_file(name_or_path, ADAPTER_CONFIG_FILE, hub_kwargs) is not None
+    return (name_or_path if is_adapter else None), hub_kwargs
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -12,6 +12,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 # From its own module: transformers 5.4 to 5.2x put a placeholder in its place where torchvision is not installed.
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
+from .adapters import lora
 from .configuration_openvla import OpenVLAConfig, PrismaticConfig, hub_keywords
 from .conversion.hub_upload import push_to_hub
 from .errors_openvla import OpenVLAValueError
@@ -57,6 +58,7 @@ def attach_package() -> None:
     PushToHub.hub_uploader = staticmethod(push_to_hub)
     OpenVLAImageProcessor.device_pixels = staticmethod(pixels_on_device)
     OpenVLAProcessor.image_presets = IMAGE_PRESETS
+    OpenVLAForActionPrediction.adapter_functions = lora
     attach_accelerator()
 
 

@@ -10,26 +10,26 @@ Kim et al. 2024, "OpenVLA: An Open-Source Vision-Language-Action Model".
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import numpy as np
 import torch
-from transformers import GenerationMixin
+from transformers import GenerationMixin, PretrainedConfig
+from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils import logging
 
-from .publishing_openvla import refuse_two_kinds, require_adapter_keywords, require_own_kind, require_same_code
+from .publishing_openvla import mark_code, refuse_two_kinds, require_own_kind, require_same_code
 
 require_same_code(__name__)
 
 from .actions_openvla import ActionTokenizer, NormalizationStatistics, NormStatsMixin, as_numbers
-from .adapter_files_openvla import adapter_source, base_of, base_record, beside_or_above, optional_file, revision_of
-from .adapters_openvla import LoraMixin
-from .compatibility_openvla import requested_attention
-from .configuration_openvla import OpenVLAConfig, write_json
+from .compatibility_openvla import require_peft_of_transformers
+from .configuration_openvla import OpenVLAConfig, commit_of, find_adapter, optional_file, write_json
 from .decoding_openvla import (
     ActionOutput,
     append_token,
@@ -45,7 +45,7 @@ from .decoding_openvla import (
     set_argument_names,
     use_fast_decoder,
 )
-from .errors_openvla import OpenVLAValueError
+from .errors_openvla import OpenVLAImportError, OpenVLAValueError
 from .heads_openvla import is_action_head_param
 from .parallel_openvla import (
     ChunkOutput,
@@ -64,6 +64,53 @@ logger = logging.get_logger(__name__)
 STATISTICS_FILE = "dataset_statistics.json"
 # Keywords of generate() with which predict_action decodes greedily itself; with others transformers' generate runs.
 GREEDY_KEYWORDS = {"do_sample", "num_beams", "use_cache", "eos_token_id"}
+ADAPTER_NAME = "default"
+NO_ADAPTER = "This model has no adapter; call enable_lora() or load_lora(folder) first."
+
+
+class AdapterFunctions(Protocol):
+    """Functions behind the adapter methods of ``OpenVLAForActionPrediction``: ``openvla.adapters.lora``."""
+
+    def enable_lora(
+        self,
+        model: OpenVLAForActionPrediction,
+        r: int,
+        alpha: float,
+        dropout: float,
+        targets: str | Sequence[str],
+        modules_to_save: Sequence[str],
+    ) -> None: ...
+
+    def load_lora(
+        self,
+        model: OpenVLAForActionPrediction,
+        name_or_path: str | os.PathLike[str],
+        trainable: bool,
+        hub_kwargs: dict[str, Any],
+    ) -> None: ...
+
+    def load_base_and_adapter(
+        self,
+        model_class: type[OpenVLAForActionPrediction],
+        adapter: str | os.PathLike[str],
+        hub_kwargs: dict[str, Any],
+        kwargs: dict[str, Any],
+    ) -> Any: ...
+
+    def save_lora(
+        self,
+        model: OpenVLAForActionPrediction,
+        folder: str | os.PathLike[str],
+        state_dict: Mapping[str, torch.Tensor] | None,
+    ) -> None: ...
+
+    def require_save_keywords(self, kwargs: Mapping[str, Any]) -> None: ...
+
+    def merge_lora(self, model: OpenVLAForActionPrediction) -> OpenVLAForActionPrediction: ...
+
+    def switch_adapters(self, model: OpenVLAForActionPrediction, enabled: bool) -> None: ...
+
+    def record_base(self, model: OpenVLAForActionPrediction) -> Mapping[str, Any]: ...
 
 
 class Prompt(NamedTuple):
@@ -80,10 +127,18 @@ class Prompt(NamedTuple):
     attention_mask: torch.Tensor | None
 
 
-class OpenVLAForActionPrediction(LoraMixin, NormStatsMixin, ParallelDecodingModel, GenerationMixin):
-    """OpenVLA: camera images and an instruction in, one robot action, or a chunk of them, out."""
+class OpenVLAForActionPrediction(NormStatsMixin, ParallelDecodingModel, GenerationMixin):  # type: ignore[misc]
+    """OpenVLA: camera images and an instruction in, one robot action, or a chunk of them, out.
+
+    Attributes:
+        adapter_functions: LoRA, set by the installed package; None in the code of a saved folder, until it is used.
+        lora_adapter: Settings of the adapter in use (``openvla.adapters.files.LoraAdapter``, without tensors), or None.
+    """
 
     config_class = OpenVLAConfig  # type: ignore[assignment]  # a subclass of the base's
+    config: OpenVLAConfig
+    adapter_functions: ClassVar[AdapterFunctions | None] = None
+    lora_adapter: Any = None
 
     def __init__(self, config: OpenVLAConfig) -> None:
         super().__init__(config)
@@ -102,29 +157,18 @@ class OpenVLAForActionPrediction(LoraMixin, NormStatsMixin, ParallelDecodingMode
         Entries of that file replace those of config.json under the same key; a single one becomes the default. An
         adapter (LoRA) is loaded on top of the base that it names.
         """
-        adapter, hub = adapter_source(pretrained_model_name_or_path, kwargs)
+        adapter, hub_kwargs = find_adapter(pretrained_model_name_or_path, kwargs)
         if adapter is not None:
-            refuse_two_kinds(os.path.join(adapter, hub.get("subfolder") or ""))
-            return cls._from_adapter(adapter, hub, kwargs)
-        refuse_loose_parts(pretrained_model_name_or_path, hub)
+            refuse_two_kinds(os.path.join(adapter, hub_kwargs.get("subfolder") or ""))
+            return cls._installed_adapter_functions().load_base_and_adapter(cls, adapter, hub_kwargs, kwargs)
+        refuse_loose_parts(pretrained_model_name_or_path, hub_kwargs)
         loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         if pretrained_model_name_or_path is not None:
-            model._read_statistics(pretrained_model_name_or_path, hub)
-            # Part of an adapter's record of its base; from 5.2x on transformers does not keep it.
-            model.config._commit_hash = revision_of(pretrained_model_name_or_path, hub)
-        return loaded
-
-    @classmethod
-    def _from_adapter(cls, adapter: str | os.PathLike, hub: dict[str, Any], kwargs: dict[str, Any]) -> Any:
-        config = kwargs.pop("config", None)  # read by an Auto class, of adapter or base; the base's is read again
-        if requested_attention(config):
-            kwargs.setdefault("attn_implementation", requested_attention(config))
-        base, kwargs["revision"] = base_of(adapter, hub)
-        for name in ("subfolder", "_commit_hash"):  # these describe the adapter, not the base
-            kwargs.pop(name, None)
-        loaded = cls.from_pretrained(base, **{name: value for name, value in kwargs.items() if value is not None})
-        (loaded[0] if isinstance(loaded, tuple) else loaded).load_lora(adapter, **hub)
+            file = optional_file(pretrained_model_name_or_path, STATISTICS_FILE, hub_kwargs)
+            model._read_statistics(file, pretrained_model_name_or_path)
+            # An adapter records the commit of its base; from 5.2x on transformers does not keep it.
+            model.config._commit_hash = commit_of(pretrained_model_name_or_path, hub_kwargs)
         return loaded
 
     def _after_loading(self) -> None:
@@ -132,13 +176,8 @@ class OpenVLAForActionPrediction(LoraMixin, NormStatsMixin, ParallelDecodingMode
         if self.config.parallel_decoding:
             self.require_bidirectional()
 
-    def _read_statistics(self, name_or_path: str | os.PathLike, hub: dict[str, Any], is_adapter: bool = False) -> None:
-        file = (beside_or_above if is_adapter else optional_file)(name_or_path, STATISTICS_FILE, hub)
-        if file is None and is_adapter and self.norm_stats:
-            logger.warning(
-                f"{name_or_path} brings no {STATISTICS_FILE}: the model knows {sorted(self.norm_stats)} alone. If it "
-                "was trained on another robot, add its statistics: model.add_norm_stats(key, statistics)."
-            )
+    def _read_statistics(self, file: str | None, name_or_path: str | os.PathLike[str]) -> None:
+        """Add the action statistics in a file, where there is one, to the configuration."""
         if file is None:
             return
         try:
@@ -164,8 +203,8 @@ class OpenVLAForActionPrediction(LoraMixin, NormStatsMixin, ParallelDecodingMode
                 adapter, or the reverse; a keyword has no effect on an adapter.
             TypeError: A keyword is unknown, for a model with an adapter.
         """
-        if self._lora is not None:
-            require_adapter_keywords(kwargs)
+        if self.lora_adapter is not None:
+            self._installed_adapter_functions().require_save_keywords(kwargs)
         require_own_kind(save_directory, self._hf_peft_config_loaded)
         default = self.config.default_unnorm_key
         if is_main_process and self.norm_stats and not os.path.isfile(save_directory):
@@ -180,10 +219,10 @@ class OpenVLAForActionPrediction(LoraMixin, NormStatsMixin, ParallelDecodingMode
                     "folder has no default dataset: give unnorm_key to predict_action."
                 )
         try:
-            if self._lora is not None:
+            if self.lora_adapter is not None:
                 return self.save_lora(save_directory, kwargs.get("state_dict")) if is_main_process else None
-            if is_quantized(self):  # so that an adapter trained on the saved folder still knows its base
-                self.config.quantized_from = base_record(self)
+            if is_quantized(self):
+                self._record_quantized_base()
             return super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
         finally:
             self.config.default_unnorm_key = default
@@ -211,12 +250,192 @@ class OpenVLAForActionPrediction(LoraMixin, NormStatsMixin, ParallelDecodingMode
         self._require_masked_attention()
         self.config.set_action_config(**{**fields, "parallel_decoding": True})
         self.build_heads(self.config)
-        self.vision_backbone.take(self.config)
+        self.vision_backbone.configure(self.config)
         projection = self.projector.fc1
         weight = projection.weight if projection.weight.is_floating_point() else projection.bias
         for name, module in self.named_modules():
             if is_action_head_param(name):
                 module.to(device=weight.device, dtype=weight.dtype)
+
+    # Adapters (LoRA). The work is done by the installed package; saved folders carry no more than these methods.
+
+    def enable_lora(
+        self,
+        r: int = 32,
+        alpha: float = 16,
+        dropout: float = 0.0,
+        targets: str | Sequence[str] = "all-linear",
+        modules_to_save: Sequence[str] = (),
+    ) -> None:
+        """Freeze the model and add trainable LoRA matrices to some of its weights, in place.
+
+        Outputs do not change until the matrices are trained: A starts normally distributed with standard deviation
+        1 / r and B as zero (for an embedding A as zero), as in the reference. They are float32, or bfloat16 beside
+        quantised weights.
+
+        Args:
+            r: Rank.
+            alpha: The change of a weight is scaled by alpha / r.
+            dropout: Dropout probability of the matrices' inputs in training.
+            targets: "all-linear", as in the reference: every linear layer of vision towers, projector and language
+                model, without the LM head. "language": the linear layers of the language model alone (the paper found
+                frozen towers much worse). "sandwich": what the paper's sandwich fine-tuning trains: towers, projector,
+                token embedding, last decoder layer, LM head. Or a list of names of linear layers and embeddings, or of
+                their endings. Modules that never run (each tower's last block and pooling head) are left out.
+            modules_to_save: Full names of modules to train in full; they are saved with the adapter. Action heads,
+                their projectors and FiLM always are.
+
+        Raises:
+            ValueError: A number is out of range, a name is unknown, or the model already has an adapter.
+            ImportError: peft, or in the code of a saved folder the openvla package, is not installed.
+        """
+        self._installed_adapter_functions().enable_lora(self, r, alpha, dropout, targets, modules_to_save)
+
+    def load_lora(self, name_or_path: str | os.PathLike[str], *, trainable: bool = False, **hub_kwargs: Any) -> None:
+        """Load a saved adapter on this model, its base, with the action statistics beside it.
+
+        An adapter of a model with parallel decoding brings its heads: this model then decodes in parallel too.
+
+        Args:
+            name_or_path: Adapter folder or Hub repository.
+            trainable: Continue training it.
+            **hub_kwargs: revision, token, ... as for ``from_pretrained``.
+
+        Raises:
+            ValueError: The adapter belongs to another base, is merged into it already, is damaged, or its OpenVLA-OFT
+                heads are in part files in the folder above; the model is then unchanged.
+            FileNotFoundError: There is no adapter.
+            TypeError: A keyword is unknown.
+            ImportError: peft, or in the code of a saved folder the openvla package, is not installed.
+        """
+        self._installed_adapter_functions().load_lora(self, name_or_path, trainable, hub_kwargs)
+
+    def save_lora(self, folder: str | os.PathLike[str], state_dict: Mapping[str, torch.Tensor] | None = None) -> None:
+        """Write the adapter's folder; ``save_pretrained`` does this for a model that has an adapter.
+
+        Args:
+            folder: Folder to write; created where it does not exist.
+            state_dict: The model's state dict, where a trainer has gathered it; None takes the model's parameters.
+
+        Raises:
+            ValueError: The model has no adapter, or the folder holds the weights of a whole model.
+            ImportError: This is the code of a saved folder, and the openvla package is not installed.
+        """
+        self._installed_adapter_functions().save_lora(self, folder, state_dict)
+
+    def merge_lora(self) -> OpenVLAForActionPrediction:
+        """Return the plain model with the adapter in its weights, equal in every bit to that of ``openvla merge``.
+
+        Each weight becomes ``W + alpha / r * B A``, computed in float32 on the CPU and rounded once to the dtype of W,
+        one weight at a time and in place: in bfloat16 a weight differs from the exact sum by at most 2^-9 of its size.
+
+        A quantised model is not changed: the adapter is merged into the files that it was quantised from, loaded on
+        the CPU in their own dtype. The adapter was trained beside quantised weights, so the merged model differs from
+        the trained one by the quantisation error.
+
+        Returns:
+            This model, or for a quantised one a new model.
+
+        Raises:
+            ValueError: There is no adapter, or a result would not be finite; the model is then unchanged.
+            ImportError: This is the code of a saved folder, and the openvla package is not installed.
+        """
+        return self._installed_adapter_functions().merge_lora(self)
+
+    def disable_adapters(self) -> None:
+        """Predict as the base does, heads included, until ``enable_adapters``.
+
+        Raises:
+            ValueError: There is no adapter.
+            ImportError: This is the code of a saved folder, and the openvla package is not installed.
+        """
+        self._installed_adapter_functions().switch_adapters(self, enabled=False)
+
+    def enable_adapters(self) -> None:
+        """Predict with the adapter again, modules that were trained in full included.
+
+        transformers' own method (seen up to 5.24) leaves those switched off.
+
+        Raises:
+            ValueError: There is no adapter.
+            ImportError: This is the code of a saved folder, and the openvla package is not installed.
+        """
+        self._installed_adapter_functions().switch_adapters(self, enabled=True)
+
+    def active_adapters(self) -> list[str]:
+        """Return the names of the adapters in use: of this package, or of transformers' ``add_adapter``.
+
+        Raises:
+            ValueError: There is no adapter.
+        """
+        if not self._hf_peft_config_loaded:
+            raise OpenVLAValueError(NO_ADAPTER)
+        return [ADAPTER_NAME] if self.lora_adapter is not None else super().active_adapters()
+
+    def add_adapter(self, *args: Any, **kwargs: Any) -> Any:
+        """Do as transformers' own method; ``enable_lora`` needs no particular version of peft."""
+        require_peft_of_transformers("add_adapter", "enable_lora")
+        return super().add_adapter(*args, **kwargs)
+
+    def load_adapter(self, *args: Any, **kwargs: Any) -> Any:
+        """Do as transformers' own method; ``load_lora`` needs no particular version of peft."""
+        require_peft_of_transformers("load_adapter", "load_lora")
+        return super().load_adapter(*args, **kwargs)
+
+    def set_adapter(self, *args: Any, **kwargs: Any) -> Any:
+        """Do as transformers' own method; ``load_lora`` needs no particular version of peft."""
+        require_peft_of_transformers("set_adapter", "load_lora")
+        return super().set_adapter(*args, **kwargs)
+
+    def delete_adapter(self, *args: Any, **kwargs: Any) -> Any:
+        """Do as transformers' own method; ``merge_lora`` needs no particular version of peft."""
+        require_peft_of_transformers("delete_adapter", "merge_lora")
+        return super().delete_adapter(*args, **kwargs)
+
+    def get_adapter_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Do as transformers' own method; ``save_lora`` needs no particular version of peft."""
+        require_peft_of_transformers("get_adapter_state_dict", "save_lora")
+        return super().get_adapter_state_dict(*args, **kwargs)
+
+    @classmethod
+    def _installed_adapter_functions(cls) -> AdapterFunctions:
+        """Return the package's adapter functions; the code of a saved folder takes them where it is installed.
+
+        Raises:
+            ImportError: It is not installed.
+        """
+        if cls.adapter_functions is not None:
+            return cls.adapter_functions
+        try:
+            package = importlib.import_module("openvla")
+            functions: AdapterFunctions = package.OpenVLAForActionPrediction.adapter_functions
+        except (ImportError, AttributeError) as error:  # AttributeError: another folder is called openvla
+            raise OpenVLAImportError(
+                "Adapters (LoRA) need the openvla package, which is more than the code in a saved folder: "
+                f"pip install openvla ({error})"
+            ) from error
+        cls.adapter_functions = functions
+        return functions
+
+    def _require_no_adapter(self) -> None:
+        if self.lora_adapter is not None:
+            raise OpenVLAValueError("This model already has an adapter; call merge_lora(), or load the base again.")
+
+    def _record_quantized_base(self) -> None:
+        """Record in the configuration what was quantised: the base of adapters that are trained on the saved folder."""
+        try:
+            self.config.quantized_from = dict(self._installed_adapter_functions().record_base(self))
+        except OpenVLAImportError as error:
+            if getattr(self.config, "quantized_from", None) is None:
+                logger.warning(
+                    "The saved folder does not record which weights were quantised, so adapters that are trained on it "
+                    f"cannot be merged. {error}"
+                )
+
+    def _save_code(self, folder: Path, config: PretrainedConfig) -> None:
+        """Save this model's code files into a folder and name them in the configuration."""
+        custom_object_save(self, folder, config=config)  # type: ignore[arg-type]  # annotated as a dictionary
+        mark_code(folder)
 
     # Every argument is named, not collected: transformers' Trainer keeps the columns that it finds in this signature.
     def forward(  # type: ignore[override]  # more arguments than the base's

@@ -35,7 +35,15 @@ from .configuration_openvla import (
     write_json,
 )
 from .errors_openvla import OpenVLAImportError, OpenVLAValueError
-from .images_openvla import DevicePixels, ImageInput, ImagePreset, TowerTransform, as_images, normalized_pixels
+from .images_openvla import (
+    SHIPPED_IMAGE_PRESETS,
+    DevicePixels,
+    ImageInput,
+    ImagePreset,
+    TowerTransform,
+    as_images,
+    normalized_pixels,
+)
 
 logger = logging.get_logger(__name__)
 
@@ -248,11 +256,12 @@ class OpenVLAProcessor(PushToHub, ProcessorMixin):
         empty_token_id: Id appended to every prompt built from an instruction; None for none.
         num_images_in_input: Number of images (cameras) that the model takes with a prompt.
         image_preset: Preprocessing applied to every image before the image processor, a key of
-            ``openvla.inference.image_presets.IMAGE_PRESETS``. All but "none" need the installed package. ``None``
-            applies none and marks the preset as unspecified; ``openvla evaluate`` then uses "libero".
+            ``openvla.inference.image_presets.IMAGE_PRESETS``. "libero" and "libero-raw" need the installed package.
+            ``None`` applies none and marks the preset as unspecified; ``openvla evaluate`` then uses "libero".
 
     Attributes:
-        image_presets: Set by ``openvla.loading`` where the package is installed; None in code beside a checkpoint.
+        image_presets: Set by ``openvla.loading`` where the package is installed; None in code beside a checkpoint,
+            which knows "none" and "center-crop" alone.
 
     Raises:
         ValueError: Unknown prompt style or image preset.
@@ -441,13 +450,12 @@ class OpenVLAProcessor(PushToHub, ProcessorMixin):
         """Return an image preset; None where frames are not changed."""
         if name is None or name == NO_PRESET:
             return None
+        presets = SHIPPED_IMAGE_PRESETS if self.image_presets is None else self.image_presets
+        if name in presets:
+            return presets[name]
         if self.image_presets is None:
             raise OpenVLAImportError(f"image_preset={name!r} {NEEDS_PACKAGE}.")
-        if name not in self.image_presets:
-            raise OpenVLAValueError(
-                f"Unknown image_preset {name!r}. Allowed: None, or one of {list(self.image_presets)}."
-            )
-        return self.image_presets[name]
+        raise OpenVLAValueError(f"Unknown image_preset {name!r}. Allowed: None, or one of {list(presets)}.")
 
     def prompt(self, instruction: str) -> str:
         """Return the complete prompt for an instruction, in this checkpoint's style, without the empty token.

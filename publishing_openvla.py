@@ -20,7 +20,7 @@ from typing import Any, ClassVar, Protocol
 
 from transformers.utils import PushToHubMixin, logging
 
-from .errors_openvla import OpenVLAImportError, OpenVLATypeError, OpenVLAValueError
+from .errors_openvla import OpenVLAImportError, OpenVLAValueError
 
 logger = logging.get_logger(__name__)
 
@@ -34,20 +34,6 @@ REMOTE_CODE = "transformers_modules"  # the package into which transformers copi
 FIRST_LINE = "from __future__ import annotations\n"  # of every code file; the digest is written behind it
 MARK = "CODE_DIGEST"
 MARKED = re.compile(rb'^from __future__ import annotations; CODE_DIGEST = "[0-9a-f]{64}"$', re.MULTILINE)
-
-# Keywords of transformers' save_pretrained, 4.40.1 to 5.24.
-SAVE_KEYWORDS = (
-    "state_dict",
-    "save_function",
-    "push_to_hub",
-    "max_shard_size",
-    "safe_serialization",
-    "variant",
-    "token",
-    "save_peft_format",
-    "save_original_format",
-    "distributed_checkpoint",
-)
 
 
 def require_same_code(module: str) -> None:
@@ -192,26 +178,6 @@ def require_own_kind(folder: str | os.PathLike, is_adapter: bool) -> None:
             f"{folder} holds {other_kind} ({other_file}), and {kind} beside it could not be told from it when it is "
             "loaded. Give another folder, or delete those files first."
         )
-
-
-def require_adapter_keywords(kwargs: dict[str, Any]) -> None:
-    """Check keywords of ``save_pretrained`` for a model with an adapter.
-
-    Raises:
-        ValueError: A keyword has no effect on an adapter.
-        TypeError: A keyword is unknown.
-    """
-    unknown = sorted(set(kwargs) - set(SAVE_KEYWORDS))
-    if unknown:
-        raise OpenVLATypeError(f"save_pretrained takes no {', '.join(unknown)}; allowed: {list(SAVE_KEYWORDS)}.")
-    defaults = {"push_to_hub": False, "safe_serialization": True, "variant": None, "save_peft_format": True}
-    defaults["distributed_checkpoint"] = False
-    for name, value in defaults.items():
-        if kwargs.get(name, value) not in (value, None):
-            raise OpenVLAValueError(
-                f"{name}={kwargs[name]!r} has no effect on a model with an adapter; leave it out (merge_lora() gives a "
-                "whole model, push_to_hub() uploads either)."
-            )
 
 
 class HubUploader(Protocol):

@@ -1,15 +1,14 @@
-"""Latency of a chunk in one parallel pass beside the same weights' autoregressive action, and how near the floor it is.
+"""Latency of a parallel action chunk and of an autoregressive action with the same weights, and their lower bounds.
 
     python benchmarks/chunks.py [--size eighth|full] [--dtype float32|bfloat16] [--repeats 20]
 
 "eighth" is OpenVLA-7B's depth at an eighth of its width, "full" its size, built on the GPU with random weights. All
-rows are timed in turn in one process, and medians are reported. The floor is the pass's floating-point operations at
-the speed of one large matrix product, measured in the same run: what a compute-bound pass cannot beat. The
-autoregressive action's six decoding steps are bound by memory instead, so its floor adds reading the language model six
-times.
+models are timed in turn in one process, and medians are reported. The floor is the time of the pass's floating-point
+operations at the speed of one large matrix product, measured in the same run: the lower bound of a compute-bound pass.
+The six decode steps of the autoregressive action are memory-bound, so its floor adds six reads of the language model.
 
-Beside each time stands a check: the chunk under sdpa against the chunk under eager attention, and for tokens how many
-of them are equal.
+Each time comes with a check: the difference between the chunks under sdpa and eager attention, and for tokens the
+number of equal ones.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ BOUNDS = ("q01", "q99", "min", "max")
 
 
 def statistics(platform: str) -> dict:
-    """Made-up statistics of a platform."""
+    """Return made-up statistics of a platform."""
     sizes = PLATFORMS[platform]
     entry = {
         part: {name: [(-1.0) ** (i % 2 + 1)] * sizes[f"{part}_dim"] for i, name in enumerate(BOUNDS)}
@@ -70,7 +69,7 @@ ROWS = {
 
 
 def build(row: str, size: str, device: str, dtype: torch.dtype) -> tuple[OpenVLAForActionPrediction, Callable]:
-    """A row's model with the same seeded weights as the others', and its answer."""
+    """Build a model with the same seeded weights as the others, and its prediction function."""
     with torch.device(device):
         model, processor = build_tiny(**{**(FULL if size == "full" else overrides(size)), **ROWS[row]})
     model = model.to(device=device, dtype=dtype)
@@ -81,7 +80,7 @@ def build(row: str, size: str, device: str, dtype: torch.dtype) -> tuple[OpenVLA
 
 
 def check(model: OpenVLAForActionPrediction, answer: Callable) -> str:
-    """The same answer under eager attention."""
+    """Compare the prediction with that under eager attention; return the difference as text."""
     first = answer()
     model.language_model.config._attn_implementation = "eager"
     try:
@@ -94,7 +93,7 @@ def check(model: OpenVLAForActionPrediction, answer: Callable) -> str:
 
 
 def main() -> None:
-    """Time all rows in turn and print them."""
+    """Time all models in turn and print the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=("eighth", "full"), default="eighth")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")

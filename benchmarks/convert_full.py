@@ -1,15 +1,15 @@
-"""Convert a full-size (7.5 B parameters) native checkpoint and back, measuring time and memory beside a plain copy.
+"""Measure time and memory of converting a full-size (7.5 B) native checkpoint and back, compared with a plain copy.
 
     python benchmarks/convert_full.py WORK_DIR [--dtype bf16|fp32] [--repeat 3]
 
-The weights are seeded noise, the tokenizer is a stand-in of Llama-2's size; every tensor is compared.
-WORK_DIR needs 31 GB free for bf16, 62 GB for fp32, and is removed at the end. Anonymous memory is the process's own;
-pages of mapped files, which the system takes back at need, are not in it.
+The weights are seeded noise, the tokenizer has Llama-2's size; every tensor is compared.
+WORK_DIR needs 31 GB free for bf16, 62 GB for fp32, and is removed at the end. Anonymous memory excludes pages of mapped
+files, which the system can reclaim.
 
-Before each step all is written to disk and, where the user may (root, on Linux), the page cache is emptied; the table
-says so. Copies and conversions take turns, so that a disturbance meets both. The plain copy is cp, through the cache,
-and sync; the other is dd past the cache (O_DIRECT), as fast as the disk allows. Python's bytecode is cached beforehand,
-as pip's installation leaves it; how long the imports then take is a row of its own.
+Before each step all files are written to disk and, where permitted (root, on Linux), the page cache is emptied; the
+table says so. Copies and conversions alternate, so that a disturbance affects both. The plain copy is cp, through the
+cache, and sync; the other is dd past the cache (O_DIRECT), as fast as the disk allows. Python's bytecode is cached
+beforehand, as pip does on installation; the time of the imports is reported separately.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from openvla.tiny import build_tokenizer
 
 
 def emptied_cache() -> str:
-    """Write everything to disk and empty the page cache; whether that was allowed."""
+    """Write all files to disk and empty the page cache; return "empty", or "as it was" where that is not permitted."""
     os.sync()
     try:
         Path("/proc/sys/vm/drop_caches").write_text("3")
@@ -42,7 +42,7 @@ def emptied_cache() -> str:
 
 
 def measured(label: str, command: list[str], size: int) -> dict:
-    """Run a command; its seconds and its peak of anonymous memory."""
+    """Run a command; return its seconds and its peak anonymous memory."""
     cache = emptied_cache()
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
     started, peak = time.perf_counter(), 0
@@ -63,7 +63,7 @@ def measured(label: str, command: list[str], size: int) -> dict:
 
 
 def table(rows: list[dict]) -> str:
-    """A line a step: median and best of its runs."""
+    """Return a line for each step: median and best of its runs."""
     lines = ["| step | runs | median s | best s | GB/s | page cache before | peak anonymous MB |", "|---" * 7 + "|"]
     for label in dict.fromkeys(row["step"] for row in rows):
         runs = [row for row in rows if row["step"] == label]

@@ -1,14 +1,14 @@
-"""Samples a second and peak memory of one LoRA step, beside the reference's own code's step on the same weights.
+"""Samples per second and peak memory of a LoRA step, compared with the reference's code on the same weights.
 
     python benchmarks/training.py --reference DIR --reference-python PY [--batch 4] [--rounds 5]
 
 DIR is a folder with the published remote code (configuration_prismatic.py, modeling_prismatic.py), PY a Python in whose
-environment it runs (transformers 4.40.1, timm 0.9, peft 0.11.1); without them only ours is measured. The model has
-OpenVLA-7B's depth at an eighth of its width; --vocabulary 32000 gives it Llama-2's head too, which at this width weighs
-eight times what it does in OpenVLA-7B. Float32, rank 32 beside all linear layers, AdamW. Each side is a process of its
-own; they take their steps in turn, and medians are reported. Memory is the most that the process had resident while it
-trained (VmHWM, reset after loading), interpreter and libraries included; what it had before the first step stands
-beside. The losses of all steps are compared: the sides train the same adapters on the same batch.
+environment it runs (transformers 4.40.1, timm 0.9, peft 0.11.1); without them only this package is measured. The model
+has OpenVLA-7B's depth at an eighth of its width; --vocabulary 32000 gives it Llama-2's head too, whose share of the
+work is then eight times that in OpenVLA-7B. Float32, rank 32 on all linear layers, AdamW. Each side runs in its own
+process; they alternate, and medians are reported. Memory is the peak resident memory in training (VmHWM, reset after
+loading), interpreter and libraries included, reported with the memory before the first step. The losses of all steps
+are compared: the sides train the same adapters on the same batch.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from openvla import OpenVLAForActionPrediction
-from openvla.adapters_openvla import lora_targets
+from openvla.adapters.targets import lora_targets
 from openvla.benchmarking.sizes import overrides
 from openvla.benchmarking.worker_process import WorkerProcess
 from openvla.data.episodes import Step
@@ -37,7 +37,7 @@ INSTRUCTIONS = ("pick up the red block", "open the middle drawer of the cabinet"
 
 
 def write_sides(folder: Path, size: str, vocabulary: int, batch: int) -> None:
-    """The base with seeded weights, in the published layout, and a batch of noise."""
+    """Write the base with seeded weights in the published layout, and a batch of noise."""
     tokenizer = build_tokenizer(vocabulary)
     fields = overrides(size)
     if fields and vocabulary:
@@ -65,7 +65,7 @@ def write_sides(folder: Path, size: str, vocabulary: int, batch: int) -> None:
 
 
 def side(name: str, folder: Path, args: argparse.Namespace, **environment: str) -> WorkerProcess:
-    """A process that takes a step when asked."""
+    """Start a process that takes a training step on request."""
     python = args.reference_python if name == "reference" else sys.executable
     command = [python, WORKER, name, folder, args.threads]
     command += ["--code", args.reference] if name == "reference" else []
@@ -73,7 +73,7 @@ def side(name: str, folder: Path, args: argparse.Namespace, **environment: str) 
 
 
 def peak(name: str, folder: Path, args: argparse.Namespace) -> tuple[int, int]:
-    """Most resident bytes of two steps, and those before."""
+    """Return the peak resident bytes of two steps, and the bytes before them."""
     worker = side(name, folder, args, MALLOC_MMAP_THRESHOLD_=str(2**16))
     worker.request()
     last = worker.request()
@@ -82,7 +82,7 @@ def peak(name: str, folder: Path, args: argparse.Namespace) -> tuple[int, int]:
 
 
 def compare(folder: Path, args: argparse.Namespace) -> None:
-    """Let the sides take turns, and print a row of each."""
+    """Alternate between the sides, and print a line for each."""
     names = [*(["reference"] if args.reference else []), "ours", "checkpointing"]
     sides = {name: side(name, folder, args) for name in names}
     steps: dict[str, list[dict]] = {name: [] for name in names}
@@ -109,7 +109,7 @@ def compare(folder: Path, args: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    """Measure at each vocabulary."""
+    """Measure with each vocabulary."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--reference", type=Path, help="folder of the published remote code")
     parser.add_argument("--reference-python", default=sys.executable)

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Run the tests of the policy server's page in a headless Chromium; installs what is missing, where it may.
+# Run the tests of the policy server's page in a headless Chromium; install missing packages where possible.
 #   PYTHON=.venv/bin/python bash ci/browser.sh -k phone
 set -euo pipefail
 cd "$(dirname "$0")/.."

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Check the types of the whole package with mypy; with arguments, print only what it says of these files or folders.
+# Check the types of the whole package with mypy; with arguments, print only the errors in these files or folders.
 #   bash ci/types.sh [PATH...]
 # The repository's root is the package "openvla": a link of that name in .types/ lets mypy import it as users do.
 set -euo pipefail

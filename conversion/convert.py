@@ -38,7 +38,8 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer
 
-from ..adapter_files_openvla import base_of, require_not_merged
+from ..adapters.base_record import require_not_merged
+from ..adapters.files import locate_base
 from ..compatibility_openvla import DTYPE_FIELD
 from ..configuration_openvla import ACTION_CONFIG_FIELDS, PLATFORMS, OpenVLAConfig, PrismaticConfig, write_json
 from ..errors_openvla import OpenVLAFileExistsError, OpenVLAFileNotFoundError, OpenVLAValueError
@@ -329,7 +330,7 @@ def make_current(
     """
     adapter, whole = unmerged_adapter(source), source
     if adapter is not None:
-        whole = local_folder(str(base or base_of(source / ADAPTER_FOLDER, {})[0]))
+        whole = local_folder(str(base or locate_base(source / ADAPTER_FOLDER, {})[0]))
     fields = {**read_json(whole / "config.json"), **overrides}
     folded = {} if fields.get("parallel_decoding") else part_files(source, step)
     plain = {name: value for name, value in fields.items() if not folded or name not in ACTION_CONFIG_FIELDS}
@@ -351,7 +352,7 @@ def make_current(
     else:
         if dtype is not None:
             setattr(config, DTYPE_FIELD, DTYPES[dtype])
-        change = None if adapter is None else adapter.merged
+        change = None if adapter is None else adapter.merge_tensor
         written = write_shards(folder, tensors, dtype and DTYPES[dtype], shard_bytes, change)
     if (source / GENERATION_FILE).is_file():
         shutil.copy(source / GENERATION_FILE, folder / GENERATION_FILE)

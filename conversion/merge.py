@@ -17,19 +17,15 @@ from pathlib import Path
 
 import torch
 
-from ..adapter_files_openvla import (
-    LoraAdapter,
-    base_of,
-    beside_or_above,
+from ..adapters.base_record import (
     config_digest,
-    optional_file,
     quantized_merge_note,
-    read_adapter,
     require_not_merged,
     require_same_base,
     weights_digest,
 )
-from ..configuration_openvla import OpenVLAConfig
+from ..adapters.files import BaseRecord, LoraAdapter, find_beside_or_above, locate_base, read_adapter
+from ..configuration_openvla import OpenVLAConfig, optional_file
 from ..errors_openvla import OpenVLAFileExistsError, OpenVLAValueError
 from ..heads_openvla import is_action_head_param
 from ..inference.policy import init_empty_model
@@ -101,7 +97,7 @@ def merge(
     if target.exists() and not overwrite:
         raise OpenVLAFileExistsError(f"{target} exists; give another name, or --overwrite to replace it.")
     lora = read_adapter(adapter)
-    source, revision = (str(base), None) if base else base_of(adapter, {})
+    source, revision = (str(base), None) if base else locate_base(adapter, {})
     folder = local_folder(source, revision=revision)
     fields = read_json(folder / "config.json")
     if fields.get("quantization_config"):
@@ -109,7 +105,8 @@ def merge(
     config = OpenVLAConfig.from_dict(fields)
     files = weight_files(folder)
     tensors = dict(read_tensors(files))
-    record = {"id": source, "config": config_digest(config), "weights": weights_digest(tensors.items(), config)}
+    weights = weights_digest(tensors.items(), config)
+    record = BaseRecord(id=source, revision=revision, config=config_digest(config), weights=weights, quantization=None)
     require_same_base(lora.base, record, adapter)
     if lora.base is None:
         require_not_merged(lora, tensors, adapter)
@@ -120,14 +117,14 @@ def merge(
         tensors.update(_heads(lora, config, next(iter(tensors.values())).dtype))
     if (lora.answer or config.action_config) != config.action_config:
         raise OpenVLAValueError(f"{adapter} answers as {lora.answer}, {source} as {config.action_config}.")
-    missing = sorted({*(f"{name}.weight" for name in lora.adapted), *lora.whole} - set(tensors))
+    missing = sorted({*(f"{name}.weight" for name in lora.target_modules), *lora.full_tensors} - set(tensors))
     if missing:
         raise OpenVLAValueError(
             f"{adapter} does not fit {source}, which lacks {len(missing)} of its tensors: {missing[:3]}."
         )
     if lora.base and lora.base.get("quantization"):
         print(quantized_merge_note(lora.base))
-    own_statistics = statistics or beside_or_above(adapter, STATISTICS_FILE)
+    own_statistics = statistics or find_beside_or_above(adapter, STATISTICS_FILE)
     if own_statistics is None:
         print(
             f"{adapter} brings no {STATISTICS_FILE}: {target} knows the base's datasets alone, "
@@ -139,12 +136,13 @@ def merge(
     if lora.default_unnorm_key in (config.norm_stats or {}):
         config.default_unnorm_key = lora.default_unnorm_key
     with appearing_whole(target) as written:
-        digests = write_shards(written, tensors, None, parse_size(max_shard_size), lora.merged)
+        digests = write_shards(written, tensors, None, parse_size(max_shard_size), lora.merge_tensor)
         _write_processor(written, [Path(adapter), folder], config)
         write_surroundings(written, config)
         write_card(written, target.name)
         write_manifest(written, digests)
-    print(f"{target}: complete, {len(lora.adapted)} adapted weights in float32 rounded once, read back and compared")
+    count = len(lora.target_modules)
+    print(f"{target}: complete, {count} adapted weights in float32 rounded once, read back and compared")
 
 
 def _heads(lora: LoraAdapter, config: OpenVLAConfig, dtype: torch.dtype) -> dict[str, torch.Tensor]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ..adapter_files_openvla import LoraAdapter, read_adapter
+from ..adapters.files import LoraAdapter, read_adapter
 from ..configuration_openvla import ACTION_CONFIG_FIELDS, PLATFORMS, OpenVLAConfig
 from ..errors_openvla import OpenVLAValueError
 from ..heads_openvla import FILM_LAYER, HEAD_MODULES, is_action_head_param

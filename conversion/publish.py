@@ -18,11 +18,11 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..adapter_files_openvla import ADAPTER_CONFIG_FILE, read_adapter
+from ..adapters.files import read_adapter
 from ..configuration_openvla import OpenVLAConfig
 from ..errors_openvla import OpenVLAValueError
 from ..loading import MODEL_CLASSES
-from ..publishing_openvla import refuse_two_kinds
+from ..publishing_openvla import ADAPTER_CONFIG_FILE, refuse_two_kinds
 from .convert import TOKENIZER_FILES, require_fit
 from .hub_folder import MANIFEST_FILE
 from .hub_upload import CARD_FILE, publishable, push_folder

@@ -29,8 +29,9 @@ import stat
 from pathlib import Path
 from typing import Any
 
-from ..adapter_files_openvla import ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE, read_adapter
+from ..adapters.files import ADAPTER_WEIGHTS_FILE, read_adapter
 from ..errors_openvla import OpenVLAFileExistsError, OpenVLAFileNotFoundError, OpenVLAValueError
+from ..publishing_openvla import ADAPTER_CONFIG_FILE
 from .convert import (
     TOKENIZER_FILES,
     current_config,
@@ -62,7 +63,10 @@ CONFIG_FILES = ("config.json", "preprocessor_config.json", "processor_config.jso
 OLD_CODE = {f"{part}_prismatic.py" for part in ("configuration", "modeling", "processing")}
 OLD_CODE |= {f"{part}_openvla.py" for part in ("answers", "fast", "graphs", "own_functions")}
 OLD_CODE |= {path.name for path in Path(__file__).parents[1].glob("*_openvla.py")}
-OLD_CODE |= {f"{part}_openvla.py" for part in ("device_images", "jpeg", "norm_stats", "prompts", "saved_folder")}
+OLD_CODE |= {
+    f"{part}_openvla.py"
+    for part in ("adapter_files", "adapters", "device_images", "jpeg", "norm_stats", "prompts", "saved_folder")
+}
 WEIGHTS = (".safetensors", ".safetensors.index.json")
 # Temporary names under which this package and huggingface_hub write before they rename.
 TEMPORARY = re.compile(r"\..*\.\d+\.tmp|.*\.incomplete")

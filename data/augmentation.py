@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from ..errors_openvla import OpenVLATypeError, OpenVLAValueError
-from ..inference.image_presets import (
+from ..images_openvla import (
     CENTER_CROP_AREA,
     as_rounded_bytes,
     as_unit_floats,

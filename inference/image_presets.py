@@ -13,14 +13,11 @@ computed here; the lossless ones (Huffman codes) are left out. Tables and consta
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 
-from ..images_openvla import ImagePreset
-
-CENTER_CROP_AREA = 0.9
+from ..images_openvla import SHIPPED_IMAGE_PRESETS, ImagePreset, center_cropped
 
 # glibc's polynomials of sinf, close to the Taylor series.
 _SINE = [float.fromhex(c) for c in ("-0x1.555545995a603p-3", "0x1.1107605230bc4p-7", "-0x1.994eb3774cf24p-13")]
@@ -62,13 +59,8 @@ def unchanged(image: Image.Image, size: Sequence[int]) -> Image.Image:
     return image
 
 
-def center_crop_preset(image: Image.Image, size: Sequence[int]) -> Image.Image:
-    """Return the middle 90 % of the area, as for every checkpoint that was fine-tuned with image augmentation."""
-    return Image.fromarray(center_cropped(np.array(image), size))
-
-
 def libero_preset(image: Image.Image, size: Sequence[int]) -> Image.Image:
-    """Apply JPEG and Lanczos to the model's size (unless the frame has that size), then ``center_crop_preset``."""
+    """Apply JPEG and Lanczos to the model's size (unless the frame has that size), then the preset "center-crop"."""
     pixels = np.array(image)
     if pixels.shape[:2] != tuple(size):
         pixels = lanczos3_resized(jpeg_round_trip(pixels), size)
@@ -85,7 +77,7 @@ def libero_raw_preset(image: Image.Image, size: Sequence[int]) -> Image.Image:
 # returns RGB of that size ("none": of the frame's size).
 IMAGE_PRESETS: dict[str, ImagePreset] = {
     "none": unchanged,
-    "center-crop": center_crop_preset,
+    **SHIPPED_IMAGE_PRESETS,
     "libero": libero_preset,
     "libero-raw": libero_raw_preset,
 }
@@ -152,85 +144,6 @@ def _weighted_sums(pixels: np.ndarray, starts: np.ndarray, weights: np.ndarray) 
     for tap, weight in enumerate(weights):
         result += weight[:, None, None] * pixels[np.minimum(starts + tap, len(pixels) - 1)]
     return result
-
-
-def center_cropped(pixels: np.ndarray, size: Sequence[int], area: float = CENTER_CROP_AREA) -> np.ndarray:
-    """Crop the middle ``area`` of an image and resize it bilinearly, as ``tf.image.crop_and_resize`` in float32.
-
-    Args:
-        pixels: uint8 ``(height, width, channels)``.
-        size: Height and width of the result.
-        area: Fraction of the image's area; the aspect ratio is unchanged.
-
-    Returns:
-        uint8 ``(*size, channels)``.
-    """
-    side = np.sqrt(np.float32(area))
-    start = (np.float32(1) - side) / np.float32(2)
-    cropped = crop_and_resize(as_unit_floats(pixels), (start, start, start + side, start + side), size)
-    return as_rounded_bytes(np.clip(cropped, 0, 1))
-
-
-def crop_and_resize(pixels: np.ndarray, box: Sequence[float], size: Sequence[int]) -> np.ndarray:
-    """Crop a box and resize it bilinearly, as ``tf.image.crop_and_resize``.
-
-    Args:
-        pixels: float32 ``(..., height, width, channels)``.
-        box: Top, left, bottom, right; 0 is the centre of the first row or column and 1 that of the last.
-        size: Height and width of the result.
-
-    Returns:
-        float32 ``(..., *size, channels)``; 0 where the box leaves the image.
-    """
-    top, left, bottom, right = np.asarray(box, dtype=np.float32)
-    x = _bilinear_samples(left, right, pixels.shape[-2], size[1])
-    first, second = pixels[..., x.before, :], pixels[..., x.after, :]
-    columns = np.where(x.inside[:, None], first + (second - first) * x.weight[:, None], np.float32(0))
-    y = _bilinear_samples(top, bottom, pixels.shape[-3], size[0])
-    first, second = columns[..., y.before, :, :], columns[..., y.after, :, :]
-    rows = first + (second - first) * y.weight[:, None, None]
-    return np.where(y.inside[:, None, None], rows, np.float32(0))
-
-
-class BilinearSamples(NamedTuple):
-    """Input positions of every output along one axis.
-
-    Attributes:
-        before: int64, the neighbour below the position.
-        after: int64, the neighbour above it.
-        weight: float32 in [0, 1], the weight of ``after``.
-        inside: bool, whether the position lies inside the image.
-    """
-
-    before: np.ndarray
-    after: np.ndarray
-    weight: np.ndarray
-    inside: np.ndarray
-
-
-def _bilinear_samples(start: np.float32, end: np.float32, length: int, target: int) -> BilinearSamples:
-    """Return the positions of ``target`` evenly spaced samples from ``start`` to ``end`` of an axis."""
-    last = np.float32(length - 1)
-    if target > 1:
-        step = (end - start) * last / np.float32(target - 1)
-        positions = start * last + np.arange(target, dtype=np.float32) * step
-    else:
-        positions = np.array([0.5 * float(start + end) * (length - 1)], dtype=np.float32)
-    inside = (positions >= 0) & (positions <= last)
-    before = np.floor(np.where(inside, positions, 0))
-    after = np.ceil(np.where(inside, positions, 0))
-    weight = (positions - before).astype(np.float32)
-    return BilinearSamples(before.astype(np.int64), after.astype(np.int64), weight, inside)
-
-
-def as_unit_floats(pixels: np.ndarray) -> np.ndarray:
-    """Convert uint8 to float32 in [0, 1], as ``tf.image.convert_image_dtype``."""
-    return pixels.astype(np.float32) * np.float32(1 / 255)
-
-
-def as_rounded_bytes(values: np.ndarray) -> np.ndarray:
-    """Convert float32 in [0, 1] to uint8, as ``tf.image.convert_image_dtype(saturate=True)``."""
-    return np.clip(values * np.float32(255.5), 0, 255).astype(np.uint8)
 
 
 def jpeg_round_trip(pixels: np.ndarray) -> np.ndarray:

@@ -16,14 +16,15 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig
 
-from ..adapter_files_openvla import ADAPTER_CONFIG_FILE, base_of, optional_file
+from ..adapters.base_record import locate_base
 from ..compatibility_openvla import DTYPE_FIELD
-from ..configuration_openvla import OpenVLAConfig
+from ..configuration_openvla import OpenVLAConfig, optional_file
 from ..decoding_openvla import require_one_pass
 from ..errors_openvla import OpenVLAValueError
 from ..loading import AutoProcessor
 from ..modeling_openvla import OpenVLAForActionPrediction
 from ..processing_openvla import OpenVLAImageProcessor, OpenVLAProcessor
+from ..publishing_openvla import ADAPTER_CONFIG_FILE
 from .cpu_prepack import prepack as prepack_weights
 from .fast_decoder import compile_pointwise
 from .quantization import UNQUANTIZED_MODULES, VISION_TOWERS, fast_dtype, quantization_config
@@ -181,7 +182,7 @@ def _base_checkpoint(model: str | os.PathLike) -> tuple[str | os.PathLike, dict[
     """Return the checkpoint that has config and weights, and the arguments of ``from_pretrained`` for it."""
     if optional_file(model, ADAPTER_CONFIG_FILE) is None:
         return model, {}
-    base, revision = base_of(model, {})
+    base, revision = locate_base(model, {})
     return base, {"revision": revision} if revision else {}
 
 

@@ -12,7 +12,7 @@ from safetensors.torch import load, load_file
 REPOSITORY = Path(__file__).parent.parent
 GOLDEN = Path(__file__).parent / "golden"
 FIXTURES = Path(__file__).parent / "fixtures"
-PACKAGE_FOLDERS = ("benchmarking", "conversion", "data", "evaluation", "inference", "serving", "training")
+PACKAGE_FOLDERS = ("adapters", "benchmarking", "conversion", "data", "evaluation", "inference", "serving", "training")
 MODULES = sorted(
     [*REPOSITORY.glob("*.py"), *(path for name in PACKAGE_FOLDERS for path in (REPOSITORY / name).glob("*.py"))]
 )

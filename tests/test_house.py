@@ -5,6 +5,7 @@ import re
 import sys
 
 import pytest
+from openvla.publishing_openvla import FIRST_LINE
 from reference import MODULES, REPOSITORY, module_name
 from transformers.dynamic_module_utils import check_imports
 
@@ -52,6 +53,11 @@ def test_an_entry_names_every_file_that_it_needs(entry):
             needed.add(module)
             left.append(module)
     assert direct == needed
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=module_name)
+def test_shipped_files_can_carry_a_digest(path):
+    assert path.read_text(encoding="utf-8").count(FIRST_LINE) == 1
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=module_name)

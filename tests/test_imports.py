@@ -11,10 +11,11 @@ from reference import MODULES, PACKAGE_FOLDERS, REPOSITORY, module_name
 # Folders that the modules of a folder may import besides shipped modules, loading, tiny and their own folder.
 ALLOWED = {
     "": set(),
-    "inference": set(),
-    "conversion": {"inference"},
+    "adapters": set(),
+    "inference": {"adapters"},
+    "conversion": {"adapters", "inference"},
     "data": {"inference"},
-    "training": {"data", "inference", "conversion"},
+    "training": {"adapters", "data", "inference", "conversion"},
     "serving": {"inference"},
     "evaluation": {"inference", "data"},
     "benchmarking": {"inference", "conversion"},

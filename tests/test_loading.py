@@ -138,8 +138,8 @@ WITHOUT_PACKAGE = """
 import sys
 sys.modules["openvla"] = None  # as if the package were not installed
 import numpy as np, transformers
-plain, preset = sys.argv[1:]
-frame = np.zeros((8, 8, 3), np.uint8)
+plain, cropping, libero, frame, output = sys.argv[1:]
+frame = np.load(frame)
 
 
 def error_of(call):
@@ -154,26 +154,36 @@ processor = transformers.AutoProcessor.from_pretrained(plain, trust_remote_code=
 assert "transformers_modules" in type(processor).__module__
 assert processor(instruction="go", images=frame)["pixel_values"].shape == (1, 6, 224, 224)
 print(error_of(lambda: processor(instruction="go", images=frame, device="cpu")))
-print(error_of(lambda: transformers.AutoProcessor.from_pretrained(preset, trust_remote_code=True)))
-processor.image_preset = "center-crop"
+print(error_of(lambda: transformers.AutoProcessor.from_pretrained(libero, trust_remote_code=True)))
+processor.image_preset = "libero-raw"
 print(error_of(lambda: processor(instruction="go", images=frame)))
 processor.image_preset = "none"
 assert processor(instruction="go", images=frame)["pixel_values"].shape == (1, 6, 224, 224)
+processor = transformers.AutoProcessor.from_pretrained(cropping, trust_remote_code=True)
+assert processor.image_preset == "center-crop"
+np.save(output, processor(instruction="go", images=frame)["pixel_values"])
 """
 
 
-def test_remote_code_refuses_what_only_the_package_has(tiny, tmp_path):
+def test_remote_code_crops_and_refuses_what_only_the_package_has(tiny, frames, tmp_path):
     """Image presets and pixels on a device are never ignored by the code beside a checkpoint."""
     tiny.processor.save_pretrained(tmp_path / "plain")
     parts = tiny.processor.image_processor, tiny.processor.tokenizer
-    OpenVLAProcessor(*parts, "openvla", 29871, image_preset="libero").save_pretrained(tmp_path / "preset")
+    for preset in ("center-crop", "libero"):
+        OpenVLAProcessor(*parts, "openvla", 29871, image_preset=preset).save_pretrained(tmp_path / preset)
+    np.save(tmp_path / "frame.npy", frames["noise"])
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path / "modules")}
-    command = [sys.executable, "-c", WITHOUT_PACKAGE, str(tmp_path / "plain"), str(tmp_path / "preset")]
+    names = ("plain", "center-crop", "libero", "frame.npy", "pixels.npy")
+    command = [sys.executable, "-c", WITHOUT_PACKAGE, *(str(tmp_path / name) for name in names)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     needs = "needs the package: pip install openvla, then `import openvla` and load without trust_remote_code."
-    names = ("device='cpu'", "image_preset='libero'", "image_preset='center-crop'")
-    assert done.stdout.splitlines() == [f"{name} {needs}" for name in names]
+    refused = ("device='cpu'", "image_preset='libero'", "image_preset='libero-raw'")
+    assert done.stdout.splitlines() == [f"{argument} {needs}" for argument in refused]
+    pixels = np.load(tmp_path / "pixels.npy")
+    processor = OpenVLAProcessor.from_pretrained(tmp_path / "center-crop")
+    np.testing.assert_array_equal(pixels, processor(instruction="go", images=frames["noise"])["pixel_values"])
+    assert (pixels != tiny.processor(instruction="go", images=frames["noise"])["pixel_values"].numpy()).any()
 
 
 @pytest.mark.parametrize(

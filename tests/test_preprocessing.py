@@ -9,14 +9,8 @@ import json
 import numpy as np
 import pytest
 from frames import PREPROCESSING, digest, frames, golden_cases
-from openvla.inference.image_presets import (
-    IMAGE_PRESETS,
-    as_unit_floats,
-    center_cropped,
-    crop_and_resize,
-    jpeg_round_trip,
-    lanczos3_resized,
-)
+from openvla.images_openvla import as_unit_floats, center_cropped, crop_and_resize
+from openvla.inference.image_presets import IMAGE_PRESETS, jpeg_round_trip, lanczos3_resized
 from openvla.processing_openvla import OpenVLAProcessor
 from PIL import Image
 

@@ -57,7 +57,7 @@ def feed_back(
 def export(model: OpenVLAForActionPrediction, processor: OpenVLAProcessor, output: Path) -> None:
     """Write the adapter, where there is one, and the whole model, merged once, in the base's own dtype."""
     dtype = stored_dtype(model.config._name_or_path)
-    if model._lora is not None:
+    if model.lora_adapter is not None:
         model.save_pretrained(output / "adapter")
         processor.save_pretrained(output / "adapter")
         model = model.merge_lora() if is_quantized(model) else model.to("cpu").merge_lora()

@@ -29,7 +29,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from ..actions_openvla import nearest_name
-from ..adapters_openvla import answer_modules, idle_modules
+from ..adapters.targets import head_modules, unused_modules
 from ..compatibility_openvla import DTYPE_FIELD, enable_checkpointing
 from ..configuration_openvla import PLATFORMS, write_json
 from ..data.augmentation import ImageAugmentation
@@ -300,9 +300,9 @@ def set_trained(model: OpenVLAForActionPrediction, config: FinetuneConfig) -> No
         "last-layer": last,
     }[config.method]
     model.requires_grad_(False)
-    for module in [*trained, *map(model.get_submodule, answer_modules(model))]:
+    for module in [*trained, *map(model.get_submodule, head_modules(model))]:
         module.requires_grad_(True)
-    for module in idle_modules(model):
+    for module in unused_modules(model):
         module.requires_grad_(False)
     if model.config.action_head is not None:  # the answer does not go through it
         model.get_output_embeddings().requires_grad_(False)

@@ -8,7 +8,7 @@ import torch
 from torch import distributed as dist
 from torch import nn
 
-from ..adapters_openvla import idle_modules
+from ..adapters.targets import unused_modules
 from ..errors_openvla import OpenVLAImportError
 from ..heads_openvla import HEAD_MODULES
 
@@ -53,7 +53,7 @@ def _units(model: nn.Module) -> list[nn.Module]:
     backbone = model.vision_backbone
     towers = [tower for tower in (backbone.featurizer, backbone.fused_featurizer) if tower is not None]
     units = [*model.language_model.get_decoder().layers, *(block for tower in towers for block in tower.blocks)]
-    idle = idle_modules(model)
+    idle = unused_modules(model)
     units += [part for tower in towers for part in tower.children() if part in idle]
     return [*units, model.projector, *(getattr(model, name) for name in HEAD_MODULES if hasattr(model, name))]
 

@@ -15,7 +15,7 @@ from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 from typing import Any
 
-from ..adapter_files_openvla import base_record
+from ..adapters.base_record import record_base
 from ..data.columns import ColumnSpec
 from ..data.episodes import DatasetError
 from ..data.utils import read_json
@@ -54,7 +54,7 @@ def run_record(
     image_processor = processor.image_processor
     record = {
         "config": asdict(config),
-        "base": base_record(model) if model._lora is None else model._lora.base,
+        "base": record_base(model) if model.lora_adapter is None else model.lora_adapter.base,
         "images": _digest([getattr(image_processor, f"tvf_{name}") for name in IMAGE_FIELDS]),
         "answer": model.config.action_config,
         "default_unnorm_key": model.config.default_unnorm_key,

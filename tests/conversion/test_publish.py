@@ -22,18 +22,18 @@ pytestmark = pytest.mark.lane
 
 PUSH = """
 import json, sys
-from exchange import predicted
+from exchange import predict
 from openvla import AutoModelForVision2Seq, AutoProcessor
 from openvla.tiny import build_tiny
 
 model, processor = build_tiny()
 model.add_norm_stats("my_robot", {"q01": [-0.1] * 7, "q99": [0.1] * 7, "mask": [True] * 6 + [False]})
 model.config.default_unnorm_key = "untrained"
-expected = predicted(model, processor)
+expected = predict(model, processor)
 model.push_to_hub("me/robot", private=True, tags=["my-tag"], max_shard_size="1MB")
 processor.push_to_hub("me/robot")
 again, reader = AutoModelForVision2Seq.from_pretrained("me/robot").eval(), AutoProcessor.from_pretrained("me/robot")
-assert predicted(again, reader) == expected
+assert predict(again, reader) == expected
 assert set(again.norm_stats) == {"untrained", "my_robot"}
 print(json.dumps(expected))
 """
@@ -42,12 +42,12 @@ LOAD = """
 import json, sys
 sys.modules["openvla"] = None
 import transformers
-from exchange import predicted
+from exchange import predict
 
 processor = transformers.AutoProcessor.from_pretrained("me/robot", trust_remote_code=True)
 door = getattr(transformers, "AutoModelForImageTextToText", None) or transformers.AutoModelForVision2Seq
 model = door.from_pretrained("me/robot", trust_remote_code=True).eval()
-found = predicted(model, processor)
+found = predict(model, processor)
 model.push_to_hub("me/copy")
 processor.push_to_hub("me/copy")
 print(json.dumps(found))

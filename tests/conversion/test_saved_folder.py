@@ -227,7 +227,7 @@ def test_two_versions_in_one_folder_are_warned_of_and_refused(tmp_path, monkeypa
     assert not messages
     processor.save_pretrained(folder)
     assert len(set(messages)) == 1
-    assert "(adapter_files_openvla.py" in messages[0]
+    assert "heads_openvla.py" in messages[0]
     assert "modeling_openvla.py" in messages[0]
     assert "processing_openvla.py" not in messages[0]
     (refused,) = load_bare(tmp_path, folder)

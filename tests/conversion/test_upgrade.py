@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from exchange import predicted
+from exchange import predict
 from openvla import AutoModelForVision2Seq, AutoProcessor, OpenVLAForActionPrediction, quantization_config
 from openvla.__main__ import main
 from openvla.compatibility_openvla import QUANTIZES_ON_CPU
@@ -86,12 +86,13 @@ def test_a_folder_of_our_older_code_trains_again(saved, tiny, tmp_path):
     assert {"device_images_openvla.py", "jpeg_openvla.py", "norm_stats_openvla.py"} <= {*dropped}
     removed = upgrade(saved, tmp_path / "new")
     assert removed == dropped
+    assert {"adapter_files_openvla.py", "adapters_openvla.py"} <= {*removed}
     assert (tmp_path / "new" / "model.safetensors").stat().st_ino == inode  # untouched, and not copied
     assert {path.name for path in (tmp_path / "new").glob("*.py")} == shipped
     after = train_one_step(tmp_path / "new", tmp_path)
     assert after.stdout.strip() == "trained", after.stderr[-2000:]
     model = AutoModelForVision2Seq.from_pretrained(tmp_path / "new").eval()
-    assert predicted(model, AutoProcessor.from_pretrained(tmp_path / "new")) == predicted(tiny.model, tiny.processor)
+    assert predict(model, AutoProcessor.from_pretrained(tmp_path / "new")) == predict(tiny.model, tiny.processor)
     assert verify(tmp_path / "new") == len(model.state_dict())
 
 
@@ -277,13 +278,13 @@ def test_quantised_weights(saved, tmp_path, frames):
 def test_the_installed_package_is_preferred_to_a_folder_s_broken_code(saved, tiny):
     for path in saved.glob("*_openvla.py"):
         path.write_text("raise RuntimeError('broken')")
-    expected = predicted(tiny.model, tiny.processor)
+    expected = predict(tiny.model, tiny.processor)
     for trust in ({}, {"trust_remote_code": True}):
         model = AutoModelForVision2Seq.from_pretrained(saved, **trust).eval()
-        assert predicted(model, AutoProcessor.from_pretrained(saved, **trust)) == expected
+        assert predict(model, AutoProcessor.from_pretrained(saved, **trust)) == expected
     own = getattr(transformers, "AutoModelForImageTextToText", None) or transformers.AutoModelForVision2Seq
     processor = transformers.AutoProcessor.from_pretrained(saved)
-    assert predicted(own.from_pretrained(saved).eval(), processor) == expected
+    assert predict(own.from_pretrained(saved).eval(), processor) == expected
 
 
 def no_config(folder):

@@ -14,7 +14,8 @@ from openvla.data.augmentation import (
     adjust_saturation,
     augment_frames,
 )
-from openvla.inference.image_presets import IMAGE_PRESETS, as_unit_floats
+from openvla.images_openvla import as_unit_floats
+from openvla.inference.image_presets import IMAGE_PRESETS
 from PIL import Image
 
 FRAMES = frames()

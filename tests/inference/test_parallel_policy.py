@@ -157,7 +157,7 @@ def test_adapter_is_rejected_by_another_action_head(folder, tmp_path):
     model.enable_lora(r=2)
     model.save_pretrained(tmp_path)
     other, _ = build_tiny(**{**PARALLEL_CONFIG, "action_head": "l1", "chunk_length": 5})
-    with pytest.raises(ValueError, match="answers as"):
+    with pytest.raises(ValueError, match="predicts as"):
         other.load_lora(tmp_path)
 
 

@@ -1,4 +1,4 @@
-"""LoRA: what is adapted, that it learns, where it is stored, on which base it goes, and what merging gives."""
+"""LoRA: targets, training, saving and loading, the check of the base, merging."""
 
 import json
 import os
@@ -14,7 +14,7 @@ import torch
 import transformers
 from openvla import AutoModelForVision2Seq, OpenVLAForActionPrediction, load_policy, quantization_config
 from openvla.__main__ import main
-from openvla.adapter_files_openvla import read_adapter
+from openvla.adapters.files import read_adapter
 from openvla.compatibility_openvla import QUANTIZES_ON_CPU, is_checkpointing
 from openvla.conversion.merge import merge
 from openvla.tiny import PADDED_ROWS, build_tiny, build_tokenizer
@@ -25,12 +25,15 @@ from safetensors.torch import load_file, save_file
 
 peft = pytest.importorskip("peft")
 pytestmark = pytest.mark.lane
-DOORS = ("AutoModel", "AutoModelForImageTextToText", "AutoModelForVision2Seq")
-DOORS = [getattr(transformers, name) for name in DOORS if hasattr(transformers, name)]
+AUTO_CLASSES = [
+    getattr(transformers, name)
+    for name in ("AutoModel", "AutoModelForImageTextToText", "AutoModelForVision2Seq")
+    if hasattr(transformers, name)
+]
 IMAGE = Image.open(REPOSITORY / "assets" / "libero_object.png").convert("RGB")
 INSTRUCTION = "pick up the alphabet soup and place it in the basket"
 STATISTICS = {"q01": [-0.5] * 7, "q99": [0.5] * 7, "mask": [True] * 6 + [False]}
-# Adapted and merged weights multiply in another order: float32 rounding of logits that reach 10.
+# Adapted and merged weights are multiplied in another order: float32 rounding of logits of up to 10.
 MERGED_LOGIT_ATOL = 1e-4
 
 
@@ -47,25 +50,29 @@ def load(folder, **kwargs):
 
 
 def batch(processor, model):
-    """The LIBERO frame and the golden inputs' images, each with the action tokens that it should give."""
+    """Return a training batch: the LIBERO frame and an image of the golden inputs, each with random action tokens."""
     images = [IMAGE, *(Image.fromarray(image) for image in np.load(GOLDEN / "fused" / "inputs.npz")["images_u8"][:1])]
-    rows = [processor(instruction=INSTRUCTION, images=image) for image in images]
-    ids = torch.cat([row["input_ids"] for row in rows])
+    samples = [processor(instruction=INSTRUCTION, images=image) for image in images]
+    ids = torch.cat([sample["input_ids"] for sample in samples])
     empty = torch.full((len(ids), 1), model.config.empty_token_id)
     targets = np.random.RandomState(0).uniform(-1, 1, (len(ids), 7))
-    answers = torch.from_numpy(model.action_tokenizer.encode(targets))
-    ids = torch.cat([ids, empty, answers], dim=1)
+    action_ids = torch.from_numpy(model.action_tokenizer.encode(targets))
+    ids = torch.cat([ids, empty, action_ids], dim=1)
     labels = ids.clone()
     labels[:, :-7] = -100
-    return {"input_ids": ids, "pixel_values": torch.cat([row["pixel_values"] for row in rows]), "labels": labels}
+    return {
+        "input_ids": ids,
+        "pixel_values": torch.cat([sample["pixel_values"] for sample in samples]),
+        "labels": labels,
+    }
 
 
-def train(model, processor, steps=20, rate=5e-3):
-    """Losses of so many steps; every trainable parameter must have a gradient."""
+def train(model, processor, steps=20, learning_rate=5e-3):
+    """Train and return the losses; every trainable parameter must have a gradient."""
     model.train()
     inputs = batch(processor, model)
     trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    optimizer, losses = torch.optim.AdamW(trainable.values(), lr=rate), []
+    optimizer, losses = torch.optim.AdamW(trainable.values(), lr=learning_rate), []
     for _ in range(steps):
         loss = model(**inputs).loss
         loss.backward()
@@ -84,7 +91,7 @@ def logits(model, processor):
 
 @pytest.fixture(scope="module")
 def trained(tiny, base, tmp_path_factory):
-    """A base with a trained adapter, and the folder that it was saved to."""
+    """Return a base with a trained adapter, the folder that it was saved to, and the training losses."""
     model = load(base)
     model.add_norm_stats("my_robot", STATISTICS)
     model.config.default_unnorm_key = "my_robot"
@@ -95,11 +102,12 @@ def trained(tiny, base, tmp_path_factory):
     return model, folder, losses
 
 
-def adapted(model):
+def adapted_modules(model):
+    """Return the names of the modules with LoRA matrices."""
     return {name for name, module in model.named_modules() if hasattr(module, "lora_A")}
 
 
-def test_an_adapter_is_switched_off_and_on_with_what_was_trained_whole(tiny, base):
+def test_switching_an_adapter_includes_modules_to_save(tiny, base):
     model = load(base)
     before = logits(model, tiny.processor)
     model.enable_lora(r=4, alpha=8, targets="language", modules_to_save=["projector"])
@@ -117,7 +125,7 @@ def test_an_adapter_is_switched_off_and_on_with_what_was_trained_whole(tiny, bas
             switch()
 
 
-def test_transformers_own_adapter_methods_work_or_say_which_peft_they_need(tiny, base):
+def test_adapter_methods_of_transformers_work_or_name_the_peft_version(tiny, base):
     from transformers.integrations.peft import MIN_PEFT_VERSION
 
     model, config = load(base), peft.LoraConfig(target_modules=["q_proj"])
@@ -125,10 +133,14 @@ def test_transformers_own_adapter_methods_work_or_say_which_peft_they_need(tiny,
         model.add_adapter(config)
         assert model.get_adapter_state_dict("default")
         return
-    for name, own in (("add_adapter", "enable_lora"), ("load_adapter", "load_lora"), ("delete_adapter", "merge_lora")):
-        with pytest.raises(ImportError, match=rf"needs peft {MIN_PEFT_VERSION}.*installed: .*Use {own}\(\)"):
+    for name, replacement in (
+        ("add_adapter", "enable_lora"),
+        ("load_adapter", "load_lora"),
+        ("delete_adapter", "merge_lora"),
+    ):
+        with pytest.raises(ImportError, match=rf"needs peft {MIN_PEFT_VERSION}.*installed: .*Use {replacement}\(\)"):
             getattr(model, name)(config)
-    model.enable_lora(r=4, alpha=8)  # ours works with the peft that is installed
+    model.enable_lora(r=4, alpha=8)  # works with the installed peft
     assert train(model, tiny.processor, steps=1)
 
 
@@ -137,7 +149,7 @@ LAYER += ["mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]
 TOWERS = {
     f"vision_backbone.{tower}.blocks.{block}.{part}"
     for tower in ("featurizer", "fused_featurizer")
-    for block in (0, 1)  # of three; the last never runs
+    for block in (0, 1)  # of three; the last one never runs
     for part in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
 }
 PROJECTOR = {"projector.fc1", "projector.fc2", "projector.fc3"}
@@ -156,32 +168,32 @@ ENDS = {"language_model.lm_head", "language_model.model.embed_tokens"}
     ],
     ids=["all-linear", "language", "sandwich", "list"],
 )
-def test_what_is_adapted_learns_and_merges(targets, expected, tiny, base):
+def test_targets_are_adapted_trained_and_merged(targets, expected, tiny, base):
     model = load(base)
     before = logits(model, tiny.processor)
     model.enable_lora(r=4, alpha=8, targets=targets)
-    assert adapted(model) == expected
+    assert adapted_modules(model) == expected
     assert {name.split(".lora_")[0] for name, p in model.named_parameters() if p.requires_grad} == expected
     assert torch.equal(logits(model, tiny.processor), before)
-    losses = train(model, tiny.processor, steps=8, rate=1e-2)
+    losses = train(model, tiny.processor, steps=8, learning_rate=1e-2)
     assert losses[-1] < 0.9 * losses[0]
     after = logits(model, tiny.processor)
-    plain = model.merge_lora()
-    assert plain is model
+    merged = model.merge_lora()
+    assert merged is model
     assert {type(module).__module__.split(".")[0] for module in model.modules()}.isdisjoint({"peft"})
-    assert set(plain.state_dict()) == set(tiny.model.state_dict())
-    assert (logits(plain, tiny.processor) - after).abs().max() < MERGED_LOGIT_ATOL
+    assert set(merged.state_dict()) == set(tiny.model.state_dict())
+    assert (logits(merged, tiny.processor) - after).abs().max() < MERGED_LOGIT_ATOL
     assert (after - before).abs().max() > 0.1
 
 
-def test_an_adapter_comes_back_on_its_base(tiny, base, trained):
+def test_saved_adapter_loads_on_its_base(tiny, base, trained):
     model, folder, losses = trained
     assert losses[-1] < 0.8 * losses[0]
     expected = logits(model, tiny.processor)
-    by_hand = load(base)
-    by_hand.load_lora(folder)
-    loaded = [by_hand, load(folder), AutoModelForVision2Seq.from_pretrained(folder)]
-    loaded += [door.from_pretrained(folder) for door in DOORS]
+    on_base = load(base)
+    on_base.load_lora(folder)
+    loaded = [on_base, load(folder), AutoModelForVision2Seq.from_pretrained(folder)]
+    loaded += [auto_class.from_pretrained(folder) for auto_class in AUTO_CLASSES]
     for other in loaded:
         assert torch.equal(logits(other, tiny.processor), expected)
         assert other.norm_stats == model.norm_stats
@@ -189,21 +201,21 @@ def test_an_adapter_comes_back_on_its_base(tiny, base, trained):
         assert not any(parameter.requires_grad for parameter in other.parameters())
 
 
-def test_peft_reads_the_folder(tiny, base, trained):
+def test_peft_loads_the_saved_folder(tiny, base, trained):
     model, folder, _ = trained
     other = peft.PeftModel.from_pretrained(load(base), folder).eval()
     with torch.no_grad():
-        found = other(**tiny.processor(instruction=INSTRUCTION, images=IMAGE)).logits
-    assert torch.equal(found, logits(model, tiny.processor))
+        actual = other(**tiny.processor(instruction=INSTRUCTION, images=IMAGE)).logits
+    assert torch.equal(actual, logits(model, tiny.processor))
 
 
-@pytest.mark.parametrize("start", [False, True, "gaussian"])
-def test_an_adapter_that_peft_made_is_read(start, tiny, base, tmp_path, caplog):
+@pytest.mark.parametrize("initialisation", [False, True, "gaussian"])
+def test_adapter_saved_by_peft_is_loaded(initialisation, tiny, base, tmp_path, caplog):
     model = load(base)
-    config = peft.LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj", "v_proj"], init_lora_weights=start)
-    made = peft.get_peft_model(model, config)
-    made.save_pretrained(tmp_path)
-    expected = logits(made, tiny.processor)
+    config = peft.LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj", "v_proj"], init_lora_weights=initialisation)
+    wrapped = peft.get_peft_model(model, config)
+    wrapped.save_pretrained(tmp_path)
+    expected = logits(wrapped, tiny.processor)
     transformers.utils.logging.get_logger("openvla").propagate = True
     other = load(base)
     other.load_lora(tmp_path)
@@ -212,7 +224,7 @@ def test_an_adapter_that_peft_made_is_read(start, tiny, base, tmp_path, caplog):
     assert (logits(load(tmp_path / "merged"), tiny.processor) - expected).abs().max() < MERGED_LOGIT_ATOL
 
 
-def test_training_goes_on_and_whole_modules_travel_along(tiny, base, tmp_path):
+def test_training_continues_and_modules_to_save_are_saved(tiny, base, tmp_path):
     model = load(base)
     model.enable_lora(r=4, alpha=8, targets="language", modules_to_save=["projector.fc3"])
     assert any("projector.fc3" in name for name, p in model.named_parameters() if p.requires_grad)
@@ -232,8 +244,8 @@ def test_training_goes_on_and_whole_modules_travel_along(tiny, base, tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_merging_streamed_and_in_memory_give_the_same_bits(dtype, tiny, base, trained, tmp_path):
-    """float32 arithmetic, one rounding: each weight is the exact sum's nearest number of its dtype."""
+def test_streamed_and_in_memory_merges_are_equal(dtype, tiny, base, trained, tmp_path):
+    """Each weight is computed in float32 and rounded once: the number of its dtype that is nearest to the exact sum."""
     _, folder, _ = trained
     model = load(base, torch_dtype=dtype)
     model.save_pretrained(tmp_path / "base")
@@ -247,7 +259,7 @@ def test_merging_streamed_and_in_memory_give_the_same_bits(dtype, tiny, base, tr
         assert tensor.dtype == streamed[name].dtype == dtype
         assert torch.equal(tensor, streamed[name]), name
         module = name.removesuffix(".weight")
-        if module not in adapter.adapted:
+        if module not in adapter.target_modules:
             assert torch.equal(tensor, before[name]), name
             continue
         a, b = (adapter.tensors[f"{module}.lora_{half}.weight"].double() for half in "AB")
@@ -269,24 +281,24 @@ def test_merged_folders_are_complete(base, trained, tmp_path, capsys):
     assert main(["merge", str(folder), str(tmp_path / "merged"), "--overwrite"]) == 0
 
 
-def test_another_base_is_refused(tiny, base, trained, tmp_path):
+def test_adapter_of_another_base_is_refused(tiny, base, trained, tmp_path):
     _, folder, _ = trained
     other, _ = build_tiny(seed=1)
     other.save_pretrained(tmp_path / "other")
-    nearly = load(base)
+    finetuned = load(base)
     with torch.no_grad():
-        nearly.language_model.model.layers[0].mlp.up_proj.weight.mul_(1.01)  # a fine-tune of the same base
+        finetuned.language_model.model.layers[0].mlp.up_proj.weight.mul_(1.01)  # a fine-tune of the same base
     prompted, _ = build_tiny(prompt_style="openvla-v01")
-    for wrong in (other, nearly, prompted):
+    for wrong in (other, finetuned, prompted):
         with pytest.raises(ValueError, match=f"was trained on '{base}', but this model"):
             wrong.load_lora(folder)
-        assert not adapted(wrong)
+        assert not adapted_modules(wrong)
     with pytest.raises(ValueError, match=f"was trained on '{base}', but this model"):
         merge(folder, tmp_path / "merged", base=tmp_path / "other")
     assert not list(tmp_path.glob("*merged*"))
 
 
-def test_the_base_may_be_in_another_dtype_or_other_shards(base, trained, tmp_path):
+def test_base_may_have_another_dtype_or_other_shards(base, trained, tmp_path):
     _, folder, _ = trained
     for dtype in (torch.bfloat16, torch.float16):
         load(base, torch_dtype=dtype).load_lora(folder)
@@ -295,7 +307,7 @@ def test_the_base_may_be_in_another_dtype_or_other_shards(base, trained, tmp_pat
     load(tmp_path).load_lora(folder)
 
 
-def test_a_base_that_has_moved_is_named(trained, base, tmp_path):
+def test_error_names_a_base_that_has_moved(trained, base, tmp_path):
     _, folder, _ = trained
     copied = tmp_path / "adapter"
     copied.mkdir()
@@ -308,8 +320,8 @@ def test_a_base_that_has_moved_is_named(trained, base, tmp_path):
     load(base).load_lora(copied)
 
 
-def test_from_the_hub_the_base_keeps_its_revision(base, trained, tiny, tmp_path):
-    """In the Hub's own cache layout, offline: the base has moved on since the adapter was trained."""
+def test_adapter_from_the_hub_loads_the_revision_of_its_base(base, trained, tiny, tmp_path):
+    """Offline, in the layout of the Hub's cache; the base has a newer commit than the adapter was trained on."""
 
     def publish(name, revision, source):
         repository = tmp_path / f"models--org--{name}"
@@ -327,8 +339,8 @@ def test_from_the_hub_the_base_keeps_its_revision(base, trained, tiny, tmp_path)
     build_tiny(seed=1)[0].save_pretrained(tmp_path / "other")
     publish("base", second, tmp_path / "other")
     publish("adapter", third, tmp_path / "adapter")
-    for door in (OpenVLAForActionPrediction, AutoModelForVision2Seq, *DOORS):
-        again = door.from_pretrained("org/adapter", cache_dir=tmp_path).eval()
+    for loader in (OpenVLAForActionPrediction, AutoModelForVision2Seq, *AUTO_CLASSES):
+        again = loader.from_pretrained("org/adapter", cache_dir=tmp_path).eval()
         assert torch.equal(logits(again, tiny.processor), logits(trained[0], tiny.processor))
 
 
@@ -349,24 +361,24 @@ def test_from_the_hub_the_base_keeps_its_revision(base, trained, tiny, tmp_path)
         ({"modules_to_save": ["projector.fc9"]}, "no module 'projector.fc9'"),
     ],
 )
-def test_bad_settings(arguments, message, base):
+def test_invalid_settings_are_refused(arguments, message, base):
     model = load(base)
     with pytest.raises(ValueError, match=message):
         model.enable_lora(**arguments)
-    assert not adapted(model)
+    assert not adapted_modules(model)
     with pytest.raises(ValueError, match="has no adapter"):
         model.merge_lora()
 
 
-def test_one_adapter_at_a_time(base, trained):
+def test_second_adapter_is_refused(base, trained):
     model = load(base)
     model.enable_lora(r=2)
-    for another in (model.enable_lora, lambda: model.load_lora(trained[1])):
+    for add in (model.enable_lora, lambda: model.load_lora(trained[1])):
         with pytest.raises(ValueError, match="already has an adapter"):
-            another()
+            add()
 
 
-def test_damaged_adapters(base, trained, tmp_path):
+def test_damaged_or_unsupported_adapters_are_refused(base, trained, tmp_path):
     _, folder, _ = trained
     for file in folder.glob("*.json"):
         (tmp_path / file.name).write_bytes(file.read_bytes())
@@ -375,16 +387,16 @@ def test_damaged_adapters(base, trained, tmp_path):
     tensors = load_file(folder / "adapter_model.safetensors")
     key = next(name for name in tensors if name.endswith("lora_A.weight"))
 
-    def attempt(changed, match):
-        save_file(changed, tmp_path / "adapter_model.safetensors")
+    def require_refused(tensors, match):
+        save_file(tensors, tmp_path / "adapter_model.safetensors")
         model = load(base)
         with pytest.raises(ValueError, match=match):
             model.load_lora(tmp_path)
-        assert not adapted(model)
+        assert not adapted_modules(model)
 
-    attempt({**tensors, key: tensors[key] * float("nan")}, "is not finite")
-    attempt({name: tensor for name, tensor in tensors.items() if name != key}, "not a pair of rank 4")
-    attempt({**tensors, key.replace("lora_A", "lora_Q"): tensors[key].clone()}, "is not plain LoRA .*lora_Q")
+    require_refused({**tensors, key: tensors[key] * float("nan")}, "is not finite")
+    require_refused({name: tensor for name, tensor in tensors.items() if name != key}, "not a pair of rank 4")
+    require_refused({**tensors, key.replace("lora_A", "lora_Q"): tensors[key].clone()}, "is not plain LoRA .*lora_Q")
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     for field, value in (
         ("use_dora", True),
@@ -394,13 +406,21 @@ def test_damaged_adapters(base, trained, tmp_path):
         ("a_field_of_a_future_peft", "on"),
     ):
         (tmp_path / "adapter_config.json").write_text(json.dumps({**config, field: value}))
-        attempt(tensors, rf"not plain LoRA \(\['{field}'\]\)")
-    for start in ("pissa", "pissa_niter_4", "olora", "corda", "loftq", "lora_ga", "what a future peft adds"):
-        (tmp_path / "adapter_config.json").write_text(json.dumps({**config, "init_lora_weights": start}))
-        attempt(tensors, f"init_lora_weights='{start}', which also changes the base")
+        require_refused(tensors, rf"not plain LoRA \(\['{field}'\]\)")
+    for initialisation in (
+        "pissa",
+        "pissa_niter_4",
+        "olora",
+        "corda",
+        "loftq",
+        "lora_ga",
+        "of_a_future_peft",
+    ):
+        (tmp_path / "adapter_config.json").write_text(json.dumps({**config, "init_lora_weights": initialisation}))
+        require_refused(tensors, f"init_lora_weights='{initialisation}', which also changes the base")
 
 
-def test_merging_what_is_not_finite_leaves_the_model_as_it_was(base):
+def test_merge_that_is_not_finite_leaves_the_model_unchanged(base):
     model = load(base, torch_dtype=torch.float16)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     model.enable_lora(r=2, targets=["q_proj"])
@@ -429,18 +449,18 @@ def test_tied_heads(tmp_path):
     assert torch.equal(logits(load(tmp_path / "merged"), processor), logits(model, processor))
 
 
-def kill_half_way(command, signs):
-    """Kill a process once the sign of its work is there."""
+def kill_half_way(command, has_started):
+    """Start a process, kill it once its work has started, and return its exit status."""
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.time() + 120
-    while not signs() and process.poll() is None and time.time() < deadline:
+    while not has_started() and process.poll() is None and time.time() < deadline:
         time.sleep(0.001)
     process.send_signal(signal.SIGKILL)
     return process.wait()
 
 
 @pytest.mark.slow
-def test_an_interrupted_merge_leaves_both_inputs_whole(tmp_path):
+def test_interrupted_merge_leaves_both_inputs_unchanged(tmp_path):
     text = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 8, "num_attention_heads": 8}
     model, processor = build_tiny()
     text = {**model.config.text_config.to_dict(), **text, "num_key_value_heads": 8, "head_dim": 64}
@@ -450,7 +470,7 @@ def test_an_interrupted_merge_leaves_both_inputs_whole(tmp_path):
     model = load(tmp_path / "base")
     model.enable_lora(r=32)
     model.save_pretrained(tmp_path / "adapter")
-    inputs = {f: f.read_bytes() for place in ("base", "adapter") for f in (tmp_path / place).iterdir()}
+    inputs = {f: f.read_bytes() for name in ("base", "adapter") for f in (tmp_path / name).iterdir()}
     command = [sys.executable, "-m", "openvla", "merge", tmp_path / "adapter", tmp_path / "merged"]
     partial = lambda: [f for f in tmp_path.glob(".merged*/*.safetensors") if f.stat().st_size > 1 << 20]  # noqa: E731
     assert kill_half_way([*command, "--max-shard-size", "20MB"], partial) == -signal.SIGKILL
@@ -460,14 +480,21 @@ def test_an_interrupted_merge_leaves_both_inputs_whole(tmp_path):
     assert torch.equal(logits(load(tmp_path / "merged"), processor), logits(load(tmp_path / "base"), processor))
 
 
-REMOTE = """
+LOAD_REMOTE = """
 import sys
-sys.modules["openvla"] = None  # as if the package were not installed
 import torch, transformers
-folder, adapter = sys.argv[1:]
-door = getattr(transformers, "AutoModelForImageTextToText", None) or transformers.AutoModelForVision2Seq
-model = door.from_pretrained(folder, trust_remote_code=True).eval()
-processor = transformers.AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+auto_class = getattr(transformers, "AutoModelForImageTextToText", None) or transformers.AutoModelForVision2Seq
+def load(folder):
+    model = auto_class.from_pretrained(folder, trust_remote_code=True).eval()
+    assert "transformers_modules" in type(model).__module__
+    return model
+"""
+REMOTE_TRAINING = (
+    LOAD_REMOTE
+    + """
+base, adapter, logits = sys.argv[1:]
+model = load(base)
+processor = transformers.AutoProcessor.from_pretrained(base, trust_remote_code=True)
 inputs = processor(instruction="pick up the red block", images=torch.zeros(3, 224, 224))
 model.enable_lora(r=2)
 with torch.no_grad():
@@ -476,24 +503,82 @@ with torch.no_grad():
             parameter.fill_(0.01)
     expected = model(**inputs).logits
     model.save_pretrained(adapter)
-    again = door.from_pretrained(adapter, trust_remote_code=True).eval()
+    again = type(model).from_pretrained(adapter).eval()
     assert "transformers_modules" in type(again).__module__
     assert torch.equal(again(**inputs).logits, expected)
+    again.disable_adapters()
+    assert not torch.equal(again(**inputs).logits, expected)
+    again.enable_adapters()
     merged = again.merge_lora()(**inputs).logits
 assert (merged - expected).abs().max() < 1e-4
+torch.save({"inputs": dict(inputs), "logits": expected}, logits)
 """
+)
+REMOTE_ADAPTER = (
+    LOAD_REMOTE
+    + """
+adapter, logits = sys.argv[1:]
+saved = torch.load(logits, weights_only=True)
+with torch.no_grad():
+    assert torch.equal(load(adapter)(**saved["inputs"]).logits, saved["logits"])
+"""
+)
+REMOTE_WITHOUT_PACKAGE = (
+    "import sys\nsys.modules['openvla'] = None  # as if the package were not installed\n"
+    + LOAD_REMOTE
+    + """
+base, adapter, merged, out, logits = sys.argv[1:]
+model = load(base)
+def refused(call, *args):
+    try:
+        call(*args)
+    except ImportError as error:
+        assert "pip install openvla" in str(error), error
+        assert type(error).__name__ == "OpenVLAImportError"
+        return True
+    return False
+assert refused(model.enable_lora)
+assert refused(model.load_lora, adapter)
+assert refused(model.save_lora, out)
+assert refused(model.merge_lora)
+assert refused(model.disable_adapters)
+assert refused(model.enable_adapters)
+assert refused(load, adapter)
+model.save_pretrained(out)  # a model without an adapter needs no package
+saved = torch.load(logits, weights_only=True)
+with torch.no_grad():
+    assert torch.equal(load(merged)(**saved["inputs"]).logits, saved["logits"])
+"""
+)
+
+
+def run_with_remote_code(script, folder, *arguments):
+    """Run a script, and fail with what it wrote to stderr where it failed."""
+    environment = {**os.environ, "HF_MODULES_CACHE": str(folder / "modules"), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-c", script, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 @pytest.mark.slow
-def test_remote_code_has_it_too(base, tmp_path):
-    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-c", REMOTE, base, tmp_path / "adapter"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+def test_remote_code_uses_the_adapters_of_the_installed_package(base, tmp_path):
+    run_with_remote_code(REMOTE_TRAINING, tmp_path, base, tmp_path / "adapter", tmp_path / "logits.pt")
+    run_with_remote_code(REMOTE_ADAPTER, tmp_path, tmp_path / "adapter", tmp_path / "logits.pt")
     load(tmp_path / "adapter")
 
 
-def test_without_peft_the_error_names_the_extra(base, monkeypatch):
+@pytest.mark.slow
+def test_remote_code_without_the_package_refuses_adapters_and_predicts_with_merged_ones(base, trained, tiny, tmp_path):
+    merge(trained[1], tmp_path / "merged")
+    inputs = dict(tiny.processor(instruction=INSTRUCTION, images=IMAGE))
+    with torch.no_grad():
+        expected = load(tmp_path / "merged")(**inputs).logits
+    torch.save({"inputs": inputs, "logits": expected}, tmp_path / "logits.pt")
+    folders = (base, trained[1], tmp_path / "merged", tmp_path / "out", tmp_path / "logits.pt")
+    run_with_remote_code(REMOTE_WITHOUT_PACKAGE, tmp_path, *folders)
+
+
+def test_error_without_peft_names_the_extra(base, monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
     model = load(base)
     with pytest.raises(ImportError, match=r"pip install 'openvla\[lora\]'"):
@@ -516,7 +601,7 @@ def test_qlora_trains_and_merges_into_the_plain_base(bits, tiny, base, tmp_path)
     assert losses[-1] < 0.8 * losses[0]
     model.save_pretrained(tmp_path / "adapter")
     record = json.loads((tmp_path / "adapter" / "openvla_adapter.json").read_text())["base"]
-    assert record["id"] == str(base)  # the plain one, though this was loaded from the quantised folder
+    assert record["id"] == str(base)  # the plain checkpoint, although the model was loaded from the quantised folder
     assert record["quantization"] == ("nf4" if bits == 4 else "int8")
 
     again = load(tmp_path / "quantised")
@@ -528,7 +613,7 @@ def test_qlora_trains_and_merges_into_the_plain_base(bits, tiny, base, tmp_path)
     streamed = load(tmp_path / "merged").state_dict()
     assert all(torch.equal(tensor, streamed[name]) for name, tensor in merged.state_dict().items())
     plain = load(base)
-    plain.load_lora(tmp_path / "adapter")  # the same adapter beside the weights as they were before quantisation
+    plain.load_lora(tmp_path / "adapter")  # the same adapter beside the unquantised weights
     assert (logits(plain, tiny.processor) - logits(merged, tiny.processor)).abs().max() < 1e-3
     with pytest.raises(ValueError, match="is quantised; give the plain checkpoint"):
         merge(tmp_path / "adapter", tmp_path / "other", base=tmp_path / "quantised")
@@ -537,16 +622,16 @@ def test_qlora_trains_and_merges_into_the_plain_base(bits, tiny, base, tmp_path)
 @pytest.mark.skipif(not QUANTIZES_ON_CPU, reason="needs a GPU before transformers 4.53")
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("by_peft", [True, False])
-def test_an_adapter_of_whole_weights_merges_from_a_quantised_model_as_from_a_plain_one(
+def test_merge_of_a_quantised_model_equals_that_of_a_plain_one(
     bits, by_peft, base, tiny, trained, tmp_path, monkeypatch
 ):
-    """After a prediction too, which repacks 4-bit weights on some CPUs; its matrices are bfloat16 there."""
+    """Merge after a prediction, which repacks 4-bit weights on some CPUs; its LoRA matrices are bfloat16."""
     pytest.importorskip("bitsandbytes")
     folder = trained[1]
-    if by_peft:  # which writes no record of the base
+    if by_peft:  # peft writes no record of the base
         folder = tmp_path / "adapter"
-        made = peft.get_peft_model(load(base), peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
-        made.save_pretrained(folder)
+        config = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+        peft.get_peft_model(load(base), config).save_pretrained(folder)
     plain = load(base)
     plain.load_lora(folder)
     with torch.no_grad():
@@ -556,10 +641,10 @@ def test_an_adapter_of_whole_weights_merges_from_a_quantised_model_as_from_a_pla
     model = load(base, quantization_config=quantization_config(bits))
     model.load_lora(folder)
     before = logits(model, tiny.processor)
-    said = []
-    monkeypatch.setattr("openvla.adapters_openvla.logger.warning", said.append)
+    warnings = []
+    monkeypatch.setattr("openvla.adapters.lora.logger.warning", warnings.append)
     merged = model.merge_lora()
-    assert said == []
+    assert warnings == []
     expected = plain.merge_lora().state_dict()
     assert all(torch.equal(tensor, expected[name]) for name, tensor in merged.state_dict().items())
     assert torch.equal(logits(model, tiny.processor), before)

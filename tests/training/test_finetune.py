@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 pytest.importorskip("accelerate")
 
 from openvla import PLATFORMS, OpenVLAForActionPrediction, load_policy
-from openvla.adapters_openvla import lora_targets
+from openvla.adapters.targets import lora_targets
 from openvla.compatibility_openvla import QUANTIZES_ON_CPU, enable_checkpointing
 from openvla.conversion.merge import merge
 from openvla.tiny import build_tiny

@@ -1,4 +1,4 @@
-"""Adapters that peft or the published scripts wrote: what they lie beside, and bases that hold them already."""
+"""Adapters that peft or the published scripts saved: files in the folder above, bases that they are merged into."""
 
 import json
 import shutil
@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 from openvla import OpenVLAForActionPrediction
-from openvla.adapter_files_openvla import MATRICES, LoraAdapter, read_adapter, require_not_merged
+from openvla.adapters.base_record import require_not_merged
+from openvla.adapters.files import LINEAR_SUFFIXES, LoraAdapter, read_adapter
 from openvla.conversion.merge import merge
 from openvla.tiny import build_tiny
 
@@ -18,7 +19,7 @@ STATISTICS = {"action": {"q01": [-0.5] * 7, "q99": [0.5] * 7, "mask": [True] * 6
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A run as the published scripts leave it: lora_adapter in the folder with the processor and the statistics."""
+    """Save a run as the published scripts do: lora_adapter in the folder of the processor and the statistics."""
     folder = tmp_path_factory.mktemp("published")
     model, processor = build_tiny()
     model.save_pretrained(folder / "base")
@@ -26,7 +27,7 @@ def run(tmp_path_factory):
     processor.save_pretrained(folder / "run")
     (folder / "run" / "dataset_statistics.json").write_text(json.dumps({"my_robot": STATISTICS}))
     model = OpenVLAForActionPrediction.from_pretrained(folder / "base")
-    # Of a training that moves weights by about a tenth of their size, as full-size ones over 50,000 steps.
+    # Changes weights by about a tenth of their size, as 50,000 steps do at full size.
     config = peft.LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj", "up_proj", "down_proj"])
     wrapped = peft.get_peft_model(model, config)
     generator = torch.Generator().manual_seed(0)
@@ -39,7 +40,7 @@ def run(tmp_path_factory):
 
 
 @pytest.mark.lane
-def test_statistics_of_the_folder_above_are_the_robots(run, tmp_path):
+def test_statistics_in_the_folder_above_are_used(run, tmp_path):
     merge(run / "run" / "lora_adapter", tmp_path / "merged")
     loaded = OpenVLAForActionPrediction.from_pretrained(run / "run" / "lora_adapter")
     for model in (OpenVLAForActionPrediction.from_pretrained(tmp_path / "merged"), loaded):
@@ -47,7 +48,7 @@ def test_statistics_of_the_folder_above_are_the_robots(run, tmp_path):
         assert model.config.default_unnorm_key == "my_robot"
 
 
-def test_an_adapter_without_statistics_says_whose_are_used(run, tmp_path, capsys):
+def test_merge_without_statistics_names_the_known_datasets(run, tmp_path, capsys):
     shutil.copytree(run / "run" / "lora_adapter", tmp_path / "alone" / "adapter")
     merge(tmp_path / "alone" / "adapter", tmp_path / "merged")
     assert "knows the base's datasets alone, ['untrained']" in capsys.readouterr().out
@@ -59,7 +60,7 @@ def test_an_adapter_without_statistics_says_whose_are_used(run, tmp_path, capsys
     assert json.loads((tmp_path / "with" / "dataset_statistics.json").read_text())["my_robot"] == STATISTICS
 
 
-def test_heads_in_the_folder_above_are_not_left_behind(run, tmp_path):
+def test_heads_in_the_folder_above_are_refused(run, tmp_path):
     shutil.copytree(run / "run", tmp_path / "run")
     torch.save({}, tmp_path / "run" / "action_head--150000_checkpoint.pt")
     match = r"action_head--150000_checkpoint.pt.*openvla convert .*run OUT"
@@ -72,7 +73,7 @@ def test_heads_in_the_folder_above_are_not_left_behind(run, tmp_path):
 
 
 @pytest.mark.lane
-def test_a_base_that_holds_the_adapter_is_refused(run, tmp_path):
+def test_base_with_the_merged_adapter_is_refused(run, tmp_path):
     adapter = run / "run" / "lora_adapter"
     merge(adapter, tmp_path / "merged")
     with pytest.raises(ValueError, match="is merged into these weights already.*give the base that it was trained on"):
@@ -85,7 +86,7 @@ def test_a_base_that_holds_the_adapter_is_refused(run, tmp_path):
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
-def test_peft_itself_merged_it(run):
+def test_base_that_peft_merged_is_refused(run):
     base = OpenVLAForActionPrediction.from_pretrained(run / "base")
     merged = peft.PeftModel.from_pretrained(base, run / "run" / "lora_adapter").merge_and_unload()
     with pytest.raises(ValueError, match="already"):
@@ -95,28 +96,29 @@ def test_peft_itself_merged_it(run):
 @pytest.mark.parametrize("scale", [0.02, 0.1, 1.0, 5.0])
 @pytest.mark.parametrize("aligned", [0.0, 0.3, -0.3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_only_a_base_that_holds_an_adapter_is_taken_for_one(scale, aligned, dtype):
-    """Also where training moved weights along what they were, as growing or shrinking weights are."""
+def test_only_a_merged_base_is_refused(scale, aligned, dtype):
+    """Changes may be aligned with the weights, as where training makes these grow or shrink."""
     generator = torch.Generator().manual_seed(1)
     size, rank, tensors, weights, merged = 256, 8, {}, {}, {}
-    lora = LoraAdapter(rank, 16.0, tensors=tensors)
+    adapter = LoraAdapter(rank, 16.0, tensors=tensors)
     for name in ("first", "second", "third"):
         weight = torch.randn(size, size, generator=generator) * 0.02
-        up, down = (torch.randn(shape, generator=generator) for shape in ((size, rank), (rank, size)))
-        left, values, right = torch.linalg.svd(weight)
-        up = (1 - abs(aligned)) * up / np.sqrt(size) + aligned * left[:, :rank]
-        down = (1 - abs(aligned)) * down / np.sqrt(size) + abs(aligned) * right[:rank]
-        tensors.update({name + MATRICES[0]: down, name + MATRICES[1]: up})
-        tensors[name + MATRICES[1]] = up * scale * weight.norm() / lora.change(name).norm()
+        b, a = (torch.randn(shape, generator=generator) for shape in ((size, rank), (rank, size)))
+        left, _, right = torch.linalg.svd(weight)
+        b = (1 - abs(aligned)) * b / np.sqrt(size) + aligned * left[:, :rank]
+        a = (1 - abs(aligned)) * a / np.sqrt(size) + abs(aligned) * right[:rank]
+        name_a, name_b = (name + suffix for suffix in LINEAR_SUFFIXES)
+        tensors.update({name_a: a, name_b: b})
+        tensors[name_b] = b * scale * weight.norm() / adapter.delta_weight(name).norm()
         weights[f"{name}.weight"] = weight.to(dtype)
-        merged[f"{name}.weight"] = lora.merged(f"{name}.weight", weight.to(dtype))
-    require_not_merged(lora, weights, "adapter")
+        merged[f"{name}.weight"] = adapter.merge_tensor(f"{name}.weight", weight.to(dtype))
+    require_not_merged(adapter, weights, "adapter")
     if scale >= 0.1 and aligned == 0:
         with pytest.raises(ValueError, match="3 of 3 measured parts"):
-            require_not_merged(lora, merged, "adapter")
+            require_not_merged(adapter, merged, "adapter")
 
 
-def test_the_published_base_of_an_adapter_is_taken(run, tmp_path):
+def test_unmerged_base_is_accepted(run, tmp_path):
     assert read_adapter(run / "run" / "lora_adapter").base is None
     merge(run / "run" / "lora_adapter", tmp_path / "merged", base=run / "base")
     assert (tmp_path / "merged" / "model.safetensors").is_file()
@@ -125,7 +127,7 @@ def test_the_published_base_of_an_adapter_is_taken(run, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"), [({"bias": "lora_only"}, "bias='lora_only'"), ({"peft_type": "LOHA"}, "LOHA")]
 )
-def test_what_is_not_plain_is_named(change, message, run, tmp_path):
+def test_error_names_an_unsupported_setting(change, message, run, tmp_path):
     shutil.copytree(run / "run" / "lora_adapter", tmp_path / "adapter")
     file = tmp_path / "adapter" / "adapter_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
@@ -133,11 +135,11 @@ def test_what_is_not_plain_is_named(change, message, run, tmp_path):
         read_adapter(tmp_path / "adapter")
 
 
-def test_an_adapter_that_names_no_rank_has_pefts(run, tmp_path):
+def test_missing_rank_is_pefts_default(run, tmp_path):
     shutil.copytree(run / "run" / "lora_adapter", tmp_path / "adapter")
     file = tmp_path / "adapter" / "adapter_config.json"
     fields = json.loads(file.read_text())
     file.write_text(json.dumps({name: value for name, value in fields.items() if name not in ("r", "lora_alpha")}))
     defaults = peft.LoraConfig()
-    lora = read_adapter(tmp_path / "adapter")
-    assert (lora.r, lora.alpha) == (defaults.r, defaults.lora_alpha)
+    adapter = read_adapter(tmp_path / "adapter")
+    assert (adapter.r, adapter.alpha) == (defaults.r, defaults.lora_alpha)
