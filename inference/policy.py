@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig
 
-from ..adapters.base_record import locate_base
+from ..adapters.files import locate_base
 from ..compatibility_openvla import DTYPE_FIELD
 from ..configuration_openvla import OpenVLAConfig, optional_file
 from ..decoding_openvla import require_one_pass
