@@ -165,7 +165,7 @@ def _methods_of(kind: type, module: str, seen: set[int]) -> Iterator[Place]:
 def _cache_methods(kind: type, module: str, seen: set[int]) -> Iterator[Place]:
     """Yield the places of the methods that a cache or one of its layers has or inherits, and of what they use."""
     dictionaries = [vars(base) for base in kind.__mro__ if base.__module__ == Cache.__module__]
-    own = ChainMap(*dictionaries)
+    own = ChainMap(*dictionaries)  
     for name, value in own.items():
         if list(_unwrapped(value)):
             if not name.startswith("__"):  # a dataclass generates some of those

@@ -159,9 +159,7 @@ def test_an_assembled_model_trains(towers, models, tmp_path, frames):
     model.save_pretrained(tmp_path / "trained")
     again = AutoModelForVision2Seq.from_pretrained(tmp_path / "trained", torch_dtype=torch.float32).eval()
     predicted = again.predict_action(**inputs)
-    assert (
-        predicted.tolist() == again.action_tokenizer.decode(action_ids.numpy()).tolist()
-    )  # the image tells them apart
+    assert predicted.tolist() == again.action_tokenizer.decode(action_ids.numpy()).tolist()
 
 
 @pytest.mark.timm

@@ -13,6 +13,7 @@ from huggingface_hub import ModelCard, constants, snapshot_download
 from openvla import OpenVLAForActionPrediction, OpenVLAProcessor, quantization_config
 from openvla.__main__ import main
 from openvla.compatibility_openvla import QUANTIZES_ON_CPU
+from openvla.convert_checkpoint import convert
 from openvla.publishing_openvla import publishable, push_folder
 from openvla.tiny import build_tokenizer
 from reference import REPOSITORY, published_folder
@@ -23,7 +24,6 @@ PUSH = """
 import json, sys
 from exchange import predicted
 from openvla import AutoModelForVision2Seq, AutoProcessor
-from openvla.convert_checkpoint import convert
 from openvla.tiny import build_tiny
 
 model, processor = build_tiny()
