@@ -182,13 +182,20 @@ def convert(
         raise OpenVLAValueError(
             f"{folder} is a native run; --preset, --num-images and --parallel-decoding are for OFT."
         )
-    oft = OftOptions(preset, num_images, parallel_decoding, step=checkpoint, base=base)
+    oft = OftOptions(
+        preset=preset, num_images=num_images, parallel_decoding=parallel_decoding, step=checkpoint, base=base
+    )
     with atomic_directory(target) as written:
         if reverse:
             tensors, config = reverse_convert(folder, written)
         else:
             options = ConvertOptions(
-                parse_size(max_shard_size), tokenizer, dtype, config_overrides or {}, image_preset, oft
+                max_shard_bytes=parse_size(max_shard_size),
+                tokenizer=tokenizer,
+                dtype=dtype,
+                config_overrides=config_overrides or {},
+                image_preset=image_preset,
+                oft=oft,
             )
             if layout == NATIVE_RUN:
                 tensors, config = convert_native_run(folder, native_file(folder, checkpoint), written, options)

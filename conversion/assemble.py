@@ -361,7 +361,7 @@ def _text_config(folder: Path) -> dict[str, Any]:
     if fields["model_type"] not in LLM_MODEL_TYPES:
         raise OpenVLAValueError(f"{folder} is a {fields['model_type']} model. Allowed: {list(LLM_MODEL_TYPES)}.")
     if fields.get("quantization_config"):
-        raise OpenVLAValueError(f"{folder} is quantised; training starts from whole weights.")
+        raise OpenVLAValueError(f"{folder} is quantised; training starts from unquantised weights.")
     folder_fields = ("_name_or_path", "architectures", "auto_map", "dtype", "torch_dtype", "transformers_version")
     return {name: value for name, value in fields.items() if name not in folder_fields}
 

@@ -11,6 +11,8 @@ LOGGERS = (f"{PACKAGE}.conversion", f"{PACKAGE}.convert_checkpoint")
 
 
 class _PrintHandler(logging.Handler):
+    """A handler that prints to the standard output of the moment, which tests and notebooks replace."""
+
     def emit(self, record: logging.LogRecord) -> None:
         print(self.format(record))
 

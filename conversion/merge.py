@@ -105,7 +105,7 @@ def merge(
     Raises:
         ValueError: The adapter was trained on another base, does not fit it, is merged into it already, or has
             OpenVLA-OFT's part files in the folder above; or the base is quantised.
-        FileExistsError: The target exists and ``overwrite`` is not given.
+        FileExistsError: The target exists and ``overwrite`` is False.
         FileNotFoundError: There is no adapter, or no base.
     """
     target = Path(target)

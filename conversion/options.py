@@ -1,4 +1,4 @@
-"""What a conversion is told: the options of ``openvla convert``."""
+"""Options of a conversion, as ``openvla convert`` takes them."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class ConvertOptions:
 
 
 class ConvertedModel(NamedTuple):
-    """The other layout's tensors under their Hub names, and the configuration: the input of ``compare_forward``."""
+    """Tensors of the layout other than the Hub folder, under their Hub names, and the configuration of both."""
 
     tensors: dict[str, torch.Tensor]
     config: PrismaticConfig

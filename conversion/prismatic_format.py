@@ -66,7 +66,7 @@ def to_native_name(hub_name: str, config: PrismaticConfig) -> str:
     for native, hub in name_prefixes(config):
         if hub_name.startswith(hub):
             return re.sub(r"(\.ls[12])\.scale_factor$", r"\1.gamma", native + hub_name.removeprefix(hub))
-    raise OpenVLAValueError(f"Tensor {hub_name!r} has no place in the native layout.")
+    raise OpenVLAValueError(f"Tensor {hub_name!r} does not exist in the native layout.")
 
 
 def choose_checkpoint(names: Iterable[str], checkpoint: str | None) -> str:
@@ -140,7 +140,7 @@ def native_config(source: Path, tensors: Mapping[str, torch.Tensor], overrides: 
     fields = _vla_fields(source, native["vla"], overrides) if is_vla else _vlm_fields(source, native["model"])
     require_single_image(source, native.get("vla") or native["model"])
     if fields["arch_specifier"].endswith("linear"):
-        raise OpenVLAValueError(f"A projector of kind {fields['arch_specifier']!r} has no place in the Hub's model.")
+        raise OpenVLAValueError(f"A projector of kind {fields['arch_specifier']!r} does not exist in the Hub's model.")
     fields |= _language_model_fields(fields["llm_backbone_id"], tensors, overrides)
     if not is_vla:
         return PrismaticConfig(**fields)
@@ -154,7 +154,7 @@ def _vla_fields(source: Path, vla: Any, overrides: Mapping[str, Any]) -> dict[st
     bins_are_extra_tokens(source, vla, fields["llm_backbone_id"])  # raises where the run's actions are not bins
     if fields["llm_backbone_id"].endswith(CHAT_ENDINGS) and "prompt_style" not in overrides:
         raise OpenVLAValueError(
-            f"{source}: {fields['llm_backbone_id']} was asked through its chat template, which is none of the "
+            f"{source}: {fields['llm_backbone_id']} was prompted through its chat template, which is none of the "
             f"prompts known here ({list(PROMPTS)}). If the run used one of them, give prompt_style by "
             "--config-overrides."
         )

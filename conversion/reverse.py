@@ -62,7 +62,7 @@ def _write_native_run(source: Path, folder: Path) -> ConvertedModel:
         write_json(folder / STATISTICS_FILE, config.norm_stats or {})
     (folder / CHECKPOINT_FOLDER).mkdir()
     checkpoint = folder / CHECKPOINT_FOLDER / CHECKPOINT_FILE
-    with DirectWriter(checkpoint) as file:  # has what torch.save calls: write and flush
+    with DirectWriter(checkpoint) as file:  # torch.save calls only its write and flush
         torch.save(native_state(read_tensors(files), config), cast(IO[bytes], file))
     tensors = {to_hub_name(name, config): tensor for name, tensor in native_tensors(checkpoint).items()}
     wrong = find_mismatches(read_tensors(files), tensors)
@@ -75,7 +75,7 @@ def _write_native_run(source: Path, folder: Path) -> ConvertedModel:
 
 
 def _write_oft_run(source: Path, folder: Path) -> ConvertedModel:
-    """Write the model and, beside it, its part files, as the reference does."""
+    """Write the model and its part files into one folder, as the reference does."""
     fields = read_json(source / "config.json")
     config = OpenVLAConfig.from_dict(fields)
     tensors = dict(read_tensors(weight_files(source)))

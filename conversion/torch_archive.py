@@ -40,8 +40,9 @@ def load_torch_file(path: Path) -> Any:
     if not is_zip and head != LEGACY_MAGIC:
         reason = "it is empty" if not head else "it is truncated, or no PyTorch checkpoint"
         raise OpenVLAValueError(f"{path} cannot be read: {reason}. Copy it again from its source.")
+    name = str(path)  # torch before 2.3 maps no Path
     try:
-        return torch.load(str(path), map_location="cpu", mmap=is_zip, weights_only=True)  # before 2.3 no Path is mapped
+        return torch.load(name, map_location="cpu", mmap=is_zip, weights_only=True)
     except Exception as error:  # torch raises UnpicklingError, RuntimeError, EOFError ... depending on the damage
         message = str(error).replace("\n", " ")
         if is_zip and os.strerror(errno.ENOMEM) in message:

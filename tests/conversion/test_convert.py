@@ -282,7 +282,7 @@ def damaged(tmp_path, kind):
         ("surplus", ValueError, "1 surplus: .*projector.9.weight"),
         ("shape", ValueError, r"1 of another shape: .*projector.fc1.bias \(3,\), expected"),
         ("base_vlm", ValueError, "unknown base_vlm 'prism-unknown"),
-        ("chat", ValueError, "was asked through its chat template"),
+        ("chat", ValueError, "was prompted through its chat template"),
         ("config", ValueError, "config.json is not JSON"),
         ("statistics", ValueError, "q01 exceeds q99"),
         ("no statistics", FileNotFoundError, "no dataset_statistics.json"),
