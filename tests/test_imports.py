@@ -12,7 +12,7 @@ from reference import MODULES, PACKAGE_FOLDERS, REPOSITORY, module_name
 ALLOWED = {
     "": set(),
     "inference": set(),
-    "conversion": {"inference"},
+    "conversion": set(),
     "data": {"inference"},
     "training": {"data", "inference", "conversion"},
     "serving": {"inference"},

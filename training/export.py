@@ -10,7 +10,8 @@ import torch
 
 from ..compatibility_openvla import DTYPE_FIELD
 from ..configuration_openvla import OpenVLAConfig, write_json
-from ..conversion.hub_folder import appearing_whole, write_card
+from ..conversion.files import atomic_directory
+from ..conversion.hub_folder import write_card
 from ..modeling_openvla import OpenVLAForActionPrediction
 from ..processing_openvla import OpenVLAProcessor
 from ..quantization_openvla import is_quantized
@@ -61,7 +62,7 @@ def export(model: OpenVLAForActionPrediction, processor: OpenVLAProcessor, outpu
         model.save_pretrained(output / "adapter")
         processor.save_pretrained(output / "adapter")
         model = model.merge_lora() if is_quantized(model) else model.to("cpu").merge_lora()
-    with appearing_whole(output / "model") as folder:
+    with atomic_directory(output / "model") as folder:
         model.to(dtype).save_pretrained(folder)
         processor.save_pretrained(folder)
         write_card(folder, output.name)
