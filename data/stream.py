@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
+import itertools
 import random
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -22,6 +24,42 @@ from .episodes import DemonstrationError, Episode, EpisodeReader, Step
 
 # Where a chunk may start near an episode's end.
 ENDS = ("drop", "repeat")
+
+
+@dataclasses.dataclass(frozen=True)
+class StreamPosition:
+    """Position in a run's batches, from which any number of processes and workers can continue in the same order.
+
+    Batches are numbered across all processes in the order of training. The samples of batch ``n`` depend only on ``n``
+    and on how the run began: it is the batch ``n // world_size`` of rank ``n % world_size``, drawn by its worker
+    ``n // world_size % workers``.
+
+    Attributes:
+        batches: Number of batches that all processes together have drawn.
+        batch_size: Samples per batch.
+        world_size: Number of processes when the run began.
+        workers: DataLoader workers of each process when the run began, at least 1; None: as many as now.
+    """
+
+    batches: int = 0
+    batch_size: int = 1
+    world_size: int = 1
+    workers: int | None = None
+
+    def source(self, batch: int) -> tuple[int, int]:
+        """Return the rank that would have drawn a batch, had nothing changed, and the batch's number in that rank."""
+        return batch % self.world_size, batch // self.world_size
+
+    def shard(self, batch: int) -> int:
+        """Return the shard of the episodes, of ``world_size * workers``, from which a batch is drawn."""
+        rank, index = self.source(batch)
+        return rank * (self.workers or 1) + index % (self.workers or 1)
+
+    def batch_of(self, sample: int, shard: int) -> int:
+        """Return the batch that holds a sample, given the sample's number in its shard."""
+        workers = self.workers or 1
+        index = sample // self.batch_size * workers + shard % workers
+        return index * self.world_size + shard // workers
 
 
 class DemonstrationStream(IterableDataset):
@@ -74,7 +112,7 @@ class DemonstrationStream(IterableDataset):
         self.chunk_length, self.ends, self.shuffle_buffer, self.seed = chunk_length, ends, shuffle_buffer, seed
         self.repeat, self.rank, self.world_size, self.skip_bad = repeat, rank, world_size, skip_bad
         self._bad: set[str] = set()
-        self._resume_batches, self._resume_batch_size = 0, 1
+        self._position = StreamPosition(world_size=world_size)
         self._check()
         self.readers = one_camera_order(self.readers)
         rates = {reader.name: reader.frame_rate for reader in self.readers if reader.frame_rate}
@@ -176,25 +214,45 @@ class DemonstrationStream(IterableDataset):
             raise OpenVLAValueError(
                 f"batches must be at least 0 and batch_size at least 1, got {batches}, {batch_size}."
             )
-        self._resume_batches, self._resume_batch_size = batches, batch_size
+        self.resume_at(StreamPosition(batches * self.world_size, batch_size, self.world_size))
+
+    def resume_at(self, position: StreamPosition) -> None:
+        """Continue a run's batches from a position on; this stream's ranks and workers take them in turn.
+
+        The numbers of ranks and workers may be others than when the run began. A rank plays through the batches of
+        others from the same shard without reading images (with ``skip_bad``, reading them).
+        """
+        self._position = position
 
     def __iter__(self) -> Iterator[Step]:
         info = torch.utils.data.get_worker_info()
-        workers = info.num_workers if info else 1
-        # DataLoader asks its workers in turn. Behind a resumed stream it begins again with its first worker, which
-        # therefore takes the place of the one whose turn it would be.
-        turn = ((info.id if info else 0) + self._resume_batches) % workers
-        done = (self._resume_batches - turn + workers - 1) // workers * self._resume_batch_size
-        shard, shards = self.rank * workers + turn, self.world_size * workers
+        worker, workers = (info.id, info.num_workers) if info else (0, 1)
+        position = dataclasses.replace(self._position, workers=self._position.workers or workers)
+        shards = position.world_size * (position.workers or 1)
         for reader in self.readers if self.repeat else ():
             if len(reader) < shards:
                 raise OpenVLAValueError(
-                    f"{reader.name} has {len(reader)} episodes, too few for {shards} readers ({self.world_size} ranks "
-                    f"of {workers} workers); take fewer workers."
+                    f"{reader.name} has {len(reader)} episodes, too few for {shards} readers ({position.world_size} "
+                    f"ranks of {position.workers} workers); take fewer workers."
                 )
-        draws = _Mixture(self, shard, shards)
-        for number, sample in enumerate(draws.samples(done)):
-            if number >= done:
+        # DataLoader takes batches from its workers in turn, beginning with the first one.
+        first, stride = position.batches + self.rank + self.world_size * worker, self.world_size * workers
+        if stride != shards and not self.repeat:
+            raise OpenVLAValueError("A stream that ends (repeat=False) resumes with as many ranks and workers only.")
+
+        def drawn_here(sample: int, shard: int) -> bool:
+            batch = position.batch_of(sample, shard)
+            return batch >= first and (batch - first) % stride == 0
+
+        draws: dict[int, Iterator[Step]] = {}
+        for batch in itertools.count(first, stride):
+            shard = position.shard(batch)
+            if shard not in draws:
+                draws[shard] = _Mixture(self, shard, shards).samples(functools.partial(drawn_here, shard=shard))
+            for _ in range(position.batch_size):
+                sample = next(draws[shard], None)
+                if sample is None:
+                    return
                 yield sample
 
     def _length(self, reader: EpisodeReader, index: int) -> int | None:
@@ -276,8 +334,8 @@ class _Mixture:
         self.random = random.Random(f"{stream.seed} mixture {shard}")
         self.parts = [_Part(stream, reader, shard, shards) for reader in stream.readers]
 
-    def samples(self, replayed: int) -> Iterator[Step | None]:
-        """Samples in order; of the first ``replayed`` only that they were there (None)."""
+    def samples(self, is_needed: Callable[[int], bool]) -> Iterator[Step]:
+        """Yield those samples, in order, whose numbers are needed; the others are only counted."""
         parts = [(part.positions(), part, weight) for part, weight in zip(self.parts, self.stream.weights)]
         given = 0
         while parts:
@@ -287,15 +345,17 @@ class _Mixture:
             if position is None:
                 del parts[chosen]
                 continue
+            needed = is_needed(given)
             try:
-                sample = part.take(*position, wanted=given >= replayed or self.stream.skip_bad)
+                sample = part.take(*position, wanted=needed or self.stream.skip_bad)
             except DemonstrationError as error:
                 if not self.stream.skip_bad:
                     raise
                 self.stream._skip(error)
                 continue
             given += 1
-            yield sample
+            if needed and sample is not None:
+                yield sample
 
 
 class _Part:
