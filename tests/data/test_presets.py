@@ -170,7 +170,7 @@ def test_preset_none_of_a_run_and_of_inspect_data(tmp_path, capsys):
     from openvla.__main__ import main
 
     folder = write_rlds(tmp_path, "language_table", [demonstration()])
-    run = {"model": "m", "output": "o", "data": str(folder)}
+    run = {"model": "m", "output_dir": "o", "data": str(folder)}
     assert Demonstrations(FinetuneConfig(**run, preset="none")).readers[0].preset is None
     with pytest.raises(ValueError, match="no preset describes it"):
         Demonstrations(FinetuneConfig(**run))
