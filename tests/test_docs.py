@@ -130,6 +130,7 @@ def check_arguments(args):
         given = {key: value for key, value in vars(args).items() if value is not None}
         given.pop("command")
         given.pop("run")
+        given.pop("traceback")
         file = given.pop("config", None)
         finetune_config.config_from_dict({**(finetune_config.read_yaml(file) if file else {}), **given})
     return 0
