@@ -119,9 +119,9 @@ class TrainingState:
         """
         if folder is None:
             return
-        state_files = _shard_files(folder, "state*.pt")
+        files = map(str, _shard_files(folder, "state*.pt"))
         # mmap: a process reads only its part of the optimizer state
-        states = [torch.load(str(file), map_location="cpu", weights_only=True, mmap=True) for file in state_files]
+        states = [torch.load(file, map_location="cpu", weights_only=True, mmap=True) for file in files]
         saved = states[0]
         if len(states) not in (1, saved["processes"]):
             raise OpenVLAValueError(

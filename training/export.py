@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 import numpy as np
 import torch
@@ -17,9 +17,7 @@ from ..processing_openvla import OpenVLAProcessor
 from ..quantization_openvla import is_quantized
 from .collator import ActionCollator
 from .config import FinetuneConfig
-
-if TYPE_CHECKING:
-    from .finetune import TrainingData
+from .datasets import TrainingData
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, asdict, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from ..adapter_files_openvla import base_record
 from ..data.columns import Fields
@@ -22,9 +22,7 @@ from ..errors_openvla import OpenVLAValueError
 from ..modeling_openvla import STATISTICS_FILE, OpenVLAForActionPrediction
 from ..processing_openvla import OpenVLAProcessor
 from .config import FinetuneConfig, with_current_names
-
-if TYPE_CHECKING:
-    from .finetune import TrainingData
+from .datasets import TrainingData
 
 RECORD_FILE = "run.json"
 # Fields that may change when a run continues: optimization, logging, and the resources of the computation. All other

@@ -13,7 +13,7 @@ from openvla.data.inspect import inspect  # noqa: E402
 from openvla.data.lerobot_writer import LeRobotWriter  # noqa: E402
 from openvla.data.presets import HDF5_PRESETS, PRESETS, WITHOUT_PRESET  # noqa: E402
 from openvla.training.config import FinetuneConfig  # noqa: E402
-from openvla.training.finetune import Demonstrations  # noqa: E402
+from openvla.training.datasets import Demonstrations  # noqa: E402
 
 CAMERA = "observation.images.image"
 OPENING = [0.0, 0.0, 0.0, 1.0, 1.0, 1.0]

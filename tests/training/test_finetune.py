@@ -39,7 +39,8 @@ from openvla.training.config import (
     read_yaml,
     with_current_names,
 )
-from openvla.training.finetune import Demonstrations, finetune, load_model_and_processor, set_trainable
+from openvla.training.datasets import Demonstrations
+from openvla.training.finetune import finetune, load_model_and_processor, set_trainable
 from openvla.training.memory import memory_efficient_training
 
 # Gradients of a batch in two halves are summed in another order, in float32; after four steps of AdamW on a tiny model,

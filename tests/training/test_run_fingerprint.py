@@ -15,7 +15,8 @@ from openvla.data.statistics import as_norm_stats
 from openvla.data.torch_dataset import SequenceReader
 from openvla.training.checkpointing import checkpoints
 from openvla.training.config import RENAMED_FIELDS, FinetuneConfig
-from openvla.training.finetune import Demonstrations, finetune
+from openvla.training.datasets import Demonstrations
+from openvla.training.finetune import finetune
 from openvla.training.run_fingerprint import FIELDS_BY_CONTENT, FREE_FIELDS, RECORD_FILE, require_same_run
 
 COLUMNS = {"cameras": ["image"], "action": ["action"], "instruction_text": "pick it up"}
