@@ -284,6 +284,21 @@ def test_run_with_nothing_to_compare_warns(base, old_copy):
         train(base, old_copy)
 
 
+@pytest.mark.parametrize(
+    ("file", "new_name"),
+    [
+        ("state.pt", "state-1.pt"),  # the file of rank 0 is missing
+        ("trained.safetensors", "trained-1.safetensors"),
+        ("trained.safetensors", "other.safetensors"),
+    ],
+)
+def test_incomplete_checkpoint_is_refused(base, copy, file, new_name):
+    checkpoint = checkpoints(copy)[-1]
+    (checkpoint / file).rename(checkpoint / new_name)
+    with pytest.raises(ValueError, match=f"{checkpoint.name} is incomplete"):
+        train(base, copy, max_steps=2)
+
+
 def test_partial_first_checkpoint_is_ignored(base, copy):
     for folder in checkpoints(copy):
         folder.rename(folder.with_name(f".{folder.name}.partial"))
