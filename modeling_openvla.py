@@ -84,6 +84,7 @@ class OpenVLAForActionPrediction(LoraMixin, NormStatsMixin, ParallelDecodingMode
     """OpenVLA: camera images and an instruction in, one robot action, or a chunk of them, out."""
 
     config_class = OpenVLAConfig  # type: ignore[assignment]  # a subclass of the base's
+    config: OpenVLAConfig
 
     def __init__(self, config: OpenVLAConfig) -> None:
         super().__init__(config)

@@ -32,7 +32,9 @@ REPLACED = {
 ADDED = {
     "predict --model openvla/openvla-7b": ["--constrain-actions"],
     "convert runs/my-run my-openvla": ["--config-overrides", "sizes.json"],
-    "finetune": shlex.split("--max-steps 1 --batch-size 2 --feed-back 2 --device cpu --tracker tensorboard"),
+    "finetune": shlex.split(
+        "--max-steps 1 --per-device-train-batch-size 2 --num-train-eval-samples 2 --use-cpu --report-to tensorboard"
+    ),
     "bench": shlex.split("--sizes tiny --pairs 1 --inputs 2"),
 }
 # Of these commands, of what torchrun launches and of what runs beside the published code, only arguments (and a run's
@@ -128,7 +130,7 @@ def check_arguments(args):
         given = {key: value for key, value in vars(args).items() if value is not None}
         given.pop("command")
         file = given.pop("config", None)
-        finetune_config.as_config({**(finetune_config.read_yaml(file) if file else {}), **given})
+        finetune_config.config_from_dict({**(finetune_config.read_yaml(file) if file else {}), **given})
     return 0
 
 
