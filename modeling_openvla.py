@@ -212,7 +212,7 @@ class OpenVLAForActionPrediction(LoraMixin, NormStatsMixin, ParallelDecodingMode
         self._require_masked_attention()
         self.config.set_action_config(**{**fields, "parallel_decoding": True})
         self.build_heads(self.config)
-        self.vision_backbone.take(self.config)
+        self.vision_backbone.configure(self.config)
         projection = self.projector.fc1
         weight = projection.weight if projection.weight.is_floating_point() else projection.bias
         for name, module in self.named_modules():
