@@ -44,6 +44,7 @@ lanes:  ## parity, remote code and processors on every supported transformers, a
 lint: $(INSTALLED)  ## style and types
 	$(VENV)/bin/pip install --quiet -c ci/constraints.txt mypy ruff
 	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .
+	bash ci/types.sh
 
 docs: $(INSTALLED)  ## the pages as a site, in site/; a broken link stops it
 	$(VENV)/bin/pip install --quiet -c ci/constraints.txt -e ".[docs]"

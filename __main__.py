@@ -12,7 +12,7 @@ from .errors_openvla import OpenVLAError
 # Subcommand: its module with add_arguments() and run(), and a line for --help.
 COMMANDS = {
     "predict": ("inference.predict", "predict one action from an image and an instruction"),
-    "convert": ("conversion.convert", "convert a checkpoint to a folder that loads with from_pretrained, or back"),
+    "convert": ("convert_checkpoint", "convert a checkpoint to a folder that loads with from_pretrained, or back"),
     "upgrade": ("conversion.upgrade", "write a saved folder with today's code and configuration, weights untouched"),
     "assemble": ("conversion.assemble", "assemble an untrained model from vision towers and a language model"),
     "merge": ("conversion.merge", "merge an adapter into its base"),

@@ -12,7 +12,7 @@ from PIL import Image
 
 from ..compatibility_openvla import DTYPE_FIELD
 from ..configuration_openvla import PROMPTS
-from ..conversion.hub_folder import write_surroundings
+from ..conversion.hub_folder import write_config_and_code
 from ..conversion.safetensors_io import write_shards
 from ..inference.predict import SAMPLE_IMAGE
 from ..modeling_openvla import OpenVLAForActionPrediction
@@ -123,7 +123,7 @@ def write_full(folder: Path, dtype: torch.dtype) -> dict[str, str]:
     folder.mkdir()
     digests = write_shards(folder, model.state_dict(), dtype, SHARD_BYTES, weight)
     OpenVLAProcessor.for_config(config, tokenizer).save_pretrained(folder)
-    write_surroundings(folder, config)
+    write_config_and_code(folder, config)
     return digests
 
 

@@ -40,8 +40,8 @@ def ours(folder: Path, checkpointing: bool) -> Side:
     """Return this package's model and training step."""
     from openvla import OpenVLAForActionPrediction
     from openvla.compatibility_openvla import enable_checkpointing
-    from openvla.training.collator import answer_metrics, model_inputs
-    from openvla.training.memory import lean
+    from openvla.training.collator import compute_metrics, model_inputs
+    from openvla.training.memory import memory_efficient_training
 
     model = OpenVLAForActionPrediction.from_pretrained(folder / "base", torch_dtype=torch.float32)
     model.enable_lora(RANK, ALPHA)
@@ -57,13 +57,13 @@ def ours(folder: Path, checkpointing: bool) -> Side:
         output = model(**model_inputs(batch, model), logits_at_labels=True)
         output.loss.backward()
         loss = float(output.loss.detach())
-        answer_metrics(output, batch, model)
+        compute_metrics(output, batch, model)
         torch.nn.utils.clip_grad_norm_(trained, NO_CLIPPING)
         optimizer.step()
         optimizer.zero_grad()
         return loss
 
-    return model, step, lean(model)
+    return model, step, memory_efficient_training(model)
 
 
 def reference(folder: Path, code: Path) -> Side:

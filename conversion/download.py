@@ -1,4 +1,4 @@
-"""A checkpoint's folder, whether it lies here or on the Hugging Face Hub; of a repository, only the files needed."""
+"""Find a checkpoint's folder, locally or on the Hugging Face Hub; only the files needed are downloaded."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ def local_folder(
     revision: str | None = None,
     token: str | None = None,
 ) -> Path:
-    """The folder of a source: itself, or a Hub repository's in the cache. Downloads resume where they broke off.
+    """Return a local folder as it is, or download a Hub repository to the cache; interrupted downloads resume.
 
     Args:
         source: A folder, "organization/name", or "organization/name/folder" for one inside a repository.
-        checkpoint: Of a native run, the file in checkpoints/; None as :func:`choose_checkpoint` says.
+        checkpoint: Of a native run, the file in checkpoints/ (see :func:`~.prismatic_format.choose_checkpoint`).
         revision: Branch, tag or commit; None is main.
         token: Access token; None takes the one of ``hf auth login``.
 
@@ -44,8 +44,8 @@ def local_folder(
         return path
     if not HUB_ID.fullmatch(os.fspath(source)):
         raise OpenVLAFileNotFoundError(f"No folder at {source}, and that is no Hub id (organization/name).")
-    organization, name, *inside = os.fspath(source).split("/")
-    repo_id, under = f"{organization}/{name}", "/".join(inside)
+    organization, name, *subfolders = os.fspath(source).split("/")
+    repo_id, subfolder = f"{organization}/{name}", "/".join(subfolders)
     api = HfApi(token=token)
     try:
         names = api.list_repo_files(repo_id, revision=revision)
@@ -56,23 +56,34 @@ def local_folder(
             f"No folder at {source}, and no repository {repo_id} on the Hub that this token may read; for a private or "
             "gated one pass --token, or run hf auth login."
         ) from error
-    folder = api.snapshot_download(repo_id, revision=revision, allow_patterns=_needed(names, under, checkpoint))
-    return Path(folder, under)
+    folder = api.snapshot_download(
+        repo_id, revision=revision, allow_patterns=files_to_download(names, subfolder, checkpoint)
+    )
+    return Path(folder, subfolder)
 
 
-def _needed(names: list[str], under: str, checkpoint: str | None) -> list[str]:
-    """Of a repository's files, those that a conversion reads."""
-    inside = [PurePosixPath(name) for name in names if not under or name.startswith(f"{under}/")]
-    beside = [path for path in inside if path.parent == PurePosixPath(under)]
-    if not beside:
-        raise OpenVLAFileNotFoundError(f"The repository has no folder {under!r}; there is {sorted({*names})[:20]}.")
-    wanted = [path for path in beside if path.suffix not in UNSAFE_SUFFIXES or PART_FILE.fullmatch(path.name)]
-    if not any(path.name == "config.json" for path in beside):  # no whole model: OFT's unmerged adapter
-        wanted += [path for path in inside if path.parent == PurePosixPath(under, ADAPTER_FOLDER)]
-    checkpoints = [path for path in inside if path.parent == PurePosixPath(under, CHECKPOINT_FOLDER)]
+def files_to_download(names: list[str], subfolder: str, checkpoint: str | None) -> list[str]:
+    """Return the files of a repository that a conversion reads.
+
+    Args:
+        names: All files of the repository.
+        subfolder: The checkpoint's folder in it, "" for the root.
+        checkpoint: Of a native run, the file in checkpoints/ (see :func:`~.prismatic_format.choose_checkpoint`).
+
+    Raises:
+        FileNotFoundError: The repository has no such folder or checkpoint.
+    """
+    paths = [PurePosixPath(name) for name in names if not subfolder or name.startswith(f"{subfolder}/")]
+    top_level = [path for path in paths if path.parent == PurePosixPath(subfolder)]
+    if not top_level:
+        raise OpenVLAFileNotFoundError(f"The repository has no folder {subfolder!r}; there is {sorted({*names})[:20]}.")
+    needed = [path for path in top_level if path.suffix not in UNSAFE_SUFFIXES or PART_FILE.fullmatch(path.name)]
+    if not any(path.name == "config.json" for path in top_level):  # no whole model: OFT's unmerged adapter
+        needed += [path for path in paths if path.parent == PurePosixPath(subfolder, ADAPTER_FOLDER)]
+    checkpoints = [path for path in paths if path.parent == PurePosixPath(subfolder, CHECKPOINT_FOLDER)]
     if checkpoints:
         chosen = choose_checkpoint([path.name for path in checkpoints], checkpoint)
-        wanted += [path for path in checkpoints if path.name == chosen]
-    elif not any(path.suffix == WEIGHT_SUFFIX for path in beside):
-        wanted += [path for path in beside if path.name.startswith("pytorch_model")]
-    return [str(path) for path in wanted]
+        needed += [path for path in checkpoints if path.name == chosen]
+    elif not any(path.suffix == WEIGHT_SUFFIX for path in top_level):
+        needed += [path for path in top_level if path.name.startswith("pytorch_model")]
+    return [str(path) for path in needed]

@@ -1,41 +1,90 @@
-"""A checkpoint's folder beside its weights: configuration, code, card, manifest; how it appears whole or not at all."""
+"""The files of a Hub folder beside its weights: configuration, code, statistics, model card, manifest."""
 
 from __future__ import annotations
 
-import glob
-import os
-import platform
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-import psutil
+import torch
 from transformers import GenerationConfig
 
-from ..configuration_openvla import PrismaticConfig, write_json
+from ..configuration_openvla import OpenVLAConfig, PrismaticConfig, write_json
+from ..errors_openvla import OpenVLAValueError
 from ..loading import MODEL_CLASSES
 from ..modeling_openvla import STATISTICS_FILE
+from ..prismatic_openvla import PrismaticForConditionalGeneration
 from ..publishing_openvla import mark_code
+from .files import file_digest, read_json
 from .hub_upload import CARD_FILE, model_card
-from .prismatic_format import read_json
-from .safetensors_io import digest_file, weight_files
+from .hub_weights import weight_files
 
 MANIFEST_FILE = "openvla_manifest.json"
 GENERATION_FILE = "generation_config.json"
 
 
-def write_surroundings(folder: Path, config: PrismaticConfig) -> None:
-    """Write everything but weights, processor and card: configuration, code, statistics.
+def current_config(folder: Path, fields: Mapping[str, Any]) -> PrismaticConfig:
+    """Return the configuration of a saved folder in today's form.
 
-    A generation_config.json that is there already stays.
+    Args:
+        folder: The saved folder; its dataset_statistics.json is merged in.
+        fields: The fields of its config.json.
     """
+    config = MODEL_CLASSES[fields["model_type"]].config_class.from_dict(dict(fields))
+    if isinstance(config, OpenVLAConfig) and (folder / STATISTICS_FILE).is_file():
+        config.merge_statistics(read_json(folder / STATISTICS_FILE))
+    return config
+
+
+def model_shapes(config: PrismaticConfig) -> dict[str, tuple[int, ...]]:
+    """Return the shape of every tensor of a model of this configuration."""
+    model_class: type[PrismaticForConditionalGeneration] = MODEL_CLASSES[config.model_type]
+    with torch.device("meta"):
+        model = model_class(config)
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+
+
+def require_matching_shapes(shapes: Mapping[str, tuple[int, ...]], config: PrismaticConfig, source: Path) -> None:
+    """Raise ValueError, naming every tensor, unless a model of this configuration has exactly these tensors.
+
+    Args:
+        shapes: Shape of every tensor.
+        config: The model's configuration.
+        source: Where the tensors come from, for the message.
+    """
+    expected = model_shapes(config)
+    if config.tie_word_embeddings and "language_model.lm_head.weight" not in shapes:
+        expected.pop("language_model.lm_head.weight", None)
+    problems = {
+        "missing": sorted(set(expected) - set(shapes)),
+        "surplus": sorted(set(shapes) - set(expected)),
+        "of another shape": sorted(
+            f"{name} {shapes[name]}, expected {expected[name]}"
+            for name in set(shapes) & set(expected)
+            if shapes[name] != expected[name]
+        ),
+    }
+    lines = [f"{len(names)} {problem}: {names}" for problem, names in problems.items() if names]
+    if lines:
+        raise OpenVLAValueError(f"{source} does not fit its configuration. Tensors " + "; ".join(lines) + ".")
+
+
+def require_matching_tensors(tensors: Mapping[str, torch.Tensor], config: PrismaticConfig, source: Path) -> None:
+    """Raise ValueError as :func:`require_matching_shapes` does, for tensors."""
+    require_matching_shapes({name: tuple(tensor.shape) for name, tensor in tensors.items()}, config, source)
+
+
+def write_config_and_code(folder: Path, config: PrismaticConfig) -> None:
+    """Write configuration, code and statistics; an existing generation_config.json is kept."""
     config.architectures = [MODEL_CLASSES[config.model_type].__name__]
     config.save_pretrained(folder)
-    text = config.text_config
+    text_config = config.text_config
     if not (folder / GENERATION_FILE).is_file():
         GenerationConfig(
-            bos_token_id=text.bos_token_id, eos_token_id=text.eos_token_id, pad_token_id=config.pad_token_id
+            bos_token_id=text_config.bos_token_id,
+            eos_token_id=text_config.eos_token_id,
+            pad_token_id=config.pad_token_id,
         ).save_pretrained(folder)
     for code in sorted(Path(__file__).parents[1].glob("*_openvla.py")):
         shutil.copy(code, folder / code.name)
@@ -45,59 +94,25 @@ def write_surroundings(folder: Path, config: PrismaticConfig) -> None:
 
 
 def write_card(folder: Path, name: str) -> None:
-    """The model card, of what config.json says."""
+    """Write the model card from config.json.
+
+    Args:
+        folder: The Hub folder.
+        name: The model's name, the card's heading.
+    """
     (folder / CARD_FILE).write_text(model_card(read_json(folder / "config.json"), name), encoding="utf-8")
 
 
 def write_manifest(folder: Path, digests: Mapping[str, str]) -> None:
+    """Write the manifest that ``openvla verify`` checks: the sha256 of every tensor and of every other file.
+
+    The model card is left out, since people edit it.
+
+    Args:
+        folder: The Hub folder.
+        digests: The sha256 of every tensor's bytes.
+    """
     weights = {path.name for path in weight_files(folder).values()}
-    others = sorted(path for path in folder.iterdir() if path.name not in {*weights, CARD_FILE})  # cards are edited
-    files = {path.name: digest_file(path) for path in others}
+    other_files = sorted(path for path in folder.iterdir() if path.name not in {*weights, CARD_FILE})
+    files = {path.name: file_digest(path) for path in other_files}
     write_json(folder / MANIFEST_FILE, {"files": files, "tensors": dict(digests)})
-
-
-@contextmanager
-def appearing_whole(target: Path) -> Iterator[Path]:
-    """A folder beside the target that takes its name only when the block ends well; else it is removed.
-
-    What a killed run left beside the target is cleared away first, and what it had moved aside comes back.
-    """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    clear_after_killed_runs(target)
-    host = _hidden_prefix(target)
-    folder, previous = (target.parent / f"{host}{os.getpid()}.{kind}" for kind in ("partial", "previous"))
-    folder.mkdir()
-    try:
-        yield folder
-        if target.exists():
-            os.replace(target, previous)
-        try:
-            os.replace(folder, target)
-        except OSError:
-            if previous.exists():
-                os.replace(previous, target)
-            raise
-        shutil.rmtree(previous, ignore_errors=True)
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
-
-
-def _hidden_prefix(target: Path) -> str:
-    return f".{target.name}.{platform.node()}."
-
-
-def clear_after_killed_runs(target: Path) -> None:
-    """Put back what a killed run had moved aside, and remove what it had written beside the target.
-
-    Only of processes that ran on this machine and are gone.
-    """
-    host = _hidden_prefix(target)
-    for left in target.parent.glob(f"{glob.escape(host)}*"):
-        pid, _, kind = left.name.removeprefix(host).partition(".")
-        if not pid.isdigit() or psutil.pid_exists(int(pid)) and int(pid) != os.getpid():
-            continue
-        if kind == "previous" and not target.exists():
-            os.replace(left, target)
-        elif kind in ("partial", "previous"):
-            shutil.rmtree(left)

@@ -1,9 +1,9 @@
-"""``openvla publish``: a folder up to the Hugging Face Hub, checked first, in one commit.
+"""``openvla publish``: check a folder and upload it to the Hugging Face Hub in one commit.
 
-A folder goes up only if it is complete: configuration, this package's code, weights that fit, processor, tokenizer
+A folder is uploaded only if it is complete: configuration, this package's code, weights that fit, processor, tokenizer
 and, for a robot, statistics. The same holds for quantised folders and adapters (LoRA), whose processor may be their
 base's. Where openvla convert wrote a manifest, everything is compared with it. Uploads resume:
-what has arrived is not sent again.
+files that have arrived are not sent again.
 
 Examples:
   openvla publish my-openvla me/openvla-7b-my-robot --dry-run
@@ -15,6 +15,7 @@ Examples:
 from __future__ import annotations
 
 import argparse
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -23,42 +24,50 @@ from ..configuration_openvla import OpenVLAConfig
 from ..errors_openvla import OpenVLAValueError
 from ..loading import MODEL_CLASSES
 from ..publishing_openvla import ADAPTER_CONFIG_FILE, refuse_two_kinds
-from .convert import TOKENIZER_FILES, require_fit
-from .hub_folder import MANIFEST_FILE
+from .console import printed_logs
+from .files import read_json
+from .hub_folder import MANIFEST_FILE, require_matching_shapes
 from .hub_upload import CARD_FILE, publishable, push_folder
-from .prismatic_format import read_json
-from .safetensors_io import shapes, weight_files
+from .hub_weights import weight_files
+from .processor_files import has_tokenizer
+from .safetensors_io import tensor_shapes
 from .verify import verify
 
-# What a processor alone needs.
+logger = logging.getLogger(__name__)
+
+# Code files that only a processor needs.
 PROCESSOR_CODE = {f"{name}_openvla.py" for name in ("images", "processing")}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of ``openvla publish``."""
+    """Add the options of ``openvla publish``."""
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("folder", type=Path, metavar="DIR", help="folder that openvla convert or save_pretrained wrote")
-    parser.add_argument("repo_id", metavar="REPO_ID", help='"name" or "organization/name"; created if it is not there')
-    parser.add_argument("--private", action="store_true", default=None, help="of a new repository")
-    parser.add_argument("--branch", help="branch to push to, created if it is not there (default main)")
+    parser.add_argument(
+        "repo_id", metavar="REPO_ID", help='"name" or "organization/name"; created if it does not exist'
+    )
+    parser.add_argument("--private", action="store_true", default=None, help="make a new repository private")
+    parser.add_argument("--branch", help="branch to push to, created if it does not exist (default main)")
     parser.add_argument("--create-pr", action="store_true", help="open a pull request instead of pushing")
-    parser.add_argument("--message", default="Upload model", help="of the commit (default %(default)r)")
+    parser.add_argument("--message", default="Upload model", help="title of the commit (default %(default)r)")
     parser.add_argument("--token", help="access token (default that of `hf auth login`, or $HF_TOKEN)")
-    parser.add_argument("--dry-run", action="store_true", help="check and list what would go up; touch no network")
+    parser.add_argument("--dry-run", action="store_true", help="check, and list what would be uploaded; use no network")
 
 
 def run(args: argparse.Namespace) -> int:
     """Check, list, upload; return the exit status."""
-    return publish(
-        args.folder,
-        args.repo_id,
-        private=args.private,
-        branch=args.branch,
-        create_pr=args.create_pr,
-        message=args.message,
-        token=args.token,
-        dry_run=args.dry_run,
-    )
+    with printed_logs():
+        publish(
+            args.folder,
+            args.repo_id,
+            private=args.private,
+            branch=args.branch,
+            create_pr=args.create_pr,
+            message=args.message,
+            token=args.token,
+            dry_run=args.dry_run,
+        )
+    return 0
 
 
 def publish(
@@ -72,8 +81,8 @@ def publish(
     token: str | None = None,
     dry_run: bool = False,
     remove: Sequence[str] = (),
-) -> int:
-    """Check a folder, list what goes up, upload it in one commit; return the exit status.
+) -> str | None:
+    """Check a folder and upload it in one commit; what is uploaded is logged.
 
     Args:
         folder: A complete folder of this package.
@@ -86,29 +95,18 @@ def publish(
         dry_run: Upload nothing.
         remove: Files of the repository that the commit removes, such as old code.
 
+    Returns:
+        The address of the commit or pull request; None for a dry run.
+
     Raises:
         ValueError: Others could not load the folder.
         FileNotFoundError: There is no folder, or no config.json in it.
     """
     require_complete(folder)
-    files = publishable(folder)
-    size = sum(path.stat().st_size for path in files.values())
-    for name, path in files.items():
-        print(f"{path.stat().st_size:>15,}  {name}")
-    if CARD_FILE not in files:
-        print(f"{'':>15}  {CARD_FILE} (written where the repository has none)")
-    left_out = sorted(
-        path.relative_to(folder).as_posix()
-        for path in folder.rglob("*")
-        if path.is_file() and path not in files.values()
-    )
-    if left_out:
-        print(f"left out, hidden, able to run code when read, or shards that are not loaded: {left_out}")
-    print(f"{size:>15,}  bytes in {len(files)} files for {repo_id}", end="")
-    print(f", branch {branch}" if branch else "")
+    _log_files(folder, repo_id, branch)
     if dry_run:
-        print("dry run: nothing was uploaded")
-        return 0
+        logger.info("dry run: nothing was uploaded")
+        return None
     commit = push_folder(
         folder,
         repo_id,
@@ -119,16 +117,36 @@ def publish(
         commit_message=message,
         remove=remove,
     )
-    print(commit.pr_url if create_pr else commit.commit_url)
-    return 0
+    url = commit.pr_url if create_pr else commit.commit_url
+    logger.info(url)
+    return url
+
+
+def _log_files(folder: Path, repo_id: str, branch: str | None) -> None:
+    """Log the files that are uploaded, their sizes in bytes, and the files that are left out."""
+    files = publishable(folder)
+    size = sum(path.stat().st_size for path in files.values())
+    for name, path in files.items():
+        logger.info(f"{path.stat().st_size:>15,}  {name}")
+    if CARD_FILE not in files:
+        logger.info(f"{'':>15}  {CARD_FILE} (written where the repository has none)")
+    left_out = sorted(
+        path.relative_to(folder).as_posix()
+        for path in folder.rglob("*")
+        if path.is_file() and path not in files.values()
+    )
+    if left_out:
+        logger.info(f"left out, hidden, able to run code when read, or shards that are not loaded: {left_out}")
+    destination = f"{repo_id}, branch {branch}" if branch else repo_id
+    logger.info(f"{size:>15,}  bytes in {len(files)} files for {destination}")
 
 
 def require_complete(folder: Path) -> None:
-    """Raise if others could not load the folder from the Hub, naming everything that is missing.
+    """Raise if others could not load the folder from the Hub; the message names everything that is missing.
 
     Raises:
         FileNotFoundError: There is no folder, or no config.json in it.
-        ValueError: It is no folder of this package, incomplete, or not what openvla convert wrote.
+        ValueError: The folder is not of this package, is incomplete, or differs from what openvla convert wrote.
     """
     fields = read_json(folder / "config.json")
     if fields.get("model_type") not in MODEL_CLASSES:
@@ -143,10 +161,11 @@ def require_complete(folder: Path) -> None:
             f"only. Make it current first: openvla upgrade {folder} NEW_DIR."
         )
     is_adapter = (folder / ADAPTER_CONFIG_FILE).is_file()
-    alone = is_adapter and not (folder / "processor_config.json").is_file()  # the processor is then the base's
-    needed = shipped - PROCESSOR_CODE if alone else {*shipped, "preprocessor_config.json", "processor_config.json"}
+    has_processor = not is_adapter or (folder / "processor_config.json").is_file()  # else the base's is used
+    processor_files = {"preprocessor_config.json", "processor_config.json"}
+    needed = shipped | processor_files if has_processor else shipped - PROCESSOR_CODE
     missing = sorted(name for name in needed if not (folder / name).is_file())
-    if not alone and not any((folder / name).is_file() for name in TOKENIZER_FILES):
+    if has_processor and not has_tokenizer(folder):
         missing.append("a tokenizer")
     if missing:
         raise OpenVLAValueError(
@@ -162,9 +181,9 @@ def require_complete(folder: Path) -> None:
         )
     if is_adapter:
         read_adapter(folder)
-    elif "quantization_config" in fields:  # packed; their shapes are bitsandbytes' own
+    elif "quantization_config" in fields:  # packed weights have other shapes
         weight_files(folder)
     else:
-        require_fit(shapes(weight_files(folder)), config, folder)
+        require_matching_shapes(tensor_shapes(weight_files(folder)), config, folder)
     if (folder / MANIFEST_FILE).is_file():
         verify(folder)

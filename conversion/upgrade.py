@@ -1,7 +1,7 @@
-"""``openvla upgrade``: give a saved folder today's code and configuration; its weights stay as they are.
+"""``openvla upgrade``: give a saved folder today's code and configuration; its weights are not changed.
 
-A folder carries the code that it was saved with. Published folders carry code for transformers 4.40.1; folders of an
-older openvla carry code that a newer transformers may break. This replaces that code, rewrites config.json and the
+A folder holds the code that it was saved with. Published folders hold code for transformers 4.40.1; folders of an
+older openvla hold code that a newer transformers may break. This replaces that code, rewrites config.json and the
 processor's files for every supported transformers, adds README.md and openvla_manifest.json where they are missing, and
 keeps the rest: weights (linked, not copied), tokenizer, statistics, your own files. Whole models, 8- and 4-bit models
 and adapters (LoRA) alike. With OUT, hidden files stay behind; from a Hub id, only the model's files are fetched.
@@ -22,6 +22,7 @@ import argparse
 import contextlib
 import errno
 import json
+import logging
 import os
 import re
 import shutil
@@ -32,30 +33,27 @@ from typing import Any
 from ..adapters.files import ADAPTER_WEIGHTS_FILE, read_adapter
 from ..errors_openvla import OpenVLAFileExistsError, OpenVLAFileNotFoundError, OpenVLAValueError
 from ..publishing_openvla import ADAPTER_CONFIG_FILE
-from .convert import (
-    TOKENIZER_FILES,
-    current_config,
-    kind_of,
-    link_or_copy,
-    link_weights,
-    require_fit,
-    write_processor,
-)
+from .console import printed_logs
+from .detect import NATIVE_RUN, detect_layout
 from .download import local_folder
+from .files import atomic_directory, clean_up_interrupted_runs, link_or_copy, read_json
 from .hub_folder import (
     GENERATION_FILE,
     MANIFEST_FILE,
-    appearing_whole,
-    clear_after_killed_runs,
+    current_config,
+    require_matching_shapes,
     write_card,
+    write_config_and_code,
     write_manifest,
-    write_surroundings,
 )
 from .hub_upload import CARD_FILE
+from .hub_weights import has_safetensors, link_weights, weight_files
 from .oft_format import part_files
-from .prismatic_format import read_json
+from .processor_files import has_tokenizer, write_processor
 from .publish import publish
-from .safetensors_io import has_safetensors, require_equal, shapes, weight_files
+from .safetensors_io import require_digests, tensor_shapes
+
+logger = logging.getLogger(__name__)
 
 CONFIG_FILES = ("config.json", "preprocessor_config.json", "processor_config.json")
 # Code files that saved folders carry: the published code's and ours, with the names that are no longer shipped. Add a
@@ -67,10 +65,10 @@ OLD_CODE |= {
     f"{part}_openvla.py"
     for part in ("adapter_files", "adapters", "device_images", "jpeg", "norm_stats", "prompts", "saved_folder")
 }
-WEIGHTS = (".safetensors", ".safetensors.index.json")
+WEIGHT_SUFFIXES = (".safetensors", ".safetensors.index.json")
 # Temporary names under which this package and huggingface_hub write before they rename.
-TEMPORARY = re.compile(r"\..*\.\d+\.tmp|.*\.incomplete")
-COMMIT = re.compile(r"[0-9a-f]{40}")
+TEMPORARY_FILE = re.compile(r"\..*\.\d+\.tmp|.*\.incomplete")
+COMMIT_HASH = re.compile(r"[0-9a-f]{40}")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -81,49 +79,50 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "target", metavar="OUT", type=Path, nargs="?", help="folder to write; must not exist without --overwrite"
     )
     parser.add_argument(
-        "--in-place", action="store_true", help="in place of OUT: replace the folder itself, at once or not at all"
+        "--in-place", action="store_true", help="instead of OUT: replace the folder itself, completely or not at all"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace OUT, if it is a saved folder")
-    parser.add_argument("--revision", help="of a Hub id: branch, tag or commit (default main)")
-    parser.add_argument("--token", help="of a Hub id: access token (default that of `hf auth login`, or $HF_TOKEN)")
+    parser.add_argument("--revision", help="for a Hub id: branch, tag or commit (default main)")
+    parser.add_argument("--token", help="for a Hub id: access token (default that of `hf auth login`, or $HF_TOKEN)")
     parser.add_argument(
-        "--publish", action="store_true", help="of a Hub id: also commit OUT to its repository, on --revision's branch"
+        "--publish", action="store_true", help="for a Hub id: also commit OUT to its repository, on --revision's branch"
     )
-    parser.add_argument("--create-pr", action="store_true", help="of a Hub id: open a pull request with OUT")
+    parser.add_argument("--create-pr", action="store_true", help="for a Hub id: open a pull request with OUT")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Upgrade, report, and publish where asked; return the exit status."""
+    """Upgrade, publish with --publish or --create-pr, print the progress, and return the exit status."""
     pushes = args.publish or args.create_pr
     if pushes and (Path(args.source).exists() or args.source.count("/") != 1):
         raise OpenVLAValueError(
             f"--publish and --create-pr need a Hub id (organization/name), got {args.source}; for a folder run "
             "openvla publish OUT REPO_ID afterwards."
         )
-    if pushes and args.revision and (args.create_pr or COMMIT.fullmatch(args.revision)):
+    if pushes and args.revision and (args.create_pr or COMMIT_HASH.fullmatch(args.revision)):
         raise OpenVLAValueError(
             "--publish needs a branch as --revision, and --create-pr takes none (it goes to main); got "
             f"{args.revision}. Leave out what does not fit, or run openvla publish OUT REPO_ID afterwards."
         )
-    removed = upgrade(
-        args.source,
-        args.target,
-        in_place=args.in_place,
-        overwrite=args.overwrite,
-        revision=args.revision,
-        token=args.token,
-    )
-    if not pushes:
-        return 0
-    return publish(
-        args.target,
-        args.source,
-        create_pr=args.create_pr,
-        branch=args.revision,
-        message="Upgrade code and configuration",
-        token=args.token,
-        remove=removed,
-    )
+    with printed_logs():
+        removed = upgrade(
+            args.source,
+            args.target,
+            in_place=args.in_place,
+            overwrite=args.overwrite,
+            revision=args.revision,
+            token=args.token,
+        )
+        if pushes:
+            publish(
+                args.target,
+                args.source,
+                create_pr=args.create_pr,
+                branch=args.revision,
+                message="Upgrade code and configuration",
+                token=args.token,
+                remove=removed,
+            )
+    return 0
 
 
 def upgrade(
@@ -137,72 +136,78 @@ def upgrade(
 ) -> list[str]:
     """Write a saved folder again with today's code and configuration.
 
-    The target appears, or replaces the source, in one step when it is complete. On any error source and target are as
-    they were.
+    The target appears, or replaces the source, in one step when it is complete. On any error source and target stay
+    as they were.
 
     Args:
         source: Folder, or Hub id ("organization/name", or "organization/name/folder").
         target: Folder to write; None with ``in_place``.
         in_place: Replace the source folder.
         overwrite: Replace an existing target.
-        revision: Of a Hub id: branch, tag or commit; None is main.
-        token: Of a Hub id: access token; None takes the one of ``hf auth login``.
+        revision: Branch, tag or commit of a Hub id; None is main.
+        token: Access token for a Hub id; None takes the one of ``hf auth login``.
 
     Returns:
-        Names of the code files of the source that are gone.
+        Names of the source's code files that were removed.
 
     Raises:
         ValueError: The source is no saved model of this family, is damaged, is being written, or needs ``convert``;
             or ``target`` and ``in_place`` contradict each other.
         FileNotFoundError: There is no source, or no config.json in it.
-        FileExistsError: The target exists, and ``overwrite`` is not given.
+        FileExistsError: The target exists and ``overwrite`` is False.
         OSError: The disk is full.
     """
     if in_place == (target is not None):
         raise OpenVLAValueError("An upgrade needs OUT, the folder to write, or --in-place; give one of them.")
     if os.path.lexists(Path(source).parent):
-        clear_after_killed_runs(Path(os.path.abspath(source)))
+        clean_up_interrupted_runs(Path(os.path.abspath(source)))
     if in_place and not Path(source).is_dir():
         raise OpenVLAValueError(f"--in-place is for a folder; {source} is none. Give OUT.")
     folder = local_folder(source, revision=revision, token=token)
     if not folder.is_dir():
         raise OpenVLAValueError(f"{source} is a file; give the folder that it lies in.")
-    if in_place:
+    if target is None:
         folder = folder.resolve()
-    target = folder if in_place else Path(target)
-    if not in_place:
-        _require_writable(target, folder, overwrite)
-    _require_upgradable(folder)
-    before = _state(folder)
-    old_code = sorted(name for name in OLD_CODE if (folder / name).is_file())
+    target = folder if target is None else Path(target)
     try:
-        with appearing_whole(target) as new:
-            _write(folder, new, target.name)
-            _carry_over(folder, new, {MANIFEST_FILE, *old_code}, everything=in_place)
-            if in_place:
-                _keep_owners(folder, new)
-            changed = _differences(folder, new)
-            written = dict(set(_state(folder).items()) ^ set(before.items()))
-            if written:
-                raise OpenVLAValueError(_being_written(folder, min(written)))
-            if not in_place:
-                _require_writable(target, folder, overwrite)
+        changes, removed = _upgrade_folder(folder, target, in_place, overwrite)
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise
         raise OSError(f"No space left on the disk of {target}; nothing was changed.") from error
-    removed = [name for name in old_code if not (target / name).is_file()]
-    print(f"{source}: {'; '.join(changed + [f'removed {name}' for name in removed]) or 'current already'}")
-    print(f"{target}: complete, weights as they were")
+    changes += [f"removed {name}" for name in removed]
+    logger.info(f"{source}: {'; '.join(changes) or 'current already'}")
+    logger.info(f"{target}: complete, weights as they were")
     if in_place and Path(os.path.abspath(source)) == Path(os.environ.get("PWD", "")):
-        print(f"This folder was replaced while your shell is in it; go there again: cd {target}")
+        logger.info(f"This folder was replaced while your shell is in it; enter it again: cd {target}")
     return removed
 
 
+def _upgrade_folder(folder: Path, target: Path, in_place: bool, overwrite: bool) -> tuple[list[str], list[str]]:
+    """Write the upgraded folder; return the changes in words and the names of the code files that were removed."""
+    if not in_place:
+        _require_writable(target, folder, overwrite)
+    _require_upgradable(folder)
+    before = _snapshot(folder)
+    old_code = sorted(name for name in OLD_CODE if (folder / name).is_file())
+    with atomic_directory(target) as new:
+        _write_upgraded(folder, new, target.name)
+        _copy_other_files(folder, new, {MANIFEST_FILE, *old_code}, in_place)
+        if in_place:
+            _copy_modes_and_owners(folder, new)
+        changes = _describe_changes(folder, new)
+        changed_meanwhile = dict(set(_snapshot(folder).items()) ^ set(before.items()))
+        if changed_meanwhile:
+            raise OpenVLAValueError(_being_written(folder, min(changed_meanwhile)))
+        if not in_place:
+            _require_writable(target, folder, overwrite)
+    return changes, [name for name in old_code if not (target / name).is_file()]
+
+
 def _require_writable(target: Path, folder: Path, overwrite: bool) -> None:
-    """Raise where OUT may not be written, or replaced."""
-    here, there = folder.resolve(), Path(os.path.realpath(target))
-    if here == there or here in there.parents or there in here.parents:
+    """Raise if the target must not be written or replaced."""
+    source_path, target_path = folder.resolve(), Path(os.path.realpath(target))
+    if source_path == target_path or source_path in target_path.parents or target_path in source_path.parents:
         raise OpenVLAValueError(f"OUT ({target}) must lie beside {folder}, not in it or around it; or use --in-place.")
     if not os.path.lexists(target):
         return
@@ -213,8 +218,8 @@ def _require_writable(target: Path, folder: Path, overwrite: bool) -> None:
 
 
 def _require_upgradable(folder: Path) -> None:
-    """Raise where a folder cannot be upgraded as it is; the message says what to do."""
-    temporary = sorted(path.name for path in folder.iterdir() if TEMPORARY.fullmatch(path.name))
+    """Raise if a folder cannot be upgraded as it is; the message says what to do."""
+    temporary = sorted(path.name for path in folder.iterdir() if TEMPORARY_FILE.fullmatch(path.name))
     if temporary:
         raise OpenVLAValueError(_being_written(folder, temporary[0]))
     if _is_adapter(folder) and not (folder / "config.json").is_file():
@@ -222,9 +227,9 @@ def _require_upgradable(folder: Path) -> None:
             f"{folder} is an adapter of peft alone: it has no config.json and no code to upgrade."
         )
     read_json(folder / "config.json")
-    kind = kind_of(folder)
+    layout = detect_layout(folder)
     needs_convert = None
-    if kind == "native run":
+    if layout == NATIVE_RUN:
         needs_convert = "is a native run"
     elif part_files(folder):
         needs_convert = f"holds OpenVLA-OFT's part files ({', '.join(p.name for p in part_files(folder).values())})"
@@ -238,26 +243,32 @@ def _is_adapter(folder: Path) -> bool:
     return (folder / ADAPTER_CONFIG_FILE).is_file()
 
 
-def _write(source: Path, folder: Path, name: str) -> None:
-    """Write what is new: configuration, code, processor; link the weights."""
+def _write_upgraded(source: Path, folder: Path, name: str) -> None:
+    """Write configuration, code and processor anew, and link the weights.
+
+    Args:
+        source: The folder to upgrade.
+        folder: The new folder.
+        name: The model's name, for a new model card.
+    """
     fields = read_json(source / "config.json")
     config = current_config(source, fields)
-    if (source / "preprocessor_config.json").is_file() and any((source / file).is_file() for file in TOKENIZER_FILES):
+    if (source / "preprocessor_config.json").is_file() and has_tokenizer(source):
         write_processor(source, folder, config)
     if _is_adapter(source):
-        read_adapter(source)  # raises where it is damaged
+        read_adapter(source)  # raises if it is damaged
         link_or_copy(source / ADAPTER_WEIGHTS_FILE, folder / ADAPTER_WEIGHTS_FILE)
-        write_surroundings(folder, config)
+        write_config_and_code(folder, config)
         if not (source / GENERATION_FILE).is_file():
-            (folder / GENERATION_FILE).unlink()  # the base's counts
+            (folder / GENERATION_FILE).unlink()  # an adapter uses its base's
         return
     files = weight_files(source)
     if "quantization_config" not in fields:  # packed weights have shapes of their own
-        require_fit(shapes(files), config, source)
-    written = link_weights(source, folder, files)
+        require_matching_shapes(tensor_shapes(files), config, source)
+    digests = link_weights(source, folder, files)
     if (source / MANIFEST_FILE).is_file():
         try:
-            require_equal(files, read_json(source / MANIFEST_FILE)["tensors"])
+            require_digests(files, read_json(source / MANIFEST_FILE)["tensors"])
         except ValueError as error:
             raise OpenVLAValueError(
                 f"{str(error).rstrip('.')}; if the weights were changed on purpose, delete {MANIFEST_FILE} and run it "
@@ -265,63 +276,66 @@ def _write(source: Path, folder: Path, name: str) -> None:
             ) from error
     if (source / GENERATION_FILE).is_file():
         shutil.copy(source / GENERATION_FILE, folder / GENERATION_FILE)
-    write_surroundings(folder, config)
-    write_manifest(folder, written)
+    write_config_and_code(folder, config)
+    write_manifest(folder, digests)
     if not (source / CARD_FILE).is_file():
         write_card(folder, name)
 
 
-def _carry_over(source: Path, folder: Path, left_out: set[str], everything: bool) -> None:
-    """Bring what is not replaced into the new folder: by link in place of the old one, else by copy.
+def _copy_other_files(source: Path, folder: Path, excluded: set[str], in_place: bool) -> None:
+    """Copy, or link, the files that the upgrade does not replace.
 
     Args:
-        source: The folder as it is.
-        folder: The new one.
-        left_out: Names that are not wanted there.
-        everything: Hidden files, too.
+        source: The folder to upgrade.
+        folder: The new folder.
+        excluded: Names of files that are not copied.
+        in_place: Whether the new folder replaces the source: then all files are linked, hidden ones too; else weights
+            are linked, other files are copied, and hidden ones are left out.
     """
 
-    def carry(path: str | os.PathLike, new: str | os.PathLike) -> None:
-        link = everything or str(path).endswith(WEIGHTS)
-        (link_or_copy if link else shutil.copy2)(path, new)
+    def copy(old: str | os.PathLike, new: str | os.PathLike) -> None:
+        if in_place or str(old).endswith(WEIGHT_SUFFIXES):
+            link_or_copy(old, new)
+        else:
+            shutil.copy2(old, new)
 
     for path in sorted(source.iterdir()):
         new = folder / path.name
-        hidden = path.name.startswith(".") and not everything
-        if path.name in left_out or hidden or os.path.lexists(new):
+        is_left_out = path.name.startswith(".") and not in_place
+        if path.name in excluded or is_left_out or os.path.lexists(new):
             continue
-        if path.is_symlink() and (everything or not path.exists()):
+        if path.is_symlink() and (in_place or not path.exists()):
             new.symlink_to(os.readlink(path))
         elif path.is_symlink() and path.is_dir():
             new.symlink_to(path.resolve())
         elif path.is_dir():
-            shutil.copytree(path, new, copy_function=carry, symlinks=True)
+            shutil.copytree(path, new, copy_function=copy, symlinks=True)
         else:
-            carry(path, new)
+            copy(path, new)
 
 
-def _keep_owners(source: Path, folder: Path) -> None:
+def _copy_modes_and_owners(source: Path, folder: Path) -> None:
     """Give the new folder and its files the modes and owners of those that they replace."""
     for path in [folder, *folder.iterdir()]:
         old = source / path.relative_to(folder)
-        found = (old if os.path.lexists(old) else source).lstat()
+        status = (old if os.path.lexists(old) else source).lstat()
         if path.is_symlink():
             continue
         if old.exists():
-            os.chmod(path, stat.S_IMODE(found.st_mode))
-        if (found.st_uid, found.st_gid) != (path.stat().st_uid, path.stat().st_gid):
-            with contextlib.suppress(PermissionError):  # only root may give files away
-                os.chown(path, found.st_uid, found.st_gid)
+            os.chmod(path, stat.S_IMODE(status.st_mode))
+        if (status.st_uid, status.st_gid) != (path.stat().st_uid, path.stat().st_gid):
+            with contextlib.suppress(PermissionError):  # only root may change a file's owner
+                os.chown(path, status.st_uid, status.st_gid)
 
 
-def _state(folder: Path) -> dict[str, tuple[int, int]]:
-    """Return size and time of change of every file, by which a writer is noticed."""
-    found = {}
-    for where, _, names in os.walk(folder):
+def _snapshot(folder: Path) -> dict[str, tuple[int, int]]:
+    """Return size and modification time (ns) of every file, which show whether another process writes the folder."""
+    files = {}
+    for directory, _, names in os.walk(folder):
         for name in names:
-            path = Path(where, name)
-            found[str(path.relative_to(folder))] = (path.lstat().st_size, path.lstat().st_mtime_ns)
-    return found
+            path = Path(directory, name)
+            files[str(path.relative_to(folder))] = (path.lstat().st_size, path.lstat().st_mtime_ns)
+    return files
 
 
 def _being_written(folder: Path, name: str) -> str:
@@ -331,22 +345,22 @@ def _being_written(folder: Path, name: str) -> str:
     )
 
 
-def _differences(source: Path, folder: Path) -> list[str]:
-    """Return what is new, in words: code files, and fields of the JSON files."""
-    said = []
-    code = [path.name for path in sorted(folder.glob("*_openvla.py")) if not _same(source / path.name, path)]
+def _describe_changes(source: Path, folder: Path) -> list[str]:
+    """Return in words what is new: code files, fields of the JSON files, added files."""
+    changes = []
+    code = [path.name for path in sorted(folder.glob("*_openvla.py")) if not _is_same(source / path.name, path)]
     if code:
-        said.append(f"{len(code)} new code files")
+        changes.append(f"{len(code)} new code files")
     for name in CONFIG_FILES:
         if (folder / name).is_file():
             old: dict[str, Any] = read_json(source / name) if (source / name).is_file() else {}
             new = json.loads((folder / name).read_text(encoding="utf-8"))
             fields = sorted(key for key in {*old, *new} if old.get(key) != new.get(key))
             if fields:
-                said.append(f"{name}: {', '.join(fields)}")
+                changes.append(f"{name}: {', '.join(fields)}")
     added = {path.name for path in folder.iterdir()} - {path.name for path in source.iterdir()} - set(code)
-    return [*said, f"added {', '.join(sorted(added))}"] if added else said
+    return [*changes, f"added {', '.join(sorted(added))}"] if added else changes
 
 
-def _same(one: Path, other: Path) -> bool:
-    return one.is_file() and one.read_bytes() == other.read_bytes()
+def _is_same(first: Path, second: Path) -> bool:
+    return first.is_file() and first.read_bytes() == second.read_bytes()

@@ -1,15 +1,16 @@
-"""Check every file and tensor of a folder that ``openvla convert`` wrote."""
+"""``openvla verify``: check every file and tensor of a folder that ``openvla convert`` wrote."""
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 from pathlib import Path
 
 from ..errors_openvla import OpenVLAFileNotFoundError, OpenVLAValueError
+from .files import file_digest, read_json
 from .hub_folder import MANIFEST_FILE
-from .safetensors_io import digest_file, require_equal, weight_files
+from .hub_weights import weight_files
+from .safetensors_io import require_digests
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,10 +40,13 @@ def verify(folder: str | os.PathLike) -> int:
         raise OpenVLAFileNotFoundError(
             f"{folder} has no {MANIFEST_FILE}; only folders that openvla convert wrote have one."
         )
-    manifest = json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8"))
-    wrong = [file for file in manifest["files"] if not (folder / file).is_file()]
-    wrong += [f for f, sha in manifest["files"].items() if f not in wrong and digest_file(folder / f) != sha]
+    manifest = read_json(folder / MANIFEST_FILE)
+    wrong = sorted(
+        name
+        for name, digest in manifest["files"].items()
+        if not (folder / name).is_file() or file_digest(folder / name) != digest
+    )
     if wrong:
-        raise OpenVLAValueError(f"{folder} is not what was written: {sorted(wrong)} changed or missing.")
-    require_equal(weight_files(folder), manifest["tensors"])
+        raise OpenVLAValueError(f"{folder} is not what was written: {wrong} changed or missing.")
+    require_digests(weight_files(folder), manifest["tensors"])
     return len(manifest["tensors"])

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
+import itertools
 import random
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +21,42 @@ from torch.utils.data import IterableDataset
 
 from ..errors_openvla import OpenVLAValueError
 from .episodes import DatasetError, Episode, EpisodeReader, Step
+
+
+@dataclasses.dataclass(frozen=True)
+class StreamPosition:
+    """Position in a run's batches, from which any number of processes and workers can continue in the same order.
+
+    Batches are numbered across all processes in the order of training. The samples of batch ``n`` depend only on ``n``
+    and on how the run began: it is the batch ``n // world_size`` of rank ``n % world_size``, drawn by its worker
+    ``n // world_size % workers``.
+
+    Attributes:
+        batches: Number of batches that all processes together have drawn.
+        batch_size: Samples per batch.
+        world_size: Number of processes when the run began.
+        workers: DataLoader workers of each process when the run began, at least 1; None: as many as now.
+    """
+
+    batches: int = 0
+    batch_size: int = 1
+    world_size: int = 1
+    workers: int | None = None
+
+    def source(self, batch: int) -> tuple[int, int]:
+        """Return the rank that would have drawn a batch, had nothing changed, and the batch's number in that rank."""
+        return batch % self.world_size, batch // self.world_size
+
+    def shard(self, batch: int) -> int:
+        """Return the shard of the episodes, of ``world_size * workers``, from which a batch is drawn."""
+        rank, index = self.source(batch)
+        return rank * (self.workers or 1) + index % (self.workers or 1)
+
+    def batch_of(self, sample: int, shard: int) -> int:
+        """Return the batch that holds a sample, given the sample's number in its shard."""
+        workers = self.workers or 1
+        index = sample // self.batch_size * workers + shard % workers
+        return index * self.world_size + shard // workers
 
 
 class StepStream(IterableDataset):
@@ -71,7 +109,7 @@ class StepStream(IterableDataset):
         self.shuffle_buffer, self.seed = shuffle_buffer, seed
         self.repeat, self.rank, self.world_size, self.skip_bad = repeat, rank, world_size, skip_bad
         self._errors: set[str] = set()
-        self._resume_batches, self._resume_batch_size = 0, 1
+        self._position = StreamPosition(world_size=world_size)
         self._validate()
         self.readers = align_cameras(self.readers)
         if rank == 0:
@@ -193,24 +231,46 @@ class StepStream(IterableDataset):
             raise OpenVLAValueError(
                 f"num_batches must be at least 0 and batch_size at least 1, got {num_batches}, {batch_size}."
             )
-        self._resume_batches, self._resume_batch_size = num_batches, batch_size
+        self.resume_at(StreamPosition(num_batches * self.world_size, batch_size, self.world_size))
+
+    def resume_at(self, position: StreamPosition) -> None:
+        """Continue a run's batches from a position on; this stream's ranks and workers take them in turn.
+
+        The numbers of ranks and workers may differ from those when the run began. A rank replays the batches of others
+        from the same shard without reading images (with ``skip_bad`` they are read).
+        """
+        self._position = position
 
     def __iter__(self) -> Iterator[Step]:
         info = torch.utils.data.get_worker_info()
-        num_workers = info.num_workers if info else 1
-        # DataLoader takes batches from its workers in turn. After resuming it starts with its first worker again, which
-        # therefore continues the shard of the worker whose turn it would be.
-        worker = ((info.id if info else 0) + self._resume_batches) % num_workers
-        num_replayed = (self._resume_batches - worker + num_workers - 1) // num_workers * self._resume_batch_size
-        shard, num_shards = self.rank * num_workers + worker, self.world_size * num_workers
+        worker, num_workers = (info.id, info.num_workers) if info else (0, 1)
+        position = dataclasses.replace(self._position, workers=self._position.workers or num_workers)
+        num_shards = position.world_size * (position.workers or 1)
         for reader in self.readers if self.repeat else ():
             if len(reader) < num_shards:
                 raise OpenVLAValueError(
-                    f"{reader.name} has {len(reader)} episodes, too few for {num_shards} readers ({self.world_size} "
-                    f"ranks of {num_workers} workers); use fewer workers."
+                    f"{reader.name} has {len(reader)} episodes, too few for {num_shards} readers "
+                    f"({position.world_size} ranks of {position.workers} workers); use fewer workers."
                 )
-        for number, sample in enumerate(_MixtureShard(self, shard, num_shards).samples(num_replayed)):
-            if number >= num_replayed and sample is not None:
+        # DataLoader takes batches from its workers in turn, beginning with the first one.
+        first, stride = position.batches + self.rank + self.world_size * worker, self.world_size * num_workers
+        if stride != num_shards and not self.repeat:
+            raise OpenVLAValueError("A stream that ends (repeat=False) resumes with as many ranks and workers only.")
+
+        def is_drawn_here(sample: int, shard: int) -> bool:
+            batch = position.batch_of(sample, shard)
+            return batch >= first and (batch - first) % stride == 0
+
+        samples: dict[int, Iterator[Step]] = {}
+        for batch in itertools.count(first, stride):
+            shard = position.shard(batch)
+            if shard not in samples:
+                is_needed = functools.partial(is_drawn_here, shard=shard)
+                samples[shard] = _MixtureShard(self, shard, num_shards).samples(is_needed)
+            for _ in range(position.batch_size):
+                sample = next(samples[shard], None)
+                if sample is None:
+                    return
                 yield sample
 
     def record_error(self, error: DatasetError) -> None:
@@ -298,10 +358,10 @@ class _MixtureShard:
         self.random = random.Random(f"{stream.seed} mixture {shard}")
         self.datasets = [_DatasetShard(stream, reader, shard, num_shards) for reader in stream.readers]
 
-    def samples(self, num_replayed: int) -> Iterator[Step | None]:
-        """Yield samples in order; None in place of the first ``num_replayed``, which are not read."""
+    def samples(self, is_needed: Callable[[int], bool]) -> Iterator[Step]:
+        """Yield those samples, in order, whose numbers are needed; the others are only counted."""
         active = [(dataset.positions(), dataset, weight) for dataset, weight in zip(self.datasets, self.stream.weights)]
-        num_yielded = 0
+        num_drawn = 0
         while active:
             index = self.random.choices(range(len(active)), [weight for *_, weight in active])[0]
             positions, dataset, _ = active[index]
@@ -309,15 +369,17 @@ class _MixtureShard:
             if position is None:
                 del active[index]
                 continue
+            needed = is_needed(num_drawn)
             try:
-                sample = dataset.draw(position, load=num_yielded >= num_replayed or self.stream.skip_bad)
+                sample = dataset.draw(position, load=needed or self.stream.skip_bad)
             except DatasetError as error:
                 if not self.stream.skip_bad:
                     raise
                 self.stream.record_error(error)
                 continue
-            num_yielded += 1
-            yield sample
+            num_drawn += 1
+            if needed and sample is not None:
+                yield sample
 
 
 class _DatasetShard:

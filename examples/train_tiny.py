@@ -61,7 +61,8 @@ def parts(args: argparse.Namespace) -> dict[str, list[str | Path]]:
     models = {"base": out / "base"} | {name: out / name / "model" for name in TRAININGS}
     for name, (start, _, _) in TRAININGS.items():
         packed = out / name / "packed"
-        run = ["--model", models[start], "--output", out / name, "--batch-size", str(BATCH_SIZE // processes)]
+        run = ["--model", models[start], "--output-dir", out / name]
+        run += ["--per-device-train-batch-size", str(BATCH_SIZE // processes)]
         run += ["--max-steps", str(args.steps)] if args.steps else []
         done[f"training {name}"] = [*launch, "-m", "openvla", "finetune", out / f"{name}.yaml", *run]
         done[f"packing {name}"] = [*openvla, "convert", models[name], packed, "--dtype", "bf16"]

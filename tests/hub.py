@@ -260,3 +260,14 @@ class Handler(BaseHTTPRequestHandler):
         else:
             branches.setdefault(revision, []).append(files)
         self.send_json(commit)
+
+
+def upload_folder(hub, repo, folder, path_in_repo=""):
+    """Commit a folder's files to a repository, or to a folder in it ("" or a path that ends with "/")."""
+    files = {
+        path_in_repo + path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+    commits = hub.branches.setdefault(repo, {"main": [{}]})["main"]
+    commits.append({**commits[-1], **files})

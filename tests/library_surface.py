@@ -398,7 +398,7 @@ SURFACE: tuple[Touch, ...] = (
     ),
     *touches(
         "compatibility_openvla training/memory vision_openvla",
-        "Set and ask for the new name of {name} in {files}: VisionTower, is_checkpointing, _lean_forwards.",
+        "Set and ask for the new name of {name} in {files}: VisionTower, is_checkpointing, _memory_efficient_forwards.",
         row("LlamaModel.gradient_checkpointing", holds(lambda: part_of("Llama", "Model"), "gradient_checkpointing")),
     ),
     *touches(

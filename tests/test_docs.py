@@ -13,12 +13,12 @@ import shutil
 import numpy as np
 import pytest
 import transformers
+from hub import upload_folder
 from openvla import __main__ as command_line
 from openvla.tiny import build_tokenizer
 from openvla.training import config as finetune_config
 from PIL import Image
 from reference import FIXTURES, REPOSITORY, native_run, oft_folder, published_folder, write_json
-from test_download import put
 
 PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
@@ -32,7 +32,9 @@ REPLACED = {
 ADDED = {
     "predict --model openvla/openvla-7b": ["--constrain-actions"],
     "convert runs/my-run my-openvla": ["--config-overrides", "sizes.json"],
-    "finetune": shlex.split("--max-steps 1 --batch-size 2 --feed-back 2 --device cpu --tracker tensorboard"),
+    "finetune": shlex.split(
+        "--max-steps 1 --per-device-train-batch-size 2 --num-train-eval-samples 2 --use-cpu --report-to tensorboard"
+    ),
     "bench": shlex.split("--sizes tiny --repeats 1 --inputs 2"),
 }
 # Of these commands, of what torchrun launches and of what runs beside the published code, only arguments (and a run's
@@ -56,9 +58,9 @@ def given(hub, tokenizer, overrides, tmp_path_factory):
     pytest.importorskip("h5py")
     folder, models = tmp_path_factory.mktemp("given"), tmp_path_factory.mktemp("models")
     plain = published_folder("fused", models / "plain", pad_token_id=build_tokenizer().pad_token_id)
-    put(hub, "openvla/openvla-7b", plain)
-    put(hub, "someone/openvla-7b-finetuned", plain)
-    put(hub, "moojink/openvla-7b-oft-finetuned-libero-spatial", oft_folder("libero", "l1", models / "oft"))
+    upload_folder(hub, "openvla/openvla-7b", plain)
+    upload_folder(hub, "someone/openvla-7b-finetuned", plain)
+    upload_folder(hub, "moojink/openvla-7b-oft-finetuned-libero-spatial", oft_folder("libero", "l1", models / "oft"))
     native_run("fused", folder / "runs" / "my-run")
     shutil.copytree(plain, folder / "old-finetune")
     shutil.copytree(tokenizer, folder / "llama-2-tokenizer")
@@ -128,7 +130,7 @@ def check_arguments(args):
         given = {key: value for key, value in vars(args).items() if value is not None}
         given.pop("command")
         file = given.pop("config", None)
-        finetune_config.as_config({**(finetune_config.read_yaml(file) if file else {}), **given})
+        finetune_config.config_from_dict({**(finetune_config.read_yaml(file) if file else {}), **given})
     return 0
 
 

@@ -13,7 +13,7 @@ ALLOWED = {
     "": set(),
     "adapters": set(),
     "inference": {"adapters"},
-    "conversion": {"adapters", "inference"},
+    "conversion": {"adapters"},
     "data": {"inference"},
     "training": {"adapters", "data", "inference", "conversion"},
     "serving": {"inference"},

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from oft_inputs import prompt, raw_proprio, stack_images
 from openvla import PLATFORMS, OpenVLAConfig, OpenVLAForActionPrediction, parallel_openvla
 from openvla.configuration_openvla import LLM_MODEL_TYPES
 from openvla.parallel_openvla import append_action_placeholders
@@ -34,22 +35,6 @@ CASES = [
     for platform in ("libero", "aloha")
     for case in json.loads((GOLDEN / f"oft_{platform}" / "cases.json").read_text())["cases"]
 ]
-INPUTS = np.load(GOLDEN / "fused" / "inputs.npz")
-
-
-def stack_images(indices):
-    return torch.from_numpy(np.concatenate([INPUTS["pixel_values"][i] for i in indices]))[None]
-
-
-def prompt(index, empty=True):
-    ids = torch.from_numpy(INPUTS[f"input_ids_{index}" + ("_29871" if empty else "")])
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-
-
-def raw_proprio(model, key, normalized):
-    """The state that is normalised to this one."""
-    s = model.proprio_statistics(key)
-    return 0.5 * (normalized + 1) * (s.high - s.low + 1e-8) + s.low
 
 
 @pytest.fixture(scope="module")

@@ -1,74 +1,96 @@
-"""What comes of a fine-tuning run: is it learnt, and the folders that everyone can load."""
+"""Evaluate a fine-tuned model on training samples, and export it to folders that load anywhere."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 import numpy as np
 import torch
 
 from ..compatibility_openvla import DTYPE_FIELD
 from ..configuration_openvla import OpenVLAConfig, write_json
-from ..conversion.hub_folder import appearing_whole, write_card
+from ..conversion.files import atomic_directory
+from ..conversion.hub_folder import write_card
+from ..decoding_openvla import ActionOutput
 from ..modeling_openvla import OpenVLAForActionPrediction
 from ..processing_openvla import OpenVLAProcessor
 from ..quantization_openvla import is_quantized
 from .collator import ActionCollator
 from .config import FinetuneConfig
+from .datasets import TrainingData
 
 
 @torch.no_grad()
-def feed_back(
-    config: FinetuneConfig, model: OpenVLAForActionPrediction, processor: OpenVLAProcessor, data: Any, output: Path
+def evaluate_on_train(
+    config: FinetuneConfig,
+    model: OpenVLAForActionPrediction,
+    processor: OpenVLAProcessor,
+    data: TrainingData,
+    output_dir: Path,
 ) -> dict[str, float]:
-    """Let the model answer steps that it was trained on, and say how well: a collapsed run shows here.
+    """Predict training samples as a memorization check, which reveals a collapsed run.
+
+    Writes feed_back.json, which has in addition ``l1_robot``: the mean absolute error of each action dimension in robot
+    units.
 
     Returns:
-        ``token_accuracy`` for tokens, ``l1_loss`` in [-1, 1] units, and ``distinct``, the share of different answers.
-        In feed_back.json stands too, as ``l1_robot``, the mean distance of every dimension in the robot's own units.
+        ``l1_loss`` (mean absolute error, in [-1, 1] units), ``distinct`` (distinct predictions per sample) and, for
+        tokens, ``token_accuracy``.
     """
     model.eval()
     collator = ActionCollator(processor, model)
-    distances, in_robot_units, right, answers = [], [], [], set()
-    # Among action tokens alone, so that a model that has not learnt them is measured too.
-    asked = {"return_dict": True, "constrain_actions": model.config.action_head is None}
-    for step, _ in zip(data.stream(model.config.chunk_length), range(config.feed_back)):
+    errors, robot_errors, token_accuracies, predictions = [], [], [], set()
+    # Restricted to action tokens, a model that has not learnt them yet can be measured too.
+    constrain_actions = model.config.action_head is None
+    samples = zip(data.stream(model.config.chunk_length), range(config.num_train_eval_samples))
+    for step, _ in samples:
         inputs = processor(instruction=step.instruction, images=list(step.images))
-        proprio = step.proprio if model.config.proprio_dim is not None else None
-        answer = model.predict_action(**inputs, unnorm_key=step.dataset, proprio=proprio, **asked)
-        wanted = collator.normalized(step).reshape(answer.normalized_actions.shape)
-        distances.append(np.abs(answer.normalized_actions - wanted).mean())
-        in_robot_units.append(np.abs(np.atleast_2d(answer.actions) - step.actions).mean(0))
-        if answer.token_ids is not None:
-            right.append((answer.token_ids == model.action_tokenizer.encode(wanted)).mean())
-        answers.add(answer.normalized_actions.tobytes())
-    found = {"l1_loss": float(np.mean(distances)), "distinct": len(answers) / len(distances)}
-    if right:
-        found["token_accuracy"] = float(np.mean(right))
-    by_dimension = np.mean(in_robot_units, axis=0).tolist()
-    write_json(output / "feed_back.json", {"steps": len(distances), **found, "l1_robot": by_dimension})
-    print(f"fed back {len(distances)} training steps: " + ", ".join(f"{k} {v:.3f}" for k, v in found.items()))
-    if len(answers) == 1 and len(distances) > 1:
-        print("WARNING: every frame got the same answer. The run has collapsed; lower learning_rate.")
-    return found
+        output = model.predict_action(
+            **inputs,
+            unnorm_key=step.dataset,
+            proprio=step.proprio if model.config.proprio_dim is not None else None,
+            return_dict=True,
+            constrain_actions=constrain_actions,
+        )
+        output = cast(ActionOutput, output)
+        predicted, actions = cast(np.ndarray, output.normalized_actions), cast(np.ndarray, output.actions)
+        targets = collator.normalized_actions(step).reshape(predicted.shape)
+        errors.append(np.abs(predicted - targets).mean())
+        robot_errors.append(np.abs(np.atleast_2d(actions) - step.actions).mean(0))
+        if output.token_ids is not None:
+            token_accuracies.append((output.token_ids == model.action_tokenizer.encode(targets)).mean())
+        predictions.add(predicted.tobytes())
+    metrics = {"l1_loss": float(np.mean(errors)), "distinct": len(predictions) / len(errors)}
+    if token_accuracies:
+        metrics["token_accuracy"] = float(np.mean(token_accuracies))
+    l1_robot = np.mean(robot_errors, axis=0).tolist()
+    write_json(output_dir / "feed_back.json", {"steps": len(errors), **metrics, "l1_robot": l1_robot})
+    summary = ", ".join(f"{name} {value:.3f}" for name, value in metrics.items())
+    print(f"predicted {len(errors)} training samples: {summary}")
+    if len(predictions) == 1 and len(errors) > 1:
+        print("WARNING: the prediction is the same for every sample. The run has collapsed; lower learning_rate.")
+    return metrics
 
 
-def export(model: OpenVLAForActionPrediction, processor: OpenVLAProcessor, output: Path) -> None:
-    """Write the adapter, where there is one, and the whole model, merged once, in the base's own dtype."""
+def export(model: OpenVLAForActionPrediction, processor: OpenVLAProcessor, output_dir: Path) -> None:
+    """Write the adapter, if there is one, and the complete model, merged once, in the base model's dtype."""
     dtype = stored_dtype(model.config._name_or_path)
     if model.lora_adapter is not None:
-        model.save_pretrained(output / "adapter")
-        processor.save_pretrained(output / "adapter")
-        model = model.merge_lora() if is_quantized(model) else model.to("cpu").merge_lora()
-    with appearing_whole(output / "model") as folder:
-        model.to(dtype).save_pretrained(folder)
+        model.save_pretrained(output_dir / "adapter")
+        processor.save_pretrained(output_dir / "adapter")
+        if not is_quantized(model):
+            cast(torch.nn.Module, model).to("cpu")
+        model = model.merge_lora()
+    with atomic_directory(output_dir / "model") as folder:
+        cast(torch.nn.Module, model).to(dtype)
+        model.save_pretrained(folder)
         processor.save_pretrained(folder)
-        write_card(folder, output.name)
-    print(f"{output / 'model'}: complete")
+        write_card(folder, output_dir.name)
+    print(f"{output_dir / 'model'}: complete")
 
 
 def stored_dtype(name_or_path: str) -> torch.dtype:
-    """The dtype that a checkpoint's configuration names; float32 where it names none."""
-    found = getattr(OpenVLAConfig.from_pretrained(name_or_path), DTYPE_FIELD, None) or torch.float32
-    return getattr(torch, found) if isinstance(found, str) else found
+    """Return the dtype that a checkpoint's configuration names; float32 if it names none."""
+    dtype = getattr(OpenVLAConfig.from_pretrained(name_or_path), DTYPE_FIELD, None) or torch.float32
+    return getattr(torch, dtype) if isinstance(dtype, str) else dtype

@@ -1,8 +1,8 @@
-"""A training step in less memory and with fewer operations; :func:`lean` stands around the loop of ``finetune``.
+"""Training steps in less memory and with fewer operations, for the training loop of ``finetune``.
 
-What norms and activations give is cheap to compute again, so it is computed again when the gradient asks for it, from
-inputs that are kept anyway: the same numbers, bit for bit. A linear layer with LoRA beside it is one function in place
-of six, whose sums are rounded elsewhere but no more often. Modules that are not as expected are left as they are.
+Normalization layers and activation functions are cheap to compute, so their outputs are not kept for the backward pass
+but recomputed from inputs that are kept anyway, bit for bit. A linear layer with LoRA is one autograd function instead
+of six operations; its sums are rounded in another order, but not more often. Modules of other classes are unchanged.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import contextlib
 import functools
 import weakref
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Protocol, cast
 
 import torch
 from torch import nn
@@ -23,178 +23,221 @@ from ..vision_openvla import QuickGELU
 GATED_MLPS = ("LlamaMLP", "MistralMLP", "Qwen2MLP")
 ACTIVATIONS = (nn.GELU, QuickGELU)
 
+TensorFunction = Callable[..., torch.Tensor]
+
 
 @contextlib.contextmanager
-def lean(model: nn.Module) -> Iterator[None]:
-    """Train a model in less memory for as long as this stands; inference is as ever.
+def memory_efficient_training(model: nn.Module) -> Iterator[None]:
+    """Train a model in less memory inside this context; inference is unchanged.
 
     Args:
-        model: Whose adapters and frozen weights do not change meanwhile which of them they are. With gradient
-            checkpointing on, whole layers are computed again anyway, and only LoRA's layers are touched.
+        model: ``requires_grad`` flags and adapters must not change inside the context. With gradient checkpointing,
+            which recomputes whole layers anyway, only LoRA layers are replaced.
     """
-    recomputed = _Recomputed()
+    recompute = _Recompute()
     replaced = []
     try:
-        for module, forward in _lean_forwards(model, recomputed):
+        for module, forward in _memory_efficient_forwards(model, recompute):
             module.forward = forward
             replaced.append(module)
-        with torch.autograd.graph.saved_tensors_hooks(recomputed.pack, recomputed.unpack):
+        with torch.autograd.graph.saved_tensors_hooks(recompute.pack, recompute.unpack):
             yield
     finally:
         for module in replaced:
             del module.forward
 
 
-def _lean_forwards(model: nn.Module, recomputed: _Recomputed) -> list[tuple[nn.Module, Callable]]:
-    """What stands in for the forward of which module."""
-    found: list[tuple[nn.Module, Callable]] = []
-    inner = {module.act_fn for module in model.modules() if type(module).__name__ in GATED_MLPS}
-    checkpointed = any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+def _memory_efficient_forwards(model: nn.Module, recompute: _Recompute) -> list[tuple[nn.Module, TensorFunction]]:
+    """Return the modules to change, each with its new forward."""
+    forwards: list[tuple[nn.Module, TensorFunction]] = []
+    gate_activations = {cast(_GatedMLP, module).act_fn for module in model.modules() if _is_gated_mlp(module)}
+    is_checkpointed = any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
     for module in model.modules():
-        if "forward" in vars(module):  # someone else's, such as accelerate's
+        if "forward" in vars(module):  # replaced by another library, such as accelerate
             continue
         if _is_plain_lora(module):
-            found.append((module, _adapted(module)))
-        elif checkpointed or module in inner:
+            forwards.append((module, _lora_forward(cast(_LoraLinear, module))))
+        elif is_checkpointed or module in gate_activations:
             continue
-        elif type(module).__name__ in GATED_MLPS:
-            found.append((module, _gated(module, recomputed)))
+        elif _is_gated_mlp(module):
+            forwards.append((module, _gated_mlp_forward(cast(_GatedMLP, module), recompute)))
         elif type(module).__name__.endswith("RMSNorm"):
-            found.append((module, _rms_norm(module, recomputed)))
+            forwards.append((module, _rms_norm_forward(module, recompute)))
         elif isinstance(module, (nn.LayerNorm, *ACTIVATIONS)):
-            found.append((module, functools.partial(recomputed, module.forward)))
-    return found
+            forwards.append((module, functools.partial(recompute, module.forward)))
+    return forwards
 
 
-def _rms_norm(norm: nn.Module, recomputed: _Recomputed) -> Callable:
-    """Written out in several operations, which keep copies of their own where they widen, or a gain is trained."""
-    plain = norm.forward
+class _GatedMLP(Protocol):
+    """The gated MLP of transformers' decoders: ``down_proj(act_fn(gate_proj(x)) * up_proj(x))``."""
 
-    def within(x: torch.Tensor) -> torch.Tensor:
-        return checkpoint(plain, x, use_reentrant=False, preserve_rng_state=False)
+    gate_proj: nn.Module
+    up_proj: nn.Module
+    down_proj: nn.Module
+    act_fn: nn.Module
+
+
+def _is_gated_mlp(module: nn.Module) -> bool:
+    return type(module).__name__ in GATED_MLPS
+
+
+def _gated_mlp_forward(mlp: _GatedMLP, recompute: _Recompute) -> TensorFunction:
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        gate = recompute(mlp.act_fn, mlp.gate_proj(x))
+        return mlp.down_proj(recompute(torch.mul, gate, mlp.up_proj(x)))
+
+    return forward
+
+
+def _rms_norm_forward(norm: nn.Module, recompute: _Recompute) -> TensorFunction:
+    """Recompute an RMSNorm, which upcasts to float32 and otherwise keeps the upcast copy for the backward pass."""
+    original = norm.forward
+    weight = cast(nn.Parameter, norm.weight)
+
+    def checkpointed(x: torch.Tensor) -> torch.Tensor:
+        return checkpoint(original, x, use_reentrant=False, preserve_rng_state=False)
 
     def forward(hidden_states: torch.Tensor) -> torch.Tensor:
-        keeps = hidden_states.dtype != torch.float32 or norm.weight.requires_grad
-        return recomputed(plain, hidden_states, first=within if keeps and torch.is_grad_enabled() else plain)
+        keeps_copies = hidden_states.dtype != torch.float32 or weight.requires_grad
+        first = checkpointed if keeps_copies and torch.is_grad_enabled() else original
+        return recompute(original, hidden_states, first=first)
 
     return forward
 
 
-def _gated(mlp: nn.Module, recomputed: _Recomputed) -> Callable:
-    def forward(x: torch.Tensor) -> torch.Tensor:
-        gate = recomputed(mlp.act_fn, mlp.gate_proj(x))
-        return mlp.down_proj(recomputed(torch.mul, gate, mlp.up_proj(x)))
-
-    return forward
-
-
-class _Result:
-    """What a computation gave: known as long as it lives, computed again from then on.
+class _Activation:
+    """A recomputable activation: returned from memory while alive, recomputed from its inputs afterwards.
 
     Args:
-        output: It.
-        compute: Makes it once more.
-        inputs: Of ``compute``, packed.
+        output: The activation.
+        compute: Function that computes it.
+        inputs: Arguments of ``compute``, packed by :class:`_Recompute`.
     """
 
-    def __init__(self, output: torch.Tensor, compute: Callable, inputs: tuple[Any, ...]) -> None:
+    def __init__(self, output: torch.Tensor, compute: TensorFunction, inputs: tuple[Any, ...]) -> None:
         self.compute, self.inputs = compute, inputs
         self.dtype, self.size, self.version = output.dtype, output.numel(), output._version
-        self.autocast = _autocast(output.device.type)
-        self.readers = 0  # who have yet to ask
+        self.autocast = _current_autocast(output.device.type)
+        self.pending_reads = 0
         self.value: torch.Tensor | None = None
 
-    def again(self, shape: torch.Size) -> torch.Tensor:
-        """The output in this shape; kept until the last of its readers has asked."""
+    def read(self, shape: torch.Size) -> torch.Tensor:
+        """Return the activation in this shape; it is kept until its last pending read."""
         value = self.value
         if value is None:
             with torch.no_grad(), self.autocast():
-                value = self.compute(*map(_Recomputed.unpack, self.inputs))
-        self.readers -= 1
-        self.value = value if self.readers > 0 else None
+                value = self.compute(*map(_Recompute.unpack, self.inputs))
+        self.pending_reads -= 1
+        self.value = value if self.pending_reads > 0 else None
         return value.view(shape)
 
 
-class _Recomputed:
-    """Calls functions of cheap operations so that their result does not stay for the gradient; around a pass."""
+class _Recompute:
+    """Calls cheap functions and recomputes their outputs in the backward pass instead of keeping them.
+
+    ``pack`` and ``unpack`` are the hooks of ``torch.autograd.graph.saved_tensors_hooks``.
+    """
 
     def __init__(self) -> None:
-        self.results: dict[int, _Result] = {}  # by address, of outputs that live
+        self.activations: dict[int, _Activation] = {}  # by data_ptr, of outputs that are alive
 
-    def __call__(self, compute: Callable, *inputs: torch.Tensor, first: Callable | None = None) -> torch.Tensor:
-        """The output of ``first`` (or ``compute``, which gives the same)."""
+    def __call__(
+        self, compute: TensorFunction, *inputs: torch.Tensor, first: TensorFunction | None = None
+    ) -> torch.Tensor:
+        """Return the output of ``first``, which must equal that of ``compute``; it defaults to ``compute``."""
         output = (first or compute)(*inputs)
         if output.requires_grad and output.is_contiguous():
             address = output.data_ptr()
             packed = tuple(self.pack(tensor.detach()) for tensor in inputs)
-            self.results[address] = _Result(output, compute, packed)
-            weakref.finalize(output, self.results.pop, address, None)
+            self.activations[address] = _Activation(output, compute, packed)
+            weakref.finalize(output, self.activations.pop, address, None)
         return output
 
     def pack(self, tensor: torch.Tensor) -> Any:
-        """What is kept in the place of a tensor."""
-        result = self.results.get(tensor.data_ptr()) if type(tensor) is torch.Tensor else None
-        if result is None or not tensor.is_contiguous():
+        """Return what autograd keeps: the tensor, or a reference to a recomputable activation and a shape."""
+        activation = self.activations.get(tensor.data_ptr()) if type(tensor) is torch.Tensor else None
+        if activation is None or not tensor.is_contiguous():
             return tensor
-        if (tensor.dtype, tensor.numel(), tensor._version) != (result.dtype, result.size, result.version):
+        expected = (activation.dtype, activation.size, activation.version)
+        if (tensor.dtype, tensor.numel(), tensor._version) != expected:
             return tensor
-        result.readers += 1
-        return result, tensor.shape
+        activation.pending_reads += 1
+        return activation, tensor.shape
 
     @staticmethod
-    def unpack(kept: Any) -> torch.Tensor:
-        """The tensor."""
-        return kept if torch.is_tensor(kept) else kept[0].again(kept[1])
+    def unpack(packed: Any) -> torch.Tensor:
+        """Return the tensor that was packed."""
+        if torch.is_tensor(packed):
+            return packed
+        activation, shape = packed
+        return activation.read(shape)
 
 
-def _autocast(device: str) -> Callable:
-    """What makes the mixed precision of now once more."""
+def _current_autocast(device: str) -> Callable[[], torch.autocast]:
+    """Return a function that creates an autocast context with the settings of now."""
     dtype = _autocast_dtype(device)
     return lambda: torch.autocast(device, dtype, dtype is not None)
 
 
 def _autocast_dtype(device: str) -> torch.dtype | None:
-    """What mixed precision computes in on a kind of device; None where it is off."""
+    """Return autocast's dtype on a device type; None where autocast is off."""
     if hasattr(torch, "get_autocast_dtype"):
         return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-    if device == "cuda":  # torch up to 2.3 has a pair of functions for each kind
+    if device == "cuda":  # torch before 2.4 has a pair of functions per device type
         return torch.get_autocast_gpu_dtype() if torch.is_autocast_enabled() else None
     return torch.get_autocast_cpu_dtype() if device == "cpu" and torch.is_autocast_cpu_enabled() else None
 
 
+class _LoraLinear(Protocol):
+    """The attributes of ``peft.tuners.lora.Linear`` that are used here."""
+
+    base_layer: nn.Linear
+    active_adapters: list[str]
+    lora_A: dict[str, nn.Linear]
+    lora_B: dict[str, nn.Linear]
+    lora_dropout: dict[str, nn.Module]
+    scaling: dict[str, float]
+    merged: bool
+    disable_adapters: bool
+    forward: TensorFunction
+
+
 def _is_plain_lora(module: nn.Module) -> bool:
-    """Whether a module is peft's linear layer with one adapter that does nothing but LoRA beside frozen weights."""
-    base = getattr(module, "base_layer", None)
-    if type(base) is not nn.Linear or list(getattr(module, "lora_A", ())) != module.active_adapters:
+    """Return True for peft's linear layer with one adapter of plain LoRA and frozen base weights."""
+    if type(getattr(module, "base_layer", None)) is not nn.Linear:
         return False
-    if len(module.active_adapters) != 1 or module.merged or module.disable_adapters:
+    layer = cast(_LoraLinear, module)
+    if list(getattr(layer, "lora_A", ())) != layer.active_adapters:
         return False
-    name = module.active_adapters[0]
-    special = getattr(module, "use_dora", {}).get(name) or name in getattr(module, "lora_variant", {})
-    drops = getattr(module.lora_dropout[name], "p", 0.0) > 0
-    beside = (base, module.lora_A[name], module.lora_B[name])
-    hooked = any(layer._forward_hooks or layer._forward_pre_hooks for layer in beside)
-    biased = any(layer.bias is not None for layer in beside[1:])
-    return not (special or drops or hooked or biased or any(p.requires_grad for p in base.parameters()))
+    if len(layer.active_adapters) != 1 or layer.merged or layer.disable_adapters:
+        return False
+    name = layer.active_adapters[0]
+    is_variant = getattr(layer, "use_dora", {}).get(name) or name in getattr(layer, "lora_variant", {})
+    has_dropout = getattr(layer.lora_dropout[name], "p", 0.0) > 0
+    base, adapter = layer.base_layer, (layer.lora_A[name], layer.lora_B[name])
+    is_hooked = any(linear._forward_hooks or linear._forward_pre_hooks for linear in (base, *adapter))
+    has_bias = any(linear.bias is not None for linear in adapter)
+    is_trained = any(parameter.requires_grad for parameter in base.parameters())
+    return not (is_variant or has_dropout or is_hooked or has_bias or is_trained)
 
 
-def _adapted(layer: nn.Module) -> Callable:
-    """The forward of peft's linear layer as one function."""
+def _lora_forward(layer: _LoraLinear) -> TensorFunction:
+    """Return the forward of peft's linear layer as one autograd function."""
     name = layer.active_adapters[0]
     base, down, up, scaling = layer.base_layer, layer.lora_A[name], layer.lora_B[name], layer.scaling[name]
-    plain = layer.forward
+    original = layer.forward
 
     def forward(x: torch.Tensor) -> torch.Tensor:
         dtype = _autocast_dtype(x.device.type) or x.dtype
         if base.weight.dtype != dtype or not torch.is_grad_enabled():
-            return plain(x)
-        return _AdaptedLinear.apply(x, base.weight, base.bias, down.weight, up.weight, scaling)
+            return original(x)
+        return _LoraLinearFunction.apply(x, base.weight, base.bias, down.weight, up.weight, scaling)
 
     return forward
 
 
-class _AdaptedLinear(torch.autograd.Function):
-    """x W' + b + s (x A') B' of frozen W and b, in the dtype of W (LoRA, Hu et al. 2021)."""
+class _LoraLinearFunction(torch.autograd.Function):
+    """Compute ``x W' + b + s (x A') B'`` with frozen W and b, in the dtype of W (LoRA, Hu et al. 2021)."""
 
     @staticmethod
     def forward(
@@ -207,20 +250,22 @@ class _AdaptedLinear(torch.autograd.Function):
         scaling: float,
     ) -> torch.Tensor:
         with torch.autocast(x.device.type, enabled=False):
-            rows = x.reshape(-1, x.shape[-1]).to(weight.dtype)
-            low = F.linear(rows, down.to(weight.dtype)).mul_(scaling)
-            output = F.linear(rows, weight, bias).addmm_(low, up.to(weight.dtype).T)
-        ctx.save_for_backward(x, weight, down, up, low)
+            inputs = x.reshape(-1, x.shape[-1]).to(weight.dtype)
+            low_rank = F.linear(inputs, down.to(weight.dtype)).mul_(scaling)
+            output = F.linear(inputs, weight, bias).addmm_(low_rank, up.to(weight.dtype).T)
+        ctx.save_for_backward(x, weight, down, up, low_rank)
         ctx.scaling = scaling
         return output.view(*x.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x, weight, down, up, low = ctx.saved_tensors
+        x, weight, down, up, low_rank = ctx.saved_tensors
         gradient = gradient.reshape(-1, gradient.shape[-1])
-        rows = x.reshape(-1, x.shape[-1]).to(weight.dtype)
-        of_low = (gradient @ up.to(weight.dtype)).mul_(ctx.scaling)
-        of_x = None
+        inputs = x.reshape(-1, x.shape[-1]).to(weight.dtype)
+        grad_low_rank = (gradient @ up.to(weight.dtype)).mul_(ctx.scaling)
+        grad_x = None
         if ctx.needs_input_grad[0]:
-            of_x = (gradient @ weight).addmm_(of_low, down.to(weight.dtype)).view(x.shape).to(x.dtype)
-        return of_x, None, None, (of_low.T @ rows).to(down.dtype), (gradient.T @ low).to(up.dtype), None
+            grad_x = (gradient @ weight).addmm_(grad_low_rank, down.to(weight.dtype)).view(x.shape).to(x.dtype)
+        grad_down = (grad_low_rank.T @ inputs).to(down.dtype)
+        grad_up = (gradient.T @ low_rank).to(up.dtype)
+        return grad_x, None, None, grad_down, grad_up, None

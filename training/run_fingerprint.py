@@ -1,7 +1,7 @@
-"""Record the meaning of a run's trained weights: written into every checkpoint, compared when the run goes on.
+"""Fingerprint of a training run, written into every checkpoint and compared when the run continues.
 
-The same trained numbers are another model beside another base, under another ``lora_alpha`` or with other statistics.
-So a run that goes on must be the one that began; the statistics in the checkpoint are those of its weights.
+With another base model, another ``lora_alpha`` or other statistics, the same trained weights are a different model. So
+only the run that wrote a checkpoint may continue from it, with the statistics that its weights were trained with.
 """
 
 from __future__ import annotations
@@ -10,46 +10,74 @@ import hashlib
 import json
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, asdict, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..adapters.base_record import record_base
 from ..data.columns import ColumnSpec
-from ..data.episodes import DatasetError
+from ..data.episodes import DatasetError, EpisodeReader
 from ..data.utils import read_json
 from ..errors_openvla import OpenVLAValueError
 from ..modeling_openvla import STATISTICS_FILE, OpenVLAForActionPrediction
 from ..processing_openvla import OpenVLAProcessor
-from .config import FinetuneConfig
+from .config import FinetuneConfig, with_current_names
+from .datasets import TrainingData
 
 RECORD_FILE = "run.json"
-# Fields of a run that may change when it goes on: how far and how fast the weights move, where and how often is
-# written, what the computation takes. Every other field has to be as it was, also one that is added in future.
-FREE_FIELDS = ("max_steps", "learning_rate", "weight_decay", "warmup_steps", "decay", "decay_step", "max_grad_norm")
-FREE_FIELDS += ("accumulation", "skip_bad", "accept", "parallelism", "gradient_checkpointing", "workers", "device")
-FREE_FIELDS += ("save_steps", "keep", "log_steps", "tracker", "feed_back", "output")
-# Compared by what they stand for: the base's weights, the episodes, the model's configuration.
-FIELDS_BY_CONTENT = ("model", "data", "preset", "answer")
+# Fields that may change when a run continues: optimization, logging, and the resources of the computation. All other
+# fields must stay as they were, including any that are added in the future.
+FREE_FIELDS = (
+    "max_steps",
+    "learning_rate",
+    "weight_decay",
+    "warmup_steps",
+    "lr_scheduler_type",
+    "num_steps_before_decay",
+    "max_grad_norm",
+    "gradient_accumulation_steps",
+    "skip_bad",
+    "accept",
+    "distributed",
+    "gradient_checkpointing",
+    "dataloader_num_workers",
+    "use_cpu",
+    "save_steps",
+    "save_total_limit",
+    "logging_steps",
+    "report_to",
+    "num_train_eval_samples",
+    "output_dir",
+)
+# Compared by content: the base's weights, the episodes, the model's action configuration.
+FIELDS_BY_CONTENT = ("model", "data", "preset", "action_config")
 IMAGE_FIELDS = ("resize_params", "crop_params", "normalize_params", "do_letterbox", "letterbox_fill")
-SAMPLED_EPISODES = 8  # of each dataset: their actions, proprio and instructions are in its digest
-# Means of colours that differ by less are one picture: decoders' versions differ by less than a grey level.
+SAMPLED_EPISODES = 8  # per dataset; their actions, proprio and instructions are hashed
+# Tolerance of mean colours in grey levels: video decoders differ by less than one between versions.
 GREY_LEVELS = 3
-# Statistics are equal to this: another numpy may add up in another order.
+# Tolerance of statistics: versions of numpy may sum in different orders.
 RTOL = 1e-9
 
 
+class Difference(NamedTuple):
+    """A value of a run that is not as it was."""
+
+    name: str
+    before: Any
+    now: Any
+
+
 def run_record(
-    config: FinetuneConfig, data: Any, model: OpenVLAForActionPrediction, processor: OpenVLAProcessor
+    config: FinetuneConfig, data: TrainingData, model: OpenVLAForActionPrediction, processor: OpenVLAProcessor
 ) -> dict[str, Any]:
-    """Return what the weights of a run mean, as JSON holds it.
+    """Return the description of a run, as JSON stores it.
 
     Args:
-        config: The run.
-        data: Its data, as ``finetune`` takes it.
-        model: As ``build`` made it, before any step.
-        processor: Of the base.
+        config: Configuration of the run.
+        data: Training data of the run.
+        model: Model before the first step.
+        processor: Processor of the base model.
     """
     image_processor = processor.image_processor
     record = {
@@ -59,16 +87,17 @@ def run_record(
         "answer": model.config.action_config,
         "default_unnorm_key": model.config.default_unnorm_key,
         "datasets": [_dataset_record(reader) for reader in data.readers],
-        "weights": _shares(getattr(data, "weights", [])),
+        "weights": _fractions(getattr(data, "weights", [])),
         "norm_stats": model.norm_stats,
         "precision": str(model.dtype).removeprefix("torch."),
     }
     return json.loads(json.dumps(record))
 
 
-def _dataset_record(reader: Any) -> dict[str, Any]:
-    """Return name, number of episodes, fields and digest of a dataset; not where it lies."""
-    chosen = sorted({round(place * (len(reader) - 1) / (SAMPLED_EPISODES - 1)) for place in range(SAMPLED_EPISODES)})
+def _dataset_record(reader: EpisodeReader) -> dict[str, Any]:
+    """Return name, number of episodes, columns and digest of a dataset, but not its location."""
+    last = len(reader) - 1
+    sampled = sorted({round(index * last / (SAMPLED_EPISODES - 1)) for index in range(SAMPLED_EPISODES)})
     columns = {field.name: getattr(reader.fields, field.name) for field in fields(reader.fields)}
     function = columns.get("standardize")
     columns["standardize"] = function and f"{function.__module__}.{function.__qualname__}"
@@ -76,36 +105,38 @@ def _dataset_record(reader: Any) -> dict[str, Any]:
         "name": reader.name,
         "episodes": len(reader),
         "fields": columns,
-        "pictures": [_pictures(reader, index) for index in chosen],
-        "digest_of_episodes": _digest([_episode_digest(reader, index) for index in chosen]),
+        "pictures": [_mean_colours(reader, index) for index in sampled],
+        "digest_of_episodes": _digest([_episode_digest(reader, index) for index in sampled]),
     }
 
 
-def _pictures(reader: Any, index: int) -> list[list[float]]:
-    """Return of an episode's first pictures, one a camera: height, width, and the mean colours of its four quarters."""
+def _mean_colours(reader: EpisodeReader, index: int) -> list[list[float]]:
+    """Return height, width and the mean colours of the four quarters of an episode's first image of each camera."""
     try:
         images = reader[index].images(0)
     except DatasetError:
         return []
-    out = []
+    summaries = []
     for image in images:
-        high, wide = image.shape[0] // 2, image.shape[1] // 2
-        parts = [part for half in (image[:high], image[high:]) for part in (half[:, :wide], half[:, wide:])]
-        colours = [part.reshape(-1, 3).mean(axis=0) if part.size else [0.0] * 3 for part in parts]
-        out.append([*image.shape[:2], *(round(float(value), 1) for colour in colours for value in colour)])
-    return out
+        middle_y, middle_x = image.shape[0] // 2, image.shape[1] // 2
+        halves = (image[:middle_y], image[middle_y:])
+        quarters = [quarter for half in halves for quarter in (half[:, :middle_x], half[:, middle_x:])]
+        colours = [quarter.reshape(-1, 3).mean(axis=0) if quarter.size else [0.0] * 3 for quarter in quarters]
+        means = [round(float(value), 1) for colour in colours for value in colour]
+        summaries.append([*image.shape[:2], *means])
+    return summaries
 
 
-def _episode_digest(reader: Any, index: int) -> str:
+def _episode_digest(reader: EpisodeReader, index: int) -> str:
     try:
         episode = reader[index]
-    except DatasetError:  # left out by skip_bad, which counts it in the statistics
+    except DatasetError:  # skip_bad leaves it out, and the statistics count it
         return "cannot be used"
-    tables = [table.tobytes() for table in (episode.actions, episode.proprio) if table is not None]
-    return hashlib.sha256(b"".join([*tables, json.dumps(list(episode.instructions)).encode()])).hexdigest()
+    arrays = [array.tobytes() for array in (episode.actions, episode.proprio) if array is not None]
+    return hashlib.sha256(b"".join([*arrays, json.dumps(list(episode.instructions)).encode()])).hexdigest()
 
 
-def _shares(weights: list[float]) -> list[float]:
+def _fractions(weights: Sequence[float]) -> list[float]:
     return [weight / sum(weights) for weight in weights]
 
 
@@ -114,156 +145,170 @@ def _digest(content: Any) -> str:
 
 
 def require_same_run(
-    output: Path, checkpoint: Path | None, record: dict[str, Any], say: Callable[[str], Any] = print
+    output_dir: Path, checkpoint: Path | None, record: dict[str, Any], report: Callable[[str], Any] = print
 ) -> dict[str, Any]:
-    """Check that a run may go on from a checkpoint.
+    """Check that a run may continue from a checkpoint.
 
     Args:
-        output: The run's folder.
-        checkpoint: The newest one in it; None for a run that begins.
-        record: ``run_record`` of the run as it is given now.
-        say: Takes a line about what has changed and may.
+        output_dir: Folder of the run.
+        checkpoint: Its newest checkpoint; None for a new run.
+        record: ``run_record`` of the run as it is configured now.
+        report: Called with a line about allowed changes.
 
     Returns:
         The record, with the statistics that the checkpoint's weights were trained with.
 
     Raises:
-        ValueError: What gives the weights their meaning is not as it was; the message names every difference, with
-            both values.
+        OpenVLAValueError: Something that determines the meaning of the weights changed; the message lists every
+            difference with both values.
     """
     if checkpoint is None:
         return record
     if not (checkpoint / RECORD_FILE).is_file():
-        return _require_same_as_old(output, checkpoint, record)
+        return _require_same_without_record(output_dir, checkpoint, record)
     before = read_json(checkpoint / RECORD_FILE)
-    _require_none(list(_differences_of_runs(before, record)), output, checkpoint)
-    changed = [*_config_differences(before, record, FREE_FIELDS[:-1])]
+    before["config"] = with_current_names(before["config"])
+    _refuse_differences(list(_run_differences(before, record)), output_dir, checkpoint)
+    allowed = [name for name in FREE_FIELDS if name != "output_dir"]
+    changed = [*_config_differences(before["config"], record["config"], allowed)]
     changed += _differences(before["precision"], record["precision"], "precision")
     if changed:
-        say(f"{checkpoint}: goes on with other settings, as is allowed: {_listed(changed)}")
+        report(f"{checkpoint}: continues with these settings changed, which is allowed: {_listed(changed)}")
     return {**record, "norm_stats": before["norm_stats"]}
 
 
-def _require_same_as_old(output: Path, checkpoint: Path, record: dict[str, Any]) -> dict[str, Any]:
-    """Compare with what a run from before checkpoints had a record left in its folder."""
-    config_file = output / "finetune.json"
-    differences, compared = [], []
+def _require_same_without_record(output_dir: Path, checkpoint: Path, record: dict[str, Any]) -> dict[str, Any]:
+    """Compare with the files in the run's folder, for checkpoints of development versions that had no record."""
+    config_file = output_dir / "finetune.json"
+    differences: list[Difference] = []
+    compared = []
     if config_file.is_file():
         compared.append(str(config_file))
-        before = {"config": read_json(config_file)}
-        differences += _config_differences(before, record, FIELDS_BY_CONTENT)
-        differences += _config_differences(before, record, _strict_fields(record))
-    files = [output / part / STATISTICS_FILE for part in ("model", "adapter")]
+        before = with_current_names(read_json(config_file))
+        names = [*FIELDS_BY_CONTENT, *_strict_fields(record["config"])]
+        differences += _config_differences(before, record["config"], names)
+    files = [output_dir / folder / STATISTICS_FILE for folder in ("model", "adapter")]
     file = next((file for file in files if file.is_file()), None)
     if file is not None:
         compared.append(str(file))
-        statistics = read_json(file)  # an adapter's folder may hold those of other runs too
+        statistics = read_json(file)  # an adapter's folder may hold those of other datasets too
         known = {key: statistics[key] for key in record["norm_stats"] if key in statistics}
         differences += _statistics_differences(known, record["norm_stats"])
-    _require_none(differences, output, checkpoint)
+    _refuse_differences(differences, output_dir, checkpoint)
     warnings.warn(
         f"{checkpoint} was written before checkpoints recorded what their weights mean. Compared with "
         f"{' and '.join(compared) or 'nothing'}; not with its base's weights, its columns and its episodes"
-        f"{'' if file else ', nor its statistics'}. You need to know that they are as they were, else begin in another "
-        "output folder.",
+        f"{'' if file else ', nor its statistics'}. Make sure that they are as they were, or use another output_dir.",
         stacklevel=2,
     )
     return record
 
 
-def _require_none(differences: list[tuple[str, Any, Any]], output: Path, checkpoint: Path) -> None:
+def _refuse_differences(differences: Sequence[Difference], output_dir: Path, checkpoint: Path) -> None:
     if not differences:
         return
-    result = output / "model"
-    learnt = f" (with model: {result} it begins with what was learnt here)" if result.is_dir() else ""
+    result = output_dir / "model"
+    hint = f" (with model: {result} it starts from the weights trained here)" if result.is_dir() else ""
     raise OpenVLAValueError(
-        f"{checkpoint} is of another run than the one given: {_listed(differences)}. To go on, give the values as they "
-        f"were. For the new ones, new episodes too, begin in another output folder{learnt}."
+        f"{checkpoint} is of another run than the one given: {_listed(differences)}. To continue it, give the values "
+        f"as they were. For the new ones, new episodes too, use another output_dir{hint}."
     )
 
 
-def _differences_of_runs(before: dict[str, Any], now: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
-    """Yield what is not as it was: its name and both values."""
-    yield from _config_differences(before, now, _strict_fields(now))
+def _run_differences(before: dict[str, Any], now: dict[str, Any]) -> Iterator[Difference]:
+    """Yield every difference between two records that is not allowed."""
+    yield from _config_differences(before["config"], now["config"], _strict_fields(now["config"]))
     yield from _base_differences(before["base"], now["base"])
-    for name in ("images", "answer", "default_unnorm_key"):
-        yield from _differences(before[name], now[name], name)
-    names = [[dataset["name"] for dataset in record["datasets"]] for record in (before, now)]
-    yield from _differences(*names, "datasets")
-    if names[0] == names[1]:
-        for then, dataset in zip(before["datasets"], now["datasets"]):
-            then = {**then, "fields": {**_defaults(ColumnSpec), **then["fields"]}}
-            pictures = [record.get("pictures") for record in (then, dataset)]
-            then, dataset = ({k: v for k, v in one.items() if k != "pictures"} for one in (then, dataset))
-            different = list(_differences(then, dataset, f"data {dataset['name']!r}"))
-            yield from different[
-                : max(1, len(different) - (then["digest_of_episodes"] != dataset["digest_of_episodes"]))
-            ]  # that comes last
-            if not different:
-                yield from _picture_differences(*pictures, f"data {dataset['name']!r}.pictures")
+    yield from _differences(before["images"], now["images"], "images")
+    yield from _differences(before["answer"], now["answer"], "action_config")
+    yield from _differences(before["default_unnorm_key"], now["default_unnorm_key"], "default_unnorm_key")
+    names_before, names_now = ([dataset["name"] for dataset in record["datasets"]] for record in (before, now))
+    yield from _differences(names_before, names_now, "datasets")
+    if names_before == names_now:
+        for dataset_before, dataset_now in zip(before["datasets"], now["datasets"]):
+            yield from _dataset_differences(dataset_before, dataset_now)
         yield from _differences(before["weights"], now["weights"], "weights of the datasets")
     yield from _statistics_differences(before["norm_stats"], now["norm_stats"])
 
 
-def _picture_differences(before: Any, now: Any, name: str) -> Iterator[tuple[str, Any, Any]]:
-    """Yield the first camera whose size or colours differ; nothing where a record does not have them yet."""
-    for episode, pair in enumerate(zip(before or [], now or [])):
-        for camera, (then, today) in enumerate(zip(*pair)):
-            if then[:2] != today[:2] or any(abs(a - b) > GREY_LEVELS for a, b in zip(then[2:], today[2:])):
-                yield f"{name}[{episode}][{camera}] (height, width, colours of four quarters)", then, today
+def _dataset_differences(before: dict[str, Any], now: dict[str, Any]) -> Iterator[Difference]:
+    """Yield what differs in a dataset: its columns and sizes, else its digest, else its images."""
+    name = f"data {now['name']!r}"
+    before = {**before, "fields": {**_defaults(ColumnSpec), **before["fields"]}}
+    details = [key for key in {**before, **now} if key not in ("pictures", "digest_of_episodes")]
+    differences = [d for key in details for d in _differences(before.get(key), now.get(key), f"{name}.{key}")]
+    key = "digest_of_episodes"
+    differences = differences or list(_differences(before[key], now[key], f"{name}.{key}"))
+    yield from differences
+    if not differences:
+        yield from _image_differences(before.get("pictures"), now.get("pictures"), f"{name}.pictures")
+
+
+def _image_differences(before: Any, now: Any, name: str) -> Iterator[Difference]:
+    """Yield the first image whose size or colours differ; nothing for records of versions that had no images."""
+    for episode, (images_before, images_now) in enumerate(zip(before or [], now or [])):
+        for camera, (old, new) in enumerate(zip(images_before, images_now)):
+            if old[:2] != new[:2] or any(abs(a - b) > GREY_LEVELS for a, b in zip(old[2:], new[2:])):
+                location = f"{name}[{episode}][{camera}] (height, width, colours of four quarters)"
+                yield Difference(location, old, new)
                 return
 
 
-def _strict_fields(record: Mapping[str, Any]) -> list[str]:
-    return [name for name in record["config"] if name not in (*FREE_FIELDS, *FIELDS_BY_CONTENT)]
+def _strict_fields(config: Mapping[str, Any]) -> list[str]:
+    return [name for name in config if name not in (*FREE_FIELDS, *FIELDS_BY_CONTENT)]
 
 
-def _config_differences(before: Any, now: Any, names: Any) -> Iterator[tuple[str, Any, Any]]:
-    then = {**_defaults(FinetuneConfig), **before["config"]}  # a field that is newer was as it is by default
+def _config_differences(
+    before: Mapping[str, Any], now: Mapping[str, Any], names: Iterable[str]
+) -> Iterator[Difference]:
+    before = {**_defaults(FinetuneConfig), **before}  # a field that did not exist yet had today's default
     for name in names:
-        yield from _differences(then.get(name), now["config"][name], name)
+        yield from _differences(before.get(name), now[name], name)
 
 
-def _defaults(kind: type) -> dict[str, Any]:
-    return json.loads(json.dumps({f.name: f.default for f in fields(kind) if f.default is not MISSING}))
+def _defaults(dataclass: type) -> dict[str, Any]:
+    return json.loads(json.dumps({f.name: f.default for f in fields(dataclass) if f.default is not MISSING}))
 
 
-def _base_differences(before: dict[str, Any], now: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+def _base_differences(before: dict[str, Any], now: dict[str, Any]) -> Iterator[Difference]:
     for name in ("weights", "config"):
         if before[name] and now[name] and before[name] != now[name]:
-            yield f"{name} of the base", *(f"{one['id']} ({one[name][:12]})" for one in (before, now))
+            labels = (f"{base['id']} ({base[name][:12]})" for base in (before, now))
+            yield Difference(f"{name} of the base", *labels)
     yield from _differences(before["quantization"], now["quantization"], "quantization")
 
 
-def _statistics_differences(before: Any, now: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+def _statistics_differences(before: dict[str, Any], now: dict[str, Any]) -> Iterator[Difference]:
     """Yield for each dataset its numbers of steps and episodes, and the first other number that differs."""
-    for key in [*before, *(key for key in now if key not in before)]:
+    for key in {**before, **now}:
+        name = f"statistics of {key!r}"
         if key not in before or key not in now:
-            yield f"statistics of {key!r}", *("given" if key in one else "none" for one in (before, now))
+            yield Difference(name, *("given" if key in statistics else "none" for statistics in (before, now)))
             continue
-        different = list(_differences(before[key], now[key], f"statistics of {key!r}"))
-        counts = [one for one in different if ".num_" in one[0]]
-        yield from [*counts, *[one for one in different if one not in counts][:1]]
+        differences = list(_differences(before[key], now[key], name))
+        counts = [difference for difference in differences if ".num_" in difference.name]
+        others = [difference for difference in differences if difference not in counts]
+        yield from [*counts, *others[:1]]
 
 
-def _differences(before: Any, now: Any, name: str) -> Iterator[tuple[str, Any, Any]]:
-    """Yield name and both values of every entry of JSON content that differs."""
+def _differences(before: Any, now: Any, name: str) -> Iterator[Difference]:
+    """Yield every entry of JSON content that differs."""
     if isinstance(before, dict) and isinstance(now, dict):
-        for key in [*before, *(key for key in now if key not in before)]:
+        for key in {**before, **now}:
             yield from _differences(before.get(key), now.get(key), f"{name}.{key}")
     elif _are_numbers(before) and _are_numbers(now) and len(before) == len(now):
-        for index, pair in enumerate(zip(before, now)):
-            yield from _differences(*pair, f"{name}[{index}]")
+        for index, (number_before, number_now) in enumerate(zip(before, now)):
+            yield from _differences(number_before, number_now, f"{name}[{index}]")
     elif isinstance(before, float) and isinstance(now, (int, float)):
         if not math.isclose(before, now, rel_tol=RTOL, abs_tol=RTOL):
-            yield name, before, now
+            yield Difference(name, before, now)
     elif before != now:
-        yield name, before, now
+        yield Difference(name, before, now)
 
 
 def _are_numbers(values: Any) -> bool:
     return isinstance(values, list) and all(type(value) in (int, float) for value in values)
 
 
-def _listed(differences: list[tuple[str, Any, Any]]) -> str:
+def _listed(differences: Iterable[Difference]) -> str:
     return "; ".join(f"{name}: {before!r} before, {now!r} now" for name, before, now in differences)

@@ -8,7 +8,8 @@ from openvla import OpenVLAForActionPrediction, OpenVLAProcessor
 from openvla.__main__ import main
 from openvla.benchmarking import backends, benchmark
 from openvla.benchmarking import sizes as benchmark_sizes
-from openvla.conversion.safetensors_io import digests, places_of, weight_files
+from openvla.conversion.hub_weights import weight_files
+from openvla.conversion.safetensors_io import tensor_digests
 from openvla.inference import fast_decoder
 from openvla.inference.cpu_prepack import has_matmul
 from openvla.tiny import TINY_TOWERS, build_config, language_config
@@ -93,7 +94,7 @@ def test_write_full_writes_a_model_that_predicts_actions(tmp_path, monkeypatch, 
 
     monkeypatch.setattr(benchmark_sizes, "build_config", narrow)
     written = benchmark_sizes.write_full(tmp_path / "model", torch.bfloat16)
-    assert written == digests(places_of(weight_files(tmp_path / "model")))
+    assert written == tensor_digests(weight_files(tmp_path / "model"))
     model = OpenVLAForActionPrediction.from_pretrained(tmp_path / "model").eval()
     processor = OpenVLAProcessor.from_pretrained(tmp_path / "model")
     assert model.dtype == torch.bfloat16

@@ -1,4 +1,4 @@
-"""New models out of timm's towers and a language model: whose each tensor is, and that they train."""
+"""Models assembled from timm's towers and a language model: where each tensor comes from, and that they train."""
 
 import json
 import sys
@@ -41,7 +41,7 @@ def towers(tmp_path_factory):
     timm = pytest.importorskip("timm")
     if not hasattr(timm.models._hub, "load_model_config_from_path"):
         pytest.skip("this timm has no local-dir: ids")
-    found = {}
+    folders = {}
     for name, sizes in SIZES.items():
         model = timm.create_model(name, pretrained=False, num_classes=0, **sizes)
         generator = torch.Generator().manual_seed(len(name))
@@ -50,8 +50,8 @@ def towers(tmp_path_factory):
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
         folder = tmp_path_factory.mktemp("tower")
         timm.models.save_for_hf(model, folder, model_args=sizes, safe_serialization=True)
-        found[name] = f"local-dir:{folder}"
-    return found
+        folders[name] = f"local-dir:{folder}"
+    return folders
 
 
 @pytest.fixture(scope="session")
@@ -86,23 +86,23 @@ def load(folder):
 
 @pytest.mark.timm
 @pytest.mark.parametrize("llm", CASES)
-def test_every_tensor_is_timm_s_or_the_language_model_s(llm, towers, models, tmp_path, frames):
+def test_every_tensor_equals_timm_s_or_the_language_model_s(llm, towers, models, tmp_path, frames):
     import timm
 
     names, backbone, options = CASES[llm]
-    given = [towers[name] for name in names]
-    assemble(given, models / llm, tmp_path / "new", norm_stats=STATISTICS, max_shard_size="1MB", **options)
+    folders = [towers[name] for name in names]
+    assemble(folders, models / llm, tmp_path / "new", norm_stats=STATISTICS, max_shard_size="1MB", **options)
     model, processor = load(tmp_path / "new")
-    left = model.state_dict()
-    assert verify(tmp_path / "new") == len(left) - (llm == "qwen2")  # whose head is its embedding
+    remaining = model.state_dict()
+    assert verify(tmp_path / "new") == len(remaining) - (llm == "qwen2")  # whose head is its embedding
 
     vision_dim = 0
-    for name, folder, part in zip(names, given, ("featurizer", "fused_featurizer")):
+    for name, folder, part in zip(names, folders, ("featurizer", "fused_featurizer")):
         activation = {"act_layer": "quick_gelu"} if name == CLIP else {}
         tower = timm.create_model(folder, pretrained=True, num_classes=0, img_size=224, **activation).eval()
         vision_dim += tower.embed_dim
         for key, tensor in tower.state_dict().items():
-            ours = left.pop(f"vision_backbone.{part}.{key.replace('.gamma', '.scale_factor')}")
+            ours = remaining.pop(f"vision_backbone.{part}.{key.replace('.gamma', '.scale_factor')}")
             assert torch.equal(ours, tensor), key
         pixels = torch.randn(2, 3, 224, 224, generator=torch.Generator().manual_seed(5))
         with torch.no_grad():
@@ -110,17 +110,17 @@ def test_every_tensor_is_timm_s_or_the_language_model_s(llm, towers, models, tmp
             assert torch.equal(getattr(model.vision_backbone, part)(pixels), expected)
 
     for key, tensor in load_file(models / llm / "model.safetensors").items():
-        ours = left.pop(f"language_model.{key}")
+        ours = remaining.pop(f"language_model.{key}")
         assert torch.equal(ours[: len(tensor)], tensor), key
         assert len(ours) == len(tensor) or key.startswith(("model.embed_tokens", "lm_head"))
-    left.pop("language_model.lm_head.weight", None)
+    remaining.pop("language_model.lm_head.weight", None)
 
     torch.manual_seed(vision_dim)  # the reference's seed, layers and order (vlms/prismatic.py, util/nn_utils.py)
     widths = [vision_dim, 4 * vision_dim, 64, 64] if len(names) == 2 else [vision_dim, 64, 64]
     for number, layer in enumerate([nn.Linear(*pair) for pair in zip(widths, widths[1:])], start=1):
-        assert torch.equal(left.pop(f"projector.fc{number}.weight"), layer.weight)
-        assert torch.equal(left.pop(f"projector.fc{number}.bias"), layer.bias)
-    assert left == {}
+        assert torch.equal(remaining.pop(f"projector.fc{number}.weight"), layer.weight)
+        assert torch.equal(remaining.pop(f"projector.fc{number}.bias"), layer.bias)
+    assert remaining == {}
 
     config = model.config
     assert type(config) is OpenVLAConfig
@@ -139,14 +139,14 @@ def test_every_tensor_is_timm_s_or_the_language_model_s(llm, towers, models, tmp
 
 
 @pytest.mark.timm
-def test_it_trains(towers, models, tmp_path, frames):
+def test_an_assembled_model_trains(towers, models, tmp_path, frames):
     assemble([towers[SIGLIP]], models / "llama", tmp_path / "new", norm_stats=STATISTICS, image_size=112)
     model, processor = load(tmp_path / "new")
-    wanted = [[0.5, -0.5, 0.0, 0.25, 0.75, -0.25, 1.0], [-0.5, 0.5, 0.1, -0.25, -0.75, 0.25, 0.0]]
+    actions = [[0.5, -0.5, 0.0, 0.25, 0.75, -0.25, 1.0], [-0.5, 0.5, 0.1, -0.25, -0.75, 0.25, 0.0]]
     inputs = processor(instruction=["move"] * 2, images=[frames["black"], frames["white"]])
-    answer = torch.from_numpy(model.action_tokenizer.encode(wanted))
-    ids = torch.cat([inputs["input_ids"], answer], dim=1)
-    labels = torch.cat([torch.full_like(inputs["input_ids"], -100), answer], dim=1)
+    action_ids = torch.from_numpy(model.action_tokenizer.encode(actions))
+    ids = torch.cat([inputs["input_ids"], action_ids], dim=1)
+    labels = torch.cat([torch.full_like(inputs["input_ids"], -100), action_ids], dim=1)
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
     losses = []
     for _ in range(30):
@@ -159,11 +159,11 @@ def test_it_trains(towers, models, tmp_path, frames):
     model.save_pretrained(tmp_path / "trained")
     again = AutoModelForVision2Seq.from_pretrained(tmp_path / "trained", torch_dtype=torch.float32).eval()
     predicted = again.predict_action(**inputs)
-    assert predicted.tolist() == again.action_tokenizer.decode(answer.numpy()).tolist()  # the image tells them apart
+    assert predicted.tolist() == again.action_tokenizer.decode(action_ids.numpy()).tolist()
 
 
 @pytest.mark.timm
-def test_the_seed_decides_what_is_drawn(towers, models, tmp_path):
+def test_the_seed_determines_new_weights(towers, models, tmp_path):
     files = {}
     for name, options in (("a", {}), ("b", {}), ("c", {"seed": 5}), ("vlm", {"vlm": True, "dtype": "bf16"})):
         torch.manual_seed(len(files))
@@ -183,9 +183,9 @@ def test_the_seed_decides_what_is_drawn(towers, models, tmp_path):
 
 
 @pytest.mark.timm
-def test_what_does_not_fit_is_refused(towers, models, tmp_path):
-    def refused(match, given=(SIGLIP,), llm="llama", **options):
-        names = [towers.get(name, name) for name in given]
+def test_parts_that_do_not_fit_are_refused(towers, models, tmp_path):
+    def refused(match, tower_names=(SIGLIP,), llm="llama", **options):
+        names = [towers.get(name, name) for name in tower_names]
         with pytest.raises(ValueError, match=match):
             assemble(names, models / llm, tmp_path / "new", **options)
         assert not (tmp_path / "new").exists()
@@ -215,7 +215,7 @@ def test_what_does_not_fit_is_refused(towers, models, tmp_path):
 
 
 @pytest.mark.timm
-def test_ids_mean_the_reference_s_weights():
+def test_timm_ids_name_the_reference_s_weights():
     """Today's timm has SigLIP 2 behind the id that OpenVLA's configuration names."""
     timm = pytest.importorskip("timm")
     assert _with_tag("vit_so400m_patch14_siglip_224") == "vit_so400m_patch14_siglip_224.webli"

@@ -1,26 +1,17 @@
-"""Checkpoints on the Hub as sources of a conversion, from a Hub on loopback."""
+"""Conversion of checkpoints on the Hub, served by a Hub on loopback."""
 
 import json
 
 import pytest
-from hub import OWNER, TOKEN
+from hub import OWNER, TOKEN, upload_folder
 from openvla.__main__ import main
-from openvla.conversion.convert import convert
 from openvla.conversion.verify import verify
+from openvla.convert_checkpoint import convert
 from openvla.tiny import build_tokenizer
 from reference import GOLDEN, digests, native_run, published_folder, write_json
 from safetensors.torch import load_file
 
 pytestmark = pytest.mark.lane
-
-
-def put(hub, repo, folder, under=""):
-    """A folder's files as a repository, or as a folder of one."""
-    files = {
-        under + path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()
-    }
-    commits = hub.branches.setdefault(repo, {"main": [{}]})["main"]
-    commits.append({**commits[-1], **files})
 
 
 def expected(name):
@@ -31,10 +22,10 @@ def weights_fetched(hub):
     return {r.rsplit("/", 1)[1] for r in hub.requests if r.startswith("GET") and r.endswith((".pt", ".safetensors"))}
 
 
-def test_a_native_run(here, tmp_path, overrides, tokenizer, capsys):
+def test_a_native_run_on_the_hub_is_converted(here, tmp_path, overrides, tokenizer, capsys):
     run = native_run("siglip", tmp_path / "run")
     (run / "checkpoints" / "step-000001-epoch-00-loss=9.pt").write_bytes(b"not wanted")
-    put(here, "me/native", run)
+    upload_folder(here, "me/native", run)
     here.requests.clear()
     here.cut_after = 12_000_000  # the connection breaks once; the download goes on where it stopped
     write_json(tmp_path / "sizes.json", overrides["siglip"])
@@ -50,11 +41,11 @@ def test_a_native_run(here, tmp_path, overrides, tokenizer, capsys):
     assert (tmp_path / "hub" / "README.md").read_text().count("# hub") == 1
     here.requests.clear()
     convert("me/native", tmp_path / "again", tokenizer=tokenizer, config_overrides=overrides["siglip"])
-    assert not weights_fetched(here)  # it lies in the cache
+    assert not weights_fetched(here)  # it is in the cache
 
 
-def test_a_folder_inside_a_repository(here, tmp_path, overrides, tokenizer):
-    put(here, "me/many", native_run("siglip", tmp_path / "run"), "prism/siglip+7b/")
+def test_a_folder_inside_a_repository_is_converted(here, tmp_path, overrides, tokenizer):
+    upload_folder(here, "me/many", native_run("siglip", tmp_path / "run"), "prism/siglip+7b/")
     arguments = {"tokenizer": tokenizer, "config_overrides": overrides["siglip"]}
     convert("me/many/prism/siglip+7b", tmp_path / "hub", **arguments)
     assert verify(tmp_path / "hub") == len(expected("siglip"))
@@ -62,10 +53,10 @@ def test_a_folder_inside_a_repository(here, tmp_path, overrides, tokenizer):
         convert("me/many/other", tmp_path / "other", **arguments)
 
 
-def test_a_private_old_folder_at_a_revision(here, tmp_path, monkeypatch):
+def test_a_private_repository_at_a_revision_is_converted(here, tmp_path, monkeypatch):
     source = published_folder("fused", tmp_path / "old", pad_token_id=build_tokenizer().pad_token_id)
     (source / "pytorch_model.bin").write_bytes(b"not wanted")
-    put(here, "me/finetune", source)
+    upload_folder(here, "me/finetune", source)
     here.branches["me/finetune"]["v1"] = list(here.branches["me/finetune"]["main"])
     here.branches["me/finetune"]["main"].append({"README.md": b"moved on"})
     here.private.add("me/finetune")
@@ -92,6 +83,6 @@ def test_a_private_old_folder_at_a_revision(here, tmp_path, monkeypatch):
         (".", "v1", "--revision goes with a Hub id"),
     ],
 )
-def test_what_is_not_there(source, revision, message, here, tmp_path):
+def test_a_missing_source_is_named(source, revision, message, here, tmp_path):
     with pytest.raises((FileNotFoundError, ValueError), match=message):
         convert(source, tmp_path / "new", revision=revision)

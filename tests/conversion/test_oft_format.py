@@ -1,6 +1,7 @@
-"""Published OFT folders into one self-contained folder, and back."""
+"""Conversion of published OpenVLA-OFT folders to one self-contained folder, and back."""
 
 import json
+import logging
 import re
 import shutil
 import subprocess
@@ -9,13 +10,13 @@ import sys
 import numpy as np
 import pytest
 import torch
+from oft_inputs import prompt, raw_proprio, stack_images
 from openvla import OpenVLAForActionPrediction, OpenVLAProcessor
-from openvla.conversion.convert import convert
-from openvla.conversion.download import _needed
+from openvla.conversion.download import files_to_download
 from openvla.conversion.verify import verify
+from openvla.convert_checkpoint import convert
 from reference import GOLDEN, oft_folder, oft_model
 from safetensors.torch import load_file
-from test_parallel import prompt, raw_proprio, stack_images
 
 pytestmark = pytest.mark.lane
 KEY = "libero_spatial_no_noops"
@@ -24,13 +25,13 @@ KEY = "libero_spatial_no_noops"
 def chunk_of(model, **changes):
     golden = np.load(GOLDEN / "oft_libero" / "predict.npz")
     proprio = raw_proprio(model, KEY, golden["proprio"][0])
-    given = {**prompt(0), "pixel_values": stack_images([0, 1]), "unnorm_key": KEY, "proprio": proprio, **changes}
-    return model.predict_action(**given)
+    inputs = {**prompt(0), "pixel_values": stack_images([0, 1]), "unnorm_key": KEY, "proprio": proprio, **changes}
+    return model.predict_action(**inputs)
 
 
 @pytest.fixture(scope="module")
 def published(tmp_path_factory):
-    """Published folders by head; "module." prefixes stand where training ran on several GPUs."""
+    """Return published folders by action head; training on several GPUs writes the prefix "module."."""
     root = tmp_path_factory.mktemp("oft")
     return {head: oft_folder("libero", head, root / head, prefix="module.") for head in ("l1", "diffusion")}
 
@@ -38,7 +39,7 @@ def published(tmp_path_factory):
 @pytest.fixture(scope="module")
 def converted(published, tmp_path_factory):
     target = tmp_path_factory.mktemp("converted") / "l1"
-    convert(published["l1"], target, preset="libero", num_images=2, forward=True)
+    convert(published["l1"], target, preset="libero", num_images=2, verify=True)
     return target
 
 
@@ -51,36 +52,36 @@ def test_converts_to_one_folder_that_predicts_the_same(converted):
     assert not list(converted.glob("*.pt"))
 
 
-def test_diffusion_parts(published, tmp_path):
-    convert(published["diffusion"], tmp_path / "out", preset="libero", num_images=2, forward=True)
+def test_diffusion_parts_are_converted(published, tmp_path):
+    convert(published["diffusion"], tmp_path / "out", preset="libero", num_images=2, verify=True)
     model = OpenVLAForActionPrediction.from_pretrained(tmp_path / "out").eval()
     noise = torch.zeros(1, 8, 7)
-    wanted = chunk_of(oft_model("libero", "diffusion"), noise=noise, num_inference_steps=1)
-    np.testing.assert_allclose(chunk_of(model, noise=noise, num_inference_steps=1), wanted, atol=1e-4, rtol=0)
+    expected = chunk_of(oft_model("libero", "diffusion"), noise=noise, num_inference_steps=1)
+    np.testing.assert_allclose(chunk_of(model, noise=noise, num_inference_steps=1), expected, atol=1e-4, rtol=0)
 
 
 def test_loads_by_trust_remote_code_in_a_bare_process(converted, tmp_path):
-    wanted = chunk_of(OpenVLAForActionPrediction.from_pretrained(converted).eval())
+    expected = chunk_of(OpenVLAForActionPrediction.from_pretrained(converted).eval())
     golden = np.load(GOLDEN / "oft_libero" / "predict.npz")
     proprio = raw_proprio(oft_model("libero", "l1"), KEY, golden["proprio"][0])
     np.savez(tmp_path / "in.npz", pixels=stack_images([0, 1]), ids=prompt(0)["input_ids"], proprio=proprio)
     code = f"""
 import sys
 import numpy as np, torch, transformers
-given = np.load({str(tmp_path / "in.npz")!r})
+inputs = np.load({str(tmp_path / "in.npz")!r})
 auto = getattr(transformers, "AutoModelForImageTextToText", None) or transformers.AutoModelForVision2Seq
 model = auto.from_pretrained({str(converted)!r}, trust_remote_code=True, torch_dtype=torch.float32).eval()
 assert "openvla" not in sys.modules
 chunk = model.predict_action(
-    torch.from_numpy(given["ids"]), torch.from_numpy(given["pixels"]), unnorm_key={KEY!r}, proprio=given["proprio"]
+    torch.from_numpy(inputs["ids"]), torch.from_numpy(inputs["pixels"]), unnorm_key={KEY!r}, proprio=inputs["proprio"]
 )
 np.save({str(tmp_path / "out.npy")!r}, chunk)
 """
     subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path, timeout=120)
-    np.testing.assert_allclose(np.load(tmp_path / "out.npy"), wanted, atol=1e-5, rtol=0)
+    np.testing.assert_allclose(np.load(tmp_path / "out.npy"), expected, atol=1e-5, rtol=0)
 
 
-def test_discrete_parallel_without_a_head(tmp_path):
+def test_parallel_decoding_without_an_action_head_is_converted(tmp_path):
     folder = oft_folder("libero", None, tmp_path / "published")
     (folder / "proprio_projector--150000_checkpoint.pt").unlink()
     with pytest.raises(ValueError, match="holds no part files of OFT"):
@@ -91,7 +92,7 @@ def test_discrete_parallel_without_a_head(tmp_path):
     assert (chunk == np.load(GOLDEN / "oft_libero" / "predict.npz")["discrete_1img_p0/actions"]).all()
 
 
-def test_there_and_back(published, converted, tmp_path):
+def test_reverse_conversion_restores_the_part_files(published, converted, tmp_path):
     convert(converted, tmp_path / "back", reverse=True)
     for part in ("action_head", "proprio_projector"):
         first = torch.load(published["l1"] / f"{part}--150000_checkpoint.pt", weights_only=True)
@@ -108,27 +109,27 @@ def test_there_and_back(published, converted, tmp_path):
 
 
 def film_part(model, rank):
-    """The towers as the reference saves them with FiLM, LoRA of that rank still beside their linear layers."""
+    """Return the towers as the reference saves them with FiLM: with unmerged LoRA matrices of that rank."""
     generator, part = torch.Generator().manual_seed(0), {}
     towers = {n: t for n, t in model.state_dict().items() if n.startswith("vision_backbone.")}
     for name, tensor in towers.items():
         module, _, leaf = name.rpartition(".")
         film = module.endswith((".scale", ".shift"))
-        old = name if film else re.sub(r"(blocks\.\d+)\.", r"\1.block.", name)
+        reference_name = name if film else re.sub(r"(blocks\.\d+)\.", r"\1.block.", name)
         linear = not film and towers.get(f"{module}.weight", tensor).ndim == 2 and leaf in ("weight", "bias")
         if not linear:
-            part[old] = tensor
+            part[reference_name] = tensor
             continue
-        old = old.rpartition(".")[0]
-        part[f"{old}.base_layer.{leaf}"] = tensor
+        module = reference_name.rpartition(".")[0]
+        part[f"{module}.base_layer.{leaf}"] = tensor
         if leaf == "weight":
-            part[f"{old}.lora_A.default.weight"] = torch.randn(rank, tensor.shape[1], generator=generator)
-            part[f"{old}.lora_B.default.weight"] = 0.01 * torch.randn(tensor.shape[0], rank, generator=generator)
+            part[f"{module}.lora_A.default.weight"] = torch.randn(rank, tensor.shape[1], generator=generator)
+            part[f"{module}.lora_B.default.weight"] = 0.01 * torch.randn(tensor.shape[0], rank, generator=generator)
     return part
 
 
 @pytest.mark.parametrize("rank", [4, 32])
-def test_film_towers_with_lora_beside_their_weights(rank, tmp_path):
+def test_film_towers_with_unmerged_lora_are_merged(rank, tmp_path):
     model = oft_model("libero", "l1", use_film=True)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -140,9 +141,9 @@ def test_film_towers_with_lora_beside_their_weights(rank, tmp_path):
     torch.save(part, folder / "vision_backbone--150000_checkpoint.pt")
     with torch.no_grad():  # what the reference runs: each linear layer plus its matrices, alpha 16 at most
         for name, parameter in model.named_parameters():
-            beside = re.sub(r"(blocks\.\d+)\.", r"\1.block.", name).replace(".weight", ".lora_A.default.weight")
-            if "lora_A" in beside and beside in part:
-                product = part[beside.replace("lora_A", "lora_B")] @ part[beside]
+            lora_a = re.sub(r"(blocks\.\d+)\.", r"\1.block.", name).replace(".weight", ".lora_A.default.weight")
+            if "lora_A" in lora_a and lora_a in part:
+                product = part[lora_a.replace("lora_A", "lora_B")] @ part[lora_a]
                 parameter += min(rank, 16) / rank * product
     convert(folder, tmp_path / "out", preset="libero", num_images=2)
     loaded = OpenVLAForActionPrediction.from_pretrained(tmp_path / "out").eval()
@@ -191,19 +192,19 @@ def test_an_unmerged_adapter_is_merged_into_its_base(fused_folder, tmp_path):
         ({"preset": "libero", "num_images": 2, "checkpoint": "7"}, "holds no .* of '7'"),
     ],
 )
-def test_what_is_missing_is_asked_for(published, tmp_path, options, message):
+def test_missing_and_contradicting_options_are_named(published, tmp_path, options, message):
     with pytest.raises(ValueError, match=message):
         convert(published["l1"], tmp_path / "out", **options)
     assert not (tmp_path / "out").exists()
 
 
-def test_overrides_stand_in_for_a_preset(published, tmp_path):
+def test_overrides_replace_a_preset(published, tmp_path):
     fields = {"chunk_length": 8, "normalization": "q99", "num_images_in_input": 2}
     convert(published["l1"], tmp_path / "out", config_overrides=fields)
     assert json.loads((tmp_path / "out" / "config.json").read_text())["chunk_length"] == 8
 
 
-def test_several_steps_and_damaged_parts(published, tmp_path):
+def test_several_steps_and_damaged_parts_are_refused(published, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(published["l1"], folder)
     head = folder / "action_head--150000_checkpoint.pt"
@@ -211,25 +212,25 @@ def test_several_steps_and_damaged_parts(published, tmp_path):
     with pytest.raises(ValueError, match=r"several action_head files; pass --checkpoint, one of \['150000', '50000'\]"):
         convert(folder, tmp_path / "out", preset="libero", num_images=2)
     (folder / "action_head--50000_checkpoint.pt").unlink()
-    whole = head.read_bytes()
-    head.write_bytes(whole[: len(whole) // 2])
+    content = head.read_bytes()
+    head.write_bytes(content[: len(content) // 2])
     with pytest.raises(ValueError, match="action_head--150000_checkpoint.pt"):
         convert(folder, tmp_path / "out", preset="libero", num_images=2)
-    head.write_bytes(whole)
-    del_bias = torch.load(head, weights_only=True)
-    del del_bias["module.model.fc2.bias"]
-    torch.save(del_bias, head)
+    head.write_bytes(content)
+    state = torch.load(head, weights_only=True)
+    del state["module.model.fc2.bias"]
+    torch.save(state, head)
     with pytest.raises(ValueError, match=r"1 missing: \['action_head.model.fc2.bias'\]"):
         convert(folder, tmp_path / "out", preset="libero", num_images=2)
 
 
-def test_of_a_hub_repository_the_parts_are_fetched():
+def test_part_files_on_the_hub_are_downloaded():
     names = ["config.json", "model.safetensors", "action_head--1_checkpoint.pt", "optimizer.pt", "lora_adapter/a.json"]
-    assert _needed(names, "", None) == ["config.json", "model.safetensors", "action_head--1_checkpoint.pt"]
-    assert "lora_adapter/a.json" in _needed(names[2:], "", None)
+    assert files_to_download(names, "", None) == ["config.json", "model.safetensors", "action_head--1_checkpoint.pt"]
+    assert "lora_adapter/a.json" in files_to_download(names[2:], "", None)
 
 
-def test_as_published_it_is_not_loaded_as_plain_openvla(published, here):
+def test_a_published_folder_is_not_loaded_as_plain_openvla(published, here):
     with pytest.raises(ValueError, match="action_head--150000_checkpoint.pt, .*openvla convert"):
         OpenVLAForActionPrediction.from_pretrained(published["l1"])
     here.branches["me/my-oft"] = {"main": [{path.name: path.read_bytes() for path in published["l1"].iterdir()}]}
@@ -237,11 +238,13 @@ def test_as_published_it_is_not_loaded_as_plain_openvla(published, here):
         OpenVLAForActionPrediction.from_pretrained("me/my-oft")
 
 
-def test_the_preset_of_evaluation_is_kept(published, tmp_path, capsys):
+def test_the_image_preset_is_saved_and_kept(published, tmp_path, caplog):
+    caplog.set_level(logging.INFO)
     convert(published["l1"], tmp_path / "plain", preset="libero", num_images=2)
-    assert "--image-preset libero" in capsys.readouterr().out
+    assert "--image-preset libero" in caplog.text
+    caplog.clear()
     convert(published["l1"], tmp_path / "set", preset="libero", num_images=2, image_preset="libero")
-    assert "--image-preset" not in capsys.readouterr().out
+    assert "--image-preset" not in caplog.text
     assert OpenVLAProcessor.from_pretrained(tmp_path / "set").image_preset == "libero"
-    convert(tmp_path / "set", tmp_path / "again")  # what is there stays
+    convert(tmp_path / "set", tmp_path / "again")  # the source's preset is kept
     assert OpenVLAProcessor.from_pretrained(tmp_path / "again").image_preset == "libero"

@@ -7,9 +7,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from openvla import AutoModelForVision2Seq, AutoProcessor, PrismaticConfig
-from openvla.conversion.convert import convert
-from openvla.conversion.prismatic_format import BASE_VLMS, COMMON, native_run_config
-from openvla.conversion.safetensors_io import read_pickle
+from openvla.conversion.prismatic_format import native_config, native_run_config
+from openvla.conversion.prismatic_registry import BASE_VLMS, COMMON
+from openvla.conversion.torch_archive import load_torch_file
+from openvla.convert_checkpoint import convert
 from openvla.vision_openvla import PrismaticVisionBackbone
 from qwen import SPECIAL, VOCABULARY, write_qwen_tokenizer
 from reference import write_json
@@ -95,7 +96,7 @@ def write_run(folder, vla, bins_end, rows):
 
 @pytest.fixture(scope="session", params=RUNS)
 def mini(request, tmp_path_factory, tokenizer):
-    """A native run, the Hub folder made of it, and where its bins end."""
+    """Return a native run, its Hub folder, the id at which its bins end, and its embedding rows."""
     vla, bins_end, rows = RUNS[request.param]
     folder = tmp_path_factory.mktemp("mini")
     write_run(folder / "run", vla, bins_end, rows)
@@ -105,7 +106,7 @@ def mini(request, tmp_path_factory, tokenizer):
 
 def expected_action(run, bins_end, rows, input_ids, pixel_values):
     """What openvla-mini's predict_action computes (vlas/openvla.py, vlms/prismatic.py, vla/action_tokenizer.py)."""
-    state = read_pickle(next((run / "checkpoints").glob("*.pt")))["model"]
+    state = load_torch_file(next((run / "checkpoints").glob("*.pt")))["model"]
     towers = PrismaticVisionBackbone(
         PrismaticConfig(vision_backbone_id="dinosiglip-vit-so-224px", timm_model_kwargs=TOWERS)
     )
@@ -136,7 +137,7 @@ def test_the_converted_run_predicts_what_openvla_mini_computes(mini, frames):
     run, hub, bins_end, rows = mini
     model = AutoModelForVision2Seq.from_pretrained(hub, torch_dtype=torch.float32).eval()
     processor = AutoProcessor.from_pretrained(hub)
-    seen = set()
+    distinct = set()
     for name, instruction in (("noise", "Put the bowl in the drawer"), ("black", "turn on the stove"), ("white", "x")):
         inputs = processor(instruction=instruction, images=frames[name])
         prompt = (
@@ -153,11 +154,11 @@ def test_the_converted_run_predicts_what_openvla_mini_computes(mini, frames):
         assert output.token_ids.tolist() == tokens
         assert output.actions.tolist() == action.tolist()
         assert all(bins_end - 256 <= token < bins_end for token in tokens)
-        seen.add(tuple(tokens))
-    assert len(seen) == 3
+        distinct.add(tuple(tokens))
+    assert len(distinct) == 3
 
 
-def test_the_folder_has_the_trained_vocabulary(mini):
+def test_the_hub_folder_has_the_vocabulary_of_the_training(mini):
     _, hub, bins_end, rows = mini
     config = json.loads((hub / "config.json").read_text())
     assert config["text_config"]["vocab_size"] == rows
@@ -177,11 +178,11 @@ def test_the_folder_has_the_trained_vocabulary(mini):
     assert (generation["eos_token_id"], generation["pad_token_id"]) == (VOCABULARY, VOCABULARY)
 
 
-def test_there_and_back_is_the_identity(mini, tmp_path, tokenizer):
+def test_reverse_conversion_restores_the_native_run(mini, tmp_path, tokenizer):
     run, hub, _, _ = mini
     convert(hub, tmp_path / "run", reverse=True)
-    before = read_pickle(next((run / "checkpoints").glob("*.pt")))["model"]
-    after = read_pickle(tmp_path / "run" / "checkpoints" / "latest-checkpoint.pt")["model"]
+    before = load_torch_file(next((run / "checkpoints").glob("*.pt")))["model"]
+    after = load_torch_file(tmp_path / "run" / "checkpoints" / "latest-checkpoint.pt")["model"]
     for component, part in before.items():
         assert set(part) == set(after[component])
         assert all(torch.equal(tensor, after[component][name]) for name, tensor in part.items())
@@ -193,7 +194,7 @@ def test_there_and_back_is_the_identity(mini, tmp_path, tokenizer):
     assert all(torch.equal(tensor, again[name]) for name, tensor in load_file(hub / "model.safetensors").items())
 
 
-def test_a_saved_model_goes_back_with_its_action_tokenizer(mini, tmp_path):
+def test_reverse_conversion_of_a_saved_model_names_its_action_tokenizer(mini, tmp_path):
     run, hub, _, _ = mini
     AutoModelForVision2Seq.from_pretrained(hub, torch_dtype=torch.float32).save_pretrained(tmp_path / "tuned")
     convert(tmp_path / "tuned", tmp_path / "run", reverse=True)
@@ -230,13 +231,13 @@ def refused(tmp_path, tokenizer, error, match, vla=None, overrides=OVERRIDES, da
         ({"base_vlm": "prism-qwen25-dinosiglip-224px+7b"}, "unknown base_vlm"),
     ],
 )
-def test_what_cannot_be_decoded_yet_is_refused(vla, message, tmp_path, tokenizer):
+def test_runs_that_cannot_be_decoded_are_refused(vla, message, tmp_path, tokenizer):
     refused(tmp_path, tokenizer, ValueError, message, vla=vla)
 
 
 def test_another_vocabulary_is_refused(tmp_path, tokenizer):
     other = write_qwen_tokenizer(tmp_path / "other", vocabulary=VOCABULARY - 32)
-    for number, (given, changed, message) in enumerate(
+    for number, (other_tokenizer, fields, message) in enumerate(
         [
             (other, {"pad_token_id": VOCABULARY - 32}, "828 tokens .* has 832 rows .* has 896"),
             (tokenizer, {"pad_to_multiple_of": 20}, "overridden as 20, but was 36"),
@@ -244,10 +245,10 @@ def test_another_vocabulary_is_refused(tmp_path, tokenizer):
             (tokenizer, {"pad_token_id": 151643}, "896 rows, none for qwen25-0_5b-extra's padding token 151643"),
         ]
     ):
-        refused(tmp_path / str(number), given, ValueError, message, overrides={**OVERRIDES, **changed})
+        refused(tmp_path / str(number), other_tokenizer, ValueError, message, overrides={**OVERRIDES, **fields})
 
 
-def test_a_head_that_is_not_the_embedding_is_refused(tmp_path, tokenizer):
+def test_an_untied_head_of_a_tied_model_is_refused(tmp_path, tokenizer):
     def damage(llm):
         llm["llm.lm_head.weight"] = llm["llm.lm_head.weight"] + 1
 
@@ -255,7 +256,7 @@ def test_a_head_that_is_not_the_embedding_is_refused(tmp_path, tokenizer):
 
 
 @pytest.mark.parametrize("form", ["runs/{}+stage-finetune+x7", "pretrained/{}", "{}"])
-def test_a_base_vlm_may_be_the_folder_that_it_lay_in(form, tmp_path, tokenizer):
+def test_a_base_vlm_may_be_the_path_of_its_folder(form, tmp_path, tokenizer):
     base = form.format(EXTRA_RUN["base_vlm"])
     base = base.replace("+", "-") if base.startswith("pretrained") else base
     if base == EXTRA_RUN["base_vlm"]:
@@ -266,7 +267,7 @@ def test_a_base_vlm_may_be_the_folder_that_it_lay_in(form, tmp_path, tokenizer):
     assert json.loads((tmp_path / "hub" / "config.json").read_text())["llm_backbone_id"] == "qwen25-0_5b-extra"
 
 
-def test_the_registry_has_openvla_mini_s_models():
+def test_the_registry_holds_openvla_mini_s_models():
     """Facts of prismatic/conf/models.py: class Prism_Qwen25_0_5B_DINOSigLIP_224px and the one derived from it."""
     pure = {
         "vision_backbone_id": "dinosiglip-vit-so-224px",
@@ -280,10 +281,8 @@ def test_the_registry_has_openvla_mini_s_models():
     assert extra == {**pure, "llm_backbone_id": "qwen25-0_5b-extra"}
 
 
-def test_the_facts_of_each_language_model_reach_the_configuration(tmp_path):
-    """What a phi-2 or a Mistral says of itself, and what 4.40 and 5.x both read of it."""
-    from openvla.conversion.prismatic_format import native_config
-
+def test_the_configuration_has_each_language_model_s_constants(tmp_path):
+    """Constants of phi-2 and Mistral that tensors do not show, readable on transformers 4.40 and 5.x."""
     for backbone, eps, pad in (("mistral-v0.1-7b-pure", 1e-5, 32000), ("llama2-7b-pure", 1e-6, 32000)):
         config = native_config(_vlm(tmp_path, backbone), _language_tensors(), {})
         assert (config.text_config.rms_norm_eps, config.pad_token_id) == (eps, pad)

@@ -13,8 +13,8 @@ from huggingface_hub import ModelCard, constants, snapshot_download
 from openvla import OpenVLAForActionPrediction, OpenVLAProcessor, quantization_config
 from openvla.__main__ import main
 from openvla.compatibility_openvla import QUANTIZES_ON_CPU
-from openvla.conversion.convert import convert
 from openvla.conversion.hub_upload import publishable, push_folder
+from openvla.convert_checkpoint import convert
 from openvla.tiny import build_tokenizer
 from reference import REPOSITORY, published_folder
 
@@ -45,12 +45,12 @@ import transformers
 from exchange import predict
 
 processor = transformers.AutoProcessor.from_pretrained("me/robot", trust_remote_code=True)
-door = getattr(transformers, "AutoModelForImageTextToText", None) or transformers.AutoModelForVision2Seq
-model = door.from_pretrained("me/robot", trust_remote_code=True).eval()
-found = predict(model, processor)
+model_class = getattr(transformers, "AutoModelForImageTextToText", None) or transformers.AutoModelForVision2Seq
+model = model_class.from_pretrained("me/robot", trust_remote_code=True).eval()
+actions = predict(model, processor)
 model.push_to_hub("me/copy")
 processor.push_to_hub("me/copy")
-print(json.dumps(found))
+print(json.dumps(actions))
 """
 
 
@@ -96,7 +96,7 @@ def test_pushed_from_a_notebook_and_loaded_by_id(hub, tmp_path):
         assert {**first, "_name_or_path": ""} == {**second, "_name_or_path": ""}, name
 
 
-def test_the_command(here, folder, capsys):
+def test_the_command_uploads_every_file(here, folder, capsys):
     assert main(["publish", str(folder), "me/published"]) == 0
     files = here.files("me/published")
     assert set(files) == {".gitattributes", *publishable(folder)}
@@ -113,7 +113,7 @@ def test_the_command(here, folder, capsys):
     assert len(here.branches["me/published"]["main"]) == 2
 
 
-def test_an_adapter(here, folder, tmp_path, capsys):
+def test_an_adapter_is_uploaded(here, folder, tmp_path, capsys):
     pytest.importorskip("peft")
     model = OpenVLAForActionPrediction.from_pretrained(folder)
     model.enable_lora(r=2, targets="language")
@@ -131,7 +131,7 @@ def test_an_adapter(here, folder, tmp_path, capsys):
     assert "me/damaged" not in here.branches
 
 
-def test_quantised_weights(here, folder, tmp_path, frames):
+def test_quantised_weights_are_uploaded(here, folder, tmp_path, frames):
     pytest.importorskip("bitsandbytes")
     if not QUANTIZES_ON_CPU:
         pytest.skip("this transformers version quantises on a GPU only")
@@ -151,7 +151,7 @@ def test_quantised_weights(here, folder, tmp_path, frames):
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
-def test_a_dry_run_touches_no_network(here, folder, tmp_path, capsys):
+def test_a_dry_run_uses_no_network(here, folder, tmp_path, capsys):
     shutil.copytree(folder, tmp_path / "folder")
     (tmp_path / "folder" / "optimizer.pt").write_bytes(b"state")
     (tmp_path / "folder" / ".cache").mkdir()
@@ -177,7 +177,7 @@ def test_a_card_on_the_hub_is_kept(here, folder, tmp_path):
     assert here.files("me/card")["README.md"].endswith(b"My own words.\n")
 
 
-def test_tags_go_into_a_card_that_is_there(here, folder, tiny, tmp_path):
+def test_tags_are_added_to_an_existing_card(here, folder, tiny, tmp_path):
     shutil.copytree(folder, tmp_path / "folder")
     (tmp_path / "folder" / "README.md").write_text("---\nlicense: mit\ntags: [old]\n---\nMy own words.\n")
     assert main(["publish", str(tmp_path / "folder"), "me/tagged"]) == 0
@@ -191,7 +191,7 @@ def test_tags_go_into_a_card_that_is_there(here, folder, tiny, tmp_path):
         tiny.processor.push_to_hub("me/empty", tags=["new"])
 
 
-def test_a_repository_stays_as_public_as_it_is(here, tiny):
+def test_an_existing_repository_keeps_its_visibility(here, tiny):
     tiny.processor.push_to_hub("me/open", private=False)
     commits = len(here.branches["me/open"]["main"])
     with pytest.raises(ValueError, match="me/open exists and is public; private=True is for a new repository. .*leave"):
@@ -202,7 +202,7 @@ def test_a_repository_stays_as_public_as_it_is(here, tiny):
     assert "me/shut" in here.private
 
 
-def test_an_adapter_and_whole_weights_do_not_meet_in_a_repository(here, tiny, tmp_path):
+def test_a_repository_never_holds_an_adapter_and_whole_weights(here, tiny, tmp_path):
     tiny.model.push_to_hub("me/whole")
     commits = len(here.branches["me/whole"]["main"])
     (tmp_path / "adapter_config.json").write_text("{}")
@@ -229,7 +229,7 @@ def test_an_adapter_and_whole_weights_do_not_meet_in_a_repository(here, tiny, tm
         ("nothing", "has no config.json"),
     ],
 )
-def test_what_is_not_complete_stays_here(change, message, here, folder, tmp_path, capsys):
+def test_an_incomplete_folder_is_not_uploaded(change, message, here, folder, tmp_path, capsys):
     target = tmp_path / "folder"
     shutil.copytree(folder, target)
     config = json.loads((target / "config.json").read_text())
@@ -258,7 +258,7 @@ def test_what_is_not_complete_stays_here(change, message, here, folder, tmp_path
     assert len(here.requests) == before
 
 
-def test_a_wrong_token_is_one_line(here, folder, monkeypatch, capsys):
+def test_a_wrong_token_is_reported_in_one_line(here, folder, monkeypatch, capsys):
     monkeypatch.setenv("HF_TOKEN", "hf_wrong")
     assert main(["publish", str(folder), "me/refused"]) == 2
     error = capsys.readouterr().err
@@ -267,7 +267,7 @@ def test_a_wrong_token_is_one_line(here, folder, monkeypatch, capsys):
     assert main(["publish", str(folder), "me/refused", "--token", TOKEN]) == 0
 
 
-def test_no_hub_is_one_line(here, folder, monkeypatch, capsys):
+def test_an_unreachable_hub_is_reported_in_one_line(here, folder, monkeypatch, capsys):
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     assert main(["publish", str(folder), "me/refused"]) == 2
     assert len(capsys.readouterr().err.splitlines()) == 1

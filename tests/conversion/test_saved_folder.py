@@ -11,11 +11,12 @@ import pytest
 import torch
 from openvla import OpenVLAForActionPrediction
 from openvla.compatibility_openvla import TRANSFORMERS_VERSION
-from openvla.conversion.convert import convert
 from openvla.conversion.hub_upload import publishable
+from openvla.conversion.hub_weights import weight_files
 from openvla.conversion.publish import require_complete
-from openvla.conversion.safetensors_io import read_tensors, weight_files
+from openvla.conversion.safetensors_io import read_tensors
 from openvla.conversion.upgrade import upgrade
+from openvla.convert_checkpoint import convert
 from openvla.publishing_openvla import INDEX_FILE, SINGLE_FILE, warn_of_two_sets
 from openvla.tiny import build_tiny
 from reference import REPOSITORY

@@ -1,7 +1,8 @@
-"""openvla upgrade: folders of any age get today's code, weights stay, and nothing is lost where it fails."""
+"""openvla upgrade: folders of any age get today's code, weights are kept, and a failure changes nothing."""
 
 import errno
 import json
+import logging
 import os
 import platform
 import re
@@ -96,7 +97,7 @@ def test_a_folder_of_our_older_code_trains_again(saved, tiny, tmp_path):
     assert verify(tmp_path / "new") == len(model.state_dict())
 
 
-def test_a_published_folder(tmp_path):
+def test_a_published_folder_is_upgraded(tmp_path):
     source = published_folder("fused", tmp_path / "old", pad_token_id=build_tokenizer().pad_token_id)
     for name in ("modeling_prismatic.py", "configuration_prismatic.py", "processing_prismatic.py"):
         (source / name).write_text("import timm_of_long_ago\n")
@@ -112,7 +113,7 @@ def test_a_published_folder(tmp_path):
     assert removed == ["configuration_prismatic.py", "modeling_prismatic.py", "processing_prismatic.py"]
     assert contents(source) == before
     after = contents(tmp_path / "new")
-    kept = {
+    kept_files = {
         "my_robot.py",
         "eval_openvla.py",
         "README.md",
@@ -120,7 +121,7 @@ def test_a_published_folder(tmp_path):
         "model.safetensors",
         "generation_config.json",
     }
-    assert {name: after[name] for name in kept} == {name: before[name] for name in kept}
+    assert {name: after[name] for name in kept_files} == {name: before[name] for name in kept_files}
     assert not set(removed) & set(after)
     assert json.loads(after["config.json"])["auto_map"]["AutoModel"] == "modeling_openvla.OpenVLAForActionPrediction"
     assert verify(tmp_path / "new")
@@ -136,7 +137,7 @@ def test_code_that_is_no_longer_shipped_is_removed(tiny, tmp_path):
     assert {path.name for path in (tmp_path / "saved").glob("*.py")} <= shipped
 
 
-def test_in_place_and_twice(saved, tmp_path, capsys):
+def test_a_second_upgrade_in_place_changes_nothing(saved, tmp_path, capsys):
     (saved / ".git").mkdir()
     (saved / ".git" / "HEAD").write_text("ref: refs/heads/main")
     (saved / "notes.txt").write_text("mine")
@@ -154,7 +155,7 @@ def test_in_place_and_twice(saved, tmp_path, capsys):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["saved", "weights"]
 
 
-def test_an_adapter(saved, tmp_path):
+def test_an_adapter_is_upgraded(saved, tmp_path):
     pytest.importorskip("peft")
     upgrade(saved, tmp_path / "base")
     model = OpenVLAForActionPrediction.from_pretrained(tmp_path / "base")
@@ -171,7 +172,7 @@ def test_an_adapter(saved, tmp_path):
     OpenVLAForActionPrediction.from_pretrained(tmp_path / "new")
 
 
-def test_an_adapter_s_own_statistics_and_processor(saved, tiny, tmp_path):
+def test_an_adapter_keeps_its_statistics_and_its_processor(saved, tiny, tmp_path):
     pytest.importorskip("peft")
     upgrade(saved, tmp_path / "base")
     model = OpenVLAForActionPrediction.from_pretrained(tmp_path / "base")
@@ -192,7 +193,7 @@ def test_an_adapter_s_own_statistics_and_processor(saved, tiny, tmp_path):
     assert "my_robot" in OpenVLAForActionPrediction.from_pretrained(tmp_path / "adapter").norm_stats
 
 
-def test_code_of_the_user_s_own_stays(saved, tmp_path):
+def test_the_user_s_code_is_kept(saved, tmp_path):
     """Also where a configuration names it: a tokenizer's class, a model class."""
     (saved / "my_tokenizer.py").write_text("mine")
     (saved / "my_model.py").write_text("mine")
@@ -205,15 +206,16 @@ def test_code_of_the_user_s_own_stays(saved, tmp_path):
     assert (saved / "my_tokenizer.py").read_text() == (saved / "my_model.py").read_text() == "mine"
 
 
-def test_a_model_without_a_processor(tiny, tmp_path, capsys):
+def test_a_model_without_a_processor_is_upgraded(tiny, tmp_path, caplog):
+    caplog.set_level(logging.INFO)
     tiny.model.save_pretrained(tmp_path / "model")
     upgrade(tmp_path / "model", in_place=True)
-    assert "added README.md, openvla_manifest.json" in capsys.readouterr().out
+    assert "added README.md, openvla_manifest.json" in caplog.text
     assert not (tmp_path / "model" / "preprocessor_config.json").exists()
     AutoModelForVision2Seq.from_pretrained(tmp_path / "model")
 
 
-def test_links_modes_and_owners_in_place(saved, tmp_path):
+def test_links_and_modes_are_kept_in_place(saved, tmp_path):
     (tmp_path / "dataset").mkdir()
     (saved / "data").symlink_to("../dataset")
     (saved / "gone").symlink_to("nowhere")
@@ -230,15 +232,15 @@ def test_links_modes_and_owners_in_place(saved, tmp_path):
     assert (saved.stat().st_mode & 0o777, (saved / "config.json").stat().st_mode & 0o777) == (0o700, 0o600)
 
 
-def test_what_a_killed_upgrade_moved_aside_comes_back_first(saved, tmp_path):
-    gone = subprocess.Popen([sys.executable, "-c", ""])
-    gone.wait()
-    saved.rename(tmp_path / f".saved.{platform.node()}.{gone.pid}.previous")
+def test_the_backup_of_a_killed_upgrade_is_restored_first(saved, tmp_path):
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    saved.rename(tmp_path / f".saved.{platform.node()}.{ended.pid}.previous")
     upgrade(saved, in_place=True)
     assert verify(saved)
 
 
-def test_out_is_never_in_or_around_the_source(saved, tmp_path):
+def test_a_target_inside_or_around_the_source_is_refused(saved, tmp_path):
     before = contents(tmp_path)
     for out in (saved, saved / "out", tmp_path):
         with pytest.raises(ValueError, match="must lie beside"):
@@ -261,7 +263,7 @@ def is_current(code: bytes) -> bool:
     return re.sub(r'; CODE_DIGEST = "[0-9a-f]{64}"', "", code.decode(), count=1) == today
 
 
-def test_quantised_weights(saved, tmp_path, frames):
+def test_quantised_weights_are_upgraded(saved, tmp_path, frames):
     pytest.importorskip("bitsandbytes")
     if not QUANTIZES_ON_CPU:
         pytest.skip("needs a GPU before transformers 4.53")
@@ -271,8 +273,8 @@ def test_quantised_weights(saved, tmp_path, frames):
     upgrade(tmp_path / "quantised", tmp_path / "new")
     again = AutoModelForVision2Seq.from_pretrained(tmp_path / "new").eval()
     inputs = AutoProcessor.from_pretrained(tmp_path / "new")(instruction="open the drawer", images=frames["noise"])
-    answers = [m.predict_action(**inputs, constrain_actions=True) for m in (model, again)]
-    assert np.array_equal(*answers)
+    actions = [m.predict_action(**inputs, constrain_actions=True) for m in (model, again)]
+    assert np.array_equal(*actions)
 
 
 def test_the_installed_package_is_preferred_to_a_folder_s_broken_code(saved, tiny):
@@ -282,9 +284,9 @@ def test_the_installed_package_is_preferred_to_a_folder_s_broken_code(saved, tin
     for trust in ({}, {"trust_remote_code": True}):
         model = AutoModelForVision2Seq.from_pretrained(saved, **trust).eval()
         assert predict(model, AutoProcessor.from_pretrained(saved, **trust)) == expected
-    own = getattr(transformers, "AutoModelForImageTextToText", None) or transformers.AutoModelForVision2Seq
+    auto_class = getattr(transformers, "AutoModelForImageTextToText", None) or transformers.AutoModelForVision2Seq
     processor = transformers.AutoProcessor.from_pretrained(saved)
-    assert predict(own.from_pretrained(saved).eval(), processor) == expected
+    assert predict(auto_class.from_pretrained(saved).eval(), processor) == expected
 
 
 def no_config(folder):
@@ -348,27 +350,27 @@ def other_weights(folder):
 @pytest.mark.parametrize("in_place", [False, True], ids=["out", "in place"])
 def test_bad_input_changes_nothing(change, message, in_place, saved, tmp_path):
     change(saved)
-    before, beside = contents(saved), sorted(tmp_path.iterdir())
+    before, siblings = contents(saved), sorted(tmp_path.iterdir())
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         upgrade(saved, None if in_place else tmp_path / "new", in_place=in_place)
     assert contents(saved) == before
-    assert sorted(tmp_path.iterdir()) == beside
+    assert sorted(tmp_path.iterdir()) == siblings
 
 
-def test_a_folder_that_changes_meanwhile(saved, tmp_path, monkeypatch):
-    write = module._write
+def test_a_folder_that_another_process_writes_is_refused(saved, tmp_path, monkeypatch):
+    write = module._write_upgraded
 
     def while_somebody_writes(source, folder, name):
         write(source, folder, name)
         (source / "config.json").write_text((source / "config.json").read_text() + " ")
 
-    monkeypatch.setattr(module, "_write", while_somebody_writes)
+    monkeypatch.setattr(module, "_write_upgraded", while_somebody_writes)
     with pytest.raises(ValueError, match=r"is being written \(config.json\)"):
         upgrade(saved, in_place=True)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["saved", "weights"]
 
 
-def test_a_full_disk(saved, tmp_path, monkeypatch):
+def test_a_full_disk_changes_nothing(saved, tmp_path, monkeypatch):
     before = contents(saved)
 
     def full(*_):
@@ -383,13 +385,13 @@ def test_a_full_disk(saved, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_disk_that_is_really_full(saved, small_disk):
+def test_a_small_file_system_changes_nothing(saved, small_disk):
     with pytest.raises(OSError, match="No space left on the disk of"):
         upgrade(saved, small_disk / "new")
     assert list(small_disk.iterdir()) == []
 
 
-def test_wrong_arguments(saved, tmp_path, capsys):
+def test_contradicting_arguments_are_refused(saved, tmp_path, capsys):
     for arguments, message in (
         ([str(saved)], "needs OUT"),
         ([str(saved), str(tmp_path / "new"), "--in-place"], "needs OUT"),
@@ -406,7 +408,7 @@ def test_wrong_arguments(saved, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("option", ["--publish", "--create-pr"])
-def test_a_repository_on_the_hub(option, here, tmp_path, capsys):
+def test_a_repository_on_the_hub_is_upgraded_and_published(option, here, tmp_path, capsys):
     repo = f"me/old{option.strip('-')}"
     source = published_folder("fused", tmp_path / "old", pad_token_id=build_tokenizer().pad_token_id)
     (source / "modeling_prismatic.py").write_text("import timm_of_long_ago\n")

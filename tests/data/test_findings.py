@@ -216,7 +216,7 @@ def test_certain_findings_raise_unless_accepted(recwarn):
 
 
 def test_accept_must_name_checks():
-    given = {"model": "m", "output": "o"}
+    given = {"model": "m", "output_dir": "o"}
     assert FinetuneConfig(**given, accept=list(CHECKS)).accept == list(CHECKS)
     with pytest.raises(ValueError, match="Unknown check 'gripper' in accept. Did you mean 'gripper-"):
         FinetuneConfig(**given, accept=["gripper"])
@@ -235,7 +235,7 @@ def simulated(tmp_path):
             episode.attrs["language_instruction"] = "go"
             episode["actions"] = action
             episode["images"] = np.random.RandomState(index).randint(0, 256, (STEPS, 16, 16, 3), np.uint8)
-    return ["--model", str(tmp_path / "no-model"), "--output", str(tmp_path / "run"), "--device", "cpu"]
+    return ["--model", str(tmp_path / "no-model"), "--output-dir", str(tmp_path / "run"), "--use-cpu"]
 
 
 def test_finetune_checks_data_before_loading_the_model(simulated, tmp_path, capsys):
@@ -265,7 +265,7 @@ def test_finetune_checks_statistics_without_readers(tmp_path):
         statistics = {"lab": {"action": {"q01": [-0.5] * 6 + [-1.0], "q99": [0.5] * 6 + [1.0]}}}
 
     with pytest.raises(ValueError, match=r"lab: gripper-range \(certain\)"):
-        finetune(FinetuneConfig(model="no", output=str(tmp_path / "run"), device="cpu"), Held())
+        finetune(FinetuneConfig(model="no", output_dir=str(tmp_path / "run"), use_cpu=True), Held())
 
 
 @pytest.mark.parametrize(("shift", "checks"), [(0, []), (1, ["shifted-actions"]), (-1, [])])

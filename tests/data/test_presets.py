@@ -14,7 +14,7 @@ from openvla.data.lerobot_writer import LeRobotWriter  # noqa: E402
 from openvla.data.open import open_dataset  # noqa: E402
 from openvla.data.presets import HDF5_PRESETS, PRESETS, WITHOUT_PRESET  # noqa: E402
 from openvla.training.config import FinetuneConfig  # noqa: E402
-from openvla.training.finetune import Demonstrations  # noqa: E402
+from openvla.training.datasets import Demonstrations  # noqa: E402
 
 CAMERA = "observation.images.image"
 OPENING = [0.0, 0.0, 0.0, 1.0, 1.0, 1.0]
@@ -173,7 +173,7 @@ def test_preset_none_in_finetune_and_inspect_data(tmp_path, capsys):
     from openvla.__main__ import main
 
     folder = write_rlds(tmp_path, "language_table", [episode_columns()])
-    run = {"model": "m", "output": "o", "data": str(folder)}
+    run = {"model": "m", "output_dir": "o", "data": str(folder)}
     assert Demonstrations(FinetuneConfig(**run, preset="none")).readers[0].preset is None
     with pytest.raises(ValueError, match="no preset describes it"):
         Demonstrations(FinetuneConfig(**run))

@@ -1,4 +1,4 @@
-"""Training in less memory: the same gradients, and fewer bytes that wait for them."""
+"""Memory-efficient training: the same gradients, and fewer bytes saved for the backward pass."""
 
 import contextlib
 
@@ -11,29 +11,29 @@ pytest.importorskip("peft")
 
 from openvla.compatibility_openvla import enable_checkpointing
 from openvla.tiny import build_tiny
-from openvla.training import memory as lean_training
-from openvla.training.memory import lean
+from openvla.training import memory
+from openvla.training.memory import memory_efficient_training
 
-# The sum W x + s B A x in one matrix product and not in two is rounded elsewhere; float32, whole tensors.
+# W x + s B A x accumulated into one matrix product is rounded in another order; float32, norms of whole tensors.
 LORA_RTOL = 2e-5
 LORA = {"r": 4, "alpha": 8}
 
 
-def gradients(model, run, training=lean):
-    """Of a training pass, by name, and its loss."""
+def gradients(model, run, context=memory_efficient_training):
+    """Return the gradients of a training step by name, and its loss."""
     model.train().zero_grad()
-    with training(model):
+    with context(model):
         loss = run(model)
         loss.backward()
     return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}, loss.detach()
 
 
-def plainly(model):
+def unchanged(model):
     return contextlib.nullcontext()
 
 
 def step(processor, mixed=False):
-    """A training pass on noise."""
+    """Return a function that computes the loss of a noise image."""
     image = np.random.RandomState(0).randint(0, 256, (64, 64, 3), dtype=np.uint8)
     inputs = processor(instruction="open the drawer", images=image)
 
@@ -48,7 +48,7 @@ def step(processor, mixed=False):
 
 
 def with_lora(model, **settings):
-    """An adapter that does something, and always the same."""
+    """Add an adapter with reproducible weights other than zero."""
     torch.manual_seed(0)
     model.enable_lora(**LORA | settings)
     with torch.no_grad():
@@ -58,94 +58,97 @@ def with_lora(model, **settings):
     return model
 
 
-def test_what_is_computed_again_changes_no_bit():
+def test_recomputed_activations_give_bitwise_equal_gradients():
     model, processor = build_tiny()
-    found, loss = gradients(model, step(processor))
-    wanted, wanted_loss = gradients(model, step(processor), plainly)
-    assert torch.equal(loss, wanted_loss)
-    assert found.keys() == wanted.keys()
-    assert all(torch.equal(found[name], gradient) for name, gradient in wanted.items())
+    actual, loss = gradients(model, step(processor))
+    expected, expected_loss = gradients(model, step(processor), unchanged)
+    assert torch.equal(loss, expected_loss)
+    assert actual.keys() == expected.keys()
+    assert all(torch.equal(actual[name], gradient) for name, gradient in expected.items())
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_lora_has_peft_s_gradients(checkpointing):
+def test_lora_gradients_equal_those_of_peft(checkpointing):
     model, processor = build_tiny()
     with_lora(model)
     if checkpointing:
         enable_checkpointing(model)
         model.enable_input_require_grads()
-    found, loss = gradients(model, step(processor))
-    wanted, wanted_loss = gradients(model, step(processor), plainly)
-    assert loss == pytest.approx(float(wanted_loss), rel=LORA_RTOL)
-    assert found.keys() == wanted.keys()
-    assert all("lora_" in name for name in found)
-    for name, gradient in wanted.items():
-        assert (found[name] - gradient).norm() <= LORA_RTOL * gradient.norm(), name
+    actual, loss = gradients(model, step(processor))
+    expected, expected_loss = gradients(model, step(processor), unchanged)
+    assert loss == pytest.approx(float(expected_loss), rel=LORA_RTOL)
+    assert actual.keys() == expected.keys()
+    assert all("lora_" in name for name in actual)
+    for name, gradient in expected.items():
+        assert (actual[name] - gradient).norm() <= LORA_RTOL * gradient.norm(), name
 
 
-def test_lora_in_mixed_precision_is_no_less_exact_than_peft_s():
+def test_lora_in_mixed_precision_is_as_accurate_as_peft():
     model, processor = build_tiny()
     with_lora(model)
-    exact, _ = gradients(model, step(processor), plainly)
+    exact, _ = gradients(model, step(processor), unchanged)
     for name, parameter in model.named_parameters():
         if "lora_" not in name:
             parameter.data = parameter.data.bfloat16()
-    found, _ = gradients(model, step(processor, mixed=True))
-    peft, _ = gradients(model, step(processor, mixed=True), plainly)
-    assert {gradient.dtype for gradient in found.values()} == {torch.float32}
-    off = [sum(float((of[name] - exact[name]).square().sum()) for name in exact) ** 0.5 for of in (found, peft)]
-    assert off[0] <= 1.1 * off[1]  # both are bfloat16's own error
+    actual, _ = gradients(model, step(processor, mixed=True))
+    peft, _ = gradients(model, step(processor, mixed=True), unchanged)
+    assert {gradient.dtype for gradient in actual.values()} == {torch.float32}
+    errors = [
+        sum(float((computed[name] - exact[name]).square().sum()) for name in exact) ** 0.5
+        for computed in (actual, peft)
+    ]
+    assert errors[0] <= 1.1 * errors[1]  # both are the rounding error of bfloat16
 
 
-def test_less_waits_for_the_backward_pass(monkeypatch):
+def test_fewer_bytes_are_saved_for_the_backward_pass(monkeypatch):
     model, processor = build_tiny()
     with_lora(model).train()
-    waiting = []
-    for computes_again in (True, False):
-        kept = {}
+    saved_bytes = []
+    for recomputes in (True, False):
+        storages = {}
 
-        class Counting(lean_training._Recomputed):
-            def __call__(self, compute, *inputs, first=None, computes_again=computes_again):
-                return super().__call__(compute, *inputs, first=first) if computes_again else compute(*inputs)
+        class Counting(memory._Recompute):
+            def __call__(self, compute, *inputs, first=None, recomputes=recomputes):
+                return super().__call__(compute, *inputs, first=first) if recomputes else compute(*inputs)
 
-            def pack(self, tensor, kept=kept):
+            def pack(self, tensor, storages=storages):
                 packed = super().pack(tensor)
                 if torch.is_tensor(packed) and not isinstance(packed, nn.Parameter):
-                    kept[packed.untyped_storage().data_ptr()] = packed.untyped_storage()
+                    storages[packed.untyped_storage().data_ptr()] = packed.untyped_storage()
                 return packed
 
-        monkeypatch.setattr(lean_training, "_Recomputed", Counting)
-        with lean(model):
+        monkeypatch.setattr(memory, "_Recompute", Counting)
+        with memory_efficient_training(model):
             loss = step(processor)(model)
-            waiting.append(sum(storage.nbytes() for storage in kept.values()))
+            saved_bytes.append(sum(storage.nbytes() for storage in storages.values()))
             loss.backward()
-    assert waiting[0] < 0.75 * waiting[1], waiting
+    assert saved_bytes[0] < 0.75 * saved_bytes[1], saved_bytes
 
 
-def test_afterwards_nothing_is_left_of_it():
+def test_forwards_are_restored_after_the_context():
     model, processor = build_tiny()
     with_lora(model)
-    with lean(model):
+    with memory_efficient_training(model):
         assert any("forward" in vars(module) for module in model.modules())
-    with pytest.raises(ZeroDivisionError), lean(model):
+    with pytest.raises(ZeroDivisionError), memory_efficient_training(model):
         raise ZeroDivisionError
     assert not any("forward" in vars(module) for module in model.modules())
 
 
-def test_what_is_not_plain_lora_stays_peft_s():
-    def taken(model):
-        return [type(module) for module, _ in lean_training._lean_forwards(model, lean_training._Recomputed())]
+def test_only_plain_lora_layers_are_replaced():
+    def replaced(model):
+        return [type(module) for module, _ in memory._memory_efficient_forwards(model, memory._Recompute())]
 
-    dropping, _ = build_tiny()
-    dropping.enable_lora(**LORA, dropout=0.1)
-    trained, _ = build_tiny()
-    with_lora(trained, modules_to_save=["projector.fc3"])
-    layer = trained.language_model.model.layers[0].mlp.up_proj
-    before = len(taken(trained))
+    with_dropout, _ = build_tiny()
+    with_dropout.enable_lora(**LORA, dropout=0.1)
+    plain, _ = build_tiny()
+    with_lora(plain, modules_to_save=["projector.fc3"])
+    layer = plain.language_model.model.layers[0].mlp.up_proj
+    count = len(replaced(plain))
     layer.base_layer.register_forward_hook(lambda *_: None)
     from peft.tuners.lora.layer import Linear
 
-    assert Linear not in taken(dropping)
-    assert Linear in taken(trained)
-    assert len(taken(trained)) == before - 1
-    assert nn.LayerNorm in taken(dropping)
+    assert Linear not in replaced(with_dropout)
+    assert Linear in replaced(plain)
+    assert len(replaced(plain)) == count - 1
+    assert nn.LayerNorm in replaced(with_dropout)

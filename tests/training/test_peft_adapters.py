@@ -48,10 +48,10 @@ def test_statistics_in_the_folder_above_are_used(run, tmp_path):
         assert model.config.default_unnorm_key == "my_robot"
 
 
-def test_merge_without_statistics_names_the_known_datasets(run, tmp_path, capsys):
+def test_an_adapter_without_statistics_says_whose_are_used(run, tmp_path, caplog):
     shutil.copytree(run / "run" / "lora_adapter", tmp_path / "alone" / "adapter")
     merge(tmp_path / "alone" / "adapter", tmp_path / "merged")
-    assert "knows the base's datasets alone, ['untrained']" in capsys.readouterr().out
+    assert "knows the base's datasets alone, ['untrained']" in caplog.text
     merge(
         tmp_path / "alone" / "adapter",
         tmp_path / "with",
