@@ -13,7 +13,7 @@ from openvla.conversion.safetensors_io import tensor_digests
 from openvla.inference import fast_decoder
 from openvla.inference.cpu_prepack import has_matmul
 from openvla.tiny import TINY_TOWERS, build_config, language_config
-from ways import needs_compiler
+from predictions import needs_compiler
 
 
 def test_all_backends_predict_the_same_tokens(tmp_path, capsys):
