@@ -8,6 +8,7 @@ of ``modeling_prismatic.py``.
 from __future__ import annotations
 
 import argparse
+import functools
 import hashlib
 import importlib
 import itertools
@@ -98,14 +99,15 @@ def preprocessing_stages(processor: Any) -> dict[str, Callable[[int], np.ndarray
     """Return a stage for each of ``FRAME_SIZES`` that preprocesses a noise image of that size."""
     random = np.random.RandomState(0)
 
-    def preprocess(frame: Image.Image) -> np.ndarray:
+    def preprocess(frame: Image.Image, _: int) -> np.ndarray:
         return processor(frame, return_tensors="pt")["pixel_values"].numpy()
 
-    frames = {
-        f"preprocessing {width} x {height}": Image.fromarray(random.randint(0, 256, (height, width, 3), dtype=np.uint8))
+    return {
+        f"preprocessing {width} x {height}": functools.partial(
+            preprocess, Image.fromarray(random.randint(0, 256, (height, width, 3), dtype=np.uint8))
+        )
         for width, height in FRAME_SIZES
     }
-    return {name: lambda index, frame=frame: preprocess(frame) for name, frame in frames.items()}
 
 
 def reference_stages(model: Any, processor: Any, inputs: Any, device: str) -> dict[str, Callable[[int], Any]]:

@@ -19,6 +19,7 @@ from reference import MODULES, module_name
 NOT_READ = {"serving.app.PolicyApp.lifespan": {"app"}, "serving.app.build_app.handle_http_error": {"request"}}
 NOT_READ |= {"serving.middleware.DrainingServer.handle_exit": {"frame"}}
 NOT_READ |= {"vision_openvla.run_one_by_one": {"device"}}  # read by what replaces it, run_on_two_streams
+NOT_READ |= {"benchmarking.reference.preprocessing_stages.preprocess": {"_"}}  # a stage takes an index of an input
 
 
 def functions(node, owner):
