@@ -305,7 +305,7 @@ class ColumnSpec:
 
     @property
     def num_dropped_steps(self) -> int:
-        """Number of stored steps per episode that give no sample."""
+        """Return the number of stored steps per episode that give no sample."""
         return self.skip_first + (self.relabel is not None)
 
     def numeric_columns(self) -> set[str]:

@@ -56,7 +56,7 @@ class Step:
 
     @property
     def action(self) -> np.ndarray:
-        """The action of this step alone, float64 ``(action_dim,)``."""
+        """Return the action of this step alone, float64 ``(action_dim,)``."""
         return self.actions[0]
 
 
@@ -220,7 +220,7 @@ class EpisodeReader(ABC):
     @property
     @abstractmethod
     def files(self) -> list[Path]:
-        """Every file that the episodes are read from."""
+        """Return every file that the episodes are read from."""
 
     @abstractmethod
     def __len__(self) -> int:
@@ -266,7 +266,7 @@ class EpisodeReader(ABC):
 
     @property
     def num_noop_steps(self) -> int:
-        """Number of steps that ``drop_noops`` removed from the episodes read so far."""
+        """Return the number of steps that ``drop_noops`` removed from the episodes read so far."""
         return sum(self._num_noops.values())
 
     def notes(self) -> list[str]:
@@ -372,7 +372,7 @@ class EpisodeReader(ABC):
 
     @property
     def action_dim(self) -> int:
-        """Number of action dimensions, from the first usable episode.
+        """Return the number of action dimensions, from the first usable episode.
 
         Raises:
             ValueError: No episode can be used.
@@ -381,7 +381,7 @@ class EpisodeReader(ABC):
 
     @property
     def proprio_dim(self) -> int:
-        """Number of proprio dimensions, 0 without proprio."""
+        """Return the number of proprio dimensions, 0 without proprio."""
         return self._read_dimensions()[1]
 
     def _read_dimensions(self) -> tuple[int, int]:

@@ -107,7 +107,7 @@ class CheckInput:
 
     @property
     def is_end_effector(self) -> bool:
-        """True if the action is seven numbers, a movement and a gripper.
+        """Return True if the action is seven numbers, a movement and a gripper.
 
         False if they are named as joints, or if they follow a state whose columns are named as joints.
         """
@@ -116,12 +116,12 @@ class CheckInput:
 
     @property
     def has_gripper(self) -> bool:
-        """False if the fields (or the preset with the dataset's name) fill the gripper's dimension with zeros."""
+        """Return False if the fields (or the preset with the dataset's name) fill the gripper's dimension with zeros."""
         fields = self.fields or PRESETS.get(self.name)
         return fields is None or not fields.action or fields.action[-1] is not None
 
     @property
     def is_gripper_normalised(self) -> bool:
-        """True if ``action_mask`` says that the gripper is normalised like a movement."""
+        """Return True if ``action_mask`` says that the gripper is normalised like a movement."""
         mask = self.fields.action_mask if self.fields else self.statistics.get("mask")
         return mask is not None and bool(mask[-1])

@@ -165,7 +165,7 @@ class HDF5Reader(EpisodeReader):
 
     @property
     def files(self) -> list[Path]:
-        """The HDF5 files."""
+        """Return the HDF5 files."""
         return list(self._files)
 
     def digest(self) -> str:

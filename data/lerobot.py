@@ -267,7 +267,7 @@ class LeRobotReader(EpisodeReader):
 
     @property
     def files(self) -> list[Path]:
-        """The tables and videos of the episodes."""
+        """Return the tables and videos of the episodes."""
         meta = self.root / "meta"
         files = {meta / "info.json", *meta.glob("episodes.jsonl"), *meta.glob("episodes/**/*.parquet")}
         for row in self.episodes:

@@ -146,7 +146,7 @@ class RLDSReader(EpisodeReader):
 
     @property
     def files(self) -> list[Path]:
-        """The shards and features.json."""
+        """Return the shards and features.json."""
         return [*self.shards, self.root / "features.json"]
 
     def __len__(self) -> int:

@@ -69,7 +69,7 @@ class TorchDatasetReader(EpisodeReader):
 
     @property
     def files(self) -> list[Path]:
-        """An empty list: the data is in memory."""
+        """Return an empty list: the data is in memory."""
         return []
 
     def __len__(self) -> int:

@@ -70,7 +70,7 @@ class EvaluationSettings:
 
     @property
     def num_episodes(self) -> int:
-        """Number of episodes of all tasks."""
+        """Return the number of episodes of all tasks."""
         return self.episodes * len(self.tasks)
 
 
