@@ -116,7 +116,7 @@ class CheckInput:
 
     @property
     def has_gripper(self) -> bool:
-        """Return False if the fields (or the preset with the dataset's name) fill the gripper's dimension with zeros."""
+        """Return False if the fields, or the preset with the dataset's name, fill the gripper's dimension with 0."""
         fields = self.fields or PRESETS.get(self.name)
         return fields is None or not fields.action or fields.action[-1] is not None
 

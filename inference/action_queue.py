@@ -104,7 +104,7 @@ class ActionQueue:
 
     @property
     def needs_chunk(self) -> bool:
-        """Return whether to request a chunk: none is pending, and the queue is empty or ``n_action_steps`` were executed."""
+        """Return True if none is pending and the queue is empty or ``n_action_steps`` were executed."""
         with self._lock:
             if self._pending is not None:
                 return False
