@@ -8,8 +8,6 @@ others, and ``tests/test_library_surface.py`` fails by name when one of them cha
 from __future__ import annotations
 
 import dataclasses
-import importlib
-import importlib.metadata
 import inspect
 import re
 from typing import Any
@@ -19,8 +17,6 @@ import transformers
 from torch import nn
 from transformers import PretrainedConfig
 from transformers.modeling_outputs import CausalLMOutputWithPast
-
-from .errors_openvla import OpenVLAImportError
 
 
 def _release(version: str) -> tuple[int, ...]:
@@ -131,25 +127,3 @@ def disable_checkpointing(model: Any) -> None:
 def is_checkpointing(model: nn.Module) -> bool:
     """Return whether some part of the model computes its activations anew in the backward pass."""
     return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
-
-
-def require_peft_of_transformers(method: str, own: str) -> None:
-    """Check that peft is new enough for transformers' own adapter methods; this package's ways need peft 0.11.1.
-
-    Args:
-        method: The method of transformers that was called.
-        own: This package's method, which the message recommends.
-
-    Raises:
-        ImportError: peft is missing or older than this transformers asks for (5.24.0: peft 0.22).
-    """
-    needed = importlib.import_module("transformers.integrations.peft").MIN_PEFT_VERSION
-    try:
-        installed = importlib.metadata.version("peft")
-    except importlib.metadata.PackageNotFoundError:
-        installed = "none"
-    if installed == "none" or _release(installed) < _release(needed):
-        raise OpenVLAImportError(
-            f"{method}() is transformers' own: transformers {transformers.__version__} needs peft {needed} or newer "
-            f"for it; installed: {installed}. Use {own}() of this model, which runs with peft 0.11.1 and newer."
-        )

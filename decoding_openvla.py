@@ -5,10 +5,9 @@ Plain functions on tensors and on a language model; nothing here knows about ima
 
 from __future__ import annotations
 
-from abc import abstractmethod
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -42,52 +41,26 @@ class NoActionError(OpenVLAValueError):
     code = "no_action"
 
 
-class Accelerator(Protocol):
-    """Faster ways to compute the same tokens and actions, up to floating-point reordering.
+@dataclass(frozen=True)
+class Accelerator:
+    """Functions of the installed package that compute the same tokens and actions faster, up to rounding.
 
-    The installed package ``openvla`` sets ``OpenVLAForActionPrediction.accelerator``. A folder whose code is loaded by
-    ``trust_remote_code`` has none, and runs the language model of transformers.
+    A model whose code comes from a saved folder (``trust_remote_code``) has none.
+
+    Attributes:
+        unsupported_reason: Return why a language model cannot run that many positions by the next two; None if it can.
+        predict_tokens: Return action tokens and their finite logits, for a model, prompt, statistics, allowed ids and
+            draft.
+        bidirectional_hidden_states: Return the last hidden states ``(batch, count, hidden)`` at positions
+            ``(batch, count)``, for a language model, embeddings, mask and these positions.
+        run_graphed: Return ``compute(*inputs)``, by a CUDA graph where there is one, for a model, ``compute``,
+            ``inputs`` and a key of all else that the result depends on.
     """
 
-    @abstractmethod
-    def unsupported_reason(self, language_model: nn.Module, length: int, /) -> str | None:
-        """Return why a language model cannot run ``length`` positions by the next methods; None if it can."""
-
-    @abstractmethod
-    def encode_draft(
-        self, draft: Any, tokenizer: ActionTokenizer, statistics: Sequence[NormalizationStatistics], /
-    ) -> torch.Tensor:
-        """Return tokens of a draft action in robot units, all but the last: int64 ``(batch, action_dim - 1)``."""
-
-    @abstractmethod
-    def decode(
-        self,
-        language_model: nn.Module,
-        embeds: torch.Tensor,
-        mask: torch.Tensor | None,
-        steps: int,
-        allowed: slice | None,
-        draft: torch.Tensor | None,
-        /,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return what ``decode_greedily`` returns, without its checks; ``draft`` tokens are verified, not trusted."""
-
-    @abstractmethod
-    def bidirectional_hidden_states(
-        self, language_model: nn.Module, embeds: torch.Tensor, mask: torch.Tensor | None, positions: torch.Tensor, /
-    ) -> torch.Tensor:
-        """Return last hidden states ``(batch, count, hidden)`` at ``positions`` ``(batch, count)``."""
-
-    @abstractmethod
-    def run_graphed(
-        self,
-        model: nn.Module,
-        compute: Callable[..., tuple[torch.Tensor, ...]],
-        inputs: Sequence[torch.Tensor | None],
-        key: Hashable,
-        /,
-    ) -> tuple[torch.Tensor, ...]:
-        """Return ``compute(*inputs)``, by a CUDA graph where there is one; ``key`` is what else it depends on."""
+    unsupported_reason: Callable[[nn.Module, int], str | None]
+    predict_tokens: Callable[..., tuple[torch.Tensor, torch.Tensor]]
+    bidirectional_hidden_states: Callable[[nn.Module, torch.Tensor, torch.Tensor | None, torch.Tensor], torch.Tensor]
+    run_graphed: Callable[..., tuple[torch.Tensor, ...]]
 
 
 def unsupported_reason(accelerator: Accelerator | None, language_model: nn.Module, length: int) -> str | None:

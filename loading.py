@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
+from collections.abc import Callable
 from typing import Any
 
 import transformers
@@ -12,13 +13,16 @@ from transformers import PretrainedConfig, PreTrainedModel
 # From its own module: transformers 5.4 to 5.2x put a placeholder in its place where torchvision is not installed.
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
-from .adapters import lora
+from .adapters import peft_methods
+from .adapters.lora import enable_lora, load_lora, merge_lora, save_lora
+from .adapters.parallel_decoding import enable_parallel_decoding
 from .configuration_openvla import OpenVLAConfig, PrismaticConfig, hub_keywords
 from .conversion.hub_upload import push_to_hub
 from .errors_openvla import OpenVLAValueError
 from .inference.accelerator import attach_accelerator
 from .inference.device_images import pixels_on_device
 from .inference.image_presets import IMAGE_PRESETS
+from .inference.scoring import score_actions
 from .modeling_openvla import OpenVLAForActionPrediction
 from .prismatic_openvla import PrismaticForConditionalGeneration
 from .processing_openvla import (
@@ -33,6 +37,16 @@ MODEL_CLASSES = {
     OpenVLAConfig.model_type: OpenVLAForActionPrediction,
     PrismaticConfig.model_type: PrismaticForConditionalGeneration,
 }
+# Functions that are methods of the model where the package is installed; their first argument is the model.
+MODEL_METHODS: tuple[Callable[..., Any], ...] = (
+    enable_lora,
+    load_lora,
+    save_lora,
+    merge_lora,
+    *peft_methods.METHODS,
+    enable_parallel_decoding,
+    score_actions,
+)
 
 
 def register_auto_classes() -> None:
@@ -58,8 +72,14 @@ def attach_package() -> None:
     PushToHub.hub_uploader = staticmethod(push_to_hub)
     OpenVLAImageProcessor.device_pixels = staticmethod(pixels_on_device)
     OpenVLAProcessor.image_presets = IMAGE_PRESETS
-    OpenVLAForActionPrediction.adapter_functions = lora
+    attach_methods(OpenVLAForActionPrediction)
     attach_accelerator()
+
+
+def attach_methods(model_class: type) -> None:
+    """Set ``MODEL_METHODS`` on a model class: the package's, or that of a saved folder's code at its first use."""
+    for function in MODEL_METHODS:
+        setattr(model_class, function.__name__, function)
 
 
 def _register_image_processor(config: type[PretrainedConfig], image_processor: type) -> None:

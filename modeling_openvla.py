@@ -13,9 +13,9 @@ from __future__ import annotations
 import importlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -27,8 +27,8 @@ from .publishing_openvla import mark_code, refuse_two_kinds, require_own_kind, r
 
 require_same_code(__name__)
 
-from .actions_openvla import ActionTokenizer, NormalizationStatistics, NormStatsMixin, as_numbers
-from .compatibility_openvla import require_peft_of_transformers
+from .actions_openvla import ActionTokenizer, NormalizationStatistics, NormStatsMixin
+from .compatibility_openvla import CACHE_FIELD  # noqa: F401  transformers up to 5.8 copies direct imports only
 from .configuration_openvla import OpenVLAConfig, commit_of, find_adapter, optional_file, write_json
 from .decoding_openvla import (
     ActionOutput,
@@ -37,7 +37,6 @@ from .decoding_openvla import (
     mask_logits,
     output_from_head,
     output_from_tokens,
-    positions_of,
     require_complete_actions,
     require_fast_decoder,
     require_finite,
@@ -46,7 +45,7 @@ from .decoding_openvla import (
     use_fast_decoder,
 )
 from .errors_openvla import OpenVLAImportError, OpenVLAValueError
-from .heads_openvla import is_action_head_param
+from .heads_openvla import HEAD_MODULES  # noqa: F401
 from .parallel_openvla import (
     ChunkOutput,
     ParallelDecodingModel,
@@ -57,88 +56,69 @@ from .parallel_openvla import (
 )
 from .prismatic_openvla import PrismaticCausalLMOutputWithPast
 from .quantization_openvla import is_quantized
-from .vision_openvla import PrismaticVisionBackbone  # noqa: F401  transformers up to 5.8 copies direct imports only
+from .vision_openvla import PrismaticVisionBackbone  # noqa: F401
 
 logger = logging.get_logger(__name__)
 
 STATISTICS_FILE = "dataset_statistics.json"
 # Keywords of generate() with which predict_action decodes greedily itself; with others transformers' generate runs.
 GREEDY_KEYWORDS = {"do_sample", "num_beams", "use_cache", "eos_token_id"}
-ADAPTER_NAME = "default"
-NO_ADAPTER = "This model has no adapter; call enable_lora() or load_lora(folder) first."
-
-
-class AdapterFunctions(Protocol):
-    """Functions behind the adapter methods of ``OpenVLAForActionPrediction``: ``openvla.adapters.lora``."""
-
-    def enable_lora(
-        self,
-        model: OpenVLAForActionPrediction,
-        r: int,
-        alpha: float,
-        dropout: float,
-        targets: str | Sequence[str],
-        modules_to_save: Sequence[str],
-    ) -> None: ...
-
-    def load_lora(
-        self,
-        model: OpenVLAForActionPrediction,
-        name_or_path: str | os.PathLike[str],
-        trainable: bool,
-        hub_kwargs: dict[str, Any],
-    ) -> None: ...
-
-    def load_base_and_adapter(
-        self,
-        model_class: type[OpenVLAForActionPrediction],
-        adapter: str | os.PathLike[str],
-        hub_kwargs: dict[str, Any],
-        kwargs: dict[str, Any],
-    ) -> Any: ...
-
-    def save_lora(
-        self,
-        model: OpenVLAForActionPrediction,
-        folder: str | os.PathLike[str],
-        state_dict: Mapping[str, torch.Tensor] | None,
-    ) -> None: ...
-
-    def require_save_keywords(self, kwargs: Mapping[str, Any]) -> None: ...
-
-    def merge_lora(self, model: OpenVLAForActionPrediction) -> OpenVLAForActionPrediction: ...
-
-    def switch_adapters(self, model: OpenVLAForActionPrediction, enabled: bool) -> None: ...
-
-    def record_base(self, model: OpenVLAForActionPrediction) -> Mapping[str, Any]: ...
 
 
 class Prompt(NamedTuple):
-    """The inputs of a prediction, left-padded.
-
-    Attributes:
-        input_ids: int64 ``(batch, length)``.
-        pixel_values: float ``(batch, images * (3 or 6), size, size)``.
-        attention_mask: int64 ``(batch, length)``; None where nothing is masked.
-    """
+    """Left-padded inputs of a prediction, as ``embed_inputs`` takes them; no mask where nothing is masked."""
 
     input_ids: torch.Tensor
     pixel_values: torch.Tensor
     attention_mask: torch.Tensor | None
 
 
+def attach_package(feature: str) -> Any:
+    """Set the methods that only the installed package has, and return its module ``openvla.adapters.lora``.
+
+    Raises:
+        ImportError: The package is not installed.
+    """
+    try:
+        importlib.import_module("openvla.loading").attach_methods(OpenVLAForActionPrediction)
+    except (ImportError, AttributeError) as error:  # AttributeError: another folder is called openvla
+        raise OpenVLAImportError(
+            f"{feature} needs the openvla package, which is more than the code in a saved folder: "
+            f"pip install openvla ({error})"
+        ) from error
+    return importlib.import_module("openvla.adapters.lora")
+
+
+def _method_of_package(name: str) -> Callable[..., Any]:
+    """Return a method that the installed package implements; the first call puts the package's in its place."""
+
+    def method(self: OpenVLAForActionPrediction, *args: Any, **kwargs: Any) -> Any:
+        attach_package(f"{name}()")
+        return getattr(OpenVLAForActionPrediction, name)(self, *args, **kwargs)
+
+    return method
+
+
 class OpenVLAForActionPrediction(NormStatsMixin, ParallelDecodingModel, GenerationMixin):  # type: ignore[misc]
     """OpenVLA: camera images and an instruction in, one robot action, or a chunk of them, out.
 
     Attributes:
-        adapter_functions: LoRA, set by the installed package; None in the code of a saved folder, until it is used.
         lora_adapter: Settings of the adapter in use (``openvla.adapters.files.LoraAdapter``, without tensors), or None.
     """
 
     config_class = OpenVLAConfig  # type: ignore[assignment]  # a subclass of the base's
     config: OpenVLAConfig
-    adapter_functions: ClassVar[AdapterFunctions | None] = None
     lora_adapter: Any = None
+
+    # Implemented in openvla/adapters and openvla/inference; saved folders do not carry them.
+    enable_lora = _method_of_package("enable_lora")
+    load_lora = _method_of_package("load_lora")
+    save_lora = _method_of_package("save_lora")
+    merge_lora = _method_of_package("merge_lora")
+    disable_adapters = _method_of_package("disable_adapters")
+    enable_adapters = _method_of_package("enable_adapters")
+    enable_parallel_decoding = _method_of_package("enable_parallel_decoding")
+    score_actions = _method_of_package("score_actions")
 
     def __init__(self, config: OpenVLAConfig) -> None:
         super().__init__(config)
@@ -155,18 +135,19 @@ class OpenVLAForActionPrediction(NormStatsMixin, ParallelDecodingModel, Generati
         """Load a checkpoint, with the action statistics in its dataset_statistics.json.
 
         Entries of that file replace those of config.json under the same key; a single one becomes the default. An
-        adapter (LoRA) is loaded on top of the base that it names.
+        adapter (LoRA) is loaded on top of the base that it names, which needs the installed package.
         """
         adapter, hub_kwargs = find_adapter(pretrained_model_name_or_path, kwargs)
         if adapter is not None:
             refuse_two_kinds(os.path.join(adapter, hub_kwargs.get("subfolder") or ""))
-            return cls._installed_adapter_functions().load_base_and_adapter(cls, adapter, hub_kwargs, kwargs)
+            return attach_package("An adapter (LoRA)").load_base_and_adapter(cls, adapter, hub_kwargs, kwargs)
         refuse_loose_parts(pretrained_model_name_or_path, hub_kwargs)
         loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         if pretrained_model_name_or_path is not None:
             file = optional_file(pretrained_model_name_or_path, STATISTICS_FILE, hub_kwargs)
-            model._read_statistics(file, pretrained_model_name_or_path)
+            if file is not None:
+                model._read_statistics(file, pretrained_model_name_or_path)
             # An adapter records the commit of its base; from 5.2x on transformers does not keep it.
             model.config._commit_hash = commit_of(pretrained_model_name_or_path, hub_kwargs)
         return loaded
@@ -176,10 +157,8 @@ class OpenVLAForActionPrediction(NormStatsMixin, ParallelDecodingModel, Generati
         if self.config.parallel_decoding:
             self.require_bidirectional()
 
-    def _read_statistics(self, file: str | None, name_or_path: str | os.PathLike[str]) -> None:
-        """Add the action statistics in a file, where there is one, to the configuration."""
-        if file is None:
-            return
+    def _read_statistics(self, file: str, name_or_path: str | os.PathLike[str]) -> None:
+        """Add the action statistics in a file to the configuration."""
         try:
             self.config.merge_statistics(json.loads(Path(file).read_text(encoding="utf-8")))
         except ValueError as error:
@@ -190,21 +169,20 @@ class OpenVLAForActionPrediction(NormStatsMixin, ParallelDecodingModel, Generati
     def save_pretrained(  # type: ignore[override]  # other arguments pass through
         self, save_directory: str | os.PathLike[str], is_main_process: bool = True, **kwargs: Any
     ) -> Any:
-        """Save weights, configuration, code and, in dataset_statistics.json, the action statistics.
+        """Save weights, or the adapter of a model that has one, configuration, code and dataset_statistics.json.
 
-        Statistics in the folder for other datasets are kept: the published scripts write the robot's there first, then
-        save the merged model. The saved folder has no default dataset then, so that ``unnorm_key`` is needed; a warning
-        says so. Entries under a key of this model are replaced, with a warning where they differ.
-
-        A model with an adapter saves the adapter; ``merge_lora()`` first for whole weights.
+        Statistics in the folder for other datasets are kept, as the published scripts write the robot's there before
+        the merged model. The saved folder has no default dataset then, so that ``unnorm_key`` is needed. Statistics
+        under a key of this model are replaced. Warnings say so.
 
         Raises:
             ValueError: The folder's dataset_statistics.json is not usable; it holds whole weights and this is an
                 adapter, or the reverse; a keyword has no effect on an adapter.
             TypeError: A keyword is unknown, for a model with an adapter.
         """
-        if self.lora_adapter is not None:
-            self._installed_adapter_functions().require_save_keywords(kwargs)
+        lora = None if self.lora_adapter is None else attach_package("An adapter (LoRA)")
+        if lora is not None:
+            lora.require_save_keywords(kwargs)
         require_own_kind(save_directory, self._hf_peft_config_loaded)
         default = self.config.default_unnorm_key
         if is_main_process and self.norm_stats and not os.path.isfile(save_directory):
@@ -219,212 +197,18 @@ class OpenVLAForActionPrediction(NormStatsMixin, ParallelDecodingModel, Generati
                     "folder has no default dataset: give unnorm_key to predict_action."
                 )
         try:
-            if self.lora_adapter is not None:
-                return self.save_lora(save_directory, kwargs.get("state_dict")) if is_main_process else None
+            if lora is not None:
+                return lora.save_lora(self, save_directory, kwargs.get("state_dict")) if is_main_process else None
             if is_quantized(self):
                 self._record_quantized_base()
             return super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
         finally:
             self.config.default_unnorm_key = default
 
-    def enable_parallel_decoding(self, **fields: Any) -> None:
-        """Make a loaded OpenVLA predict chunks of actions, in place: new heads and FiLM layers are added, untrained.
-
-        Its actions are useless until it is fine-tuned.
-
-        Args:
-            **fields: Fields of ``OpenVLAConfig``: ``action_dim`` and what differs from one action in tokens, such as
-                ``**PLATFORMS["libero"], action_head="l1", num_images_in_input=2``.
-
-        Raises:
-            ValueError: The model has parallel decoding or an adapter already, or fields are unknown or contradict each
-                other; the model is unchanged.
-        """
-        if self.config.parallel_decoding:
-            raise OpenVLAValueError(f"This model already has parallel decoding: {self.config.action_config}.")
-        if not fields.get("parallel_decoding", True):
-            raise OpenVLAValueError(
-                "enable_parallel_decoding makes parallel_decoding true; leave parallel_decoding out."
-            )
-        self._require_no_adapter()
-        self._require_masked_attention()
-        self.config.set_action_config(**{**fields, "parallel_decoding": True})
-        self.build_heads(self.config)
-        self.vision_backbone.configure(self.config)
-        projection = self.projector.fc1
-        weight = projection.weight if projection.weight.is_floating_point() else projection.bias
-        for name, module in self.named_modules():
-            if is_action_head_param(name):
-                module.to(device=weight.device, dtype=weight.dtype)
-
-    # Adapters (LoRA). The work is done by the installed package; saved folders carry no more than these methods.
-
-    def enable_lora(
-        self,
-        r: int = 32,
-        alpha: float = 16,
-        dropout: float = 0.0,
-        targets: str | Sequence[str] = "all-linear",
-        modules_to_save: Sequence[str] = (),
-    ) -> None:
-        """Freeze the model and add trainable LoRA matrices to some of its weights, in place.
-
-        Outputs do not change until the matrices are trained: A starts normally distributed with standard deviation
-        1 / r and B as zero (for an embedding A as zero), as in the reference. They are float32, or bfloat16 beside
-        quantised weights.
-
-        Args:
-            r: Rank.
-            alpha: The change of a weight is scaled by alpha / r.
-            dropout: Dropout probability of the matrices' inputs in training.
-            targets: "all-linear", as in the reference: every linear layer of vision towers, projector and language
-                model, without the LM head. "language": the linear layers of the language model alone (the paper found
-                frozen towers much worse). "sandwich": what the paper's sandwich fine-tuning trains: towers, projector,
-                token embedding, last decoder layer, LM head. Or a list of names of linear layers and embeddings, or of
-                their endings. Modules that never run (each tower's last block and pooling head) are left out.
-            modules_to_save: Full names of modules to train in full; they are saved with the adapter. Action heads,
-                their projectors and FiLM always are.
-
-        Raises:
-            ValueError: A number is out of range, a name is unknown, or the model already has an adapter.
-            ImportError: peft, or in the code of a saved folder the openvla package, is not installed.
-        """
-        self._installed_adapter_functions().enable_lora(self, r, alpha, dropout, targets, modules_to_save)
-
-    def load_lora(self, name_or_path: str | os.PathLike[str], *, trainable: bool = False, **hub_kwargs: Any) -> None:
-        """Load a saved adapter on this model, its base, with the action statistics beside it.
-
-        An adapter of a model with parallel decoding brings its heads: this model then decodes in parallel too.
-
-        Args:
-            name_or_path: Adapter folder or Hub repository.
-            trainable: Continue training it.
-            **hub_kwargs: revision, token, ... as for ``from_pretrained``.
-
-        Raises:
-            ValueError: The adapter belongs to another base, is merged into it already, is damaged, or its OpenVLA-OFT
-                heads are in part files in the folder above; the model is then unchanged.
-            FileNotFoundError: There is no adapter.
-            TypeError: A keyword is unknown.
-            ImportError: peft, or in the code of a saved folder the openvla package, is not installed.
-        """
-        self._installed_adapter_functions().load_lora(self, name_or_path, trainable, hub_kwargs)
-
-    def save_lora(self, folder: str | os.PathLike[str], state_dict: Mapping[str, torch.Tensor] | None = None) -> None:
-        """Write the adapter's folder; ``save_pretrained`` does this for a model that has an adapter.
-
-        Args:
-            folder: Folder to write; created where it does not exist.
-            state_dict: The model's state dict, where a trainer has gathered it; None takes the model's parameters.
-
-        Raises:
-            ValueError: The model has no adapter, or the folder holds the weights of a whole model.
-            ImportError: This is the code of a saved folder, and the openvla package is not installed.
-        """
-        self._installed_adapter_functions().save_lora(self, folder, state_dict)
-
-    def merge_lora(self) -> OpenVLAForActionPrediction:
-        """Return the plain model with the adapter in its weights, equal in every bit to that of ``openvla merge``.
-
-        Each weight becomes ``W + alpha / r * B A``, computed in float32 on the CPU and rounded once to the dtype of W,
-        one weight at a time and in place: in bfloat16 a weight differs from the exact sum by at most 2^-9 of its size.
-
-        A quantised model is not changed: the adapter is merged into the files that it was quantised from, loaded on
-        the CPU in their own dtype. The adapter was trained beside quantised weights, so the merged model differs from
-        the trained one by the quantisation error.
-
-        Returns:
-            This model, or for a quantised one a new model.
-
-        Raises:
-            ValueError: There is no adapter, or a result would not be finite; the model is then unchanged.
-            ImportError: This is the code of a saved folder, and the openvla package is not installed.
-        """
-        return self._installed_adapter_functions().merge_lora(self)
-
-    def disable_adapters(self) -> None:
-        """Predict as the base does, heads included, until ``enable_adapters``.
-
-        Raises:
-            ValueError: There is no adapter.
-            ImportError: This is the code of a saved folder, and the openvla package is not installed.
-        """
-        self._installed_adapter_functions().switch_adapters(self, enabled=False)
-
-    def enable_adapters(self) -> None:
-        """Predict with the adapter again, modules that were trained in full included.
-
-        transformers' own method (seen up to 5.24) leaves those switched off.
-
-        Raises:
-            ValueError: There is no adapter.
-            ImportError: This is the code of a saved folder, and the openvla package is not installed.
-        """
-        self._installed_adapter_functions().switch_adapters(self, enabled=True)
-
-    def active_adapters(self) -> list[str]:
-        """Return the names of the adapters in use: of this package, or of transformers' ``add_adapter``.
-
-        Raises:
-            ValueError: There is no adapter.
-        """
-        if not self._hf_peft_config_loaded:
-            raise OpenVLAValueError(NO_ADAPTER)
-        return [ADAPTER_NAME] if self.lora_adapter is not None else super().active_adapters()
-
-    def add_adapter(self, *args: Any, **kwargs: Any) -> Any:
-        """Do as transformers' own method; ``enable_lora`` needs no particular version of peft."""
-        require_peft_of_transformers("add_adapter", "enable_lora")
-        return super().add_adapter(*args, **kwargs)
-
-    def load_adapter(self, *args: Any, **kwargs: Any) -> Any:
-        """Do as transformers' own method; ``load_lora`` needs no particular version of peft."""
-        require_peft_of_transformers("load_adapter", "load_lora")
-        return super().load_adapter(*args, **kwargs)
-
-    def set_adapter(self, *args: Any, **kwargs: Any) -> Any:
-        """Do as transformers' own method; ``load_lora`` needs no particular version of peft."""
-        require_peft_of_transformers("set_adapter", "load_lora")
-        return super().set_adapter(*args, **kwargs)
-
-    def delete_adapter(self, *args: Any, **kwargs: Any) -> Any:
-        """Do as transformers' own method; ``merge_lora`` needs no particular version of peft."""
-        require_peft_of_transformers("delete_adapter", "merge_lora")
-        return super().delete_adapter(*args, **kwargs)
-
-    def get_adapter_state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """Do as transformers' own method; ``save_lora`` needs no particular version of peft."""
-        require_peft_of_transformers("get_adapter_state_dict", "save_lora")
-        return super().get_adapter_state_dict(*args, **kwargs)
-
-    @classmethod
-    def _installed_adapter_functions(cls) -> AdapterFunctions:
-        """Return the package's adapter functions; the code of a saved folder takes them where it is installed.
-
-        Raises:
-            ImportError: It is not installed.
-        """
-        if cls.adapter_functions is not None:
-            return cls.adapter_functions
-        try:
-            package = importlib.import_module("openvla")
-            functions: AdapterFunctions = package.OpenVLAForActionPrediction.adapter_functions
-        except (ImportError, AttributeError) as error:  # AttributeError: another folder is called openvla
-            raise OpenVLAImportError(
-                "Adapters (LoRA) need the openvla package, which is more than the code in a saved folder: "
-                f"pip install openvla ({error})"
-            ) from error
-        cls.adapter_functions = functions
-        return functions
-
-    def _require_no_adapter(self) -> None:
-        if self.lora_adapter is not None:
-            raise OpenVLAValueError("This model already has an adapter; call merge_lora(), or load the base again.")
-
     def _record_quantized_base(self) -> None:
         """Record in the configuration what was quantised: the base of adapters that are trained on the saved folder."""
         try:
-            self.config.quantized_from = dict(self._installed_adapter_functions().record_base(self))
+            self.config.quantized_from = attach_package("The record of the base").record_base(self)
         except OpenVLAImportError as error:
             if getattr(self.config, "quantized_from", None) is None:
                 logger.warning(
@@ -438,7 +222,7 @@ class OpenVLAForActionPrediction(NormStatsMixin, ParallelDecodingModel, Generati
         mark_code(folder)
 
     # Every argument is named, not collected: transformers' Trainer keeps the columns that it finds in this signature.
-    def forward(  # type: ignore[override]  # more arguments than the base's
+    def forward(  # type: ignore[override]  # more arguments than the base's  # noqa: D417  and all of those
         self,
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
@@ -462,7 +246,7 @@ class OpenVLAForActionPrediction(NormStatsMixin, ParallelDecodingModel, Generati
     ) -> PrismaticCausalLMOutputWithPast | ChunkOutput | tuple[Any, ...]:
         """Run one pass: ``PrismaticForConditionalGeneration.forward``, or with parallel decoding a training pass.
 
-        The arguments below are those of parallel decoding.
+        Parallel decoding takes the arguments below, and computes logits at labels only.
 
         Args:
             input_ids: int64 ``(batch, length)``: prompt, the chunk's action tokens, the end token, padding.
@@ -470,21 +254,12 @@ class OpenVLAForActionPrediction(NormStatsMixin, ParallelDecodingModel, Generati
             pixel_values: float ``(batch, images * (3 or 6), size, size)``.
             labels: int64 ``(batch, length)``, -100 except on action tokens and the end token. They give the chunk's
                 positions; the model does not see ``input_ids`` there.
-            inputs_embeds: None, as ``past_key_values``, ``cache`` and ``position_ids``.
-            past_key_values: None.
-            use_cache: None or False, as the next three; the chunk's hidden states are always returned.
-            output_attentions: None or False.
-            output_hidden_states: None or False.
-            output_projector_features: None or False.
             return_dict: False for a tuple.
-            position_ids: None.
-            logits_at_labels: None or True; logits are computed at labels only.
             actions: Heads: float ``(batch, chunk, action_dim)``, normalised. None without a head.
             proprio: float ``(batch, proprio_dim)``, normalised.
             noise: Diffusion: ``(batch, chunk, action_dim)``; None draws it from the normal distribution.
             timesteps: Diffusion: int64 ``(batch,)`` noise levels; None draws them uniformly.
             generator: Random generator for noise and levels.
-            cache: None.
 
         Returns:
             ``ChunkOutput``, with the loss.
@@ -492,49 +267,20 @@ class OpenVLAForActionPrediction(NormStatsMixin, ParallelDecodingModel, Generati
         Raises:
             ValueError: Inputs are missing, do not fit the model or would not be used.
         """
+        text_arguments: dict[str, Any] = {"inputs_embeds": inputs_embeds, "past_key_values": past_key_values}
+        text_arguments |= {"cache": cache, "position_ids": position_ids, "use_cache": use_cache}
+        text_arguments |= {"output_attentions": output_attentions, "output_hidden_states": output_hidden_states}
+        text_arguments |= {"output_projector_features": output_projector_features}
+        chunk_arguments: dict[str, Any] = {"actions": actions, "proprio": proprio, "noise": noise}
+        chunk_arguments |= {"timesteps": timesteps, "generator": generator}
+        inputs = (input_ids, attention_mask, pixel_values, labels)
         if not self.config.parallel_decoding:
-            chunk_arguments = {"actions": actions, "proprio": proprio, "noise": noise, "timesteps": timesteps}
-            self._require_unset({**chunk_arguments, "generator": generator})
+            self._require_unset(chunk_arguments)
             return super().forward(
-                input_ids,
-                attention_mask,
-                pixel_values,
-                labels,
-                inputs_embeds,
-                past_key_values,
-                use_cache=use_cache,
-                output_attentions=output_attentions,
-                output_hidden_states=output_hidden_states,
-                output_projector_features=output_projector_features,
-                return_dict=return_dict,
-                position_ids=position_ids,
-                logits_at_labels=bool(logits_at_labels),
-                cache=cache,
+                *inputs, return_dict=return_dict, logits_at_labels=bool(logits_at_labels), **text_arguments
             )
-        self._require_unset(
-            {
-                "inputs_embeds": inputs_embeds,
-                "past_key_values": past_key_values,
-                "cache": cache,
-                "position_ids": position_ids,
-                "use_cache": use_cache,
-                "output_attentions": output_attentions,
-                "output_hidden_states": output_hidden_states,
-                "logits_at_labels=False": logits_at_labels is False,
-                "output_projector_features": output_projector_features,
-            }
-        )
-        output = self.parallel_forward(
-            input_ids,
-            attention_mask,
-            pixel_values,
-            labels,
-            actions=actions,
-            proprio=proprio,
-            noise=noise,
-            timesteps=timesteps,
-            generator=generator,
-        )
+        self._require_unset({**text_arguments, "logits_at_labels=False": logits_at_labels is False})
+        output = self.parallel_forward(*inputs, **chunk_arguments)
         return output.to_tuple() if self._returns_tuple(return_dict) else output
 
     def _require_unset(self, arguments: dict[str, Any]) -> None:
@@ -580,8 +326,7 @@ class OpenVLAForActionPrediction(NormStatsMixin, ParallelDecodingModel, Generati
             input_ids: int64 ``(batch, length)``, padded on either side; the empty token is appended where missing.
             pixel_values: float ``(batch, images * (3 or 6), size, size)``, for each prompt the images of one moment.
             attention_mask: ``(batch, length)``; may be left out when there is no padding.
-            unnorm_key: Dataset whose statistics give robot units, or one for each sample; None: the only or default
-                one.
+            unnorm_key: Dataset whose statistics give robot units, or one a sample; None: the only or default one.
             proprio: The robot's state in its units, ``(proprio_dim,)`` or ``(batch, proprio_dim)``, for models that
                 were trained with it; it is normalised with the statistics of ``unnorm_key``.
             noise: Diffusion head: start of the denoising, ``(batch, chunk, action_dim)``.
@@ -591,9 +336,9 @@ class OpenVLAForActionPrediction(NormStatsMixin, ParallelDecodingModel, Generati
             constrain_actions: Choose among action tokens only.
             strict: Raise for a single token that is no action token, as every ``Policy`` does. Without it, up to
                 ``MAX_NON_ACTION_SHARE`` of them decode to the extreme bins, as in the reference, with a warning.
-            fast: Use the fast decoder of the installed package: None where the language model allows it, True with a
-                warning where it does not (always without the package), False never. The tokens are the same, up to
-                rounding. For greedy decoding with a cache.
+            fast: Use the fast decoder of the installed package, for greedy decoding with a cache: None where the
+                language model allows it, True with a warning where it does not, False never. The tokens are the same,
+                up to rounding.
             draft: A guess of the action in robot units, ``(action_dim,)`` or ``(batch, action_dim)``, such as the
                 previous one: leading tokens that it has right need no decode step. Needs the fast decoder.
             **generate_kwargs: Keywords of ``generate`` (sampling, beams, ...); greedy without. With
@@ -619,25 +364,32 @@ class OpenVLAForActionPrediction(NormStatsMixin, ParallelDecodingModel, Generati
             )
         diffusion = {"noise": noise, "generator": generator, "num_inference_steps": num_inference_steps}
         self._require_diffusion(diffusion)
-        input_ids, attention_mask = self._prepare_prompts(input_ids, attention_mask)
-        prompt = Prompt(input_ids, pixel_values, attention_mask)
-        keys = self.batch_keys(unnorm_key, len(input_ids))
+        prompt = self._prepare_prompt(input_ids, pixel_values, attention_mask)
+        keys = self.batch_keys(unnorm_key, len(prompt.input_ids))
         statistics = self.batch_statistics(keys)
         if self.config.parallel_decoding:
             require_one_pass(generate_kwargs, draft, constrain_actions, self.config.action_head)
-            state = self.normalize_proprio(proprio, keys)
+        state = self.normalize_proprio(proprio, keys)
+        if self.config.parallel_decoding:
             output = self._predict_chunk(
                 prompt, state, statistics, diffusion, constrain_actions, strict, fast, with_details=return_dict
             )
-            return output if return_dict else _actions(output)
-        if proprio is not None:
-            raise OpenVLAValueError("This model was trained without proprio; leave it out.")
-        tokens, logits = self._predict_tokens(
-            prompt, statistics, generate_kwargs, constrain_actions, fast, draft, return_logits=return_dict
-        )
-        statistics = [entry for entry in statistics for _ in range(len(tokens) // len(statistics))]
-        output = output_from_tokens(tokens, self.action_tokenizer, statistics, logits=logits, strict=strict)
-        return output if return_dict else _actions(output)
+        else:
+            tokens, logits = self._predict_tokens(
+                prompt, statistics, generate_kwargs, constrain_actions, fast, draft, return_logits=return_dict
+            )
+            statistics = [entry for entry in statistics for _ in range(len(tokens) // len(statistics))]
+            output = output_from_tokens(tokens, self.action_tokenizer, statistics, logits=logits, strict=strict)
+        return output if return_dict else np.asarray(output.actions)
+
+    def _prepare_prompt(
+        self, input_ids: torch.Tensor, pixel_values: torch.Tensor, attention_mask: torch.Tensor | None
+    ) -> Prompt:
+        """Return left-padded prompts that end in the empty token, as in training, with their images."""
+        ids, mask = self._align_prompts(input_ids, attention_mask)
+        if self.config.empty_token_id is not None:
+            ids, mask = append_token(ids, mask, int(self.config.empty_token_id), self.pad_token_id)
+        return Prompt(ids, pixel_values, mask)
 
     def _require_diffusion(self, arguments: dict[str, Any]) -> None:
         """Raise ValueError for arguments of a diffusion head that have no effect."""
@@ -665,25 +417,22 @@ class OpenVLAForActionPrediction(NormStatsMixin, ParallelDecodingModel, Generati
         greedy = set(generate_kwargs) <= GREEDY_KEYWORDS and not samples
         use_cache = generate_kwargs.get("use_cache") is not False
         length = prompt.input_ids.shape[1] + self.vision_backbone.patches_per_prompt + steps
-        require_fast_decoder(fast, draft, greedy and use_cache, self.accelerator, self.language_model, length)
+        accelerator, language_model = self.accelerator, self.language_model
+        require_fast_decoder(fast, draft, greedy and use_cache, accelerator, language_model, length)
+        is_fast = greedy and use_cache and use_fast_decoder(fast, accelerator, language_model, length)
         if not greedy:
-            return self._generate_tokens(prompt, steps, end_ids, allowed, generate_kwargs, return_logits)
-        if use_cache and use_fast_decoder(fast, self.accelerator, self.language_model, length):
-            tokens, logits = self._decode_fast(prompt, steps, allowed, draft, statistics)
-            require_complete_actions(tokens, steps, end_ids)
+            generate_kwargs |= {"eos_token_id": end_ids, "max_new_tokens": steps}
+            tokens, logits = self._generate_tokens(prompt, allowed, generate_kwargs, return_logits)
+        elif is_fast and accelerator is not None:
+            tokens, logits = accelerator.predict_tokens(self, prompt, statistics, allowed, draft)
         else:
             embeds, mask, _, _ = self.embed_inputs(*prompt)
-            tokens, logits = decode_greedily(self.language_model, embeds, mask, steps, end_ids, allowed, use_cache)
+            tokens, logits = decode_greedily(language_model, embeds, mask, steps, end_ids, allowed, use_cache)
+        require_complete_actions(tokens, steps, end_ids)
         return tokens, logits if return_logits else None
 
     def _generate_tokens(
-        self,
-        prompt: Prompt,
-        steps: int,
-        end_ids: Any,
-        allowed: slice | None,
-        generate_kwargs: dict[str, Any],
-        return_logits: bool,
+        self, prompt: Prompt, allowed: slice | None, generate_kwargs: dict[str, Any], return_logits: bool
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return action tokens and logits from transformers' ``generate``: sampling, beams and other keywords."""
         if return_logits and (generate_kwargs.get("num_beams") or 1) > 1:
@@ -692,40 +441,9 @@ class OpenVLAForActionPrediction(NormStatsMixin, ParallelDecodingModel, Generati
         if allowed is not None:
             processors = generate_kwargs.get("logits_processor") or []
             generate_kwargs["logits_processor"] = [*processors, lambda _, scores: mask_logits(scores, allowed)]
-        generate_kwargs.update(eos_token_id=end_ids, max_new_tokens=steps)
-        generate_kwargs.update(return_dict_in_generate=True, output_logits=return_logits)
+        generate_kwargs |= {"return_dict_in_generate": True, "output_logits": return_logits}
         output = self._generate_from_embeds(embeds, mask, generate_kwargs)
-        require_complete_actions(output.sequences, steps, end_ids)
         return output.sequences, torch.stack(output.logits, dim=1).float() if return_logits else None
-
-    def _decode_fast(
-        self,
-        prompt: Prompt,
-        steps: int,
-        allowed: slice | None,
-        draft: Any,
-        statistics: Sequence[NormalizationStatistics],
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return tokens and finite logits from the accelerator, without a draft by a CUDA graph where it has one."""
-        accelerator = self.accelerator
-        if accelerator is None:
-            raise RuntimeError("use_fast_decoder is False without an accelerator.")
-        draft_tokens = None
-        if draft is not None:
-            draft_tokens = accelerator.encode_draft(draft, self.action_tokenizer, statistics)
-
-        def compute(
-            input_ids: torch.Tensor, pixel_values: torch.Tensor, attention_mask: torch.Tensor | None
-        ) -> tuple[torch.Tensor, torch.Tensor]:
-            embeds, mask, _, _ = self.embed_inputs(input_ids, pixel_values, attention_mask)
-            guess = None if draft_tokens is None else draft_tokens.to(embeds.device)
-            return accelerator.decode(self.language_model, embeds, mask, steps, allowed, guess)
-
-        if draft is not None:
-            tokens, logits = compute(*prompt)
-        else:
-            tokens, logits = accelerator.run_graphed(self, compute, prompt, (steps, str(allowed)))
-        return tokens, require_finite(logits)
 
     def _predict_chunk(
         self,
@@ -738,137 +456,38 @@ class OpenVLAForActionPrediction(NormStatsMixin, ParallelDecodingModel, Generati
         fast: bool | None,
         with_details: bool,
     ) -> ActionOutput:
-        """Return the chunk of every sample, from one pass or one for each denoising step.
-
-        Bin probabilities and hidden states are returned ``with_details`` only.
-        """
+        """Return the chunk of every sample, with bin probabilities and hidden states ``with_details`` only."""
         head, end_id = self.config.action_head, self.config.text_config.eos_token_id
 
         def compute(
-            input_ids: torch.Tensor,
-            pixel_values: torch.Tensor,
-            attention_mask: torch.Tensor | None,
-            proprio: torch.Tensor | None,
+            ids: torch.Tensor, pixels: torch.Tensor, mask: torch.Tensor | None, state: torch.Tensor | None
         ) -> tuple[torch.Tensor, torch.Tensor]:
-            with_chunk = append_action_placeholders(input_ids, attention_mask, self.tokens_per_chunk, end_id)
-            obs = self.embed_observation(*with_chunk, pixel_values, proprio)
+            with_chunk = append_action_placeholders(ids, mask, self.tokens_per_chunk, end_id)
+            obs = self.embed_observation(*with_chunk, pixels, state)
             if head is None:
                 return self.chunk_logits(obs, fast)
             return self.predict_normalized_chunk(obs, **diffusion, fast=fast)
 
-        inputs = (*prompt, proprio)
         length = prompt.input_ids.shape[1] + self.vision_backbone.patches_per_prompt + self.tokens_per_chunk
         synchronizes = head == "diffusion" or self.config.use_film
         accelerator = self.accelerator
         graphed = not synchronizes and use_fast_decoder(fast, accelerator, self.language_model, length)
         if graphed and accelerator is not None:
-            prediction, hidden = accelerator.run_graphed(self, compute, inputs, "chunk")
+            prediction, hidden = accelerator.run_graphed(self, compute, (*prompt, proprio), "chunk")
         else:
-            prediction, hidden = compute(*inputs)
+            prediction, hidden = compute(*prompt, proprio)
         prediction = require_finite(prediction.float())
-        hidden_states = hidden if with_details else None
         if head is not None:
-            return output_from_head(prediction, statistics, hidden_states=hidden_states)
+            return output_from_head(prediction, statistics, hidden_states=hidden if with_details else None)
         logits = prediction.unflatten(1, (self.config.chunk_length, -1))
         tokens = (mask_logits(logits, self.action_token_ids) if constrain_actions else logits).argmax(-1)
-        return output_from_tokens(
-            tokens,
-            self.action_tokenizer,
-            statistics,
-            logits=logits if with_details else None,
-            hidden_states=hidden_states,
-            strict=strict,
-        )
+        details = {"logits": logits, "hidden_states": hidden} if with_details else {}
+        return output_from_tokens(tokens, self.action_tokenizer, statistics, **details, strict=strict)
 
     def normalize_proprio(self, proprio: Any, unnorm_keys: list[str]) -> torch.Tensor | None:
-        """Normalise robot states, each with its dataset's statistics: float32 ``(batch, proprio_dim)``.
-
-        Raises:
-            ValueError: Proprio does not fit the model, or a dataset has no statistics for it.
-        """
+        """Normalise robot states by their datasets' statistics: float32 ``(batch, proprio_dim)``; None for none."""
         states = proprio_array(proprio, len(unnorm_keys))
         self._require_proprio(states, len(unnorm_keys))
         if states is None:
             return None
         return normalize_proprio(states, [self.proprio_statistics(key) for key in unnorm_keys], unnorm_keys)
-
-    @torch.no_grad()
-    def score_actions(
-        self,
-        input_ids: torch.Tensor | None = None,
-        pixel_values: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        actions: np.ndarray | Sequence[Any] | None = None,
-        unnorm_key: str | Sequence[str | None] | None = None,
-    ) -> np.ndarray:
-        """Return the log-probability of candidate actions, to rank or reject them.
-
-        Args:
-            input_ids: As in ``predict_action``.
-            pixel_values: As in ``predict_action``.
-            attention_mask: As in ``predict_action``.
-            actions: Robot units, ``(candidates, action_dim)`` for every sample or ``(batch, candidates, action_dim)``.
-            unnorm_key: As in ``predict_action``.
-
-        Returns:
-            float64 ``(batch, candidates)``, the sum over dimensions of the log-probability of the candidate's bin
-            given the tokens before it, in nats, over the whole vocabulary. (Two tokens decode to the highest bin; the
-            next dimension is conditioned on that of the top edge.)
-
-        Raises:
-            ValueError: Shapes disagree, values are not finite, or the model has parallel decoding, where the numbers
-                of a chunk have no probability given each other.
-            KeyError: Unknown ``unnorm_key``.
-        """
-        if input_ids is None or pixel_values is None or actions is None:
-            raise OpenVLAValueError("score_actions needs input_ids, pixel_values and actions.")
-        if self.config.parallel_decoding:
-            raise OpenVLAValueError(
-                "score_actions is for models that predict token by token; this one has parallel decoding."
-            )
-        input_ids, attention_mask = self._prepare_prompts(input_ids, attention_mask)
-        statistics = self.batch_statistics(self.batch_keys(unnorm_key, len(input_ids)))
-        candidates = as_numbers(actions, "actions")
-        if candidates.ndim == 2:
-            candidates = np.broadcast_to(candidates, (len(input_ids), *candidates.shape))
-        if candidates.ndim != 3 or len(candidates) != len(input_ids) or candidates.shape[1] == 0:
-            raise OpenVLAValueError(
-                f"actions must have shape (candidates, action_dim) or ({len(input_ids)}, candidates, action_dim) with "
-                f"at least one candidate, got {np.shape(actions)}."
-            )
-        encode, top_edge = self.action_tokenizer.encode_decoded, self.action_tokenizer.first_token_id
-        token_ids = np.stack([encode(entry.normalize(group)) for entry, group in zip(statistics, candidates)])
-        embeds, mask, _, _ = self.embed_inputs(input_ids, pixel_values, attention_mask)
-        _, num_candidates, action_dim = token_ids.shape
-        tokens = torch.from_numpy(token_ids).to(embeds.device).flatten(0, 1)
-        embeds = embeds.repeat_interleave(num_candidates, dim=0)
-        embeds = torch.cat([embeds, self.get_input_embeddings()(tokens[:, :-1]).to(embeds.dtype)], dim=1)
-        if mask is not None:
-            mask = mask.repeat_interleave(num_candidates, dim=0)
-            mask = torch.cat([mask, mask.new_ones(len(mask), action_dim - 1)], dim=1)
-        output = self.language_model(
-            inputs_embeds=embeds,
-            attention_mask=mask,
-            position_ids=None if mask is None else positions_of(mask),
-            use_cache=False,
-            return_dict=True,
-        )
-        # The logits at the prompt's last position and at all action tokens but the last one.
-        log_probs = require_finite(output.logits[:, -action_dim:].float()).log_softmax(-1)
-        tokens = tokens.to(log_probs.device)
-        chosen = log_probs.gather(-1, tokens[..., None]).squeeze(-1)
-        chosen = torch.where(tokens == top_edge, torch.logaddexp(chosen, log_probs[..., top_edge + 1]), chosen)
-        return chosen.cpu().double().sum(-1).view(-1, num_candidates).numpy()
-
-    def _prepare_prompts(
-        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Return left-padded prompts that end in the empty token, as in training."""
-        input_ids, attention_mask = self._align_prompts(input_ids, attention_mask)
-        if self.config.empty_token_id is None:
-            return input_ids, attention_mask
-        return append_token(input_ids, attention_mask, int(self.config.empty_token_id), self.pad_token_id)
-
-
-def _actions(output: ActionOutput) -> np.ndarray:
-    return np.asarray(output.actions)

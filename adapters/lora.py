@@ -1,7 +1,6 @@
-"""LoRA on a model in memory: the functions behind the adapter methods of ``OpenVLAForActionPrediction``.
+"""LoRA on a model in memory; ``loading.attach_methods`` makes the public functions methods of the model.
 
-``loading.register_auto_classes`` gives this module to the model class, as its ``adapter_functions``. Only making and
-using adapters needs peft (``pip install 'openvla[lora]'``).
+Only making and using adapters needs peft (``pip install 'openvla[lora]'``).
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from ..compatibility_openvla import DTYPE_FIELD, requested_attention
 from ..configuration_openvla import require_hub_keywords, write_json
 from ..errors_openvla import OpenVLAImportError, OpenVLATypeError, OpenVLAValueError
 from ..heads_openvla import is_action_head_param
-from ..modeling_openvla import ADAPTER_NAME, NO_ADAPTER, STATISTICS_FILE
+from ..modeling_openvla import STATISTICS_FILE
 from ..parallel_openvla import refuse_loose_parts
 from ..publishing_openvla import ADAPTER_CONFIG_FILE, require_own_kind
 from ..quantization_openvla import is_quantized
@@ -41,24 +40,16 @@ from .files import (
     peft_config,
     read_adapter,
 )
+from .parallel_decoding import enable_parallel_decoding, require_no_adapter
 from .targets import head_modules, lora_targets
 
 if TYPE_CHECKING:
     from ..modeling_openvla import OpenVLAForActionPrediction
 
-__all__ = [
-    "enable_lora",
-    "load_base_and_adapter",
-    "load_lora",
-    "merge_lora",
-    "record_base",
-    "require_save_keywords",
-    "save_lora",
-    "switch_adapters",
-]
-
 logger = logging.get_logger(__name__)
 
+ADAPTER_NAME = "default"
+NO_ADAPTER = "This model has no adapter; call enable_lora() or load_lora(folder) first."
 # Keywords of transformers' save_pretrained, 4.40.1 to 5.24.
 SAVE_KEYWORDS = (
     "state_dict",
@@ -76,18 +67,40 @@ SAVE_KEYWORDS = (
 
 def enable_lora(
     model: OpenVLAForActionPrediction,
-    r: int,
-    alpha: float,
-    dropout: float,
-    targets: str | Sequence[str],
-    modules_to_save: Sequence[str],
+    r: int = 32,
+    alpha: float = 16,
+    dropout: float = 0.0,
+    targets: str | Sequence[str] = "all-linear",
+    modules_to_save: Sequence[str] = (),
 ) -> None:
-    """Freeze a model and add trainable LoRA matrices; see ``OpenVLAForActionPrediction.enable_lora``."""
+    """Freeze the model and add trainable LoRA matrices to some of its weights, in place.
+
+    Outputs do not change until the matrices are trained: A starts normally distributed with standard deviation
+    1 / r and B as zero (for an embedding A as zero), as in the reference. They are float32, or bfloat16 beside
+    quantised weights.
+
+    Args:
+        model: The model; in typed code this is a function, else a method of the model.
+        r: Rank.
+        alpha: The change of a weight is scaled by alpha / r.
+        dropout: Dropout probability of the matrices' inputs in training.
+        targets: "all-linear", as in the reference: every linear layer of vision towers, projector and language
+            model, without the LM head. "language": the linear layers of the language model alone (the paper found
+            frozen towers much worse). "sandwich": what the paper's sandwich fine-tuning trains: towers, projector,
+            token embedding, last decoder layer, LM head. Or a list of names of linear layers and embeddings, or of
+            their endings. Modules that never run (each tower's last block and pooling head) are left out.
+        modules_to_save: Full names of modules to train in full; they are saved with the adapter. Action heads,
+            their projectors and FiLM always are.
+
+    Raises:
+        ValueError: A number is out of range, a name is unknown, or the model already has an adapter.
+        ImportError: peft, or in the code of a saved folder the openvla package, is not installed.
+    """
     if not isinstance(r, int) or isinstance(r, bool) or r < 1:
         raise OpenVLAValueError(f"r must be a whole number, 1 or more, got {r!r}.")
     if not (alpha > 0 and math.isfinite(alpha) and 0 <= dropout < 1):
         raise OpenVLAValueError(f"alpha must be positive and dropout in [0, 1), got {alpha!r} and {dropout!r}.")
-    model._require_no_adapter()
+    require_no_adapter(model)
     target_modules = lora_targets(model, targets)
     known = [name for name, _ in model.named_modules() if name]
     for name in modules_to_save:
@@ -100,10 +113,30 @@ def enable_lora(
 
 
 def load_lora(
-    model: OpenVLAForActionPrediction, name_or_path: str | os.PathLike[str], trainable: bool, hub_kwargs: dict[str, Any]
+    model: OpenVLAForActionPrediction,
+    name_or_path: str | os.PathLike[str],
+    *,
+    trainable: bool = False,
+    **hub_kwargs: Any,
 ) -> None:
-    """Load an adapter on a model, its base; see ``OpenVLAForActionPrediction.load_lora``."""
-    model._require_no_adapter()
+    """Load a saved adapter on the model, its base, with the action statistics beside it.
+
+    An adapter of a model with parallel decoding brings its heads: the model then decodes in parallel too.
+
+    Args:
+        model: The model; in typed code this is a function, else a method of the model.
+        name_or_path: Adapter folder or Hub repository.
+        trainable: Continue training it.
+        **hub_kwargs: revision, token, ... as for ``from_pretrained``.
+
+    Raises:
+        ValueError: The adapter belongs to another base, is merged into it already, is damaged, or its OpenVLA-OFT
+            heads are in part files in the folder above; the model is then unchanged.
+        FileNotFoundError: There is no adapter.
+        TypeError: A keyword is unknown.
+        ImportError: peft, or in the code of a saved folder the openvla package, is not installed.
+    """
+    require_no_adapter(model)
     require_hub_keywords("load_lora", hub_kwargs)
     adapter = read_adapter(name_or_path, **hub_kwargs)
     base = record_base(model)
@@ -116,7 +149,7 @@ def load_lora(
         weights = {f"{name}.weight": modules[name].weight for name in adapter.target_modules}
         require_not_merged(adapter, weights, name_or_path)
     if adapter.answer is not None and enables_parallel_decoding:
-        model.enable_parallel_decoding(**adapter.answer)
+        enable_parallel_decoding(model, **adapter.answer)
     if not trainable:  # the adapter was trained beside the weights of its record, whatever holds the base's here
         base["quantization"] = adapter.base.get("quantization") if adapter.base else None
     settings = replace(adapter, base=base, tensors={})
@@ -199,16 +232,26 @@ def load_base_and_adapter(
     for name in ("subfolder", "_commit_hash"):  # of the adapter
         kwargs.pop(name, None)
     loaded = model_class.from_pretrained(base, **{name: value for name, value in kwargs.items() if value is not None})
-    (loaded[0] if isinstance(loaded, tuple) else loaded).load_lora(adapter, **hub_kwargs)
+    load_lora(loaded[0] if isinstance(loaded, tuple) else loaded, adapter, **hub_kwargs)
     return loaded
 
 
 def save_lora(
     model: OpenVLAForActionPrediction,
     folder: str | os.PathLike[str],
-    state_dict: Mapping[str, torch.Tensor] | None,
+    state_dict: Mapping[str, torch.Tensor] | None = None,
 ) -> None:
-    """Write an adapter's folder; see ``OpenVLAForActionPrediction.save_lora``."""
+    """Write the adapter's folder; ``save_pretrained`` does this for a model that has an adapter.
+
+    Args:
+        model: The model; in typed code this is a function, else a method of the model.
+        folder: Folder to write; created where it does not exist.
+        state_dict: The model's state dict, where a trainer has gathered it; None takes the model's parameters.
+
+    Raises:
+        ValueError: The model has no adapter, or the folder holds the weights of a whole model.
+        ImportError: This is the code of a saved folder, and the openvla package is not installed.
+    """
     adapter, base = _require_adapter(model)
     folder = Path(folder)
     require_own_kind(folder, is_adapter=True)
@@ -250,7 +293,22 @@ def require_save_keywords(kwargs: Mapping[str, Any]) -> None:
 
 
 def merge_lora(model: OpenVLAForActionPrediction) -> OpenVLAForActionPrediction:
-    """Return the model with the adapter in its weights; see ``OpenVLAForActionPrediction.merge_lora``."""
+    """Return the plain model with the adapter in its weights, equal in every bit to that of ``openvla merge``.
+
+    Each weight becomes ``W + alpha / r * B A``, computed in float32 on the CPU and rounded once to the dtype of W,
+    one weight at a time and in place: in bfloat16 a weight differs from the exact sum by at most 2^-9 of its size.
+
+    A quantised model is not changed: the adapter is merged into the files that it was quantised from, loaded on
+    the CPU in their own dtype. The adapter was trained beside quantised weights, so the merged model differs from
+    the trained one by the quantisation error.
+
+    Returns:
+        The given model, or for a quantised one a new model.
+
+    Raises:
+        ValueError: There is no adapter, or a result would not be finite; the model is then unchanged.
+        ImportError: This is the code of a saved folder, and the openvla package is not installed.
+    """
     adapter, base = _require_adapter(model)
     adapter = replace(adapter, tensors=_adapter_parameters(model.named_parameters()))
     merged = _load_unquantized_base(model, adapter, base) if is_quantized(model) else model
@@ -276,7 +334,7 @@ def _load_unquantized_base(
     )
     require_same_base(base, record_base(loaded), "This adapter")
     if adapter.answer is not None and not loaded.config.parallel_decoding:
-        loaded.enable_parallel_decoding(**adapter.answer)
+        enable_parallel_decoding(loaded, **adapter.answer)
     loaded.norm_stats, loaded.config.default_unnorm_key = model.norm_stats, model.config.default_unnorm_key
     return loaded
 
@@ -322,20 +380,6 @@ def _remove_peft_layers(model: OpenVLAForActionPrediction) -> None:
     model.requires_grad_(True)
 
 
-def switch_adapters(model: OpenVLAForActionPrediction, enabled: bool) -> None:
-    """Switch all adapters on or off, with the modules that were trained in full.
-
-    Raises:
-        ValueError: There is no adapter.
-    """
-    if not model._hf_peft_config_loaded:
-        raise OpenVLAValueError(NO_ADAPTER)
-    layer_types = (_import_peft("tuners.tuners_utils").BaseTunerLayer, _import_peft("utils").ModulesToSaveWrapper)
-    for module in model.modules():
-        if isinstance(module, layer_types):
-            module.enable_adapters(enabled)
-
-
 def _inject(
     model: OpenVLAForActionPrediction,
     adapter: LoraAdapter,
@@ -344,7 +388,7 @@ def _inject(
     dropout: float,
 ) -> None:
     """Wrap modules in peft's layers, in place, and freeze the rest; ``adapter`` gives the settings."""
-    peft = _import_peft()
+    peft = import_peft()
     config = peft.LoraConfig(
         r=adapter.r,
         lora_alpha=adapter.alpha,
@@ -383,7 +427,8 @@ def _require_adapter(model: OpenVLAForActionPrediction) -> tuple[LoraAdapter, Ba
     return adapter, adapter.base
 
 
-def _import_peft(submodule: str = "") -> Any:
+def import_peft(submodule: str = "") -> Any:
+    """Import peft or one of its modules; raise ImportError that names the extra where it is not installed."""
     try:
         return importlib.import_module(f"peft.{submodule}" if submodule else "peft")
     except ImportError as error:

@@ -378,13 +378,17 @@ SURFACE: tuple[Touch, ...] = (
         *(row(f"generate.{n}", has_field(GENERATED, n), "generation/utils.py") for n in ("sequences", "logits")),
     ),
     *touches(
+        "adapters/peft_methods",
+        "Use the new name of {name} in require_peft_of_transformers.",
+        row("MIN_PEFT_VERSION", has("transformers.integrations.peft:MIN_PEFT_VERSION")),
+    ),
+    *touches(
         "compatibility_openvla",
         "Use the new name of {name}, in the constant or function of compatibility_openvla.py that reads it.",
         row("DynamicCache.get_seq_length", has("transformers:DynamicCache.get_seq_length")),
         row("PretrainedConfig._attn_implementation", check_property),
         row("PretrainedConfig._attn_implementation_internal", holds(config_of, "_attn_implementation_internal")),
         row("MODEL_FOR_CAUSAL_LM_MAPPING", has("transformers:MODEL_FOR_CAUSAL_LM_MAPPING")),
-        row("MIN_PEFT_VERSION", has("transformers.integrations.peft:MIN_PEFT_VERSION")),
         *members(f"PreTrainedModel.{CHECKPOINTING}", MODEL + CHECKPOINTING, "enable", "disable", seen=SWITCH_SEEN),
         # No test renames it: it would rename torch's keyword too.
         row("PretrainedConfig.dtype", check_dtype, None, "torch_dtype 4.40.1 and 4.49.0, dtype 4.57.6 to 5.24.0"),
@@ -430,8 +434,8 @@ SURFACE: tuple[Touch, ...] = (
         row("ProcessorMixin.attributes", has(f"{PROCESSOR}{PROCESSOR_PARTS}"), None, BEFORE_5),
     ),
     *touches(
-        "adapters/base_record adapters/lora configuration_openvla modeling_openvla training/export "
-        "quantization_openvla prismatic_openvla inference/cuda_graphs conversion/assemble",
+        "adapters/base_record adapters/lora adapters/peft_methods configuration_openvla modeling_openvla "
+        "training/export quantization_openvla prismatic_openvla inference/cuda_graphs conversion/assemble",
         "Use the replacement of {name} in {files}; where versions differ, by a function in compatibility_openvla.py.",
         *members("", "transformers:", "CONFIG_MAPPING", "PretrainedConfig"),
         *members("", "transformers.utils:", "cached_file", "is_flash_attn_2_available"),
@@ -452,7 +456,7 @@ SURFACE: tuple[Touch, ...] = (
     ),
     *layers(),
     *touches(
-        "adapters/lora training/memory conversion/merge inference/cpu_prepack",
+        "adapters/lora adapters/peft_methods training/memory conversion/merge inference/cpu_prepack",
         "Look at peft's layers under the new name of {name}, and under the old one for older peft, in {files}.",
         *members("peft.", "peft:", "inject_adapter_in_model"),
         *members("peft.", "peft.tuners.tuners_utils:", "BaseTunerLayer"),

@@ -85,8 +85,8 @@ CALLS = {
         folder, no=1
     ),
     "OpenVLAConfig.set_action_config": lambda t, folder: t.model.config.set_action_config(no=1),
-    "OpenVLAForActionPrediction.enable_parallel_decoding": lambda t, folder: t.model.enable_parallel_decoding(no=1),
-    "OpenVLAForActionPrediction.load_lora": lambda t, folder: t.model.load_lora(folder, trainabel=True),
+    "enable_parallel_decoding": lambda t, folder: t.model.enable_parallel_decoding(no=1),
+    "load_lora": lambda t, folder: t.model.load_lora(folder, trainabel=True),
     "OpenVLAForActionPrediction.generate": lambda t, folder: t.model.generate(**t.inputs, no=1),
     "PrismaticForConditionalGeneration.generate": lambda t, folder: t.model.generate(**t.inputs, no=1),
     "OpenVLAForActionPrediction.predict_action": lambda t, folder: t.model.predict_action(**t.inputs, no=1),
@@ -100,11 +100,6 @@ CALLS = {
     "OpenVLAImageProcessor.__call__": lambda t, folder: t.processor.image_processor(
         np.zeros((8, 8, 3), np.uint8), no=1
     ),
-    "OpenVLAForActionPrediction.add_adapter": "transformers' own method, with the signature of its version",
-    "OpenVLAForActionPrediction.delete_adapter": "as add_adapter",
-    "OpenVLAForActionPrediction.get_adapter_state_dict": "as add_adapter",
-    "OpenVLAForActionPrediction.load_adapter": "as add_adapter",
-    "OpenVLAForActionPrediction.set_adapter": "as add_adapter",
     "OpenVLAConfig.__init__": "transformers keeps fields of a configuration that it does not know",
     "PrismaticConfig.__init__": "as OpenVLAConfig's",
     "OpenVLAImageProcessor.__init__": "as OpenVLAConfig's",

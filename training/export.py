@@ -8,6 +8,7 @@ from typing import cast
 import numpy as np
 import torch
 
+from ..adapters.lora import merge_lora
 from ..compatibility_openvla import DTYPE_FIELD
 from ..configuration_openvla import OpenVLAConfig, write_json
 from ..conversion.files import atomic_directory
@@ -81,7 +82,7 @@ def export(model: OpenVLAForActionPrediction, processor: OpenVLAProcessor, outpu
         processor.save_pretrained(output_dir / "adapter")
         if not is_quantized(model):
             cast(torch.nn.Module, model).to("cpu")
-        model = model.merge_lora()
+        model = merge_lora(model)
     with atomic_directory(output_dir / "model") as folder:
         cast(torch.nn.Module, model).to(dtype)
         model.save_pretrained(folder)

@@ -30,6 +30,8 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from ..adapters.lora import enable_lora
+from ..adapters.parallel_decoding import enable_parallel_decoding
 from ..adapters.targets import head_modules, unused_modules
 from ..compatibility_openvla import DTYPE_FIELD, enable_checkpointing
 from ..configuration_openvla import PLATFORMS, write_json
@@ -187,7 +189,7 @@ def set_action_config(model: OpenVLAForActionPrediction, action_config: Mapping[
         raise OpenVLAValueError(f"Unknown platform {platform!r}; allowed: {list(PLATFORMS)}.")
     requested = {**PLATFORMS.get(platform, {}), **requested}
     if not model.config.parallel_decoding:
-        model.enable_parallel_decoding(**requested)
+        enable_parallel_decoding(model, **requested)
         return
     current = model.config.action_config
     different = {name: v for name, v in requested.items() if name not in current or current[name] != v}
@@ -224,7 +226,7 @@ def load_trained(model: OpenVLAForActionPrediction, weights: Mapping[str, torch.
 def set_trainable(model: OpenVLAForActionPrediction, config: FinetuneConfig) -> None:
     """Set ``requires_grad`` as the method says. Action heads are always trained, modules that never run never."""
     if config.method in LORA_METHODS:
-        model.enable_lora(config.lora_rank, config.lora_alpha, config.lora_dropout, config.lora_targets)
+        enable_lora(model, config.lora_rank, config.lora_alpha, config.lora_dropout, config.lora_targets)
         return
     language_model = cast(PreTrainedModel, model.language_model)
     last = [model.get_input_embeddings(), language_model.get_decoder().layers[-1], model.get_output_embeddings()]

@@ -5,14 +5,14 @@ import copy
 import functools
 import pickle
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
 import torch
 from openvla import PLATFORMS
-from openvla.inference import cuda_graphs
-from openvla.inference.accelerator import PackageAccelerator
+from openvla.inference import accelerator, cuda_graphs
 from openvla.inference.cuda_graphs import MAX_GRAPHS, CapturedGraph, CudaGraphCache
 from openvla.tiny import build_tiny
 from predictions import add_adapter, compare_decoders, weight_changes
@@ -233,7 +233,9 @@ def test_graphed_computation_never_synchronizes(fields, frames, monkeypatch):
         calls.append((compute, inputs))
         return compute(*inputs)
 
-    monkeypatch.setattr(PackageAccelerator, "run_graphed", staticmethod(run_graphed))
+    monkeypatch.setattr(accelerator, "run_graphed", run_graphed)
+    patched = replace(accelerator.ACCELERATOR, run_graphed=run_graphed)
+    monkeypatch.setattr(type(model), "accelerator", patched)
     images = [frames["noise"]] * model.config.num_images_in_input
     inputs = processor(instruction="open the drawer", images=images)
     proprio = {} if model.config.proprio_dim is None else {"proprio": np.zeros(model.config.proprio_dim)}
