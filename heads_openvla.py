@@ -138,15 +138,9 @@ class NoiseSchedule:
             raise OpenVLAValueError(f"num_inference_steps must be 1 to {self.num_train_steps}, got {num_steps!r}.")
         return [step * (self.num_train_steps // num_steps) for step in reversed(range(num_steps))]
 
-    def add_noise(self, clean: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-        """Add noise to actions ``(batch, chunk, action_dim)``, each sample by its noise level ``(batch,)``."""
-        alpha = _alphas_cumprod(self.num_train_steps).to(device=clean.device, dtype=clean.dtype)[timesteps]
-        alpha = alpha[:, None, None]
-        return alpha**0.5 * clean + (1 - alpha) ** 0.5 * noise
-
     def step(self, predicted_noise: torch.Tensor, timestep: int, noisy: torch.Tensor, num_steps: int) -> torch.Tensor:
         """Take one of ``num_steps`` denoising steps, from the level ``timestep`` to the one below it."""
-        alphas = _alphas_cumprod(self.num_train_steps)
+        alphas = alphas_cumprod(self.num_train_steps)
         previous = timestep - self.num_train_steps // num_steps
         alpha = alphas[timestep]
         previous_alpha = alphas[previous] if previous >= 0 else torch.tensor(1.0)
@@ -155,7 +149,7 @@ class NoiseSchedule:
 
 
 @lru_cache
-def _alphas_cumprod(num_train_steps: int) -> torch.Tensor:
+def alphas_cumprod(num_train_steps: int) -> torch.Tensor:
     """Return the share of the clean signal (its variance) at every level, float32 on the CPU.
 
     This is no buffer, because transformers 5 leaves non-persistent buffers uninitialised on loading.

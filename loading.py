@@ -32,6 +32,7 @@ from .processing_openvla import (
     PrismaticProcessor,
 )
 from .publishing_openvla import PushToHub
+from .training.parallel_loss import parallel_forward
 
 MODEL_CLASSES = {
     OpenVLAConfig.model_type: OpenVLAForActionPrediction,
@@ -45,6 +46,7 @@ MODEL_METHODS: tuple[Callable[..., Any], ...] = (
     merge_lora,
     *peft_methods.METHODS,
     enable_parallel_decoding,
+    parallel_forward,
     score_actions,
 )
 
@@ -69,7 +71,7 @@ def register_auto_classes() -> None:
 
 def attach_package() -> None:
     """Give the shipped classes what only the installed package has; a copy beside a checkpoint lacks it."""
-    PushToHub.hub_uploader = staticmethod(push_to_hub)
+    PushToHub.hub_uploader = push_to_hub
     OpenVLAImageProcessor.device_pixels = staticmethod(pixels_on_device)
     OpenVLAProcessor.image_presets = IMAGE_PRESETS
     attach_methods(OpenVLAForActionPrediction)

@@ -118,6 +118,7 @@ class OpenVLAForActionPrediction(NormStatsMixin, ParallelDecodingModel, Generati
     disable_adapters = _method_of_package("disable_adapters")
     enable_adapters = _method_of_package("enable_adapters")
     enable_parallel_decoding = _method_of_package("enable_parallel_decoding")
+    parallel_forward = _method_of_package("parallel_forward")
     score_actions = _method_of_package("score_actions")
 
     def __init__(self, config: OpenVLAConfig) -> None:
@@ -144,6 +145,8 @@ class OpenVLAForActionPrediction(NormStatsMixin, ParallelDecodingModel, Generati
         refuse_loose_parts(pretrained_model_name_or_path, hub_kwargs)
         loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
+        if model.config.parallel_decoding:
+            model.require_bidirectional()
         if pretrained_model_name_or_path is not None:
             file = optional_file(pretrained_model_name_or_path, STATISTICS_FILE, hub_kwargs)
             if file is not None:
@@ -151,11 +154,6 @@ class OpenVLAForActionPrediction(NormStatsMixin, ParallelDecodingModel, Generati
             # An adapter records the commit of its base; from 5.2x on transformers does not keep it.
             model.config._commit_hash = commit_of(pretrained_model_name_or_path, hub_kwargs)
         return loaded
-
-    def _after_loading(self) -> None:
-        super()._after_loading()
-        if self.config.parallel_decoding:
-            self.require_bidirectional()
 
     def _read_statistics(self, file: str, name_or_path: str | os.PathLike[str]) -> None:
         """Add the action statistics in a file to the configuration."""

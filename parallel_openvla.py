@@ -27,7 +27,7 @@ from transformers.utils import logging
 from .actions_openvla import FAR_STATE, ActionTokenizer, NormalizationStatistics, as_numbers
 from .compatibility_openvla import attention_implementation
 from .configuration_openvla import OpenVLAConfig
-from .decoding_openvla import Accelerator, insert_after_bos, positions_of, set_argument_names, use_fast_decoder
+from .decoding_openvla import Accelerator, insert_after_bos, positions_of, use_fast_decoder
 from .errors_openvla import OpenVLAValueError
 from .heads_openvla import (
     HEAD_MODULES,
@@ -37,7 +37,7 @@ from .heads_openvla import (
     NoiseSchedule,
     timestep_embedding,
 )
-from .prismatic_openvla import PrismaticForConditionalGeneration, compute_token_loss
+from .prismatic_openvla import PrismaticForConditionalGeneration
 
 logger = logging.get_logger(__name__)
 
@@ -352,90 +352,6 @@ class ParallelDecodingModel(PrismaticForConditionalGeneration):
             )
         if tuple(proprio.shape) != (batch, dim):
             raise OpenVLAValueError(f"proprio must have shape ({batch}, {dim}), got {tuple(proprio.shape)}.")
-
-    def parallel_forward(
-        self,
-        input_ids: torch.Tensor | None,
-        attention_mask: torch.Tensor | None,
-        pixel_values: torch.Tensor | None,
-        labels: torch.Tensor | None,
-        *,
-        actions: torch.Tensor | None = None,
-        proprio: torch.Tensor | None = None,
-        noise: torch.Tensor | None = None,
-        timesteps: torch.Tensor | None = None,
-        generator: torch.Generator | None = None,
-    ) -> ChunkOutput:
-        """Run one training pass; see ``OpenVLAForActionPrediction.forward``."""
-        if input_ids is None or pixel_values is None or labels is None:
-            raise OpenVLAValueError(
-                "A parallel-decoding model trains on input_ids, pixel_values and labels; all are needed."
-            )
-        head, sampling = self.config.action_head, {"noise": noise, "timesteps": timesteps, "generator": generator}
-        unused = set_argument_names({**({} if head == "diffusion" else sampling), "actions": None if head else actions})
-        if unused:
-            raise OpenVLAValueError(f"{unused}: not used by a model whose action_head is {head!r}; leave it out.")
-        if None not in sampling.values():
-            raise OpenVLAValueError(
-                "Noise and timesteps are given, so nothing is drawn from the generator; leave it out."
-            )
-        mask = None if attention_mask is None or bool(attention_mask.all()) else attention_mask.to(torch.long)
-        obs = self.embed_observation(input_ids, mask, self._labelled_positions(labels), pixel_values, proprio)
-        if head is None:
-            return self._token_loss(obs, labels)
-        shape = (len(input_ids), *self.chunk_shape)
-        if actions is None or tuple(actions.shape) != shape:
-            got = None if actions is None else tuple(actions.shape)
-            raise OpenVLAValueError(f"The {head} head trains on normalised actions of shape {shape}, got {got}.")
-        actions = actions.to(device=obs.text.device, dtype=obs.text.dtype)
-        if head == "l1":
-            hidden = self.action_hidden_states(obs)
-            predictions = self.action_head(hidden)
-            loss = nn.functional.l1_loss(predictions, actions)
-            return ChunkOutput(loss=loss, predictions=predictions, hidden_states=hidden)
-        return self._noise_loss(obs, actions, noise, timesteps, generator)
-
-    def _labelled_positions(self, labels: torch.Tensor) -> torch.Tensor:
-        """Return the positions of the action tokens in labels: int64 ``(batch, chunk * action_dim)``."""
-        ids = self.action_token_ids
-        is_action = (labels >= ids.start) & (labels < ids.stop)
-        counts = is_action.sum(1)
-        if bool((counts != self.tokens_per_chunk).any()):
-            raise OpenVLAValueError(
-                f"Every sample needs {self.tokens_per_chunk} action tokens ({self.config.chunk_length} actions of "
-                f"{self.config.action_dim} numbers), got {counts.tolist()}."
-            )
-        return is_action.nonzero()[:, 1].view(len(labels), -1)
-
-    def _token_loss(self, obs: Observation, labels: torch.Tensor) -> ChunkOutput:
-        """Return the next-token loss over every labelled position, as in the reference."""
-        every_position = torch.arange(labels.shape[1], device=labels.device).expand(len(labels), -1)
-        hidden = self.action_hidden_states(obs, every_position)  # position 0, BOS, is never labelled
-        logits, loss = compute_token_loss(labels, hidden[:, 1:], self.get_output_embeddings())
-        index = obs.action_positions[..., None].expand(-1, -1, hidden.shape[-1])
-        return ChunkOutput(loss=loss, logits=logits, hidden_states=hidden.gather(1, index))
-
-    def _noise_loss(
-        self,
-        obs: Observation,
-        actions: torch.Tensor,
-        noise: torch.Tensor | None,
-        timesteps: torch.Tensor | None,
-        generator: torch.Generator | None,
-    ) -> ChunkOutput:
-        """Return the squared error of the noise that the diffusion head predicts in noisy actions."""
-        device = actions.device
-        if noise is None:
-            noise = torch.randn(actions.shape, generator=generator, device=device, dtype=actions.dtype)
-        if timesteps is None:
-            num_levels = self.config.num_diffusion_steps_train
-            timesteps = torch.randint(num_levels, actions.shape[:1], generator=generator, device=device)
-        noise, timesteps = noise.to(actions), timesteps.to(device)
-        noisy = self.noise_schedule.add_noise(actions, noise, timesteps)
-        hidden = self.action_hidden_states(obs, noisy=noisy, timesteps=timesteps)
-        predictions = self.action_head(hidden)
-        loss = nn.functional.mse_loss(predictions, noise)
-        return ChunkOutput(loss=loss, predictions=predictions, hidden_states=hidden)
 
     def predict_normalized_chunk(
         self,

@@ -42,7 +42,13 @@ from .configuration_openvla import PrismaticConfig
 from .decoding_openvla import align_prompts, has_gap, insert_after_bos, positions_of, set_argument_names
 from .errors_openvla import OpenVLATypeError, OpenVLAValueError
 from .heads_openvla import HEAD_MODULES  # noqa: F401
-from .quantization_openvla import QuantizedModelMixin, prepare_quantization
+from .quantization_openvla import (
+    is_quantized,
+    prepare_quantization,
+    prepare_quantized_weights,
+    require_no_move,
+    undo_cpu_packing,
+)
 from .vision_openvla import PrismaticProjector, PrismaticVisionBackbone
 
 logger = logging.get_logger(__name__)
@@ -83,7 +89,7 @@ class EmbeddedInputs(NamedTuple):
     bos: torch.Tensor
 
 
-class PrismaticPreTrainedModel(PushToHub, QuantizedModelMixin, PreTrainedModel):
+class PrismaticPreTrainedModel(PushToHub, PreTrainedModel):  # type: ignore[misc]  # push_to_hub is wrapped there
     """Base class of the models: what transformers reads from a class, loading and saving."""
 
     config_class = PrismaticConfig
@@ -133,7 +139,7 @@ class PrismaticPreTrainedModel(PushToHub, QuantizedModelMixin, PreTrainedModel):
         model, info = loaded
         info["missing_keys"] = sorted({*info["missing_keys"], *_left_empty(model)})
         _require_complete(info, pretrained_model_name_or_path, ignore_mismatched_sizes)
-        model._after_loading()
+        prepare_quantized_weights(model)
         return (model, info) if output_loading_info else model
 
     def save_pretrained(  # type: ignore[override]  # other arguments pass through
@@ -153,6 +159,28 @@ class PrismaticPreTrainedModel(PushToHub, QuantizedModelMixin, PreTrainedModel):
             mark_code(save_directory)
         return saved
 
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the state dict, with quantised weights as they were loaded."""
+        undo_cpu_packing(self)
+        return super().state_dict(*args, **kwargs)
+
+    def train(self, mode: bool = True) -> Any:
+        """Set training mode, with quantised weights as they were loaded."""
+        if mode:
+            undo_cpu_packing(self)
+        return super().train(mode)
+
+    def to(self, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]  # wrapped with another signature
+        """Move or cast as torch does; for a quantised model another device, or a dtype, is a ValueError."""
+        if is_quantized(self):
+            require_no_move(self, *args, **kwargs)
+            return self
+        return super().to(*args, **kwargs)
+
+    def cuda(self, device: int | str | torch.device | None = None) -> Any:  # type: ignore[override]  # as to
+        """Move to a GPU, as ``to`` does."""
+        return self.to(torch.device("cuda", device) if isinstance(device, int) else device or "cuda")
+
     @classmethod
     def _from_config(cls, config: PretrainedConfig, **kwargs: Any) -> PreTrainedModel:
         kwargs["config"] = config
@@ -160,7 +188,7 @@ class PrismaticPreTrainedModel(PushToHub, QuantizedModelMixin, PreTrainedModel):
         return super()._from_config(kwargs.pop("config"), **kwargs)
 
 
-class PrismaticForConditionalGeneration(PrismaticPreTrainedModel, GenerationMixin):
+class PrismaticForConditionalGeneration(PrismaticPreTrainedModel, GenerationMixin):  # type: ignore[misc]  # as above
     """Vision-language model: images and text in, text out."""
 
     language_model: Any  # transformers has no common type for causal language models

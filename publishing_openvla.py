@@ -12,11 +12,10 @@ import hashlib
 import os
 import re
 import sys
-from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 from transformers.utils import PushToHubMixin, logging
 
@@ -180,41 +179,16 @@ def require_own_kind(folder: str | os.PathLike, is_adapter: bool) -> None:
         )
 
 
-class HubUploader(Protocol):
-    """Upload of a model or processor in one commit: ``openvla.conversion.hub_upload.push_to_hub``."""
-
-    @abstractmethod
-    def __call__(self, saveable: Any, repo_id: str, **kwargs: Any) -> Any:
-        """Save ``saveable`` with ``save_pretrained`` and upload the folder; return the commit."""
-
-
 class PushToHub(PushToHubMixin):
     """Mixin of models and processors: ``push_to_hub``, the same on every transformers version.
 
     Attributes:
-        hub_uploader: Set by ``openvla.loading`` where the package is installed. None in code beside a checkpoint, which
-            then pushes as its transformers version does.
+        hub_uploader: ``openvla.conversion.hub_upload.push_to_hub``, where the package is installed. None in code beside
+            a checkpoint, which then pushes as its transformers version does.
     """
 
-    hub_uploader: ClassVar[HubUploader | None] = None
+    hub_uploader: ClassVar[Callable[..., Any] | None] = None
 
-    def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:
-        """Save and upload in one commit; a model takes a card with its action space along.
-
-        The processor is pushed by itself to the same repository.
-
-        Args:
-            repo_id: "name" or "organization/name"; created if it does not exist.
-            **kwargs: Keywords of :func:`openvla.conversion.hub_upload.push_to_hub`: ``commit_message``, ``private``,
-                ``token``, ``revision``, ``create_pr``, ``max_shard_size``, ``tags``, ...
-
-        Returns:
-            The commit: its URL, its hash and, with ``create_pr``, the pull request's URL.
-
-        Raises:
-            ValueError: A keyword has a value that is not allowed, or contradicts the repository.
-            TypeError: A keyword is unknown.
-        """
-        if self.hub_uploader is None:
-            return super().push_to_hub(repo_id, **kwargs)
-        return self.hub_uploader(self, repo_id, **kwargs)
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
+        """Save and upload in one commit; arguments and errors are those of ``hub_uploader``."""
+        return (super().push_to_hub if self.hub_uploader is None else self.hub_uploader)(*args, **kwargs)

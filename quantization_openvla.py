@@ -7,7 +7,7 @@ import importlib
 import importlib.util
 import logging
 import os
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import transformers
@@ -20,7 +20,6 @@ from .configuration_openvla import hub_keywords
 from .errors_openvla import OpenVLAImportError, OpenVLAValueError
 
 LOADED_STATE = "loaded_quant_state"  # attribute of a module: bitsandbytes' state as it was loaded
-QuantizedModel = TypeVar("QuantizedModel", bound="QuantizedModelMixin")
 
 # Measured: docs/quantising.md.
 SLOW_ON_CPU = (
@@ -58,36 +57,24 @@ def quantization_name(model: PreTrainedModel) -> str | None:
     return name
 
 
-def stored_quantization(name_or_path: str | os.PathLike, kwargs: dict[str, Any]) -> Any:
-    """Return the quantization that a checkpoint was saved with, or None.
-
-    Args:
-        name_or_path: The checkpoint.
-        kwargs: Keywords of ``from_pretrained``.
-    """
-    config = kwargs.get("config")
-    if isinstance(config, PretrainedConfig):
-        return getattr(config, "quantization_config", None)
-    return PretrainedConfig.get_config_dict(name_or_path, **hub_keywords(kwargs))[0].get("quantization_config")
-
-
 def prepare_quantization(name_or_path: str | os.PathLike | None, kwargs: dict[str, Any]) -> None:
-    """Check the quantization that ``from_pretrained`` is asked for, before it reads any weight, and set its dtype.
+    """Check the quantization in the keywords of ``from_pretrained`` before it reads any weight, and set its dtype.
 
     Without a dtype, modules that are not quantised keep the checkpoint's; transformers 4.x would make them float16.
 
-    Args:
-        name_or_path: The checkpoint.
-        kwargs: Keywords of ``from_pretrained``; the dtype is set in it.
-
     Raises:
         ValueError: The checkpoint is already quantised.
-        ImportError: See ``require_bitsandbytes``.
+        ImportError: bitsandbytes is missing, or this transformers version cannot use it on this machine.
     """
     requested = kwargs.get("quantization_config")
     if kwargs.get("load_in_8bit") or kwargs.get("load_in_4bit"):
         requested = requested or {"quant_method": "bitsandbytes"}
-    stored = None if name_or_path is None else stored_quantization(name_or_path, kwargs)
+    config, stored = kwargs.get("config"), None
+    if isinstance(config, PretrainedConfig):
+        stored = getattr(config, "quantization_config", None)
+    elif name_or_path is not None:
+        fields, _ = PretrainedConfig.get_config_dict(name_or_path, **hub_keywords(kwargs))
+        stored = fields.get("quantization_config")
     if requested is not None and stored is not None:
         raise OpenVLAValueError(
             f"{name_or_path} is already quantised; leave quantization_config (or bits) out, or load the checkpoint "
@@ -106,94 +93,66 @@ def _method(quantization: Any) -> str | None:
     return None if method is None else str(getattr(method, "value", method))
 
 
-class QuantizedModelMixin(nn.Module):
-    """Mixin of a model whose weights bitsandbytes may hold; goes before ``PreTrainedModel``.
+def prepare_quantized_weights(model: nn.Module) -> None:
+    """Check the scales of a loaded model and keep them; switch off repacking that would fail.
 
     On a CPU with AVX512-BF16, bitsandbytes repacks 4-bit weights at the first prediction, rounds their scales to
-    bfloat16 and computes in it, whatever the compute dtype; with another compute dtype repacking is switched off. The
-    scales that bitsandbytes restores when the model is saved or trained are not the original ones, and wrong altogether
-    without double quantisation. So the loaded scales are kept (1.6 % of the weights, 6 % without double quantisation),
-    and restored before anything reads them.
+    bfloat16 and computes in it, whatever the compute dtype; on sizes that it cannot divide, such as SigLIP's 4304, it
+    crashes. The scales that it restores when the model is saved or trained are not the loaded ones, so those are kept
+    (1.6 % of the weights, 6 % without double quantisation).
+
+    Raises:
+        ValueError: Scales are missing, which transformers does not always notice.
     """
+    wrong = [name for name, module in model.named_modules() if not _has_scales(module)]
+    if wrong:
+        raise OpenVLAValueError(f"The checkpoint lacks quantisation scales of {len(wrong)} modules: {wrong}.")
+    if getattr(model, "is_loaded_in_8bit", False):
+        bitsandbytes_log = logging.getLogger("bitsandbytes.autograd._functions")
+        if _drop_float16_line not in bitsandbytes_log.filters:
+            bitsandbytes_log.addFilter(_drop_float16_line)
+        if any(type(p).__name__ == "Int8Params" and p.device.type == "cpu" for p in model.parameters()):
+            transformers_logging.get_logger(__name__).warning_once(SLOW_ON_CPU)
+    for module in model.modules():
+        state = _quant_state(module)
+        if state is not None:
+            setattr(module, LOADED_STATE, copy.copy(state))
+            rows, columns = state.shape
+            packs = rows % CPU_PACKING_ROWS == 0 and columns % state.blocksize == 0
+            if not packs or getattr(module, "compute_dtype", None) is not torch.bfloat16:
+                setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010  bitsandbytes' attribute
 
-    def _after_loading(self) -> None:
-        """Check the scales and keep them; switch off repacking that would fail, and a log line at every product.
 
-        Repacking crashes on sizes that it cannot divide, such as SigLIP's 4304, and its kernel computes in bfloat16
-        only.
-
-        Raises:
-            ValueError: Scales are missing, which transformers does not always notice.
-        """
-        wrong = [name for name, module in self.named_modules() if not _has_scales(module)]
-        if wrong:
-            raise OpenVLAValueError(f"The checkpoint lacks quantisation scales of {len(wrong)} modules: {wrong}.")
-        if getattr(self, "is_loaded_in_8bit", False):
-            bitsandbytes_log = logging.getLogger("bitsandbytes.autograd._functions")
-            if _drop_float16_line not in bitsandbytes_log.filters:
-                bitsandbytes_log.addFilter(_drop_float16_line)
-            if any(type(p).__name__ == "Int8Params" and p.device.type == "cpu" for p in self.parameters()):
-                transformers_logging.get_logger(__name__).warning_once(SLOW_ON_CPU)
-        for module in self.modules():
-            state = _quant_state(module)
-            if state is not None:
-                setattr(module, LOADED_STATE, copy.copy(state))
-                rows, columns = state.shape
-                packs = rows % CPU_PACKING_ROWS == 0 and columns % state.blocksize == 0
-                if not packs or getattr(module, "compute_dtype", None) is not torch.bfloat16:
-                    setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010  bitsandbytes' attribute
-
-    def _undo_cpu_packing(self) -> None:
-        """Restore the layout and the scales with which repacked 4-bit weights were loaded."""
-        for module in self.modules():
-            state = _quant_state(module)
-            if state is None or not getattr(state, "packing_format_for_cpu", False):
-                continue
-            loaded = getattr(module, LOADED_STATE, None)
-            if loaded is None:
-                raise OpenVLAValueError(
-                    "These 4-bit weights were repacked for the CPU before this model could keep their scales, so they "
-                    "can no longer be saved or trained exactly; load them again with from_pretrained."
-                )
-            state.original_nested = False  # the scales are restored below, not recomputed
-            unpack = importlib.import_module("bitsandbytes.functional")._convert_weight_packed_for_cpu_inverse
-            weight: Any = module.weight
-            weight.data, _ = unpack(weight.data, state)
-            weight.quant_state = copy.copy(loaded)
-            setattr(module, "quant_state", weight.quant_state)  # noqa: B010  bitsandbytes' attribute
-
-    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """Return the state dict, with repacked weights as they were loaded."""
-        self._undo_cpu_packing()
-        return super().state_dict(*args, **kwargs)
-
-    def train(self: QuantizedModel, mode: bool = True) -> QuantizedModel:
-        """Set training mode, with repacked weights as they were loaded."""
-        if mode:
-            self._undo_cpu_packing()
-        return super().train(mode)
-
-    def to(self: QuantizedModel, *args: Any, **kwargs: Any) -> QuantizedModel:
-        """Move or cast as torch does; a quantised model is not changed.
-
-        Raises:
-            ValueError: Another device, or a dtype, for a quantised model.
-        """
-        if not is_quantized(self):
-            return super().to(*args, **kwargs)
-        device, dtype, _, _ = torch._C._nn._parse_to(*args, **kwargs)
-        current = next(self.parameters()).device
-        moves = device is not None and (device.type, device.index or 0) != (current.type, current.index or 0)
-        if moves or dtype is not None:
+def undo_cpu_packing(model: nn.Module) -> None:
+    """Restore the layout and the scales with which repacked 4-bit weights were loaded."""
+    for module in model.modules():
+        state = _quant_state(module)
+        if state is None or not getattr(state, "packing_format_for_cpu", False):
+            continue
+        loaded = getattr(module, LOADED_STATE, None)
+        if loaded is None:
             raise OpenVLAValueError(
-                f"A quantised model stays on the device and in the dtype that it was loaded with ({current}); load it "
-                "where it should be, from_pretrained(..., device_map={'': 'cuda'}), and leave .to() out."
+                "These 4-bit weights were repacked for the CPU before this model could keep their scales, so they "
+                "can no longer be saved or trained exactly; load them again with from_pretrained."
             )
-        return self
+        state.original_nested = False  # the scales are restored below, not recomputed
+        unpack = importlib.import_module("bitsandbytes.functional")._convert_weight_packed_for_cpu_inverse
+        weight: Any = module.weight
+        weight.data, _ = unpack(weight.data, state)
+        weight.quant_state = copy.copy(loaded)
+        setattr(module, "quant_state", weight.quant_state)  # noqa: B010  bitsandbytes' attribute
 
-    def cuda(self: QuantizedModel, device: int | str | torch.device | None = None) -> QuantizedModel:
-        """Move to a GPU, as ``to`` does."""
-        return self.to(torch.device("cuda", device) if isinstance(device, int) else device or "cuda")
+
+def require_no_move(model: nn.Module, *args: Any, **kwargs: Any) -> None:
+    """Raise ValueError where arguments of ``to`` name another device, or a dtype, for a quantised model."""
+    device, dtype, _, _ = torch._C._nn._parse_to(*args, **kwargs)
+    current = next(model.parameters()).device
+    moves = device is not None and (device.type, device.index or 0) != (current.type, current.index or 0)
+    if moves or dtype is not None:
+        raise OpenVLAValueError(
+            f"A quantised model stays on the device and in the dtype that it was loaded with ({current}); load it "
+            "where it should be, from_pretrained(..., device_map={'': 'cuda'}), and leave .to() out."
+        )
 
 
 def _quant_state(module: nn.Module) -> Any:

@@ -469,7 +469,7 @@ SURFACE: tuple[Touch, ...] = (
     ),
     *touches(
         "quantization_openvla inference/fast_decoder",
-        "Use the new name of {name} in QuantizedModelMixin and _has_scales (quantization_openvla.py).",
+        "Use the new name of {name} in prepare_quantized_weights and _has_scales (quantization_openvla.py).",
         *members("bitsandbytes.", "bitsandbytes.nn:", "Linear8bitLt", "Int8Params", "Params4bit"),
         row("Int8Params.SCB", mentions("bitsandbytes.nn.modules", "SCB")),
         row("Params4bit.quant_state", holds(lambda: quantized().weight, "quant_state")),

@@ -95,8 +95,8 @@ CALLS = {
     "PrismaticForConditionalGeneration.resize_token_embeddings": lambda t, folder: t.model.resize_token_embeddings(
         9, no=1
     ),
-    "QuantizedModelMixin.state_dict": lambda t, folder: t.model.state_dict(no=1),
-    "QuantizedModelMixin.to": lambda t, folder: t.model.to("cpu", no=1),
+    "PrismaticPreTrainedModel.state_dict": lambda t, folder: t.model.state_dict(no=1),
+    "PrismaticPreTrainedModel.to": lambda t, folder: t.model.to("cpu", no=1),
     "OpenVLAImageProcessor.__call__": lambda t, folder: t.processor.image_processor(
         np.zeros((8, 8, 3), np.uint8), no=1
     ),
