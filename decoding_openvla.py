@@ -216,14 +216,9 @@ def decode_greedily(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Choose the likeliest token at each of exactly ``steps`` steps; of equal logits the first, as ``generate`` does.
 
-    Args:
-        language_model: A causal language model of transformers.
-        embeds: ``(batch, length, hidden)``, left-padded.
-        mask: int64 ``(batch, length)``; None if nothing is masked. A masked token stays masked to the end.
-        steps: Number of tokens.
-        end_ids: Ids that end a sequence.
-        allowed: Ids to choose from; None for all.
-        use_cache: False computes the whole sequence again at each step.
+    Embeddings ``(batch, length, hidden)`` and their mask are left-padded; a masked token stays masked to the end.
+    ``end_ids`` end a sequence, ``allowed`` are the ids to choose from (None: all). Without a cache each step computes
+    the whole sequence again.
 
     Returns:
         int64 tokens ``(batch, steps)`` and the float32 logits ``(batch, steps, vocabulary)`` they were chosen from.

@@ -73,11 +73,7 @@ class Prompt(NamedTuple):
 
 
 def attach_package(feature: str) -> Any:
-    """Set the methods that only the installed package has, and return its module ``openvla.adapters.lora``.
-
-    Raises:
-        ImportError: The package is not installed.
-    """
+    """Set the methods that only the installed package has, and return ``openvla.adapters.lora``; else ImportError."""
     try:
         importlib.import_module("openvla.loading").attach_methods(OpenVLAForActionPrediction)
     except (ImportError, AttributeError) as error:  # AttributeError: another folder is called openvla
@@ -99,15 +95,11 @@ def _method_of_package(name: str) -> Callable[..., Any]:
 
 
 class OpenVLAForActionPrediction(NormStatsMixin, ParallelDecodingModel, GenerationMixin):  # type: ignore[misc]
-    """OpenVLA: camera images and an instruction in, one robot action, or a chunk of them, out.
-
-    Attributes:
-        lora_adapter: Settings of the adapter in use (``openvla.adapters.files.LoraAdapter``, without tensors), or None.
-    """
+    """OpenVLA: camera images and an instruction in, one robot action, or a chunk of them, out."""
 
     config_class = OpenVLAConfig  # type: ignore[assignment]  # a subclass of the base's
     config: OpenVLAConfig
-    lora_adapter: Any = None
+    lora_adapter: Any = None  # settings of the adapter in use: openvla.adapters.files.LoraAdapter without tensors
 
     # Implemented in openvla/adapters and openvla/inference; saved folders do not carry them.
     enable_lora = _method_of_package("enable_lora")
