@@ -25,20 +25,16 @@ NO_ACTION_REMEDY = (
     "Check that prompt, image and unnorm_key belong to this checkpoint, or pass constrain_actions=True (of the "
     "command: --constrain-actions) to choose among action tokens only."
 )
-# Largest share of a sample's tokens that may be no action tokens where they are decoded as in the reference: to the
-# extreme bins. Text has no action token at all (a share of 1); the largest share in the reference's outputs that this
-# package repeats bit for bit is 5 of 7 (tests/golden, seeded weights). strict=True allows none.
+NOT_IDS = "input_ids must be an integer tensor of shape (batch, length)"
+# Largest share of a sample's tokens that may be no action tokens, and are decoded to the extreme bins as in the
+# reference. Text has a share of 1; the reference's outputs in tests/golden have up to 5 of 7. strict=True allows none.
 MAX_NON_ACTION_SHARE = 0.75
 
 
 class NoActionError(OpenVLAValueError):
-    """A prediction that is no action: it ended early, holds words, or numbers that are not finite.
+    """A prediction that is no action: it ended early, holds words, or numbers that are not finite."""
 
-    Attributes:
-        code: "no_action", by which the policy server and its clients name this error.
-    """
-
-    code = "no_action"
+    code = "no_action"  # names this error for the policy server and its clients
 
 
 @dataclass(frozen=True)
@@ -46,20 +42,15 @@ class Accelerator:
     """Functions of the installed package that compute the same tokens and actions faster, up to rounding.
 
     A model whose code comes from a saved folder (``trust_remote_code``) has none.
-
-    Attributes:
-        unsupported_reason: Return why a language model cannot run that many positions by the next two; None if it can.
-        predict_tokens: Return action tokens and their finite logits, for a model, prompt, statistics, allowed ids and
-            draft.
-        bidirectional_hidden_states: Return the last hidden states ``(batch, count, hidden)`` at positions
-            ``(batch, count)``, for a language model, embeddings, mask and these positions.
-        run_graphed: Return ``compute(*inputs)``, by a CUDA graph where there is one, for a model, ``compute``,
-            ``inputs`` and a key of all else that the result depends on.
     """
 
+    # Why a language model cannot run that many positions by the functions below; None if it can.
     unsupported_reason: Callable[[nn.Module, int], str | None]
+    # Action tokens and their finite logits, for a model, prompt, statistics, allowed ids and draft.
     predict_tokens: Callable[..., tuple[torch.Tensor, torch.Tensor]]
+    # Last hidden states (batch, count, hidden), for a language model, embeddings, mask and positions (batch, count).
     bidirectional_hidden_states: Callable[[nn.Module, torch.Tensor, torch.Tensor | None, torch.Tensor], torch.Tensor]
+    # compute(*inputs), by a CUDA graph where there is one, for a model, compute, inputs and what else it depends on.
     run_graphed: Callable[..., tuple[torch.Tensor, ...]]
 
 
@@ -71,44 +62,28 @@ def unsupported_reason(accelerator: Accelerator | None, language_model: nn.Modul
 
 
 def use_fast_decoder(
-    fast: bool | None, accelerator: Accelerator | None, language_model: nn.Module, length: int
-) -> bool:
-    """Return whether to use the fast decoder: None where possible, False never, True with a warning where it is not."""
-    if fast is False:
-        return False
-    reason = unsupported_reason(accelerator, language_model, length)
-    if reason and fast:
-        logger.warning_once(f"Falling back to the standard decoder: {reason}.")
-    return reason is None
-
-
-def require_fast_decoder(
     fast: bool | None,
-    draft: Any,
-    decodes_greedily: bool,
     accelerator: Accelerator | None,
     language_model: nn.Module,
     length: int,
-) -> None:
-    """Raise ValueError for ``fast=True`` or a draft that would not be used.
+    draft: Any = None,
+    decodes_greedily: bool = True,
+) -> bool:
+    """Return whether to use the fast decoder: None where possible, False never, True with a warning where it is not.
 
-    Args:
-        fast: As of ``use_fast_decoder``.
-        draft: As of ``predict_action``.
-        decodes_greedily: Whether tokens are chosen greedily, with a cache.
-        accelerator: As of ``use_fast_decoder``.
-        language_model: As of ``use_fast_decoder``.
-        length: As of ``use_fast_decoder``.
+    Raises:
+        ValueError: There is a draft that it cannot use; or ``fast=True``, but not greedy decoding with a cache.
     """
-    if draft is None and not fast:
-        return
-    reason = None if decodes_greedily else "tokens are sampled, searched, or computed without a cache"
-    if draft is not None:
-        unsupported = unsupported_reason(accelerator, language_model, length)
-        reason = reason or ("fast is False" if fast is False else unsupported)
-    if reason:
+    if not decodes_greedily:
+        reason: str | None = "tokens are sampled, searched, or computed without a cache"
+    else:
+        reason = "fast is False" if fast is False else unsupported_reason(accelerator, language_model, length)
+    if reason and (draft is not None or (fast and not decodes_greedily)):
         name = "fast=True" if draft is None else "draft"
         raise OpenVLAValueError(f"{name} has no effect on this call: {reason}. Leave {name} out.")
+    if reason and fast:
+        logger.warning_once(f"Falling back to the standard decoder: {reason}.")
+    return reason is None
 
 
 def set_argument_names(arguments: Mapping[str, Any]) -> str:
@@ -135,27 +110,19 @@ def require_one_pass(
 def align_prompts(
     input_ids: torch.Tensor | None, attention_mask: torch.Tensor | None, pad_token_id: int | None, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Check prompts, move them to ``device`` and move all padding to the left.
-
-    Args:
-        input_ids: Integer ``(batch, length)``, padded on either side.
-        attention_mask: ``(batch, length)``, zero on padding; None if there is no padding.
-        pad_token_id: Padding token, by which padding without a mask is noticed.
-        device: Device of the result.
+    """Check prompts ``(batch, length)``, move them to ``device`` and all their padding to the left.
 
     Returns:
-        int64 ids ``(batch, length)`` and the mask of the same shape, None where nothing is masked.
+        int64 ids and their mask, None where nothing is masked.
 
     Raises:
-        ValueError: Wrong rank or dtype, a mask of another shape, padding without a mask, a prompt that is all padding.
+        ValueError: Wrong rank or dtype, a mask of another shape, padding without a mask (by ``pad_token_id``), a prompt
+            that is all padding.
     """
-    if (
-        not isinstance(input_ids, torch.Tensor)
-        or input_ids.ndim != 2
-        or input_ids.dtype not in (torch.int64, torch.int32)
-    ):
-        got = f"{input_ids.dtype} {tuple(input_ids.shape)}" if torch.is_tensor(input_ids) else type(input_ids).__name__
-        raise OpenVLAValueError(f"input_ids must be an integer tensor of shape (batch, length), got {got}.")
+    if not isinstance(input_ids, torch.Tensor):
+        raise OpenVLAValueError(f"{NOT_IDS}, got {type(input_ids).__name__}.")
+    if input_ids.ndim != 2 or input_ids.dtype not in (torch.int64, torch.int32):
+        raise OpenVLAValueError(f"{NOT_IDS}, got {input_ids.dtype} {tuple(input_ids.shape)}.")
     input_ids = input_ids.to(device=device, dtype=torch.long)
     if input_ids.numel() == 0:
         raise OpenVLAValueError(f"input_ids are empty: shape {tuple(input_ids.shape)}.")
@@ -187,29 +154,18 @@ def append_token(
     has_token = input_ids[:, -1:] == token_id
     if bool(has_token.all()):
         return input_ids, attention_mask
-    end = torch.full_like(input_ids[:, -1:], token_id)
-    appended = torch.cat([input_ids, end], dim=1)
-    if not bool(has_token.any()):
-        one = torch.ones_like(end)
-        return appended, None if attention_mask is None else torch.cat([attention_mask, one], dim=1)
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-    shifted = torch.cat([torch.full_like(end, pad_token_id or 0), input_ids], dim=1)
-    shifted_mask = torch.cat([torch.zeros_like(end), mask], dim=1)
-    appended_mask = torch.cat([mask, torch.ones_like(end)], dim=1)
-    return torch.where(has_token, shifted, appended), torch.where(has_token, shifted_mask, appended_mask)
+    end = torch.full_like(input_ids[:, -1:], token_id)
+    appended, appended_mask = torch.cat([input_ids, end], dim=1), torch.cat([mask, torch.ones_like(end)], dim=1)
+    pad = torch.full_like(end, pad_token_id or 0)
+    shifted, shifted_mask = torch.cat([pad, input_ids], dim=1), torch.cat([torch.zeros_like(end), mask], dim=1)
+    mask = torch.where(has_token, shifted_mask, appended_mask)
+    is_masked = attention_mask is not None or bool(has_token.any())
+    return torch.where(has_token, shifted, appended), mask if is_masked else None
 
 
 def insert_after_bos(sequence: torch.Tensor, inserted: torch.Tensor, bos: torch.Tensor) -> torch.Tensor:
-    """Insert ``inserted`` after position ``bos`` of every sequence.
-
-    Args:
-        sequence: ``(batch, length, ...)``.
-        inserted: ``(batch, count, ...)``, same trailing shape and dtype.
-        bos: int64 ``(batch,)``, the position of each BOS token.
-
-    Returns:
-        ``(batch, length + count, ...)``.
-    """
+    """Insert ``(batch, count, ...)`` after position ``bos`` of each sequence ``(batch, length, ...)``, of its dtype."""
     length, count = sequence.shape[1], inserted.shape[1]
     bos = bos[:, None]
     target = torch.arange(length + count, device=bos.device)
@@ -222,10 +178,7 @@ def insert_after_bos(sequence: torch.Tensor, inserted: torch.Tensor, bos: torch.
 
 
 def positions_of(mask: torch.Tensor) -> torch.Tensor:
-    """Return int64 position ids ``(batch, length)`` that count from each sequence's first visible token.
-
-    Only left padding is not counted; a token masked later keeps its position, as in the reference.
-    """
+    """Return int64 position ids from the first visible token on; one masked later counts, as in the reference."""
     start = mask.to(torch.long).argmax(dim=1, keepdim=True)
     return (torch.arange(mask.shape[1], device=mask.device) - start).clamp(min=0)
 
@@ -263,14 +216,9 @@ def decode_greedily(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Choose the likeliest token at each of exactly ``steps`` steps; of equal logits the first, as ``generate`` does.
 
-    Args:
-        language_model: A causal language model of transformers.
-        embeds: ``(batch, length, hidden)``, left-padded.
-        mask: int64 ``(batch, length)``; None if nothing is masked. A masked token stays masked to the end.
-        steps: Number of tokens.
-        end_ids: Ids that end a sequence.
-        allowed: Ids to choose from; None for all.
-        use_cache: False computes the whole sequence again at each step.
+    Embeddings ``(batch, length, hidden)`` and their mask are left-padded; a masked token stays masked to the end.
+    ``end_ids`` end a sequence, ``allowed`` are the ids to choose from (None: all). Without a cache each step computes
+    the whole sequence again.
 
     Returns:
         int64 tokens ``(batch, steps)`` and the float32 logits ``(batch, steps, vocabulary)`` they were chosen from.
@@ -278,25 +226,18 @@ def decode_greedily(
     Raises:
         NoActionError: Logits are not finite, or a sequence ended before its last step.
     """
-    ends = _as_tensor(end_ids, embeds.device)
     position_ids = None if mask is None else positions_of(mask)
-    step_inputs, cache = {"inputs_embeds": embeds}, None
+    step_inputs: dict[str, Any] = {"inputs_embeds": embeds}
+    cache = None
     tokens: list[torch.Tensor] = []
     logits: list[torch.Tensor] = []
     for step in range(steps):
-        output = language_model(
-            **step_inputs,
-            attention_mask=mask,
-            position_ids=position_ids,
-            use_cache=use_cache,
-            return_dict=True,
-            **{CACHE_FIELD: cache},
-        )
+        step_inputs |= {"attention_mask": mask, "position_ids": position_ids, CACHE_FIELD: cache}
+        output = language_model(**step_inputs, use_cache=use_cache, return_dict=True)
         logits.append(require_finite(output.logits[:, -1].float()))
         tokens.append((logits[-1] if allowed is None else mask_logits(logits[-1], allowed)).argmax(-1))
         if step == steps - 1:
             break
-        _require_not_ended(tokens[-1][:, None], ends, step, steps)
         cache = cache_of(output) if use_cache else None
         if mask is not None:
             mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
@@ -308,36 +249,28 @@ def decode_greedily(
             cache, embed = None, language_model.get_input_embeddings
             new = embed()(tokens[-1][:, None]).to(embeds.dtype)  # type: ignore[operator]
             step_inputs = {"inputs_embeds": torch.cat([step_inputs["inputs_embeds"], new], dim=1)}
+    require_complete_actions(torch.stack(tokens, dim=1), steps, end_ids)
     return torch.stack(tokens, dim=1), torch.stack(logits, dim=1)
 
 
 def require_complete_actions(tokens: torch.Tensor, steps: int, end_ids: int | Sequence[int] | None) -> None:
     """Raise NoActionError if a sequence of generated tokens ``(batch, at most steps)`` ended before its last step."""
-    tokens = tokens.cpu()  # all at once, so that the device is waited for a single time
-    ends = _as_tensor(end_ids, tokens.device)
-    for step in range(steps - 1):
-        _require_not_ended(tokens[:, step : step + 1], ends, step, steps)
-
-
-def _require_not_ended(token: torch.Tensor, ends: torch.Tensor, step: int, steps: int) -> None:
-    if token.numel() and not bool(torch.isin(token, ends).any()):
+    ends = torch.tensor([] if end_ids is None else end_ids, dtype=torch.long).flatten()
+    ended = torch.isin(tokens.cpu()[:, : steps - 1], ends).any(dim=0).tolist()
+    if len(ended) == steps - 1 and True not in ended:
         return
-    count = step + 1 if token.numel() else step
+    count = ended.index(True) + 1 if True in ended else len(ended)
     raise NoActionError(
         f"The model ended the sequence after {count} of {steps} action tokens. (The reference would decode "
         f"prompt tokens as actions here.) {NO_ACTION_REMEDY}"
     )
 
 
-def _as_tensor(ids: int | Sequence[int] | None, device: torch.device) -> torch.Tensor:
-    return torch.tensor([] if ids is None else ids, dtype=torch.long, device=device).flatten()
-
-
 @dataclass
 class ActionOutput(ModelOutput):
-    """Output of ``predict_action(..., return_dict=True)``; a single sample has no batch axis.
+    """Output of ``predict_action(..., return_dict=True)``.
 
-    With parallel decoding every array has the chunk's axis before ``action_dim``.
+    A single sample has no batch axis; with parallel decoding the chunk's axis comes before ``action_dim``.
 
     Attributes:
         actions: float64 ``(batch, action_dim)``, in ``units``.
@@ -371,15 +304,9 @@ def output_from_tokens(
     hidden_states: torch.Tensor | None = None,
     strict: bool = False,
 ) -> ActionOutput:
-    """Decode action tokens to actions in robot units.
+    """Decode action tokens, int64 ``(batch, ..., action_dim)``, to actions in robot units.
 
-    Args:
-        tokens: int64 ``(batch, ..., action_dim)``.
-        tokenizer: The model's action tokenizer.
-        statistics: Statistics of each sample.
-        logits: ``(batch, ..., action_dim, vocabulary)`` that the tokens were chosen from, for bin probabilities.
-        hidden_states: Hidden states for the output.
-        strict: Allow action tokens only.
+    With ``logits`` ``(batch, ..., action_dim, vocabulary)``, from which they were chosen, there are bin probabilities.
 
     Raises:
         NoActionError: More than ``MAX_NON_ACTION_SHARE`` of a sample's tokens, or with ``strict`` a single one, are no
@@ -396,53 +323,31 @@ def output_from_tokens(
         probabilities = by_bin[..., :-1].copy()
         probabilities[..., -1] += by_bin[..., -1]
         entropy = -(probabilities * np.log(np.where(probabilities > 0, probabilities, 1.0))).sum(-1)
-    return _action_output(
-        statistics, normalized, hidden_states, token_ids=token_ids, bin_probabilities=probabilities, entropy=entropy
+    return build_output(
+        normalized, statistics, hidden_states, token_ids=token_ids, bin_probabilities=probabilities, entropy=entropy
     )
 
 
-def output_from_head(
-    normalized: torch.Tensor,
-    statistics: Sequence[NormalizationStatistics],
-    *,
-    hidden_states: torch.Tensor | None = None,
-) -> ActionOutput:
-    """Convert the output of a continuous head, float32 ``(batch, chunk, action_dim)``, to actions in robot units.
-
-    Raises:
-        NoActionError: An action is not finite.
-    """
-    return _action_output(statistics, normalized.cpu().numpy(), hidden_states)
-
-
-def _action_output(
-    statistics: Sequence[NormalizationStatistics],
+def build_output(
     normalized: np.ndarray,
-    hidden_states: torch.Tensor | None,
+    statistics: Sequence[NormalizationStatistics],
+    hidden_states: torch.Tensor | None = None,
     **fields: np.ndarray | None,
 ) -> ActionOutput:
-    """Un-normalise actions and return them with further fields, a single sample without its batch axis."""
-    fields |= {
-        "actions": _unnormalize(statistics, normalized),
-        "normalized_actions": normalized,
-        "hidden_states": None if hidden_states is None else hidden_states.float().cpu().numpy(),
-    }
-    units: tuple[Any, ...] = tuple(entry.units for entry in statistics)
-    if len(statistics) == 1:
-        fields = {name: None if value is None else value[0] for name, value in fields.items()}
-        units = units[0]
-    return ActionOutput(**fields, names=statistics[0].dimension_names, units=units)
-
-
-def _unnormalize(statistics: Sequence[NormalizationStatistics], normalized: np.ndarray) -> np.ndarray:
-    """Return float64 actions in robot units, each sample by its own statistics; raise NoActionError if not finite."""
+    """Un-normalise each sample by its own statistics; raise NoActionError where an action is not finite."""
     actions = np.stack([entry.unnormalize(values) for entry, values in zip(statistics, normalized)])
     if not np.isfinite(actions).all():
         raise NoActionError(
             f"The action is not finite: {actions.tolist()}. Check the weights, and the statistics of unnorm_key, which "
             "must not span more than a float64 holds."
         )
-    return actions
+    fields |= {"actions": actions, "normalized_actions": normalized}
+    fields["hidden_states"] = None if hidden_states is None else hidden_states.float().cpu().numpy()
+    units: tuple[Any, ...] = tuple(entry.units for entry in statistics)
+    if len(statistics) == 1:
+        fields = {name: None if value is None else value[0] for name, value in fields.items()}
+        units = units[0]
+    return ActionOutput(**fields, names=statistics[0].dimension_names, units=units)
 
 
 def _require_action_tokens(tokenizer: ActionTokenizer, token_ids: np.ndarray, strict: bool) -> None:

@@ -33,12 +33,11 @@ from .configuration_openvla import OpenVLAConfig, commit_of, find_adapter, optio
 from .decoding_openvla import (
     ActionOutput,
     append_token,
+    build_output,
     decode_greedily,
     mask_logits,
-    output_from_head,
     output_from_tokens,
     require_complete_actions,
-    require_fast_decoder,
     require_finite,
     require_one_pass,
     set_argument_names,
@@ -74,11 +73,7 @@ class Prompt(NamedTuple):
 
 
 def attach_package(feature: str) -> Any:
-    """Set the methods that only the installed package has, and return its module ``openvla.adapters.lora``.
-
-    Raises:
-        ImportError: The package is not installed.
-    """
+    """Set the methods that only the installed package has, and return ``openvla.adapters.lora``; else ImportError."""
     try:
         importlib.import_module("openvla.loading").attach_methods(OpenVLAForActionPrediction)
     except (ImportError, AttributeError) as error:  # AttributeError: another folder is called openvla
@@ -100,15 +95,11 @@ def _method_of_package(name: str) -> Callable[..., Any]:
 
 
 class OpenVLAForActionPrediction(NormStatsMixin, ParallelDecodingModel, GenerationMixin):  # type: ignore[misc]
-    """OpenVLA: camera images and an instruction in, one robot action, or a chunk of them, out.
-
-    Attributes:
-        lora_adapter: Settings of the adapter in use (``openvla.adapters.files.LoraAdapter``, without tensors), or None.
-    """
+    """OpenVLA: camera images and an instruction in, one robot action, or a chunk of them, out."""
 
     config_class = OpenVLAConfig  # type: ignore[assignment]  # a subclass of the base's
     config: OpenVLAConfig
-    lora_adapter: Any = None
+    lora_adapter: Any = None  # settings of the adapter in use: openvla.adapters.files.LoraAdapter without tensors
 
     # Implemented in openvla/adapters and openvla/inference; saved folders do not carry them.
     enable_lora = _method_of_package("enable_lora")
@@ -169,18 +160,16 @@ class OpenVLAForActionPrediction(NormStatsMixin, ParallelDecodingModel, Generati
     ) -> Any:
         """Save weights, or the adapter of a model that has one, configuration, code and dataset_statistics.json.
 
-        Statistics in the folder for other datasets are kept, as the published scripts write the robot's there before
-        the merged model. The saved folder has no default dataset then, so that ``unnorm_key`` is needed. Statistics
-        under a key of this model are replaced. Warnings say so.
+        Statistics that the folder has for other datasets are kept; it has no default dataset then, so that
+        ``unnorm_key`` is needed. Those under a key of this model are replaced. Warnings say so.
 
         Raises:
             ValueError: The folder's dataset_statistics.json is not usable; it holds whole weights and this is an
                 adapter, or the reverse; a keyword has no effect on an adapter.
             TypeError: A keyword is unknown, for a model with an adapter.
         """
-        lora = None if self.lora_adapter is None else attach_package("An adapter (LoRA)")
-        if lora is not None:
-            lora.require_save_keywords(kwargs)
+        if self.lora_adapter is not None:
+            attach_package("An adapter (LoRA)").require_save_keywords(kwargs)
         require_own_kind(save_directory, self._hf_peft_config_loaded)
         default = self.config.default_unnorm_key
         if is_main_process and self.norm_stats and not os.path.isfile(save_directory):
@@ -195,8 +184,8 @@ class OpenVLAForActionPrediction(NormStatsMixin, ParallelDecodingModel, Generati
                     "folder has no default dataset: give unnorm_key to predict_action."
                 )
         try:
-            if lora is not None:
-                return lora.save_lora(self, save_directory, kwargs.get("state_dict")) if is_main_process else None
+            if self.lora_adapter is not None:
+                return self.save_lora(save_directory, kwargs.get("state_dict")) if is_main_process else None
             if is_quantized(self):
                 self._record_quantized_base()
             return super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
@@ -290,11 +279,7 @@ class OpenVLAForActionPrediction(NormStatsMixin, ParallelDecodingModel, Generati
             raise OpenVLAValueError(f"This model predicts one action in tokens and takes no {unused}; leave it out.")
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """Run ``PrismaticForConditionalGeneration.generate``.
-
-        Raises:
-            ValueError: The model was trained for parallel decoding; token by token it would predict wrongly.
-        """
+        """Run ``PrismaticForConditionalGeneration.generate``; raise ValueError for a model with parallel decoding."""
         if self.config.parallel_decoding:
             raise OpenVLAValueError("This model predicts a whole chunk in one pass; use predict_action, not generate.")
         return super().generate(*args, **kwargs)
@@ -334,9 +319,8 @@ class OpenVLAForActionPrediction(NormStatsMixin, ParallelDecodingModel, Generati
             constrain_actions: Choose among action tokens only.
             strict: Raise for a single token that is no action token, as every ``Policy`` does. Without it, up to
                 ``MAX_NON_ACTION_SHARE`` of them decode to the extreme bins, as in the reference, with a warning.
-            fast: Use the fast decoder of the installed package, for greedy decoding with a cache: None where the
-                language model allows it, True with a warning where it does not, False never. The tokens are the same,
-                up to rounding.
+            fast: Use the package's fast decoder, for greedy decoding with a cache and the same tokens up to rounding:
+                None where the language model allows it, True with a warning where it does not, False never.
             draft: A guess of the action in robot units, ``(action_dim,)`` or ``(batch, action_dim)``, such as the
                 previous one: leading tokens that it has right need no decode step. Needs the fast decoder.
             **generate_kwargs: Keywords of ``generate`` (sampling, beams, ...); greedy without. With
@@ -416,17 +400,17 @@ class OpenVLAForActionPrediction(NormStatsMixin, ParallelDecodingModel, Generati
         use_cache = generate_kwargs.get("use_cache") is not False
         length = prompt.input_ids.shape[1] + self.vision_backbone.patches_per_prompt + steps
         accelerator, language_model = self.accelerator, self.language_model
-        require_fast_decoder(fast, draft, greedy and use_cache, accelerator, language_model, length)
-        is_fast = greedy and use_cache and use_fast_decoder(fast, accelerator, language_model, length)
+        is_fast = use_fast_decoder(fast, accelerator, language_model, length, draft, greedy and use_cache)
         if not greedy:
             generate_kwargs |= {"eos_token_id": end_ids, "max_new_tokens": steps}
             tokens, logits = self._generate_tokens(prompt, allowed, generate_kwargs, return_logits)
+            require_complete_actions(tokens, steps, end_ids)
         elif is_fast and accelerator is not None:
             tokens, logits = accelerator.predict_tokens(self, prompt, statistics, allowed, draft)
+            require_complete_actions(tokens, steps, end_ids)
         else:
             embeds, mask, _, _ = self.embed_inputs(*prompt)
             tokens, logits = decode_greedily(language_model, embeds, mask, steps, end_ids, allowed, use_cache)
-        require_complete_actions(tokens, steps, end_ids)
         return tokens, logits if return_logits else None
 
     def _generate_tokens(
@@ -476,7 +460,7 @@ class OpenVLAForActionPrediction(NormStatsMixin, ParallelDecodingModel, Generati
             prediction, hidden = compute(*prompt, proprio)
         prediction = require_finite(prediction.float())
         if head is not None:
-            return output_from_head(prediction, statistics, hidden_states=hidden if with_details else None)
+            return build_output(prediction.cpu().numpy(), statistics, hidden if with_details else None)
         logits = prediction.unflatten(1, (self.config.chunk_length, -1))
         tokens = (mask_logits(logits, self.action_token_ids) if constrain_actions else logits).argmax(-1)
         details = {"logits": logits, "hidden_states": hidden} if with_details else {}

@@ -546,4 +546,4 @@ def test_package_models_have_the_accelerator_and_others_none():
     assert not decoding_openvla.use_fast_decoder(None, None, model, 20)
     assert "pip install openvla" in decoding_openvla.unsupported_reason(None, model, 20)
     with pytest.raises(ValueError, match="draft has no effect on this call: .*pip install openvla"):
-        decoding_openvla.require_fast_decoder(None, [0.0] * 7, True, None, model, 20)
+        decoding_openvla.use_fast_decoder(None, None, model, 20, draft=[0.0] * 7)

@@ -496,7 +496,9 @@ base, adapter, logits = sys.argv[1:]
 model = load(base)
 processor = transformers.AutoProcessor.from_pretrained(base, trust_remote_code=True)
 inputs = processor(instruction="pick up the red block", images=torch.zeros(3, 224, 224))
+assert model.score_actions(**inputs, actions=[[0.0] * 7]).shape == (1, 1)
 model.enable_lora(r=2)
+assert model.active_adapters() == ["default"]
 with torch.no_grad():
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
@@ -543,6 +545,8 @@ assert refused(model.save_lora, out)
 assert refused(model.merge_lora)
 assert refused(model.disable_adapters)
 assert refused(model.enable_adapters)
+assert refused(model.score_actions)
+assert refused(model.enable_parallel_decoding, 7)
 assert refused(load, adapter)
 model.save_pretrained(out)  # a model without an adapter needs no package
 saved = torch.load(logits, weights_only=True)
