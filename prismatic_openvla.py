@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import nn
@@ -43,11 +44,8 @@ from .decoding_openvla import align_prompts, has_gap, insert_after_bos, position
 from .errors_openvla import OpenVLATypeError, OpenVLAValueError
 from .heads_openvla import HEAD_MODULES  # noqa: F401
 from .quantization_openvla import (
-    is_quantized,
     prepare_quantization,
-    prepare_quantized_weights,
-    require_no_move,
-    undo_cpu_packing,
+    require_scales,
 )
 from .vision_openvla import PrismaticProjector, PrismaticVisionBackbone
 
@@ -90,7 +88,14 @@ class EmbeddedInputs(NamedTuple):
 
 
 class PrismaticPreTrainedModel(PushToHub, PreTrainedModel):  # type: ignore[misc]  # push_to_hub is wrapped there
-    """Base class of the models: what transformers reads from a class, loading and saving."""
+    """Base class of the models: what transformers reads from a class, loading and saving.
+
+    Attributes:
+        keep_quantized_weights: Called with every loaded model; set by ``openvla.loading`` where the package is
+            installed. None in code beside a checkpoint.
+    """
+
+    keep_quantized_weights: ClassVar[Callable[[nn.Module], None] | None] = None
 
     config_class = PrismaticConfig
     base_model_prefix = "model"
@@ -139,7 +144,9 @@ class PrismaticPreTrainedModel(PushToHub, PreTrainedModel):  # type: ignore[misc
         model, info = loaded
         info["missing_keys"] = sorted({*info["missing_keys"], *_left_empty(model)})
         _require_complete(info, pretrained_model_name_or_path, ignore_mismatched_sizes)
-        prepare_quantized_weights(model)
+        require_scales(model)
+        if cls.keep_quantized_weights is not None:
+            cls.keep_quantized_weights(model)
         return (model, info) if output_loading_info else model
 
     def save_pretrained(  # type: ignore[override]  # other arguments pass through
@@ -158,28 +165,6 @@ class PrismaticPreTrainedModel(PushToHub, PreTrainedModel):  # type: ignore[misc
         if is_main_process:
             mark_code(save_directory)
         return saved
-
-    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """Return the state dict, with quantised weights as they were loaded."""
-        undo_cpu_packing(self)
-        return super().state_dict(*args, **kwargs)
-
-    def train(self, mode: bool = True) -> Any:
-        """Set training mode, with quantised weights as they were loaded."""
-        if mode:
-            undo_cpu_packing(self)
-        return super().train(mode)
-
-    def to(self, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]  # wrapped with another signature
-        """Move or cast as torch does; for a quantised model another device, or a dtype, is a ValueError."""
-        if is_quantized(self):
-            require_no_move(self, *args, **kwargs)
-            return self
-        return super().to(*args, **kwargs)
-
-    def cuda(self, device: int | str | torch.device | None = None) -> Any:  # type: ignore[override]  # as to
-        """Move to a GPU, as ``to`` does."""
-        return self.to(torch.device("cuda", device) if isinstance(device, int) else device or "cuda")
 
     @classmethod
     def _from_config(cls, config: PretrainedConfig, **kwargs: Any) -> PreTrainedModel:

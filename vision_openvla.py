@@ -240,19 +240,11 @@ class VisionTower(nn.Module):
         return torch.cat([*prefix, patches], dim=1) + self.pos_embed
 
 
-def run_one_by_one(
-    first: Callable[[], torch.Tensor], second: Callable[[], torch.Tensor], device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the results of two computations on a device."""
-    del device
-    return first(), second()
-
-
 class PrismaticVisionBackbone(nn.Module):
     """One tower (``featurizer``), or two whose features are concatenated channel by channel (``fused_featurizer``)."""
 
-    # The installed package replaces it by run_on_two_streams (inference/cuda_graphs.py).
-    run_both: ClassVar[Callable[..., tuple[torch.Tensor, torch.Tensor]]] = staticmethod(run_one_by_one)
+    # Set by the installed package (inference/cuda_graphs.py).
+    run_on_two_streams: ClassVar[Callable[..., tuple[torch.Tensor, torch.Tensor]] | None] = None
 
     def __init__(self, config: PrismaticConfig) -> None:
         super().__init__()
@@ -330,14 +322,12 @@ class PrismaticVisionBackbone(nn.Module):
         if second is None:
             features = first(pixel_values, condition)
         else:
-            features = torch.cat(
-                self.run_both(
-                    lambda: first(pixel_values[:, :3], condition),
-                    lambda: second(pixel_values[:, 3:], condition),
-                    pixel_values.device,
-                ),
-                dim=2,
-            )
+            run = (lambda: first(pixel_values[:, :3], condition), lambda: second(pixel_values[:, 3:], condition))
+            if self.run_on_two_streams is None:
+                both = run[0](), run[1]()
+            else:
+                both = self.run_on_two_streams(*run, pixel_values.device)
+            features = torch.cat(both, dim=2)
         return features.unflatten(0, (-1, images)).flatten(1, 2) if images > 1 else features
 
 

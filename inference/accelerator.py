@@ -70,4 +70,4 @@ ACCELERATOR = Accelerator(
 def attach_accelerator() -> None:
     """Let the package's models use the fast decoder and CUDA graphs."""
     OpenVLAForActionPrediction.accelerator = ACCELERATOR
-    PrismaticVisionBackbone.run_both = staticmethod(run_on_two_streams)
+    PrismaticVisionBackbone.run_on_two_streams = staticmethod(run_on_two_streams)

@@ -468,8 +468,8 @@ SURFACE: tuple[Touch, ...] = (
         library="peft",
     ),
     *touches(
-        "quantization_openvla inference/fast_decoder",
-        "Use the new name of {name} in prepare_quantized_weights and _has_scales (quantization_openvla.py).",
+        "quantization_openvla inference/quantized_weights inference/fast_decoder",
+        "Use the new name of {name} in _has_scales (quantization_openvla.py) and inference/quantized_weights.py.",
         *members("bitsandbytes.", "bitsandbytes.nn:", "Linear8bitLt", "Int8Params", "Params4bit"),
         row("Int8Params.SCB", mentions("bitsandbytes.nn.modules", "SCB")),
         row("Params4bit.quant_state", holds(lambda: quantized().weight, "quant_state")),
@@ -483,7 +483,7 @@ SURFACE: tuple[Touch, ...] = (
     ),
     *touches(
         "inference/cuda_graphs training/memory inference/patch_detection parallel_openvla inference/cpu_prepack "
-        "quantization_openvla inference/quantization conversion/torch_archive",
+        "inference/quantized_weights inference/quantization conversion/torch_archive",
         "Use the replacement of {name} in {files}, and the old one where torch still has it.",
         *parts("nn.Module.", lambda: SimpleNamespace(**nn.Linear(1, 1).__dict__), *MODULE_DICTS),
         *members("nn.Module.", "torch.nn:Module.", "_save_to_state_dict", "_load_from_state_dict"),

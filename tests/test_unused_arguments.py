@@ -18,7 +18,6 @@ from reference import MODULES, module_name
 # Parameters of callbacks that others call: an ASGI server's lifespan, a signal handler.
 NOT_READ = {"serving.app.PolicyApp.lifespan": {"app"}, "serving.app.build_app.handle_http_error": {"request"}}
 NOT_READ |= {"serving.middleware.DrainingServer.handle_exit": {"frame"}}
-NOT_READ |= {"vision_openvla.run_one_by_one": {"device"}}  # read by what replaces it, run_on_two_streams
 NOT_READ |= {"benchmarking.reference.preprocessing_stages.preprocess": {"_"}}  # a stage takes an index of an input
 
 
@@ -95,8 +94,8 @@ CALLS = {
     "PrismaticForConditionalGeneration.resize_token_embeddings": lambda t, folder: t.model.resize_token_embeddings(
         9, no=1
     ),
-    "PrismaticPreTrainedModel.state_dict": lambda t, folder: t.model.state_dict(no=1),
-    "PrismaticPreTrainedModel.to": lambda t, folder: t.model.to("cpu", no=1),
+    "state_dict": lambda t, folder: t.model.state_dict(no=1),
+    "to": lambda t, folder: t.model.to("cpu", no=1),
     "OpenVLAImageProcessor.__call__": lambda t, folder: t.processor.image_processor(
         np.zeros((8, 8, 3), np.uint8), no=1
     ),
