@@ -72,8 +72,8 @@ class Prompt(NamedTuple):
     attention_mask: torch.Tensor | None
 
 
-def attach_package(feature: str) -> Any:
-    """Set the methods that only the installed package has, and return ``openvla.adapters.lora``; else ImportError."""
+def require_package(feature: str) -> Any:
+    """Set the methods of the installed package, or raise ImportError; return its module ``openvla.adapters.lora``."""
     try:
         importlib.import_module("openvla.loading").attach_methods(OpenVLAForActionPrediction)
     except (ImportError, AttributeError) as error:  # AttributeError: another folder is called openvla
@@ -88,7 +88,7 @@ def _method_of_package(name: str) -> Callable[..., Any]:
     """Return a method that the installed package implements; the first call puts the package's in its place."""
 
     def method(self: OpenVLAForActionPrediction, *args: Any, **kwargs: Any) -> Any:
-        attach_package(f"{name}()")
+        require_package(f"{name}()")
         return getattr(OpenVLAForActionPrediction, name)(self, *args, **kwargs)
 
     return method
@@ -132,7 +132,7 @@ class OpenVLAForActionPrediction(NormStatsMixin, ParallelDecodingModel, Generati
         adapter, hub_kwargs = find_adapter(pretrained_model_name_or_path, kwargs)
         if adapter is not None:
             refuse_two_kinds(os.path.join(adapter, hub_kwargs.get("subfolder") or ""))
-            return attach_package("An adapter (LoRA)").load_base_and_adapter(cls, adapter, hub_kwargs, kwargs)
+            return require_package("An adapter (LoRA)").load_base_and_adapter(cls, adapter, hub_kwargs, kwargs)
         refuse_loose_parts(pretrained_model_name_or_path, hub_kwargs)
         loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
@@ -169,7 +169,7 @@ class OpenVLAForActionPrediction(NormStatsMixin, ParallelDecodingModel, Generati
             TypeError: A keyword is unknown, for a model with an adapter.
         """
         if self.lora_adapter is not None:
-            attach_package("An adapter (LoRA)").require_save_keywords(kwargs)
+            require_package("An adapter (LoRA)").require_save_keywords(kwargs)
         require_own_kind(save_directory, self._hf_peft_config_loaded)
         default = self.config.default_unnorm_key
         if is_main_process and self.norm_stats and not os.path.isfile(save_directory):
@@ -195,7 +195,7 @@ class OpenVLAForActionPrediction(NormStatsMixin, ParallelDecodingModel, Generati
     def _record_quantized_base(self) -> None:
         """Record in the configuration what was quantised: the base of adapters that are trained on the saved folder."""
         try:
-            self.config.quantized_from = attach_package("The record of the base").record_base(self)
+            self.config.quantized_from = require_package("The record of the base").record_base(self)
         except OpenVLAImportError as error:
             if getattr(self.config, "quantized_from", None) is None:
                 logger.warning(
