@@ -200,7 +200,7 @@ def test_8_bits_on_a_cpu_warn_once_of_their_speed(folder, monkeypatch):
     from transformers.utils import logging
 
     messages = []
-    logger = logging.get_logger("openvla.quantization_openvla")
+    logger = logging.get_logger("openvla.inference.quantized_weights")
     logger.warning_once.cache_clear()
     monkeypatch.setattr(logger, "warning", lambda message, *args, **kwargs: messages.append(message))
     load(folder, quantization_config=quantization_config(4))
