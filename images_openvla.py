@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import os
 import re
-from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -21,6 +20,8 @@ from .errors_openvla import OpenVLAFileNotFoundError, OpenVLATypeError, OpenVLAV
 logger = logging.get_logger(__name__)
 
 ImageInput = Any  # a PIL image, a numpy array, a torch tensor, or a path to an image file
+# Preprocessing of a camera frame to RGB before the image processor; given height and width that the model takes.
+ImagePreset = Callable[[Image.Image, Sequence[int]], Image.Image]
 
 CENTER_CROP_AREA = 0.9
 EXIF_ORIENTATION = 0x0112
@@ -48,24 +49,6 @@ class TowerTransform(NamedTuple):
     resize: dict[str, Any]
     crop: dict[str, Any]
     normalize: dict[str, Any]
-
-
-class ImagePreset(Protocol):
-    """Preprocessing of a camera frame before the image processor."""
-
-    @abstractmethod
-    def __call__(self, image: Image.Image, size: Sequence[int]) -> Image.Image:
-        """Return the frame as RGB; ``size`` is the height and width that the model takes."""
-
-
-class DevicePixels(Protocol):
-    """Resizing and normalisation on a device, bit for bit as ``normalized_pixels``."""
-
-    @abstractmethod
-    def __call__(
-        self, images: Any, device: torch.device, towers: Sequence[TowerTransform], fill: Sequence[int] | None
-    ) -> torch.Tensor | None:
-        """Return float32 ``(batch, 3 * towers, height, width)`` on the device; None where a filter is not known."""
 
 
 def as_images(images: ImageInput | Sequence[ImageInput]) -> list[Image.Image]:

@@ -19,7 +19,7 @@ from .adapters.parallel_decoding import enable_parallel_decoding
 from .configuration_openvla import OpenVLAConfig, PrismaticConfig, hub_keywords
 from .conversion.hub_upload import push_to_hub
 from .errors_openvla import OpenVLAValueError
-from .inference import quantized_weights
+from .inference import prompt_checks, quantized_weights
 from .inference.accelerator import attach_accelerator
 from .inference.device_images import pixels_on_device
 from .inference.image_presets import IMAGE_PRESETS
@@ -75,6 +75,7 @@ def attach_package() -> None:
     PushToHub.hub_uploader = push_to_hub
     OpenVLAImageProcessor.device_pixels = staticmethod(pixels_on_device)
     OpenVLAProcessor.image_presets = IMAGE_PRESETS
+    OpenVLAProcessor.prompt_checks = prompt_checks
     PrismaticPreTrainedModel.keep_quantized_weights = staticmethod(quantized_weights.keep_quantized_weights)
     for function in quantized_weights.METHODS:
         setattr(PrismaticPreTrainedModel, function.__name__, function)

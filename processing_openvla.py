@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import math
 import os
 import re
 import unicodedata
-import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any, ClassVar
@@ -30,14 +28,12 @@ from .configuration_openvla import (
     IMAGE_RESIZE_STRATEGIES,
     PROMPTS,
     OpenVLAConfig,
-    PrismaticConfig,
     hub_keywords,
     write_json,
 )
 from .errors_openvla import OpenVLAImportError, OpenVLAValueError
 from .images_openvla import (
     SHIPPED_IMAGE_PRESETS,
-    DevicePixels,
     ImageInput,
     ImagePreset,
     TowerTransform,
@@ -50,27 +46,11 @@ logger = logging.get_logger(__name__)
 # The integers are PIL's (and torchvision's) resampling codes, as saved in preprocessor_config.json.
 RESAMPLING = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3, "box": 4, "hamming": 5}
 
-# Channel means and standard deviations that timm's towers were trained with, by a part of their ids; (0.5, 0.5, 0.5)
-# for both where none matches.
-HALF = (0.5, 0.5, 0.5)
-IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-OPENAI_CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
-PIXEL_STATISTICS = {"dinov2": IMAGENET, ".openai": OPENAI_CLIP}
-
 NO_PRESET = "none"
 # Of what only the installed package has; code beside a checkpoint raises it.
 NEEDS_PACKAGE = "needs the package: pip install openvla, then `import openvla` and load without trust_remote_code"
 
 PLACEHOLDER = "{instruction}"
-SHOWN_CHARACTERS = 120
-# Characters that text padded with zero bytes, text with a byte-order mark, or wrongly decoded text holds.
-NOT_TEXT = re.compile("[\x00-\x08\x0e-\x1f\x7f\ufeff\ufffd]")
-# Python's representation of bytes, or of an array or list of texts: b'go', ['go'], [b'go'].
-PYTHON_REPR = re.compile(r"""b(['"]).*\1|\[(b?)(['"]).*\3\]""", re.DOTALL)
-
-# By tokenizer: its size and the special tokens that it had then; its copy without special tokens.
-_special_tokens: weakref.WeakKeyDictionary[Any, tuple[int, dict[str, int]]] = weakref.WeakKeyDictionary()
-_plain_tokenizers: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
 
 
 class OpenVLAImageProcessor(BaseImageProcessor):
@@ -102,7 +82,7 @@ class OpenVLAImageProcessor(BaseImageProcessor):
     """
 
     model_input_names = ["pixel_values"]
-    device_pixels: ClassVar[DevicePixels | None] = None
+    device_pixels: ClassVar[Callable[..., torch.Tensor] | None] = None
     _auto_class = "AutoImageProcessor"
 
     def __init__(
@@ -158,22 +138,6 @@ class OpenVLAImageProcessor(BaseImageProcessor):
         # Both towers get the last one's fill, as the published models were evaluated.
         self.tvf_letterbox_fill = tvf_letterbox_fill or ([int(x * 255) for x in self.means[-1]] if letterbox else None)
 
-    @classmethod
-    def for_config(cls, config: PrismaticConfig) -> OpenVLAImageProcessor:
-        """Return the image processor that a model's towers were trained with."""
-        statistics = [
-            next((known for part, known in PIXEL_STATISTICS.items() if part in timm_id), (HALF, HALF))
-            for timm_id in config.timm_model_ids
-        ]
-        return cls(
-            use_fused_vision_backbone=config.use_fused_vision_backbone,
-            image_resize_strategy=config.image_resize_strategy,
-            input_sizes=[(3, size, size) for size in config.image_sizes],
-            interpolations=["bicubic"] * len(config.image_sizes),
-            means=[mean for mean, _ in statistics],
-            stds=[std for _, std in statistics],
-        )
-
     def preprocess(
         self,
         images: ImageInput | Sequence[ImageInput],
@@ -203,33 +167,15 @@ class OpenVLAImageProcessor(BaseImageProcessor):
         towers = [TowerTransform(*fields) for fields in parameters]
         fill = self.tvf_letterbox_fill if self.tvf_do_letterbox else None
         if device is not None:
-            return BatchFeature(data={"pixel_values": self._on_device(images, towers, fill, return_tensors, device)})
+            if self.device_pixels is None:
+                raise OpenVLAImportError(f"device={str(device)!r} {NEEDS_PACKAGE}.")
+            on_device = self.device_pixels(images, device, towers, fill, return_tensors)
+            return BatchFeature(data={"pixel_values": on_device})
         pixels = [normalized_pixels(image, towers, fill) for image in as_images(images)]
         batch: Any = pixels[0][None] if len(pixels) == 1 else np.stack(pixels)
         if return_tensors == "pt":  # BatchFeature would copy an array
             batch = torch.from_numpy(batch)
         return BatchFeature(data={"pixel_values": batch}, tensor_type=return_tensors)
-
-    def _on_device(
-        self,
-        images: ImageInput | Sequence[ImageInput],
-        towers: Sequence[TowerTransform],
-        fill: Sequence[int] | None,
-        return_tensors: str | None,
-        device: torch.device | str,
-    ) -> torch.Tensor:
-        """Return ``pixel_values`` on a device; made by Pillow where the package does not know the filter."""
-        if return_tensors not in (None, "pt"):
-            raise OpenVLAValueError(
-                f"device gives torch tensors, not return_tensors={return_tensors!r}; leave one of them out."
-            )
-        if self.device_pixels is None:
-            raise OpenVLAImportError(f"device={str(device)!r} {NEEDS_PACKAGE}.")
-        pixels = self.device_pixels(images, torch.device(device), towers, fill)
-        if pixels is None:
-            by_pillow = [normalized_pixels(image, towers, fill) for image in as_images(images)]
-            pixels = torch.from_numpy(np.stack(by_pillow)).to(device)
-        return pixels
 
     def __call__(self, images: ImageInput | Sequence[ImageInput], **kwargs: Any) -> BatchFeature:
         """Call ``preprocess``."""
@@ -262,6 +208,7 @@ class OpenVLAProcessor(PushToHub, ProcessorMixin):
     Attributes:
         image_presets: Set by ``openvla.loading`` where the package is installed; None in code beside a checkpoint,
             which knows "none" and "center-crop" alone.
+        prompt_checks: Set with it: the module ``openvla.inference.prompt_checks``.
 
     Raises:
         ValueError: Unknown prompt style or image preset.
@@ -269,6 +216,7 @@ class OpenVLAProcessor(PushToHub, ProcessorMixin):
     """
 
     image_presets: ClassVar[Mapping[str, ImagePreset] | None] = None
+    prompt_checks: ClassVar[Any] = None
     model_input_names = ["input_ids", "attention_mask", "pixel_values"]
     if TRANSFORMERS_4:
         attributes = ["image_processor", "tokenizer"]
@@ -295,19 +243,6 @@ class OpenVLAProcessor(PushToHub, ProcessorMixin):
         self.empty_token_id = empty_token_id
         self.num_images_in_input = num_images_in_input
         self.image_preset = image_preset
-
-    @classmethod
-    def for_config(
-        cls, config: PrismaticConfig, tokenizer: Any, image_processor: OpenVLAImageProcessor | None = None
-    ) -> OpenVLAProcessor:
-        """Return the processor of a model with this configuration; None for its own image processor."""
-        return cls(
-            image_processor or OpenVLAImageProcessor.for_config(config),
-            tokenizer,
-            prompt_style=config.prompt_style,
-            empty_token_id=config.empty_token_id,
-            num_images_in_input=config.num_images_in_input,
-        )
 
     @classmethod
     def from_pretrained(  # type: ignore[override]  # the names of the keywords differ between versions
@@ -393,7 +328,7 @@ class OpenVLAProcessor(PushToHub, ProcessorMixin):
                 raise OpenVLAValueError("An instruction needs an image: processor(instruction=..., images=...).")
             inputs = self._tokenize_instructions(instruction, padding, max_length)
         else:
-            prompts = checked_prompts(text, self.prompt_style)
+            prompts = self._checked_prompts(text)
             inputs = tokenize_text(self.tokenizer, prompts, padding, truncation, max_length, return_tensors)
         data = dict(BatchFeature(data=inputs, tensor_type=return_tensors))
         require_bos(self.tokenizer, self.prompt_style, data["input_ids"], data["attention_mask"])
@@ -463,8 +398,27 @@ class OpenVLAProcessor(PushToHub, ProcessorMixin):
         Raises:
             ValueError: The instruction is empty, not text or a complete prompt, or the style is not known.
         """
-        instruction = clean_instruction(instruction)
+        instruction = self._clean(instruction)
         return PROMPTS[self._known_prompt_style()].format(instruction=instruction)
+
+    def _clean(self, instruction: Any) -> str:
+        cleaned = clean_instruction(instruction)
+        if self.prompt_checks is not None:
+            self.prompt_checks.check_instruction(instruction)
+        return cleaned
+
+    def _checked_prompts(self, text: Any) -> str | list[str]:
+        """Return complete prompts as the tokenizer takes them: one, or a list of several."""
+        prompts = as_list(text)
+        wrong = [prompt for prompt in prompts if not isinstance(prompt, str) or not prompt]
+        if wrong or not prompts:
+            got = wrong[0] if wrong else prompts
+            raise OpenVLAValueError(f"text must be a whole prompt or a list of them, at least one, got {got!r:.200}.")
+        for prompt in prompts:
+            require_characters(prompt)
+            if self.prompt_checks is not None:
+                self.prompt_checks.check_prompt(prompt, self.prompt_style)
+        return text if isinstance(text, str) else prompts
 
     def _known_prompt_style(self) -> str:
         if self.prompt_style is None:
@@ -481,7 +435,7 @@ class OpenVLAProcessor(PushToHub, ProcessorMixin):
         instructions = as_list(instruction)
         if not instructions:
             raise OpenVLAValueError("Got an empty list of instructions.")
-        instructions = [clean_instruction(text) for text in instructions]
+        instructions = [self._clean(text) for text in instructions]
         prompts = tokenize_prompts(self.tokenizer, self._known_prompt_style(), instructions)
         if self.empty_token_id is not None:
             empty = self.empty_token_id
@@ -584,67 +538,19 @@ def _make_tokenizer_readable(folder: Path) -> None:
             write_json(tokenizer_file, tokenizer)
 
 
-def _normalize_text(text: str) -> str:
-    """Return text in lower case with single spaces."""
-    return " ".join(text.lower().split())
-
-
-def _prompt_parts(prompt: str) -> tuple[str, str, str]:
-    """Return a prompt's opening, the question before its instruction, and what follows the question mark."""
-    before, after = prompt.split(PLACEHOLDER)
-    question = re.split(r"[\n:]", before)[-1]
-    opening = before.removesuffix(question)
-    return _normalize_text(opening), _normalize_text(question), _normalize_text(after.removeprefix("?"))
-
-
-OPENINGS, QUESTIONS, ENDINGS = (tuple(dict.fromkeys(parts)) for parts in zip(*map(_prompt_parts, PROMPTS.values())))
-
-
 def clean_instruction(instruction: Any) -> str:
-    """Return an instruction as it stands in a prompt: stripped, in lower case.
-
-    Raises:
-        ValueError: Not text, empty, Python's representation of bytes or of a list, or a complete prompt, which would be
-            written into a prompt again.
-    """
+    """Return an instruction as it stands in a prompt, stripped and in lower case; ValueError if it says nothing."""
     if isinstance(instruction, bytes):
         raise OpenVLAValueError(
             f"The instruction must be text, got bytes: {instruction!r}; decode them: .decode('utf-8')."
         )
-    if not isinstance(instruction, str):
+    if not isinstance(instruction, str) or not any(unicodedata.category(char)[0] in "LNS" for char in instruction):
         raise OpenVLAValueError(f"The instruction must say something, got {instruction!r}.")
-    return _clean_text(instruction)
-
-
-@functools.lru_cache(maxsize=1024)  # a robot gets the same instruction at every step
-def _clean_text(instruction: str) -> str:
-    if not any(unicodedata.category(character)[0] in "LNS" for character in instruction):
-        raise OpenVLAValueError(f"The instruction must say something, got {instruction!r}.")
-    _require_characters(instruction)
-    if NOT_TEXT.search(instruction):
-        raise OpenVLAValueError(
-            f"The instruction holds what no text has (a control character, a byte-order mark or U+FFFD): "
-            f"{ascii(instruction[:SHOWN_CHARACTERS])}. Give plain text: cut padding of zero bytes, and read files as "
-            "encoding='utf-8-sig'."
-        )
-    text = _normalize_text(instruction)
-    if PYTHON_REPR.fullmatch(text):
-        raise OpenVLAValueError(
-            f"The instruction is what Python shows of bytes or of a list: {instruction[:SHOWN_CHARACTERS]!r}. Give the "
-            "text itself: decode bytes with .decode('utf-8'), take the one entry of a list or an array."
-        )
-    has_question = any(question in text for question in QUESTIONS)
-    has_ending = any(re.search(rf"(^|\W){re.escape(end)}$", text) for end in ENDINGS)
-    if has_question or has_ending or text.startswith(OPENINGS):
-        raise OpenVLAValueError(
-            f"The instruction is a whole prompt, or a part of one: {instruction[:SHOWN_CHARACTERS]!r}. The trained "
-            "prompt is written around it, so give what the robot should do alone, such as 'pick up the red block'. "
-            "(The processor takes a prompt that is whole as text=.)"
-        )
+    require_characters(instruction)
     return instruction.strip().lower()
 
 
-def _require_characters(text: str) -> None:
+def require_characters(text: str) -> None:
     """Raise ValueError where text holds half of a surrogate pair."""
     if half := re.search("[\ud800-\udfff]", text):
         raise OpenVLAValueError(
@@ -657,43 +563,6 @@ def as_list(texts: Any) -> list[Any]:
     """Return one text or several as a list; an unordered collection (a set, a dictionary) is one object, not texts."""
     several = np.ndim(texts) == 1 if isinstance(texts, np.ndarray) else isinstance(texts, Iterable)
     return list(texts) if several and not isinstance(texts, (str, bytes, Mapping, Set)) else [texts]
-
-
-def checked_prompts(text: Any, style: str | None) -> str | list[str]:
-    """Return complete prompts as the tokenizer takes them: one, or a list of several.
-
-    A warning is logged for text that is no prompt of any model, and for one that asks for an action differently from
-    the prompt that the checkpoint was trained on. Other questions are not checked.
-
-    Args:
-        text: One prompt or several.
-        style: A key of ``PROMPTS``, or None where it is not known.
-
-    Raises:
-        ValueError: A prompt is not text, or there is none.
-    """
-    prompts = as_list(text)
-    wrong = [prompt for prompt in prompts if not isinstance(prompt, str) or not prompt]
-    if wrong or not prompts:
-        got = wrong[0] if wrong else prompts
-        raise OpenVLAValueError(f"text must be a whole prompt or a list of them, at least one, got {got!r:.200}.")
-    for prompt in prompts:
-        _require_characters(prompt)
-        normalized = _normalize_text(prompt)
-        if not any(part in normalized for part in (*OPENINGS, *QUESTIONS, *ENDINGS)):
-            logger.warning(
-                f"text={prompt[:SHOWN_CHARACTERS]!r} is no prompt that any model here was trained on, and none is "
-                "written around it. If it is what the robot should do, give it as instruction=."
-            )
-        elif style is not None and any(question in normalized for question in QUESTIONS):
-            before, after = PROMPTS[style].split(PLACEHOLDER)
-            instruction = prompt.rstrip().removeprefix(before).removesuffix(after.rstrip())
-            if before + instruction + after.rstrip() != prompt.rstrip() or instruction != instruction.lower():
-                logger.warning(
-                    f"text={prompt[-SHOWN_CHARACTERS:]!r} differs from the prompt that this checkpoint was trained on: "
-                    f"{PROMPTS[style]!r}, the instruction in lower case. Give the instruction alone as instruction=."
-                )
-    return text if isinstance(text, str) else prompts
 
 
 def tokenize_text(
@@ -728,7 +597,7 @@ def tokenize_prompts(tokenizer: Any, style: str, instructions: Sequence[str]) ->
         instructions: Returned by ``clean_instruction``.
     """
     prompts = tokenizer([PROMPTS[style].format(instruction=instruction) for instruction in instructions])["input_ids"]
-    special = _special_token_ids(tokenizer)
+    special = tokenizer.get_added_vocab()
     return [
         _tokenize_without_special(tokenizer, special, PROMPTS[style].split(PLACEHOLDER), instruction)
         if any(word in instruction for word in special)
@@ -764,15 +633,6 @@ def require_bos(tokenizer: Any, style: str | None, input_ids: Any, attention_mas
             )
 
 
-def _special_token_ids(tokenizer: Any) -> dict[str, int]:
-    """Return the ids of the words that a tokenizer takes for one token wherever they stand."""
-    size, special = _special_tokens.get(tokenizer, (None, {}))
-    if size != len(tokenizer):
-        special = tokenizer.get_added_vocab()
-        _special_tokens[tokenizer] = (len(tokenizer), special)
-    return special
-
-
 def _tokenize_without_special(
     tokenizer: Any, special: dict[str, int], template: list[str], instruction: str
 ) -> list[int]:
@@ -793,7 +653,6 @@ def _plain_encoder(tokenizer: Any) -> Callable[[str], list[int]]:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:  # a slow tokenizer, of transformers 4
         return lambda text: tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
-    if tokenizer not in _plain_tokenizers:
-        fields = {**json.loads(backend.to_str()), "added_tokens": [], "truncation": None, "padding": None}
-        _plain_tokenizers[tokenizer] = type(backend).from_str(json.dumps(fields))
-    return lambda text: _plain_tokenizers[tokenizer].encode(text, add_special_tokens=False).ids
+    fields = {**json.loads(backend.to_str()), "added_tokens": [], "truncation": None, "padding": None}
+    plain = type(backend).from_str(json.dumps(fields))
+    return lambda text: plain.encode(text, add_special_tokens=False).ids

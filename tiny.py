@@ -14,6 +14,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerFast
 
 from .configuration_openvla import OpenVLAConfig
+from .default_processor import default_processor
 from .modeling_openvla import OpenVLAForActionPrediction
 from .processing_openvla import OpenVLAProcessor
 
@@ -124,7 +125,7 @@ def build_tiny(seed: int = 0, **overrides: Any) -> tuple[OpenVLAForActionPredict
     """
     tokenizer = build_tokenizer()
     config = build_config(tokenizer, **overrides)
-    return build_model(config, seed), OpenVLAProcessor.for_config(config, tokenizer)
+    return build_model(config, seed), default_processor(config, tokenizer)
 
 
 def build_model(config: OpenVLAConfig, seed: int = 0) -> OpenVLAForActionPrediction:

@@ -14,9 +14,9 @@ from ..compatibility_openvla import DTYPE_FIELD
 from ..configuration_openvla import PROMPTS
 from ..conversion.hub_folder import write_config_and_code
 from ..conversion.safetensors_io import write_shards
+from ..default_processor import default_processor
 from ..inference.predict import SAMPLE_IMAGE
 from ..modeling_openvla import OpenVLAForActionPrediction
-from ..processing_openvla import OpenVLAProcessor
 from ..tiny import PADDED_ROWS, build_config, build_tiny, build_tokenizer, seeded_weight
 
 INSTRUCTIONS = ("pick up the alphabet soup", "open the drawer", "put the bowl on the plate", "close the microwave")
@@ -122,7 +122,7 @@ def write_full(folder: Path, dtype: torch.dtype) -> dict[str, str]:
 
     folder.mkdir()
     digests = write_shards(folder, model.state_dict(), dtype, SHARD_BYTES, weight)
-    OpenVLAProcessor.for_config(config, tokenizer).save_pretrained(folder)
+    default_processor(config, tokenizer).save_pretrained(folder)
     write_config_and_code(folder, config)
     return digests
 

@@ -27,7 +27,7 @@ from openvla.adapters.targets import lora_targets
 from openvla.benchmarking.sizes import overrides
 from openvla.benchmarking.worker_process import WorkerProcess
 from openvla.data.episodes import Step
-from openvla.processing_openvla import OpenVLAProcessor
+from openvla.default_processor import default_processor
 from openvla.tiny import UNTRAINED_KEY, build_config, build_model, build_tokenizer
 from openvla.training.collator import ActionCollator
 
@@ -44,7 +44,7 @@ def write_sides(folder: Path, size: str, vocabulary: int, batch: int) -> None:
         fields["text_config"]["vocab_size"] = tokenizer.pad_token_id + 64
     fields |= {"llm_backbone_id": "llama2-7b-pure"}
     model = build_model(build_config(tokenizer, **fields))
-    processor = OpenVLAProcessor.for_config(model.config, tokenizer)
+    processor = default_processor(model.config, tokenizer)
     model.save_pretrained(folder / "base")
     (folder / "targets.json").write_text(json.dumps(lora_targets(model, "all-linear")))
     random = np.random.RandomState(0)

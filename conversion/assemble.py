@@ -48,6 +48,7 @@ from ..configuration_openvla import (
     OpenVLAConfig,
     PrismaticConfig,
 )
+from ..default_processor import default_processor
 from ..errors_openvla import OpenVLAImportError, OpenVLAValueError
 from ..processing_openvla import OpenVLAImageProcessor, OpenVLAProcessor
 from ..vision_openvla import ARCHITECTURES, PrismaticProjector, TowerArchitecture, VisionTower
@@ -189,7 +190,7 @@ def assemble(
         DTYPE_FIELD: DTYPES[dtype],
     }
     config = PrismaticConfig(**fields) if vlm else OpenVLAConfig(norm_stats=norm_stats, **fields)
-    processor = OpenVLAProcessor.for_config(config, tokenizer)
+    processor = default_processor(config, tokenizer)
     _require_special_first_token(processor)
     for index, module in enumerate(modules):
         _require_same_preprocessing(module, config, processor.image_processor, index)

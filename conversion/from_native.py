@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from ..compatibility_openvla import DTYPE_FIELD
-from ..processing_openvla import OpenVLAProcessor
+from ..default_processor import default_processor
 from .hub_folder import require_matching_tensors, write_config_and_code, write_manifest
 from .minivla_format import set_vocabulary
 from .options import DTYPES, ConvertedModel, ConvertOptions
@@ -38,7 +38,7 @@ def convert_native_run(source: Path, checkpoint: Path, folder: Path, options: Co
     require_matching_tensors(tensors, config, checkpoint)
     tokenizer = load_tokenizer(source, options.tokenizer, config)
     set_vocabulary(source, config, tokenizer)
-    processor = OpenVLAProcessor.for_config(config, tokenizer)
+    processor = default_processor(config, tokenizer)
     dtype = DTYPES[options.dtype or "bf16"]
     setattr(config, DTYPE_FIELD, dtype)
     with ThreadPoolExecutor(max_workers=1) as executor:

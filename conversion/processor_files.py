@@ -9,8 +9,9 @@ from pathlib import Path
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ..configuration_openvla import PrismaticConfig
+from ..default_processor import default_processor
 from ..errors_openvla import OpenVLAFileNotFoundError, OpenVLAValueError
-from ..processing_openvla import OpenVLAImageProcessor, OpenVLAProcessor
+from ..processing_openvla import OpenVLAImageProcessor
 from .files import read_json
 
 PAD_TOKEN = "<PAD>"
@@ -82,7 +83,7 @@ def write_processor(
         tokenizer: Folder or Hub id of another tokenizer; None takes the one in ``source`` and copies its files.
         image_preset: Preprocessing that evaluation applies to frames; None keeps the one of ``source``.
     """
-    processor = OpenVLAProcessor.for_config(
+    processor = default_processor(
         config, load_tokenizer(source, tokenizer, config), OpenVLAImageProcessor.from_pretrained(source)
     )
     old_file = source / "processor_config.json"

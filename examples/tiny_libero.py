@@ -19,6 +19,7 @@ import torch
 from openvla import OpenVLAForActionPrediction, OpenVLAProcessor
 from openvla.configuration_openvla import PROMPTS
 from openvla.data.open import open_dataset
+from openvla.default_processor import default_processor
 from openvla.tiny import build_config, build_tokenizer, language_config
 
 IMAGE_SIZE, PATCH_SIZE = 224, 32
@@ -41,7 +42,7 @@ def build(instructions: list[str], seed: int) -> tuple[OpenVLAForActionPredictio
     torch.manual_seed(seed)
     model = OpenVLAForActionPrediction(config)
     _start(model)
-    return model, OpenVLAProcessor.for_config(config, tokenizer)
+    return model, default_processor(config, tokenizer)
 
 
 def _start(model: OpenVLAForActionPrediction) -> None:

@@ -18,12 +18,14 @@ import numpy as np
 import torch
 from PIL import Image
 
+from ..errors_openvla import OpenVLAValueError
 from ..images_openvla import (
     TowerTransform,
     as_images,
     crop_corner,
     each_tower,
     normalization_table,
+    normalized_pixels,
     padded_size,
     target_size,
 )
@@ -66,27 +68,42 @@ class Resize(NamedTuple):
 
 
 def pixels_on_device(
-    images: Any, device: torch.device, towers: Sequence[TowerTransform], fill: Sequence[int] | None
-) -> torch.Tensor | None:
-    """Resize and normalise images on a device (:class:`~openvla.images_openvla.DevicePixels`).
+    images: Any,
+    device: torch.device | str,
+    towers: Sequence[TowerTransform],
+    fill: Sequence[int] | None,
+    return_tensors: str | None,
+) -> torch.Tensor:
+    """Resize and normalise images on a device, bit for bit as ``normalized_pixels``.
+
+    Pillow does it, on the CPU, where its result for a filter is not known here.
 
     Args:
         images: As the image processor takes them. uint8 tensors that are on the device stay there.
         device: Where the pixels are made.
         towers: The preprocessing of every tower.
         fill: Colour of the border that makes an image square; None for no border.
+        return_tensors: "pt" or None.
 
     Returns:
-        float32 ``(batch, 3 * towers, height, width)``; None where Pillow's result for the filter is not known.
+        float32 ``(batch, 3 * towers, height, width)`` on the device.
+
+    Raises:
+        ValueError: Another kind of tensors.
     """
+    if return_tensors not in (None, "pt"):
+        raise OpenVLAValueError(
+            f"device gives torch tensors, not return_tensors={return_tensors!r}; leave one of them out."
+        )
     if getattr(images, "ndim", None) == 4:
         images = list(images)
     images = images if isinstance(images, (list, tuple)) else [images]
     batch = []
     for image in images or as_images(images):  # as_images raises where there is none
-        pixels = _transformed(image, device, towers, fill)
+        pixels = _transformed(image, torch.device(device), towers, fill)
         if pixels is None:
-            return None
+            by_pillow = [normalized_pixels(image, towers, fill) for image in as_images(images)]
+            return torch.from_numpy(np.stack(by_pillow)).to(device)
         batch.append(pixels)
     return torch.stack(batch)
 

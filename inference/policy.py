@@ -20,6 +20,7 @@ from ..adapters.files import locate_base
 from ..compatibility_openvla import DTYPE_FIELD
 from ..configuration_openvla import OpenVLAConfig, optional_file
 from ..decoding_openvla import require_one_pass
+from ..default_processor import default_image_processor
 from ..errors_openvla import OpenVLAValueError
 from ..loading import AutoProcessor
 from ..modeling_openvla import OpenVLAForActionPrediction
@@ -192,7 +193,7 @@ def processor_mismatches(config: OpenVLAConfig, processor: OpenVLAImageProcessor
     The expected means and standard deviations are timm's for the towers of the configuration; a model trained with
     other statistics is reported, too. Returns an empty list if nothing differs.
     """
-    expected = OpenVLAImageProcessor.for_config(config)
+    expected = default_image_processor(config)
     mismatches = []
     expected_sizes, sizes = (
         [tuple(crop["output_size"]) for crop in images.tvf_crop_params] for images in (expected, processor)

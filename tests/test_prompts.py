@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 from openvla.configuration_openvla import PROMPTS
-from openvla.processing_openvla import ENDINGS, QUESTIONS, tokenize_prompts
+from openvla.inference.prompt_checks import ENDINGS, QUESTIONS
+from openvla.processing_openvla import tokenize_prompts
 from qwen import SPECIAL, write_qwen_tokenizer
 from transformers import AutoTokenizer
 from transformers.utils import logging
@@ -102,7 +103,7 @@ def test_ordinary_text_of_any_script_is_an_instruction(tiny, instruction):
 
 
 def test_a_prompt_that_differs_from_training_is_warned_of(tiny):
-    seen, logger = [], logging.get_logger("openvla.processing_openvla")
+    seen, logger = [], logging.get_logger("openvla.inference.prompt_checks")
     logger.addFilter(lambda record: seen.append(record.getMessage()) or True)
     good = PROMPTS["openvla"].format(instruction="open the drawer")
     untrained = [
@@ -126,7 +127,7 @@ def test_a_prompt_that_differs_from_training_is_warned_of(tiny):
 
 
 def test_an_instruction_given_as_text_is_warned_of(tiny):
-    seen, logger = [], logging.get_logger("openvla.processing_openvla")
+    seen, logger = [], logging.get_logger("openvla.inference.prompt_checks")
     logger.addFilter(lambda record: seen.append(record.getMessage()) or True)
     try:
         tiny.processor("open the drawer", FRAME)

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import torch
 from openvla.configuration_openvla import IMAGE_RESIZE_STRATEGIES
+from openvla.default_processor import HALF, IMAGENET
 from openvla.inference import device_images
-from openvla.processing_openvla import HALF, IMAGENET, OpenVLAImageProcessor
+from openvla.processing_openvla import OpenVLAImageProcessor
 from PIL import Image
 
 pytestmark = pytest.mark.lane

@@ -10,6 +10,7 @@ import torch
 from openvla import NoActionError, OpenVLAForActionPrediction, load_policy
 from openvla.__main__ import main
 from openvla.compatibility_openvla import QUANTIZES_ON_CPU
+from openvla.default_processor import default_image_processor
 from openvla.inference.policy import (
     EMBEDDED,
     EMBEDDED_OFT,
@@ -75,7 +76,7 @@ def rounded(means):
 def test_processor_mismatches_are_described(changed, message, tiny):
     config = tiny.model.config
     assert config.timm_model_ids[0].startswith("vit_large_patch14_reg4_dinov2")
-    expected = OpenVLAImageProcessor.for_config(config)
+    expected = default_image_processor(config)
     fields = ("use_fused_vision_backbone", "image_resize_strategy", "input_sizes", "interpolations", "means", "stds")
     mismatches = processor_mismatches(
         config, OpenVLAImageProcessor(**{field: getattr(expected, field) for field in fields} | changed)
