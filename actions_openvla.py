@@ -40,35 +40,14 @@ NORMALIZATIONS = {"q99": ("q01", "q99"), "bounds": ("min", "max")}
 END_EFFECTOR_DIMENSIONS = ("dx", "dy", "dz", "droll", "dpitch", "dyaw", "gripper")
 OPEN_X_UNITS = ("m", "m", "m", "rad", "rad", "rad", "0 closed to 1 open")
 OPEN_X_DATASETS = frozenset(
-    [
-        "fractal20220817_data",
-        "kuka",
-        "bridge",
-        "bridge_orig",
-        "bridge_oxe",
-        "taco_play",
-        "jaco_play",
-        "berkeley_cable_routing",
-        "roboturk",
-        "viola",
-        "berkeley_autolab_ur5",
-        "toto",
-        "stanford_hydra_dataset_converted_externally_to_rlds",
-        "austin_buds_dataset_converted_externally_to_rlds",
-        "nyu_franka_play_dataset_converted_externally_to_rlds",
-        "furniture_bench_dataset_converted_externally_to_rlds",
-        "ucsd_kitchen_dataset_converted_externally_to_rlds",
-        "austin_sailor_dataset_converted_externally_to_rlds",
-        "austin_sirius_dataset_converted_externally_to_rlds",
-        "dlr_edan_shared_control_converted_externally_to_rlds",
-        "iamlab_cmu_pickup_insert_converted_externally_to_rlds",
-        "utaustin_mutex",
-        "berkeley_fanuc_manipulation",
-        "cmu_stretch",
-        "bc_z",
-        "fmb_dataset",
-        "dobbe",
-    ]
+    "fractal20220817_data kuka bridge bridge_orig bridge_oxe taco_play jaco_play "  # noqa: SIM905  30 lines else
+    "berkeley_cable_routing roboturk viola berkeley_autolab_ur5 toto "
+    "stanford_hydra_dataset_converted_externally_to_rlds "
+    "austin_buds_dataset_converted_externally_to_rlds nyu_franka_play_dataset_converted_externally_to_rlds "
+    "furniture_bench_dataset_converted_externally_to_rlds ucsd_kitchen_dataset_converted_externally_to_rlds "
+    "austin_sailor_dataset_converted_externally_to_rlds austin_sirius_dataset_converted_externally_to_rlds "
+    "dlr_edan_shared_control_converted_externally_to_rlds iamlab_cmu_pickup_insert_converted_externally_to_rlds "
+    "utaustin_mutex berkeley_fanuc_manipulation cmu_stretch bc_z fmb_dataset dobbe".split()
 )
 
 
@@ -104,20 +83,11 @@ class ActionTokenizer:
 
     @property
     def first_token_id(self) -> int:
-        """Return the lowest action token id, ``vocab_size - n_bins`` (31744 for Llama-2).
-
-        The highest is ``vocab_size - 1``.
-        """
+        """Return the lowest action token id (31744 for Llama-2); the highest is ``vocab_size - 1``."""
         return self.vocab_size - self.n_bins
 
     def encode(self, actions: np.ndarray | Sequence[float]) -> np.ndarray:
-        """Return the token ids of normalised actions.
-
-        Args:
-            actions: Floats of any shape; values beyond the range, infinities included, are clipped to it.
-
-        Returns:
-            int64 array of the same shape, in [first_token_id, vocab_size - 1].
+        """Return the token ids of normalised actions: int64, same shape; values beyond the range are clipped to it.
 
         Raises:
             ValueError: An action is NaN (the reference silently encodes it as +1).
@@ -133,8 +103,7 @@ class ActionTokenizer:
     def encode_decoded(self, actions: np.ndarray | Sequence[float]) -> np.ndarray:
         """Return the token ids of decoded actions: the inverse of ``decode``.
 
-        Two tokens decode to the highest bin; this returns the one of the top edge, because training clips saturated
-        labels (such as an open gripper) to +1, which encodes to it.
+        Of two tokens for the highest bin this is that of the top edge, as for labels that training clips to +1.
         """
         tokens = self.encode(actions)
         return np.where(tokens == self.first_token_id + 1, self.first_token_id, tokens)
@@ -147,7 +116,7 @@ class ActionTokenizer:
         return np.clip(self.vocab_size - token_ids.astype(np.int64) - 1, 0, self.n_bins - 2)
 
     def decode(self, token_ids: np.ndarray | Sequence[int]) -> np.ndarray:
-        """Return the normalised actions of token ids: float64, same shape, bin centres strictly inside the range.
+        """Return the normalised actions of token ids: float64, same shape, bin centres.
 
         Ids above the action tokens decode to the lowest centre and ids below them to the highest, as in the reference.
         """
@@ -167,8 +136,7 @@ class NormalizationStatistics:
         unnorm_key: The dataset's key, which determines the units of its dimensions.
 
     Raises:
-        ValueError: A list is missing, empty, not finite, of another length, the lower bound exceeds the upper, or
-            float64 cannot hold the range.
+        ValueError: A list is missing, empty, not finite, of another length, inverted, or beyond float64.
     """
 
     def __init__(
@@ -227,10 +195,9 @@ class NormalizationStatistics:
     def unnormalize(self, normalized: np.ndarray) -> np.ndarray:
         """Return normalised actions in robot units, float64 ``(..., dimension)``; unmasked dimensions are unchanged.
 
-        ``0.5 * (x + 1) * (high - low + epsilon) + low``, in the reference's order of operations
-        (modeling_prismatic.py, ``predict_action``), so that results have the same bits. A dimension whose ``low`` is
-        its ``high`` becomes exactly that value, without the epsilon, whatever the model predicts: a controller may
-        treat a command of exactly 0 differently from 1e-9 (PARITY.md).
+        ``0.5 * (x + 1) * (high - low + epsilon) + low``, in the order of the reference's ``predict_action``, so that
+        results have the same bits. A dimension whose ``low`` is its ``high`` becomes exactly that value: a controller
+        may treat a command of exactly 0 differently from 1e-9 (PARITY.md).
         """
         scale = np.where(self.high == self.low, 0.0, self.high - self.low + self.epsilon)
         return np.where(self.mask, 0.5 * (normalized + 1) * scale + self.low, normalized)
@@ -239,10 +206,8 @@ class NormalizationStatistics:
         """Return actions in robot units as training normalised them, float64 ``(..., dimension)`` in [-1, 1].
 
         ``clip(2 * (a - low) / (high - low + 1e-8) - 1, -1, 1)``, zero in a constant dimension (OpenVLA's RLDS
-        pipeline); unmasked dimensions are unchanged.
-
-        Raises:
-            ValueError: The last dimension disagrees with the statistics, or a value is not finite.
+        pipeline); unmasked dimensions are unchanged. Another dimension, or a value that is not finite, raises
+        ValueError.
         """
         actions = as_numbers(actions, "Actions")
         if actions.shape[-1:] != (self.dimension,):
@@ -257,11 +222,7 @@ class NormalizationStatistics:
     def normalize_proprio(self, proprio: np.ndarray | Sequence[float]) -> np.ndarray:
         """Return the robot's state as training normalised it, float64 ``(dimension,)`` in [-1, 1].
 
-        ``clip(2 * (p - low) / (high - low + 1e-8) - 1, -1, 1)`` (OpenVLA-OFT, ``normalize_proprio``); unmasked
-        dimensions are only clipped.
-
-        Raises:
-            ValueError: Another number of values, or one is not finite.
+        As ``normalize`` (OpenVLA-OFT, ``normalize_proprio``), but unmasked dimensions are clipped too.
         """
         proprio = as_numbers(proprio, "proprio")
         if proprio.shape != (self.dimension,):
@@ -275,21 +236,14 @@ class NormalizationStatistics:
         return np.clip(np.where(self.mask, scaled, proprio), -1.0, 1.0)
 
     def far_states(self, proprio: np.ndarray) -> list[int]:
-        """Return the dimensions in which a state, float64 ``(dimension,)``, cannot be in the units of training.
-
-        They lie further than ``FAR_STATE`` half ranges from the middle of the training range.
-        """
+        """Return the dimensions in which a state, float64 ``(dimension,)``, cannot be in the units of training."""
         half = (self.high - self.low) / 2
         far = self.mask & (half > MIN_HALF_RANGE) & (np.abs(proprio - (self.low + self.high) / 2) > FAR_STATE * half)
         return [int(index) for index in np.flatnonzero(far)]
 
 
 def as_numbers(values: Any, name: str) -> np.ndarray:
-    """Return numbers of any shape as float64.
-
-    Raises:
-        ValueError: Not real numbers (texts included), beyond float64, or nested lists of different lengths.
-    """
+    """Return real numbers of any shape as float64; raise ValueError for anything else, texts included."""
     reason = "."
     try:
         array = np.asarray(values)
@@ -316,11 +270,7 @@ def _statistic(field: str, values: Any, name: str) -> np.ndarray:
 
 
 def validate_norm_stats(norm_stats: Mapping[str, Any], normalization: str = "q99") -> None:
-    """Check the action statistics of every dataset: ``{key: {"action": {...}, ...}}``.
-
-    Raises:
-        ValueError: Statistics that would un-normalise wrongly; the message names the dataset and the field.
-    """
+    """Check the statistics of every dataset, ``{key: {"action": {...}, ...}}``; raise ValueError for unusable ones."""
     if not isinstance(norm_stats, Mapping):
         raise OpenVLAValueError(f"norm_stats must map dataset keys to statistics, got {type(norm_stats).__name__}.")
     for key, statistics in norm_stats.items():
@@ -340,9 +290,7 @@ def nearest_name(name: str, known: Sequence[str]) -> str | None:
 def dimension_labels(action_dim: int, unnorm_key: str) -> list[tuple[str, str]]:
     """Return name and unit of every action dimension.
 
-    Args:
-        action_dim: 7 is an end effector; dimensions of any other action are only numbered.
-        unnorm_key: The dataset; units other than Open X-Embodiment's are not known here ("dataset units").
+    Only actions of 7 dimensions have names, those of an end effector; only Open X-Embodiment's units are known here.
     """
     if action_dim != len(END_EFFECTOR_DIMENSIONS):
         return [(f"action[{index}]", "dataset units") for index in range(action_dim)]
@@ -390,10 +338,8 @@ class NormStatsMixin:
 
         Args:
             key: Value of ``unnorm_key`` for this dataset.
-            stats: ``{"action": {"q01": [...], "q99": [...], "mask": [...]}}`` or only the inner dictionary.
-
-        Raises:
-            ValueError: The statistics are inconsistent, not finite or inverted.
+            stats: ``{"action": {"q01": [...], "q99": [...], "mask": [...]}}`` or only the inner dictionary; ValueError
+                where they are inconsistent, not finite or inverted.
         """
         stats = stats if "action" in stats else {"action": stats}
         self.norm_stats = {**self.norm_stats, key: stats}
@@ -430,11 +376,10 @@ class NormStatsMixin:
         return self.norm_stats[self.resolve_unnorm_key(unnorm_key)]["action"]
 
     def action_statistics(self, unnorm_key: str | None = None) -> NormalizationStatistics:
-        """Return the normalisation of a dataset's actions.
+        """Return the normalisation of a dataset's actions; raise as ``resolve_unnorm_key``.
 
         Raises:
-            KeyError: The key is unknown.
-            ValueError: As ``resolve_unnorm_key``; or the actions have another number of dimensions than the model's.
+            ValueError: The actions have another number of dimensions than the model's.
         """
         key, config = self.resolve_unnorm_key(unnorm_key), self.config
         statistics = NormalizationStatistics(
@@ -452,12 +397,7 @@ class NormStatsMixin:
         return statistics
 
     def proprio_statistics(self, unnorm_key: str | None = None) -> NormalizationStatistics:
-        """Return the normalisation of a dataset's proprio.
-
-        Raises:
-            KeyError: The key is unknown.
-            ValueError: The dataset has no statistics of proprio, or they have another number of dimensions.
-        """
+        """Return the normalisation of a dataset's proprio; ValueError where it has none that fits the model."""
         key = self.resolve_unnorm_key(unnorm_key)
         entry = self.norm_stats[key].get("proprio")
         if entry is None:
@@ -475,12 +415,7 @@ class NormStatsMixin:
         return statistics
 
     def batch_keys(self, unnorm_key: str | Sequence[str | None] | None, batch_size: int) -> list[str]:
-        """Return the dataset of every sample of a batch, for one key or one a sample.
-
-        Raises:
-            KeyError: A key is unknown.
-            ValueError: As ``resolve_unnorm_key``; or the number of keys is not the batch size.
-        """
+        """Return every sample's dataset, for one key or one a sample; raise as ``resolve_unnorm_key``."""
         keys = [unnorm_key] * batch_size if unnorm_key is None or isinstance(unnorm_key, str) else list(unnorm_key)
         if len(keys) != batch_size:
             raise OpenVLAValueError(
@@ -489,11 +424,7 @@ class NormStatsMixin:
         return [self.resolve_unnorm_key(key) for key in keys]
 
     def batch_statistics(self, keys: Sequence[str]) -> list[NormalizationStatistics]:
-        """Return the normalisation of every sample's actions.
-
-        Raises:
-            ValueError: The datasets' actions have different numbers of dimensions.
-        """
+        """Return the normalisation of every sample's actions; ValueError where their dimensions differ."""
         statistics = [self.action_statistics(key) for key in keys]
         dimensions = {entry.dimension for entry in statistics}
         if len(dimensions) > 1:
@@ -503,11 +434,8 @@ class NormStatsMixin:
     def _other_statistics(self, file: Path) -> dict[str, dict[str, Any]]:
         """Return the statistics in a folder's file for datasets that this model does not know.
 
-        Where the file has other numbers than the model under one key, and the model was not loaded from this folder, a
-        warning says that the model's are saved, and the file is copied to ``*.replaced.json``.
-
-        Raises:
-            ValueError: The file is not usable.
+        Where the file has other numbers under one key, and the model was not loaded from this folder, the file is
+        copied to ``*.replaced.json``, with a warning.
         """
         if not file.is_file():
             return {}

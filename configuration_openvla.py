@@ -18,17 +18,11 @@ require_same_code(__name__)
 
 from .actions_openvla import NORMALIZATION_EPSILON, NORMALIZATIONS, nearest_name, validate_norm_stats
 from .compatibility_openvla import DTYPE_FIELD
-from .errors_openvla import OpenVLATypeError, OpenVLAValueError
+from .errors_openvla import OpenVLAValueError
 
 
 class VisionTowerId(NamedTuple):
-    """One vision tower of a backbone.
-
-    Attributes:
-        timm_id: Its timm architecture.
-        image_size: Input height and width in pixels.
-        activation: Override of timm's activation; None keeps its GELU.
-    """
+    """One vision tower: timm's architecture, image size in pixels, and an override of its activation (GELU)."""
 
     timm_id: str
     image_size: int
@@ -140,14 +134,14 @@ class PrismaticConfig(PretrainedConfig):
     """Configuration of a Prismatic vision-language model: one or two vision towers, a projector, a language model.
 
     Every field of published ``config.json`` files is read. Fields that are None follow from ``vision_backbone_id`` and
-    ``llm_backbone_id``.
+    ``llm_backbone_id``. A field that is unknown, contradicts another or has the wrong number of entries raises
+    ValueError.
 
     Args:
-        vision_backbone_id: A key of the reference's table ("dinosiglip-vit-so-224px"), or any name when
-            ``timm_model_ids`` and ``image_sizes`` are given.
-        llm_backbone_id: A key of the reference's table ("llama2-7b-pure"), or any name when ``text_config`` has a
-            ``model_type``.
-        arch_specifier: Kept as published; the projector's shape follows ``use_fused_vision_backbone``.
+        vision_backbone_id: A key of ``VISION_BACKBONES``, or any name when ``timm_model_ids`` and ``image_sizes`` are
+            given.
+        llm_backbone_id: A key of ``LLM_BACKBONES``, or any name when ``text_config`` has a ``model_type``.
+        arch_specifier: Kept as published, as ``output_projector_states``.
         use_fused_vision_backbone: Two towers whose features are concatenated. None: as the backbone has them.
         image_resize_strategy: "resize-naive", "resize-crop" or "letterbox".
         text_config: Configuration of the language model (Llama, Mistral, Phi or Qwen2), as dict or config.
@@ -155,23 +149,16 @@ class PrismaticConfig(PretrainedConfig):
         pad_token_id: Padding id; also the one that ``image_token_index`` defaults to.
         pad_to_multiple_of: Number of padding ids at the end of the vocabulary: bins count from
             ``text_config.vocab_size - pad_to_multiple_of``.
-        output_projector_states: Kept as published.
-        timm_model_ids: Per tower, the timm architecture.
-        timm_override_act_layers: Per tower, None or "quick_gelu".
-        image_sizes: Per tower, the input size in pixels.
-        timm_model_kwargs: Per tower, overrides of the architecture as ``timm.create_model`` would take them (depth,
-            embed_dim, num_heads, mlp_ratio, patch_size, ...), for models of other sizes.
+        timm_model_ids: Per tower, the timm architecture; likewise ``image_sizes`` (pixels),
+            ``timm_override_act_layers`` (None or "quick_gelu") and ``timm_model_kwargs`` (overrides of
+            ``timm.create_model``'s arguments).
         hf_llm_id: Hub id of the language model.
         image_token_index: Placeholder id that other engines (vLLM) expand; this model inserts patches by itself.
-        prompt_style: A key of ``PROMPTS``; "auto" is the one in ``PROMPT_STYLES`` for ``llm_backbone_id``, else
-            "openvla".
-        empty_token_id: Id appended to every prompt, or None for none; "auto" is Llama-2's 29871 for Llama models
-            whose vocabulary has it, else None.
+        prompt_style: A key of ``PROMPTS``; "auto" is the one for ``llm_backbone_id``.
+        empty_token_id: Id appended to every prompt, or None for none; "auto" is Llama-2's 29871 for Llama models whose
+            vocabulary has it, else None.
         num_images_in_input: Number of images (cameras), stacked on the channel axis of ``pixel_values``.
         **kwargs: Fields of ``PretrainedConfig``.
-
-    Raises:
-        ValueError: A field is unknown, contradicts another, or has the wrong number of entries.
     """
 
     model_type = "prismatic"
@@ -301,8 +288,8 @@ class PrismaticConfig(PretrainedConfig):
     def to_diff_dict(self) -> dict[str, Any]:
         """Return what is written to config.json, under the names of transformers 4.40 and of 5.x.
 
-        The language model's fields are compared with the defaults of its class only: transformers compares them with
-        *our* default language model (a Llama), and would drop a field of Qwen that happens to equal Llama's default.
+        transformers would compare the language model's fields with *our* default one (a Llama), and drop some of
+        Qwen's.
         """
         output = super().to_diff_dict()
         output["text_config"] = _for_every_version(
@@ -320,6 +307,7 @@ class OpenVLAConfig(PrismaticConfig):
     OpenVLA predicts one action, token by token. OpenVLA-OFT predicts a chunk of actions in one bidirectional pass
     (``parallel_decoding``), as tokens or through a continuous head; ``PLATFORMS`` holds its constants by platform:
     ``OpenVLAConfig(**PLATFORMS["libero"], parallel_decoding=True, action_head="l1", num_images_in_input=2, ...)``.
+    Fields that contradict each other, and unusable statistics, raise ValueError.
 
     Args:
         norm_stats: Statistics of every dataset, ``{key: {"action": {"q01": [...], "q99": [...], ...}}}``; for a model
@@ -336,10 +324,6 @@ class OpenVLAConfig(PrismaticConfig):
         num_diffusion_steps_train: Number of noise levels that the diffusion head was trained on.
         num_diffusion_steps: Number of denoising steps of one prediction, at most ``num_diffusion_steps_train``.
         **kwargs: Fields of ``PrismaticConfig``.
-
-    Raises:
-        ValueError: Statistics are inconsistent, not finite or inverted (the message names dataset and field), or two
-            fields contradict each other.
     """
 
     model_type = "openvla"
@@ -424,11 +408,7 @@ class OpenVLAConfig(PrismaticConfig):
         return NORMALIZATION_EPSILON if self.parallel_decoding else 0.0
 
     def merge_statistics(self, statistics: dict[str, dict[str, Any]]) -> None:
-        """Merge the content of a dataset_statistics.json, which takes precedence; an only key becomes the default.
-
-        Raises:
-            ValueError: The statistics are inconsistent, not finite or inverted.
-        """
+        """Merge the content of a dataset_statistics.json, which takes precedence; an only key becomes the default."""
         validate_norm_stats(statistics, self.normalization)
         self.norm_stats = {**(self.norm_stats or {}), **statistics}
         if len(statistics) == 1:
@@ -440,11 +420,7 @@ class OpenVLAConfig(PrismaticConfig):
         return {name: getattr(self, name) for name in ACTION_CONFIG_FIELDS}
 
     def set_action_config(self, **fields: Any) -> None:
-        """Set fields of ``action_config``, all or none.
-
-        Raises:
-            ValueError: A field is unknown, has a value that is not allowed, or contradicts another.
-        """
+        """Set fields of ``action_config``, all or none; ValueError where they are unknown or contradict each other."""
         unknown = next((name for name in fields if name not in ACTION_CONFIG_FIELDS), None)
         if unknown:
             raise OpenVLAValueError(_unknown("field", unknown, ACTION_CONFIG_FIELDS))
@@ -486,11 +462,7 @@ def _with_one_dtype(fields: dict[str, Any]) -> dict[str, Any]:
 
 
 def _for_every_version(fields: dict[str, Any]) -> dict[str, Any]:
-    """Add dtype and rotary fields under the names of transformers 4 and of 5, which renamed them.
-
-    Without this a Qwen model saved on 5.x (``rope_parameters``) would silently run on 4.x with Llama's rotary base, and
-    Phi-2 with half of each head rotated instead of 0.4.
-    """
+    """Add dtype and rotary fields under the names of transformers 4 and of 5; either would silently take defaults."""
     if fields.get(DTYPE_FIELD) is not None:
         fields["dtype"] = fields["torch_dtype"] = fields[DTYPE_FIELD]
     rope = fields.get("rope_parameters")
@@ -519,18 +491,6 @@ def hub_keywords(kwargs: dict[str, Any]) -> dict[str, Any]:
     return {key: kwargs[key] for key in HUB_KEYWORDS if kwargs.get(key) is not None}
 
 
-def require_hub_keywords(name: str, kwargs: dict[str, Any]) -> None:
-    """Raise TypeError for keywords other than ``hub_keywords``; transformers would drop them.
-
-    Args:
-        name: The method, for the message.
-        kwargs: Its keywords.
-    """
-    unknown = sorted(set(kwargs) - {*HUB_KEYWORDS, "repo_type", "user_agent"})
-    if unknown:
-        raise OpenVLATypeError(f"{name} takes no {', '.join(unknown)}; allowed: {list(HUB_KEYWORDS)}.")
-
-
 def optional_file(
     name_or_path: str | os.PathLike[str], name: str, hub_kwargs: dict[str, Any] | None = None
 ) -> str | None:
@@ -554,10 +514,7 @@ def commit_of(name_or_path: str | os.PathLike[str], hub_kwargs: dict[str, Any]) 
 def find_adapter(
     name_or_path: str | os.PathLike[str] | None, kwargs: dict[str, Any]
 ) -> tuple[str | os.PathLike[str] | None, dict[str, Any]]:
-    """Return the adapter that a call of ``from_pretrained`` is for, or None, and its keywords of the Hub.
-
-    ``adapter_kwargs`` is removed from ``kwargs``.
-    """
+    """Return the adapter that a call of ``from_pretrained`` is for, or None, and its keywords of the Hub."""
     hub_kwargs = hub_keywords(kwargs)
     adapter_kwargs = kwargs.pop("adapter_kwargs", None) or {}
     adapter = adapter_kwargs.get("_adapter_model_path")

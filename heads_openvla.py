@@ -129,11 +129,7 @@ class NoiseSchedule:
         self.num_train_steps = num_train_steps
 
     def timesteps(self, num_steps: int) -> list[int]:
-        """Return the noise levels of ``num_steps`` denoising steps, from noisy to clean.
-
-        Raises:
-            ValueError: More steps than levels, or none.
-        """
+        """Return the noise levels of ``num_steps`` denoising steps, from noisy to clean; ValueError for a wrong number."""
         if isinstance(num_steps, bool) or not isinstance(num_steps, int) or not 1 <= num_steps <= self.num_train_steps:
             raise OpenVLAValueError(f"num_inference_steps must be 1 to {self.num_train_steps}, got {num_steps!r}.")
         return [step * (self.num_train_steps // num_steps) for step in reversed(range(num_steps))]
@@ -150,10 +146,7 @@ class NoiseSchedule:
 
 @lru_cache
 def alphas_cumprod(num_train_steps: int) -> torch.Tensor:
-    """Return the share of the clean signal (its variance) at every level, float32 on the CPU.
-
-    This is no buffer, because transformers 5 leaves non-persistent buffers uninitialised on loading.
-    """
+    """Return the clean signal's share (of variance) at every level, float32; 5.x would leave a buffer uninitialised."""
 
     def alpha_bar(time: float) -> float:
         return math.cos((time + 0.008) / 1.008 * math.pi / 2) ** 2

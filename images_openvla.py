@@ -38,30 +38,18 @@ EXIF_TRANSPOSES = {
 
 
 class TowerTransform(NamedTuple):
-    """Preprocessing of one vision tower: keyword arguments of torchvision's transforms, as published files hold them.
+    """Preprocessing of one vision tower: arguments of torchvision's transforms, as published files hold them."""
 
-    Attributes:
-        resize: ``size`` and ``interpolation`` (PIL's code) of ``Resize``.
-        crop: ``output_size`` of ``CenterCrop``.
-        normalize: ``mean`` and ``std`` of ``Normalize``.
-    """
-
-    resize: dict[str, Any]
-    crop: dict[str, Any]
-    normalize: dict[str, Any]
+    resize: dict[str, Any]  # size and interpolation (PIL's code)
+    crop: dict[str, Any]  # output_size
+    normalize: dict[str, Any]  # mean and std
 
 
 def as_images(images: ImageInput | Sequence[ImageInput]) -> list[Image.Image]:
     """Return one image or several as RGB PIL images.
 
-    A file is turned as its EXIF orientation says, as viewers show it. A PIL image is taken as its pixels are stored, as
-    in the reference; a warning is logged for one that was opened from a file and not turned
-    (``PIL.ImageOps.exif_transpose``).
-
-    Raises:
-        ValueError: Wrong channels, size, dtype or range; no image.
-        TypeError: Not an image.
-        FileNotFoundError: No file at a path.
+    A file is turned as its EXIF orientation says. A PIL image is taken as its pixels are stored, as in the reference;
+    a warning is logged for one that its EXIF data would turn. What is no image raises ValueError or TypeError.
     """
     if isinstance(images, (np.ndarray, torch.Tensor)) and images.ndim == 4:
         images = list(images)
@@ -120,10 +108,7 @@ def _from_file(path: str | os.PathLike) -> Image.Image:
 
 
 def upright_rgb(picture: Image.Image) -> Image.Image:
-    """Return a picture that was opened from a file or bytes as viewers show it: RGB, turned as its EXIF data says.
-
-    Transparency is dropped: the colours are what the camera saw.
-    """
+    """Return a picture that was opened from a file or bytes as RGB, turned as its EXIF data says; drop transparency."""
     require_one_frame(require_eight_bits(picture)).load()  # turns a TIFF file
     transpose = _exif_transpose(picture)
     return (picture if transpose is None else picture.transpose(transpose)).convert("RGB")
@@ -138,11 +123,7 @@ def _exif_transpose(picture: Image.Image) -> Image.Transpose | None:
 
 
 def require_one_frame(picture: Image.Image) -> Image.Image:
-    """Return a picture of a file that holds one frame; the other frames of an MPO file are previews of its first.
-
-    Raises:
-        ValueError: An animation.
-    """
+    """Return a picture, or raise ValueError for an animation; frames of an MPO file are previews of its first."""
     if getattr(picture, "is_animated", False) and picture.format != "MPO":
         frames = getattr(picture, "n_frames", "several")
         raise OpenVLAValueError(
@@ -153,13 +134,9 @@ def require_one_frame(picture: Image.Image) -> Image.Image:
 
 
 def require_eight_bits(picture: Image.Image) -> Image.Image:
-    """Return a picture whose channels have 8 bits, or 1.
+    """Return a picture whose channels have 8 bits, or 1; raise ValueError for others.
 
-    Pillow clips other modes to black or white. It reads a colour file of 16 bits a channel by its upper 8 bits, which
-    leaves 12-bit data black.
-
-    Raises:
-        ValueError: Channels of another depth.
+    Pillow clips those to black or white, or takes the upper 8 of 16 bits, which leaves 12-bit data black.
     """
     # Raw mode of a file that is not read yet, such as "RGB;16B".
     mode = next(iter(re.findall(r"\w+;16\w*", str(getattr(picture, "tile", "")))), picture.mode)
@@ -228,16 +205,7 @@ def crop_corner(width: int, height: int, size: Sequence[int]) -> tuple[int, int]
 
 
 def normalized_pixels(image: Image.Image, towers: Sequence[TowerTransform], fill: Sequence[int] | None) -> np.ndarray:
-    """Letterbox, resize, centre crop and normalise, as torchvision does.
-
-    Args:
-        image: RGB.
-        towers: The preprocessing of every tower.
-        fill: Colour of the border that makes the image square; None for no border.
-
-    Returns:
-        float32 ``(3 * towers, height, width)``.
-    """
+    """Letterbox (with ``fill``), resize, centre crop and normalise RGB: float32 ``(3 * towers, height, width)``."""
     image = image if fill is None else padded_to_square(image, tuple(fill))
 
     def prepare(size: Any, resampling: int, crop: Sequence[int]) -> np.ndarray:
@@ -256,12 +224,7 @@ Pixels = TypeVar("Pixels")
 def each_tower(
     towers: Sequence[TowerTransform], prepare: Callable[[Any, int, Sequence[int]], Pixels]
 ) -> Iterator[tuple[dict[str, Any], Pixels]]:
-    """Yield every tower's normalisation and its resized pixels, which are made once for towers that want the same.
-
-    Args:
-        towers: The preprocessing of every tower.
-        prepare: Makes pixels from a size, a resampling filter and the size of the crop.
-    """
+    """Yield every tower's normalisation and its pixels, made once for towers with the same size, filter and crop."""
     prepared: dict[str, Pixels] = {}
     for tower in towers:
         arguments = tower.resize["size"], tower.resize["interpolation"], tower.crop["output_size"]
@@ -299,15 +262,9 @@ SHIPPED_IMAGE_PRESETS: dict[str, ImagePreset] = {"center-crop": center_crop_pres
 
 
 def center_cropped(pixels: np.ndarray, size: Sequence[int], area: float = CENTER_CROP_AREA) -> np.ndarray:
-    """Crop the middle ``area`` of an image and resize it bilinearly, as ``tf.image.crop_and_resize`` in float32.
+    """Crop the middle ``area`` of uint8 ``(height, width, channels)``; return uint8 ``(*size, channels)``.
 
-    Args:
-        pixels: uint8 ``(height, width, channels)``.
-        size: Height and width of the result.
-        area: Fraction of the image's area; the aspect ratio is unchanged.
-
-    Returns:
-        uint8 ``(*size, channels)``.
+    The aspect ratio is unchanged; resizing is that of ``crop_and_resize``.
     """
     side = np.sqrt(np.float32(area))
     start = (np.float32(1) - side) / np.float32(2)
@@ -327,33 +284,19 @@ def crop_and_resize(pixels: np.ndarray, box: Sequence[float], size: Sequence[int
         float32 ``(..., *size, channels)``; 0 where the box leaves the image.
     """
     top, left, bottom, right = np.asarray(box, dtype=np.float32)
-    x = _bilinear_samples(left, right, pixels.shape[-2], size[1])
-    first, second = pixels[..., x.before, :], pixels[..., x.after, :]
-    columns = np.where(x.inside[:, None], first + (second - first) * x.weight[:, None], np.float32(0))
-    y = _bilinear_samples(top, bottom, pixels.shape[-3], size[0])
-    first, second = columns[..., y.before, :, :], columns[..., y.after, :, :]
-    rows = first + (second - first) * y.weight[:, None, None]
-    return np.where(y.inside[:, None, None], rows, np.float32(0))
+    before, after, weight, inside = _bilinear_samples(left, right, pixels.shape[-2], size[1])
+    first, second = pixels[..., before, :], pixels[..., after, :]
+    columns = np.where(inside[:, None], first + (second - first) * weight[:, None], np.float32(0))
+    before, after, weight, inside = _bilinear_samples(top, bottom, pixels.shape[-3], size[0])
+    first, second = columns[..., before, :, :], columns[..., after, :, :]
+    rows = first + (second - first) * weight[:, None, None]
+    return np.where(inside[:, None, None], rows, np.float32(0))
 
 
-class BilinearSamples(NamedTuple):
-    """Input positions of every output along one axis.
-
-    Attributes:
-        before: int64, the neighbour below the position.
-        after: int64, the neighbour above it.
-        weight: float32 in [0, 1], the weight of ``after``.
-        inside: bool, whether the position lies inside the image.
-    """
-
-    before: np.ndarray
-    after: np.ndarray
-    weight: np.ndarray
-    inside: np.ndarray
-
-
-def _bilinear_samples(start: np.float32, end: np.float32, length: int, target: int) -> BilinearSamples:
-    """Return the positions of ``target`` evenly spaced samples from ``start`` to ``end`` of an axis."""
+def _bilinear_samples(
+    start: np.float32, end: np.float32, length: int, target: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Return for ``target`` samples from ``start`` to ``end`` both neighbours, the second's weight, and if inside."""
     last = np.float32(length - 1)
     if target > 1:
         step = (end - start) * last / np.float32(target - 1)
@@ -364,7 +307,7 @@ def _bilinear_samples(start: np.float32, end: np.float32, length: int, target: i
     before = np.floor(np.where(inside, positions, 0))
     after = np.ceil(np.where(inside, positions, 0))
     weight = (positions - before).astype(np.float32)
-    return BilinearSamples(before.astype(np.int64), after.astype(np.int64), weight, inside)
+    return before.astype(np.int64), after.astype(np.int64), weight, inside
 
 
 def as_unit_floats(pixels: np.ndarray) -> np.ndarray:

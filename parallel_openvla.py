@@ -83,11 +83,7 @@ class Observation:
 def append_action_placeholders(
     input_ids: torch.Tensor, mask: torch.Tensor | None, count: int, end_id: int
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
-    """Append ``count`` placeholders and the end token to left-padded prompts.
-
-    Returns:
-        Ids, their mask, and the placeholders' positions, int64 ``(batch, count)``.
-    """
+    """Append ``count`` placeholders and the end token to left-padded prompts; return ids, mask and their positions."""
     batch, length = input_ids.shape
     appended = input_ids.new_full((batch, count + 1), PLACEHOLDER_ID)
     appended[:, -1] = end_id
@@ -98,12 +94,9 @@ def append_action_placeholders(
 
 
 def bidirectional_mask(visible: torch.Tensor, dtype: torch.dtype, is_additive: bool) -> torch.Tensor:
-    """Return a mask ``(batch, 1, length, length)`` with which every query attends to every visible key.
+    """Return a mask ``(batch, 1, length, length)`` with which every query attends to every ``visible`` key.
 
-    Args:
-        visible: bool or int64 ``(batch, length)``.
-        dtype: Dtype of the mask.
-        is_additive: 0 where a key is visible and the lowest number elsewhere; else 1 and 0.
+    Visible keys are 0 and others the lowest number where ``is_additive``; else 1 and 0.
     """
     length, visible = visible.shape[1], visible.to(torch.bool)
     keys = visible.to(dtype)
@@ -147,11 +140,7 @@ class ParallelDecodingModel(PrismaticForConditionalGeneration):
     action_tokenizer: ActionTokenizer
 
     def build_heads(self, config: OpenVLAConfig) -> None:
-        """Add the modules that the configuration names.
-
-        Raises:
-            ValueError: The attention implementation takes no bidirectional mask.
-        """
+        """Add the modules that the configuration names; ValueError for an attention without bidirectional masks."""
         self._mask_is_additive: dict[str, bool] = {}  # by attention implementation
         if not config.parallel_decoding or config.action_dim is None:
             return
@@ -167,24 +156,24 @@ class ParallelDecodingModel(PrismaticForConditionalGeneration):
 
     @property
     def action_token_ids(self) -> slice:
-        """Ids that are action tokens: the last ``n_action_bins`` of the unpadded vocabulary."""
+        """Return the ids that are action tokens: the last ``n_action_bins`` of the unpadded vocabulary."""
         return slice(self.action_tokenizer.first_token_id, self.action_tokenizer.vocab_size)
 
     @property
     def chunk_shape(self) -> tuple[int, int]:
-        """Shape of a chunk, ``(chunk_length, action_dim)``."""
+        """Return the shape of a chunk, ``(chunk_length, action_dim)``."""
         if self.config.action_dim is None:
             raise RuntimeError("A model without parallel decoding has no chunk.")
         return self.config.chunk_length, self.config.action_dim
 
     @property
     def tokens_per_chunk(self) -> int:
-        """Number of tokens of a chunk, one for each of its numbers."""
+        """Return the number of tokens of a chunk, one for each of its numbers."""
         return self.chunk_shape[0] * self.chunk_shape[1]
 
     @property
     def noise_schedule(self) -> NoiseSchedule:
-        """Noise schedule of the diffusion head."""
+        """Return the noise schedule of the diffusion head."""
         return NoiseSchedule(self.config.num_diffusion_steps_train)
 
     def embed_observation(
@@ -203,9 +192,6 @@ class ParallelDecodingModel(PrismaticForConditionalGeneration):
             action_positions: int64 ``(batch, chunk * action_dim)``, the positions of those.
             pixel_values: float ``(batch, images * (3 or 6), size, size)``.
             proprio: float ``(batch, proprio_dim)``, normalised; None for a model without.
-
-        Raises:
-            ValueError: Proprio or images do not fit the model.
         """
         if not torch.is_tensor(pixel_values) or len(pixel_values) != len(input_ids):
             got = len(pixel_values) if torch.is_tensor(pixel_values) else pixel_values
@@ -235,7 +221,7 @@ class ParallelDecodingModel(PrismaticForConditionalGeneration):
         timesteps: torch.Tensor | None = None,
         fast: bool | None = False,
     ) -> torch.Tensor:
-        """Return the hidden states that predict some positions of the text.
+        """Return the hidden states that predict some positions of the text, ``(batch, count, hidden)``.
 
         A position is predicted by the hidden state one before it, as in training.
 
@@ -245,9 +231,6 @@ class ParallelDecodingModel(PrismaticForConditionalGeneration):
             noisy: Diffusion: the noisy chunk ``(batch, chunk, action_dim)``, embedded at the action positions.
             timesteps: Diffusion: its noise level ``(batch,)``.
             fast: As of ``predict_action``; False in training, which needs gradients.
-
-        Returns:
-            ``(batch, count, hidden)``.
         """
         positions = obs.action_positions if positions is None else positions
         text, prefix = obs.text, obs.prefix
@@ -298,11 +281,8 @@ class ParallelDecodingModel(PrismaticForConditionalGeneration):
         """Return how this transformers reads a four-dimensional mask: True additive, False 1 for visible (4.40).
 
         Both are tried, once, on the first layer: with the right one a later token influences an earlier one, and a
-        masked token influences none.
-
-        Raises:
-            RuntimeError: Neither works. A causal language model would predict plausible, wrong chunks (success on
-                LIBERO falls from 97 % to about 56 %).
+        masked token influences none. Where neither works it raises RuntimeError: a causal language model would predict
+        plausible, wrong chunks (success on LIBERO falls from 97 % to about 56 %).
         """
         attention = self._require_masked_attention()
         if attention not in self._mask_is_additive:
@@ -392,10 +372,7 @@ class ParallelDecodingModel(PrismaticForConditionalGeneration):
 def normalize_proprio(
     proprio: np.ndarray, statistics: list[NormalizationStatistics], unnorm_keys: list[str]
 ) -> torch.Tensor:
-    """Normalise robot states ``(batch, proprio_dim)``, each with its dataset's statistics; return float32.
-
-    A state far outside the statistics is clipped, with a warning.
-    """
+    """Return robot states normalised by their datasets' statistics, float32 ``(batch, proprio_dim)``; warn of far ones."""
     normalized = []
     for key, entry, state in zip(unnorm_keys, statistics, proprio):
         normalized.append(entry.normalize_proprio(state))

@@ -57,14 +57,10 @@ DEFAULT_NEW_TOKENS = 20  # transformers' default length, counted in new tokens
 
 @dataclass
 class PrismaticCausalLMOutputWithPast(CausalLMOutputWithPast):
-    """Output of the language model, plus the visual features that it was given.
+    """Output of the language model (float ``logits (batch, patches + text, padded vocabulary)``), and the visual
+    features.
 
     Attributes:
-        loss: Mean cross entropy over labelled positions, float scalar; present with ``labels``.
-        logits: ``(batch, length, padded vocabulary)``, where length counts patches and text.
-        cache: The KV cache; named ``past_key_values`` before transformers 5.24.
-        hidden_states: Per layer ``(batch, length, hidden)``, with ``output_hidden_states``.
-        attentions: Per layer ``(batch, heads, length, length)``, with ``output_attentions``.
         projector_features: ``(batch, patches, hidden)``; present with ``pixel_values``.
     """
 
@@ -91,8 +87,7 @@ class PrismaticPreTrainedModel(PushToHub, PreTrainedModel):  # type: ignore[misc
     """Base class of the models: what transformers reads from a class, loading and saving.
 
     Attributes:
-        keep_quantized_weights: Called with every loaded model; set by ``openvla.loading`` where the package is
-            installed. None in code beside a checkpoint.
+        keep_quantized_weights: Called with every loaded model; None where the package is not installed.
     """
 
     keep_quantized_weights: ClassVar[Callable[[nn.Module], None] | None] = None
@@ -108,18 +103,14 @@ class PrismaticPreTrainedModel(PushToHub, PreTrainedModel):  # type: ignore[misc
     _auto_class = "AutoModelForVision2Seq"
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Do nothing: modules initialise themselves when they are built.
-
-        On several 5.x releases this method runs on loaded weights too, and would overwrite them unnoticed.
-        """
+        """Do nothing: on several 5.x releases this runs on loaded weights too; modules initialise themselves."""
 
     @classmethod
     def from_pretrained(
         cls, pretrained_model_name_or_path: str | os.PathLike | None, *model_args: Any, **kwargs: Any
     ) -> Any:
-        """Load a folder or a Hub repository; a checkpoint that does not fit the model exactly is an error.
-
-        The arguments are those of ``PreTrainedModel.from_pretrained``.
+        """Load a folder or a Hub repository, with ``PreTrainedModel``'s arguments; a checkpoint must fit the model
+        exactly.
 
         Raises:
             ValueError: Tensors are missing, unexpected or of another shape; all are listed. Or quantisation is
@@ -153,8 +144,6 @@ class PrismaticPreTrainedModel(PushToHub, PreTrainedModel):  # type: ignore[misc
         self, save_directory: str | os.PathLike[str], is_main_process: bool = True, **kwargs: Any
     ) -> Any:
         """Save weights, configuration and code; weights of an earlier save in the other layout are removed.
-
-        The arguments are those of ``PreTrainedModel.save_pretrained``.
 
         Raises:
             ValueError: The folder holds an adapter; or whole weights, and this would save an adapter of transformers.
@@ -222,14 +211,11 @@ class PrismaticForConditionalGeneration(PrismaticPreTrainedModel, GenerationMixi
         return embeddings
 
     def get_image_features(self, pixel_values: torch.Tensor, condition: torch.Tensor | None = None) -> torch.Tensor:
-        """Return projected patch features of images.
+        """Return projected patch features of images, ``(batch, patches of all images, hidden)``.
 
         Args:
             pixel_values: float ``(batch, images * (3 or 6), size, size)``.
             condition: With FiLM, the instruction's mean embedding ``(batch, hidden)``.
-
-        Returns:
-            ``(batch, patches of all images, hidden)``.
         """
         if not torch.is_tensor(pixel_values) or not pixel_values.is_floating_point():
             got = pixel_values.dtype if torch.is_tensor(pixel_values) else type(pixel_values).__name__
@@ -253,9 +239,6 @@ class PrismaticForConditionalGeneration(PrismaticPreTrainedModel, GenerationMixi
             pixel_values: float ``(batch, 3 or 6, size, size)``.
             attention_mask: ``(batch, length)``, zero on padding; leading zeros are left padding, BOS is the first one.
             inputs_embeds: Embeddings ``(batch, length, hidden)`` instead of ``input_ids``.
-
-        Raises:
-            ValueError: Batch sizes differ.
         """
         text = self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
         if text.shape[0] != pixel_values.shape[0]:
@@ -294,7 +277,8 @@ class PrismaticForConditionalGeneration(PrismaticPreTrainedModel, GenerationMixi
             input_ids: int64 ``(batch, length)``; with a filled cache only the new tokens.
             attention_mask: ``(batch, length)``, one or True on text. With an image it covers the text only. With a
                 filled cache it covers the whole sequence, patches included.
-            pixel_values: float ``(batch, 3 or 6, size, size)``.
+            pixel_values: float ``(batch, 3 or 6, size, size)``; ValueError with a filled cache, since it would not be
+                seen.
             labels: int64 ``(batch, length)``, -100 on positions without loss; patches never have one.
             inputs_embeds: ``(batch, length, hidden)`` instead of ``input_ids``.
             past_key_values: KV cache of an earlier pass; may be empty.
@@ -304,14 +288,10 @@ class PrismaticForConditionalGeneration(PrismaticPreTrainedModel, GenerationMixi
             output_projector_features: Return the projected patches in a tuple output too.
             return_dict: False for a tuple.
             position_ids: int64 ``(batch, length + patches)``; by default left padding is not counted.
-            logits_at_labels: Compute logits, and so the loss, at labelled positions only: ``(labelled positions,
-                padded vocabulary)``, in the order of the labels. The loss is the same, for a fraction of the memory.
-                Attention weights, hidden states and a cache cannot be returned then.
+            logits_at_labels: Compute logits, and so the loss, at labelled positions only: ``(labelled positions, padded
+                vocabulary)``. The loss is the same, for a fraction of the memory; no attention weights, hidden states
+                or cache.
             cache: ``past_key_values`` under its name since transformers 5.24; every version takes either.
-
-        Raises:
-            ValueError: Inputs are missing or contradict each other; an image together with a filled cache, since
-                it would not be seen.
         """
         mask = attention_mask
         if (input_ids is None) == (inputs_embeds is None):
@@ -415,10 +395,6 @@ class PrismaticForConditionalGeneration(PrismaticPreTrainedModel, GenerationMixi
         Returns:
             int64 ``(batch, length + new tokens)``, the unchanged prompt and the new tokens; with
             ``return_dict_in_generate=True`` the output of transformers, whose ``sequences`` are these.
-
-        Raises:
-            ValueError: A token inside a prompt is masked, prompts and images disagree, or both ``max_length`` and
-                ``max_new_tokens`` are given.
         """
         ids, mask = self._align_prompts(input_ids, attention_mask)
         if kwargs.get("max_length") is not None:
@@ -479,8 +455,7 @@ def compute_token_loss(
 def _left_empty(model: nn.Module) -> list[str]:
     """Return the names of parameters that loading did not fill.
 
-    With low_cpu_mem_usage transformers 4.40 mistakes all empty parameters of one size for one shared parameter, and
-    does not list those that the checkpoint lacks.
+    transformers 4.40 with low_cpu_mem_usage does not list all that the checkpoint lacks.
     """
     if {"cpu", "disk"} & {str(device) for device in (getattr(model, "hf_device_map", None) or {}).values()}:
         return []  # offloaded weights are empty on purpose

@@ -56,7 +56,8 @@ PLACEHOLDER = "{instruction}"
 class OpenVLAImageProcessor(BaseImageProcessor):
     """Image processor that resizes and normalises bit for bit as the reference's torchvision pipeline on PIL images.
 
-    Two towers see the same resized image, each with its own normalisation, stacked on the channel axis.
+    Two towers see the same resized image, each with its own normalisation, stacked on the channel axis. Fields have one
+    entry a tower; other numbers of entries, and unknown values, raise ValueError.
 
     Args:
         use_fused_vision_backbone: Kept as published.
@@ -68,17 +69,10 @@ class OpenVLAImageProcessor(BaseImageProcessor):
         stds: Per tower three numbers, divided by.
         tvf_resize_params: As published, as the other ``tvf_`` fields: values of a file take precedence over the above.
             (Published means and standard deviations are rounded to bfloat16; the models were evaluated so.)
-        tvf_crop_params: As published.
-        tvf_normalize_params: As published.
-        tvf_do_letterbox: As published.
-        tvf_letterbox_fill: As published: the colour of the padding, 0 to 255 a channel.
         **kwargs: Fields of transformers' image processors.
 
     Attributes:
-        device_pixels: Set by ``openvla.loading`` where the package is installed; None in code beside a checkpoint.
-
-    Raises:
-        ValueError: Unknown strategy or interpolation, or not one entry a tower.
+        device_pixels: ``openvla.inference.device_images.pixels_on_device``; None without the package.
     """
 
     model_input_names = ["pixel_values"]
@@ -149,19 +143,13 @@ class OpenVLAImageProcessor(BaseImageProcessor):
         Args:
             images: One or several images: PIL; numpy ``(H, W, 3)``, uint8 or float in [0, 1]; torch ``(3, H, W)`` or
                 ``(H, W, 3)``, uint8 or float in [0, 1]; a path. Grey, palette and alpha are converted to RGB. A 4-D
-                array is a batch.
+                array is a batch. ValueError or TypeError for anything else.
             return_tensors: "pt" for torch, "np" or None for numpy.
             device: Compute on this device, as torch tensors with the same bits; much faster on a GPU. Needs the
-                installed package.
+                installed package (ImportError).
 
         Returns:
             ``pixel_values``, float32 ``(batch, 3 * towers, height, width)``.
-
-        Raises:
-            ValueError: Wrong channels, size, dtype or range; no image; ``device`` and numpy tensors.
-            TypeError: Not an image.
-            FileNotFoundError: No file at a path.
-            ImportError: ``device`` without the package.
         """
         parameters = zip(self.tvf_resize_params, self.tvf_crop_params, self.tvf_normalize_params)
         towers = [TowerTransform(*fields) for fields in parameters]
@@ -202,17 +190,12 @@ class OpenVLAProcessor(PushToHub, ProcessorMixin):
         empty_token_id: Id appended to every prompt built from an instruction; None for none.
         num_images_in_input: Number of images (cameras) that the model takes with a prompt.
         image_preset: Preprocessing applied to every image before the image processor, a key of
-            ``openvla.inference.image_presets.IMAGE_PRESETS``. "libero" and "libero-raw" need the installed package.
+            ``openvla.inference.image_presets.IMAGE_PRESETS``; "libero" and "libero-raw" need the installed package.
             ``None`` applies none and marks the preset as unspecified; ``openvla evaluate`` then uses "libero".
 
     Attributes:
-        image_presets: Set by ``openvla.loading`` where the package is installed; None in code beside a checkpoint,
-            which knows "none" and "center-crop" alone.
-        prompt_checks: Set with it: the module ``openvla.inference.prompt_checks``.
-
-    Raises:
-        ValueError: Unknown prompt style or image preset.
-        ImportError: The image preset needs the package.
+        image_presets: All presets; None without the package, for "none" and "center-crop" alone.
+        prompt_checks: The module ``openvla.inference.prompt_checks``; None without the package.
     """
 
     image_presets: ClassVar[Mapping[str, ImagePreset] | None] = None
@@ -248,10 +231,7 @@ class OpenVLAProcessor(PushToHub, ProcessorMixin):
     def from_pretrained(  # type: ignore[override]  # the names of the keywords differ between versions
         cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any
     ) -> OpenVLAProcessor:
-        """Load from a folder or a Hub repository, published ones included.
-
-        Published processors do not hold the prompt style; it is read from ``config.json`` in the same folder.
-        """
+        """Load a folder or a Hub repository; published processors have their prompt style in its ``config.json``."""
         hub = hub_keywords(kwargs)
         processor = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
         if processor.prompt_style is None:
@@ -262,10 +242,7 @@ class OpenVLAProcessor(PushToHub, ProcessorMixin):
     def _get_arguments_from_pretrained(
         cls, pretrained_model_name_or_path: str | os.PathLike, processor_dict: Any = None, **kwargs: Any
     ) -> list[Any]:
-        """Load the parts as transformers does, but not through AutoImageProcessor.
-
-        transformers 5.4 to 5.2x replace it by a placeholder where torchvision is not installed.
-        """
+        """Load the parts without AutoImageProcessor, which 5.4 to 5.2x replace where torchvision is not installed."""
         hub = hub_keywords(kwargs)
         image_processor = OpenVLAImageProcessor.from_pretrained(pretrained_model_name_or_path, **hub)
         return [image_processor, AutoTokenizer.from_pretrained(pretrained_model_name_or_path, **kwargs)]
@@ -297,25 +274,24 @@ class OpenVLAProcessor(PushToHub, ProcessorMixin):
         Args:
             text: Complete prompts, unchanged, as the published processor takes them. ``predict_action`` appends the
                 empty token. A warning is logged for an instruction alone, or a prompt of another style.
-            images: One image a prompt, in any form that the image processor takes. For a model of several cameras
-                the list of one prompt's images (``[main, wrist]``), or for several prompts a list of such lists.
+            images: One image a prompt, in any form that the image processor takes. For a model of several cameras the
+                list of one prompt's images (``[main, wrist]``), or for several prompts a list of such lists.
             instruction: What the robot should do ("pick up the red block"). The prompt is written around it in lower
                 case, as trained, and ends in the empty token. Special tokens in it (``</s>``) are text.
             padding: As tokenizers take it. None pads instructions of different lengths, and does not pad ``text``.
             truncation: As tokenizers take it, for ``text`` only: an instruction is never truncated.
             max_length: In tokens.
             return_tensors: "pt", "np" or None for lists.
-            device: Compute ``pixel_values`` on this device, with the same bits; much faster on the model's GPU. Needs
-                the installed package.
+            device: Compute ``pixel_values`` on this device, with the same bits. Needs the installed package.
 
         Returns:
             ``input_ids`` and ``attention_mask`` int64 ``(batch, length)``, and ``pixel_values`` float32
             ``(batch, cameras * 3 * towers, height, width)`` when there are images. Nothing else.
 
         Raises:
-            ValueError: Neither or both of text and instruction; an instruction that is empty or a complete prompt; the
-                number of images is not prompts x cameras; a tokenized prompt does not start with BOS; the
-                checkpoint's prompt style is unknown; an argument would have no effect.
+            ValueError: Arguments contradict each other or would have no effect; an instruction is empty or a complete
+                prompt; the number of images is not prompts x cameras; a prompt does not start with BOS; the prompt
+                style is unknown.
             ImportError: ``device`` or ``image_preset`` without the package.
         """
         _require_used(instruction, images, padding, truncation, max_length, device)
@@ -352,10 +328,7 @@ class OpenVLAProcessor(PushToHub, ProcessorMixin):
         return_tensors: str | None,
         device: torch.device | str | None,
     ) -> Any:
-        """Return the images of all prompts, those of one prompt stacked on the channel axis.
-
-        Published scripts prepare one camera at a time and stack by themselves: cameras=None allows that.
-        """
+        """Return the images of all prompts, those of one on the channel axis; scripts that stack them give None cameras."""
         nested = isinstance(images, (list, tuple)) and isinstance(next(iter(images), None), (list, tuple))
         if cameras is None:
             several = nested or batch_size == 1 and isinstance(images, (list, tuple))
@@ -393,11 +366,7 @@ class OpenVLAProcessor(PushToHub, ProcessorMixin):
         raise OpenVLAValueError(f"Unknown image_preset {name!r}. Allowed: None, or one of {list(presets)}.")
 
     def prompt(self, instruction: str) -> str:
-        """Return the complete prompt for an instruction, in this checkpoint's style, without the empty token.
-
-        Raises:
-            ValueError: The instruction is empty, not text or a complete prompt, or the style is not known.
-        """
+        """Return the complete prompt for an instruction, in this checkpoint's style, without the empty token."""
         instruction = self._clean(instruction)
         return PROMPTS[self._known_prompt_style()].format(instruction=instruction)
 
@@ -568,11 +537,7 @@ def as_list(texts: Any) -> list[Any]:
 def tokenize_text(
     tokenizer: Any, text: str | list[str], padding: Any, truncation: Any, max_length: int | None, tensors: str | None
 ) -> dict[str, Any]:
-    """Return ids and mask of complete prompts as lists; nested for one prompt too where tensors are made of them.
-
-    Raises:
-        ValueError: Prompts that become one tensor have different lengths.
-    """
+    """Return ids and mask of complete prompts as lists, nested where tensors are made of them."""
     padding = False if padding is None else padding
     inputs = tokenizer(text, padding=padding, truncation=truncation, max_length=max_length)
     fields: dict[str, Any] = {name: inputs[name] for name in ("input_ids", "attention_mask")}
@@ -587,14 +552,9 @@ def tokenize_text(
 
 
 def tokenize_prompts(tokenizer: Any, style: str, instructions: Sequence[str]) -> list[list[int]]:
-    """Return the ids of the prompts of instructions; special tokens that an instruction spells out are text.
+    """Return the ids of the prompts of instructions, in a style of ``PROMPTS``.
 
-    As tokens, such words (``</s>``) would end the prompt within the instruction.
-
-    Args:
-        tokenizer: The language model's tokenizer.
-        style: A key of ``PROMPTS``.
-        instructions: Returned by ``clean_instruction``.
+    Special tokens that an instruction spells out (``</s>``) are text; as tokens they would end the prompt there.
     """
     prompts = tokenizer([PROMPTS[style].format(instruction=instruction) for instruction in instructions])["input_ids"]
     special = tokenizer.get_added_vocab()
@@ -609,13 +569,8 @@ def tokenize_prompts(tokenizer: Any, style: str, instructions: Sequence[str]) ->
 def require_bos(tokenizer: Any, style: str | None, input_ids: Any, attention_mask: Any) -> None:
     """Raise ValueError where a prompt does not begin with BOS, behind which the model puts the image patches.
 
-    Qwen has no BOS; the special token that opens the trained prompt takes its place.
-
-    Args:
-        tokenizer: The language model's tokenizer.
-        style: A key of ``PROMPTS``, or None.
-        input_ids: One prompt ``(length,)`` or several ``(batch, length)``.
-        attention_mask: As ``input_ids``.
+    Qwen has no BOS; the special token that opens the trained prompt takes its place. ``input_ids`` and
+    ``attention_mask`` are one prompt ``(length,)`` or several ``(batch, length)``.
     """
     bos = getattr(tokenizer, "bos_token_id", None)
     if bos is None and PROMPTS.get(style or "", "").startswith("<|"):

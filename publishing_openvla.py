@@ -36,13 +36,10 @@ MARKED = re.compile(rb'^from __future__ import annotations; CODE_DIGEST = "[0-9a
 
 
 def require_same_code(module: str) -> None:
-    """Raise unless all loaded code files of an entry file's folder were saved together with it.
+    """Raise ImportError unless all loaded code files of an entry file's folder were saved together with it.
 
     Args:
         module: ``__name__`` of the entry file. Code that does not come from a saved folder is not checked.
-
-    Raises:
-        ImportError: Files of another folder of the same name are loaded, or versions are mixed in this folder.
     """
     package, _, entry = module.rpartition(".")
     if package.partition(".")[0] != REMOTE_CODE:
@@ -63,9 +60,8 @@ def require_same_code(module: str) -> None:
 def mark_code(folder: str | os.PathLike) -> None:
     """Write the digest of all files that are saved together into every code file of a saved folder.
 
-    Files that differ from the running code, such as the user's, are not changed; nor are any where the running code
-    comes from a saved folder and carries its digest already. A warning is logged for files of another version of the
-    package.
+    Files that differ from the running code, such as the user's, are not changed; a warning is logged for files of
+    another version of the package. Code that comes from a saved folder carries its digest already.
     """
     if MARK in globals():
         return
@@ -94,13 +90,8 @@ def mark_code(folder: str | os.PathLike) -> None:
 def one_set_of_weights(folder: str | os.PathLike, variant: str | None = None) -> Iterator[None]:
     """Context manager that removes weights of an earlier save in another layout after new weights were written.
 
-    It removes what transformers would load in place of the new weights, and the other layout of the same format:
-    model.safetensors beside new shards, shards and their index beside a new model.safetensors, both beside a new
-    pytorch_model.bin.
-
-    Args:
-        folder: Where the weights are written.
-        variant: ``save_pretrained``'s argument, a part of the files' names.
+    Else transformers would load those: model.safetensors beside new shards, or either beside a new pytorch_model.bin.
+    ``variant`` is ``save_pretrained``'s argument, a part of the files' names.
     """
     folder, names = Path(folder), [_variant_name(name, variant) for name in LAYOUTS]
     before = {name: _file_state(folder / name) for name in names}
@@ -162,11 +153,7 @@ def refuse_two_kinds(folder: str | os.PathLike) -> None:
 
 
 def require_own_kind(folder: str | os.PathLike, is_adapter: bool) -> None:
-    """Raise before an adapter is saved beside whole weights, or whole weights beside an adapter.
-
-    Raises:
-        ValueError: The folder's files would be loaded in place of what is saved, or be ignored.
-    """
+    """Raise ValueError before an adapter is saved beside whole weights, or whole weights beside an adapter."""
     if is_adapter:
         kind, other_kind, other_file = "an adapter", "whole weights", _weights_in(folder)
     else:
@@ -183,8 +170,7 @@ class PushToHub(PushToHubMixin):
     """Mixin of models and processors: ``push_to_hub``, the same on every transformers version.
 
     Attributes:
-        hub_uploader: ``openvla.conversion.hub_upload.push_to_hub``, where the package is installed. None in code beside
-            a checkpoint, which then pushes as its transformers version does.
+        hub_uploader: ``openvla.conversion.hub_upload.push_to_hub``; None, for transformers' own, without the package.
     """
 
     hub_uploader: ClassVar[Callable[..., Any] | None] = None

@@ -174,9 +174,6 @@ class VisionTower(nn.Module):
         image_size: Input height and width in pixels.
         activation: None (GELU) or "quick_gelu".
         overrides: Fields of ``TowerArchitecture`` that differ from the id's (depth, embed_dim, ...).
-
-    Raises:
-        ValueError: The id, an override or the activation is unknown, or the sizes do not fit each other.
     """
 
     def __init__(
@@ -217,11 +214,9 @@ class VisionTower(nn.Module):
             cast(VisionBlock, block).add_film(film_dim)
 
     def forward(self, pixel_values: torch.Tensor, condition: torch.Tensor | None = None) -> torch.Tensor:
-        """Return patch features ``(batch, num_patches, embed_dim)`` of images ``(batch, 3, size, size)``.
+        """Return patch features ``(batch, num_patches, embed_dim)`` of normalised images ``(batch, 3, size, size)``.
 
-        Args:
-            pixel_values: Normalised images.
-            condition: With FiLM, the language feature ``(samples, film_dim)``; ``batch`` is a multiple of ``samples``.
+        ``condition`` is FiLM's language feature ``(samples, film_dim)``; ``batch`` is a multiple of ``samples``.
         """
         x = self._with_position(self.patch_embed(pixel_values))
         x = self.norm_pre(x)
@@ -301,9 +296,6 @@ class PrismaticVisionBackbone(nn.Module):
             pixel_values: Normalised images ``(batch, images * (3 or 6), height, width)``; with two towers an image's
                 channels 0-2 are normalised for the first and 3-5 for the second.
             condition: With FiLM, the language feature ``(batch, film_dim)``.
-
-        Raises:
-            ValueError: Wrong rank, channels or size; no ``condition`` for FiLM.
         """
         size, images = self.featurizer.image_size, self.num_images
         if pixel_values.ndim != 4 or tuple(pixel_values.shape[1:]) != (images * self.num_channels, size, size):

@@ -21,7 +21,7 @@ from transformers.utils import logging
 
 from ..actions_openvla import nearest_name
 from ..compatibility_openvla import DTYPE_FIELD, requested_attention
-from ..configuration_openvla import require_hub_keywords, write_json
+from ..configuration_openvla import HUB_KEYWORDS, write_json
 from ..errors_openvla import OpenVLAImportError, OpenVLATypeError, OpenVLAValueError
 from ..heads_openvla import is_action_head_param
 from ..modeling_openvla import STATISTICS_FILE
@@ -137,7 +137,9 @@ def load_lora(
         ImportError: peft, or in the code of a saved folder the openvla package, is not installed.
     """
     require_no_adapter(model)
-    require_hub_keywords("load_lora", hub_kwargs)
+    unknown = sorted(set(hub_kwargs) - {*HUB_KEYWORDS, "repo_type", "user_agent"})
+    if unknown:  # transformers would drop them
+        raise OpenVLATypeError(f"load_lora takes no {', '.join(unknown)}; allowed: {list(HUB_KEYWORDS)}.")
     adapter = read_adapter(name_or_path, **hub_kwargs)
     base = record_base(model)
     require_same_base(adapter.base, base, name_or_path)
