@@ -104,26 +104,6 @@ def tied_weight_names(model: nn.Module) -> list[str]:
     return list(tied) if isinstance(tied, (list, tuple)) else []  # a dict, of each part's own, since 5.0
 
 
-def rotary_fields(config: Any) -> dict[str, Any]:
-    """Return ``rope_theta`` and what scales it: one field, ``rope_parameters``, since 5.0, two before."""
-    fields = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
-    return {"rope_theta": getattr(config, "rope_theta", None), **fields}
-
-
-def enable_checkpointing(model: Any) -> None:
-    """Compute activations anew in the backward pass, in every part of the model, without reentrance."""
-    # 5.24 renamed gradient checkpointing to activation checkpointing; the old methods warn, and go in 6.0.
-    old = not hasattr(model, "activation_checkpointing_enable")
-    enable = model.gradient_checkpointing_enable if old else model.activation_checkpointing_enable
-    enable({"use_reentrant": False})
-
-
-def disable_checkpointing(model: Any) -> None:
-    """Keep activations for the backward pass again."""
-    old = not hasattr(model, "activation_checkpointing_disable")
-    (model.gradient_checkpointing_disable if old else model.activation_checkpointing_disable)()
-
-
 def is_checkpointing(model: nn.Module) -> bool:
     """Return whether some part of the model computes its activations anew in the backward pass."""
     return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())

@@ -12,7 +12,7 @@ from transformers import CONFIG_MAPPING, PretrainedConfig
 from transformers.utils import CONFIG_NAME, cached_file
 from transformers.utils.hub import extract_commit_hash
 
-from .publishing_openvla import ADAPTER_CONFIG_FILE, require_same_code
+from .publishing_openvla import require_same_code
 
 require_same_code(__name__)
 
@@ -36,26 +36,20 @@ class LanguageModelId(NamedTuple):
     model_type: str
 
 
+DINOV2, SIGLIP = "vit_large_patch14_reg4_dinov2.lvd142m", "vit_so400m_patch14_siglip"
+CLIP_336 = VisionTowerId("vit_large_patch14_clip_336.openai", 336, "quick_gelu")
+SIGLIP_224, SIGLIP_384 = VisionTowerId(f"{SIGLIP}_224", 224, None), VisionTowerId(f"{SIGLIP}_384", 384, None)
 # The vision backbones of the reference's registry, by their towers.
 VISION_BACKBONES: dict[str, list[VisionTowerId]] = {
     "clip-vit-l": [VisionTowerId("vit_large_patch14_clip_224.openai", 224, "quick_gelu")],
-    "clip-vit-l-336px": [VisionTowerId("vit_large_patch14_clip_336.openai", 336, "quick_gelu")],
-    "dinov2-vit-l": [VisionTowerId("vit_large_patch14_reg4_dinov2.lvd142m", 224, None)],
+    "clip-vit-l-336px": [CLIP_336],
+    "dinov2-vit-l": [VisionTowerId(DINOV2, 224, None)],
     "in1k-vit-l": [VisionTowerId("vit_large_patch16_224.augreg_in21k_ft_in1k", 224, None)],
-    "siglip-vit-so400m": [VisionTowerId("vit_so400m_patch14_siglip_224", 224, None)],
-    "siglip-vit-so400m-384px": [VisionTowerId("vit_so400m_patch14_siglip_384", 384, None)],
-    "dinoclip-vit-l-336px": [
-        VisionTowerId("vit_large_patch14_reg4_dinov2.lvd142m", 336, None),
-        VisionTowerId("vit_large_patch14_clip_336.openai", 336, "quick_gelu"),
-    ],
-    "dinosiglip-vit-so-224px": [
-        VisionTowerId("vit_large_patch14_reg4_dinov2.lvd142m", 224, None),
-        VisionTowerId("vit_so400m_patch14_siglip_224", 224, None),
-    ],
-    "dinosiglip-vit-so-384px": [
-        VisionTowerId("vit_large_patch14_reg4_dinov2.lvd142m", 384, None),
-        VisionTowerId("vit_so400m_patch14_siglip_384", 384, None),
-    ],
+    "siglip-vit-so400m": [SIGLIP_224],
+    "siglip-vit-so400m-384px": [SIGLIP_384],
+    "dinoclip-vit-l-336px": [VisionTowerId(DINOV2, 336, None), CLIP_336],
+    "dinosiglip-vit-so-224px": [VisionTowerId(DINOV2, 224, None), SIGLIP_224],
+    "dinosiglip-vit-so-384px": [VisionTowerId(DINOV2, 384, None), SIGLIP_384],
 }
 
 # The language models of the reference's registry, and of openvla-mini.
@@ -125,6 +119,7 @@ PLATFORMS: dict[str, dict[str, Any]] = {
 }
 
 AUTO = "auto"
+ADAPTER_CONFIG_FILE = "adapter_config.json"
 
 # Keywords of from_pretrained that determine where files come from.
 HUB_KEYWORDS = ("cache_dir", "force_download", "proxies", "token", "revision", "local_files_only", "subfolder")

@@ -129,7 +129,7 @@ class NoiseSchedule:
         self.num_train_steps = num_train_steps
 
     def timesteps(self, num_steps: int) -> list[int]:
-        """Return the noise levels of ``num_steps`` denoising steps, from noisy to clean; ValueError for a wrong number."""
+        """Return the noise levels of ``num_steps`` denoising steps, from noisy to clean."""
         if isinstance(num_steps, bool) or not isinstance(num_steps, int) or not 1 <= num_steps <= self.num_train_steps:
             raise OpenVLAValueError(f"num_inference_steps must be 1 to {self.num_train_steps}, got {num_steps!r}.")
         return [step * (self.num_train_steps // num_steps) for step in reversed(range(num_steps))]

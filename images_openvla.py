@@ -209,12 +209,12 @@ def normalized_pixels(image: Image.Image, towers: Sequence[TowerTransform], fill
     image = image if fill is None else padded_to_square(image, tuple(fill))
 
     def prepare(size: Any, resampling: int, crop: Sequence[int]) -> np.ndarray:
-        return _unit(np.asarray(center_crop(resized(image, size, resampling), crop)).transpose(2, 0, 1))
+        return unit_floats(np.asarray(center_crop(resized(image, size, resampling), crop)).transpose(2, 0, 1))
 
     prepared = list(each_tower(towers, prepare))
     planes = np.empty((len(towers), *prepared[0][1].shape), np.float32)
     for plane, (normalize, unit) in zip(planes, prepared):
-        _normalized(unit, normalize["mean"], normalize["std"], plane)
+        normalized(unit, normalize["mean"], normalize["std"], plane)
     return planes.reshape(-1, *planes.shape[2:])
 
 
@@ -233,18 +233,12 @@ def each_tower(
         yield tower.normalize, prepared[str(arguments)]
 
 
-def normalization_table(mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
-    """Return what ``normalized_pixels`` makes of every byte: float32 ``(3, 256)``."""
-    unit = np.broadcast_to(_unit(np.arange(256, dtype=np.uint8)), (3, 1, 256))
-    return _normalized(unit, mean, std, np.empty(unit.shape, np.float32))[:, 0]
-
-
-def _unit(pixels: np.ndarray) -> np.ndarray:
+def unit_floats(pixels: np.ndarray) -> np.ndarray:
     """Return uint8 as float32 in [0, 1]."""
     return np.divide(pixels, np.float32(255), out=np.empty(pixels.shape, np.float32), dtype=np.float32)
 
 
-def _normalized(unit: np.ndarray, mean: Sequence[float], std: Sequence[float], out: np.ndarray) -> np.ndarray:
+def normalized(unit: np.ndarray, mean: Sequence[float], std: Sequence[float], out: np.ndarray) -> np.ndarray:
     """Write ``(unit - mean) / std`` of float32 ``(3, height, width)`` into ``out``, and return it."""
     mean_plane, std_plane = (np.array(numbers, dtype=np.float32)[:, None, None] for numbers in (mean, std))
     np.subtract(unit, mean_plane, out=out)

@@ -13,6 +13,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 # From its own module: transformers 5.4 to 5.2x put a placeholder in its place where torchvision is not installed.
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
+from . import saved_folder
 from .adapters import peft_methods
 from .adapters.lora import enable_lora, load_lora, merge_lora, save_lora
 from .adapters.parallel_decoding import enable_parallel_decoding
@@ -77,6 +78,7 @@ def attach_package() -> None:
     OpenVLAProcessor.image_presets = IMAGE_PRESETS
     OpenVLAProcessor.prompt_checks = prompt_checks
     PrismaticPreTrainedModel.keep_quantized_weights = staticmethod(quantized_weights.keep_quantized_weights)
+    PrismaticPreTrainedModel.saved_folder = saved_folder
     for function in quantized_weights.METHODS:
         setattr(PrismaticPreTrainedModel, function.__name__, function)
     attach_methods(OpenVLAForActionPrediction)

@@ -23,7 +23,7 @@ from transformers import GenerationMixin, PretrainedConfig
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils import logging
 
-from .publishing_openvla import mark_code, refuse_two_kinds, require_own_kind, require_same_code
+from .publishing_openvla import mark_code, require_same_code
 
 require_same_code(__name__)
 
@@ -131,7 +131,6 @@ class OpenVLAForActionPrediction(NormStatsMixin, ParallelDecodingModel, Generati
         """
         adapter, hub_kwargs = find_adapter(pretrained_model_name_or_path, kwargs)
         if adapter is not None:
-            refuse_two_kinds(os.path.join(adapter, hub_kwargs.get("subfolder") or ""))
             return require_package("An adapter (LoRA)").load_base_and_adapter(cls, adapter, hub_kwargs, kwargs)
         refuse_loose_parts(pretrained_model_name_or_path, hub_kwargs)
         loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
@@ -170,7 +169,8 @@ class OpenVLAForActionPrediction(NormStatsMixin, ParallelDecodingModel, Generati
         """
         if self.lora_adapter is not None:
             require_package("An adapter (LoRA)").require_save_keywords(kwargs)
-        require_own_kind(save_directory, self._hf_peft_config_loaded)
+        if self.saved_folder is not None:
+            self.saved_folder.require_own_kind(save_directory, self._hf_peft_config_loaded)
         default = self.config.default_unnorm_key
         if is_main_process and self.norm_stats and not os.path.isfile(save_directory):
             os.makedirs(save_directory, exist_ok=True)

@@ -372,7 +372,7 @@ class ParallelDecodingModel(PrismaticForConditionalGeneration):
 def normalize_proprio(
     proprio: np.ndarray, statistics: list[NormalizationStatistics], unnorm_keys: list[str]
 ) -> torch.Tensor:
-    """Return robot states normalised by their datasets' statistics, float32 ``(batch, proprio_dim)``; warn of far ones."""
+    """Return robot states normalised by their datasets' statistics, float32 ``(batch, proprio_dim)``."""
     normalized = []
     for key, entry, state in zip(unnorm_keys, statistics, proprio):
         normalized.append(entry.normalize_proprio(state))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import os
 from collections.abc import Callable
@@ -17,10 +18,7 @@ from transformers.utils import is_flash_attn_2_available, logging
 from .publishing_openvla import (
     PushToHub,
     mark_code,
-    one_set_of_weights,
-    require_own_kind,
     require_same_code,
-    warn_of_two_sets,
 )
 
 require_same_code(__name__)
@@ -88,8 +86,10 @@ class PrismaticPreTrainedModel(PushToHub, PreTrainedModel):  # type: ignore[misc
 
     Attributes:
         keep_quantized_weights: Called with every loaded model; None where the package is not installed.
+        saved_folder: The module ``openvla.saved_folder``, likewise.
     """
 
+    saved_folder: ClassVar[Any] = None
     keep_quantized_weights: ClassVar[Callable[[nn.Module], None] | None] = None
 
     config_class = PrismaticConfig
@@ -119,8 +119,10 @@ class PrismaticPreTrainedModel(PushToHub, PreTrainedModel):  # type: ignore[misc
             ImportError: Quantisation needs bitsandbytes, which is missing or cannot be used here.
         """
         _refuse_removed_keywords(kwargs)
-        if pretrained_model_name_or_path is not None:
-            warn_of_two_sets(os.path.join(pretrained_model_name_or_path, kwargs.get("subfolder") or ""))
+        if pretrained_model_name_or_path is not None and cls.saved_folder is not None:
+            cls.saved_folder.warn_of_two_sets(
+                os.path.join(pretrained_model_name_or_path, kwargs.get("subfolder") or "")
+            )
         prepare_quantization(pretrained_model_name_or_path, kwargs)
         _replace_missing_flash_attention(kwargs)
         output_loading_info = kwargs.pop("output_loading_info", False)
@@ -148,8 +150,10 @@ class PrismaticPreTrainedModel(PushToHub, PreTrainedModel):  # type: ignore[misc
         Raises:
             ValueError: The folder holds an adapter; or whole weights, and this would save an adapter of transformers.
         """
-        require_own_kind(save_directory, self._hf_peft_config_loaded)
-        with one_set_of_weights(save_directory, kwargs.get("variant")):
+        with contextlib.ExitStack() as stack:
+            if self.saved_folder is not None:
+                self.saved_folder.require_own_kind(save_directory, self._hf_peft_config_loaded)
+                stack.enter_context(self.saved_folder.one_set_of_weights(save_directory, kwargs.get("variant")))
             saved = super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
         if is_main_process:
             mark_code(save_directory)

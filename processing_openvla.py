@@ -328,7 +328,7 @@ class OpenVLAProcessor(PushToHub, ProcessorMixin):
         return_tensors: str | None,
         device: torch.device | str | None,
     ) -> Any:
-        """Return the images of all prompts, those of one on the channel axis; scripts that stack them give None cameras."""
+        """Return the images of all prompts, those of one on the channel axis; None cameras: each stands for itself."""
         nested = isinstance(images, (list, tuple)) and isinstance(next(iter(images), None), (list, tuple))
         if cameras is None:
             several = nested or batch_size == 1 and isinstance(images, (list, tuple))

@@ -203,11 +203,6 @@ class VisionTower(nn.Module):
         if arch.attention_pool:
             self.attn_pool = AttentionPool(arch, activation)
 
-    @property
-    def unused(self) -> list[nn.Module]:
-        """Return the modules that are never run."""
-        return [self.blocks[-1], self.norm, *([self.attn_pool] if hasattr(self, "attn_pool") else [])]
-
     def add_film(self, film_dim: int) -> None:
         """Add FiLM to every block; ``film_dim`` is the size of the language feature."""
         for block in self.blocks:

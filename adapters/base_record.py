@@ -22,8 +22,8 @@ from transformers.utils import cached_file, logging
 from ..configuration_openvla import optional_file
 from ..errors_openvla import OpenVLAValueError
 from ..heads_openvla import is_action_head_param
-from ..publishing_openvla import INDEX_FILE, SINGLE_FILE
 from ..quantization_openvla import is_quantized, quantization_name
+from ..saved_folder import INDEX_FILE, SINGLE_FILE
 from .files import LINEAR_SUFFIXES, BaseRecord, LoraAdapter
 
 if TYPE_CHECKING:

@@ -18,9 +18,8 @@ import torch
 from safetensors.torch import load_file
 from transformers.utils import logging
 
-from ..configuration_openvla import optional_file
+from ..configuration_openvla import ADAPTER_CONFIG_FILE, optional_file
 from ..errors_openvla import OpenVLAFileNotFoundError, OpenVLAValueError
-from ..publishing_openvla import ADAPTER_CONFIG_FILE
 
 logger = logging.get_logger(__name__)
 

@@ -21,13 +21,13 @@ from transformers.utils import logging
 
 from ..actions_openvla import nearest_name
 from ..compatibility_openvla import DTYPE_FIELD, requested_attention
-from ..configuration_openvla import HUB_KEYWORDS, write_json
+from ..configuration_openvla import ADAPTER_CONFIG_FILE, HUB_KEYWORDS, write_json
 from ..errors_openvla import OpenVLAImportError, OpenVLATypeError, OpenVLAValueError
 from ..heads_openvla import is_action_head_param
 from ..modeling_openvla import STATISTICS_FILE
 from ..parallel_openvla import refuse_loose_parts
-from ..publishing_openvla import ADAPTER_CONFIG_FILE, require_own_kind
 from ..quantization_openvla import is_quantized
+from ..saved_folder import refuse_two_kinds, require_own_kind
 from .base_record import quantized_merge_note, record_base, require_not_merged, require_same_base
 from .files import (
     ADAPTER_WEIGHTS_FILE,
@@ -227,6 +227,7 @@ def load_base_and_adapter(
         FileNotFoundError: The base cannot be found.
         ValueError: The adapter does not fit the base.
     """
+    refuse_two_kinds(os.path.join(adapter, hub_kwargs.get("subfolder") or ""))
     config = kwargs.pop("config", None)  # read by an Auto class, of the adapter or the base; the base has its own
     if requested_attention(config):
         kwargs.setdefault("attn_implementation", requested_attention(config))

@@ -75,5 +75,8 @@ def head_modules(model: OpenVLAForActionPrediction) -> list[str]:
 
 def unused_modules(model: OpenVLAForActionPrediction) -> set[nn.Module]:
     """Return the modules of the vision towers that never run: the last block and the pooling head of each."""
-    towers = [model.vision_backbone.featurizer, model.vision_backbone.fused_featurizer]
-    return {module for tower in towers if tower is not None for part in tower.unused for module in part.modules()}
+    backbone = model.vision_backbone
+    towers = [tower for tower in (backbone.featurizer, backbone.fused_featurizer) if tower is not None]
+    unused = [part for tower in towers for part in (tower.blocks[-1], tower.norm)]
+    unused += [tower.attn_pool for tower in towers if hasattr(tower, "attn_pool")]
+    return {module for part in unused for module in part.modules()}

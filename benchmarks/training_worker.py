@@ -39,7 +39,7 @@ def seed_adapters(model: torch.nn.Module) -> int:
 def ours(folder: Path, checkpointing: bool) -> Side:
     """Return this package's model and training step."""
     from openvla import OpenVLAForActionPrediction
-    from openvla.compatibility_openvla import enable_checkpointing
+    from openvla.training.activation_checkpointing import enable_checkpointing
     from openvla.training.collator import compute_metrics, model_inputs
     from openvla.training.memory import memory_efficient_training
 

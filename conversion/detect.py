@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ..errors_openvla import OpenVLAValueError
 from ..loading import MODEL_CLASSES
-from ..publishing_openvla import refuse_two_kinds
+from ..saved_folder import refuse_two_kinds
 from .files import read_json
 from .oft_format import part_files, read_unmerged_adapter
 

@@ -14,8 +14,9 @@ from typing import Any, Protocol
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard
 
 from ..actions_openvla import NORMALIZATIONS, dimension_labels
+from ..configuration_openvla import ADAPTER_CONFIG_FILE
 from ..errors_openvla import OpenVLATypeError, OpenVLAValueError
-from ..publishing_openvla import ADAPTER_CONFIG_FILE, INDEX_FILE, LAYOUTS, SHARD_NUMBER, SINGLE_FILE
+from ..saved_folder import INDEX_FILE, LAYOUTS, SHARD_NUMBER, SINGLE_FILE
 
 CARD_FILE = "README.md"
 SHARD = re.compile("model" + SHARD_NUMBER)

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from ..errors_openvla import OpenVLAValueError
-from ..publishing_openvla import INDEX_FILE, PICKLED_FILE, PICKLED_INDEX_FILE, SINGLE_FILE, warn_of_two_sets
+from ..saved_folder import INDEX_FILE, PICKLED_FILE, PICKLED_INDEX_FILE, SINGLE_FILE, warn_of_two_sets
 from .files import link_or_copy
 from .safetensors_io import require_digests, tensor_digests, tensor_names
 from .torch_archive import load_state_dict, require_intact

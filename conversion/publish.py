@@ -20,10 +20,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..adapters.files import read_adapter
-from ..configuration_openvla import OpenVLAConfig
+from ..configuration_openvla import ADAPTER_CONFIG_FILE, OpenVLAConfig
 from ..errors_openvla import OpenVLAValueError
 from ..loading import MODEL_CLASSES
-from ..publishing_openvla import ADAPTER_CONFIG_FILE, refuse_two_kinds
+from ..saved_folder import refuse_two_kinds
 from .console import printed_logs
 from .files import read_json
 from .hub_folder import MANIFEST_FILE, require_matching_shapes

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from ..configuration_openvla import write_json
 from ..errors_openvla import OpenVLAValueError
-from ..publishing_openvla import INDEX_FILE
+from ..saved_folder import INDEX_FILE
 from .direct_io import PIECE, DirectWriter, Span, read_spans
 
 SIZE_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}

@@ -31,8 +31,8 @@ from pathlib import Path
 from typing import Any
 
 from ..adapters.files import ADAPTER_WEIGHTS_FILE, read_adapter
+from ..configuration_openvla import ADAPTER_CONFIG_FILE
 from ..errors_openvla import OpenVLAFileExistsError, OpenVLAFileNotFoundError, OpenVLAValueError
-from ..publishing_openvla import ADAPTER_CONFIG_FILE
 from .console import printed_logs
 from .detect import NATIVE_RUN, detect_layout
 from .download import local_folder

@@ -24,10 +24,11 @@ from ..images_openvla import (
     as_images,
     crop_corner,
     each_tower,
-    normalization_table,
+    normalized,
     normalized_pixels,
     padded_size,
     target_size,
+    unit_floats,
 )
 
 WEIGHT_BITS = 22  # as in Pillow's 32-bit sums: 8 bits for a byte, 2 for sums above one
@@ -215,4 +216,10 @@ def _cropped(pixels: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
 @functools.lru_cache(maxsize=32)
 def _table(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> torch.Tensor:
     """Return the normalised value of every byte: float32 ``(3, 256)`` on the device."""
-    return torch.from_numpy(normalization_table(mean, std)).to(device)
+    return torch.from_numpy(_normalization_table(mean, std)).to(device)
+
+
+def _normalization_table(mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
+    """Return what ``normalized_pixels`` makes of every byte: float32 ``(3, 256)``."""
+    unit = np.broadcast_to(unit_floats(np.arange(256, dtype=np.uint8)), (3, 1, 256))
+    return normalized(unit, mean, std, np.empty(unit.shape, np.float32))[:, 0]

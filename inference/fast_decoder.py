@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from transformers.utils import logging
 
 from ..actions_openvla import ActionTokenizer, NormalizationStatistics, as_numbers
-from ..compatibility_openvla import attention_implementation, rotary_fields
+from ..compatibility_openvla import attention_implementation
 from ..decoding_openvla import mask_logits, positions_of
 from ..errors_openvla import OpenVLAValueError
 from .cuda_graphs import drop_graphs
@@ -48,7 +48,7 @@ def unsupported_reason(language_model: nn.Module, length: int) -> str | None:
         return "the model is in training mode"
     if attention_implementation(config) != "sdpa":
         return f"attention is {attention_implementation(config)}, not sdpa"
-    rotary = rotary_fields(config)
+    rotary = _rotary_fields(config)
     if rotary.get("rope_type", rotary.get("type", "default")) != "default" or set(rotary) - UNSCALED_ROTARY_FIELDS:
         return f"its rotary positions are scaled: {rotary}"
     if getattr(config, "pretraining_tp", 1) > 1:
@@ -68,6 +68,12 @@ def unsupported_reason(language_model: nn.Module, length: int) -> str | None:
         if any(type(part).__name__ == "Linear8bitLt" for part in (*layer.self_attn.children(), *layer.mlp.children())):
             return "its weights are LLM.int8, where a row's result depends on the other rows of a product"
     return changed_number(language_model) or patched_function(language_model)
+
+
+def _rotary_fields(config: Any) -> dict[str, Any]:
+    """Return ``rope_theta`` and what scales it: one field, ``rope_parameters``, since 5.0, two before."""
+    fields = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    return {"rope_theta": getattr(config, "rope_theta", None), **fields}
 
 
 def decoder_of(language_model: Any) -> Any:

@@ -18,14 +18,13 @@ from transformers import PretrainedConfig
 
 from ..adapters.files import locate_base
 from ..compatibility_openvla import DTYPE_FIELD
-from ..configuration_openvla import OpenVLAConfig, optional_file
+from ..configuration_openvla import ADAPTER_CONFIG_FILE, OpenVLAConfig, optional_file
 from ..decoding_openvla import require_one_pass
 from ..default_processor import default_image_processor
 from ..errors_openvla import OpenVLAValueError
 from ..loading import AutoProcessor
 from ..modeling_openvla import OpenVLAForActionPrediction
 from ..processing_openvla import OpenVLAImageProcessor, OpenVLAProcessor
-from ..publishing_openvla import ADAPTER_CONFIG_FILE
 from .cpu_prepack import prepack as prepack_weights
 from .fast_decoder import compile_pointwise
 from .quantization import UNQUANTIZED_MODULES, VISION_TOWERS, fast_dtype, quantization_config

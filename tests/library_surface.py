@@ -389,13 +389,17 @@ SURFACE: tuple[Touch, ...] = (
         row("PretrainedConfig._attn_implementation", check_property),
         row("PretrainedConfig._attn_implementation_internal", holds(config_of, "_attn_implementation_internal")),
         row("MODEL_FOR_CAUSAL_LM_MAPPING", has("transformers:MODEL_FOR_CAUSAL_LM_MAPPING")),
-        *members(f"PreTrainedModel.{CHECKPOINTING}", MODEL + CHECKPOINTING, "enable", "disable", seen=SWITCH_SEEN),
         # No test renames it: it would rename torch's keyword too.
         row("PretrainedConfig.dtype", check_dtype, None, "torch_dtype 4.40.1 and 4.49.0, dtype 4.57.6 to 5.24.0"),
     ),
     *touches(
-        "compatibility_openvla inference/fast_decoder configuration_openvla",
-        "Read {name} from its new place, in {files}: rotary_fields, unsupported_reason, _for_every_version.",
+        "training/activation_checkpointing",
+        "Use the new name of {name} in {files}.",
+        *members(f"PreTrainedModel.{CHECKPOINTING}", MODEL + CHECKPOINTING, "enable", "disable", seen=SWITCH_SEEN),
+    ),
+    *touches(
+        "inference/fast_decoder configuration_openvla",
+        "Read {name} from its new place, in {files}: _rotary_fields, unsupported_reason, _for_every_version.",
         row(f"PretrainedConfig.{ROPE}", holds(config_of, ROPE), seen=ROPE_SEEN),
         row("rope_parameters.rope_theta", functools.partial(check_rope_key, "rope_theta")),
         row("rope_parameters.rope_type", functools.partial(check_rope_key, "rope_type"), ROPE_TYPE, "5.5.4 to 5.24.0"),

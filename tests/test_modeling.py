@@ -12,9 +12,9 @@ from openvla import (
     NormalizationStatistics,
     OpenVLAForActionPrediction,
 )
-from openvla.compatibility_openvla import disable_checkpointing, enable_checkpointing
 from openvla.decoding_openvla import output_from_tokens
 from openvla.tiny import UNTRAINED_STATISTICS, build_tiny
+from openvla.training.activation_checkpointing import disable_checkpointing, enable_checkpointing
 from PIL import Image
 from transformers.utils import logging
 

@@ -8,11 +8,10 @@ from openvla.compatibility_openvla import (
     CACHE_FIELD,
     MKL_FUNCTIONS,
     cache_of,
-    disable_checkpointing,
-    enable_checkpointing,
     is_checkpointing,
 )
 from openvla.tiny import build_tokenizer
+from openvla.training.activation_checkpointing import disable_checkpointing, enable_checkpointing
 from reference import GRADIENT_ATOL, LOGIT_ATOL, LOSS_ATOL
 
 pytestmark = pytest.mark.lane

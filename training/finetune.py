@@ -33,7 +33,7 @@ from transformers import PreTrainedModel
 from ..adapters.lora import enable_lora
 from ..adapters.parallel_decoding import enable_parallel_decoding
 from ..adapters.targets import head_modules, unused_modules
-from ..compatibility_openvla import DTYPE_FIELD, enable_checkpointing
+from ..compatibility_openvla import DTYPE_FIELD
 from ..configuration_openvla import PLATFORMS, write_json
 from ..data.augmentation import ImageAugmentation
 from ..data.doctor import check_statistics, raise_for_findings
@@ -45,6 +45,7 @@ from ..inference.quantization import fast_dtype, quantization_config
 from ..loading import AutoProcessor
 from ..modeling_openvla import OpenVLAForActionPrediction
 from ..processing_openvla import OpenVLAProcessor
+from .activation_checkpointing import enable_checkpointing
 from .checkpointing import TrainingState, newest_checkpoint
 from .collator import ActionCollator, compute_metrics, model_inputs
 from .config import LORA_METHODS, FinetuneConfig, add_arguments, config_from_dict, lr_lambda, read_yaml  # noqa: F401

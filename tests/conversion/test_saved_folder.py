@@ -17,7 +17,7 @@ from openvla.conversion.publish import require_complete
 from openvla.conversion.safetensors_io import read_tensors
 from openvla.conversion.upgrade import upgrade
 from openvla.convert_checkpoint import convert
-from openvla.publishing_openvla import INDEX_FILE, SINGLE_FILE, warn_of_two_sets
+from openvla.saved_folder import INDEX_FILE, SINGLE_FILE, warn_of_two_sets
 from openvla.tiny import build_tiny
 from reference import REPOSITORY
 

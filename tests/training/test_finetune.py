@@ -24,10 +24,11 @@ pytest.importorskip("accelerate")
 
 from openvla import PLATFORMS, OpenVLAForActionPrediction, load_policy
 from openvla.adapters.targets import lora_targets
-from openvla.compatibility_openvla import QUANTIZES_ON_CPU, enable_checkpointing
+from openvla.compatibility_openvla import QUANTIZES_ON_CPU
 from openvla.conversion.merge import merge
 from openvla.data.stream import StreamPosition
 from openvla.tiny import build_tiny
+from openvla.training.activation_checkpointing import enable_checkpointing
 from openvla.training.checkpointing import checkpoints
 from openvla.training.collator import ActionCollator, compute_metrics, model_inputs
 from openvla.training.config import (

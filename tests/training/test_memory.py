@@ -9,9 +9,9 @@ from torch import nn
 
 pytest.importorskip("peft")
 
-from openvla.compatibility_openvla import enable_checkpointing
 from openvla.tiny import build_tiny
 from openvla.training import memory
+from openvla.training.activation_checkpointing import enable_checkpointing
 from openvla.training.memory import memory_efficient_training
 
 # W x + s B A x accumulated into one matrix product is rounded in another order; float32, norms of whole tensors.
