@@ -35,6 +35,7 @@ from .processing_openvla import (
 )
 from .publishing_openvla import PushToHub
 from .training.parallel_loss import parallel_forward
+from .training.token_loss import loss_at_labels
 
 MODEL_CLASSES = {
     OpenVLAConfig.model_type: OpenVLAForActionPrediction,
@@ -79,6 +80,7 @@ def attach_package() -> None:
     OpenVLAProcessor.prompt_checks = prompt_checks
     PrismaticPreTrainedModel.keep_quantized_weights = staticmethod(quantized_weights.keep_quantized_weights)
     PrismaticPreTrainedModel.saved_folder = saved_folder
+    PrismaticPreTrainedModel.loss_at_labels = loss_at_labels
     for function in quantized_weights.METHODS:
         setattr(PrismaticPreTrainedModel, function.__name__, function)
     attach_methods(OpenVLAForActionPrediction)

@@ -38,8 +38,8 @@ from .compatibility_openvla import (
     tied_weight_names,
 )
 from .configuration_openvla import PrismaticConfig
-from .decoding_openvla import align_prompts, has_gap, insert_after_bos, positions_of, set_argument_names
-from .errors_openvla import OpenVLATypeError, OpenVLAValueError
+from .decoding_openvla import align_prompts, has_gap, insert_after_bos, positions_of
+from .errors_openvla import OpenVLAImportError, OpenVLATypeError, OpenVLAValueError
 from .heads_openvla import HEAD_MODULES  # noqa: F401
 from .quantization_openvla import (
     prepare_quantization,
@@ -87,9 +87,11 @@ class PrismaticPreTrainedModel(PushToHub, PreTrainedModel):  # type: ignore[misc
     Attributes:
         keep_quantized_weights: Called with every loaded model; None where the package is not installed.
         saved_folder: The module ``openvla.saved_folder``, likewise.
+        loss_at_labels: ``openvla.training.token_loss.loss_at_labels``, likewise.
     """
 
     saved_folder: ClassVar[Any] = None
+    loss_at_labels: ClassVar[Callable[..., PrismaticCausalLMOutputWithPast] | None] = None
     keep_quantized_weights: ClassVar[Callable[[nn.Module], None] | None] = None
 
     config_class = PrismaticConfig
@@ -325,11 +327,11 @@ class PrismaticForConditionalGeneration(PrismaticPreTrainedModel, GenerationMixi
         returns_tuple = self._returns_tuple(return_dict)
         projector_features = patches if output_projector_features or not returns_tuple else None
         if logits_at_labels:
-            arguments = {"use_cache": use_cache, "output_attentions": output_attentions}
-            unused = set_argument_names({**arguments, "output_hidden_states": output_hidden_states, CACHE_FIELD: cache})
-            if unused:
-                raise OpenVLAValueError(f"logits_at_labels gives loss and logits alone; leave it out, or {unused}.")
-            output = self._loss_at_labels(input_ids, mask, position_ids, inputs_embeds, labels)
+            if self.loss_at_labels is None:
+                raise OpenVLAImportError("logits_at_labels needs the openvla package: pip install openvla")
+            settings = {"use_cache": use_cache, "output_attentions": output_attentions, CACHE_FIELD: cache}
+            settings["output_hidden_states"] = output_hidden_states
+            output = self.loss_at_labels(labels, input_ids, mask, position_ids, inputs_embeds, settings)
             output.projector_features = projector_features
             return output.to_tuple() if returns_tuple else output
         outputs = self.language_model(
@@ -353,28 +355,6 @@ class PrismaticForConditionalGeneration(PrismaticPreTrainedModel, GenerationMixi
             **{CACHE_FIELD: cache_of(outputs)},
         )
         return output.to_tuple() if returns_tuple else output
-
-    def _loss_at_labels(
-        self,
-        input_ids: torch.Tensor | None,
-        attention_mask: torch.Tensor | None,
-        position_ids: torch.Tensor | None,
-        inputs_embeds: torch.Tensor | None,
-        labels: torch.Tensor | None,
-    ) -> PrismaticCausalLMOutputWithPast:
-        """Run a training pass that applies the LM head to the positions before a label only."""
-        if labels is None:
-            raise OpenVLAValueError("logits_at_labels needs labels.")
-        hidden = self.get_decoder()(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            inputs_embeds=inputs_embeds,
-            use_cache=False,
-            return_dict=True,
-        ).last_hidden_state
-        logits, loss = compute_token_loss(labels, hidden, self.get_output_embeddings())
-        return PrismaticCausalLMOutputWithPast(loss=loss, logits=logits)
 
     def _returns_tuple(self, return_dict: bool | None) -> bool:
         """Return whether ``forward`` returns a tuple: by its argument, or else by the configuration."""
@@ -444,16 +424,6 @@ class PrismaticForConditionalGeneration(PrismaticPreTrainedModel, GenerationMixi
         if device.type == "meta":  # offloaded modules are moved by accelerate's hooks
             device = torch.device("cpu")
         return align_prompts(input_ids, attention_mask, self.pad_token_id, device)
-
-
-def compute_token_loss(
-    labels: torch.Tensor, hidden: torch.Tensor, head: nn.Module
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return float32 logits ``(labelled positions, vocabulary)`` that predict the labels, and their cross entropy."""
-    samples, positions = (labels[:, 1:] != IGNORE_INDEX).nonzero(as_tuple=True)
-    samples, positions = samples.to(hidden.device), positions.to(hidden.device)
-    logits = head(hidden[samples, positions]).float()
-    return logits, nn.functional.cross_entropy(logits, labels.to(logits.device)[samples, positions + 1])
 
 
 def _left_empty(model: nn.Module) -> list[str]:

@@ -360,7 +360,7 @@ SURFACE: tuple[Touch, ...] = (
     *touches(
         "compatibility_openvla decoding_openvla prismatic_openvla parallel_openvla",
         "Read and build outputs with the new name of {name}: CACHE_FIELD in compatibility_openvla.py for the cache, "
-        "forward and _loss_at_labels in prismatic_openvla.py for the others.",
+        "forward in prismatic_openvla.py and loss_at_labels for the others.",
         *(row(f"ModelOutput.{name}", has_field(OUTPUT, name), OUTPUTS) for name in ("loss", "logits")),
         row(f"ModelOutput.{CACHE}", has_field(OUTPUT, CACHE), OUTPUTS, CACHE_SEEN),
         *(row(f"ModelOutput.{name}", has_field(OUTPUT, name), OUTPUTS) for name in ("hidden_states", "attentions")),

@@ -13,7 +13,7 @@ from ..errors_openvla import OpenVLAValueError
 from ..heads_openvla import alphas_cumprod
 from ..modeling_openvla import OpenVLAForActionPrediction
 from ..parallel_openvla import ChunkOutput, Observation
-from ..prismatic_openvla import compute_token_loss
+from .token_loss import compute_token_loss
 
 
 def parallel_forward(

@@ -175,10 +175,10 @@ def test_of_two_sets_of_weights_everything_reads_the_one_that_transformers_loads
 
 
 def test_two_sets_are_warned_of(two_sets, monkeypatch):
-    from openvla import publishing_openvla
+    from openvla import saved_folder
 
     messages = []
-    monkeypatch.setattr(publishing_openvla.logger, "warning_once", messages.append)
+    monkeypatch.setattr(saved_folder.logger, "warning_once", messages.append)
     warn_of_two_sets(two_sets)
     OpenVLAForActionPrediction.from_pretrained(two_sets)
     assert len(messages) == 2
