@@ -8,12 +8,8 @@ interval centres in [-1, 1]; per-dataset quantiles un-normalise them to robot un
 from __future__ import annotations
 
 import difflib
-import json
-import os
-import shutil
 from collections.abc import Mapping, Sequence
 from numbers import Real
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -430,37 +426,3 @@ class NormStatsMixin:
         if len(dimensions) > 1:
             raise OpenVLAValueError(f"One batch cannot mix action dimensions {sorted(dimensions)}; call once for each.")
         return statistics
-
-    def _other_statistics(self, file: Path) -> dict[str, dict[str, Any]]:
-        """Return the statistics in a folder's file for datasets that this model does not know.
-
-        Where the file has other numbers under one key, and the model was not loaded from this folder, the file is
-        copied to ``*.replaced.json``, with a warning.
-        """
-        if not file.is_file():
-            return {}
-        try:
-            in_file = json.loads(file.read_text(encoding="utf-8"))
-            validate_norm_stats(in_file, self.config.normalization)
-        except ValueError as error:
-            raise OpenVLAValueError(
-                f"{file} is there already and not usable ({error}); mend or delete it first."
-            ) from error
-        in_model = json.loads(json.dumps(self.norm_stats))
-        replaced = [key for key in in_file if key in in_model and _differ(in_file[key], in_model[key])]
-        source = self.config._name_or_path
-        if replaced and not (os.path.isdir(source) and os.path.samefile(source, file.parent)):
-            backup = file.with_suffix(".replaced.json")
-            shutil.copyfile(file, backup)
-            logger.warning(
-                f"{file} had other numbers than this model for {replaced}; the model's replace them, and the file is "
-                f"kept as {backup.name}. If those were the robot's, as the published scripts write them, give them to "
-                "the model, model.add_norm_stats(key, statistics), and save again."
-            )
-        return {key: statistics for key, statistics in in_file.items() if key not in in_model}
-
-
-def _differ(first: dict[str, Any], second: dict[str, Any]) -> bool:
-    """Return whether two statistics of a dataset disagree on a field of actions or proprio that both have."""
-    pairs = [(first.get(part) or {}, second.get(part) or {}) for part in ("action", "proprio")]
-    return any(one[name] != other[name] for one, other in pairs for name in {*one} & {*other})

@@ -1,8 +1,7 @@
 """Differences between transformers versions: one constant or function for each.
 
-A version in a comment is the first one with the newer behaviour; the oldest supported one is 4.40.1, the newest one
-that was run is 5.24.0. ``tests/library_surface.py`` lists every unstable name that this package touches, these and the
-others, and ``tests/test_library_surface.py`` fails by name when one of them changes.
+A version in a comment is the first one with the newer behaviour, from 4.40.1 to 5.24.0. ``tests/library_surface.py``
+lists every unstable name that this package touches; ``tests/test_library_surface.py`` fails when one changes.
 """
 
 from __future__ import annotations

@@ -20,10 +20,9 @@ from .adapters.parallel_decoding import enable_parallel_decoding
 from .configuration_openvla import OpenVLAConfig, PrismaticConfig, hub_keywords
 from .conversion.hub_upload import push_to_hub
 from .errors_openvla import OpenVLAValueError
-from .inference import prompt_checks, quantized_weights
+from .inference import processor_extras, quantized_weights
 from .inference.accelerator import attach_accelerator
 from .inference.device_images import pixels_on_device
-from .inference.image_presets import IMAGE_PRESETS
 from .inference.scoring import score_actions
 from .modeling_openvla import OpenVLAForActionPrediction
 from .prismatic_openvla import PrismaticForConditionalGeneration, PrismaticPreTrainedModel
@@ -76,8 +75,7 @@ def attach_package() -> None:
     """Give the shipped classes what only the installed package has; a copy beside a checkpoint lacks it."""
     PushToHub.hub_uploader = push_to_hub
     OpenVLAImageProcessor.device_pixels = staticmethod(pixels_on_device)
-    OpenVLAProcessor.image_presets = IMAGE_PRESETS
-    OpenVLAProcessor.prompt_checks = prompt_checks
+    OpenVLAProcessor.package = processor_extras
     PrismaticPreTrainedModel.keep_quantized_weights = staticmethod(quantized_weights.keep_quantized_weights)
     PrismaticPreTrainedModel.saved_folder = saved_folder
     PrismaticPreTrainedModel.loss_at_labels = loss_at_labels

@@ -46,14 +46,12 @@ from .decoding_openvla import (
 from .errors_openvla import OpenVLAImportError, OpenVLAValueError
 from .heads_openvla import HEAD_MODULES  # noqa: F401
 from .parallel_openvla import (
-    ChunkOutput,
     ParallelDecodingModel,
     append_action_placeholders,
     normalize_proprio,
     proprio_array,
     refuse_loose_parts,
 )
-from .prismatic_openvla import PrismaticCausalLMOutputWithPast
 from .quantization_openvla import is_quantized
 from .vision_openvla import PrismaticVisionBackbone  # noqa: F401
 
@@ -175,7 +173,12 @@ class OpenVLAForActionPrediction(NormStatsMixin, ParallelDecodingModel, Generati
         if is_main_process and self.norm_stats and not os.path.isfile(save_directory):
             os.makedirs(save_directory, exist_ok=True)
             file = Path(save_directory) / STATISTICS_FILE
-            others = self._other_statistics(file)  # of the folder as it is
+            others = {}  # statistics of the folder as it is
+            if self.saved_folder is not None:
+                others = self.saved_folder.other_statistics(self, file)
+            elif file.is_file():
+                in_folder = json.loads(file.read_text(encoding="utf-8"))
+                others = {key: entry for key, entry in in_folder.items() if key not in self.norm_stats}
             write_json(file, {**others, **self.norm_stats})
             if others:
                 self.config.default_unnorm_key = None
@@ -230,7 +233,7 @@ class OpenVLAForActionPrediction(NormStatsMixin, ParallelDecodingModel, Generati
         timesteps: torch.Tensor | None = None,
         generator: torch.Generator | None = None,
         cache: Any = None,
-    ) -> PrismaticCausalLMOutputWithPast | ChunkOutput | tuple[Any, ...]:
+    ) -> Any:
         """Run one pass: ``PrismaticForConditionalGeneration.forward``, or with parallel decoding a training pass.
 
         Parallel decoding takes the arguments below, and computes logits at labels only.
@@ -249,7 +252,7 @@ class OpenVLAForActionPrediction(NormStatsMixin, ParallelDecodingModel, Generati
             generator: Random generator for noise and levels.
 
         Returns:
-            ``ChunkOutput``, with the loss.
+            ``openvla.training.parallel_loss.ChunkOutput``, with the loss.
 
         Raises:
             ValueError: Inputs are missing, do not fit the model or would not be used.

@@ -21,7 +21,6 @@ import torch
 import transformers
 from huggingface_hub import HfApi
 from torch import nn
-from transformers.modeling_outputs import ModelOutput
 from transformers.utils import logging
 
 from .actions_openvla import FAR_STATE, ActionTokenizer, NormalizationStatistics, as_numbers
@@ -46,38 +45,14 @@ PLACEHOLDER_ID = 1  # its embedding is replaced
 MASKED_ATTENTION = ("sdpa", "eager")
 
 
-@dataclass
-class ChunkOutput(ModelOutput):
-    """Output of ``forward`` of a parallel-decoding model.
-
-    Attributes:
-        loss: Float scalar: cross entropy of the labelled tokens, L1 of the actions, or squared error of the noise.
-        logits: Tokens: ``(labelled positions, padded vocabulary)``, in the order of the labels.
-        predictions: Heads: ``(batch, chunk, action_dim)``, normalised actions (L1) or noise (diffusion).
-        hidden_states: ``(batch, chunk * action_dim, hidden)``, those that predict the chunk.
-    """
-
-    loss: torch.Tensor | None = None
-    logits: torch.Tensor | None = None
-    predictions: torch.Tensor | None = None
-    hidden_states: torch.Tensor | None = None
-
-
 @dataclass(frozen=True)
 class Observation:
-    """The embedded inputs that a chunk is predicted from.
+    """The embedded inputs that a chunk is predicted from."""
 
-    Attributes:
-        text: ``(batch, length, hidden)``; zero at the action positions.
-        prefix: ``(batch, prefix, hidden)``: patches of all images, then proprio; inserted after BOS.
-        mask: int64 ``(batch, length)``, or None if nothing is padding.
-        action_positions: int64 ``(batch, chunk * action_dim)``, the placeholders' positions in ``text``.
-    """
-
-    text: torch.Tensor
-    prefix: torch.Tensor
-    mask: torch.Tensor | None
-    action_positions: torch.Tensor
+    text: torch.Tensor  # (batch, length, hidden); zero at the action positions
+    prefix: torch.Tensor  # (batch, prefix, hidden): patches of all images, then proprio; inserted after BOS
+    mask: torch.Tensor | None  # int64 (batch, length), or None if nothing is padding
+    action_positions: torch.Tensor  # int64 (batch, chunk * action_dim), the placeholders' positions in text
 
 
 def append_action_placeholders(

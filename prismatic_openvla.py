@@ -66,19 +66,12 @@ class PrismaticCausalLMOutputWithPast(CausalLMOutputWithPast):
 
 
 class EmbeddedInputs(NamedTuple):
-    """Text and images as the language model takes them.
+    """Text and images as the language model takes them."""
 
-    Attributes:
-        embeds: ``(batch, length + patches, hidden)``.
-        mask: ``(batch, length + patches)``; None where nothing is masked.
-        patches: Projected patch features ``(batch, patches, hidden)``.
-        bos: int64 ``(batch,)``, the position of each BOS token.
-    """
-
-    embeds: torch.Tensor
-    mask: torch.Tensor | None
-    patches: torch.Tensor
-    bos: torch.Tensor
+    embeds: torch.Tensor  # (batch, length + patches, hidden)
+    mask: torch.Tensor | None  # (batch, length + patches); None where nothing is masked
+    patches: torch.Tensor  # projected patch features (batch, patches, hidden)
+    bos: torch.Tensor  # int64 (batch,), the position of each BOS token
 
 
 class PrismaticPreTrainedModel(PushToHub, PreTrainedModel):  # type: ignore[misc]  # push_to_hub is wrapped there

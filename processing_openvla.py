@@ -194,12 +194,11 @@ class OpenVLAProcessor(PushToHub, ProcessorMixin):
             ``None`` applies none and marks the preset as unspecified; ``openvla evaluate`` then uses "libero".
 
     Attributes:
-        image_presets: All presets; None without the package, for "none" and "center-crop" alone.
-        prompt_checks: The module ``openvla.inference.prompt_checks``; None without the package.
+        package: The module ``openvla.inference.processor_extras``; None without the package, where "none" and
+            "center-crop" are the only image presets.
     """
 
-    image_presets: ClassVar[Mapping[str, ImagePreset] | None] = None
-    prompt_checks: ClassVar[Any] = None
+    package: ClassVar[Any] = None
     model_input_names = ["input_ids", "attention_mask", "pixel_values"]
     if TRANSFORMERS_4:
         attributes = ["image_processor", "tokenizer"]
@@ -358,10 +357,10 @@ class OpenVLAProcessor(PushToHub, ProcessorMixin):
         """Return an image preset; None where frames are not changed."""
         if name is None or name == NO_PRESET:
             return None
-        presets = SHIPPED_IMAGE_PRESETS if self.image_presets is None else self.image_presets
+        presets = SHIPPED_IMAGE_PRESETS if self.package is None else self.package.IMAGE_PRESETS
         if name in presets:
             return presets[name]
-        if self.image_presets is None:
+        if self.package is None:
             raise OpenVLAImportError(f"image_preset={name!r} {NEEDS_PACKAGE}.")
         raise OpenVLAValueError(f"Unknown image_preset {name!r}. Allowed: None, or one of {list(presets)}.")
 
@@ -372,8 +371,8 @@ class OpenVLAProcessor(PushToHub, ProcessorMixin):
 
     def _clean(self, instruction: Any) -> str:
         cleaned = clean_instruction(instruction)
-        if self.prompt_checks is not None:
-            self.prompt_checks.check_instruction(instruction)
+        if self.package is not None:
+            self.package.check_instruction(instruction)
         return cleaned
 
     def _checked_prompts(self, text: Any) -> str | list[str]:
@@ -385,8 +384,8 @@ class OpenVLAProcessor(PushToHub, ProcessorMixin):
             raise OpenVLAValueError(f"text must be a whole prompt or a list of them, at least one, got {got!r:.200}.")
         for prompt in prompts:
             require_characters(prompt)
-            if self.prompt_checks is not None:
-                self.prompt_checks.check_prompt(prompt, self.prompt_style)
+            if self.package is not None:
+                self.package.check_prompt(prompt, self.prompt_style)
         return text if isinstance(text, str) else prompts
 
     def _known_prompt_style(self) -> str:
@@ -446,7 +445,8 @@ class OpenVLAProcessor(PushToHub, ProcessorMixin):
         }
         write_json(folder / "preprocessor_config.json", image_fields)
         write_json(folder / "processor_config.json", processor_fields)
-        _make_tokenizer_readable(folder)
+        if self.package is not None:
+            self.package.make_tokenizer_readable(folder)
         if push_to_hub:
             self.push_to_hub(kwargs.pop("repo_id", folder.name), **kwargs)
         return [str(folder / name) for name in ("preprocessor_config.json", "processor_config.json")]
@@ -489,22 +489,6 @@ def _padded(prompts: Sequence[list[int]], length: int, pad_id: int, side: str) -
         input_ids.append(pads + ids if side == "left" else ids + pads)
         attention_mask.append(zeros + ones if side == "left" else ones + zeros)
     return {"input_ids": input_ids, "attention_mask": attention_mask}
-
-
-def _make_tokenizer_readable(folder: Path) -> None:
-    """Rewrite what transformers 5 and tokenizers 0.20 write into the tokenizer's files and 4.40 cannot read."""
-    config_file, tokenizer_file = folder / "tokenizer_config.json", folder / "tokenizer.json"
-    if config_file.is_file():
-        config = json.loads(config_file.read_text(encoding="utf-8"))
-        if config.get("tokenizer_class") == "TokenizersBackend":
-            config["tokenizer_class"] = "PreTrainedTokenizerFast"
-            write_json(config_file, config)
-    if tokenizer_file.is_file():
-        tokenizer = json.loads(tokenizer_file.read_text(encoding="utf-8"))
-        merges = tokenizer["model"].get("merges") or []
-        if merges and not isinstance(merges[0], str) and not any(" " in part for pair in merges for part in pair):
-            tokenizer["model"]["merges"] = [" ".join(pair) for pair in merges]
-            write_json(tokenizer_file, tokenizer)
 
 
 def clean_instruction(instruction: Any) -> str:

@@ -1,4 +1,4 @@
-"""Keep a saved folder consistent: one set of weights, and either whole weights or an adapter.
+"""Keep a saved folder consistent: one set of weights, either whole weights or an adapter, all statistics.
 
 transformers prefers model.safetensors to shards, and leaves the one in place when it writes the other; loading would
 then take old weights. ``loading.attach_package`` gives this module to the models
@@ -7,14 +7,18 @@ then take old weights. ``loading.attach_package`` gives this module to the model
 
 from __future__ import annotations
 
+import json
 import os
 import re
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from transformers.utils import logging
 
+from .actions_openvla import validate_norm_stats
 from .configuration_openvla import ADAPTER_CONFIG_FILE
 from .errors_openvla import OpenVLAValueError
 
@@ -109,3 +113,38 @@ def require_own_kind(folder: str | os.PathLike, is_adapter: bool) -> None:
             f"{folder} holds {other_kind} ({other_file}), and {kind} beside it could not be told from it when it is "
             "loaded. Give another folder, or delete those files first."
         )
+
+
+def other_statistics(model: Any, file: Path) -> dict[str, dict[str, Any]]:
+    """Return the statistics in a folder's file for datasets that this model does not know.
+
+    Where the file has other numbers under one key, and the model was not loaded from this folder, the file is
+    copied to ``*.replaced.json``, with a warning.
+    """
+    if not file.is_file():
+        return {}
+    try:
+        in_file = json.loads(file.read_text(encoding="utf-8"))
+        validate_norm_stats(in_file, model.config.normalization)
+    except ValueError as error:
+        raise OpenVLAValueError(
+            f"{file} is there already and not usable ({error}); mend or delete it first."
+        ) from error
+    in_model = json.loads(json.dumps(model.norm_stats))
+    replaced = [key for key in in_file if key in in_model and _differ(in_file[key], in_model[key])]
+    source = model.config._name_or_path
+    if replaced and not (os.path.isdir(source) and os.path.samefile(source, file.parent)):
+        backup = file.with_suffix(".replaced.json")
+        shutil.copyfile(file, backup)
+        logger.warning(
+            f"{file} had other numbers than this model for {replaced}; the model's replace them, and the file is "
+            f"kept as {backup.name}. If those were the robot's, as the published scripts write them, give them to "
+            "the model, model.add_norm_stats(key, statistics), and save again."
+        )
+    return {key: statistics for key, statistics in in_file.items() if key not in in_model}
+
+
+def _differ(first: dict[str, Any], second: dict[str, Any]) -> bool:
+    """Return whether two statistics of a dataset disagree on a field of actions or proprio that both have."""
+    pairs = [(first.get(part) or {}, second.get(part) or {}) for part in ("action", "proprio")]
+    return any(one[name] != other[name] for one, other in pairs for name in {*one} & {*other})

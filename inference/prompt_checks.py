@@ -1,7 +1,4 @@
-"""Checks of instructions and prompts: text that is no instruction raises, an untrained prompt gives a warning.
-
-``loading.attach_package`` gives this module to the processors (``OpenVLAProcessor.prompt_checks``).
-"""
+"""Checks of instructions and prompts: text that is no instruction raises, an untrained prompt gives a warning."""
 
 from __future__ import annotations
 

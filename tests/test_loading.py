@@ -191,7 +191,7 @@ def test_remote_code_crops_and_refuses_what_only_the_package_has(tiny, frames, t
 )
 def test_the_package_attaches_itself_in_any_order_of_imports(code):
     code += "\nfrom openvla.processing_openvla import OpenVLAImageProcessor as I, OpenVLAProcessor as P"
-    code += "\nassert I.device_pixels and P.image_presets and P.hub_uploader"
+    code += "\nassert I.device_pixels and P.package and P.hub_uploader"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
 

@@ -328,11 +328,11 @@ def test_saved_in_the_layout_of_every_version(tiny, tmp_path):
 
 
 def test_merges_are_written_so_that_old_tokenizers_read_them(tmp_path):
-    from openvla.processing_openvla import _make_tokenizer_readable
+    from openvla.inference.processor_extras import make_tokenizer_readable
 
     (tmp_path / "tokenizer.json").write_text(json.dumps({"model": {"merges": [["a", "b"], ["ab", "é"]]}}))
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "TokenizersBackend"}))
-    _make_tokenizer_readable(tmp_path)
+    make_tokenizer_readable(tmp_path)
     assert json.loads((tmp_path / "tokenizer.json").read_text())["model"]["merges"] == ["a b", "ab é"]
     assert json.loads((tmp_path / "tokenizer_config.json").read_text())["tokenizer_class"] == "PreTrainedTokenizerFast"
 

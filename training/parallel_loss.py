@@ -5,15 +5,35 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import nn
+from transformers.modeling_outputs import ModelOutput
 
 from ..decoding_openvla import set_argument_names
 from ..errors_openvla import OpenVLAValueError
 from ..heads_openvla import alphas_cumprod
 from ..modeling_openvla import OpenVLAForActionPrediction
-from ..parallel_openvla import ChunkOutput, Observation
+from ..parallel_openvla import Observation
 from .token_loss import compute_token_loss
+
+
+@dataclass
+class ChunkOutput(ModelOutput):
+    """Output of ``forward`` of a parallel-decoding model.
+
+    Attributes:
+        loss: Float scalar: cross entropy of the labelled tokens, L1 of the actions, or squared error of the noise.
+        logits: Tokens: ``(labelled positions, padded vocabulary)``, in the order of the labels.
+        predictions: Heads: ``(batch, chunk, action_dim)``, normalised actions (L1) or noise (diffusion).
+        hidden_states: ``(batch, chunk * action_dim, hidden)``, those that predict the chunk.
+    """
+
+    loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    predictions: torch.Tensor | None = None
+    hidden_states: torch.Tensor | None = None
 
 
 def parallel_forward(
