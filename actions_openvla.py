@@ -31,21 +31,6 @@ MIN_HALF_RANGE = 1e-3
 # The two statistics that become -1 and 1.
 NORMALIZATIONS = {"q99": ("q01", "q99"), "bounds": ("min", "max")}
 
-# The seven dimensions of an end-effector policy, in order, and their units in the Open X-Embodiment datasets that
-# OpenVLA was trained on (and in fine-tuning datasets that follow them).
-END_EFFECTOR_DIMENSIONS = ("dx", "dy", "dz", "droll", "dpitch", "dyaw", "gripper")
-OPEN_X_UNITS = ("m", "m", "m", "rad", "rad", "rad", "0 closed to 1 open")
-OPEN_X_DATASETS = frozenset(
-    "fractal20220817_data kuka bridge bridge_orig bridge_oxe taco_play jaco_play "  # noqa: SIM905  30 lines else
-    "berkeley_cable_routing roboturk viola berkeley_autolab_ur5 toto "
-    "stanford_hydra_dataset_converted_externally_to_rlds "
-    "austin_buds_dataset_converted_externally_to_rlds nyu_franka_play_dataset_converted_externally_to_rlds "
-    "furniture_bench_dataset_converted_externally_to_rlds ucsd_kitchen_dataset_converted_externally_to_rlds "
-    "austin_sailor_dataset_converted_externally_to_rlds austin_sirius_dataset_converted_externally_to_rlds "
-    "dlr_edan_shared_control_converted_externally_to_rlds iamlab_cmu_pickup_insert_converted_externally_to_rlds "
-    "utaustin_mutex berkeley_fanuc_manipulation cmu_stretch bc_z fmb_dataset dobbe".split()
-)
-
 
 class ActionTokenizer:
     """Tokenizer of continuous actions, bit for bit as OpenVLA was trained.
@@ -96,14 +81,6 @@ class ActionTokenizer:
         clipped = np.clip(actions, self.min_action, self.max_action)
         return (self.vocab_size - np.digitize(clipped, self.bins)).astype(np.int64)
 
-    def encode_decoded(self, actions: np.ndarray | Sequence[float]) -> np.ndarray:
-        """Return the token ids of decoded actions: the inverse of ``decode``.
-
-        Of two tokens for the highest bin this is that of the top edge, as for labels that training clips to +1.
-        """
-        tokens = self.encode(actions)
-        return np.where(tokens == self.first_token_id + 1, self.first_token_id, tokens)
-
     def bin_indices(self, token_ids: np.ndarray | Sequence[int]) -> np.ndarray:
         """Return each token id's index into ``bin_centers``: int64, same shape; other tokens' are clipped."""
         token_ids = np.asarray(token_ids)
@@ -129,7 +106,7 @@ class NormalizationStatistics:
         name: Name of the statistics in error messages.
         normalization: "q99" (the range is ``q01`` to ``q99``) or "bounds" (``min`` to ``max``).
         epsilon: Added to the range when values are un-normalised (OpenVLA-OFT does so).
-        unnorm_key: The dataset's key, which determines the units of its dimensions.
+        unnorm_key: The dataset's key, which determines the names and units of its dimensions.
 
     Raises:
         ValueError: A list is missing, empty, not finite, of another length, inverted, or beyond float64.
@@ -177,16 +154,6 @@ class NormalizationStatistics:
     def dimension(self) -> int:
         """Return the number of action dimensions."""
         return len(self.low)
-
-    @property
-    def dimension_names(self) -> tuple[str, ...]:
-        """Return the name of every action dimension."""
-        return tuple(name for name, _ in dimension_labels(self.dimension, self.unnorm_key))
-
-    @property
-    def units(self) -> tuple[str, ...]:
-        """Return the unit of every action dimension."""
-        return tuple(unit for _, unit in dimension_labels(self.dimension, self.unnorm_key))
 
     def unnormalize(self, normalized: np.ndarray) -> np.ndarray:
         """Return normalised actions in robot units, float64 ``(..., dimension)``; unmasked dimensions are unchanged.
@@ -281,21 +248,6 @@ def nearest_name(name: str, known: Sequence[str]) -> str | None:
     containing = sorted((k for k in known if name and name in k), key=len)
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     return next(iter(containing + close), None)
-
-
-def dimension_labels(action_dim: int, unnorm_key: str) -> list[tuple[str, str]]:
-    """Return name and unit of every action dimension.
-
-    Only actions of 7 dimensions have names, those of an end effector; only Open X-Embodiment's units are known here.
-    """
-    if action_dim != len(END_EFFECTOR_DIMENSIONS):
-        return [(f"action[{index}]", "dataset units") for index in range(action_dim)]
-    if unnorm_key in OPEN_X_DATASETS:
-        return list(zip(END_EFFECTOR_DIMENSIONS, OPEN_X_UNITS))
-    # DROID's velocities are its controller's input, from -1 to 1.
-    units = "controller units" if unnorm_key.startswith(("libero", "droid")) else "dataset units"
-    gripper = OPEN_X_UNITS[-1] if unnorm_key.startswith("droid") else units
-    return list(zip(END_EFFECTOR_DIMENSIONS, (*[units] * 6, gripper)))
 
 
 class StatisticsConfig(Protocol):

@@ -71,10 +71,7 @@ def cache_of(output: Any) -> Any:
 
 
 def cached_length(cache: Any) -> int:
-    """Return the number of tokens in a KV cache: an object, or the tuples of transformers 4.40; 0 for None.
-
-    Newer transformers hand an empty cache over at the first pass; it has 0 tokens.
-    """
+    """Return the number of tokens in a KV cache: an object, or the tuples of transformers 4.40; 0 for None or empty."""
     if cache is None:
         return 0
     if hasattr(cache, "get_seq_length"):

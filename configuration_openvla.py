@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from transformers import CONFIG_MAPPING, PretrainedConfig
-from transformers.utils import CONFIG_NAME, cached_file
-from transformers.utils.hub import extract_commit_hash
+from transformers.utils import cached_file
 
 from .publishing_openvla import require_same_code
 
@@ -186,9 +185,9 @@ class PrismaticConfig(PretrainedConfig):
     ) -> None:
         towers = VISION_BACKBONES.get(vision_backbone_id)
         if towers is None and (timm_model_ids is None or image_sizes is None):
-            raise OpenVLAValueError(_unknown("vision_backbone_id", vision_backbone_id, list(VISION_BACKBONES)))
+            raise OpenVLAValueError(unlisted("vision_backbone_id", vision_backbone_id, list(VISION_BACKBONES)))
         if image_resize_strategy not in IMAGE_RESIZE_STRATEGIES:
-            raise OpenVLAValueError(_unknown("image_resize_strategy", image_resize_strategy, IMAGE_RESIZE_STRATEGIES))
+            raise OpenVLAValueError(unlisted("image_resize_strategy", image_resize_strategy, IMAGE_RESIZE_STRATEGIES))
         self.vision_backbone_id = vision_backbone_id
         self.llm_backbone_id = llm_backbone_id
         self.arch_specifier = arch_specifier
@@ -237,7 +236,7 @@ class PrismaticConfig(PretrainedConfig):
     @property
     def film_dim(self) -> int | None:
         """Return the size of the language feature that modulates the vision towers (FiLM); None without FiLM."""
-        return None
+        return self.text_config.hidden_size if getattr(self, "use_film", False) else None
 
     @classmethod
     def _auto_map(cls) -> dict[str, str]:
@@ -255,7 +254,7 @@ class PrismaticConfig(PretrainedConfig):
             registered = (style for prefix, style in PROMPT_STYLES.items() if self.llm_backbone_id.startswith(prefix))
             return next(registered, "openvla")
         if style not in PROMPTS:
-            raise OpenVLAValueError(_unknown("prompt_style", style, list(PROMPTS)))
+            raise OpenVLAValueError(unlisted("prompt_style", style, list(PROMPTS)))
         return style
 
     def _checked_empty_token_id(self, token_id: int | str | None) -> int | None:
@@ -350,11 +349,11 @@ class OpenVLAConfig(PrismaticConfig):
         self.num_diffusion_steps_train = num_diffusion_steps_train
         self.num_diffusion_steps = num_diffusion_steps
         self.num_images_in_input = kwargs.get("num_images_in_input", 1)
-        self._validate_action_config()
+        self.validate_action_config()
         if norm_stats is not None:
             validate_norm_stats(norm_stats, normalization)
         if default_unnorm_key is not None and default_unnorm_key not in (norm_stats or {}):
-            raise OpenVLAValueError(_unknown("default_unnorm_key", default_unnorm_key, list(norm_stats or {})))
+            raise OpenVLAValueError(unlisted("default_unnorm_key", default_unnorm_key, list(norm_stats or {})))
         self.norm_stats = norm_stats
         self.n_action_bins = n_action_bins
         self.default_unnorm_key = default_unnorm_key
@@ -362,12 +361,12 @@ class OpenVLAConfig(PrismaticConfig):
         if not 2 <= n_action_bins <= self.vocab_size:
             raise OpenVLAValueError(f"n_action_bins must be between 2 and {self.vocab_size}, got {n_action_bins}.")
 
-    def _validate_action_config(self) -> None:
+    def validate_action_config(self) -> None:
         """Raise ValueError where a field of ``action_config`` is not allowed, or contradicts another."""
         if self.action_head not in ACTION_HEADS:
-            raise OpenVLAValueError(_unknown("action_head", self.action_head, ACTION_HEADS))
+            raise OpenVLAValueError(unlisted("action_head", self.action_head, ACTION_HEADS))
         if self.normalization not in NORMALIZATIONS:
-            raise OpenVLAValueError(_unknown("normalization", self.normalization, list(NORMALIZATIONS)))
+            raise OpenVLAValueError(unlisted("normalization", self.normalization, list(NORMALIZATIONS)))
         for name in ("chunk_length", "num_images_in_input", "num_diffusion_steps_train", "num_diffusion_steps"):
             _require_positive_int(name, getattr(self, name))
         for name in ("action_dim", "proprio_dim"):
@@ -393,11 +392,6 @@ class OpenVLAConfig(PrismaticConfig):
             )
 
     @property
-    def film_dim(self) -> int | None:
-        """Return the size of the language feature that modulates the vision towers (FiLM); None without FiLM."""
-        return self.text_config.hidden_size if self.use_film else None
-
-    @property
     def normalization_epsilon(self) -> float:
         """Return what un-normalisation adds to a dimension's range: 1e-8 in OFT, 0 in OpenVLA."""
         return NORMALIZATION_EPSILON if self.parallel_decoding else 0.0
@@ -414,20 +408,6 @@ class OpenVLAConfig(PrismaticConfig):
         """Return the fields of the action decoding and head (``ACTION_CONFIG_FIELDS``)."""
         return {name: getattr(self, name) for name in ACTION_CONFIG_FIELDS}
 
-    def set_action_config(self, **fields: Any) -> None:
-        """Set fields of ``action_config``, all or none; ValueError where they are unknown or contradict each other."""
-        unknown = next((name for name in fields if name not in ACTION_CONFIG_FIELDS), None)
-        if unknown:
-            raise OpenVLAValueError(_unknown("field", unknown, ACTION_CONFIG_FIELDS))
-        before = self.action_config
-        vars(self).update(fields)
-        try:
-            self._validate_action_config()
-            validate_norm_stats(self.norm_stats or {}, self.normalization)
-        except ValueError:
-            vars(self).update(before)
-            raise
-
 
 def _build_text_config(text_config: dict[str, Any] | PretrainedConfig | None, llm_backbone_id: str) -> PretrainedConfig:
     """Return the language model's configuration; without a model type it is the backbone's."""
@@ -436,9 +416,9 @@ def _build_text_config(text_config: dict[str, Any] | PretrainedConfig | None, ll
     registered_type = backbone.model_type if backbone else None
     model_type = fields.pop("model_type", None) or registered_type
     if model_type is None:
-        raise OpenVLAValueError(_unknown("llm_backbone_id", llm_backbone_id, list(LLM_BACKBONES)))
+        raise OpenVLAValueError(unlisted("llm_backbone_id", llm_backbone_id, list(LLM_BACKBONES)))
     if model_type not in LLM_MODEL_TYPES:
-        raise OpenVLAValueError(_unknown("text_config.model_type", model_type, LLM_MODEL_TYPES))
+        raise OpenVLAValueError(unlisted("text_config.model_type", model_type, LLM_MODEL_TYPES))
     if registered_type is not None and model_type != registered_type:
         raise OpenVLAValueError(
             f"llm_backbone_id {llm_backbone_id!r} is a {registered_type} model but text_config.model_type is "
@@ -474,7 +454,7 @@ def _require_positive_int(field: str, value: Any) -> None:
         raise OpenVLAValueError(f"{field} must be a whole number, 1 or more, got {value!r}.")
 
 
-def _unknown(field: str, value: Any, known: Sequence[Any]) -> str:
+def unlisted(field: str, value: Any, known: Sequence[Any]) -> str:
     """Return the message for a value that is not among the known ones."""
     nearest = nearest_name(str(value), [str(name) for name in known])
     hint = f" Did you mean {nearest!r}?" if nearest else ""
@@ -498,12 +478,6 @@ def optional_file(
         **(hub_kwargs or {}),
     )
     return path
-
-
-def commit_of(name_or_path: str | os.PathLike[str], hub_kwargs: dict[str, Any]) -> str | None:
-    """Return the commit of a Hub repository that its files come from; None for a folder."""
-    commit: str | None = extract_commit_hash(optional_file(name_or_path, CONFIG_NAME, hub_kwargs), None)
-    return commit
 
 
 def find_adapter(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -71,8 +71,7 @@ def use_fast_decoder(
 ) -> bool:
     """Return whether to use the fast decoder: None where possible, False never, True with a warning where it is not.
 
-    Raises:
-        ValueError: There is a draft that it cannot use; or ``fast=True``, but not greedy decoding with a cache.
+    A draft, or ``fast=True`` for sampling or without a cache, raises ValueError where it would have no effect.
     """
     if not decodes_greedily:
         reason: str | None = "tokens are sampled, searched, or computed without a cache"
@@ -112,12 +111,8 @@ def align_prompts(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Check prompts ``(batch, length)``, move them to ``device`` and all their padding to the left.
 
-    Returns:
-        int64 ids and their mask, None where nothing is masked.
-
-    Raises:
-        ValueError: Wrong rank or dtype, a mask of another shape, padding without a mask (by ``pad_token_id``), a prompt
-            that is all padding.
+    Return int64 ids and their mask, None where nothing is masked; what is no prompt, or padding without a mask, raises
+    ValueError.
     """
     if not isinstance(input_ids, torch.Tensor):
         raise OpenVLAValueError(f"{NOT_IDS}, got {type(input_ids).__name__}.")
@@ -281,7 +276,7 @@ class ActionOutput(ModelOutput):
             aligned with ``ActionTokenizer.bin_centers``; sums to 1.
         entropy: float64 ``(batch, action_dim)``, entropy of those probabilities in nats, 0 (certain) to 5.54 (uniform).
         hidden_states: Parallel decoding: float32 ``(batch, chunk * action_dim, hidden)``, those that predict the chunk.
-        names: Names of the ``action_dim`` numbers, the same for every sample.
+        names: Names of the ``action_dim`` numbers, the same for every sample; None without the package, as units.
         units: Their units, a tuple of ``action_dim`` strings for every sample.
     """
 
@@ -293,6 +288,7 @@ class ActionOutput(ModelOutput):
     hidden_states: np.ndarray | None = None
     names: tuple[str, ...] | None = None
     units: tuple[Any, ...] | None = None
+    label_dimensions: ClassVar[Callable[[int, str], list[tuple[str, str]]] | None] = None  # set by the package
 
 
 def output_from_tokens(
@@ -332,7 +328,7 @@ def build_output(
     normalized: np.ndarray,
     statistics: Sequence[NormalizationStatistics],
     hidden_states: torch.Tensor | None = None,
-    **fields: np.ndarray | None,
+    **fields: Any,
 ) -> ActionOutput:
     """Un-normalise each sample by its own statistics; raise NoActionError where an action is not finite."""
     actions = np.stack([entry.unnormalize(values) for entry, values in zip(statistics, normalized)])
@@ -343,11 +339,14 @@ def build_output(
         )
     fields |= {"actions": actions, "normalized_actions": normalized}
     fields["hidden_states"] = None if hidden_states is None else hidden_states.float().cpu().numpy()
-    units: tuple[Any, ...] = tuple(entry.units for entry in statistics)
-    if len(statistics) == 1:
+    single = len(statistics) == 1
+    if single:
         fields = {name: None if value is None else value[0] for name, value in fields.items()}
-        units = units[0]
-    return ActionOutput(**fields, names=statistics[0].dimension_names, units=units)
+    if ActionOutput.label_dimensions is None:
+        return ActionOutput(**fields)
+    labels = [tuple(zip(*ActionOutput.label_dimensions(entry.dimension, entry.unnorm_key))) for entry in statistics]
+    units = tuple(units for _, units in labels)
+    return ActionOutput(**fields, names=labels[0][0], units=units[0] if single else units)
 
 
 def _require_action_tokens(tokenizer: ActionTokenizer, token_ids: np.ndarray, strict: bool) -> None:

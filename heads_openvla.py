@@ -119,10 +119,7 @@ def timestep_embedding(timesteps: torch.Tensor, dim: int) -> torch.Tensor:
 class NoiseSchedule:
     """Deterministic DDIM (Song et al. 2020), squared-cosine schedule, noise prediction, x0 clipped to [-1, 1].
 
-    Equal to diffusers' ``DDIMScheduler(num_train_timesteps, beta_schedule="squaredcos_cap_v2")`` as OFT uses it.
-
-    Args:
-        num_train_steps: Number of noise levels in training.
+    Equal to diffusers' ``DDIMScheduler(num_train_steps, beta_schedule="squaredcos_cap_v2")`` as OFT uses it.
     """
 
     def __init__(self, num_train_steps: int) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -218,14 +218,11 @@ def normalized_pixels(image: Image.Image, towers: Sequence[TowerTransform], fill
     return planes.reshape(-1, *planes.shape[2:])
 
 
-Pixels = TypeVar("Pixels")
-
-
 def each_tower(
-    towers: Sequence[TowerTransform], prepare: Callable[[Any, int, Sequence[int]], Pixels]
-) -> Iterator[tuple[dict[str, Any], Pixels]]:
+    towers: Sequence[TowerTransform], prepare: Callable[[Any, int, Sequence[int]], Any]
+) -> Iterator[tuple[dict[str, Any], Any]]:
     """Yield every tower's normalisation and its pixels, made once for towers with the same size, filter and crop."""
-    prepared: dict[str, Pixels] = {}
+    prepared: dict[str, Any] = {}
     for tower in towers:
         arguments = tower.resize["size"], tower.resize["interpolation"], tower.crop["output_size"]
         if str(arguments) not in prepared:
@@ -267,15 +264,11 @@ def center_cropped(pixels: np.ndarray, size: Sequence[int], area: float = CENTER
 
 
 def crop_and_resize(pixels: np.ndarray, box: Sequence[float], size: Sequence[int]) -> np.ndarray:
-    """Crop a box and resize it bilinearly, as ``tf.image.crop_and_resize``.
+    """Crop a box of float32 ``(..., height, width, channels)`` and resize it bilinearly, as
+    ``tf.image.crop_and_resize``.
 
-    Args:
-        pixels: float32 ``(..., height, width, channels)``.
-        box: Top, left, bottom, right; 0 is the centre of the first row or column and 1 that of the last.
-        size: Height and width of the result.
-
-    Returns:
-        float32 ``(..., *size, channels)``; 0 where the box leaves the image.
+    ``box`` is top, left, bottom, right: 0 is the centre of the first row or column and 1 that of the last; where it
+    leaves the image the result, float32 ``(..., *size, channels)``, is 0.
     """
     top, left, bottom, right = np.asarray(box, dtype=np.float32)
     before, after, weight, inside = _bilinear_samples(left, right, pixels.shape[-2], size[1])

@@ -19,6 +19,8 @@ from .adapters.lora import enable_lora, load_lora, merge_lora, save_lora
 from .adapters.parallel_decoding import enable_parallel_decoding
 from .configuration_openvla import OpenVLAConfig, PrismaticConfig, hub_keywords
 from .conversion.hub_upload import push_to_hub
+from .decoding_openvla import ActionOutput
+from .dimension_labels import dimension_labels
 from .errors_openvla import OpenVLAValueError
 from .inference import processor_extras, quantized_weights
 from .inference.accelerator import attach_accelerator
@@ -81,6 +83,7 @@ def attach_package() -> None:
     PrismaticPreTrainedModel.loss_at_labels = loss_at_labels
     for function in quantized_weights.METHODS:
         setattr(PrismaticPreTrainedModel, function.__name__, function)
+    ActionOutput.label_dimensions = staticmethod(dimension_labels)
     attach_methods(OpenVLAForActionPrediction)
     attach_accelerator()
 

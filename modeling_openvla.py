@@ -19,17 +19,17 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from transformers import GenerationMixin, PretrainedConfig
-from transformers.dynamic_module_utils import custom_object_save
-from transformers.utils import logging
+from transformers import GenerationMixin
+from transformers.utils import CONFIG_NAME, logging
+from transformers.utils.hub import extract_commit_hash
 
-from .publishing_openvla import mark_code, require_same_code
+from .publishing_openvla import require_same_code
 
 require_same_code(__name__)
 
 from .actions_openvla import ActionTokenizer, NormalizationStatistics, NormStatsMixin
 from .compatibility_openvla import CACHE_FIELD  # noqa: F401  transformers up to 5.8 copies direct imports only
-from .configuration_openvla import OpenVLAConfig, commit_of, find_adapter, optional_file, write_json
+from .configuration_openvla import OpenVLAConfig, find_adapter, optional_file, write_json
 from .decoding_openvla import (
     ActionOutput,
     append_token,
@@ -140,7 +140,8 @@ class OpenVLAForActionPrediction(NormStatsMixin, ParallelDecodingModel, Generati
             if file is not None:
                 model._read_statistics(file, pretrained_model_name_or_path)
             # An adapter records the commit of its base; from 5.2x on transformers does not keep it.
-            model.config._commit_hash = commit_of(pretrained_model_name_or_path, hub_kwargs)
+            config_file = optional_file(pretrained_model_name_or_path, CONFIG_NAME, hub_kwargs)
+            model.config._commit_hash = extract_commit_hash(config_file, None)
         return loaded
 
     def _read_statistics(self, file: str, name_or_path: str | os.PathLike[str]) -> None:
@@ -205,11 +206,6 @@ class OpenVLAForActionPrediction(NormStatsMixin, ParallelDecodingModel, Generati
                     "The saved folder does not record which weights were quantised, so adapters that are trained on it "
                     f"cannot be merged. {error}"
                 )
-
-    def _save_code(self, folder: Path, config: PretrainedConfig) -> None:
-        """Save this model's code files into a folder and name them in the configuration."""
-        custom_object_save(self, folder, config=config)  # type: ignore[arg-type]  # annotated as a dictionary
-        mark_code(folder)
 
     # Every argument is named, not collected: transformers' Trainer keeps the columns that it finds in this signature.
     def forward(  # type: ignore[override]  # more arguments than the base's  # noqa: D417  and all of those

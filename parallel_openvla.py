@@ -102,17 +102,12 @@ def refuse_loose_parts(name_or_path: str | os.PathLike[str] | None, hub: dict[st
 
 
 class ParallelDecodingModel(PrismaticForConditionalGeneration):
-    """Prismatic model with action heads that predicts a chunk of actions in one bidirectional pass.
-
-    Attributes:
-        accelerator: Set by the installed package; None runs transformers' language model.
-        action_tokenizer: Set by the subclass.
-    """
+    """Prismatic model with action heads that predicts a chunk of actions in one bidirectional pass."""
 
     config: OpenVLAConfig
     config_class = OpenVLAConfig  # type: ignore[assignment]  # a subclass of the base's
-    accelerator: ClassVar[Accelerator | None] = None
-    action_tokenizer: ActionTokenizer
+    accelerator: ClassVar[Accelerator | None] = None  # set by the installed package
+    action_tokenizer: ActionTokenizer  # set by the subclass
 
     def build_heads(self, config: OpenVLAConfig) -> None:
         """Add the modules that the configuration names; ValueError for an attention without bidirectional masks."""
@@ -145,11 +140,6 @@ class ParallelDecodingModel(PrismaticForConditionalGeneration):
     def tokens_per_chunk(self) -> int:
         """Return the number of tokens of a chunk, one for each of its numbers."""
         return self.chunk_shape[0] * self.chunk_shape[1]
-
-    @property
-    def noise_schedule(self) -> NoiseSchedule:
-        """Return the noise schedule of the diffusion head."""
-        return NoiseSchedule(self.config.num_diffusion_steps_train)
 
     def embed_observation(
         self,
@@ -330,7 +320,7 @@ class ParallelDecodingModel(PrismaticForConditionalGeneration):
             raise OpenVLAValueError(
                 f"noise must have shape {shape} (or {shape[1:]} for one sample), got {tuple(noisy.shape)}."
             )
-        schedule = self.noise_schedule
+        schedule = NoiseSchedule(self.config.num_diffusion_steps_train)
         num_steps = self.config.num_diffusion_steps if num_inference_steps is None else num_inference_steps
         for timestep in schedule.timesteps(num_steps):
             levels = torch.full(shape[:1], float(timestep), device=device)

@@ -219,7 +219,8 @@ class PrismaticForConditionalGeneration(PrismaticPreTrainedModel, GenerationMixi
         if not torch.is_tensor(pixel_values) or not pixel_values.is_floating_point():
             got = pixel_values.dtype if torch.is_tensor(pixel_values) else type(pixel_values).__name__
             raise OpenVLATypeError(f"pixel_values must be a floating-point tensor made by the processor, got {got}.")
-        device, dtype = self.vision_backbone.device, self.vision_backbone.dtype
+        weight = self.vision_backbone.featurizer.patch_embed.proj.weight
+        device, dtype = weight.device, weight.dtype
         if device.type == "meta":  # offloaded modules are moved by accelerate's hooks
             device = pixel_values.device
         return self.projector(self.vision_backbone(pixel_values.to(device=device, dtype=dtype), condition))
@@ -420,10 +421,7 @@ class PrismaticForConditionalGeneration(PrismaticPreTrainedModel, GenerationMixi
 
 
 def _left_empty(model: nn.Module) -> list[str]:
-    """Return the names of parameters that loading did not fill.
-
-    transformers 4.40 with low_cpu_mem_usage does not list all that the checkpoint lacks.
-    """
+    """Return the names of parameters that loading left empty; transformers 4.40 does not list all of them."""
     if {"cpu", "disk"} & {str(device) for device in (getattr(model, "hf_device_map", None) or {}).values()}:
         return []  # offloaded weights are empty on purpose
     return [name for name, parameter in model.named_parameters() if parameter.is_meta]

@@ -21,7 +21,6 @@ from .errors_openvla import OpenVLAImportError
 
 logger = logging.get_logger(__name__)
 
-
 REMOTE_CODE = "transformers_modules"  # the package into which transformers copies the code of a folder
 FIRST_LINE = "from __future__ import annotations\n"  # of every code file; the digest is written behind it
 MARK = "CODE_DIGEST"
@@ -29,11 +28,7 @@ MARKED = re.compile(rb'^from __future__ import annotations; CODE_DIGEST = "[0-9a
 
 
 def require_same_code(module: str) -> None:
-    """Raise ImportError unless all loaded code files of an entry file's folder were saved together with it.
-
-    Args:
-        module: ``__name__`` of the entry file. Code that does not come from a saved folder is not checked.
-    """
+    """Raise ImportError unless the loaded code of an entry file's saved folder was saved together with it."""
     package, _, entry = module.rpartition(".")
     if package.partition(".")[0] != REMOTE_CODE:
         return

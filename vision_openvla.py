@@ -274,16 +274,6 @@ class PrismaticVisionBackbone(nn.Module):
         """Return the number of channels of one image in ``pixel_values``: three a tower."""
         return 3 if self.fused_featurizer is None else 6
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """Return the dtype of the towers."""
-        return self.featurizer.patch_embed.proj.weight.dtype
-
-    @property
-    def device(self) -> torch.device:
-        """Return the device of the towers."""
-        return self.featurizer.patch_embed.proj.weight.device
-
     def forward(self, pixel_values: torch.Tensor, condition: torch.Tensor | None = None) -> torch.Tensor:
         """Return patch features ``(batch, images * num_patches, embed_dim)``, one image after the other.
 

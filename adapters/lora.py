@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors.torch import save_file
 from torch import nn
+from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils import logging
 
 from ..actions_openvla import nearest_name
@@ -26,6 +27,7 @@ from ..errors_openvla import OpenVLAImportError, OpenVLATypeError, OpenVLAValueE
 from ..heads_openvla import is_action_head_param
 from ..modeling_openvla import STATISTICS_FILE
 from ..parallel_openvla import refuse_loose_parts
+from ..publishing_openvla import mark_code
 from ..quantization_openvla import is_quantized
 from ..saved_folder import refuse_two_kinds, require_own_kind
 from .base_record import quantized_merge_note, record_base, require_not_merged, require_same_base
@@ -268,7 +270,8 @@ def save_lora(
     config = copy.deepcopy(model.config)
     for field in ("quantization_config", "_pre_quantization_dtype"):  # of the loaded base, not of the adapter
         config.__dict__.pop(field, None)
-    model._save_code(folder, config)
+    custom_object_save(model, folder, config=config)  # type: ignore[arg-type]  # annotated as a dictionary
+    mark_code(folder)
     config.save_pretrained(folder)
     record = {"base": base, "default_unnorm_key": config.default_unnorm_key, "answer": adapter.answer}
     write_json(folder / RECORD_FILE, record)

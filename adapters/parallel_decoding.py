@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from ..actions_openvla import validate_norm_stats
+from ..configuration_openvla import ACTION_CONFIG_FIELDS, OpenVLAConfig, unlisted
 from ..errors_openvla import OpenVLAValueError
 from ..heads_openvla import is_action_head_param
 
@@ -31,7 +33,7 @@ def enable_parallel_decoding(model: OpenVLAForActionPrediction, **fields: Any) -
         raise OpenVLAValueError("enable_parallel_decoding makes parallel_decoding true; leave parallel_decoding out.")
     require_no_adapter(model)
     model._require_masked_attention()
-    model.config.set_action_config(**{**fields, "parallel_decoding": True})
+    set_action_config(model.config, **{**fields, "parallel_decoding": True})
     model.build_heads(model.config)
     model.vision_backbone.configure(model.config)
     projection = model.projector.fc1
@@ -45,3 +47,22 @@ def require_no_adapter(model: OpenVLAForActionPrediction) -> None:
     """Raise ValueError for a model with an adapter."""
     if model.lora_adapter is not None:
         raise OpenVLAValueError("This model already has an adapter; call merge_lora(), or load the base again.")
+
+
+def set_action_config(config: OpenVLAConfig, **fields: Any) -> None:
+    """Set fields of ``OpenVLAConfig.action_config``, all or none.
+
+    Raises:
+        ValueError: A field is unknown, has a value that is not allowed, or contradicts another.
+    """
+    unknown = next((name for name in fields if name not in ACTION_CONFIG_FIELDS), None)
+    if unknown:
+        raise OpenVLAValueError(unlisted("field", unknown, ACTION_CONFIG_FIELDS))
+    before = config.action_config
+    vars(config).update(fields)
+    try:
+        config.validate_action_config()
+        validate_norm_stats(config.norm_stats or {}, config.normalization)
+    except ValueError:
+        vars(config).update(before)
+        raise

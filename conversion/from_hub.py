@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ..adapters.base_record import require_not_merged
 from ..adapters.files import locate_base
+from ..adapters.parallel_decoding import set_action_config
 from ..compatibility_openvla import DTYPE_FIELD
 from ..configuration_openvla import ACTION_CONFIG_FIELDS, OpenVLAConfig
 from .download import local_folder
@@ -58,7 +59,7 @@ def convert_hub_folder(source: Path, folder: Path, options: ConvertOptions) -> C
     tensors.update(read_parts(parts, next(iter(tensors.values())).dtype))
     if isinstance(config, OpenVLAConfig) and not config.parallel_decoding:
         action_config = read_action_config(tensors, options.config_overrides, options.oft, source)
-        config.set_action_config(**action_config)
+        set_action_config(config, **action_config)
         if action_config and options.image_preset is None:
             logger.info("note: OFT's checkpoints were evaluated on frames prepared as --image-preset libero does")
     require_matching_tensors(tensors, config, source)

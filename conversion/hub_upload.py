@@ -13,8 +13,9 @@ from typing import Any, Protocol
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard
 
-from ..actions_openvla import NORMALIZATIONS, dimension_labels
+from ..actions_openvla import NORMALIZATIONS
 from ..configuration_openvla import ADAPTER_CONFIG_FILE
+from ..dimension_labels import dimension_labels
 from ..errors_openvla import OpenVLATypeError, OpenVLAValueError
 from ..saved_folder import INDEX_FILE, LAYOUTS, SHARD_NUMBER, SINGLE_FILE
 

@@ -27,6 +27,7 @@ from ..adapters.base_record import (
     weights_digest,
 )
 from ..adapters.files import BaseRecord, LoraAdapter, find_beside_or_above, locate_base, read_adapter
+from ..adapters.parallel_decoding import set_action_config
 from ..configuration_openvla import OpenVLAConfig, optional_file
 from ..errors_openvla import OpenVLAValueError
 from ..heads_openvla import is_action_head_param
@@ -116,7 +117,7 @@ def merge(
     tensors = dict(read_tensors(weight_files(folder)))
     _require_base(lora, adapter, source, revision, config, tensors)
     if lora.answer is not None and not config.parallel_decoding:
-        config.set_action_config(**lora.answer)
+        set_action_config(config, **lora.answer)
         tensors.update(_trained_heads(lora, config, next(iter(tensors.values())).dtype))
     if (lora.answer or config.action_config) != config.action_config:
         raise OpenVLAValueError(f"{adapter} answers as {lora.answer}, {source} as {config.action_config}.")

@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..actions_openvla import END_EFFECTOR_DIMENSIONS, nearest_name
+from ..actions_openvla import nearest_name
+from ..dimension_labels import END_EFFECTOR_DIMENSIONS
 from ..errors_openvla import OpenVLAValueError
 
 _COLUMN_PART = re.compile(r"^(?P<name>.*?)(\[(?P<start>-?\d*):(?P<stop>-?\d*)\])?$")

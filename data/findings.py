@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ..actions_openvla import END_EFFECTOR_DIMENSIONS, dimension_labels
+from ..dimension_labels import END_EFFECTOR_DIMENSIONS, dimension_labels
 from .alignment import Correlation, tracked_positions
 from .columns import ColumnSpec
 from .presets import PRESETS

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ..actions_openvla import END_EFFECTOR_DIMENSIONS
+from ..dimension_labels import END_EFFECTOR_DIMENSIONS
 from ..errors_openvla import OpenVLAValueError
 from .episodes import EpisodeReader
 from .presets import HDF5_PRESETS

@@ -17,7 +17,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from ..actions_openvla import dimension_labels, validate_norm_stats
+from ..actions_openvla import validate_norm_stats
+from ..dimension_labels import dimension_labels
 from ..errors_openvla import OpenVLAValueError
 from ..inference.predict import import_pyplot
 from .conventions import check_frozen_frames

@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from ..actions_openvla import END_EFFECTOR_DIMENSIONS, NORMALIZATIONS, NormalizationStatistics, dimension_labels
+from ..actions_openvla import NORMALIZATIONS, NormalizationStatistics
 from ..configuration_openvla import write_json
+from ..dimension_labels import END_EFFECTOR_DIMENSIONS, dimension_labels
 from ..errors_openvla import OpenVLAValueError
 from .doctor import Finding, run_checks
 from .episodes import DatasetError, EpisodeReader, usable_episodes, warn_skipped

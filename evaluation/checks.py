@@ -7,7 +7,7 @@ import hashlib
 import numpy as np
 import torch
 
-from ..actions_openvla import END_EFFECTOR_DIMENSIONS, OPEN_X_DATASETS
+from ..dimension_labels import END_EFFECTOR_DIMENSIONS, OPEN_X_DATASETS
 from ..errors_openvla import OpenVLAValueError
 from ..inference.image_presets import IMAGE_PRESETS
 from ..inference.policy import Policy

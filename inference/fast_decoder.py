@@ -348,6 +348,16 @@ class FastDecoder:
         return attended, False
 
 
+def encode_decoded(tokenizer: ActionTokenizer, actions: np.ndarray) -> np.ndarray:
+    """Return the token ids of decoded actions, int64 of the same shape: the inverse of ``tokenizer.decode``.
+
+    Two tokens decode to the highest bin; this returns the one of the top edge, because training clips saturated labels
+    (such as an open gripper) to +1, which encodes to it.
+    """
+    tokens = tokenizer.encode(actions)
+    return np.where(tokens == tokenizer.first_token_id + 1, tokenizer.first_token_id, tokens)
+
+
 def encode_draft(draft: Any, tokenizer: ActionTokenizer, statistics: Sequence[NormalizationStatistics]) -> torch.Tensor:
     """Return the tokens of a draft action, all but the last: int64 ``(batch, action_dim - 1)``.
 
@@ -363,7 +373,7 @@ def encode_draft(draft: Any, tokenizer: ActionTokenizer, statistics: Sequence[No
     if actions.shape != (len(statistics), statistics[0].dimension):
         expected = f"({len(statistics)}, {statistics[0].dimension})"
         raise OpenVLAValueError(f"draft must be one action a sample, {expected}, got shape {np.shape(draft)}.")
-    tokens = [tokenizer.encode_decoded(entry.normalize(action)) for entry, action in zip(statistics, actions)]
+    tokens = [encode_decoded(tokenizer, entry.normalize(action)) for entry, action in zip(statistics, actions)]
     return torch.from_numpy(np.stack(tokens)[:, :-1])
 
 

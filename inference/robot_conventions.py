@@ -16,7 +16,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from ..actions_openvla import END_EFFECTOR_DIMENSIONS, OPEN_X_UNITS, as_numbers, nearest_name
+from ..actions_openvla import as_numbers, nearest_name
+from ..dimension_labels import END_EFFECTOR_DIMENSIONS, OPEN_X_UNITS
 from ..errors_openvla import OpenVLAValueError
 from .action_queue import ActingPolicy
 

@@ -14,6 +14,7 @@ from ..errors_openvla import OpenVLAValueError
 
 if TYPE_CHECKING:
     from ..modeling_openvla import OpenVLAForActionPrediction
+from .fast_decoder import encode_decoded
 
 
 @torch.no_grad()
@@ -62,8 +63,10 @@ def score_actions(
             f"actions must have shape (candidates, action_dim) or ({batch_size}, candidates, action_dim) with "
             f"at least one candidate, got {np.shape(actions)}."
         )
-    encode, top_edge = model.action_tokenizer.encode_decoded, model.action_tokenizer.first_token_id
-    token_ids = np.stack([encode(entry.normalize(group)) for entry, group in zip(statistics, candidates)])
+    tokenizer, top_edge = model.action_tokenizer, model.action_tokenizer.first_token_id
+    token_ids = np.stack(
+        [encode_decoded(tokenizer, entry.normalize(group)) for entry, group in zip(statistics, candidates)]
+    )
     embeds, mask, _, _ = model.embed_inputs(*prompt)
     _, num_candidates, action_dim = token_ids.shape
     tokens = torch.from_numpy(token_ids).to(embeds.device).flatten(0, 1)

@@ -13,9 +13,9 @@ from typing import Any, cast
 import numpy as np
 import torch
 
-from ..actions_openvla import END_EFFECTOR_DIMENSIONS, dimension_labels
 from ..configuration_openvla import OpenVLAConfig
 from ..decoding_openvla import ActionOutput
+from ..dimension_labels import END_EFFECTOR_DIMENSIONS, dimension_labels
 from ..errors_openvla import OpenVLAError
 from ..inference.policy import Policy, stored_bits
 from ..quantization_openvla import quantization_name

@@ -5,7 +5,8 @@ import json
 import numpy as np
 import pytest
 from openvla import ActionTokenizer, NormalizationStatistics
-from openvla.actions_openvla import NORMALIZATION_EPSILON, dimension_labels, nearest_name, validate_norm_stats
+from openvla.actions_openvla import NORMALIZATION_EPSILON, nearest_name, validate_norm_stats
+from openvla.dimension_labels import dimension_labels
 from reference import GOLDEN
 
 TABLES = np.load(GOLDEN / "action_tokenizer" / "tables.npz")

@@ -10,6 +10,7 @@ import transformers
 from oft_inputs import prompt, raw_proprio, stack_images
 from openvla import PLATFORMS, OpenVLAConfig, OpenVLAForActionPrediction, parallel_openvla
 from openvla.configuration_openvla import LLM_MODEL_TYPES
+from openvla.heads_openvla import NoiseSchedule
 from openvla.parallel_openvla import append_action_placeholders
 from openvla.tiny import build_tiny
 from reference import GOLDEN, oft_model
@@ -88,7 +89,7 @@ def test_golden_denoising_steps(platform):
     proprio = torch.from_numpy(np.load(GOLDEN / f"oft_{platform}" / "predict.npz")["proprio"][:1])
     with torch.no_grad():
         obs = model.embed_observation(*with_chunk, stack_images([0, 1]), proprio)
-    assert model.noise_schedule.timesteps(10) == golden["timesteps"].tolist()
+    assert NoiseSchedule(model.config.num_diffusion_steps_train).timesteps(10) == golden["timesteps"].tolist()
     for i, timestep in enumerate(golden["timesteps"].tolist()):
         noisy, noise = (torch.from_numpy(golden[name][i : i + 1]) for name in ("noisy", "predicted_noise"))
         with torch.no_grad():
@@ -96,7 +97,7 @@ def test_golden_denoising_steps(platform):
                 model.action_hidden_states(obs, noisy=noisy, timesteps=torch.tensor([float(timestep)]))
             )
         assert (ours - noise).abs().max() <= NOISE_ATOL
-        step = model.noise_schedule.step(noise, timestep, noisy, 10)
+        step = NoiseSchedule(model.config.num_diffusion_steps_train).step(noise, timestep, noisy, 10)
         assert np.abs(step[0].numpy() - golden["denoised"][i]).max() <= STEP_ATOL
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from openvla import OpenVLAForActionPrediction, load_policy
 from openvla.adapters.lora import SAVE_KEYWORDS
+from openvla.adapters.parallel_decoding import set_action_config
 from openvla.conversion.hub_upload import push_to_hub
 from openvla.data.torch_dataset import TorchDatasetReader
 from openvla.tiny import build_tiny
@@ -83,7 +84,7 @@ CALLS = {
     "PrismaticPreTrainedModel.from_pretrained": lambda t, folder: OpenVLAForActionPrediction.from_pretrained(
         folder, no=1
     ),
-    "OpenVLAConfig.set_action_config": lambda t, folder: t.model.config.set_action_config(no=1),
+    "set_action_config": lambda t, folder: set_action_config(t.model.config, no=1),
     "enable_parallel_decoding": lambda t, folder: t.model.enable_parallel_decoding(no=1),
     "load_lora": lambda t, folder: t.model.load_lora(folder, trainabel=True),
     "OpenVLAForActionPrediction.generate": lambda t, folder: t.model.generate(**t.inputs, no=1),

@@ -8,11 +8,11 @@ from encoded_images import jpeg
 from rlds import episode_columns, write_rlds
 
 pytest.importorskip("pyarrow")
-from openvla.actions_openvla import dimension_labels  # noqa: E402
 from openvla.data.inspect import inspect  # noqa: E402
 from openvla.data.lerobot_writer import LeRobotWriter  # noqa: E402
 from openvla.data.open import open_dataset  # noqa: E402
 from openvla.data.presets import HDF5_PRESETS, PRESETS, WITHOUT_PRESET  # noqa: E402
+from openvla.dimension_labels import dimension_labels  # noqa: E402
 from openvla.training.config import FinetuneConfig  # noqa: E402
 from openvla.training.datasets import Demonstrations  # noqa: E402
 

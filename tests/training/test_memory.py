@@ -40,7 +40,7 @@ def step(processor, mixed=False):
     def run(model):
         ids = torch.cat([inputs["input_ids"], torch.tensor([[model.action_token_ids.start + 3] * 7])], dim=1)
         labels = torch.where(torch.arange(ids.shape[1]) < ids.shape[1] - 7, -100, ids)
-        pixels = inputs["pixel_values"].to(model.vision_backbone.dtype)
+        pixels = inputs["pixel_values"].to(model.vision_backbone.featurizer.patch_embed.proj.weight.dtype)
         with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
             return model(input_ids=ids, pixel_values=pixels, labels=labels, logits_at_labels=True).loss
 
