@@ -43,7 +43,7 @@ INSTRUCTIONS = (
     "pick up the milk and place it in the basket",
     "pick up the alphabet soup and place it in the basket",
 )
-EPISODE = Path(__file__).parents[1] / "tests" / "data" / "libero_episode"
+EPISODE = Path(__file__).parents[1] / "tests" / "fixtures" / "libero_episode"
 FRAMES = 4
 SIDE = 224
 PERCENTILES = (50, 95, 99)
