@@ -13,11 +13,8 @@ from numbers import Real
 from typing import Any, Protocol
 
 import numpy as np
-from transformers.utils import logging
 
 from .errors_openvla import OpenVLAKeyError, OpenVLATypeError, OpenVLAValueError
-
-logger = logging.get_logger(__name__)
 
 # Added to (q99 - q01) when training data is normalised, so that a constant dimension does not divide by zero
 # (octo/dlimp normalize_action_and_proprio, as used by OpenVLA's RLDS pipeline).

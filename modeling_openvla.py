@@ -52,6 +52,7 @@ from .parallel_openvla import (
     proprio_array,
     refuse_loose_parts,
 )
+from .prismatic_openvla import IGNORE_INDEX  # noqa: F401
 from .quantization_openvla import is_quantized
 from .vision_openvla import PrismaticVisionBackbone  # noqa: F401
 

@@ -84,7 +84,6 @@ CALLS = {
     "PrismaticPreTrainedModel.from_pretrained": lambda t, folder: OpenVLAForActionPrediction.from_pretrained(
         folder, no=1
     ),
-    "set_action_config": lambda t, folder: set_action_config(t.model.config, no=1),
     "enable_parallel_decoding": lambda t, folder: t.model.enable_parallel_decoding(no=1),
     "load_lora": lambda t, folder: t.model.load_lora(folder, trainabel=True),
     "OpenVLAForActionPrediction.generate": lambda t, folder: t.model.generate(**t.inputs, no=1),
@@ -141,6 +140,11 @@ def test_unknown_keyword_is_refused(name, tiny, inputs, folder):
     tiny.inputs = inputs
     with pytest.raises((TypeError, ValueError), match=r"\bno\b|trainabel"):
         CALLS[name](tiny, folder)
+
+
+def test_unknown_field_of_the_action_config_is_refused(tiny):
+    with pytest.raises(ValueError, match="Unknown field 'no'"):
+        set_action_config(tiny.model.config, no=1)
 
 
 ZEROS = [0.0] * 7

@@ -127,10 +127,10 @@ def test_a_folder_of_both_kinds_is_refused(adapter_and_base, tmp_path):
 
 
 def test_statistics_with_other_numbers_are_replaced_with_a_warning_and_kept(tmp_path, monkeypatch):
-    from openvla import actions_openvla
+    from openvla import saved_folder
 
     messages = []
-    monkeypatch.setattr(actions_openvla.logger, "warning", messages.append)
+    monkeypatch.setattr(saved_folder.logger, "warning", messages.append)
     model, _ = build_tiny()
     file = tmp_path / "dataset_statistics.json"
     in_file = json.loads(json.dumps(model.norm_stats))
