@@ -4,8 +4,8 @@
 
 Every client sends one of a few frames and instructions, and every action is compared with the one that the policy
 predicts in this process: a difference makes the exit status 1. With ``--hostile``, other clients send invalid or slow
-requests meanwhile, and their replies are counted. The server is a process of its own on loopback (the embedded
-default), or ``--url`` of a running one with the same model.
+requests meanwhile, and their replies are counted. The server is a process of its own on loopback (the demo
+policy), or ``--url`` of a running one with the same model.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from openvla.serving.cli import DRAIN_SECONDS
 from openvla.serving.client import PolicyServerError
 from PIL import Image
 
-# Tasks that the embedded default was trained on: for others it may predict no action.
+# Tasks that the demo policy was trained on: for others it may predict no action.
 INSTRUCTIONS = (
     "pick up the milk",
     "pick up the milk and place it in the basket",

@@ -38,9 +38,9 @@ BYTES_OF_BITS = {8: 1.0, 4: 0.5 + 1 / 64 + 4 / (64 * 256)}
 # Tolerance when pixel means and standard deviations are compared: published ones are rounded to bfloat16.
 PIXEL_STATISTICS_TOLERANCE = 0.01
 # Checkpoints in the package; their README.md describe training and success rates.
-EMBEDDED = Path(__file__).resolve().parents[1] / "assets" / "libero"
-EMBEDDED_OFT = EMBEDDED.with_name("libero_oft")  # predicts action chunks; evaluated in float32
-EMBEDDED_NAME = "embedded default (4 M parameters, trained on two tasks of LIBERO-Object)"
+DEMO_POLICY = Path(__file__).resolve().parents[1] / "assets" / "libero"
+DEMO_OFT_POLICY = DEMO_POLICY.with_name("libero_oft")  # predicts action chunks; evaluated in float32
+DEMO_NAME = "demo policy (4 M parameters, trained on two tasks of LIBERO-Object)"
 DTYPES = ("float32", "bfloat16", "float16")
 PREPROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 
@@ -117,12 +117,12 @@ def load_policy(
     """Load a checkpoint, or an adapter with its base model, directly onto a device.
 
     Args:
-        model: Folder or Hub id; None is the embedded default, which needs no download.
+        model: Folder or Hub id; None is the demo policy, which needs no download.
         bits: 8 or 4 for quantised weights (see ``quantization_config``); None for the dtype, or the quantisation of a
             checkpoint that was saved quantised.
         device: None is the GPU if there is one, else the CPU.
         dtype: dtype of the weights and of the computation, also of 4-bit matrix products. None is bfloat16 on a GPU
-            that supports it (else float16), and the checkpoint's dtype on a CPU (float32 for the embedded checkpoints,
+            that supports it (else float16), and the checkpoint's dtype on a CPU (float32 for the demo policies,
             because many CPUs do not support bfloat16).
         unnorm_key: See ``predict_action``; checked here, so that an unknown key fails before the first action.
         prepack: Repack the weights once for the matrix products of this CPU (``inference.cpu_prepack``): faster, and
@@ -130,7 +130,7 @@ def load_policy(
         compile: Let torch.compile fuse pointwise operations on a GPU (``fast_decoder``); the first prediction waits for
             the compilation.
         constrain_actions: Decode action tokens only (see ``predict_action``), so that images unlike the training data
-            give an action, too. None is True for the embedded default, which knows two tasks only, else False.
+            give an action, too. None is True for the demo policy, which knows two tasks only, else False.
 
     Raises:
         ValueError: The model does not fit on the device (the message says which ``bits`` would), it is already
@@ -140,10 +140,10 @@ def load_policy(
     """
     device = torch.device(device or default_device())
     dtype = getattr(torch, dtype) if isinstance(dtype, str) and dtype != "auto" else dtype
-    model = EMBEDDED if model is None else model
+    model = DEMO_POLICY if model is None else model
     if constrain_actions is None:
-        constrain_actions = Path(model).resolve() == EMBEDDED
-    if dtype is None and device.type == "cpu" and Path(model).resolve() in (EMBEDDED, EMBEDDED_OFT):
+        constrain_actions = Path(model).resolve() == DEMO_POLICY
+    if dtype is None and device.type == "cpu" and Path(model).resolve() in (DEMO_POLICY, DEMO_OFT_POLICY):
         dtype = torch.float32
     base, base_kwargs = _base_checkpoint(model)
     config = OpenVLAConfig.from_pretrained(base, **base_kwargs)
@@ -220,9 +220,7 @@ def processor_mismatches(config: OpenVLAConfig, processor: OpenVLAImageProcessor
 
 def add_policy_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of every command that loads a policy."""
-    parser.add_argument(
-        "--model", metavar="DIR_OR_ID", help="checkpoint folder or Hub id; without it the embedded default"
-    )
+    parser.add_argument("--model", metavar="DIR_OR_ID", help="checkpoint folder or Hub id; without it the demo policy")
     parser.add_argument(
         "--unnorm-key", metavar="K", help="dataset whose statistics un-normalise actions to robot units"
     )
@@ -234,7 +232,7 @@ def add_policy_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--constrain-actions",
         action=argparse.BooleanOptionalAction,
-        help="decode action tokens only; without it other tokens are an error. On for the embedded default",
+        help="decode action tokens only; without it other tokens are an error. On for the demo policy",
     )
     parser.add_argument(
         "--compile",
@@ -258,7 +256,7 @@ def load_policy_from_args(args: argparse.Namespace) -> tuple[Policy, str]:
         compile=args.compile,
         constrain_actions=args.constrain_actions,
     )
-    return policy, str(args.model or EMBEDDED_NAME)
+    return policy, str(args.model or DEMO_NAME)
 
 
 def default_device() -> str:

@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
     """Predict an action and print it; return the exit status."""
     if args.model and not (args.image and args.instruction):
         raise OpenVLAValueError(
-            "With --model give --image and --instruction too; the sample image is for the embedded default."
+            "With --model give --image and --instruction too; the sample image is for the demo policy."
         )
     image_files = args.image or [SAMPLE_IMAGE]
     instruction = SAMPLE_INSTRUCTION if args.instruction is None else args.instruction

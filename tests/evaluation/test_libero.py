@@ -26,7 +26,7 @@ from openvla.evaluation.checks import (
 )
 from openvla.evaluation.harness_database import EVAL_ID, database_path, read_episodes, requeue_unfinished
 from openvla.evaluation.report import draw_contact_sheet, success_rate, video_frames, wilson_interval
-from openvla.inference.policy import EMBEDDED, EMBEDDED_OFT
+from openvla.inference.policy import DEMO_OFT_POLICY, DEMO_POLICY
 from openvla.inference.robot_conventions import convert_action
 from openvla.tiny import build_tiny
 from PIL import Image
@@ -135,7 +135,7 @@ def test_statistics_of_another_robot_give_a_warning(key, low, high, message):
 
 
 def test_statistics_of_the_embedded_policies_give_no_warning():
-    for folder in (EMBEDDED, EMBEDDED_OFT):
+    for folder in (DEMO_POLICY, DEMO_OFT_POLICY):
         assert statistics_warnings(load_policy(folder)) == []
 
 
@@ -396,7 +396,7 @@ def test_contact_sheet_shows_every_episode(tmp_path):
 
 
 @pytest.mark.libero
-def test_embedded_default_is_evaluated(tmp_path, capsys):
+def test_demo_policy_is_evaluated(tmp_path, capsys):
     output = tmp_path / "evaluation"
     arguments = ["evaluate", "--tasks", "alphabet", "--episodes", "2", "--first-initial-state", "30"]
     arguments += ["--max-steps", "4", "--workers", "2", "--output", str(output), "--json"]

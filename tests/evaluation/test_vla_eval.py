@@ -1,4 +1,4 @@
-"""The embedded default in vla-eval's unmodified OpenVLA server, which does not know this package."""
+"""The demo policy in vla-eval's unmodified OpenVLA server, which does not know this package."""
 
 import os
 import subprocess

@@ -8,7 +8,7 @@ import torch
 from openvla import load_policy
 from openvla.__main__ import main
 from openvla.inference.cpu_prepack import PrepackedLinear, has_matmul, prepack
-from openvla.inference.policy import EMBEDDED
+from openvla.inference.policy import DEMO_POLICY
 from openvla.inference.predict import SAMPLE_IMAGE
 from openvla.tiny import build_tiny
 from safetensors.torch import load_file
@@ -59,7 +59,7 @@ def test_parallel_decoding_with_film_and_head_is_equal():
 @pytest.mark.parametrize("dtype", [pytest.param("bfloat16", marks=in_bfloat16), "float32"])
 def test_saved_folder_holds_plain_weights(dtype, tmp_path):
     load_policy(dtype=dtype, prepack=True).model.save_pretrained(tmp_path)
-    tensors, expected = load_file(tmp_path / "model.safetensors"), load_file(EMBEDDED / "model.safetensors")
+    tensors, expected = load_file(tmp_path / "model.safetensors"), load_file(DEMO_POLICY / "model.safetensors")
     assert tensors.keys() == expected.keys()
     assert all(torch.equal(tensors[name], tensor.to(tensors[name].dtype)) for name, tensor in expected.items())
     assert {tensor.dtype for tensor in tensors.values()} == {getattr(torch, dtype)}

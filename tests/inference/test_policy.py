@@ -12,8 +12,8 @@ from openvla.__main__ import main
 from openvla.compatibility_openvla import QUANTIZES_ON_CPU
 from openvla.default_processor import default_image_processor
 from openvla.inference.policy import (
-    EMBEDDED,
-    EMBEDDED_OFT,
+    DEMO_OFT_POLICY,
+    DEMO_POLICY,
     HEADROOM,
     PREPROCESSOR_FILES,
     free_bytes,
@@ -157,7 +157,7 @@ def test_model_larger_than_memory_is_rejected(tmp_path):
 
 
 @needs_cpu_quantization
-def test_embedded_default_loads_in_any_precision(capsys):
+def test_demo_policy_loads_in_any_precision(capsys):
     pytest.importorskip("bitsandbytes")
     reports = {}
     for options in ([], ["--bits", "4"], ["--dtype", "bfloat16"]):
@@ -198,11 +198,11 @@ def test_policy_rejects_a_token_that_is_no_action(folder, tiny, frames):
     assert "constrain_actions=True" in str(raised.value)
 
 
-def test_embedded_default_constrains_actions(capsys):
+def test_demo_policy_constrains_actions(capsys):
     assert load_policy().constrain_actions
-    assert load_policy(EMBEDDED).constrain_actions
+    assert load_policy(DEMO_POLICY).constrain_actions
     assert not load_policy(constrain_actions=False).constrain_actions
-    assert not load_policy(EMBEDDED_OFT).constrain_actions
+    assert not load_policy(DEMO_OFT_POLICY).constrain_actions
     assert main(["predict"]) == 0
     assert "among action tokens only" in capsys.readouterr().out
     assert main(["predict", "--no-constrain-actions", "--json"]) == 0

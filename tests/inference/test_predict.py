@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 from openvla import __version__
 from openvla.__main__ import main
-from openvla.inference.policy import EMBEDDED_NAME
+from openvla.inference.policy import DEMO_NAME
 from openvla.inference.predict import draw_chunk
 from PIL import Image
 
 
-def test_report_names_the_embedded_default(capsys):
+def test_report_names_the_demo_policy(capsys):
     assert main(["predict"]) == 0
     out = capsys.readouterr().out
-    assert EMBEDDED_NAME in out
+    assert DEMO_NAME in out
     for name in ("dx", "dy", "dz", "droll", "dpitch", "dyaw", "gripper"):
         assert f"  {name} " in out
     assert "s to load" in out

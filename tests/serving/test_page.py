@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from openvla import PLATFORMS, Policy, load_policy
-from openvla.inference.policy import EMBEDDED_NAME
+from openvla.inference.policy import DEMO_NAME
 from openvla.inference.predict import SAMPLE_IMAGE
 from openvla.tiny import build_tiny
 from PIL import Image, ImageOps
@@ -49,7 +49,7 @@ def serving(token=None, policy=None, **overrides):
         model, processor = build_tiny(**overrides)
         key = model.resolve_unnorm_key(overrides.get("default_unnorm_key"))
         policy = Policy(model, processor, key, constrain_actions=model.config.action_head is None)
-    batched = BatchedPolicy(policy, EMBEDDED_NAME, Limits(image_side=2000))
+    batched = BatchedPolicy(policy, DEMO_NAME, Limits(image_side=2000))
     app = build_app(batched, token=token)
     running = create_server(app, app.state.policy_app.queue, batched.limits, "127.0.0.1", 0)
     thread = threading.Thread(target=running.run)
@@ -155,7 +155,7 @@ def sent_image(body, name="image"):
 
 def test_action_for_image_and_instruction(plain, opened):
     page = opened(plain)
-    assert page.title() == EMBEDDED_NAME
+    assert page.title() == DEMO_NAME
     fill(page)
     body, reply = act(page)
     assert sent_image(body) == SAMPLE_IMAGE.read_bytes()  # the file is sent unchanged

@@ -1,4 +1,4 @@
-"""The embedded policies follow a demonstration that they were not trained on, and need its images."""
+"""The demo policies follow a demonstration that they were not trained on, and need its images."""
 
 import json
 
@@ -7,7 +7,7 @@ import pytest
 import torch
 from openvla import load_policy
 from openvla.inference.fast_decoder import FastDecoder
-from openvla.inference.policy import EMBEDDED, EMBEDDED_OFT
+from openvla.inference.policy import DEMO_OFT_POLICY, DEMO_POLICY
 from PIL import Image
 from reference import FIXTURES
 
@@ -49,8 +49,8 @@ def agreement(actions, steps):
     return cosine.mean(), ((actions[:, 6] > 0.5) == (demonstrated[:, 6] < 0)).mean()
 
 
-def test_embedded_checkpoints_are_small_and_complete():
-    folders = (EMBEDDED, EMBEDDED_OFT)
+def test_demo_policies_are_small_and_complete():
+    folders = (DEMO_POLICY, DEMO_OFT_POLICY)
     assert sum(file.stat().st_size for folder in folders for file in folder.iterdir()) < LARGEST_BYTES
     for folder in folders:
         assert {"README.md", "config.json", "model.safetensors"} <= {file.name for file in folder.iterdir()}
@@ -67,7 +67,7 @@ def test_default_follows_the_demonstration_only_with_its_images(policy, steps):
 
 
 def test_oft_policy_follows_the_demonstration_only_with_its_images(steps):
-    policy, order = load_policy(EMBEDDED_OFT, device="cpu"), list(range(len(steps)))
+    policy, order = load_policy(DEMO_OFT_POLICY, device="cpu"), list(range(len(steps)))
     demonstrated = np.array([step["action"] for step in steps])[:, :3]
     error, *shuffled = [
         np.abs(predict_steps(policy, steps, np.roll(order, by))[:, :3] - demonstrated).mean() for by in (0, 3, 5, 7)
