@@ -42,6 +42,7 @@ from .decoding_openvla import align_prompts, has_gap, insert_after_bos, position
 from .errors_openvla import OpenVLAImportError, OpenVLATypeError, OpenVLAValueError
 from .heads_openvla import HEAD_MODULES  # noqa: F401
 from .quantization_openvla import (
+    forbid_repacking,
     prepare_quantization,
     require_scales,
 )
@@ -78,14 +79,13 @@ class PrismaticPreTrainedModel(PushToHub, PreTrainedModel):  # type: ignore[misc
     """Base class of the models: what transformers reads from a class, loading and saving.
 
     Attributes:
-        keep_quantized_weights: Called with every loaded model; None where the package is not installed.
-        saved_folder: The module ``openvla.saved_folder``, likewise.
-        loss_at_labels: ``openvla.training.token_loss.loss_at_labels``, likewise.
+        keep_quantized_weights: Called with every loaded model; another function where the package is installed.
+        saved_folder: The module ``openvla.saved_folder``; None without the package, as ``loss_at_labels``.
     """
 
     saved_folder: ClassVar[Any] = None
     loss_at_labels: ClassVar[Callable[..., PrismaticCausalLMOutputWithPast] | None] = None
-    keep_quantized_weights: ClassVar[Callable[[nn.Module], None] | None] = None
+    keep_quantized_weights: ClassVar[Callable[[nn.Module], None]] = staticmethod(forbid_repacking)
 
     config_class = PrismaticConfig
     base_model_prefix = "model"
@@ -133,8 +133,7 @@ class PrismaticPreTrainedModel(PushToHub, PreTrainedModel):  # type: ignore[misc
         info["missing_keys"] = sorted({*info["missing_keys"], *_left_empty(model)})
         _require_complete(info, pretrained_model_name_or_path, ignore_mismatched_sizes)
         require_scales(model)
-        if cls.keep_quantized_weights is not None:
-            cls.keep_quantized_weights(model)
+        cls.keep_quantized_weights(model)
         return (model, info) if output_loading_info else model
 
     def save_pretrained(  # type: ignore[override]  # other arguments pass through

@@ -86,6 +86,13 @@ def require_scales(model: nn.Module) -> None:
         raise OpenVLAValueError(f"The checkpoint lacks quantisation scales of {len(wrong)} modules: {wrong}.")
 
 
+def forbid_repacking(model: nn.Module) -> None:
+    """Keep bitsandbytes from repacking 4-bit weights on some CPUs: sizes crash, and what it saves is not exact."""
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010  bitsandbytes' attribute
+
+
 def _has_scales(module: nn.Module) -> bool:
     """Return whether a module has the scales that its weight needs; True for a weight that is not quantised."""
     weight: Any = getattr(module, "weight", None)
