@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -203,11 +203,6 @@ class VisionTower(nn.Module):
         if arch.attention_pool:
             self.attn_pool = AttentionPool(arch, activation)
 
-    def add_film(self, film_dim: int) -> None:
-        """Add FiLM to every block; ``film_dim`` is the size of the language feature."""
-        for block in self.blocks:
-            cast(VisionBlock, block).add_film(film_dim)
-
     def forward(self, pixel_values: torch.Tensor, condition: torch.Tensor | None = None) -> torch.Tensor:
         """Return patch features ``(batch, num_patches, embed_dim)`` of normalised images ``(batch, 3, size, size)``.
 
@@ -260,9 +255,9 @@ class PrismaticVisionBackbone(nn.Module):
     def configure(self, config: PrismaticConfig) -> None:
         """Set the number of images, and add FiLM where the configuration has it."""
         self.num_images, self.film = config.num_images_in_input, config.film_dim is not None
-        for tower in (self.featurizer, self.fused_featurizer):
-            if tower is not None and config.film_dim is not None:
-                tower.add_film(config.film_dim)
+        for block in list(self.modules()):
+            if isinstance(block, VisionBlock) and config.film_dim is not None:
+                block.add_film(config.film_dim)
 
     @property
     def patches_per_prompt(self) -> int:
