@@ -37,10 +37,8 @@ CACHE_FIELD = (
     "cache" if "cache" in {field.name for field in dataclasses.fields(CausalLMOutputWithPast)} else "past_key_values"
 )
 
-# Before 4.53 transformers checks devices in a way that fails without an accelerator (4.40: "No GPU found"; 4.46 to 4.52
-# with today's bitsandbytes: 'frozenset' object has no attribute 'discard').
+# Before 4.53 transformers' check of devices fails without an accelerator ("No GPU found", or an AttributeError).
 QUANTIZES_ON_CPU = TRANSFORMERS_VERSION >= (4, 53)
-
 
 # torch's CPU wheels (2.13 too) use a oneMKL that picks each function's kernel on its first call. Where several threads
 # make that call at once, one of them may get a kernel of low accuracy, once: cosines were off by 1.5e-4, and a first
