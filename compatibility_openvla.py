@@ -49,8 +49,14 @@ MKL_FUNCTIONS = (
 )
 
 
-def choose_mkl_kernels() -> None:
-    """Call every function of ``MKL_FUNCTIONS`` with one element, in this thread, so that later calls are exact."""
+def make_reproducible() -> None:
+    """Let torch compute the same bits in every call: choose oneMKL's kernels now, and do without cuDNN's attention.
+
+    On Hopper, cuDNN 9.19's attention of one query differs from call to call (torch 2.11). To use it all the same, call
+    ``torch.backends.cuda.enable_cudnn_sdp(True)`` after loading.
+    """
+    if hasattr(torch.backends.cuda, "enable_cudnn_sdp"):  # torch 2.5; flash or memory-efficient attention remains
+        torch.backends.cuda.enable_cudnn_sdp(False)
     for dtype in (torch.float32, torch.float64):
         one = torch.full((1,), 0.5, dtype=dtype, device="cpu")
         for function in MKL_FUNCTIONS:

@@ -226,7 +226,12 @@ class PrismaticConfig(PretrainedConfig):
         kwargs.pop("tie_word_embeddings", None)
         kwargs |= {"pad_token_id": pad_token_id, "tie_word_embeddings": bool(self.text_config.tie_word_embeddings)}
         super().__init__(**_with_one_dtype(kwargs))
-        self.auto_map = self._auto_map()
+        self.auto_map = {  # every key that some transformers version looks for
+            "AutoConfig": f"configuration_openvla.{type(self).__name__}",
+            "AutoModel": self.model_reference,
+            "AutoModelForVision2Seq": self.model_reference,  # transformers 4.x
+            "AutoModelForImageTextToText": self.model_reference,  # transformers 4.46 and later
+        }
 
     @property
     def vocab_size(self) -> int:
@@ -237,16 +242,6 @@ class PrismaticConfig(PretrainedConfig):
     def film_dim(self) -> int | None:
         """Return the size of the language feature that modulates the vision towers (FiLM); None without FiLM."""
         return self.text_config.hidden_size if getattr(self, "use_film", False) else None
-
-    @classmethod
-    def _auto_map(cls) -> dict[str, str]:
-        """Return ``auto_map`` with every key that some transformers version looks for."""
-        return {
-            "AutoConfig": f"configuration_openvla.{cls.__name__}",
-            "AutoModel": cls.model_reference,
-            "AutoModelForVision2Seq": cls.model_reference,  # transformers 4.x
-            "AutoModelForImageTextToText": cls.model_reference,  # transformers 4.46 and later
-        }
 
     def _checked_prompt_style(self, style: str) -> str:
         """Return a prompt style, with "auto" resolved."""

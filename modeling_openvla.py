@@ -440,24 +440,27 @@ class OpenVLAForActionPrediction(NormStatsMixin, ParallelDecodingModel, Generati
     ) -> ActionOutput:
         """Return the chunk of every sample, with bin probabilities and hidden states ``with_details`` only."""
         head, end_id = self.config.action_head, self.config.text_config.eos_token_id
+        noise, num_steps = None, diffusion["num_inference_steps"]
+        if head == "diffusion":
+            noise = self.initial_noise(prompt.input_ids, diffusion["noise"], diffusion["generator"])
 
-        def compute(
-            ids: torch.Tensor, pixels: torch.Tensor, mask: torch.Tensor | None, state: torch.Tensor | None
-        ) -> tuple[torch.Tensor, torch.Tensor]:
+        def compute(*inputs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+            ids, pixels, mask, state, noise = inputs
             with_chunk = append_action_placeholders(ids, mask, self.tokens_per_chunk, end_id)
             obs = self.embed_observation(*with_chunk, pixels, state)
             if head is None:
                 return self.chunk_logits(obs, fast)
-            return self.predict_normalized_chunk(obs, **diffusion, fast=fast)
+            return self.predict_normalized_chunk(obs, noise, num_steps, fast)
 
         length = prompt.input_ids.shape[1] + self.vision_backbone.patches_per_prompt + self.tokens_per_chunk
-        synchronizes = head == "diffusion" or self.config.use_film
+        synchronizes = self.config.use_film and prompt.attention_mask is not None  # words are counted on the host
         accelerator = self.accelerator
         graphed = not synchronizes and use_fast_decoder(fast, accelerator, self.language_model, length)
         if graphed and accelerator is not None:
-            prediction, hidden = accelerator.run_graphed(self, compute, (*prompt, proprio), "chunk")
+            inputs = (*prompt, proprio, noise)
+            prediction, hidden = accelerator.run_graphed(self, compute, inputs, ("chunk", num_steps))
         else:
-            prediction, hidden = compute(*prompt, proprio)
+            prediction, hidden = compute(*prompt, proprio, noise)
         prediction = require_finite(prediction.float())
         if head is not None:
             return build_output(prediction.cpu().numpy(), statistics, hidden if with_details else None)

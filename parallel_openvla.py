@@ -168,9 +168,13 @@ class ParallelDecodingModel(PrismaticForConditionalGeneration):
         is_action = torch.zeros_like(input_ids, dtype=torch.bool).scatter(1, action_positions, True)
         condition = None
         if self.config.use_film:  # the mean of all but actions and padding; the end token counts, as in training
-            is_word = ~is_action if mask is None else ~is_action & mask.to(torch.bool)
+            if mask is None:  # indices of a known number: a mask would wait for the device
+                num_words = text.shape[1] - action_positions.shape[1]
+                words = is_action.long().argsort(dim=1, stable=True)[:, :num_words]
+            else:
+                words = ~is_action & mask.to(torch.bool)
             # Sample by sample: zeros in the sum would change its rounding, which diffusion amplifies.
-            condition = torch.stack([sample[words].mean(0) for sample, words in zip(text, is_word)])
+            condition = torch.stack([sample[chosen].mean(0) for sample, chosen in zip(text, words)])
         prefix = self.get_image_features(pixel_values, condition).to(device=text.device, dtype=text.dtype)
         if proprio is not None:
             token = self.proprio_projector(proprio.to(device=text.device, dtype=text.dtype))
@@ -298,34 +302,35 @@ class ParallelDecodingModel(PrismaticForConditionalGeneration):
         if tuple(proprio.shape) != (batch, dim):
             raise OpenVLAValueError(f"proprio must have shape ({batch}, {dim}), got {tuple(proprio.shape)}.")
 
+    def initial_noise(
+        self, input_ids: torch.Tensor, noise: torch.Tensor | None, generator: torch.Generator | None
+    ) -> torch.Tensor:
+        """Return where the denoising starts, ``(batch, chunk, action_dim)``: the given noise, or drawn noise."""
+        embeddings: Any = self.get_input_embeddings()
+        shape, device, dtype = (len(input_ids), *self.chunk_shape), input_ids.device, embeddings.weight.dtype
+        if noise is None:
+            return torch.randn(shape, generator=generator, device=device, dtype=dtype)
+        noise = torch.as_tensor(noise, device=device, dtype=dtype)
+        noise = noise[None] if noise.ndim == 2 and shape[0] == 1 else noise
+        if noise.shape != shape:
+            raise OpenVLAValueError(
+                f"noise must have shape {shape} (or {shape[1:]} for one sample), got {tuple(noise.shape)}."
+            )
+        return noise
+
     def predict_normalized_chunk(
-        self,
-        obs: Observation,
-        noise: torch.Tensor | None = None,
-        generator: torch.Generator | None = None,
-        num_inference_steps: int | None = None,
-        fast: bool | None = False,
+        self, obs: Observation, noisy: torch.Tensor | None, num_inference_steps: int | None, fast: bool | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return normalised actions ``(batch, chunk, action_dim)`` of a continuous head, and their hidden states."""
-        if self.config.action_head == "l1":
+        if noisy is None:  # L1
             hidden = self.action_hidden_states(obs, fast=fast)
             return self.action_head(hidden), hidden
-        shape = (len(obs.text), *self.chunk_shape)
-        device, dtype = obs.text.device, obs.text.dtype
-        if noise is None:
-            noise = torch.randn(shape, generator=generator, device=device, dtype=dtype)
-        noisy = torch.as_tensor(noise, device=device, dtype=dtype)
-        noisy = noisy[None] if noisy.ndim == 2 and shape[0] == 1 else noisy
-        if noisy.shape != shape:
-            raise OpenVLAValueError(
-                f"noise must have shape {shape} (or {shape[1:]} for one sample), got {tuple(noisy.shape)}."
-            )
         schedule = NoiseSchedule(self.config.num_diffusion_steps_train)
         num_steps = self.config.num_diffusion_steps if num_inference_steps is None else num_inference_steps
         for timestep in schedule.timesteps(num_steps):
-            levels = torch.full(shape[:1], float(timestep), device=device)
+            levels = torch.full((len(noisy),), float(timestep), device=noisy.device)
             hidden = self.action_hidden_states(obs, noisy=noisy, timesteps=levels, fast=fast)
-            noisy = schedule.step(self.action_head(hidden), timestep, noisy, num_steps).to(dtype)
+            noisy = schedule.step(self.action_head(hidden), timestep, noisy, num_steps).to(noisy.dtype)
         return noisy, hidden
 
     def chunk_logits(self, obs: Observation, fast: bool | None = False) -> tuple[torch.Tensor, torch.Tensor]:

@@ -30,9 +30,9 @@ from .compatibility_openvla import (
     attention_implementation,
     cache_of,
     cached_length,
-    choose_mkl_kernels,
     is_checkpointing,
     language_model_class,
+    make_reproducible,
     requested_attention,
     set_attention_implementation,
     tied_weight_names,
@@ -166,7 +166,7 @@ class PrismaticForConditionalGeneration(PrismaticPreTrainedModel, GenerationMixi
     language_model: Any  # transformers has no common type for causal language models
 
     def __init__(self, config: PrismaticConfig) -> None:
-        choose_mkl_kernels()
+        make_reproducible()
         super().__init__(config)
         self.vision_backbone = PrismaticVisionBackbone(config)
         self.projector = PrismaticProjector(

@@ -69,4 +69,4 @@ def _forward(model: PrismaticForConditionalGeneration, config: PrismaticConfig) 
     if config.action_head is None:
         return model.chunk_logits(seen)[0]
     noise = cast(torch.FloatTensor, torch.zeros(1, config.chunk_length, config.action_dim))
-    return model.predict_normalized_chunk(seen, noise, None, 1)[0]
+    return model.predict_normalized_chunk(seen, noise, num_inference_steps=1, fast=False)[0]

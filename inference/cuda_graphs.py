@@ -22,10 +22,10 @@ import torch
 from torch import nn
 from transformers.utils import logging
 
-from ..quantization_openvla import is_quantized
-
 logger = logging.get_logger(__name__)
 
+CAPTURE_ATTEMPTS = 2  # a failure of the moment, such as another thread's allocation, must not cost the graph for good
+REMEDY = "Predictions are right, but slower; the next load of the model tries again"
 MAX_GRAPHS = 8  # of one model, each for one prompt length and batch size; the least recently used one is dropped
 MODULE_DICTS = ("_modules", "_parameters", "_buffers", "_forward_hooks", "_forward_pre_hooks")
 # Modules of these packages compute from parameters, buffers and submodules alone; those of others may also read plain
@@ -120,7 +120,7 @@ def _is_supported(model: nn.Module, inputs: Sequence[Any]) -> bool:
         all(tensor is None or torch.is_tensor(tensor) for tensor in inputs)
         and inputs[0].device.type == "cuda"
         and len(set((getattr(model, "hf_device_map", None) or {}).values())) <= 1
-        and not is_quantized(model)
+        and not getattr(model, "is_loaded_in_8bit", False)  # LLM.int8 looks for outliers on the host
         and not torch.is_grad_enabled()
         and not torch.is_autocast_enabled()  # its copies of weights are freed when it ends
         and not is_capturing(inputs[0].device)
@@ -159,6 +159,7 @@ class ModelSnapshot:
     def __init__(self, model: nn.Module) -> None:
         modules = list(model.modules())
         self.dicts = [module.__dict__[name] for module in modules for name in MODULE_DICTS]
+        self.dicts += [state.__dict__ for parameter in model.parameters() for state in _quantization_states(parameter)]
         self.parts = list(_values(self.dicts))
         self.identities = list(map(id, self.parts))
         self.tensors = [part for part in self.parts if torch.is_tensor(part)]
@@ -173,6 +174,17 @@ class ModelSnapshot:
             and [tensor.data_ptr() for tensor in self.tensors] == self.addresses
             and all(_settings(module) == settings for module, settings in self.settings)
         )
+
+
+def _quantization_states(parameter: nn.Parameter) -> list[Any]:
+    """Return what holds the scales of a 4-bit weight: bitsandbytes' state, and that of the scales' own scales."""
+    state = getattr(parameter, "quant_state", None)
+    return [part for part in (state, getattr(state, "state2", None)) if part is not None]
+
+
+def _uses_cudnn_attention() -> bool:
+    enabled = getattr(torch.backends.cuda, "cudnn_sdp_enabled", None)
+    return bool(enabled and enabled())
 
 
 def _values(dicts: Sequence[dict[str, Any]]) -> Iterator[Any]:
@@ -245,18 +257,24 @@ class CudaGraphCache:
             self.snapshot = ModelSnapshot(self.model)
         if {tensor.device for tensor in self.snapshot.tensors} != {inputs[0].device}:
             return self._failed("the model is spread over devices")
-        try:
-            graph = self.capture(compute, inputs, next(filter(None, self.graphs.values()), None))
-            replayed = graph.replay(inputs)
-        except (RuntimeError, ValueError) as error:  # out of memory is a RuntimeError
-            return self._failed(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
-        if all(map(torch.equal, replayed, expected)):
-            return graph
-        return self._failed("its replay gives other numbers")
+        reason = ""
+        for _ in range(CAPTURE_ATTEMPTS):
+            try:
+                graph = self.capture(compute, inputs, next(filter(None, self.graphs.values()), None))
+                replayed = graph.replay(inputs)
+            except (RuntimeError, ValueError) as error:  # out of memory is a RuntimeError
+                reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+                continue
+            if all(map(torch.equal, replayed, expected)):
+                return graph
+            reason = "its replay gives other numbers than the model"
+            if _uses_cudnn_attention():
+                reason += ", as cuDNN's attention may: torch.backends.cuda.enable_cudnn_sdp(False)"
+        return self._failed(reason)
 
     @staticmethod
     def _failed(reason: str) -> bool:
-        logger.warning_once(f"Running without a CUDA graph: {reason}.")
+        logger.warning_once(f"Running without a CUDA graph: {reason.rstrip('.')}. {REMEDY}.")
         return False
 
     def __deepcopy__(self, memo: dict[int, Any]) -> None:

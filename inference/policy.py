@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import os
 from collections.abc import Sequence
@@ -13,13 +14,14 @@ from typing import Any
 import numpy as np
 import psutil
 import torch
+from PIL import Image
 from torch import nn
 from transformers import PretrainedConfig
 
 from ..adapters.files import locate_base
 from ..compatibility_openvla import DTYPE_FIELD
 from ..configuration_openvla import ADAPTER_CONFIG_FILE, OpenVLAConfig, optional_file
-from ..decoding_openvla import require_one_pass
+from ..decoding_openvla import NoActionError, require_one_pass
 from ..default_processor import default_image_processor
 from ..errors_openvla import OpenVLAValueError
 from ..loading import AutoProcessor
@@ -42,6 +44,7 @@ DEMO_POLICY = Path(__file__).resolve().parents[1] / "assets" / "libero"
 DEMO_OFT_POLICY = DEMO_POLICY.with_name("libero_oft")  # predicts action chunks; evaluated in float32
 DEMO_NAME = "demo policy (4 M parameters, trained on two tasks of LIBERO-Object)"
 DTYPES = ("float32", "bfloat16", "float16")
+WARMUP_CALLS = 3  # the first runs eagerly, the second captures a CUDA graph, the third replays it
 PREPROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 
 
@@ -99,6 +102,28 @@ class Policy:
         assert isinstance(action, np.ndarray)  # an ActionOutput with return_dict=True only
         return action
 
+    def warm_up(self, instructions: Sequence[str]) -> None:
+        """Predict for black images until nothing more is compiled or captured, so that the first frame does not wait.
+
+        A CUDA graph belongs to a prompt's length in tokens: give an instruction of every length that will come.
+
+        Args:
+            instructions: Instructions for the robot; each costs ``WARMUP_CALLS`` predictions.
+
+        Raises:
+            ValueError: An instruction is empty, or the processor does not know the model's prompt.
+        """
+        config = self.model.config
+        frame = Image.new("RGB", (config.image_sizes[0], config.image_sizes[0]))
+        proprio = None
+        if config.proprio_dim is not None:
+            statistics = self.model.proprio_statistics(self.unnorm_key)
+            proprio = (statistics.low + statistics.high) / 2
+        for instruction in instructions:
+            for _ in range(WARMUP_CALLS):
+                with contextlib.suppress(NoActionError):  # of a black image
+                    self.act([frame] * config.num_images_in_input, instruction, proprio)
+
     def reset(self) -> None:
         """Begin an episode. The model keeps no state between calls."""
 
@@ -113,6 +138,7 @@ def load_policy(
     prepack: bool = False,
     compile: bool = False,
     constrain_actions: bool | None = None,
+    warmup: Sequence[str] = (),
 ) -> Policy:
     """Load a checkpoint, or an adapter with its base model, directly onto a device.
 
@@ -131,6 +157,8 @@ def load_policy(
             the compilation.
         constrain_actions: Decode action tokens only (see ``predict_action``), so that images unlike the training data
             give an action, too. None is True for the demo policy, which knows two tasks only, else False.
+        warmup: Instructions to predict for before returning (``Policy.warm_up``), so that the first frames do not wait
+            for CUDA graphs or the compiler.
 
     Raises:
         ValueError: The model does not fit on the device (the message says which ``bits`` would), it is already
@@ -175,7 +203,9 @@ def load_policy(
             model,
             mismatch,
         )
-    return Policy(loaded, processor, loaded.resolve_unnorm_key(unnorm_key), constrain_actions)
+    policy = Policy(loaded, processor, loaded.resolve_unnorm_key(unnorm_key), constrain_actions)
+    policy.warm_up([warmup] if isinstance(warmup, str) else warmup)
+    return policy
 
 
 def _base_checkpoint(model: str | os.PathLike) -> tuple[str | os.PathLike, dict[str, Any]]:

@@ -96,6 +96,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SECONDS",
         help="seconds from a request's arrival to its action; later is a 504",
     )
+    parser.add_argument(
+        "--warmup",
+        metavar="INSTRUCTION",
+        nargs="+",
+        default=[],
+        help="predict for these instructions first, so that the first frames do not wait for CUDA graphs",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -105,6 +112,7 @@ def run(args: argparse.Namespace) -> int:
     app = import_server_module("app")
     require_free_port(args.host, args.port)  # before a large model is loaded
     policy, name = load_policy_from_args(args)
+    policy.warm_up(args.warmup)
     batched_policy = import_server_module("policy").BatchedPolicy(policy, name, limits)
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     app.serve(batched_policy, host=args.host, port=args.port, token=token)

@@ -3,14 +3,17 @@
 import json
 import re
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from openvla import NoActionError, OpenVLAForActionPrediction, load_policy
+from openvla import PLATFORMS, NoActionError, OpenVLAForActionPrediction, Policy, load_policy
 from openvla.__main__ import main
 from openvla.compatibility_openvla import QUANTIZES_ON_CPU
 from openvla.default_processor import default_image_processor
+from openvla.inference import cuda_graphs
+from openvla.inference.cuda_graphs import CudaGraphCache
 from openvla.inference.policy import (
     DEMO_OFT_POLICY,
     DEMO_POLICY,
@@ -30,6 +33,19 @@ pytest.importorskip("accelerate")
 pytestmark = pytest.mark.lane
 needs_cpu_quantization = pytest.mark.skipif(not QUANTIZES_ON_CPU, reason="needs a GPU before transformers 4.53")
 INSTRUCTION = "pick up the red block"
+BOUNDS = {"q01": -1.0, "q99": 1.0, "min": -1.0, "max": 1.0}
+LIBERO_L1 = {
+    **PLATFORMS["libero"],
+    "parallel_decoding": True,
+    "action_head": "l1",
+    "num_images_in_input": 2,
+    "norm_stats": {
+        "untrained": {
+            part: {name: [value] * PLATFORMS["libero"][f"{part}_dim"] for name, value in BOUNDS.items()}
+            for part in ("action", "proprio")
+        }
+    },
+}
 UNTRAINED = {"constrain_actions": True}  # random weights give other tokens, which a policy rejects
 
 
@@ -227,3 +243,34 @@ def test_adapter_loads_with_its_base(folder, tmp_path, frames):
     model.save_pretrained(tmp_path)  # without a processor: the base has one
     action = load_policy(folder, **UNTRAINED).act(frames["noise"], INSTRUCTION)
     assert load_policy(tmp_path, **UNTRAINED).act(frames["noise"], INSTRUCTION).tolist() == action.tolist()
+
+
+@pytest.mark.parametrize("fields", [{}, LIBERO_L1], ids=["tokens", "chunk with two cameras and proprio"])
+def test_warm_up_captures_before_the_first_frame(fields, monkeypatch):
+    captured = []
+
+    def capture(compute, inputs, shared=None):
+        captured.append(inputs)
+        return SimpleNamespace(replay=lambda tensors: compute(*tensors))
+
+    monkeypatch.setattr(cuda_graphs, "_is_supported", lambda model, inputs: True)
+    model, processor = build_tiny(**fields)
+    policy = Policy(model, processor, "untrained", constrain_actions=model.config.action_head is None)
+    model._cuda_graphs = CudaGraphCache(model, capture)
+    policy.warm_up(["open the drawer", "pick up the red block"])
+    assert len(captured) == 2
+    frame = np.full((64, 64, 3), 200, np.uint8)
+    proprio = None if model.config.proprio_dim is None else np.zeros(model.config.proprio_dim)
+    policy.act([frame] * model.config.num_images_in_input, "open the drawer", proprio)
+    assert len(captured) == 2
+    with pytest.raises(ValueError, match="must say something"):
+        policy.warm_up([""])
+
+
+def test_load_policy_warms_up(tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(Policy, "warm_up", lambda self, instructions: calls.append(list(instructions)))
+    load_policy(device="cpu")
+    load_policy(device="cpu", warmup="open the drawer")
+    load_policy(device="cpu", warmup=["go", "stop"])
+    assert calls == [[], ["open the drawer"], ["go", "stop"]]
