@@ -56,14 +56,9 @@ DEFAULT_NEW_TOKENS = 20  # transformers' default length, counted in new tokens
 
 @dataclass
 class PrismaticCausalLMOutputWithPast(CausalLMOutputWithPast):
-    """Output of the language model (float ``logits (batch, patches + text, padded vocabulary)``), and the visual
-    features.
+    """Output of the language model (``logits``: float ``(batch, patches + text, vocabulary)``) and visual features."""
 
-    Attributes:
-        projector_features: ``(batch, patches, hidden)``; present with ``pixel_values``.
-    """
-
-    projector_features: torch.Tensor | None = None
+    projector_features: torch.Tensor | None = None  # (batch, patches, hidden); present with pixel_values
 
 
 class EmbeddedInputs(NamedTuple):

@@ -75,12 +75,9 @@ def mark_code(folder: str | os.PathLike) -> None:
 
 
 class PushToHub(PushToHubMixin):
-    """Mixin of models and processors: ``push_to_hub``, the same on every transformers version.
+    """Mixin of models and processors: ``push_to_hub``, the same on every transformers version."""
 
-    Attributes:
-        hub_uploader: ``openvla.conversion.hub_upload.push_to_hub``; None, for transformers' own, without the package.
-    """
-
+    # openvla.conversion.hub_upload.push_to_hub; None without the package, for transformers' own
     hub_uploader: ClassVar[Callable[..., Any] | None] = None
 
     def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
