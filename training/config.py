@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
+import re
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
@@ -225,9 +227,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     hints = typing.get_type_hints(FinetuneConfig)
     types: dict[Any, Any] = {int: int, float: float, int | None: int}
+    descriptions = _field_descriptions()
     for field in fields(FinetuneConfig):
         option = f"--{field.name.replace('_', '-')}"
-        help_text = "" if field.default is MISSING else f"default {field.default}"
+        default = "" if field.default is MISSING else f" Default {field.default}."
+        help_text = (descriptions.get(field.name, "") + default).replace("%", "%%")
         if hints[field.name] is bool:
             parser.add_argument(option, action=argparse.BooleanOptionalAction, default=None, help=help_text)
         elif field.name == "accept":
@@ -238,6 +242,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             parser.add_argument(option, type=json.loads, metavar="JSON", help=help_text)
         else:
             parser.add_argument(option, type=types.get(hints[field.name], str), help=help_text)
+
+
+def _field_descriptions() -> dict[str, str]:
+    """Return what the docstring of ``FinetuneConfig`` says of every field, as help for its option."""
+    _, _, attributes = (inspect.getdoc(FinetuneConfig) or "").partition("Attributes:\n")
+    entries = re.findall(r"^    (\w+): (.*(?:\n {8}.*)*)", attributes.partition("\n\n")[0], re.MULTILINE)
+    return {name: " ".join(text.replace("``", "").split()) for name, text in entries}
 
 
 def read_yaml(file: Path) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Fine-tuning: trained parameters, learning, resuming after an interruption, and loadable results."""
 
+import argparse
 import contextlib
 import functools
 import json
@@ -35,6 +36,7 @@ from openvla.training.config import (
     RENAMED_FIELDS,
     TRACKERS,
     FinetuneConfig,
+    add_arguments,
     config_from_dict,
     lr_lambda,
     read_yaml,
@@ -795,3 +797,13 @@ def test_numbers_that_yaml_reads_as_text_are_parsed():
 def test_invalid_data_entry_is_refused(entry, message):
     with pytest.raises(ValueError, match=message):
         Demonstrations(config_from_dict({"model": "m", "output_dir": "o", "data": [entry]}))
+
+
+def test_help_describes_every_option():
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    undescribed = [action.dest for action in parser._actions if not action.help or action.help.startswith(" Default")]
+    assert undescribed == []
+    text = " ".join(parser.format_help().split())
+    assert "Folder or Hub id of the model to fine-tune." in text
+    assert f"Default {FinetuneConfig.learning_rate}." in text
