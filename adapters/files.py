@@ -87,22 +87,22 @@ class LoraAdapter:
 
     @property
     def scaling(self) -> float:
-        """Factor of B A."""
+        """Return the factor of B A."""
         return self.alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
 
     @property
     def target_modules(self) -> list[str]:
-        """Names of the modules that have LoRA matrices."""
+        """Return the names of the modules that have LoRA matrices."""
         return sorted({name.partition(".lora_")[0] for name in self.tensors if ".lora_" in name})
 
     @property
     def full_tensors(self) -> list[str]:
-        """Names of the tensors that were trained in full."""
+        """Return the names of the tensors that were trained in full."""
         return sorted(name for name in self.tensors if ".lora_" not in name)
 
     @property
     def modules_to_save(self) -> list[str]:
-        """Names of the modules that hold the tensors that were trained in full."""
+        """Return the names of the modules that hold the tensors that were trained in full."""
         return sorted({name.rpartition(".")[0] for name in self.full_tensors})
 
     def delta_weight(self, module: str) -> torch.Tensor | None:
