@@ -70,8 +70,8 @@ class LoraAdapter:
         use_rslora: Scale by alpha / sqrt(r) instead of alpha / r.
         base: Record of the base model; None for an adapter that peft alone saved.
         default_unnorm_key: Field of the model's configuration of that name.
-        answer: ``OpenVLAConfig.action_config`` of a model with parallel decoding, whose heads are trained in full; else
-            None.
+        action_config: ``OpenVLAConfig.action_config`` of a model with parallel decoding, whose heads are trained in full;
+            else None.
         tensors: Tensors by peft's names without its prefix: ``X.lora_A.weight`` ``(r, in)`` and ``X.lora_B.weight``
             ``(out, r)`` beside a linear layer, ``X.lora_embedding_A`` ``(r, vocabulary)`` and ``X.lora_embedding_B``
             ``(dim, r)`` beside an embedding; any other name is a tensor that was trained in full.
@@ -82,7 +82,7 @@ class LoraAdapter:
     use_rslora: bool = False
     base: BaseRecord | None = None
     default_unnorm_key: str | None = None
-    answer: dict[str, Any] | None = None
+    action_config: dict[str, Any] | None = None
     tensors: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
     @property
@@ -175,7 +175,7 @@ def read_adapter(name_or_path: str | os.PathLike[str], **hub_kwargs: Any) -> Lor
         use_rslora=bool(config.get("use_rslora")),
         base=record.get("base"),
         default_unnorm_key=record.get("default_unnorm_key"),
-        answer=record.get("answer"),
+        action_config=record.get("answer"),  # under its first name, which adapters on disk have
         tensors=_read_tensors(weights_file, name_or_path),
     )
 

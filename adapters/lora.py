@@ -108,8 +108,8 @@ def enable_lora(
     for name in modules_to_save:
         if name not in known:
             raise OpenVLAValueError(f"modules_to_save: no module {name!r}; nearest is {nearest_name(name, known)!r}.")
-    answer = model.config.action_config if model.config.parallel_decoding else None
-    adapter = LoraAdapter(r, alpha, base=record_base(model), answer=answer)
+    action_config = model.config.action_config if model.config.parallel_decoding else None
+    adapter = LoraAdapter(r, alpha, base=record_base(model), action_config=action_config)
     trained_in_full = list(dict.fromkeys([*head_modules(model), *modules_to_save]))
     _inject(model, adapter, target_modules, trained_in_full, dropout)
 
@@ -152,8 +152,8 @@ def load_lora(
         modules = dict(model.named_modules())
         weights = {f"{name}.weight": modules[name].weight for name in adapter.target_modules}
         require_not_merged(adapter, weights, name_or_path)
-    if adapter.answer is not None and enables_parallel_decoding:
-        enable_parallel_decoding(model, **adapter.answer)
+    if adapter.action_config is not None and enables_parallel_decoding:
+        enable_parallel_decoding(model, **adapter.action_config)
     if not trainable:  # the adapter was trained beside the weights of its record, whatever holds the base's here
         base["quantization"] = adapter.base.get("quantization") if adapter.base else None
     settings = replace(adapter, base=base, tensors={})
@@ -170,9 +170,11 @@ def load_lora(
 def _require_fit(model: OpenVLAForActionPrediction, adapter: LoraAdapter, name_or_path: str | os.PathLike[str]) -> bool:
     """Return whether the adapter needs parallel decoding, which the model has not; raise where it does not fit."""
     config = model.config
-    enables_parallel_decoding = adapter.answer is not None and not config.parallel_decoding
-    if config.parallel_decoding and adapter.answer != config.action_config:
-        raise OpenVLAValueError(f"{name_or_path} predicts as {adapter.answer}, this model as {config.action_config}.")
+    enables_parallel_decoding = adapter.action_config is not None and not config.parallel_decoding
+    if config.parallel_decoding and adapter.action_config != config.action_config:
+        raise OpenVLAValueError(
+            f"{name_or_path} predicts as {adapter.action_config}, this model as {config.action_config}."
+        )
     modules = dict(model.named_modules())
     wrong = [
         name for name in adapter.target_modules if not _has_weight_shape(modules.get(name), adapter.delta_weight(name))
@@ -273,7 +275,7 @@ def save_lora(
     custom_object_save(model, folder, config=config)  # type: ignore[arg-type]  # annotated as a dictionary
     mark_code(folder)
     config.save_pretrained(folder)
-    record = {"base": base, "default_unnorm_key": config.default_unnorm_key, "answer": adapter.answer}
+    record = {"base": base, "default_unnorm_key": config.default_unnorm_key, "answer": adapter.action_config}
     write_json(folder / RECORD_FILE, record)
     write_json(folder / ADAPTER_CONFIG_FILE, peft_config(adapter, base))
 
@@ -339,8 +341,8 @@ def _load_unquantized_base(
         base["id"], low_cpu_mem_usage=True, **{DTYPE_FIELD: "auto"}
     )
     require_same_base(base, record_base(loaded), "This adapter")
-    if adapter.answer is not None and not loaded.config.parallel_decoding:
-        enable_parallel_decoding(loaded, **adapter.answer)
+    if adapter.action_config is not None and not loaded.config.parallel_decoding:
+        enable_parallel_decoding(loaded, **adapter.action_config)
     loaded.norm_stats, loaded.config.default_unnorm_key = model.norm_stats, model.config.default_unnorm_key
     return loaded
 

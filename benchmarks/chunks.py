@@ -79,12 +79,12 @@ def build(row: str, size: str, device: str, dtype: torch.dtype) -> tuple[OpenVLA
     return model, lambda: model.predict_action(**inputs, proprio=proprio, constrain_actions=True, return_dict=True)
 
 
-def check(model: OpenVLAForActionPrediction, answer: Callable) -> str:
+def check(model: OpenVLAForActionPrediction, predict: Callable) -> str:
     """Compare the prediction with that under eager attention; return the difference as text."""
-    first = answer()
+    first = predict()
     model.language_model.config._attn_implementation = "eager"
     try:
-        second = answer()
+        second = predict()
     finally:
         model.language_model.config._attn_implementation = "sdpa"
     if first.token_ids is not None:
@@ -110,19 +110,21 @@ def main() -> None:
     models = {row: build(row, args.size, args.device, dtype) for row in ROWS}
     seconds = {row: [] for row in ROWS}
     for turn in range(WARM + args.repeats):
-        for row, (_, answer) in models.items():
-            took = measure_call(lambda _, answer=answer: answer(), 0, args.device)
+        for row, (_, predict) in models.items():
+            took = measure_call(lambda _, predict=predict: predict(), 0, args.device)
             if turn >= WARM:
                 seconds[row].append(took["seconds"])
     ceilings = gemm_rate(args.device, dtype) / 1e9, read_rate(args.device) / 1e9
     first = float(np.median(seconds[next(iter(ROWS))]))
-    print("| answer | ms | ms an action | faster per action | roofline fraction | check |\n|---|---|---|---|---|---|")
-    for row, (model, answer) in models.items():
+    print(
+        "| chunk | ms | ms an action | faster per action | roofline fraction | check |\n|---|---|---|---|---|---|"
+    )
+    for row, (model, predict) in models.items():
         median = float(np.median(seconds[row]))
         one = median / model.config.chunk_length
-        share = roofline_seconds(model, answer, *ceilings) / median
+        share = roofline_seconds(model, predict, *ceilings) / median
         figures = f"{1e3 * median:.1f} | {1e3 * one:.1f} | {first / one:.1f}x | {share:.2f}"
-        print(f"| {row} | {figures} | {check(model, answer)} |", flush=True)
+        print(f"| {row} | {figures} | {check(model, predict)} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -116,11 +116,11 @@ def merge(
     config = OpenVLAConfig.from_dict(fields)
     tensors = dict(read_tensors(weight_files(folder)))
     _require_base(lora, adapter, source, revision, config, tensors)
-    if lora.answer is not None and not config.parallel_decoding:
-        set_action_config(config, **lora.answer)
+    if lora.action_config is not None and not config.parallel_decoding:
+        set_action_config(config, **lora.action_config)
         tensors.update(_trained_heads(lora, config, next(iter(tensors.values())).dtype))
-    if (lora.answer or config.action_config) != config.action_config:
-        raise OpenVLAValueError(f"{adapter} answers as {lora.answer}, {source} as {config.action_config}.")
+    if (lora.action_config or config.action_config) != config.action_config:
+        raise OpenVLAValueError(f"{adapter} predicts as {lora.action_config}, {source} as {config.action_config}.")
     missing = sorted({*(f"{name}.weight" for name in lora.target_modules), *lora.full_tensors} - set(tensors))
     if missing:
         raise OpenVLAValueError(

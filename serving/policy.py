@@ -249,7 +249,7 @@ class BatchedPolicy:
         has_tokens = config.action_head is None
         return PolicyInfo(
             model=self.name,
-            answer=config.action_head or "tokens",
+            action_head=config.action_head or "tokens",
             constrain_actions=self.policy.constrain_actions if has_tokens else None,
             default_unnorm_key=self.policy.unnorm_key,
             unnorm_keys={key: self._dataset_info(key) for key in sorted(model.norm_stats)},

@@ -199,7 +199,7 @@ class PolicyInfo(Schema):
     """The served model and the server's limits."""
 
     model: str = Field(description="Folder or Hub id of the checkpoint.")
-    answer: str = Field(description='"tokens", or the kind of the continuous action head.')
+    action_head: str = Field(description='"tokens", or the kind of the continuous action head.')
     constrain_actions: bool | None = Field(
         description="Default of the request field; null for a model without action tokens."
     )

@@ -126,7 +126,7 @@ def act(page, how=None):
     """Request an action; return the body that was sent and the response."""
     with page.expect_response(re.compile("/act$")) as waiting:
         how() if how else page.get_by_role("button", name="Act", exact=True).click()
-    page.wait_for_selector("#answer[aria-busy=false]")
+    page.wait_for_selector("#prediction[aria-busy=false]")
     return json.loads(waiting.value.request.post_data), waiting.value
 
 
@@ -288,7 +288,7 @@ def test_page_fits_a_phone(plain, opened):
     fill(page)
     act(page, lambda: page.get_by_role("button", name="Act", exact=True).tap())
     assert page.evaluate("document.documentElement.scrollWidth") == PHONE["width"]  # no horizontal scrolling
-    page.wait_for_function("Math.abs(document.getElementById('answer').getBoundingClientRect().top) < 40")
+    page.wait_for_function("Math.abs(document.getElementById('prediction').getBoundingClientRect().top) < 40")
     for target in page.locator("button:visible, select:visible, textarea:visible, label.button").all():
         assert target.bounding_box()["height"] >= 36
 
@@ -487,7 +487,7 @@ def test_live_mode_with_a_camera(untrained, opened):
         page.wait_for_timeout(100)
     page.get_by_role("checkbox", name="Live").uncheck()
     assert len({frame["image"] for frame in frames}) > 1  # the picture moves
-    page.wait_for_selector("#answer[aria-busy=false]")
+    page.wait_for_selector("#prediction[aria-busy=false]")
     requested = len(frames)
     page.wait_for_timeout(1000)
     assert len(frames) == requested

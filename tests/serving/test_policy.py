@@ -115,7 +115,7 @@ def test_info(server, chunks):
     assert (info["action_dim"], info["chunk_length"], info["cameras"], info["proprio_dim"]) == (7, 1, 1, None)
     assert info["limits"]["body_bytes"] == LIMITS.body_bytes
     info = send_request(chunks, "GET", "/info").json
-    assert (info["answer"], info["chunk_length"], info["cameras"], info["proprio_dim"]) == ("l1", 8, 3, 8)
+    assert (info["action_head"], info["chunk_length"], info["cameras"], info["proprio_dim"]) == ("l1", 8, 3, 8)
     assert info["constrain_actions"] is None
     body = {"image": [[[[0, 0, 0]] * 2] * 2] * 3, "instruction": "go", "state": STATE.tolist()}
     refused = send_request(chunks, body={**body, "constrain_actions": True})
