@@ -322,7 +322,7 @@ class ParallelDecodingModel(PrismaticForConditionalGeneration):
         self, obs: Observation, noisy: torch.Tensor | None, num_inference_steps: int | None, fast: bool | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return normalised actions ``(batch, chunk, action_dim)`` of a continuous head, and their hidden states."""
-        if noisy is None:  # L1
+        if noisy is None or self.config.action_head == "l1":
             hidden = self.action_hidden_states(obs, fast=fast)
             return self.action_head(hidden), hidden
         schedule = NoiseSchedule(self.config.num_diffusion_steps_train)

@@ -70,8 +70,8 @@ class LoraAdapter:
         use_rslora: Scale by alpha / sqrt(r) instead of alpha / r.
         base: Record of the base model; None for an adapter that peft alone saved.
         default_unnorm_key: Field of the model's configuration of that name.
-        action_config: ``OpenVLAConfig.action_config`` of a model with parallel decoding, whose heads are trained in full;
-            else None.
+        action_config: ``OpenVLAConfig.action_config`` of a model with parallel decoding, whose heads are trained in
+            full; else None.
         tensors: Tensors by peft's names without its prefix: ``X.lora_A.weight`` ``(r, in)`` and ``X.lora_B.weight``
             ``(out, r)`` beside a linear layer, ``X.lora_embedding_A`` ``(r, vocabulary)`` and ``X.lora_embedding_B``
             ``(dim, r)`` beside an embedding; any other name is a tensor that was trained in full.

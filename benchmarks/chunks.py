@@ -116,9 +116,7 @@ def main() -> None:
                 seconds[row].append(took["seconds"])
     ceilings = gemm_rate(args.device, dtype) / 1e9, read_rate(args.device) / 1e9
     first = float(np.median(seconds[next(iter(ROWS))]))
-    print(
-        "| chunk | ms | ms an action | faster per action | roofline fraction | check |\n|---|---|---|---|---|---|"
-    )
+    print("| chunk | ms | ms an action | faster per action | roofline fraction | check |\n|---|---|---|---|---|---|")
     for row, (model, predict) in models.items():
         median = float(np.median(seconds[row]))
         one = median / model.config.chunk_length
