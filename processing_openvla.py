@@ -36,8 +36,7 @@ from .images_openvla import (
 
 # The integers are PIL's (and torchvision's) resampling codes, as saved in preprocessor_config.json.
 RESAMPLING = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3, "box": 4, "hamming": 5}
-# Fields of processor_config.json.
-PROCESSOR_FIELDS = ["prompt_style", "empty_token_id", "num_images_in_input", "image_preset"]
+PROCESSOR_FIELDS = ["prompt_style", "empty_token_id", "num_images_in_input", "image_preset"]  # processor_config.json
 PLACEHOLDER = "{instruction}"  # in PROMPTS
 # Error of code beside a checkpoint for what only the installed package can do.
 NEEDS_PACKAGE = "needs the package: pip install openvla, then `import openvla` and load without trust_remote_code"
@@ -93,8 +92,7 @@ class OpenVLAImageProcessor(BaseImageProcessor):
         self.interpolations = ["bicubic"] * len(self.input_sizes) if interpolations is None else interpolations
         self.means = [(0.5, 0.5, 0.5)] * len(self.input_sizes) if means is None else means
         self.stds = [(0.5, 0.5, 0.5)] * len(self.input_sizes) if stds is None else stds
-        unknown = set(self.interpolations) - set(RESAMPLING)
-        if unknown:
+        if unknown := set(self.interpolations) - set(RESAMPLING):
             raise OpenVLAValueError(f"Unknown interpolations {sorted(unknown)}. Allowed: {list(RESAMPLING)}.")
         counts = {field: len(getattr(self, field)) for field in ("input_sizes", "interpolations", "means", "stds")}
         if len(set(counts.values())) > 1:
@@ -148,6 +146,10 @@ class OpenVLAImageProcessor(BaseImageProcessor):
             batch = torch.from_numpy(batch)
         return BatchFeature(data={"pixel_values": batch}, tensor_type=return_tensors)
 
+    def __call__(self, images: ImageInput | Sequence[ImageInput], **kwargs: Any) -> BatchFeature:
+        """Call ``preprocess``."""
+        return self.preprocess(images, **kwargs)
+
     def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> Any:
         """Save the settings and the code."""
         files = super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
@@ -169,8 +171,8 @@ class OpenVLAProcessor(PushToHub, ProcessorMixin):
         empty_token_id: Id appended to every prompt built from an instruction; None for none.
         num_images_in_input: Number of images (cameras) that the model takes with a prompt.
         image_preset: Preprocessing applied to every image before the image processor, a key of
-            ``openvla.inference.image_presets.IMAGE_PRESETS``; "libero" and "libero-raw" need the installed package.
-            ``None`` applies none and marks the preset as unspecified; ``openvla evaluate`` then uses "libero".
+            ``openvla.inference.image_presets.IMAGE_PRESETS``; "libero", "libero-raw": ImportError without the
+            package. ``None`` applies none and marks the preset as unspecified; ``openvla evaluate`` uses "libero" then.
     """
 
     package: ClassVar[Any] = None  # the module openvla.inference.processor_extras; None without the package
@@ -252,7 +254,7 @@ class OpenVLAProcessor(PushToHub, ProcessorMixin):
             truncation: As tokenizers take it, for ``text`` only: an instruction is never truncated.
             max_length: In tokens.
             return_tensors: "pt", "np" or None for lists.
-            device: Compute ``pixel_values`` on this device, with the same bits. Needs the installed package.
+            device: Compute ``pixel_values`` on this device, with the same bits. Needs the package (ImportError).
 
         Returns:
             ``input_ids`` and ``attention_mask`` int64 ``(batch, length)``, and ``pixel_values`` float32
@@ -262,7 +264,6 @@ class OpenVLAProcessor(PushToHub, ProcessorMixin):
             ValueError: Arguments contradict each other or would have no effect; an instruction is empty or a complete
                 prompt; the number of images is not prompts x cameras; a prompt does not start with BOS; the prompt
                 style is unknown.
-            ImportError: ``device`` or ``image_preset`` without the package.
         """
         _require_used(instruction, images, padding, truncation, max_length, device)
         if (text is None) == (instruction is None):
@@ -386,8 +387,7 @@ class OpenVLAProcessor(PushToHub, ProcessorMixin):
         instructions = [self._clean_instruction(text) for text in instructions]
         prompts = tokenize_prompts(self.tokenizer, self._known_prompt_style(), instructions)
         if self.empty_token_id is not None:
-            empty = self.empty_token_id
-            prompts = [ids if ids[-1] == empty else [*ids, empty] for ids in prompts]
+            prompts = [ids if ids[-1] == self.empty_token_id else [*ids, self.empty_token_id] for ids in prompts]
         longest = max(map(len, prompts))
         limit, name = min(
             (self.tokenizer.model_max_length, "the tokenizer's model_max_length"),
