@@ -96,15 +96,14 @@ def _from_pil(image: Image.Image) -> Image.Image:
 
 
 def _from_file(path: str | os.PathLike) -> Image.Image:
+    name = f"{os.fspath(path)!r:.300}"
     try:
         with Image.open(path) as opened:
             return upright_rgb(opened)
     except FileNotFoundError as error:
-        raise OpenVLAFileNotFoundError(f"No picture at {os.fspath(path)!r:.300}; give the path of a file.") from error
+        raise OpenVLAFileNotFoundError(f"No picture at {name}; give the path of a file.") from error
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # raised by Pillow, broken files
-        raise OpenVLAValueError(
-            f"{os.fspath(path)!r:.300} must be a picture file that Pillow can read: {error}"
-        ) from error
+        raise OpenVLAValueError(f"{name} must be a picture file that Pillow can read: {error}") from error
 
 
 def upright_rgb(picture: Image.Image) -> Image.Image:
@@ -253,10 +252,7 @@ SHIPPED_IMAGE_PRESETS: dict[str, ImagePreset] = {"center-crop": center_crop_pres
 
 
 def center_cropped(pixels: np.ndarray, size: Sequence[int], area: float = CENTER_CROP_AREA) -> np.ndarray:
-    """Crop the middle ``area`` of uint8 ``(height, width, channels)``; return uint8 ``(*size, channels)``.
-
-    The aspect ratio is unchanged; resizing is that of ``crop_and_resize``.
-    """
+    """Crop the middle ``area`` of uint8 ``(height, width, channels)``, same aspect: uint8 ``(*size, channels)``."""
     side = np.sqrt(np.float32(area))
     start = (np.float32(1) - side) / np.float32(2)
     cropped = crop_and_resize(as_unit_floats(pixels), (start, start, start + side, start + side), size)
@@ -264,8 +260,7 @@ def center_cropped(pixels: np.ndarray, size: Sequence[int], area: float = CENTER
 
 
 def crop_and_resize(pixels: np.ndarray, box: Sequence[float], size: Sequence[int]) -> np.ndarray:
-    """Crop a box of float32 ``(..., height, width, channels)`` and resize it bilinearly, as
-    ``tf.image.crop_and_resize``.
+    """Crop a box of float32 ``(..., height, width, channels)`` and resize it, as ``tf.image.crop_and_resize``.
 
     ``box`` is top, left, bottom, right: 0 is the centre of the first row or column and 1 that of the last; where it
     leaves the image the result, float32 ``(..., *size, channels)``, is 0.
@@ -280,9 +275,7 @@ def crop_and_resize(pixels: np.ndarray, box: Sequence[float], size: Sequence[int
     return np.where(inside[:, None, None], rows, np.float32(0))
 
 
-def _bilinear_samples(
-    start: np.float32, end: np.float32, length: int, target: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+def _bilinear_samples(start: np.float32, end: np.float32, length: int, target: int) -> tuple[np.ndarray, ...]:
     """Return for ``target`` samples from ``start`` to ``end`` both neighbours, the second's weight, and if inside."""
     last = np.float32(length - 1)
     if target > 1:

@@ -16,7 +16,6 @@ import torch
 from transformers import AutoTokenizer
 from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
 from transformers.processing_utils import ProcessorMixin
-from transformers.utils import logging
 
 from .publishing_openvla import PushToHub, mark_code, require_same_code
 
@@ -24,13 +23,7 @@ require_same_code(__name__)
 
 from .actions_openvla import nearest_name  # noqa: F401  transformers up to 5.8 copies direct imports only
 from .compatibility_openvla import TRANSFORMERS_4
-from .configuration_openvla import (
-    IMAGE_RESIZE_STRATEGIES,
-    PROMPTS,
-    OpenVLAConfig,
-    hub_keywords,
-    write_json,
-)
+from .configuration_openvla import IMAGE_RESIZE_STRATEGIES, PROMPTS, OpenVLAConfig, hub_keywords, write_json
 from .errors_openvla import OpenVLAImportError, OpenVLAValueError
 from .images_openvla import (
     SHIPPED_IMAGE_PRESETS,
@@ -41,16 +34,12 @@ from .images_openvla import (
     normalized_pixels,
 )
 
-logger = logging.get_logger(__name__)
-
 # The integers are PIL's (and torchvision's) resampling codes, as saved in preprocessor_config.json.
 RESAMPLING = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3, "box": 4, "hamming": 5}
-
-NO_PRESET = "none"
-# Of what only the installed package has; code beside a checkpoint raises it.
+PROCESSOR_FIELDS = ["prompt_style", "empty_token_id", "num_images_in_input", "image_preset"]  # processor_config.json
+PLACEHOLDER = "{instruction}"  # in PROMPTS
+# Error of code beside a checkpoint for what only the installed package can do.
 NEEDS_PACKAGE = "needs the package: pip install openvla, then `import openvla` and load without trust_remote_code"
-
-PLACEHOLDER = "{instruction}"
 
 
 class OpenVLAImageProcessor(BaseImageProcessor):
@@ -70,12 +59,10 @@ class OpenVLAImageProcessor(BaseImageProcessor):
         tvf_resize_params: As published, as the other ``tvf_`` fields: values of a file take precedence over the above.
             (Published means and standard deviations are rounded to bfloat16; the models were evaluated so.)
         **kwargs: Fields of transformers' image processors.
-
-    Attributes:
-        device_pixels: ``openvla.inference.device_images.pixels_on_device``; None without the package.
     """
 
     model_input_names = ["pixel_values"]
+    # openvla.inference.device_images.pixels_on_device; None without the package.
     device_pixels: ClassVar[Callable[..., torch.Tensor] | None] = None
     _auto_class = "AutoImageProcessor"
 
@@ -105,22 +92,17 @@ class OpenVLAImageProcessor(BaseImageProcessor):
         self.interpolations = ["bicubic"] * len(self.input_sizes) if interpolations is None else interpolations
         self.means = [(0.5, 0.5, 0.5)] * len(self.input_sizes) if means is None else means
         self.stds = [(0.5, 0.5, 0.5)] * len(self.input_sizes) if stds is None else stds
-        unknown = set(self.interpolations) - set(RESAMPLING)
-        if unknown:
+        if unknown := set(self.interpolations) - set(RESAMPLING):
             raise OpenVLAValueError(f"Unknown interpolations {sorted(unknown)}. Allowed: {list(RESAMPLING)}.")
         counts = {field: len(getattr(self, field)) for field in ("input_sizes", "interpolations", "means", "stds")}
         if len(set(counts.values())) > 1:
             raise OpenVLAValueError(f"Every field needs one entry a tower, got {counts}.")
 
         naive = image_resize_strategy == "resize-naive"
+        sizes = ([width, width] if naive else width for _, _, width in self.input_sizes)
         self.tvf_resize_params = tvf_resize_params or [
-            {
-                "antialias": True,
-                "interpolation": RESAMPLING[interpolation],
-                "max_size": None,
-                "size": [width, width] if naive else width,
-            }
-            for (_, _, width), interpolation in zip(self.input_sizes, self.interpolations)
+            {"antialias": True, "interpolation": RESAMPLING[interpolation], "max_size": None, "size": size}
+            for size, interpolation in zip(sizes, self.interpolations)
         ]
         self.tvf_crop_params = tvf_crop_params or [{"output_size": list(size[-2:])} for size in self.input_sizes]
         self.tvf_normalize_params = tvf_normalize_params or [
@@ -157,8 +139,7 @@ class OpenVLAImageProcessor(BaseImageProcessor):
         if device is not None:
             if self.device_pixels is None:
                 raise OpenVLAImportError(f"device={str(device)!r} {NEEDS_PACKAGE}.")
-            on_device = self.device_pixels(images, device, towers, fill, return_tensors)
-            return BatchFeature(data={"pixel_values": on_device})
+            return BatchFeature({"pixel_values": self.device_pixels(images, device, towers, fill, return_tensors)})
         pixels = [normalized_pixels(image, towers, fill) for image in as_images(images)]
         batch: Any = pixels[0][None] if len(pixels) == 1 else np.stack(pixels)
         if return_tensors == "pt":  # BatchFeature would copy an array
@@ -190,20 +171,15 @@ class OpenVLAProcessor(PushToHub, ProcessorMixin):
         empty_token_id: Id appended to every prompt built from an instruction; None for none.
         num_images_in_input: Number of images (cameras) that the model takes with a prompt.
         image_preset: Preprocessing applied to every image before the image processor, a key of
-            ``openvla.inference.image_presets.IMAGE_PRESETS``; "libero" and "libero-raw" need the installed package.
-            ``None`` applies none and marks the preset as unspecified; ``openvla evaluate`` then uses "libero".
-
-    Attributes:
-        package: The module ``openvla.inference.processor_extras``; None without the package, where "none" and
-            "center-crop" are the only image presets.
+            ``openvla.inference.image_presets.IMAGE_PRESETS``; "libero", "libero-raw": ImportError without the
+            package. ``None`` applies none and marks the preset as unspecified; ``openvla evaluate`` uses "libero" then.
     """
 
-    package: ClassVar[Any] = None
+    package: ClassVar[Any] = None  # the module openvla.inference.processor_extras; None without the package
     model_input_names = ["input_ids", "attention_mask", "pixel_values"]
     if TRANSFORMERS_4:
         attributes = ["image_processor", "tokenizer"]
-        # 4.41 to 4.49 drop other fields of the JSON.
-        valid_kwargs = ["prompt_style", "empty_token_id", "num_images_in_input", "image_preset"]
+        valid_kwargs = PROCESSOR_FIELDS  # 4.41 to 4.49 drop other fields of the JSON
         image_processor_class = "AutoImageProcessor"
         tokenizer_class = "AutoTokenizer"
     _auto_class = "AutoProcessor"
@@ -230,11 +206,19 @@ class OpenVLAProcessor(PushToHub, ProcessorMixin):
     def from_pretrained(  # type: ignore[override]  # the names of the keywords differ between versions
         cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any
     ) -> OpenVLAProcessor:
-        """Load a folder or a Hub repository; published processors have their prompt style in its ``config.json``."""
+        """Load a folder or a Hub repository; a published processor's prompt and cameras are in its ``config.json``."""
         hub = hub_keywords(kwargs)
         processor = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
-        if processor.prompt_style is None:
-            processor._read_config(pretrained_model_name_or_path, hub)
+        if processor.prompt_style is not None:
+            return processor
+        try:
+            fields, _ = OpenVLAConfig.get_config_dict(pretrained_model_name_or_path, **hub)
+        except OSError:  # a processor without a model
+            return processor
+        if fields.get("model_type") in ("openvla", "prismatic"):
+            config = OpenVLAConfig.from_dict({k: v for k, v in fields.items() if k != "norm_stats"})
+            processor.prompt_style, processor.empty_token_id = config.prompt_style, config.empty_token_id
+            processor.num_images_in_input = config.num_images_in_input
         return processor
 
     @classmethod
@@ -245,17 +229,6 @@ class OpenVLAProcessor(PushToHub, ProcessorMixin):
         hub = hub_keywords(kwargs)
         image_processor = OpenVLAImageProcessor.from_pretrained(pretrained_model_name_or_path, **hub)
         return [image_processor, AutoTokenizer.from_pretrained(pretrained_model_name_or_path, **kwargs)]
-
-    def _read_config(self, name_or_path: str | os.PathLike, hub: dict[str, Any]) -> None:
-        """Take the prompt and the number of cameras from a model's configuration, where there is one."""
-        try:
-            fields, _ = OpenVLAConfig.get_config_dict(name_or_path, **hub)
-        except OSError:  # a processor without a model
-            return
-        if fields.get("model_type") in ("openvla", "prismatic"):
-            config = OpenVLAConfig.from_dict({k: v for k, v in fields.items() if k != "norm_stats"})
-            self.prompt_style, self.empty_token_id = config.prompt_style, config.empty_token_id
-            self.num_images_in_input = config.num_images_in_input
 
     def __call__(
         self,
@@ -281,7 +254,7 @@ class OpenVLAProcessor(PushToHub, ProcessorMixin):
             truncation: As tokenizers take it, for ``text`` only: an instruction is never truncated.
             max_length: In tokens.
             return_tensors: "pt", "np" or None for lists.
-            device: Compute ``pixel_values`` on this device, with the same bits. Needs the installed package.
+            device: Compute ``pixel_values`` on this device, with the same bits. Needs the package (ImportError).
 
         Returns:
             ``input_ids`` and ``attention_mask`` int64 ``(batch, length)``, and ``pixel_values`` float32
@@ -291,7 +264,6 @@ class OpenVLAProcessor(PushToHub, ProcessorMixin):
             ValueError: Arguments contradict each other or would have no effect; an instruction is empty or a complete
                 prompt; the number of images is not prompts x cameras; a prompt does not start with BOS; the prompt
                 style is unknown.
-            ImportError: ``device`` or ``image_preset`` without the package.
         """
         _require_used(instruction, images, padding, truncation, max_length, device)
         if (text is None) == (instruction is None):
@@ -303,8 +275,7 @@ class OpenVLAProcessor(PushToHub, ProcessorMixin):
                 raise OpenVLAValueError("An instruction needs an image: processor(instruction=..., images=...).")
             inputs = self._tokenize_instructions(instruction, padding, max_length)
         else:
-            prompts = self._checked_prompts(text)
-            inputs = tokenize_text(self.tokenizer, prompts, padding, truncation, max_length, return_tensors)
+            inputs = self._tokenize_text(text, padding, truncation, max_length, return_tensors)
         data = dict(BatchFeature(data=inputs, tensor_type=return_tensors))
         require_bos(self.tokenizer, self.prompt_style, data["input_ids"], data["attention_mask"])
         if images is not None:
@@ -318,15 +289,7 @@ class OpenVLAProcessor(PushToHub, ProcessorMixin):
             )
         return BatchFeature(data=data)
 
-    def _pixel_values(
-        self,
-        images: Any,
-        *,
-        batch_size: int,
-        cameras: int | None,
-        return_tensors: str | None,
-        device: torch.device | str | None,
-    ) -> Any:
+    def _pixel_values(self, images: Any, *, batch_size: int, cameras: int | None, **kwargs: Any) -> Any:
         """Return the images of all prompts, those of one on the channel axis; None cameras: each stands for itself."""
         nested = isinstance(images, (list, tuple)) and isinstance(next(iter(images), None), (list, tuple))
         if cameras is None:
@@ -340,11 +303,10 @@ class OpenVLAProcessor(PushToHub, ProcessorMixin):
                     f"{counts}."
                 )
             images = [image for sample in images for image in sample]
-        preset = self._find_preset(self.image_preset)
-        if preset is not None:
+        if preset := self._find_preset(self.image_preset):
             size = self.image_processor.tvf_crop_params[0]["output_size"]
             images = [preset(image, size) for image in as_images(images)]
-        pixel_values = self.image_processor(images, return_tensors=return_tensors, device=device)["pixel_values"]
+        pixel_values = self.image_processor(images, **kwargs)["pixel_values"]
         if len(pixel_values) != batch_size * cameras:
             each = "one" if cameras == 1 else f"{cameras} (as a list, in the order of training)"
             raise OpenVLAValueError(
@@ -355,7 +317,7 @@ class OpenVLAProcessor(PushToHub, ProcessorMixin):
 
     def _find_preset(self, name: str | None) -> ImagePreset | None:
         """Return an image preset; None where frames are not changed."""
-        if name is None or name == NO_PRESET:
+        if name is None or name == "none":
             return None
         presets = SHIPPED_IMAGE_PRESETS if self.package is None else self.package.IMAGE_PRESETS
         if name in presets:
@@ -366,17 +328,26 @@ class OpenVLAProcessor(PushToHub, ProcessorMixin):
 
     def prompt(self, instruction: str) -> str:
         """Return the complete prompt for an instruction, in this checkpoint's style, without the empty token."""
-        instruction = self._clean(instruction)
+        instruction = self._clean_instruction(instruction)
         return PROMPTS[self._known_prompt_style()].format(instruction=instruction)
 
-    def _clean(self, instruction: Any) -> str:
-        cleaned = clean_instruction(instruction)
+    def _clean_instruction(self, instruction: Any) -> str:
+        """Return an instruction as it stands in a prompt, stripped and in lower case; ValueError if it says nothing."""
+        if isinstance(instruction, bytes):
+            raise OpenVLAValueError(
+                f"The instruction must be text, got bytes: {instruction!r}; decode them: .decode('utf-8')."
+            )
+        if not isinstance(instruction, str) or not any(unicodedata.category(char)[0] in "LNS" for char in instruction):
+            raise OpenVLAValueError(f"The instruction must say something, got {instruction!r}.")
+        require_characters(instruction)
         if self.package is not None:
             self.package.check_instruction(instruction)
-        return cleaned
+        return instruction.strip().lower()
 
-    def _checked_prompts(self, text: Any) -> str | list[str]:
-        """Return complete prompts as the tokenizer takes them: one, or a list of several."""
+    def _tokenize_text(
+        self, text: Any, padding: Any, truncation: Any, max_length: int | None, return_tensors: str | None
+    ) -> dict[str, Any]:
+        """Return ids and mask of complete prompts as lists, nested where tensors are made of them."""
         prompts = as_list(text)
         wrong = [prompt for prompt in prompts if not isinstance(prompt, str) or not prompt]
         if wrong or not prompts:
@@ -386,7 +357,17 @@ class OpenVLAProcessor(PushToHub, ProcessorMixin):
             require_characters(prompt)
             if self.package is not None:
                 self.package.check_prompt(prompt, self.prompt_style)
-        return text if isinstance(text, str) else prompts
+        is_nested = return_tensors is not None or not isinstance(text, str)
+        padding = False if padding is None else padding
+        inputs = self.tokenizer(
+            prompts if is_nested else text, padding=padding, truncation=truncation, max_length=max_length
+        )
+        lengths = sorted({len(ids) for ids in inputs["input_ids"]}) if return_tensors is not None else []
+        if len(lengths) > 1:
+            raise OpenVLAValueError(
+                f"The prompts have different lengths in tokens ({lengths}); they need padding=True."
+            )
+        return {name: inputs[name] for name in ("input_ids", "attention_mask")}
 
     def _known_prompt_style(self) -> str:
         if self.prompt_style is None:
@@ -403,11 +384,10 @@ class OpenVLAProcessor(PushToHub, ProcessorMixin):
         instructions = as_list(instruction)
         if not instructions:
             raise OpenVLAValueError("Got an empty list of instructions.")
-        instructions = [self._clean(text) for text in instructions]
+        instructions = [self._clean_instruction(text) for text in instructions]
         prompts = tokenize_prompts(self.tokenizer, self._known_prompt_style(), instructions)
         if self.empty_token_id is not None:
-            empty = self.empty_token_id
-            prompts = [ids if ids[-1] == empty else [*ids, empty] for ids in prompts]
+            prompts = [ids if ids[-1] == self.empty_token_id else [*ids, self.empty_token_id] for ids in prompts]
         longest = max(map(len, prompts))
         limit, name = min(
             (self.tokenizer.model_max_length, "the tokenizer's model_max_length"),
@@ -423,7 +403,11 @@ class OpenVLAProcessor(PushToHub, ProcessorMixin):
                 raise OpenVLAValueError("The instructions have different lengths; they need padding=True.")
             if self.tokenizer.pad_token_id is None:
                 raise OpenVLAValueError("The tokenizer has no padding token; set tokenizer.pad_token for a batch.")
-        return _padded(prompts, length, self.tokenizer.pad_token_id, self.tokenizer.padding_side)
+        side = self.tokenizer.padding_side
+        return {
+            "input_ids": _padded(prompts, self.tokenizer.pad_token_id, length, side),
+            "attention_mask": _padded([[1] * len(ids) for ids in prompts], 0, length, side),
+        }
 
     def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> list[str]:
         """Save in the layout that every transformers version from 4.40 reads: two JSON files and the tokenizer's."""
@@ -435,21 +419,14 @@ class OpenVLAProcessor(PushToHub, ProcessorMixin):
             "AutoImageProcessor": f"processing_openvla.{type(self.image_processor).__name__}",
         }
         shared = {"processor_class": type(self).__name__, "auto_map": auto_map}
-        image_fields = {**json.loads(self.image_processor.to_json_string()), **shared}
-        processor_fields = {
-            **shared,
-            "prompt_style": self.prompt_style,
-            "empty_token_id": self.empty_token_id,
-            "num_images_in_input": self.num_images_in_input,
-            "image_preset": self.image_preset,
-        }
-        write_json(folder / "preprocessor_config.json", image_fields)
-        write_json(folder / "processor_config.json", processor_fields)
+        image_file, processor_file = folder / "preprocessor_config.json", folder / "processor_config.json"
+        write_json(image_file, {**json.loads(self.image_processor.to_json_string()), **shared})
+        write_json(processor_file, {**shared, **{name: getattr(self, name) for name in PROCESSOR_FIELDS}})
         if self.package is not None:
             self.package.make_tokenizer_readable(folder)
         if push_to_hub:
             self.push_to_hub(kwargs.pop("repo_id", folder.name), **kwargs)
-        return [str(folder / name) for name in ("preprocessor_config.json", "processor_config.json")]
+        return [str(image_file), str(processor_file)]
 
     def batch_decode(self, *args: Any, **kwargs: Any) -> list[str]:
         """Call the tokenizer's ``batch_decode``."""
@@ -480,27 +457,10 @@ def _as_float32(values: Sequence[float]) -> list[float]:
     return [float(value) for value in np.array(values, dtype=np.float32)]
 
 
-def _padded(prompts: Sequence[list[int]], length: int, pad_id: int, side: str) -> dict[str, list[list[int]]]:
-    """Return ``input_ids`` and ``attention_mask`` of prompts padded to a length."""
-    input_ids, attention_mask = [], []
-    for ids in prompts:
-        pads = [pad_id] * (length - len(ids))
-        ones, zeros = [1] * len(ids), [0] * len(pads)
-        input_ids.append(pads + ids if side == "left" else ids + pads)
-        attention_mask.append(zeros + ones if side == "left" else ones + zeros)
-    return {"input_ids": input_ids, "attention_mask": attention_mask}
-
-
-def clean_instruction(instruction: Any) -> str:
-    """Return an instruction as it stands in a prompt, stripped and in lower case; ValueError if it says nothing."""
-    if isinstance(instruction, bytes):
-        raise OpenVLAValueError(
-            f"The instruction must be text, got bytes: {instruction!r}; decode them: .decode('utf-8')."
-        )
-    if not isinstance(instruction, str) or not any(unicodedata.category(char)[0] in "LNS" for char in instruction):
-        raise OpenVLAValueError(f"The instruction must say something, got {instruction!r}.")
-    require_characters(instruction)
-    return instruction.strip().lower()
+def _padded(sequences: Sequence[list[int]], value: int, length: int, side: str) -> list[list[int]]:
+    """Return sequences padded with a value to a length, on the left or the right side."""
+    pads = [[value] * (length - len(sequence)) for sequence in sequences]
+    return [pad + sequence if side == "left" else sequence + pad for pad, sequence in zip(pads, sequences)]
 
 
 def require_characters(text: str) -> None:
@@ -516,23 +476,6 @@ def as_list(texts: Any) -> list[Any]:
     """Return one text or several as a list; an unordered collection (a set, a dictionary) is one object, not texts."""
     several = np.ndim(texts) == 1 if isinstance(texts, np.ndarray) else isinstance(texts, Iterable)
     return list(texts) if several and not isinstance(texts, (str, bytes, Mapping, Set)) else [texts]
-
-
-def tokenize_text(
-    tokenizer: Any, text: str | list[str], padding: Any, truncation: Any, max_length: int | None, tensors: str | None
-) -> dict[str, Any]:
-    """Return ids and mask of complete prompts as lists, nested where tensors are made of them."""
-    padding = False if padding is None else padding
-    inputs = tokenizer(text, padding=padding, truncation=truncation, max_length=max_length)
-    fields: dict[str, Any] = {name: inputs[name] for name in ("input_ids", "attention_mask")}
-    if tensors is not None:
-        if isinstance(text, str):
-            fields = {name: [values] for name, values in fields.items()}
-        if len(lengths := sorted({len(ids) for ids in fields["input_ids"]})) > 1:
-            raise OpenVLAValueError(
-                f"The prompts have different lengths in tokens ({lengths}); they need padding=True."
-            )
-    return fields
 
 
 def tokenize_prompts(tokenizer: Any, style: str, instructions: Sequence[str]) -> list[list[int]]:
