@@ -1,0 +1,106 @@
+"""The kernels of ``fused_kernels`` in Triton; that module describes them."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+COLUMNS = 2048  # numbers that one program of gated_silu computes
+
+
+@triton.jit
+def _rounded(x, dtype: tl.constexpr):
+    """Round float32 to a dtype, to nearest, ties to even.
+
+    bfloat16 is rounded on the bits, because Triton's interpreter truncates (findings/). A NaN stays one.
+    """
+    if dtype == tl.bfloat16:
+        bits = x.to(tl.int32, bitcast=True)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
+        x = tl.where(x == x, bits.to(tl.float32, bitcast=True), x)
+    return x.to(dtype)
+
+
+@triton.jit
+def _add_rms_norm(x, delta, weight, total, normed, size, epsilon, has_delta: tl.constexpr, block: tl.constexpr):
+    row, column = tl.program_id(0), tl.arange(0, block)
+    inside, index = column < size, tl.program_id(0) * size + column
+    dtype: tl.constexpr = x.dtype.element_ty
+    value = tl.load(x + index, mask=inside, other=0.0).to(tl.float32)
+    if has_delta:
+        value = _rounded(value + tl.load(delta + index, mask=inside, other=0.0).to(tl.float32), dtype).to(tl.float32)
+        tl.store(total + row * size + column, _rounded(value, dtype), mask=inside)
+    scale = 1.0 / tl.sqrt(tl.sum(value * value, 0) / size + epsilon)
+    exact = _rounded(value * scale, dtype).to(tl.float32)
+    weights = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
+    tl.store(normed + index, _rounded(weights * exact, dtype), mask=inside)
+
+
+@triton.jit
+def _gated_silu(gate_up, out, size, block: tl.constexpr):
+    row, column = tl.program_id(0), tl.program_id(1) * block + tl.arange(0, block)
+    inside = column < size
+    dtype: tl.constexpr = gate_up.dtype.element_ty
+    gate = tl.load(gate_up + row * 2 * size + column, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(gate_up + row * 2 * size + size + column, mask=inside, other=0.0).to(tl.float32)
+    silu = _rounded(gate / (1.0 + tl.exp(-gate)), dtype).to(tl.float32)
+    tl.store(out + row * size + column, _rounded(silu * up, dtype), mask=inside)
+
+
+@triton.jit
+def _rotate_and_cache(
+    qkv, cosines, sines, queries, keys, values, key_row, key_head, value_row, value_head,
+    num_heads: tl.constexpr, num_kv_heads: tl.constexpr, head_dim: tl.constexpr,
+):  # fmt: skip
+    """One program a token and head: queries first, then keys, then values."""
+    row, head, index = tl.program_id(0), tl.program_id(1), tl.arange(0, head_dim)
+    dtype: tl.constexpr = qkv.dtype.element_ty
+    start = qkv + (row * (num_heads + 2 * num_kv_heads) + head) * head_dim
+    x = tl.load(start + index)
+    if head < num_heads + num_kv_heads:
+        other = tl.load(start + (index + head_dim // 2) % head_dim).to(tl.float32)
+        cosine = tl.load(cosines + row * head_dim + index).to(tl.float32)
+        sine = tl.load(sines + row * head_dim + index).to(tl.float32)
+        first, second = _rounded(x.to(tl.float32) * cosine, dtype), _rounded(other * sine, dtype)
+        x = _rounded(first.to(tl.float32) + second.to(tl.float32), dtype)
+    if head < num_heads:
+        tl.store(queries + (row * num_heads + head) * head_dim + index, x)
+    elif head < num_heads + num_kv_heads:
+        tl.store(keys + row * key_row + (head - num_heads) * key_head + index, x)
+    else:
+        tl.store(values + row * value_row + (head - num_heads - num_kv_heads) * value_head + index, x)
+
+
+def add_rms_norm(
+    x: torch.Tensor, delta: torch.Tensor | None, weight: torch.Tensor, epsilon: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return ``x + delta`` and its RMSNorm."""
+    tokens, size = x.shape
+    total, normed = x if delta is None else torch.empty_like(x), torch.empty_like(x)
+    _add_rms_norm[(tokens,)](
+        x, delta, weight, total, normed, size, epsilon, delta is not None, triton.next_power_of_2(size), num_warps=8
+    )
+    return total, normed
+
+
+def gated_silu(gate_up: torch.Tensor) -> torch.Tensor:
+    """Return ``silu(gate) * up``."""
+    tokens, size = gate_up.shape[0], gate_up.shape[1] // 2
+    out = gate_up.new_empty(tokens, size)
+    _gated_silu[(tokens, triton.cdiv(size, COLUMNS))](gate_up, out, size, COLUMNS, num_warps=4)
+    return out
+
+
+def rotate_and_cache(
+    qkv: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
+) -> torch.Tensor:
+    """Rotate queries and keys, write keys and values into the cache, and return the queries."""
+    tokens, num_kv_heads, head_dim = keys.shape
+    num_heads = qkv.shape[1] // head_dim - 2 * num_kv_heads
+    queries = qkv.new_empty(tokens, num_heads, head_dim)
+    _rotate_and_cache[(tokens, num_heads + 2 * num_kv_heads)](
+        qkv, cosines, sines, queries, keys, values, keys.stride(0), keys.stride(1), values.stride(0), values.stride(1),
+        num_heads, num_kv_heads, head_dim, num_warps=1,
+    )  # fmt: skip
+    return queries
