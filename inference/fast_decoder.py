@@ -139,7 +139,7 @@ class Rope(NamedTuple):
 
     def select(self, positions: slice | torch.Tensor) -> Rope:
         """Return the embedding of some positions, as ``_select`` takes them."""
-        return Rope(_select(self.cos, positions), _select(self.sin, positions))
+        return Rope(select(self.cos, positions), select(self.sin, positions))
 
 
 def _rope_tables(
@@ -162,7 +162,7 @@ def _apply_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.
     return (x * cos).add_(x.roll(x.shape[-1] // 2, -1) * sin)
 
 
-def _select(x: torch.Tensor, positions: slice | torch.Tensor) -> torch.Tensor:
+def select(x: torch.Tensor, positions: slice | torch.Tensor) -> torch.Tensor:
     """Return some positions of ``(batch or 1, length, ...)``: a slice for all, or int64 ``(batch, count)``."""
     if isinstance(positions, slice):
         return x[:, positions]
@@ -170,7 +170,7 @@ def _select(x: torch.Tensor, positions: slice | torch.Tensor) -> torch.Tensor:
     return x.expand(len(positions), *x.shape[1:]).gather(1, index)
 
 
-def _functional(module: Any, compiled: bool = False) -> Function:
+def functional(module: Any, compiled: bool = False) -> Function:
     """Return what a module computes on ``(tokens, size)`` as a plain function, or the module where it is not plain.
 
     It is made for every call, so that weights which were changed, moved, wrapped or quantised count.
@@ -226,12 +226,12 @@ class _Layer:
 
     def __init__(self, layer: Any, compiled: bool) -> None:
         attention, mlp = layer.self_attn, layer.mlp
-        self.input_norm = _functional(layer.input_layernorm, compiled)
-        self.post_attn_norm = _functional(layer.post_attention_layernorm, compiled)
-        self.query, self.key = _functional(attention.q_proj), _functional(attention.k_proj)
-        self.value, self.output = _functional(attention.v_proj), _functional(attention.o_proj)
-        self.gate, self.up, self.down = (_functional(part) for part in (mlp.gate_proj, mlp.up_proj, mlp.down_proj))
-        self.gated_act = _gated_activation(_functional(mlp.act_fn), compiled)
+        self.input_norm = functional(layer.input_layernorm, compiled)
+        self.post_attn_norm = functional(layer.post_attention_layernorm, compiled)
+        self.query, self.key = functional(attention.q_proj), functional(attention.k_proj)
+        self.value, self.output = functional(attention.v_proj), functional(attention.o_proj)
+        self.gate, self.up, self.down = (functional(part) for part in (mlp.gate_proj, mlp.up_proj, mlp.down_proj))
+        self.gated_act = _gated_activation(functional(mlp.act_fn), compiled)
 
 
 def _gated_activation(activation: Function, compiled: bool) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
@@ -263,7 +263,7 @@ class FastDecoder:
         decoder = decoder_of(language_model)
         compiled = getattr(language_model, COMPILED_FLAG, False)
         self.layers = [_Layer(layer, compiled) for layer in decoder.layers]
-        self.norm = _functional(decoder.norm, compiled)
+        self.norm = functional(decoder.norm, compiled)
         self.apply_rope: Callable[..., torch.Tensor] = _compiled_rope if compiled else _apply_rope
         self.num_heads, self.num_kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.head_dim = head_dim(config)
@@ -301,8 +301,8 @@ class FastDecoder:
             new_kv[1][layer_idx].copy_(layer.value(normed).view(by_head))
             if read is not None and index == len(self.layers) - 1:
                 new_kv[0][layer_idx].copy_(self.apply_rope(layer.key(normed).view(by_head), *rope))
-                x, normed = (_select(y.view(batch, count, size), read).flatten(0, 1) for y in (x, normed))
-                rope, mask = rope.select(read), self._mask(_select(positions, read), end)
+                x, normed = (select(y.view(batch, count, size), read).flatten(0, 1) for y in (x, normed))
+                rope, mask = rope.select(read), self._mask(select(positions, read), end)
                 queries = self.apply_rope(layer.query(normed).view(batch, -1, self.num_heads, self.head_dim), *rope)
             else:
                 both = torch.cat([layer.query(normed), layer.key(normed)], dim=-1).view(by_head)
@@ -346,6 +346,14 @@ class FastDecoder:
         if self.visible is not None:
             attended = attended & self.visible[:, None, None, :end] | (keys == queries)
         return attended, False
+
+
+def decoder_for(language_model: nn.Module, ref: torch.Tensor, *args: Any, **kwargs: Any) -> FastDecoder:
+    """Return a ``FusedDecoder`` where Triton's kernels can run the language model, else a ``FastDecoder``."""
+    from .fused_decoder import FusedDecoder  # which imports this module
+
+    decoder_class = FusedDecoder if FusedDecoder.supports(language_model, ref) else FastDecoder
+    return decoder_class(language_model, ref, *args, **kwargs)
 
 
 def encode_decoded(tokenizer: ActionTokenizer, actions: np.ndarray) -> np.ndarray:
@@ -402,7 +410,7 @@ def decode_fast(
     length, num_later = embeds.shape[1], steps - 1
     if mask is not None:
         mask = torch.cat([mask, mask.new_ones(len(mask), num_later)], dim=1)
-    decoder = FastDecoder(language_model, embeds, length + num_later, mask)
+    decoder = decoder_for(language_model, embeds, length + num_later, mask)
     model: Any = language_model
     embed, head = model.get_input_embeddings(), model.get_output_embeddings()
 
@@ -439,4 +447,4 @@ def bidirectional_hidden_states(
     Returns:
         ``(batch, count, hidden)``.
     """
-    return FastDecoder(language_model, embeds, embeds.shape[1], mask, causal=False).run(embeds, 0, positions)
+    return decoder_for(language_model, embeds, embeds.shape[1], mask, causal=False).run(embeds, 0, positions)

@@ -58,23 +58,24 @@ def rotate_and_cache(
     """Rotate queries and keys, and write keys and values into the cache.
 
     Args:
-        qkv: Queries, keys and values of every token, ``(tokens, (heads + 2 * key_value_heads) * head_dim)``.
-        cosines: ``(tokens, head_dim)``.
-        sines: ``(tokens, head_dim)``, the first half negated.
-        keys: Where keys are written, ``(tokens, key_value_heads, head_dim)`` with any strides between tokens and heads.
+        qkv: Queries, keys and values of every token, ``(batch * count, (heads + 2 * key_value_heads) * head_dim)``.
+        cosines: ``(batch * count, head_dim)``.
+        sines: Of the same shape, the first half negated.
+        keys: Where keys are written, ``(batch, count, key_value_heads, head_dim)``; the last dimension is contiguous.
         values: Where values are written, likewise.
 
     Returns:
-        Rotated queries ``(tokens, heads, head_dim)``.
+        Rotated queries ``(batch, count, heads, head_dim)``.
     """
-    tokens, num_kv_heads, head_dim = keys.shape
-    heads = qkv.view(tokens, -1, head_dim)
-    num_heads = heads.shape[1] - 2 * num_kv_heads
-    rotated = heads[:, : num_heads + num_kv_heads]
-    rotated = rotated * cosines[:, None] + rotated.roll(head_dim // 2, -1) * sines[:, None]
-    keys.copy_(rotated[:, num_heads:])
-    values.copy_(heads[:, num_heads + num_kv_heads :])
-    return rotated[:, :num_heads].contiguous()
+    batch, count, num_kv_heads, head_dim = keys.shape
+    heads = qkv.view(batch, count, -1, head_dim)
+    num_heads = heads.shape[2] - 2 * num_kv_heads
+    cosines, sines = (table.view(batch, count, 1, head_dim) for table in (cosines, sines))
+    rotated = heads[:, :, : num_heads + num_kv_heads]
+    rotated = rotated * cosines + rotated.roll(head_dim // 2, -1) * sines
+    keys.copy_(rotated[:, :, num_heads:])
+    values.copy_(heads[:, :, num_heads + num_kv_heads :])
+    return rotated[:, :, :num_heads].contiguous()
 
 
 PLAIN = SimpleNamespace(add_rms_norm=add_rms_norm, gated_silu=gated_silu, rotate_and_cache=rotate_and_cache)

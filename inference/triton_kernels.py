@@ -1,5 +1,6 @@
 """The kernels of ``fused_kernels`` in Triton; that module describes them."""
 
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, misc"
 from __future__ import annotations
 
 import torch
@@ -50,12 +51,13 @@ def _gated_silu(gate_up, out, size, block: tl.constexpr):
 
 @triton.jit
 def _rotate_and_cache(
-    qkv, cosines, sines, queries, keys, values, key_row, key_head, value_row, value_head,
+    qkv, cosines, sines, queries, keys, values, count, sequence, token, key_head,
     num_heads: tl.constexpr, num_kv_heads: tl.constexpr, head_dim: tl.constexpr,
 ):  # fmt: skip
     """One program a token and head: queries first, then keys, then values."""
     row, head, index = tl.program_id(0), tl.program_id(1), tl.arange(0, head_dim)
     dtype: tl.constexpr = qkv.dtype.element_ty
+    place = (row // count) * sequence + (row % count) * token  # in the cache
     start = qkv + (row * (num_heads + 2 * num_kv_heads) + head) * head_dim
     x = tl.load(start + index)
     if head < num_heads + num_kv_heads:
@@ -67,9 +69,9 @@ def _rotate_and_cache(
     if head < num_heads:
         tl.store(queries + (row * num_heads + head) * head_dim + index, x)
     elif head < num_heads + num_kv_heads:
-        tl.store(keys + row * key_row + (head - num_heads) * key_head + index, x)
+        tl.store(keys + place + (head - num_heads) * key_head + index, x)
     else:
-        tl.store(values + row * value_row + (head - num_heads - num_kv_heads) * value_head + index, x)
+        tl.store(values + place + (head - num_heads - num_kv_heads) * key_head + index, x)
 
 
 def add_rms_norm(
@@ -96,11 +98,13 @@ def rotate_and_cache(
     qkv: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
 ) -> torch.Tensor:
     """Rotate queries and keys, write keys and values into the cache, and return the queries."""
-    tokens, num_kv_heads, head_dim = keys.shape
+    batch, count, num_kv_heads, head_dim = keys.shape
+    if keys.stride() != values.stride() or keys.stride(3) != 1:
+        raise RuntimeError("Keys and values must lie in memory in the same way, with contiguous heads.")
     num_heads = qkv.shape[1] // head_dim - 2 * num_kv_heads
-    queries = qkv.new_empty(tokens, num_heads, head_dim)
-    _rotate_and_cache[(tokens, num_heads + 2 * num_kv_heads)](
-        qkv, cosines, sines, queries, keys, values, keys.stride(0), keys.stride(1), values.stride(0), values.stride(1),
+    queries = qkv.new_empty(batch, count, num_heads, head_dim)
+    _rotate_and_cache[(batch * count, num_heads + 2 * num_kv_heads)](
+        qkv, cosines, sines, queries, keys, values, count, *keys.stride()[:3],
         num_heads, num_kv_heads, head_dim, num_warps=1,
     )  # fmt: skip
     return queries

@@ -1,4 +1,4 @@
-"""Triton's kernels equal the plain functions bit for bit, under Triton's interpreter: TRITON_INTERPRET=1 before torch."""
+"""Triton's kernels equal the plain functions bit for bit, under Triton's interpreter."""
 
 import os
 import subprocess
@@ -28,12 +28,12 @@ for dtype in (torch.float32, torch.bfloat16, torch.float16):
             plain, fused = (kernels.add_rms_norm(x, added, weight, 1e-6) for kernels in (PLAIN, triton_kernels))
             assert all(map(torch.equal, plain, fused)), (dtype, size)
     for heads, key_value_heads, head_dim in ((4, 4, 16), (8, 2, 64)):
-        qkv = torch.randn(3, (heads + 2 * key_value_heads) * head_dim, generator=generator).to(dtype)
-        cosines, sines = (torch.rand(3, head_dim, generator=generator).to(dtype) for _ in range(2))
+        qkv = torch.randn(6, (heads + 2 * key_value_heads) * head_dim, generator=generator).to(dtype)
+        cosines, sines = (torch.rand(6, head_dim, generator=generator).to(dtype) for _ in range(2))
         caches, queries = [], []
         for kernels in (PLAIN, triton_kernels):
-            keys, values = (torch.zeros(9, key_value_heads, head_dim, dtype=dtype) for _ in range(2))
-            queries.append(kernels.rotate_and_cache(qkv, cosines, sines, keys[2:5], values[2:5]))
+            keys, values = (torch.zeros(2, 9, key_value_heads, head_dim, dtype=dtype) for _ in range(2))
+            queries.append(kernels.rotate_and_cache(qkv, cosines, sines, keys[:, 2:5], values[:, 2:5]))
             caches.append(torch.stack([keys, values]))
         assert torch.equal(*queries)
         assert torch.equal(*caches)
