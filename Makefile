@@ -41,9 +41,10 @@ train-tiny: $(INSTALLED)  ## the tiny LIBERO policies from nothing: demonstratio
 lanes:  ## parity, remote code and processors on every supported transformers, and the towers against timm
 	PYTHON=$(PYTHON) bash ci/lanes.sh
 
-lint: $(INSTALLED)  ## style
-	$(VENV)/bin/pip install --quiet -c ci/constraints.txt ruff
+lint: $(INSTALLED)  ## style and types
+	$(VENV)/bin/pip install --quiet -c ci/constraints.txt mypy ruff
 	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .
+	bash ci/types.sh
 
 docs: $(INSTALLED)  ## the pages as a site, in site/; a broken link stops it
 	$(VENV)/bin/pip install --quiet -c ci/constraints.txt -e ".[docs]"

@@ -1,39 +1,72 @@
 """OpenVLA on every transformers from 4.40.1 on: load a checkpoint, see the image, get the action.
 
-Importing this package teaches transformers' Auto classes the model types "openvla" and "prismatic", so that published
-checkpoints load without ``trust_remote_code``.
+Importing this package registers the model types "openvla" and "prismatic" with transformers' Auto classes, so that
+published checkpoints load without ``trust_remote_code``. Public names are imported when they are first used.
 """
 
-from .action_chunk import ActionChunk
-from .actions_openvla import ActionTokenizer, NormalizationStatistics
-from .answers_openvla import ActionOutput
-from .configuration_openvla import PLATFORMS, OpenVLAConfig, PrismaticConfig
-from .decoding_openvla import NoActionError
-from .loading import AutoModelForVision2Seq, AutoProcessor, register_auto_classes
-from .modeling_openvla import OpenVLAForActionPrediction
-from .policy import Policy, load_policy
-from .policy_client import PolicyClient
-from .prismatic_openvla import PrismaticForConditionalGeneration
-from .processing_openvla import (
-    OpenVLAImageProcessor,
-    OpenVLAProcessor,
-    PrismaticImageProcessor,
-    PrismaticProcessor,
-)
-from .quantization_openvla import quantization_config
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from .registration import register_with_transformers
+
+if TYPE_CHECKING:
+    from .actions_openvla import ActionTokenizer, NormalizationStatistics
+    from .configuration_openvla import PLATFORMS, OpenVLAConfig, PrismaticConfig
+    from .decoding_openvla import ActionOutput, NoActionError
+    from .errors_openvla import OpenVLAError
+    from .inference.action_queue import ActionQueue
+    from .inference.policy import Policy, load_policy
+    from .inference.quantization import quantization_config
+    from .loading import AutoModelForVision2Seq, AutoProcessor
+    from .modeling_openvla import OpenVLAForActionPrediction
+    from .prismatic_openvla import PrismaticForConditionalGeneration
+    from .processing_openvla import (
+        OpenVLAImageProcessor,
+        OpenVLAProcessor,
+        PrismaticImageProcessor,
+        PrismaticProcessor,
+    )
+    from .serving.client import PolicyClient
 
 __version__ = "0.1.0"
 
+_MODULES = {
+    "PLATFORMS": "configuration_openvla",
+    "ActionOutput": "decoding_openvla",
+    "ActionQueue": "inference.action_queue",
+    "ActionTokenizer": "actions_openvla",
+    "AutoModelForVision2Seq": "loading",
+    "AutoProcessor": "loading",
+    "NoActionError": "decoding_openvla",
+    "NormalizationStatistics": "actions_openvla",
+    "OpenVLAConfig": "configuration_openvla",
+    "OpenVLAError": "errors_openvla",
+    "OpenVLAForActionPrediction": "modeling_openvla",
+    "OpenVLAImageProcessor": "processing_openvla",
+    "OpenVLAProcessor": "processing_openvla",
+    "Policy": "inference.policy",
+    "PolicyClient": "serving.client",
+    "PrismaticConfig": "configuration_openvla",
+    "PrismaticForConditionalGeneration": "prismatic_openvla",
+    "PrismaticImageProcessor": "processing_openvla",
+    "PrismaticProcessor": "processing_openvla",
+    "load_policy": "inference.policy",
+    "quantization_config": "inference.quantization",
+}
+
 __all__ = [
     "PLATFORMS",
-    "ActionChunk",
     "ActionOutput",
+    "ActionQueue",
     "ActionTokenizer",
     "AutoModelForVision2Seq",
     "AutoProcessor",
     "NoActionError",
     "NormalizationStatistics",
     "OpenVLAConfig",
+    "OpenVLAError",
     "OpenVLAForActionPrediction",
     "OpenVLAImageProcessor",
     "OpenVLAProcessor",
@@ -47,4 +80,18 @@ __all__ = [
     "quantization_config",
 ]
 
-register_auto_classes()
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first used (PEP 562)."""
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f".{_MODULES[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+register_with_transformers()

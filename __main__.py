@@ -1,64 +1,71 @@
-"""The ``openvla`` command: a line a subcommand, each a thin call into its room."""
+"""Run the ``openvla`` command; each subcommand is a module that is imported when it is called."""
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import sys
 
-from . import (
-    __version__,
-    assemble_model,
-    benchmark,
-    checkpoint_folder,
-    convert_checkpoint,
-    finetune,
-    inspect_data,
-    merge_adapter,
-    predict,
-    publish,
-    rollout,
-    serve,
-    upgrade_checkpoint,
-)
-from .checkpoint_folder import verify
+from . import __version__
+from .errors_openvla import OpenVLAError
 
+# Subcommand: its module with add_arguments() and run(), and a line for --help.
 COMMANDS = {
-    "predict": (predict.add_arguments, predict.run, predict.__doc__),
-    "convert": (convert_checkpoint.add_arguments, convert_checkpoint.run, convert_checkpoint.__doc__),
-    "upgrade": (upgrade_checkpoint.add_arguments, upgrade_checkpoint.run, upgrade_checkpoint.__doc__),
-    "assemble": (assemble_model.add_arguments, assemble_model.run, assemble_model.__doc__),
-    "merge": (merge_adapter.add_arguments, merge_adapter.run, merge_adapter.__doc__),
-    "finetune": (finetune.add_arguments, finetune.run, finetune.__doc__),
-    "evaluate": (rollout.add_arguments, rollout.run, rollout.__doc__),
-    "serve": (serve.add_arguments, serve.run, serve.__doc__),
-    "verify": (checkpoint_folder.add_verify_arguments, checkpoint_folder.run_verify, verify.__doc__),
-    "inspect-data": (inspect_data.add_arguments, inspect_data.run, inspect_data.__doc__),
-    "bench": (benchmark.add_arguments, benchmark.run, benchmark.__doc__),
-    "publish": (publish.add_arguments, publish.run, publish.__doc__),
+    "predict": ("inference.predict", "predict one action from an image and an instruction"),
+    "convert": ("convert_checkpoint", "convert a checkpoint to a folder that loads with from_pretrained, or back"),
+    "upgrade": ("conversion.upgrade", "write a saved folder with today's code and configuration, weights untouched"),
+    "assemble": ("conversion.assemble", "assemble an untrained model from vision towers and a language model"),
+    "merge": ("conversion.merge", "merge an adapter into its base"),
+    "finetune": ("training.finetune", "fine-tune a model on a dataset"),
+    "evaluate": ("evaluation.cli", "evaluate a policy in the LIBERO simulator"),
+    "serve": ("serving.cli", "serve a policy over HTTP and WebSocket"),
+    "verify": ("conversion.verify", "check every file and tensor of a converted folder"),
+    "inspect-data": ("data.inspect", "summarise a dataset and check its recorded numbers"),
+    "bench": ("benchmarking.benchmark", "measure the speed of a model on this machine"),
+    "publish": ("conversion.publish", "upload a folder to the Hugging Face Hub"),
 }
 
-# What huggingface_hub speaks HTTP with, by version; not all of their errors are OSErrors.
+# The HTTP libraries of huggingface_hub, by version; not all of their errors are OSErrors.
 HTTP_CLIENTS = ("httpx", "httpx2", "requests")
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run a subcommand; a user's mistake is one line on stderr and exit status 2."""
+def build_parser(chosen: str | None) -> argparse.ArgumentParser:
+    """Return the parser; only the chosen subcommand is imported and has its options."""
     parser = argparse.ArgumentParser(prog="openvla", description="OpenVLA on every transformers from 4.40.1 on.")
     parser.add_argument("--version", action="version", version=f"openvla {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, (add_arguments, _, description) in COMMANDS.items():
-        summary = description.strip().splitlines()[0]
-        add_arguments(commands.add_parser(name, help=summary, description=description))
-    args = parser.parse_args(argv)
+    for name, (module, summary) in COMMANDS.items():
+        command = commands.add_parser(name, help=summary)
+        command.add_argument("--traceback", action="store_true", help="show the traceback of every error")
+        if name == chosen:
+            implementation = importlib.import_module(f".{module}", __package__)
+            command.description = implementation.__doc__
+            command.set_defaults(run=implementation.run)
+            implementation.add_arguments(command)
+    return parser
+
+
+def describe(error: Exception) -> str | None:
+    """Return one line for an error that is not a bug: the user's, the system's (files, disk) or the network's."""
+    if type(error).__module__.split(".")[0] in HTTP_CLIENTS:
+        return f"The connection to the Hub failed, run it again and it goes on where it stopped: {error}"
+    if isinstance(error, (OpenVLAError, OSError)) or type(error).__module__ == f"{__package__}.serving.client":
+        return str(error)
+    return None
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a subcommand; a user's mistake is one line on stderr and exit status 2, a bug a traceback and status 1."""
+    argv = sys.argv[1:] if argv is None else argv
+    args = build_parser(argv[0] if argv else None).parse_args(argv)
+    run, traceback = args.run, args.traceback
+    del args.run, args.traceback  # the rest is the subcommand's own
     try:
-        return COMMANDS[args.command][1](args)
+        return run(args)
     except Exception as error:
-        if type(error).__module__.split(".")[0] in HTTP_CLIENTS:
-            message = f"The connection to the Hub failed, run it again and it goes on where it stopped: {error}"
-        elif isinstance(error, (ValueError, KeyError, TypeError, ImportError, OSError)):
-            message = error.args[0] if isinstance(error, KeyError) and error.args else error
-        else:
-            raise
+        message = describe(error)
+        if message is None or traceback:
+            raise  # Python prints the traceback and exits with status 1
         print(f"openvla {args.command}: {type(error).__name__}: {message}", file=sys.stderr)
         return 2
 

@@ -1,15 +1,12 @@
-"""Bridge what differs between transformers versions: one constant or function for each difference.
+"""Differences between transformers versions: one constant or function for each.
 
-A version in a comment is the first one with the newer behaviour; the oldest supported one is 4.40.1, the newest one
-that was run is 5.24.0. ``tests/library_surface.py`` lists every unstable name that this package touches, these and the
-others, and ``tests/test_library_surface.py`` fails by name when one of them changes.
+A version in a comment is the first one with the newer behaviour, from 4.40.1 to 5.24.0. ``tests/library_surface.py``
+lists every unstable name that this package touches; ``tests/test_library_surface.py`` fails when one changes.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import importlib
-import importlib.metadata
 import inspect
 import re
 from typing import Any
@@ -40,20 +37,26 @@ CACHE_FIELD = (
     "cache" if "cache" in {field.name for field in dataclasses.fields(CausalLMOutputWithPast)} else "past_key_values"
 )
 
-# Before 4.53 transformers checks devices in a way that fails without an accelerator (4.40: "No GPU found"; 4.46 to 4.52
-# with today's bitsandbytes: 'frozenset' object has no attribute 'discard').
+# Before 4.53 transformers' check of devices fails without an accelerator ("No GPU found", or an AttributeError).
 QUANTIZES_ON_CPU = TRANSFORMERS_VERSION >= (4, 53)
-
 
 # torch's CPU wheels (2.13 too) use a oneMKL that picks each function's kernel on its first call. Where several threads
 # make that call at once, one of them may get a kernel of low accuracy, once: cosines were off by 1.5e-4, and a first
 # action had other bits (https://github.com/pytorch/pytorch/issues/188792, open; not seen from oneMKL 2025.0 on).
-MKL_FUNCTIONS = ("cos", "sin", "tan", "cosh", "sinh", "tanh", "acos", "asin", "atan", "exp", "expm1", "log", "log10")
-MKL_FUNCTIONS += ("log2", "log1p", "sqrt", "rsqrt", "erf", "erfc", "erfinv", "lgamma")
+MKL_FUNCTIONS = (
+    *("cos", "sin", "tan", "cosh", "sinh", "tanh", "acos", "asin", "atan", "exp", "expm1", "log", "log10"),
+    *("log2", "log1p", "sqrt", "rsqrt", "erf", "erfc", "erfinv", "lgamma"),
+)
 
 
-def choose_mkl_kernels() -> None:
-    """Call every function of ``MKL_FUNCTIONS`` with one element, in this thread, so that later calls are exact."""
+def make_reproducible() -> None:
+    """Let torch compute the same bits in every call: choose oneMKL's kernels now, and do without cuDNN's attention.
+
+    On Hopper, cuDNN 9.19's attention of one query differs from call to call (torch 2.11). To use it all the same, call
+    ``torch.backends.cuda.enable_cudnn_sdp(True)`` after loading.
+    """
+    if hasattr(torch.backends.cuda, "enable_cudnn_sdp"):  # torch 2.5; flash or memory-efficient attention remains
+        torch.backends.cuda.enable_cudnn_sdp(False)
     for dtype in (torch.float32, torch.float64):
         one = torch.full((1,), 0.5, dtype=dtype, device="cpu")
         for function in MKL_FUNCTIONS:
@@ -62,7 +65,8 @@ def choose_mkl_kernels() -> None:
 
 def language_model_class(config: PretrainedConfig) -> type[nn.Module]:
     """Return transformers' causal language model for a configuration such as ``LlamaConfig``."""
-    return transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    model_class: Any = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    return model_class
 
 
 def cache_of(output: Any) -> Any:
@@ -71,10 +75,7 @@ def cache_of(output: Any) -> Any:
 
 
 def cached_length(cache: Any) -> int:
-    """Return the number of tokens in a KV cache: an object, or the tuples of transformers 4.40; 0 for None.
-
-    Newer transformers hand an empty cache over at the first pass; it has 0 tokens.
-    """
+    """Return the number of tokens in a KV cache: an object, or the tuples of transformers 4.40; 0 for None or empty."""
     if cache is None:
         return 0
     if hasattr(cache, "get_seq_length"):
@@ -103,48 +104,6 @@ def tied_weight_names(model: nn.Module) -> list[str]:
     return list(tied) if isinstance(tied, (list, tuple)) else []  # a dict, of each part's own, since 5.0
 
 
-def rotary_fields(config: Any) -> dict[str, Any]:
-    """Return ``rope_theta`` and what scales it: one field, ``rope_parameters``, since 5.0, two before."""
-    fields = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
-    return {"rope_theta": getattr(config, "rope_theta", None), **fields}
-
-
-def enable_checkpointing(model: Any) -> None:
-    """Compute activations anew in the backward pass, in every part of the model, without reentrance."""
-    # 5.24 renamed gradient checkpointing to activation checkpointing; the old methods warn, and go in 6.0.
-    old = not hasattr(model, "activation_checkpointing_enable")
-    enable = model.gradient_checkpointing_enable if old else model.activation_checkpointing_enable
-    enable({"use_reentrant": False})
-
-
-def disable_checkpointing(model: Any) -> None:
-    """Keep activations for the backward pass again."""
-    old = not hasattr(model, "activation_checkpointing_disable")
-    (model.gradient_checkpointing_disable if old else model.activation_checkpointing_disable)()
-
-
 def is_checkpointing(model: nn.Module) -> bool:
     """Return whether some part of the model computes its activations anew in the backward pass."""
     return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
-
-
-def require_peft_of_transformers(method: str, own: str) -> None:
-    """Check that peft is new enough for transformers' own adapter methods; this package's ways need peft 0.11.1.
-
-    Args:
-        method: The method of transformers that was called.
-        own: This package's method, which the message recommends.
-
-    Raises:
-        ImportError: peft is missing or older than this transformers asks for (5.24.0: peft 0.22).
-    """
-    needed = importlib.import_module("transformers.integrations.peft").MIN_PEFT_VERSION
-    try:
-        installed = importlib.metadata.version("peft")
-    except importlib.metadata.PackageNotFoundError:
-        installed = "none"
-    if installed == "none" or _release(installed) < _release(needed):
-        raise ImportError(
-            f"{method}() is transformers' own: transformers {transformers.__version__} needs peft {needed} or newer "
-            f"for it; installed: {installed}. Use {own}() of this model, which runs with peft 0.11.1 and newer."
-        )

@@ -1,65 +1,77 @@
-"""Configuration of Prismatic vision-language models and of OpenVLA: every fact that a checkpoint carries as data."""
+"""Configuration of Prismatic vision-language models and of OpenVLA."""
 
 from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from transformers import CONFIG_MAPPING, PretrainedConfig
+from transformers.utils import cached_file
 
-from .saved_folder_openvla import require_one_code
+from .publishing_openvla import require_same_code
 
-require_one_code(__name__)
+require_same_code(__name__)
 
 from .actions_openvla import NORMALIZATION_EPSILON, NORMALIZATIONS, nearest_name, validate_norm_stats
 from .compatibility_openvla import DTYPE_FIELD
+from .errors_openvla import OpenVLAValueError
 
-# The vision backbones of the reference's registry: per tower its timm id, input size in pixels and activation override
-# (None keeps timm's GELU).
-VISION_BACKBONES: dict[str, list[tuple[str, int, str | None]]] = {
-    "clip-vit-l": [("vit_large_patch14_clip_224.openai", 224, "quick_gelu")],
-    "clip-vit-l-336px": [("vit_large_patch14_clip_336.openai", 336, "quick_gelu")],
-    "dinov2-vit-l": [("vit_large_patch14_reg4_dinov2.lvd142m", 224, None)],
-    "in1k-vit-l": [("vit_large_patch16_224.augreg_in21k_ft_in1k", 224, None)],
-    "siglip-vit-so400m": [("vit_so400m_patch14_siglip_224", 224, None)],
-    "siglip-vit-so400m-384px": [("vit_so400m_patch14_siglip_384", 384, None)],
-    "dinoclip-vit-l-336px": [
-        ("vit_large_patch14_reg4_dinov2.lvd142m", 336, None),
-        ("vit_large_patch14_clip_336.openai", 336, "quick_gelu"),
-    ],
-    "dinosiglip-vit-so-224px": [
-        ("vit_large_patch14_reg4_dinov2.lvd142m", 224, None),
-        ("vit_so400m_patch14_siglip_224", 224, None),
-    ],
-    "dinosiglip-vit-so-384px": [
-        ("vit_large_patch14_reg4_dinov2.lvd142m", 384, None),
-        ("vit_so400m_patch14_siglip_384", 384, None),
-    ],
+
+class VisionTowerId(NamedTuple):
+    """One vision tower: timm's architecture, image size in pixels, and an override of its activation (GELU)."""
+
+    timm_id: str
+    image_size: int
+    activation: str | None
+
+
+class LanguageModelId(NamedTuple):
+    """A language model's Hub id and transformers model type."""
+
+    hub_id: str
+    model_type: str
+
+
+DINOV2, SIGLIP = "vit_large_patch14_reg4_dinov2.lvd142m", "vit_so400m_patch14_siglip"
+CLIP_336 = VisionTowerId("vit_large_patch14_clip_336.openai", 336, "quick_gelu")
+SIGLIP_224, SIGLIP_384 = VisionTowerId(f"{SIGLIP}_224", 224, None), VisionTowerId(f"{SIGLIP}_384", 384, None)
+# The vision backbones of the reference's registry, by their towers.
+VISION_BACKBONES: dict[str, list[VisionTowerId]] = {
+    "clip-vit-l": [VisionTowerId("vit_large_patch14_clip_224.openai", 224, "quick_gelu")],
+    "clip-vit-l-336px": [CLIP_336],
+    "dinov2-vit-l": [VisionTowerId(DINOV2, 224, None)],
+    "in1k-vit-l": [VisionTowerId("vit_large_patch16_224.augreg_in21k_ft_in1k", 224, None)],
+    "siglip-vit-so400m": [SIGLIP_224],
+    "siglip-vit-so400m-384px": [SIGLIP_384],
+    "dinoclip-vit-l-336px": [VisionTowerId(DINOV2, 336, None), CLIP_336],
+    "dinosiglip-vit-so-224px": [VisionTowerId(DINOV2, 224, None), SIGLIP_224],
+    "dinosiglip-vit-so-384px": [VisionTowerId(DINOV2, 384, None), SIGLIP_384],
 }
 
-# The language models of the reference's registry (and of openvla-mini): Hub id and transformers model type.
-LLM_BACKBONES: dict[str, tuple[str, str]] = {
-    "llama2-7b-pure": ("meta-llama/Llama-2-7b-hf", "llama"),
-    "llama2-13b-pure": ("meta-llama/Llama-2-13b-hf", "llama"),
-    "llama2-7b-chat": ("meta-llama/Llama-2-7b-chat-hf", "llama"),
-    "llama2-13b-chat": ("meta-llama/Llama-2-13b-chat-hf", "llama"),
-    "vicuna-v15-7b": ("lmsys/vicuna-7b-v1.5", "llama"),
-    "vicuna-v15-13b": ("lmsys/vicuna-13b-v1.5", "llama"),
-    "mistral-v0.1-7b-pure": ("mistralai/Mistral-7B-v0.1", "mistral"),
-    "mistral-v0.1-7b-instruct": ("mistralai/Mistral-7B-Instruct-v0.1", "mistral"),
-    "phi-2-3b": ("microsoft/phi-2", "phi"),
-    "qwen25-0_5b-pure": ("Qwen/Qwen2.5-0.5B", "qwen2"),
-    "qwen25-0_5b-extra": ("Qwen/Qwen2.5-0.5B", "qwen2"),
-    "qwen25-1_5b-pure": ("Qwen/Qwen2.5-1.5B", "qwen2"),
-    "qwen25-3b-pure": ("Qwen/Qwen2.5-3B", "qwen2"),
+# The language models of the reference's registry, and of openvla-mini.
+LLM_BACKBONES: dict[str, LanguageModelId] = {
+    "llama2-7b-pure": LanguageModelId("meta-llama/Llama-2-7b-hf", "llama"),
+    "llama2-13b-pure": LanguageModelId("meta-llama/Llama-2-13b-hf", "llama"),
+    "llama2-7b-chat": LanguageModelId("meta-llama/Llama-2-7b-chat-hf", "llama"),
+    "llama2-13b-chat": LanguageModelId("meta-llama/Llama-2-13b-chat-hf", "llama"),
+    "vicuna-v15-7b": LanguageModelId("lmsys/vicuna-7b-v1.5", "llama"),
+    "vicuna-v15-13b": LanguageModelId("lmsys/vicuna-13b-v1.5", "llama"),
+    "mistral-v0.1-7b-pure": LanguageModelId("mistralai/Mistral-7B-v0.1", "mistral"),
+    "mistral-v0.1-7b-instruct": LanguageModelId("mistralai/Mistral-7B-Instruct-v0.1", "mistral"),
+    "phi-2-3b": LanguageModelId("microsoft/phi-2", "phi"),
+    "qwen25-0_5b-pure": LanguageModelId("Qwen/Qwen2.5-0.5B", "qwen2"),
+    "qwen25-0_5b-extra": LanguageModelId("Qwen/Qwen2.5-0.5B", "qwen2"),
+    "qwen25-1_5b-pure": LanguageModelId("Qwen/Qwen2.5-1.5B", "qwen2"),
+    "qwen25-3b-pure": LanguageModelId("Qwen/Qwen2.5-3B", "qwen2"),
 }
 LLM_MODEL_TYPES = ("llama", "mistral", "phi", "qwen2")
 
-# How an instruction becomes the prompt that the model was trained on. "openvla" is OpenVLA-7B's; "openvla-v01" is the
-# Vicuna chat prompt of OpenVLA v0.1, "openvla-mini" MiniVLA's (Qwen has no BOS: the image follows <|im_start|>), and
-# "openvla-phi" Prismatic's for Phi-2. The empty token (below) is appended to the ids, not written here.
+# The prompts that models were trained on: "openvla" is OpenVLA-7B's, "openvla-v01" the Vicuna chat prompt of OpenVLA
+# v0.1, "openvla-mini" MiniVLA's (Qwen has no BOS: the image follows <|im_start|>), "openvla-phi" Prismatic's for Phi-2.
+# The empty token (below) is appended to the ids, not written here.
 PROMPTS = {
     "openvla": "In: What action should the robot take to {instruction}?\nOut:",
     "openvla-v01": (
@@ -73,22 +85,32 @@ PROMPTS = {
     ),
     "openvla-phi": "<|endoftext|>Input: What action should the robot take to {instruction}?\nOutput:",
 }
-# Which registered language models were asked otherwise than "openvla", by how their ids begin.
+# Prompt style of registered language models, by the beginning of their ids; "openvla" for all others.
 PROMPT_STYLES = {"vicuna": "openvla-v01", "qwen25": "openvla-mini", "phi-2": "openvla-phi"}
 
 # Llama-2's "▁", which follows the prompt in every training example because "Out: " ends with a space. Without it the
-# model sees a prompt that it was never trained on.
+# prompt is one that the model was never trained on.
 LLAMA_EMPTY_TOKEN_ID = 29871
 
-# What says how a model answers; ``enable_parallel_decoding`` sets it on a loaded model.
-ANSWER_FIELDS = ("parallel_decoding", "action_head", "chunk_length", "action_dim", "proprio_dim", "use_film")
-ANSWER_FIELDS += ("num_images_in_input", "normalization", "num_diffusion_steps_train", "num_diffusion_steps")
+# The fields of the action decoding and head; ``enable_parallel_decoding`` sets them on a loaded model.
+ACTION_CONFIG_FIELDS = (
+    "parallel_decoding",
+    "action_head",
+    "chunk_length",
+    "action_dim",
+    "proprio_dim",
+    "use_film",
+    "num_images_in_input",
+    "normalization",
+    "num_diffusion_steps_train",
+    "num_diffusion_steps",
+)
 
 IMAGE_RESIZE_STRATEGIES = ("resize-naive", "resize-crop", "letterbox")
 
-# How a chunk of actions is answered (OpenVLA-OFT): None is as tokens, "l1" and "diffusion" are continuous heads.
+# How actions are predicted: None is as tokens, "l1" and "diffusion" are OpenVLA-OFT's continuous heads.
 ACTION_HEADS = (None, "l1", "diffusion")
-# What OFT fixes by robot platform (its constants.py).
+# OpenVLA-OFT's constants by robot platform (its constants.py).
 PLATFORMS: dict[str, dict[str, Any]] = {
     "libero": {"chunk_length": 8, "action_dim": 7, "proprio_dim": 8, "normalization": "q99"},
     "aloha": {"chunk_length": 25, "action_dim": 14, "proprio_dim": 14, "normalization": "bounds"},
@@ -96,52 +118,46 @@ PLATFORMS: dict[str, dict[str, Any]] = {
 }
 
 AUTO = "auto"
+ADAPTER_CONFIG_FILE = "adapter_config.json"
 
-# Keywords of from_pretrained that say where files come from.
+# Keywords of from_pretrained that determine where files come from.
 HUB_KEYWORDS = ("cache_dir", "force_download", "proxies", "token", "revision", "local_files_only", "subfolder")
 
 
 class PrismaticConfig(PretrainedConfig):
     """Configuration of a Prismatic vision-language model: one or two vision towers, a projector, a language model.
 
-    Every field of published ``config.json`` files is read. What is not given follows from ``vision_backbone_id`` and
-    ``llm_backbone_id``.
+    Every field of published ``config.json`` files is read. Fields that are None follow from ``vision_backbone_id`` and
+    ``llm_backbone_id``. A field that is unknown, contradicts another or has the wrong number of entries raises
+    ValueError.
 
     Args:
-        vision_backbone_id: A key of the reference's table ("dinosiglip-vit-so-224px"), or any name when
-            ``timm_model_ids`` and ``image_sizes`` are given.
-        llm_backbone_id: A key of the reference's table ("llama2-7b-pure"), or any name when ``text_config`` says its
-            ``model_type``.
-        arch_specifier: Kept as published; the projector's shape follows ``use_fused_vision_backbone``.
-        use_fused_vision_backbone: Two towers whose features are concatenated. None: as the backbone says.
+        vision_backbone_id: A key of ``VISION_BACKBONES``, or any name when ``timm_model_ids`` and ``image_sizes`` are
+            given.
+        llm_backbone_id: A key of ``LLM_BACKBONES``, or any name when ``text_config`` has a ``model_type``.
+        arch_specifier: Kept as published, as ``output_projector_states``.
+        use_fused_vision_backbone: Two towers whose features are concatenated. None: as the backbone has them.
         image_resize_strategy: "resize-naive", "resize-crop" or "letterbox".
         text_config: Configuration of the language model (Llama, Mistral, Phi or Qwen2), as dict or config.
         llm_max_length: Longest sequence trained on, in tokens.
         pad_token_id: Padding id; also the one that ``image_token_index`` defaults to.
-        pad_to_multiple_of: How many rows padding added to the vocabulary: bins count from
+        pad_to_multiple_of: Number of padding ids at the end of the vocabulary: bins count from
             ``text_config.vocab_size - pad_to_multiple_of``.
-        output_projector_states: Kept as published.
-        timm_model_ids: Per tower, the timm architecture.
-        timm_override_act_layers: Per tower, None or "quick_gelu".
-        image_sizes: Per tower, the input size in pixels.
-        timm_model_kwargs: Per tower, overrides of the architecture as ``timm.create_model`` would take them (depth,
-            embed_dim, num_heads, mlp_ratio, patch_size, ...), for models of other sizes.
+        timm_model_ids: Per tower, the timm architecture; likewise ``image_sizes`` (pixels),
+            ``timm_override_act_layers`` (None or "quick_gelu") and ``timm_model_kwargs`` (overrides of
+            ``timm.create_model``'s arguments).
         hf_llm_id: Hub id of the language model.
         image_token_index: Placeholder id that other engines (vLLM) expand; this model inserts patches by itself.
-        prompt_style: A key of ``PROMPTS``; "auto" takes what ``PROMPT_STYLES`` says of ``llm_backbone_id``, else
-            "openvla".
-        empty_token_id: Id appended to every prompt, or None for none; "auto" is Llama-2's 29871 for Llama models
-            whose vocabulary has it, else None.
-        num_images_in_input: Images of one moment (cameras), stacked on the channel axis of ``pixel_values``.
+        prompt_style: A key of ``PROMPTS``; "auto" is the one for ``llm_backbone_id``.
+        empty_token_id: Id appended to every prompt, or None for none; "auto" is Llama-2's 29871 for Llama models whose
+            vocabulary has it, else None.
+        num_images_in_input: Number of images (cameras), stacked on the channel axis of ``pixel_values``.
         **kwargs: Fields of ``PretrainedConfig``.
-
-    Raises:
-        ValueError: A field is unknown, contradicts another, or has the wrong number of entries.
     """
 
     model_type = "prismatic"
     is_composition = False
-    # Where a saved folder's code holds the model class; every key that some transformers version looks for.
+    # The model class in a saved folder's code, for ``auto_map``.
     model_reference = "prismatic_openvla.PrismaticForConditionalGeneration"
 
     def __init__(
@@ -169,17 +185,17 @@ class PrismaticConfig(PretrainedConfig):
     ) -> None:
         towers = VISION_BACKBONES.get(vision_backbone_id)
         if towers is None and (timm_model_ids is None or image_sizes is None):
-            raise ValueError(_unknown("vision_backbone_id", vision_backbone_id, list(VISION_BACKBONES)))
+            raise OpenVLAValueError(unlisted("vision_backbone_id", vision_backbone_id, list(VISION_BACKBONES)))
         if image_resize_strategy not in IMAGE_RESIZE_STRATEGIES:
-            raise ValueError(_unknown("image_resize_strategy", image_resize_strategy, IMAGE_RESIZE_STRATEGIES))
+            raise OpenVLAValueError(unlisted("image_resize_strategy", image_resize_strategy, IMAGE_RESIZE_STRATEGIES))
         self.vision_backbone_id = vision_backbone_id
         self.llm_backbone_id = llm_backbone_id
         self.arch_specifier = arch_specifier
         self.output_projector_states = output_projector_states
-        self.timm_model_ids = timm_model_ids or [timm_id for timm_id, _, _ in towers]
-        self.image_sizes = image_sizes or [size for _, size, _ in towers]
+        self.timm_model_ids = timm_model_ids or [tower.timm_id for tower in towers or []]
+        self.image_sizes = image_sizes or [tower.image_size for tower in towers or []]
         self.timm_override_act_layers = timm_override_act_layers or (
-            [activation for _, _, activation in towers] if towers else [None] * len(self.timm_model_ids)
+            [tower.activation for tower in towers] if towers else [None] * len(self.timm_model_ids)
         )
         self.timm_model_kwargs = timm_model_kwargs or [{} for _ in self.timm_model_ids]
         fused = len(self.timm_model_ids) == 2
@@ -187,75 +203,82 @@ class PrismaticConfig(PretrainedConfig):
         self._validate_towers()
         self.image_sizes = [kw.get("img_size", size) for kw, size in zip(self.timm_model_kwargs, self.image_sizes)]
         if len(set(self.image_sizes)) > 1:
-            raise ValueError(f"Both vision towers see one image, so their image_sizes must agree: {self.image_sizes}.")
+            raise OpenVLAValueError(
+                f"Both vision towers see one image, so their image_sizes must agree: {self.image_sizes}."
+            )
         self.image_resize_strategy = image_resize_strategy
-        _require_whole_number("num_images_in_input", num_images_in_input)
+        _require_positive_int("num_images_in_input", num_images_in_input)
         self.num_images_in_input = num_images_in_input
 
         self.text_config = _build_text_config(text_config, llm_backbone_id)
-        self.hf_llm_id = hf_llm_id or LLM_BACKBONES.get(llm_backbone_id, (None,))[0]
+        backbone = LLM_BACKBONES.get(llm_backbone_id)
+        self.hf_llm_id = hf_llm_id or (backbone.hub_id if backbone else None)
         self.llm_max_length = llm_max_length
         self.pad_to_multiple_of = pad_to_multiple_of
         self.image_token_index = pad_token_id if image_token_index is None else image_token_index
 
-        if prompt_style == AUTO:
-            known = (style for prefix, style in PROMPT_STYLES.items() if llm_backbone_id.startswith(prefix))
-            prompt_style = next(known, "openvla")
-        if prompt_style not in PROMPTS:
-            raise ValueError(_unknown("prompt_style", prompt_style, list(PROMPTS)))
-        self.prompt_style = prompt_style
-        if empty_token_id == AUTO:
-            has_empty_token = self.text_config.model_type == "llama" and self.vocab_size > LLAMA_EMPTY_TOKEN_ID
-            empty_token_id = LLAMA_EMPTY_TOKEN_ID if has_empty_token else None
-        if empty_token_id is not None and not 0 <= empty_token_id < self.vocab_size:
-            raise ValueError(f"empty_token_id {empty_token_id} is outside the vocabulary of {self.vocab_size} ids.")
-        self.empty_token_id = empty_token_id
+        self.prompt_style = self._checked_prompt_style(prompt_style)
+        self.empty_token_id = self._checked_empty_token_id(empty_token_id)
 
-        # Ours always: a published file names its own old code here, which must not come back when it is saved again.
+        # A published file names its old code here, which must not be saved again.
         kwargs.pop("auto_map", None)
-        # The language model alone decides. transformers 4.x defaults this to True and would tie Llama's head.
+        # As the language model has it. transformers 4.x defaults this to True and would tie Llama's head.
         kwargs.pop("tie_word_embeddings", None)
-        super().__init__(
-            pad_token_id=pad_token_id,
-            tie_word_embeddings=bool(self.text_config.tie_word_embeddings),
-            **_with_one_dtype(kwargs),
-        )
-        self.auto_map = self._auto_map()
+        kwargs |= {"pad_token_id": pad_token_id, "tie_word_embeddings": bool(self.text_config.tie_word_embeddings)}
+        super().__init__(**_with_one_dtype(kwargs))
+        self.auto_map = {  # every key that some transformers version looks for
+            "AutoConfig": f"configuration_openvla.{type(self).__name__}",
+            "AutoModel": self.model_reference,
+            "AutoModelForVision2Seq": self.model_reference,  # transformers 4.x
+            "AutoModelForImageTextToText": self.model_reference,  # transformers 4.46 and later
+        }
 
     @property
     def vocab_size(self) -> int:
-        """Size of the unpadded vocabulary, from whose end the action tokens count (32000 for Llama-2, not 32064)."""
+        """Return the size of the unpadded vocabulary (32000 for Llama-2, not 32064); its last ids are action tokens."""
         return self.text_config.vocab_size - self.pad_to_multiple_of
 
     @property
     def film_dim(self) -> int | None:
-        """Size of the language feature that modulates the vision towers (FiLM); None without."""
-        return None
+        """Return the size of the language feature that modulates the vision towers (FiLM); None without FiLM."""
+        return self.text_config.hidden_size if getattr(self, "use_film", False) else None
 
-    @classmethod
-    def _auto_map(cls) -> dict[str, str]:
-        return {
-            "AutoConfig": f"configuration_openvla.{cls.__name__}",
-            "AutoModel": cls.model_reference,
-            "AutoModelForVision2Seq": cls.model_reference,  # transformers 4.x
-            "AutoModelForImageTextToText": cls.model_reference,  # transformers 4.46 and later
-        }
+    def _checked_prompt_style(self, style: str) -> str:
+        """Return a prompt style, with "auto" resolved."""
+        if style == AUTO:
+            registered = (style for prefix, style in PROMPT_STYLES.items() if self.llm_backbone_id.startswith(prefix))
+            return next(registered, "openvla")
+        if style not in PROMPTS:
+            raise OpenVLAValueError(unlisted("prompt_style", style, list(PROMPTS)))
+        return style
+
+    def _checked_empty_token_id(self, token_id: int | str | None) -> int | None:
+        """Return an empty token's id, with "auto" resolved."""
+        if token_id == AUTO:
+            has_empty_token = self.text_config.model_type == "llama" and self.vocab_size > LLAMA_EMPTY_TOKEN_ID
+            return LLAMA_EMPTY_TOKEN_ID if has_empty_token else None
+        if token_id is None:
+            return None
+        if not isinstance(token_id, int) or not 0 <= token_id < self.vocab_size:
+            raise OpenVLAValueError(f"empty_token_id {token_id} is outside the vocabulary of {self.vocab_size} ids.")
+        return token_id
 
     def _validate_towers(self) -> None:
+        """Raise ValueError unless every field of the towers has one entry a tower."""
         count = 2 if self.use_fused_vision_backbone else 1
         for field in ("timm_model_ids", "image_sizes", "timm_override_act_layers", "timm_model_kwargs"):
             values = getattr(self, field)
             if not isinstance(values, (list, tuple)) or len(values) != count:
-                raise ValueError(
+                raise OpenVLAValueError(
                     f"{field} needs one entry for each of the {count} vision towers "
                     f"(use_fused_vision_backbone={self.use_fused_vision_backbone}), got {values!r}."
                 )
 
     def to_diff_dict(self) -> dict[str, Any]:
-        """What is written to config.json, under the names that transformers 4.40 and 5.x read alike.
+        """Return what is written to config.json, under the names of transformers 4.40 and of 5.x.
 
-        The language model is described against its own class alone: transformers compares nested values with *our*
-        default language model (a Llama), and would drop, say, a Qwen field that happens to equal Llama's default.
+        transformers would compare the language model's fields with *our* default one (a Llama), and drop some of
+        Qwen's.
         """
         output = super().to_diff_dict()
         output["text_config"] = _for_every_version(
@@ -268,32 +291,28 @@ class PrismaticConfig(PretrainedConfig):
 
 
 class OpenVLAConfig(PrismaticConfig):
-    """Configuration of OpenVLA: a Prismatic model that answers with robot actions.
+    """Configuration of OpenVLA: a Prismatic model that predicts robot actions.
 
-    OpenVLA answers one action, token by token. OpenVLA-OFT answers a chunk of actions in one bidirectional pass
-    (``parallel_decoding``), as tokens or through a continuous head; ``PLATFORMS`` holds what it fixes by platform:
+    OpenVLA predicts one action, token by token. OpenVLA-OFT predicts a chunk of actions in one bidirectional pass
+    (``parallel_decoding``), as tokens or through a continuous head; ``PLATFORMS`` holds its constants by platform:
     ``OpenVLAConfig(**PLATFORMS["libero"], parallel_decoding=True, action_head="l1", num_images_in_input=2, ...)``.
+    Fields that contradict each other, and unusable statistics, raise ValueError.
 
     Args:
-        norm_stats: Statistics of every dataset, ``{key: {"action": {"q01": [...], "q99": [...], ...}}}``, and where
-            the model takes proprio ``"proprio"`` beside ``"action"``.
+        norm_stats: Statistics of every dataset, ``{key: {"action": {"q01": [...], "q99": [...], ...}}}``; for a model
+            that takes proprio also ``"proprio"``.
         n_action_bins: Number of bin edges.
-        default_unnorm_key: The dataset whose statistics are used when ``predict_action`` is given no key.
-        parallel_decoding: Answer all tokens of a chunk in one pass in which every position sees every other.
+        default_unnorm_key: The dataset whose statistics ``predict_action`` uses without ``unnorm_key``.
+        parallel_decoding: Predict all tokens of a chunk in one pass with bidirectional attention.
         action_head: None (tokens), "l1" or "diffusion"; the heads need ``parallel_decoding``.
-        chunk_length: Actions in one answer.
-        action_dim: Numbers in one action; None leaves it to the dataset's statistics, which ``parallel_decoding``
-            does not allow.
-        proprio_dim: Numbers of the robot's own state that the model takes; None for none.
+        chunk_length: Number of actions in a chunk.
+        action_dim: Number of dimensions of an action; None takes the dataset's, but not with ``parallel_decoding``.
+        proprio_dim: Number of dimensions of the robot's state that the model takes; None for none.
         use_film: The instruction modulates every block of the vision towers (FiLM).
-        normalization: Which statistics are -1 and 1: "q99" (``q01``, ``q99``) or "bounds" (``min``, ``max``).
-        num_diffusion_steps_train: Noise levels that the diffusion head was trained on.
-        num_diffusion_steps: Denoising steps of one answer, at most as many.
+        normalization: The statistics that become -1 and 1: "q99" (``q01``, ``q99``) or "bounds" (``min``, ``max``).
+        num_diffusion_steps_train: Number of noise levels that the diffusion head was trained on.
+        num_diffusion_steps: Number of denoising steps of one prediction, at most ``num_diffusion_steps_train``.
         **kwargs: Fields of ``PrismaticConfig``.
-
-    Raises:
-        ValueError: Statistics are inconsistent, not finite or inverted; the message names dataset and field. Or two
-            fields contradict each other.
     """
 
     model_type = "openvla"
@@ -325,126 +344,95 @@ class OpenVLAConfig(PrismaticConfig):
         self.num_diffusion_steps_train = num_diffusion_steps_train
         self.num_diffusion_steps = num_diffusion_steps
         self.num_images_in_input = kwargs.get("num_images_in_input", 1)
-        self._validate_answer()
+        self.validate_action_config()
         if norm_stats is not None:
             validate_norm_stats(norm_stats, normalization)
         if default_unnorm_key is not None and default_unnorm_key not in (norm_stats or {}):
-            raise ValueError(_unknown("default_unnorm_key", default_unnorm_key, list(norm_stats or {})))
+            raise OpenVLAValueError(unlisted("default_unnorm_key", default_unnorm_key, list(norm_stats or {})))
         self.norm_stats = norm_stats
         self.n_action_bins = n_action_bins
         self.default_unnorm_key = default_unnorm_key
         super().__init__(**kwargs)
         if not 2 <= n_action_bins <= self.vocab_size:
-            raise ValueError(f"n_action_bins must be between 2 and {self.vocab_size}, got {n_action_bins}.")
+            raise OpenVLAValueError(f"n_action_bins must be between 2 and {self.vocab_size}, got {n_action_bins}.")
 
-    def _validate_answer(self) -> None:
-        """Raise where the fields of the answer are not allowed or contradict each other."""
+    def validate_action_config(self) -> None:
+        """Raise ValueError where a field of ``action_config`` is not allowed, or contradicts another."""
         if self.action_head not in ACTION_HEADS:
-            raise ValueError(_unknown("action_head", self.action_head, ACTION_HEADS))
+            raise OpenVLAValueError(unlisted("action_head", self.action_head, ACTION_HEADS))
         if self.normalization not in NORMALIZATIONS:
-            raise ValueError(_unknown("normalization", self.normalization, list(NORMALIZATIONS)))
+            raise OpenVLAValueError(unlisted("normalization", self.normalization, list(NORMALIZATIONS)))
         for name in ("chunk_length", "num_images_in_input", "num_diffusion_steps_train", "num_diffusion_steps"):
-            _require_whole_number(name, getattr(self, name))
+            _require_positive_int(name, getattr(self, name))
         for name in ("action_dim", "proprio_dim"):
             if getattr(self, name) is not None:
-                _require_whole_number(name, getattr(self, name))
+                _require_positive_int(name, getattr(self, name))
         if self.parallel_decoding and self.action_dim is None:
-            raise ValueError(f"parallel_decoding needs action_dim; as on a known platform: {PLATFORMS}.")
+            raise OpenVLAValueError(f"parallel_decoding needs action_dim; those of known platforms: {PLATFORMS}.")
         needs_parallel = {
             "action_head": self.action_head,
             "chunk_length": self.chunk_length > 1,
             "proprio_dim": self.proprio_dim,
             "use_film": self.use_film,
         }
-        given = [name for name, value in needs_parallel.items() if value]
-        if given and not self.parallel_decoding:
-            raise ValueError(
-                f"{', '.join(given)} need parallel_decoding=True; OpenVLA itself answers one action in tokens."
+        names = [name for name, value in needs_parallel.items() if value]
+        if names and not self.parallel_decoding:
+            raise OpenVLAValueError(
+                f"{', '.join(names)} need parallel_decoding=True; OpenVLA itself predicts one action in tokens."
             )
         if self.num_diffusion_steps > self.num_diffusion_steps_train:
-            raise ValueError(
+            raise OpenVLAValueError(
                 f"num_diffusion_steps {self.num_diffusion_steps} is more than the {self.num_diffusion_steps_train} "
                 "noise levels that the head was trained on (num_diffusion_steps_train)."
             )
 
     @property
-    def film_dim(self) -> int | None:
-        return self.text_config.hidden_size if self.use_film else None
-
-    @property
     def normalization_epsilon(self) -> float:
-        """What is added to a dimension's range when an action is un-normalised: OFT does, OpenVLA does not."""
+        """Return what un-normalisation adds to a dimension's range: 1e-8 in OFT, 0 in OpenVLA."""
         return NORMALIZATION_EPSILON if self.parallel_decoding else 0.0
 
     def merge_statistics(self, statistics: dict[str, dict[str, Any]]) -> None:
-        """Take in the content of a dataset_statistics.json: it wins where both have a key; an only key is the default.
-
-        Raises:
-            ValueError: The statistics are inconsistent, not finite or inverted.
-        """
+        """Merge the content of a dataset_statistics.json, which takes precedence; an only key becomes the default."""
         validate_norm_stats(statistics, self.normalization)
         self.norm_stats = {**(self.norm_stats or {}), **statistics}
         if len(statistics) == 1:
             self.default_unnorm_key = next(iter(statistics))
 
     @property
-    def answer(self) -> dict[str, Any]:
-        """The fields that ``enable_parallel_decoding`` sets."""
-        return {name: getattr(self, name) for name in ANSWER_FIELDS}
-
-    def set_answer(self, **fields: Any) -> None:
-        """Set fields of ``answer``, all or none.
-
-        Raises:
-            ValueError: A field is unknown, has a value that is not allowed, or contradicts another.
-        """
-        unknown = next((name for name in fields if name not in ANSWER_FIELDS), None)
-        if unknown:
-            raise ValueError(_unknown("field", unknown, ANSWER_FIELDS))
-        before = self.answer
-        vars(self).update(fields)
-        try:
-            self._validate_answer()
-            validate_norm_stats(self.norm_stats or {}, self.normalization)
-        except ValueError:
-            vars(self).update(before)
-            raise
+    def action_config(self) -> dict[str, Any]:
+        """Return the fields of the action decoding and head (``ACTION_CONFIG_FIELDS``)."""
+        return {name: getattr(self, name) for name in ACTION_CONFIG_FIELDS}
 
 
 def _build_text_config(text_config: dict[str, Any] | PretrainedConfig | None, llm_backbone_id: str) -> PretrainedConfig:
-    """The language model's configuration, of the class that its model type, or else the backbone's id, names."""
-    if isinstance(text_config, PretrainedConfig):
-        text_config = text_config.to_dict()
-    fields = dict(text_config or {})
-    registered_type = LLM_BACKBONES.get(llm_backbone_id, (None, None))[1]
+    """Return the language model's configuration; without a model type it is the backbone's."""
+    fields = text_config.to_dict() if isinstance(text_config, PretrainedConfig) else dict(text_config or {})
+    backbone = LLM_BACKBONES.get(llm_backbone_id)
+    registered_type = backbone.model_type if backbone else None
     model_type = fields.pop("model_type", None) or registered_type
     if model_type is None:
-        raise ValueError(_unknown("llm_backbone_id", llm_backbone_id, list(LLM_BACKBONES)))
+        raise OpenVLAValueError(unlisted("llm_backbone_id", llm_backbone_id, list(LLM_BACKBONES)))
     if model_type not in LLM_MODEL_TYPES:
-        raise ValueError(_unknown("text_config.model_type", model_type, LLM_MODEL_TYPES))
+        raise OpenVLAValueError(unlisted("text_config.model_type", model_type, LLM_MODEL_TYPES))
     if registered_type is not None and model_type != registered_type:
-        raise ValueError(
+        raise OpenVLAValueError(
             f"llm_backbone_id {llm_backbone_id!r} is a {registered_type} model but text_config.model_type is "
             f"{model_type!r}; change one of them (any other name is allowed as llm_backbone_id)."
         )
     config = CONFIG_MAPPING[model_type](**_with_one_dtype(fields))
-    if not hasattr(config, "pad_token_id"):  # Phi on transformers 5.0.0, whose own model then asks for it
+    if not hasattr(config, "pad_token_id"):  # Phi on transformers 5.0.0, whose model reads it
         config.pad_token_id = None
     return config
 
 
 def _with_one_dtype(fields: dict[str, Any]) -> dict[str, Any]:
-    """Read dtype and torch_dtype alike, under the name that this transformers uses."""
+    """Return fields with dtype or torch_dtype under the name of this transformers version."""
     dtypes = [fields.pop(name, None) for name in ("dtype", "torch_dtype")]
     return {**fields, DTYPE_FIELD: dtypes[0] if dtypes[0] is not None else dtypes[1]}
 
 
 def _for_every_version(fields: dict[str, Any]) -> dict[str, Any]:
-    """Repeat what transformers 5 renamed under its old name, and the reverse: dtype and rotary embedding.
-
-    Without this a Qwen model saved on 5.x (``rope_parameters``) would run on 4.x with Llama's rotary base, and Phi-2
-    with half of each head rotated in place of 0.4, silently.
-    """
+    """Add dtype and rotary fields under the names of transformers 4 and of 5; either would silently take defaults."""
     if fields.get(DTYPE_FIELD) is not None:
         fields["dtype"] = fields["torch_dtype"] = fields[DTYPE_FIELD]
     rope = fields.get("rope_parameters")
@@ -455,31 +443,54 @@ def _for_every_version(fields: dict[str, Any]) -> dict[str, Any]:
     return fields
 
 
-def _require_whole_number(field: str, value: Any) -> None:
+def _require_positive_int(field: str, value: Any) -> None:
+    """Raise ValueError for anything but a whole number of 1 or more."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{field} must be a whole number, 1 or more, got {value!r}.")
+        raise OpenVLAValueError(f"{field} must be a whole number, 1 or more, got {value!r}.")
 
 
-def _unknown(field: str, value: Any, known: Any) -> str:
-    nearest = nearest_name(str(value), [str(k) for k in known])
+def unlisted(field: str, value: Any, known: Sequence[Any]) -> str:
+    """Return the message for a value that is not among the known ones."""
+    nearest = nearest_name(str(value), [str(name) for name in known])
     hint = f" Did you mean {nearest!r}?" if nearest else ""
     return f"Unknown {field} {value!r}.{hint} Allowed: {list(known)}."
 
 
 def hub_keywords(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Those of ``from_pretrained``'s keywords that say where files come from."""
+    """Return those keywords of ``from_pretrained`` that determine where files come from."""
     return {key: kwargs[key] for key in HUB_KEYWORDS if kwargs.get(key) is not None}
 
 
-def require_hub_keywords(name: str, kwargs: dict[str, Any]) -> None:
-    """Raise TypeError for keywords of a method that do not say where files come from; transformers drops them."""
-    unknown = sorted(set(kwargs) - {*HUB_KEYWORDS, "repo_type", "user_agent"})
-    if unknown:
-        raise TypeError(f"{name} takes no {', '.join(unknown)}; allowed: {list(HUB_KEYWORDS)}.")
+def optional_file(
+    name_or_path: str | os.PathLike[str], name: str, hub_kwargs: dict[str, Any] | None = None
+) -> str | None:
+    """Return the path of a file of a folder or Hub repository; None where it does not exist."""
+    path: str | None = cached_file(
+        name_or_path,
+        name,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+        **(hub_kwargs or {}),
+    )
+    return path
+
+
+def find_adapter(
+    name_or_path: str | os.PathLike[str] | None, kwargs: dict[str, Any]
+) -> tuple[str | os.PathLike[str] | None, dict[str, Any]]:
+    """Return the adapter that a call of ``from_pretrained`` is for, or None, and its keywords of the Hub."""
+    hub_kwargs = hub_keywords(kwargs)
+    adapter_kwargs = kwargs.pop("adapter_kwargs", None) or {}
+    adapter = adapter_kwargs.get("_adapter_model_path")
+    if adapter is not None:  # set by an Auto class, which may have replaced the adapter's revision by the base's
+        hub_kwargs.pop("revision", None)
+        return adapter, {**hub_kwargs, **hub_keywords(adapter_kwargs)}
+    is_adapter = name_or_path is not None and optional_file(name_or_path, ADAPTER_CONFIG_FILE, hub_kwargs) is not None
+    return (name_or_path if is_adapter else None), hub_kwargs
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write a JSON file whole or not at all: to a temporary name first, then renamed."""
+    """Write a JSON file atomically: to a temporary name, which is then renamed."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     os.replace(temporary, path)

@@ -1,9 +1,10 @@
-"""Ways into a checkpoint that do not depend on the installed transformers."""
+"""Auto classes for OpenVLA and Prismatic checkpoints, registered with transformers and independent of its version."""
 
 from __future__ import annotations
 
 import inspect
 import os
+from collections.abc import Callable
 from typing import Any
 
 import transformers
@@ -12,24 +13,54 @@ from transformers import PretrainedConfig, PreTrainedModel
 # From its own module: transformers 5.4 to 5.2x put a placeholder in its place where torchvision is not installed.
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
+from . import saved_folder
+from .adapters import peft_methods
+from .adapters.lora import enable_lora, load_lora, merge_lora, save_lora
+from .adapters.parallel_decoding import enable_parallel_decoding
 from .configuration_openvla import OpenVLAConfig, PrismaticConfig, hub_keywords
+from .conversion.hub_upload import push_to_hub
+from .decoding_openvla import ActionOutput
+from .dimension_labels import dimension_labels
+from .errors_openvla import OpenVLAValueError
+from .inference import processor_extras, quantized_weights
+from .inference.accelerator import attach_accelerator
+from .inference.device_images import pixels_on_device
+from .inference.scoring import score_actions
 from .modeling_openvla import OpenVLAForActionPrediction
-from .prismatic_openvla import PrismaticForConditionalGeneration
+from .prismatic_openvla import PrismaticForConditionalGeneration, PrismaticPreTrainedModel
 from .processing_openvla import (
     OpenVLAImageProcessor,
     OpenVLAProcessor,
     PrismaticImageProcessor,
     PrismaticProcessor,
 )
+from .publishing_openvla import PushToHub
+from .training.parallel_loss import parallel_forward
+from .training.token_loss import loss_at_labels
 
 MODEL_CLASSES = {
     OpenVLAConfig.model_type: OpenVLAForActionPrediction,
     PrismaticConfig.model_type: PrismaticForConditionalGeneration,
 }
+# Functions that are methods of the model where the package is installed; their first argument is the model.
+MODEL_METHODS: tuple[Callable[..., Any], ...] = (
+    enable_lora,
+    load_lora,
+    save_lora,
+    merge_lora,
+    *peft_methods.METHODS,
+    enable_parallel_decoding,
+    parallel_forward,
+    score_actions,
+)
 
 
 def register_auto_classes() -> None:
-    """Teach transformers' Auto classes the model types "openvla" and "prismatic"."""
+    """Register the model types "openvla" and "prismatic" with transformers' Auto classes.
+
+    Called once transformers and any module of this package are imported (``registration.py``).
+    """
+    attach_package()
     for config, processor, image_processor in (
         (OpenVLAConfig, OpenVLAProcessor, OpenVLAImageProcessor),
         (PrismaticConfig, PrismaticProcessor, PrismaticImageProcessor),
@@ -42,8 +73,29 @@ def register_auto_classes() -> None:
                 getattr(transformers, name).register(config, MODEL_CLASSES[config.model_type], exist_ok=True)
 
 
+def attach_package() -> None:
+    """Give the shipped classes what only the installed package has; a copy beside a checkpoint lacks it."""
+    PushToHub.hub_uploader = push_to_hub
+    OpenVLAImageProcessor.device_pixels = staticmethod(pixels_on_device)
+    OpenVLAProcessor.package = processor_extras
+    PrismaticPreTrainedModel.keep_quantized_weights = staticmethod(quantized_weights.keep_quantized_weights)
+    PrismaticPreTrainedModel.saved_folder = saved_folder
+    PrismaticPreTrainedModel.loss_at_labels = loss_at_labels
+    for function in quantized_weights.METHODS:
+        setattr(PrismaticPreTrainedModel, function.__name__, function)
+    ActionOutput.label_dimensions = staticmethod(dimension_labels)
+    attach_methods(OpenVLAForActionPrediction)
+    attach_accelerator()
+
+
+def attach_methods(model_class: type) -> None:
+    """Set ``MODEL_METHODS`` on a model class: the package's, or that of a saved folder's code at its first use."""
+    for function in MODEL_METHODS:
+        setattr(model_class, function.__name__, function)
+
+
 def _register_image_processor(config: type[PretrainedConfig], image_processor: type) -> None:
-    """The argument was renamed in 4.42 and again in 5.x."""
+    """Register an image processor; the argument was renamed in transformers 4.42 and again in 5.x."""
     register = AutoImageProcessor.register
     parameters = inspect.signature(register).parameters
     if "image_processor_classes" in parameters:
@@ -55,7 +107,7 @@ def _register_image_processor(config: type[PretrainedConfig], image_processor: t
 
 
 class AutoModelForVision2Seq:
-    """transformers' class of this name, which 5.x removed, for OpenVLA and Prismatic checkpoints.
+    """Transformers' class of this name, which 5.x removed, for OpenVLA and Prismatic checkpoints.
 
     A script written for transformers 4.40 needs one changed line: ``from openvla import AutoModelForVision2Seq``.
     """
@@ -65,7 +117,7 @@ class AutoModelForVision2Seq:
         """Load a folder or a Hub repository with this package's code, whatever ``trust_remote_code`` says.
 
         Raises:
-            ValueError: The checkpoint is of another model type.
+            ValueError: The checkpoint has another model type.
         """
         kwargs.pop("trust_remote_code", None)
         model_class = MODEL_CLASSES[_model_type(pretrained_model_name_or_path, kwargs)]
@@ -79,7 +131,7 @@ class AutoModelForVision2Seq:
 
 
 class AutoProcessor:
-    """transformers' ``AutoProcessor`` for OpenVLA and Prismatic checkpoints: this package's code, always.
+    """Transformers' ``AutoProcessor`` for OpenVLA and Prismatic checkpoints, which always runs this package's code.
 
     On transformers 4.x ``trust_remote_code=True`` would run the old code in the checkpoint, which needs timm.
     """
@@ -92,14 +144,15 @@ class AutoProcessor:
 
 
 def _model_type(name_or_path: str | os.PathLike, kwargs: dict[str, Any]) -> str:
+    """Return the model type of a checkpoint, or of the configuration in ``kwargs``."""
     config = kwargs.get("config")
     if isinstance(config, PretrainedConfig):
-        model_type = config.model_type
+        model_type: str | None = config.model_type
     else:
-        hub = hub_keywords(kwargs)
-        model_type = PretrainedConfig.get_config_dict(name_or_path, **hub)[0].get("model_type")
+        fields, _ = PretrainedConfig.get_config_dict(name_or_path, **hub_keywords(kwargs))
+        model_type = fields.get("model_type")
     if model_type not in MODEL_CLASSES:
-        raise ValueError(
+        raise OpenVLAValueError(
             f"{name_or_path} holds a model of type {model_type!r}; this class loads {sorted(MODEL_CLASSES)}. For other "
             "models use transformers' AutoModelForImageTextToText."
         )

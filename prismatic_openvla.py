@@ -1,11 +1,13 @@
-"""The Prismatic vision-language model under OpenVLA: how it is loaded, one forward pass, text generation."""
+"""Prismatic vision-language model (Karamcheti et al. 2024), the base of OpenVLA: loading, forward, text generation."""
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import nn
@@ -13,9 +15,13 @@ from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import is_flash_attn_2_available, logging
 
-from .saved_folder_openvla import mark_code, one_set_of_weights, require_one_code, require_own_kind, warn_of_two_sets
+from .publishing_openvla import (
+    PushToHub,
+    mark_code,
+    require_same_code,
+)
 
-require_one_code(__name__)
+require_same_code(__name__)
 
 from .actions_openvla import ActionTokenizer  # noqa: F401  transformers up to 5.8 copies direct imports only
 from .compatibility_openvla import (
@@ -24,45 +30,57 @@ from .compatibility_openvla import (
     attention_implementation,
     cache_of,
     cached_length,
-    choose_mkl_kernels,
     is_checkpointing,
     language_model_class,
+    make_reproducible,
     requested_attention,
     set_attention_implementation,
     tied_weight_names,
 )
 from .configuration_openvla import PrismaticConfig
-from .decoding_openvla import align_prompts, given_names, has_gap, insert_after_bos, positions_of
-from .graphs_openvla import beside  # noqa: F401
+from .decoding_openvla import align_prompts, has_gap, insert_after_bos, positions_of
+from .errors_openvla import OpenVLAImportError, OpenVLATypeError, OpenVLAValueError
 from .heads_openvla import HEAD_MODULES  # noqa: F401
-from .publishing_openvla import PushToHub
-from .quantization_openvla import QuantizedModelMixin, prepare_quantization
+from .quantization_openvla import (
+    forbid_repacking,
+    prepare_quantization,
+    require_scales,
+)
 from .vision_openvla import PrismaticProjector, PrismaticVisionBackbone
 
 logger = logging.get_logger(__name__)
 
 IGNORE_INDEX = -100  # label of positions that do not count in the loss (torch's CrossEntropyLoss default)
-DEFAULT_NEW_TOKENS = 20  # transformers' own default length, counted in new tokens
+DEFAULT_NEW_TOKENS = 20  # transformers' default length, counted in new tokens
 
 
 @dataclass
 class PrismaticCausalLMOutputWithPast(CausalLMOutputWithPast):
-    """Output of the language model, plus the visual features that it saw.
+    """Output of the language model (``logits``: float ``(batch, patches + text, vocabulary)``) and visual features."""
+
+    projector_features: torch.Tensor | None = None  # (batch, patches, hidden); present with pixel_values
+
+
+class EmbeddedInputs(NamedTuple):
+    """Text and images as the language model takes them."""
+
+    embeds: torch.Tensor  # (batch, length + patches, hidden)
+    mask: torch.Tensor | None  # (batch, length + patches); None where nothing is masked
+    patches: torch.Tensor  # projected patch features (batch, patches, hidden)
+    bos: torch.Tensor  # int64 (batch,), the position of each BOS token
+
+
+class PrismaticPreTrainedModel(PushToHub, PreTrainedModel):  # type: ignore[misc]  # push_to_hub is wrapped there
+    """Base class of the models: what transformers reads from a class, loading and saving.
 
     Attributes:
-        loss: Mean cross entropy over labelled positions, float scalar; present with ``labels``.
-        logits: ``(batch, length, padded vocabulary)``, where length counts patches and text.
-        cache: The KV cache; named ``past_key_values`` before transformers 5.24.
-        hidden_states: Per layer ``(batch, length, hidden)``, when asked for.
-        attentions: Per layer ``(batch, heads, length, length)``, when asked for.
-        projector_features: ``(batch, patches, hidden)``; present with ``pixel_values``.
+        keep_quantized_weights: Called with every loaded model; another function where the package is installed.
+        saved_folder: The module ``openvla.saved_folder``; None without the package, as ``loss_at_labels``.
     """
 
-    projector_features: torch.FloatTensor | None = None
-
-
-class PrismaticPreTrainedModel(PushToHub, QuantizedModelMixin, PreTrainedModel):
-    """What every model of the family tells transformers."""
+    saved_folder: ClassVar[Any] = None
+    loss_at_labels: ClassVar[Callable[..., PrismaticCausalLMOutputWithPast] | None] = None
+    keep_quantized_weights: ClassVar[Callable[[nn.Module], None]] = staticmethod(forbid_repacking)
 
     config_class = PrismaticConfig
     base_model_prefix = "model"
@@ -75,54 +93,56 @@ class PrismaticPreTrainedModel(PushToHub, QuantizedModelMixin, PreTrainedModel):
     _auto_class = "AutoModelForVision2Seq"
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Nothing: modules initialise themselves when they are built.
-
-        On several 5.x releases whatever is written here lands on top of the loaded weights, with clean loading info.
-        """
+        """Do nothing: on several 5.x releases this runs on loaded weights too; modules initialise themselves."""
 
     @classmethod
     def from_pretrained(
         cls, pretrained_model_name_or_path: str | os.PathLike | None, *model_args: Any, **kwargs: Any
     ) -> Any:
-        """Load a folder or a Hub repository; a checkpoint that does not fit the model exactly is an error.
-
-        Takes what ``PreTrainedModel.from_pretrained`` takes.
+        """Load a folder or a Hub repository, with ``PreTrainedModel``'s arguments; a checkpoint must fit the model
+        exactly.
 
         Raises:
-            ValueError: Tensors are missing, unexpected or of another shape; all are listed. Or a quantised checkpoint
-                should be quantised again.
+            ValueError: Tensors are missing, unexpected or of another shape; all are listed. Or quantisation is
+                requested for a checkpoint that is already quantised.
             TypeError: ``load_in_8bit`` or ``load_in_4bit`` where transformers no longer takes them.
-            ImportError: It should be quantised, or is, and bitsandbytes is missing or cannot be used here.
+            ImportError: Quantisation needs bitsandbytes, which is missing or cannot be used here.
         """
         _refuse_removed_keywords(kwargs)
-        if pretrained_model_name_or_path is not None:
-            warn_of_two_sets(os.path.join(pretrained_model_name_or_path, kwargs.get("subfolder") or ""))
+        if pretrained_model_name_or_path is not None and cls.saved_folder is not None:
+            cls.saved_folder.warn_of_two_sets(
+                os.path.join(pretrained_model_name_or_path, kwargs.get("subfolder") or "")
+            )
         prepare_quantization(pretrained_model_name_or_path, kwargs)
         _replace_missing_flash_attention(kwargs)
-        with_info = kwargs.pop("output_loading_info", False)
+        output_loading_info = kwargs.pop("output_loading_info", False)
         ignore_mismatched_sizes = kwargs.pop("ignore_mismatched_sizes", False)
-        model, info = super().from_pretrained(
+        loaded: Any = super().from_pretrained(  # with its loading info
             pretrained_model_name_or_path,
             *model_args,
             output_loading_info=True,
-            ignore_mismatched_sizes=True,  # they are listed below, with everything else that does not fit
+            ignore_mismatched_sizes=True,  # _require_complete lists them with everything else that does not fit
             **kwargs,
         )
+        model, info = loaded
         info["missing_keys"] = sorted({*info["missing_keys"], *_left_empty(model)})
         _require_complete(info, pretrained_model_name_or_path, ignore_mismatched_sizes)
-        model._after_loading()
-        return (model, info) if with_info else model
+        require_scales(model)
+        cls.keep_quantized_weights(model)
+        return (model, info) if output_loading_info else model
 
-    def save_pretrained(self, save_directory: str | os.PathLike, is_main_process: bool = True, **kwargs: Any) -> Any:
+    def save_pretrained(  # type: ignore[override]  # other arguments pass through
+        self, save_directory: str | os.PathLike[str], is_main_process: bool = True, **kwargs: Any
+    ) -> Any:
         """Save weights, configuration and code; weights of an earlier save in the other layout are removed.
 
-        Takes what ``PreTrainedModel.save_pretrained`` takes.
-
         Raises:
-            ValueError: The folder holds an adapter; or whole weights, and this would save transformers' own adapter.
+            ValueError: The folder holds an adapter; or whole weights, and this would save an adapter of transformers.
         """
-        require_own_kind(save_directory, self._hf_peft_config_loaded)
-        with one_set_of_weights(save_directory, kwargs.get("variant")):
+        with contextlib.ExitStack() as stack:
+            if self.saved_folder is not None:
+                self.saved_folder.require_own_kind(save_directory, self._hf_peft_config_loaded)
+                stack.enter_context(self.saved_folder.one_set_of_weights(save_directory, kwargs.get("variant")))
             saved = super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
         if is_main_process:
             mark_code(save_directory)
@@ -130,22 +150,24 @@ class PrismaticPreTrainedModel(PushToHub, QuantizedModelMixin, PreTrainedModel):
 
     @classmethod
     def _from_config(cls, config: PretrainedConfig, **kwargs: Any) -> PreTrainedModel:
-        asked = {**kwargs, "config": config}
-        _replace_missing_flash_attention(asked)
-        return super()._from_config(asked.pop("config"), **asked)
+        kwargs["config"] = config
+        _replace_missing_flash_attention(kwargs)
+        return super()._from_config(kwargs.pop("config"), **kwargs)
 
 
-class PrismaticForConditionalGeneration(PrismaticPreTrainedModel, GenerationMixin):
+class PrismaticForConditionalGeneration(PrismaticPreTrainedModel, GenerationMixin):  # type: ignore[misc]  # as above
     """Vision-language model: images and text in, text out."""
 
+    language_model: Any  # transformers has no common type for causal language models
+
     def __init__(self, config: PrismaticConfig) -> None:
-        choose_mkl_kernels()
+        make_reproducible()
         super().__init__(config)
         self.vision_backbone = PrismaticVisionBackbone(config)
         self.projector = PrismaticProjector(
             config.use_fused_vision_backbone, self.vision_backbone.embed_dim, config.text_config.hidden_size
         )
-        model_class = language_model_class(config.text_config)
+        model_class: Any = language_model_class(config.text_config)
         attention = attention_implementation(config)
         if attention == "sdpa" and not model_class._supports_sdpa:  # Phi on transformers 4.40
             attention = "eager"
@@ -153,7 +175,7 @@ class PrismaticForConditionalGeneration(PrismaticPreTrainedModel, GenerationMixi
         self.language_model = model_class(config.text_config)
         tied = tied_weight_names(self.language_model)
         if config.text_config.tie_word_embeddings and tied:
-            self._tied_weights_keys = [f"language_model.{name}" for name in tied]
+            self._tied_weights_keys = [f"language_model.{name}" for name in tied]  # type: ignore[assignment]  # 4.x
         self.vocab_size = config.text_config.vocab_size
         self.pad_token_id = config.pad_token_id
         self.post_init()
@@ -173,8 +195,8 @@ class PrismaticForConditionalGeneration(PrismaticPreTrainedModel, GenerationMixi
     def get_decoder(self) -> nn.Module:
         return self.language_model.get_decoder()
 
-    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> nn.Module:
-        """Resize the language model's vocabulary; the new rows count as padding, so action tokens stay in place."""
+    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> nn.Embedding:
+        """Resize the language model's vocabulary; new entries count as padding, so action tokens keep their ids."""
         unpadded = self.config.vocab_size
         embeddings = self.language_model.resize_token_embeddings(new_num_tokens, *args, **kwargs)
         self.config.text_config.vocab_size = embeddings.num_embeddings
@@ -182,138 +204,127 @@ class PrismaticForConditionalGeneration(PrismaticPreTrainedModel, GenerationMixi
         return embeddings
 
     def get_image_features(self, pixel_values: torch.Tensor, condition: torch.Tensor | None = None) -> torch.Tensor:
-        """Projected patch features of images.
+        """Return projected patch features of images, ``(batch, patches of all images, hidden)``.
 
         Args:
             pixel_values: float ``(batch, images * (3 or 6), size, size)``.
             condition: With FiLM, the instruction's mean embedding ``(batch, hidden)``.
-
-        Returns:
-            ``(batch, patches of all images, hidden)``.
         """
         if not torch.is_tensor(pixel_values) or not pixel_values.is_floating_point():
-            kind = pixel_values.dtype if torch.is_tensor(pixel_values) else type(pixel_values).__name__
-            raise TypeError(f"pixel_values must be a floating-point tensor made by the processor, got {kind}.")
-        target = {"dtype": self.vision_backbone.dtype}
-        if self.vision_backbone.device.type != "meta":  # offloaded parts are moved by accelerate's hooks
-            target["device"] = self.vision_backbone.device
-        return self.projector(self.vision_backbone(pixel_values.to(**target), condition))
+            got = pixel_values.dtype if torch.is_tensor(pixel_values) else type(pixel_values).__name__
+            raise OpenVLATypeError(f"pixel_values must be a floating-point tensor made by the processor, got {got}.")
+        weight = self.vision_backbone.featurizer.patch_embed.proj.weight
+        device, dtype = weight.device, weight.dtype
+        if device.type == "meta":  # offloaded modules are moved by accelerate's hooks
+            device = pixel_values.device
+        return self.projector(self.vision_backbone(pixel_values.to(device=device, dtype=dtype), condition))
 
     def embed_inputs(
         self,
-        input_ids: torch.LongTensor | None,
+        input_ids: torch.Tensor | None,
         pixel_values: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor]:
-        """Text embeddings with the image patches inserted after each row's BOS.
+    ) -> EmbeddedInputs:
+        """Embed text and insert the image patches after each BOS token.
 
         Args:
             input_ids: int64 ``(batch, length)``.
             pixel_values: float ``(batch, 3 or 6, size, size)``.
             attention_mask: ``(batch, length)``, zero on padding; leading zeros are left padding, BOS is the first one.
-            inputs_embeds: Embeddings to use in place of ``input_ids``.
-
-        Returns:
-            Embeddings ``(batch, length + patches, hidden)``, the mask of the same length (or None), the projected
-            patches, and the index of each row's BOS ``(batch,)``.
-
-        Raises:
-            ValueError: Batch sizes differ.
+            inputs_embeds: Embeddings ``(batch, length, hidden)`` instead of ``input_ids``.
         """
         text = self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
         if text.shape[0] != pixel_values.shape[0]:
-            raise ValueError(
+            raise OpenVLAValueError(
                 f"The batch has {text.shape[0]} prompts but {pixel_values.shape[0]} images; give one image a prompt."
             )
         patches = self.get_image_features(pixel_values).to(text.device)
         if attention_mask is None:
             bos = torch.zeros(len(text), dtype=torch.long, device=text.device)
-            return insert_after_bos(text, patches.to(text.dtype), bos), None, patches, bos
+            return EmbeddedInputs(insert_after_bos(text, patches.to(text.dtype), bos), None, patches, bos)
         bos = attention_mask.to(torch.long).argmax(dim=1)
-        seen = torch.ones(patches.shape[:2], dtype=attention_mask.dtype, device=attention_mask.device)
-        mask = insert_after_bos(attention_mask, seen, bos)
-        return insert_after_bos(text, patches.to(text.dtype), bos), mask, patches, bos
+        visible = torch.ones(patches.shape[:2], dtype=attention_mask.dtype, device=attention_mask.device)
+        mask = insert_after_bos(attention_mask, visible, bos)
+        return EmbeddedInputs(insert_after_bos(text, patches.to(text.dtype), bos), mask, patches, bos)
 
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        pixel_values: torch.FloatTensor | None = None,
-        labels: torch.LongTensor | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
         past_key_values: Any = None,
         use_cache: bool | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         output_projector_features: bool | None = None,
         return_dict: bool | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: torch.Tensor | None = None,
         logits_at_labels: bool = False,
         cache: Any = None,
     ) -> PrismaticCausalLMOutputWithPast | tuple:
-        """One pass of the model: image and text, text alone, or the continuation of a cached sequence.
+        """Run one pass: image and text, text alone, or the continuation of a cached sequence.
 
         Args:
             input_ids: int64 ``(batch, length)``; with a filled cache only the new tokens.
-            attention_mask: ``(batch, length)``, one or True where there is text. With an image it covers the text
-                only. With a filled cache it covers everything so far, patches included.
-            pixel_values: float ``(batch, 3 or 6, size, size)``.
-            labels: int64 ``(batch, length)``, -100 where nothing is learnt; patches are left out of the loss.
-            inputs_embeds: ``(batch, length, hidden)`` in place of ``input_ids``.
-            past_key_values: KV cache of an earlier pass; an empty one is a first pass.
+            attention_mask: ``(batch, length)``, one or True on text. With an image it covers the text only. With a
+                filled cache it covers the whole sequence, patches included.
+            pixel_values: float ``(batch, 3 or 6, size, size)``; ValueError with a filled cache, since it would not be
+                seen.
+            labels: int64 ``(batch, length)``, -100 on positions without loss; patches never have one.
+            inputs_embeds: ``(batch, length, hidden)`` instead of ``input_ids``.
+            past_key_values: KV cache of an earlier pass; may be empty.
             use_cache: Return a cache.
             output_attentions: Return attention weights.
             output_hidden_states: Return all hidden states.
-            output_projector_features: Put the projected patches into a tuple output too.
+            output_projector_features: Return the projected patches in a tuple output too.
             return_dict: False for a tuple.
             position_ids: int64 ``(batch, length + patches)``; by default left padding is not counted.
-            logits_at_labels: Compute logits, and so the loss, only where there are labels: ``(labelled positions,
-                padded vocabulary)``, row by row. The loss is the same; training needs a fraction of the memory.
-                Neither attention weights, hidden states nor a cache are given then.
-            cache: The name of ``past_key_values`` since transformers 5.24; either is taken on every version.
-
-        Raises:
-            ValueError: Inputs are missing or contradict each other; an image together with a filled cache, since
-                it would not be seen.
+            logits_at_labels: Compute logits, and so the loss, at labelled positions only: ``(labelled positions, padded
+                vocabulary)``. The loss is the same, for a fraction of the memory; no attention weights, hidden states
+                or cache.
+            cache: ``past_key_values`` under its name since transformers 5.24; every version takes either.
         """
+        mask = attention_mask
         if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("Give exactly one of input_ids and inputs_embeds.")
+            raise OpenVLAValueError("Give exactly one of input_ids and inputs_embeds.")
         if cache is not None and past_key_values is not None:
-            raise ValueError("cache and past_key_values are one argument under two names; give one of them.")
+            raise OpenVLAValueError("cache and past_key_values are one argument under two names; give one of them.")
         cache = past_key_values if cache is None else cache
         filled = cached_length(cache) > 0
         if filled and labels is not None:
-            raise ValueError("labels cannot be used together with a filled cache; train on whole sequences.")
+            raise OpenVLAValueError("labels cannot be used together with a filled cache; train on whole sequences.")
         if filled and pixel_values is not None:
-            raise ValueError(
+            raise OpenVLAValueError(
                 "pixel_values were given together with a filled cache, so the image would not be seen. Give the image "
                 "in the first pass only, or start without a cache."
             )
         patches = None
         if pixel_values is not None:
-            text_mask = attention_mask
-            inputs_embeds, attention_mask, patches, bos = self.embed_inputs(
+            inputs_embeds, mask, patches, bos = self.embed_inputs(
                 input_ids, pixel_values, attention_mask, inputs_embeds
             )
             input_ids = None
-            if position_ids is None and text_mask is not None:
-                position_ids = positions_of(attention_mask)
+            if position_ids is None and mask is not None:
+                position_ids = positions_of(mask)
             if labels is not None:
                 ignored = labels.new_full(patches.shape[:2], IGNORE_INDEX)
                 labels = insert_after_bos(labels, ignored, bos.to(labels.device))
-        as_tuple = self._as_tuple(return_dict)
+        returns_tuple = self._returns_tuple(return_dict)
+        projector_features = patches if output_projector_features or not returns_tuple else None
         if logits_at_labels:
-            asked = {"use_cache": use_cache, "output_attentions": output_attentions}
-            unused = given_names({**asked, "output_hidden_states": output_hidden_states, CACHE_FIELD: cache})
-            if unused:
-                raise ValueError(f"logits_at_labels gives loss and logits alone; leave it out, or {unused}.")
-            output = self._loss_at_labels(input_ids, attention_mask, position_ids, inputs_embeds, labels)
-            output.projector_features = patches if output_projector_features or not as_tuple else None
-            return output.to_tuple() if as_tuple else output
-        output = self.language_model(
+            if self.loss_at_labels is None:
+                raise OpenVLAImportError("logits_at_labels needs the openvla package: pip install openvla")
+            settings = {"use_cache": use_cache, "output_attentions": output_attentions, CACHE_FIELD: cache}
+            settings["output_hidden_states"] = output_hidden_states
+            output = self.loss_at_labels(labels, input_ids, mask, position_ids, inputs_embeds, settings)
+            output.projector_features = projector_features
+            return output.to_tuple() if returns_tuple else output
+        outputs = self.language_model(
             input_ids=input_ids,
-            attention_mask=attention_mask,
+            attention_mask=mask,
             position_ids=position_ids,
             inputs_embeds=inputs_embeds,
             labels=labels,
@@ -324,51 +335,28 @@ class PrismaticForConditionalGeneration(PrismaticPreTrainedModel, GenerationMixi
             **{CACHE_FIELD: cache},
         )
         output = PrismaticCausalLMOutputWithPast(
-            loss=output.loss,
-            logits=output.logits,
-            hidden_states=output.hidden_states,
-            attentions=output.attentions,
-            projector_features=patches if output_projector_features or not as_tuple else None,
-            **{CACHE_FIELD: cache_of(output)},
+            loss=outputs.loss,
+            logits=outputs.logits,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            projector_features=projector_features,
+            **{CACHE_FIELD: cache_of(outputs)},
         )
-        return output.to_tuple() if as_tuple else output
+        return output.to_tuple() if returns_tuple else output
 
-    def _loss_at_labels(
-        self,
-        input_ids: torch.LongTensor | None,
-        attention_mask: torch.Tensor | None,
-        position_ids: torch.LongTensor | None,
-        inputs_embeds: torch.Tensor | None,
-        labels: torch.LongTensor | None,
-    ) -> PrismaticCausalLMOutputWithPast:
-        """The training pass whose head sees only the positions before a label."""
-        if labels is None:
-            raise ValueError("logits_at_labels needs labels.")
-        hidden = self.get_decoder()(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            inputs_embeds=inputs_embeds,
-            use_cache=False,
-            return_dict=True,
-        ).last_hidden_state
-        logits, loss = logits_before(labels, hidden, self.get_output_embeddings())
-        return PrismaticCausalLMOutputWithPast(loss=loss, logits=logits)
-
-    def _as_tuple(self, return_dict: bool | None) -> bool:
-        """Return whether ``forward`` gives a tuple: as its argument says, or else the configuration."""
-        asked = getattr(self.config, "return_dict", True) if return_dict is None else return_dict
-        return asked is False
+    def _returns_tuple(self, return_dict: bool | None) -> bool:
+        """Return whether ``forward`` returns a tuple: by its argument, or else by the configuration."""
+        return (getattr(self.config, "return_dict", True) if return_dict is None else return_dict) is False
 
     @torch.no_grad()
     def generate(
         self,
-        input_ids: torch.LongTensor | None = None,
-        pixel_values: torch.FloatTensor | None = None,
+        input_ids: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Generate tokens with transformers' own ``generate``: the image is embedded once, in front.
+        """Generate tokens with transformers' ``generate``, after the image was embedded once.
 
         Args:
             input_ids: int64 ``(batch, length)``, padded on either side.
@@ -377,105 +365,89 @@ class PrismaticForConditionalGeneration(PrismaticPreTrainedModel, GenerationMixi
             **kwargs: Of ``GenerationMixin.generate``. ``max_length`` counts prompt and new tokens, not patches.
 
         Returns:
-            int64 ``(batch, length + new tokens)``, the prompt as given, then what was generated (with
-            ``return_dict_in_generate=True`` transformers' output object, whose ``sequences`` is that).
-
-        Raises:
-            ValueError: A masked token stands inside a prompt, prompts and images disagree, or both ``max_length`` and
-                ``max_new_tokens`` are given.
+            int64 ``(batch, length + new tokens)``, the unchanged prompt and the new tokens; with
+            ``return_dict_in_generate=True`` the output of transformers, whose ``sequences`` are these.
         """
-        prompt = input_ids
-        input_ids, attention_mask = self._aligned(input_ids, attention_mask)
+        ids, mask = self._align_prompts(input_ids, attention_mask)
         if kwargs.get("max_length") is not None:
             if kwargs.get("max_new_tokens") is not None:
-                raise ValueError("max_length and max_new_tokens say the same; give one of them.")
-            kwargs["max_new_tokens"] = kwargs.pop("max_length") - input_ids.shape[1]
+                raise OpenVLAValueError("max_length and max_new_tokens say the same; give one of them.")
+            kwargs["max_new_tokens"] = kwargs.pop("max_length") - ids.shape[1]
         if pixel_values is None:
-            embeds, mask = self.get_input_embeddings()(input_ids), attention_mask
+            embeds = self.get_input_embeddings()(ids)
         else:
-            embeds, mask, _, _ = self.embed_inputs(input_ids, pixel_values, attention_mask)
-        output = self._generate_from(embeds, mask, kwargs)
+            embeds, mask, _, _ = self.embed_inputs(ids, pixel_values, mask)
+        output = self._generate_from_embeds(embeds, mask, kwargs)
         new_tokens = output if torch.is_tensor(output) else output.sequences
-        prompt = prompt.to(new_tokens.device).repeat_interleave(len(new_tokens) // len(prompt), dim=0)
-        sequences = torch.cat([prompt, new_tokens], dim=1)
+        prompts = torch.as_tensor(input_ids).to(new_tokens.device)
+        prompts = prompts.repeat_interleave(len(new_tokens) // len(prompts), dim=0)
+        sequences = torch.cat([prompts, new_tokens], dim=1)
         if torch.is_tensor(output):
             return sequences
         output.sequences = sequences
         return output
 
-    def _generate_from(self, embeds: torch.Tensor, mask: torch.Tensor | None, kwargs: dict[str, Any]) -> Any:
-        """Transformers' ``generate`` on embeddings; its result holds the new tokens only."""
+    def _generate_from_embeds(self, embeds: torch.Tensor, mask: torch.Tensor | None, kwargs: dict[str, Any]) -> Any:
+        """Run transformers' ``generate`` on embeddings; its result holds the new tokens only."""
         if self.training and is_checkpointing(self):  # it switches the cache off, and with it the image
-            raise ValueError("generate() needs model.eval() when gradient checkpointing is enabled.")
+            raise OpenVLAValueError("generate() needs model.eval() when gradient checkpointing is enabled.")
         if mask is None:
             mask = torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device)
-        elif has_gap(mask):  # transformers would renumber the positions behind it
-            raise ValueError("attention_mask hides a token inside a prompt; leave that token out of input_ids.")
+        elif has_gap(mask):  # transformers would renumber the positions after it
+            raise OpenVLAValueError("attention_mask hides a token inside a prompt; leave that token out of input_ids.")
         settings = copy.deepcopy(kwargs.pop("generation_config", None) or self.generation_config)
-        rest = settings.update(**kwargs)
+        other_kwargs = settings.update(**kwargs)
         if settings.max_new_tokens is None:
             settings.max_new_tokens = DEFAULT_NEW_TOKENS
         return self.language_model.generate(
-            inputs_embeds=embeds, attention_mask=mask, generation_config=settings, **rest
+            inputs_embeds=embeds, attention_mask=mask, generation_config=settings, **other_kwargs
         )
 
-    def _aligned(
-        self, input_ids: torch.LongTensor, attention_mask: torch.Tensor | None
-    ) -> tuple[torch.LongTensor, torch.LongTensor | None]:
-        device = self.get_input_embeddings().weight.device
-        if device.type == "meta":  # offloaded parts are moved by accelerate's hooks
+    def _align_prompts(
+        self, input_ids: torch.Tensor | None, attention_mask: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return checked, left-padded prompts on the device of the embeddings."""
+        embeddings: Any = self.get_input_embeddings()
+        device = embeddings.weight.device
+        if device.type == "meta":  # offloaded modules are moved by accelerate's hooks
             device = torch.device("cpu")
         return align_prompts(input_ids, attention_mask, self.pad_token_id, device)
 
 
-def logits_before(
-    labels: torch.LongTensor, hidden: torch.Tensor, head: nn.Module
-) -> tuple[torch.FloatTensor, torch.FloatTensor]:
-    """Float32 logits ``(labelled positions, vocabulary)`` that predict the labels, and their mean cross entropy."""
-    rows, positions = (labels[:, 1:] != IGNORE_INDEX).nonzero(as_tuple=True)
-    rows, positions = rows.to(hidden.device), positions.to(hidden.device)
-    logits = head(hidden[rows, positions]).float()
-    return logits, nn.functional.cross_entropy(logits, labels.to(logits.device)[rows, positions + 1])
-
-
 def _left_empty(model: nn.Module) -> list[str]:
-    """Parameters that loading did not fill.
-
-    With low_cpu_mem_usage transformers 4.40 takes all empty parameters of one size for one shared parameter, and does
-    not list those that the checkpoint lacks.
-    """
-    if {"cpu", "disk"} & {str(place) for place in (getattr(model, "hf_device_map", None) or {}).values()}:
+    """Return the names of parameters that loading left empty; transformers 4.40 does not list all of them."""
+    if {"cpu", "disk"} & {str(device) for device in (getattr(model, "hf_device_map", None) or {}).values()}:
         return []  # offloaded weights are empty on purpose
     return [name for name, parameter in model.named_parameters() if parameter.is_meta]
 
 
 def _require_complete(info: dict[str, Any], source: Any, ignore_mismatched_sizes: bool) -> None:
-    """Raise if a checkpoint did not fill the model exactly."""
+    """Raise ValueError if a checkpoint did not fill the model exactly."""
     problems = [("missing", info.get("missing_keys")), ("unexpected", info.get("unexpected_keys"))]
     if not ignore_mismatched_sizes:
         problems.append(("of another shape", info.get("mismatched_keys")))
     problems.append(("not loadable", info.get("error_msgs")))
     lines = [f"{len(names)} {kind}: {sorted(map(str, names))}" for kind, names in problems if names]
     if lines:
-        raise ValueError(f"The checkpoint {source} does not fit the model. Tensors " + "; ".join(lines) + ".")
+        raise OpenVLAValueError(f"The checkpoint {source} does not fit the model. Tensors " + "; ".join(lines) + ".")
 
 
 def _refuse_removed_keywords(kwargs: dict[str, Any]) -> None:
-    """Explain load_in_8bit and load_in_4bit where transformers no longer takes them."""
+    """Raise TypeError for load_in_8bit and load_in_4bit where transformers no longer takes them."""
     old = next((name for name in ("load_in_8bit", "load_in_4bit") if kwargs.get(name)), None)
     if old and not TRANSFORMERS_4:
-        raise TypeError(
+        raise OpenVLATypeError(
             f"transformers 5 removed {old}=True; pass quantization_config=BitsAndBytesConfig({old}=True) instead."
         )
 
 
 def _replace_missing_flash_attention(kwargs: dict[str, Any]) -> None:
-    """Use sdpa, with one warning, where flash_attention_2 was asked for but is not installed."""
+    """Replace flash_attention_2 by sdpa, with a warning, where the package for it is not installed."""
     config = kwargs.get("config")
-    asked = kwargs.get("attn_implementation") or requested_attention(config)
+    requested = kwargs.get("attn_implementation") or requested_attention(config)
     if kwargs.pop("use_flash_attention_2", False):
-        asked = "flash_attention_2"
-    if asked != "flash_attention_2" or is_flash_attn_2_available():
+        requested = "flash_attention_2"
+    if requested != "flash_attention_2" or is_flash_attn_2_available():
         return
     logger.warning_once(
         "flash_attention_2 is not installed (package flash-attn); using sdpa, which gives the same tokens."

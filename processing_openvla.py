@@ -1,72 +1,52 @@
-"""From a camera image and an instruction to the tensors that the model was trained on."""
+"""Convert camera images and an instruction to the tensors that the model was trained on."""
 
 from __future__ import annotations
 
 import json
 import math
 import os
-from collections.abc import Sequence
+import re
+import unicodedata
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from transformers import AutoTokenizer
 from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
 from transformers.processing_utils import ProcessorMixin
-from transformers.utils import logging
 
-from .saved_folder_openvla import MarksCode, require_one_code
+from .publishing_openvla import PushToHub, mark_code, require_same_code
 
-require_one_code(__name__)
+require_same_code(__name__)
 
 from .actions_openvla import nearest_name  # noqa: F401  transformers up to 5.8 copies direct imports only
 from .compatibility_openvla import TRANSFORMERS_4
-from .configuration_openvla import (
-    IMAGE_RESIZE_STRATEGIES,
-    PROMPTS,
-    OpenVLAConfig,
-    PrismaticConfig,
-    hub_keywords,
-    write_json,
-)
-from .device_images_openvla import pixels_on
+from .configuration_openvla import IMAGE_RESIZE_STRATEGIES, PROMPTS, OpenVLAConfig, hub_keywords, write_json
+from .errors_openvla import OpenVLAImportError, OpenVLAValueError
 from .images_openvla import (
-    IMAGE_PRESETS,
+    SHIPPED_IMAGE_PRESETS,
     ImageInput,
+    ImagePreset,
+    TowerTransform,
     as_images,
     normalized_pixels,
-    preset_image,
-    require_used,
 )
-from .jpeg_openvla import jpeg_round_trip  # noqa: F401  as nearest_name
-from .prompts_openvla import (
-    as_list,
-    bare_instruction,
-    require_bos,
-    tokenized_prompts,
-    tokenized_text,
-    whole_prompts,
-)
-from .publishing_openvla import PushToHub
-
-logger = logging.get_logger(__name__)
 
 # The integers are PIL's (and torchvision's) resampling codes, as saved in preprocessor_config.json.
 RESAMPLING = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3, "box": 4, "hamming": 5}
-
-# Channel means and standard deviations that timm's towers were trained with, by what stands in their ids; others took
-# (0.5, 0.5, 0.5) for both.
-HALF = (0.5, 0.5, 0.5)
-IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-OPENAI_CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
-PIXEL_STATISTICS = {"dinov2": IMAGENET, ".openai": OPENAI_CLIP}
+PROCESSOR_FIELDS = ["prompt_style", "empty_token_id", "num_images_in_input", "image_preset"]  # processor_config.json
+PLACEHOLDER = "{instruction}"  # in PROMPTS
+# Error of code beside a checkpoint for what only the installed package can do.
+NEEDS_PACKAGE = "needs the package: pip install openvla, then `import openvla` and load without trust_remote_code"
 
 
-class OpenVLAImageProcessor(MarksCode, BaseImageProcessor):
-    """Resizes and normalises images, bit for bit like the reference's torchvision pipeline on PIL images.
+class OpenVLAImageProcessor(BaseImageProcessor):
+    """Image processor that resizes and normalises bit for bit as the reference's torchvision pipeline on PIL images.
 
-    With two towers both see the same resized image, each normalised its own way, stacked on the channel axis.
+    Two towers see the same resized image, each with its own normalisation, stacked on the channel axis. Fields have one
+    entry a tower; other numbers of entries, and unknown values, raise ValueError.
 
     Args:
         use_fused_vision_backbone: Kept as published.
@@ -76,19 +56,14 @@ class OpenVLAImageProcessor(MarksCode, BaseImageProcessor):
         interpolations: Per tower "bicubic", "bilinear", ...
         means: Per tower three numbers, subtracted from [0, 1] channels.
         stds: Per tower three numbers, divided by.
-        tvf_resize_params: As published; whatever a file says wins over the above, and so for the other ``tvf_``
-            fields. (Published means and standard deviations are rounded to bfloat16; the models were evaluated so.)
-        tvf_crop_params: As published.
-        tvf_normalize_params: As published.
-        tvf_do_letterbox: As published.
-        tvf_letterbox_fill: As published: the grey of the padding, 0 to 255 a channel.
+        tvf_resize_params: As published, as the other ``tvf_`` fields: values of a file take precedence over the above.
+            (Published means and standard deviations are rounded to bfloat16; the models were evaluated so.)
         **kwargs: Fields of transformers' image processors.
-
-    Raises:
-        ValueError: Unknown strategy or interpolation.
     """
 
     model_input_names = ["pixel_values"]
+    # openvla.inference.device_images.pixels_on_device; None without the package.
+    device_pixels: ClassVar[Callable[..., torch.Tensor] | None] = None
     _auto_class = "AutoImageProcessor"
 
     def __init__(
@@ -108,7 +83,7 @@ class OpenVLAImageProcessor(MarksCode, BaseImageProcessor):
     ) -> None:
         super().__init__(**kwargs)
         if image_resize_strategy not in IMAGE_RESIZE_STRATEGIES:
-            raise ValueError(
+            raise OpenVLAValueError(
                 f"Image resize strategy {image_resize_strategy!r} is not supported. Allowed: {IMAGE_RESIZE_STRATEGIES}."
             )
         self.use_fused_vision_backbone = use_fused_vision_backbone
@@ -117,22 +92,17 @@ class OpenVLAImageProcessor(MarksCode, BaseImageProcessor):
         self.interpolations = ["bicubic"] * len(self.input_sizes) if interpolations is None else interpolations
         self.means = [(0.5, 0.5, 0.5)] * len(self.input_sizes) if means is None else means
         self.stds = [(0.5, 0.5, 0.5)] * len(self.input_sizes) if stds is None else stds
-        unknown = set(self.interpolations) - set(RESAMPLING)
-        if unknown:
-            raise ValueError(f"Unknown interpolations {sorted(unknown)}. Allowed: {list(RESAMPLING)}.")
+        if unknown := set(self.interpolations) - set(RESAMPLING):
+            raise OpenVLAValueError(f"Unknown interpolations {sorted(unknown)}. Allowed: {list(RESAMPLING)}.")
         counts = {field: len(getattr(self, field)) for field in ("input_sizes", "interpolations", "means", "stds")}
         if len(set(counts.values())) > 1:
-            raise ValueError(f"Every field needs one entry a tower, got {counts}.")
+            raise OpenVLAValueError(f"Every field needs one entry a tower, got {counts}.")
 
         naive = image_resize_strategy == "resize-naive"
+        sizes = ([width, width] if naive else width for _, _, width in self.input_sizes)
         self.tvf_resize_params = tvf_resize_params or [
-            {
-                "antialias": True,
-                "interpolation": RESAMPLING[interpolation],
-                "max_size": None,
-                "size": [width, width] if naive else width,
-            }
-            for (_, _, width), interpolation in zip(self.input_sizes, self.interpolations)
+            {"antialias": True, "interpolation": RESAMPLING[interpolation], "max_size": None, "size": size}
+            for size, interpolation in zip(sizes, self.interpolations)
         ]
         self.tvf_crop_params = tvf_crop_params or [{"output_size": list(size[-2:])} for size in self.input_sizes]
         self.tvf_normalize_params = tvf_normalize_params or [
@@ -141,24 +111,8 @@ class OpenVLAImageProcessor(MarksCode, BaseImageProcessor):
         ]
         letterbox = image_resize_strategy == "letterbox"
         self.tvf_do_letterbox = letterbox if tvf_do_letterbox is None else tvf_do_letterbox
-        # One fill for both towers, the last one's: as the published models were evaluated.
+        # Both towers get the last one's fill, as the published models were evaluated.
         self.tvf_letterbox_fill = tvf_letterbox_fill or ([int(x * 255) for x in self.means[-1]] if letterbox else None)
-
-    @classmethod
-    def for_config(cls, config: PrismaticConfig) -> OpenVLAImageProcessor:
-        """The image processor that a model's towers were trained with."""
-        statistics = [
-            next((known for part, known in PIXEL_STATISTICS.items() if part in timm_id), (HALF, HALF))
-            for timm_id in config.timm_model_ids
-        ]
-        return cls(
-            use_fused_vision_backbone=config.use_fused_vision_backbone,
-            image_resize_strategy=config.image_resize_strategy,
-            input_sizes=[(3, size, size) for size in config.image_sizes],
-            interpolations=["bicubic"] * len(config.image_sizes),
-            means=[mean for mean, _ in statistics],
-            stds=[std for _, std in statistics],
-        )
 
     def preprocess(
         self,
@@ -166,63 +120,66 @@ class OpenVLAImageProcessor(MarksCode, BaseImageProcessor):
         return_tensors: str | None = None,
         device: torch.device | str | None = None,
     ) -> BatchFeature:
-        """Normalised images.
+        """Resize and normalise images.
 
         Args:
             images: One or several images: PIL; numpy ``(H, W, 3)``, uint8 or float in [0, 1]; torch ``(3, H, W)`` or
                 ``(H, W, 3)``, uint8 or float in [0, 1]; a path. Grey, palette and alpha are converted to RGB. A 4-D
-                array is a batch.
+                array is a batch. ValueError or TypeError for anything else.
             return_tensors: "pt" for torch, "np" or None for numpy.
-            device: Make them there, the same bits, and as torch: on a GPU that is much faster.
+            device: Compute on this device, as torch tensors with the same bits; much faster on a GPU. Needs the
+                installed package (ImportError).
 
         Returns:
             ``pixel_values``, float32 ``(batch, 3 * towers, height, width)``.
-
-        Raises:
-            ValueError: Wrong channels, size, dtype or range; no image.
-            TypeError: Not an image at all.
-            FileNotFoundError: No file at a path.
         """
-        towers = list(zip(self.tvf_resize_params, self.tvf_crop_params, self.tvf_normalize_params))
+        parameters = zip(self.tvf_resize_params, self.tvf_crop_params, self.tvf_normalize_params)
+        towers = [TowerTransform(*fields) for fields in parameters]
         fill = self.tvf_letterbox_fill if self.tvf_do_letterbox else None
         if device is not None:
-            pixel_values = pixels_on(images, torch.device(device), towers, fill, return_tensors)
-            if pixel_values is not None:
-                return BatchFeature(data={"pixel_values": pixel_values})
-        rows = [normalized_pixels(image, towers, fill) for image in as_images(images)]
-        pixel_values = rows[0][None] if len(rows) == 1 else np.stack(rows)
-        if device is not None or return_tensors == "pt":  # BatchFeature would copy an array
-            pixel_values = torch.from_numpy(pixel_values).to(device or "cpu")
-        return BatchFeature(data={"pixel_values": pixel_values}, tensor_type=return_tensors)
+            if self.device_pixels is None:
+                raise OpenVLAImportError(f"device={str(device)!r} {NEEDS_PACKAGE}.")
+            return BatchFeature({"pixel_values": self.device_pixels(images, device, towers, fill, return_tensors)})
+        pixels = [normalized_pixels(image, towers, fill) for image in as_images(images)]
+        batch: Any = pixels[0][None] if len(pixels) == 1 else np.stack(pixels)
+        if return_tensors == "pt":  # BatchFeature would copy an array
+            batch = torch.from_numpy(batch)
+        return BatchFeature(data={"pixel_values": batch}, tensor_type=return_tensors)
 
     def __call__(self, images: ImageInput | Sequence[ImageInput], **kwargs: Any) -> BatchFeature:
+        """Call ``preprocess``."""
         return self.preprocess(images, **kwargs)
+
+    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> Any:
+        """Save the settings and the code."""
+        files = super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+        mark_code(save_directory)
+        return files
 
 
 class PrismaticImageProcessor(OpenVLAImageProcessor):
-    """The name that published ``preprocessor_config.json`` files carry."""
+    """Image processor under the name in published ``preprocessor_config.json`` files."""
 
 
-class OpenVLAProcessor(MarksCode, PushToHub, ProcessorMixin):
-    """Image processor and tokenizer together; knows how the checkpoint wants an instruction to be asked.
+class OpenVLAProcessor(PushToHub, ProcessorMixin):
+    """Image processor and tokenizer of a checkpoint, with its prompt.
 
     Args:
         image_processor: Makes ``pixel_values``.
-        tokenizer: The language model's.
+        tokenizer: The language model's tokenizer.
         prompt_style: A key of ``PROMPTS``; None when unknown. ``from_pretrained`` reads it from the checkpoint.
         empty_token_id: Id appended to every prompt built from an instruction; None for none.
-        num_images_in_input: Images of one moment (cameras) that the model takes with a prompt.
-        image_preset: A key of ``IMAGE_PRESETS``, done to every image before the image processor. None is
-            nothing too, but of a checkpoint that does not say so: LIBERO's evaluation then takes its own.
-
-    Raises:
-        ValueError: Unknown prompt style or image preset.
+        num_images_in_input: Number of images (cameras) that the model takes with a prompt.
+        image_preset: Preprocessing applied to every image before the image processor, a key of
+            ``openvla.inference.image_presets.IMAGE_PRESETS``; "libero", "libero-raw": ImportError without the
+            package. ``None`` applies none and marks the preset as unspecified; ``openvla evaluate`` uses "libero" then.
     """
 
+    package: ClassVar[Any] = None  # the module openvla.inference.processor_extras; None without the package
+    model_input_names = ["input_ids", "attention_mask", "pixel_values"]
     if TRANSFORMERS_4:
         attributes = ["image_processor", "tokenizer"]
-        # 4.41 to 4.49 drop other fields of the JSON.
-        valid_kwargs = ["prompt_style", "empty_token_id", "num_images_in_input", "image_preset"]
+        valid_kwargs = PROCESSOR_FIELDS  # 4.41 to 4.49 drop other fields of the JSON
         image_processor_class = "AutoImageProcessor"
         tokenizer_class = "AutoTokenizer"
     _auto_class = "AutoProcessor"
@@ -237,8 +194,8 @@ class OpenVLAProcessor(MarksCode, PushToHub, ProcessorMixin):
         image_preset: str | None = None,
     ) -> None:
         if prompt_style is not None and prompt_style not in PROMPTS:
-            raise ValueError(f"Unknown prompt_style {prompt_style!r}. Allowed: {list(PROMPTS)}.")
-        _require_image_preset(image_preset)
+            raise OpenVLAValueError(f"Unknown prompt_style {prompt_style!r}. Allowed: {list(PROMPTS)}.")
+        self._find_preset(image_preset)
         super().__init__(image_processor, tokenizer)
         self.prompt_style = prompt_style
         self.empty_token_id = empty_token_id
@@ -246,45 +203,32 @@ class OpenVLAProcessor(MarksCode, PushToHub, ProcessorMixin):
         self.image_preset = image_preset
 
     @classmethod
-    def for_config(
-        cls, config: PrismaticConfig, tokenizer: Any, image_processor: OpenVLAImageProcessor | None = None
+    def from_pretrained(  # type: ignore[override]  # the names of the keywords differ between versions
+        cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any
     ) -> OpenVLAProcessor:
-        """The processor of a model with this configuration; an image processor of its own may be given."""
-        image_processor = image_processor or OpenVLAImageProcessor.for_config(config)
-        asked = (config.prompt_style, config.empty_token_id, config.num_images_in_input)
-        return cls(image_processor, tokenizer, *asked)
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> OpenVLAProcessor:
-        """Load from a folder or a Hub repository, published ones included.
-
-        Published processors do not say how the model wants to be asked; that is read from ``config.json`` beside them.
-        """
+        """Load a folder or a Hub repository; a published processor's prompt and cameras are in its ``config.json``."""
         hub = hub_keywords(kwargs)
         processor = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
-        if processor.prompt_style is None:
-            processor._read_config(pretrained_model_name_or_path, hub)
+        if processor.prompt_style is not None:
+            return processor
+        try:
+            fields, _ = OpenVLAConfig.get_config_dict(pretrained_model_name_or_path, **hub)
+        except OSError:  # a processor without a model
+            return processor
+        if fields.get("model_type") in ("openvla", "prismatic"):
+            config = OpenVLAConfig.from_dict({k: v for k, v in fields.items() if k != "norm_stats"})
+            processor.prompt_style, processor.empty_token_id = config.prompt_style, config.empty_token_id
+            processor.num_images_in_input = config.num_images_in_input
         return processor
 
     @classmethod
-    def _get_arguments_from_pretrained(cls, name_or_path: str | os.PathLike, *_: Any, **kwargs: Any) -> list[Any]:
-        """The parts, as transformers loads them, but not by way of AutoImageProcessor.
-
-        transformers 5.4 to 5.2x put a placeholder in its place where torchvision is not installed.
-        """
+    def _get_arguments_from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike, processor_dict: Any = None, **kwargs: Any
+    ) -> list[Any]:
+        """Load the parts without AutoImageProcessor, which 5.4 to 5.2x replace where torchvision is not installed."""
         hub = hub_keywords(kwargs)
-        image_processor = OpenVLAImageProcessor.from_pretrained(name_or_path, **hub)
-        return [image_processor, AutoTokenizer.from_pretrained(name_or_path, **kwargs)]
-
-    def _read_config(self, name_or_path: str | os.PathLike, hub: dict[str, Any]) -> None:
-        try:
-            fields, _ = OpenVLAConfig.get_config_dict(name_or_path, **hub)
-        except OSError:  # a processor without a model beside it
-            return
-        if fields.get("model_type") in ("openvla", "prismatic"):
-            config = OpenVLAConfig.from_dict({k: v for k, v in fields.items() if k != "norm_stats"})
-            self.prompt_style, self.empty_token_id = config.prompt_style, config.empty_token_id
-            self.num_images_in_input = config.num_images_in_input
+        image_processor = OpenVLAImageProcessor.from_pretrained(pretrained_model_name_or_path, **hub)
+        return [image_processor, AutoTokenizer.from_pretrained(pretrained_model_name_or_path, **kwargs)]
 
     def __call__(
         self,
@@ -297,195 +241,300 @@ class OpenVLAProcessor(MarksCode, PushToHub, ProcessorMixin):
         return_tensors: str | None = "pt",
         device: torch.device | str | None = None,
     ) -> BatchFeature:
-        """Model inputs for one or several (prompt, image) pairs.
+        """Return model inputs for one or several (prompt, image) pairs.
 
         Args:
-            text: Whole prompts, as they are; the form of the published processor. ``predict_action`` adds the empty
-                token. An instruction alone, or a prompt of another style, is warned of.
-            images: One image a prompt, in any form that the image processor takes. For a model of several cameras
-                the list of one prompt's images (``[main, wrist]``), or for several prompts a list of such lists.
+            text: Complete prompts, unchanged, as the published processor takes them. ``predict_action`` appends the
+                empty token. A warning is logged for an instruction alone, or a prompt of another style.
+            images: One image a prompt, in any form that the image processor takes. For a model of several cameras the
+                list of one prompt's images (``[main, wrist]``), or for several prompts a list of such lists.
             instruction: What the robot should do ("pick up the red block"). The prompt is written around it in lower
                 case, as trained, and ends in the empty token. Special tokens in it (``</s>``) are text.
-            padding: As tokenizers take it. None: pad instructions of different lengths, leave ``text`` alone.
-            truncation: As tokenizers take it, for ``text`` only: an instruction is never cut.
+            padding: As tokenizers take it. None pads instructions of different lengths, and does not pad ``text``.
+            truncation: As tokenizers take it, for ``text`` only: an instruction is never truncated.
             max_length: In tokens.
             return_tensors: "pt", "np" or None for lists.
-            device: Where ``pixel_values`` are made, the same bits: the model's GPU saves most of the time they take.
+            device: Compute ``pixel_values`` on this device, with the same bits. Needs the package (ImportError).
 
         Returns:
             ``input_ids`` and ``attention_mask`` int64 ``(batch, length)``, and ``pixel_values`` float32
             ``(batch, cameras * 3 * towers, height, width)`` when there are images. Nothing else.
 
         Raises:
-            ValueError: Neither or both of text and instruction; an instruction that is empty or a whole prompt; as many
-                prompts as images are not given, or other than the model's number of cameras; no BOS in front; the
-                checkpoint's prompt style is unknown.
+            ValueError: Arguments contradict each other or would have no effect; an instruction is empty or a complete
+                prompt; the number of images is not prompts x cameras; a prompt does not start with BOS; the prompt
+                style is unknown.
         """
-        require_used(instruction, images, padding, truncation, max_length, device)
+        _require_used(instruction, images, padding, truncation, max_length, device)
         if (text is None) == (instruction is None):
-            raise ValueError("Give exactly one of text (the whole prompt) and instruction (what the robot should do).")
+            raise OpenVLAValueError(
+                "Give exactly one of text (the whole prompt) and instruction (what the robot should do)."
+            )
         if instruction is not None:
             if images is None:
-                raise ValueError("An instruction needs an image: processor(instruction=..., images=...).")
-            inputs = self._tokenized_instructions(instruction, padding, max_length, return_tensors)
+                raise OpenVLAValueError("An instruction needs an image: processor(instruction=..., images=...).")
+            inputs = self._tokenize_instructions(instruction, padding, max_length)
         else:
-            inputs = tokenized_text(
-                self.tokenizer, whole_prompts(text, self.prompt_style), padding, truncation, max_length, return_tensors
-            )
-            inputs = BatchFeature(data=inputs, tensor_type=return_tensors)
-        data = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+            inputs = self._tokenize_text(text, padding, truncation, max_length, return_tensors)
+        data = dict(BatchFeature(data=inputs, tensor_type=return_tensors))
         require_bos(self.tokenizer, self.prompt_style, data["input_ids"], data["attention_mask"])
         if images is not None:
-            rows = 1 if isinstance(text if instruction is None else instruction, str) else len(data["input_ids"])
-            cameras = self.num_images_in_input if instruction is not None else None
-            data["pixel_values"] = self._pixel_values(images, rows, cameras, return_tensors, device)
+            is_single = isinstance(text if instruction is None else instruction, str)
+            data["pixel_values"] = self._pixel_values(
+                images,
+                batch_size=1 if is_single else len(data["input_ids"]),
+                cameras=self.num_images_in_input if instruction is not None else None,
+                return_tensors=return_tensors,
+                device=device,
+            )
         return BatchFeature(data=data)
 
-    def _pixel_values(
-        self, images: Any, rows: int, cameras: int | None, return_tensors: str | None, device: Any
-    ) -> Any:
-        """Images of all rows, those of one row stacked on the channel axis.
-
-        Published scripts prepare one camera at a time and stack by themselves: that is what cameras=None allows.
-        """
+    def _pixel_values(self, images: Any, *, batch_size: int, cameras: int | None, **kwargs: Any) -> Any:
+        """Return the images of all prompts, those of one on the channel axis; None cameras: each stands for itself."""
         nested = isinstance(images, (list, tuple)) and isinstance(next(iter(images), None), (list, tuple))
         if cameras is None:
-            cameras = self.num_images_in_input if nested or rows == 1 and isinstance(images, (list, tuple)) else 1
-        if cameras > 1 and (rows > 1 or nested):
-            counts = [len(row) if isinstance(row, (list, tuple)) else 1 for row in images]
-            if counts != [cameras] * rows:
-                raise ValueError(
-                    f"The model takes {cameras} images a prompt: give {rows} lists of {cameras} images, got {counts}."
+            several = nested or batch_size == 1 and isinstance(images, (list, tuple))
+            cameras = self.num_images_in_input if several else 1
+        if cameras > 1 and (batch_size > 1 or nested):
+            counts = [len(sample) if isinstance(sample, (list, tuple)) else 1 for sample in images]
+            if counts != [cameras] * batch_size:
+                raise OpenVLAValueError(
+                    f"The model takes {cameras} images a prompt: give {batch_size} lists of {cameras} images, got "
+                    f"{counts}."
                 )
-            images = [image for row in images for image in row]
-        if self.image_preset is not None:
-            _require_image_preset(self.image_preset)
+            images = [image for sample in images for image in sample]
+        if preset := self._find_preset(self.image_preset):
             size = self.image_processor.tvf_crop_params[0]["output_size"]
-            images = [preset_image(image, self.image_preset, size) for image in as_images(images)]
-        pixel_values = self.image_processor(images, return_tensors=return_tensors, device=device)["pixel_values"]
-        if len(pixel_values) != rows * cameras:
+            images = [preset(image, size) for image in as_images(images)]
+        pixel_values = self.image_processor(images, **kwargs)["pixel_values"]
+        if len(pixel_values) != batch_size * cameras:
             each = "one" if cameras == 1 else f"{cameras} (as a list, in the order of training)"
-            raise ValueError(
-                f"Batch is malformed: {rows} prompts but {len(pixel_values)} images; give each prompt {each}."
+            raise OpenVLAValueError(
+                f"Batch is malformed: {batch_size} prompts but {len(pixel_values)} images; give each prompt {each}."
             )
         _, channels, height, width = np.shape(pixel_values)
-        return pixel_values.reshape(rows, cameras * channels, height, width)
+        return pixel_values.reshape(batch_size, cameras * channels, height, width)
+
+    def _find_preset(self, name: str | None) -> ImagePreset | None:
+        """Return an image preset; None where frames are not changed."""
+        if name is None or name == "none":
+            return None
+        presets = SHIPPED_IMAGE_PRESETS if self.package is None else self.package.IMAGE_PRESETS
+        if name in presets:
+            return presets[name]
+        if self.package is None:
+            raise OpenVLAImportError(f"image_preset={name!r} {NEEDS_PACKAGE}.")
+        raise OpenVLAValueError(f"Unknown image_preset {name!r}. Allowed: None, or one of {list(presets)}.")
 
     def prompt(self, instruction: str) -> str:
-        """The whole prompt for an instruction, in this checkpoint's style, without the empty token.
+        """Return the complete prompt for an instruction, in this checkpoint's style, without the empty token."""
+        instruction = self._clean_instruction(instruction)
+        return PROMPTS[self._known_prompt_style()].format(instruction=instruction)
 
-        Raises:
-            ValueError: The instruction is empty, no text or a whole prompt, or the style is not known.
-        """
-        instruction = bare_instruction(instruction)
-        self._require_prompt_style()
-        return PROMPTS[self.prompt_style].format(instruction=instruction)
+    def _clean_instruction(self, instruction: Any) -> str:
+        """Return an instruction as it stands in a prompt, stripped and in lower case; ValueError if it says nothing."""
+        if isinstance(instruction, bytes):
+            raise OpenVLAValueError(
+                f"The instruction must be text, got bytes: {instruction!r}; decode them: .decode('utf-8')."
+            )
+        if not isinstance(instruction, str) or not any(unicodedata.category(char)[0] in "LNS" for char in instruction):
+            raise OpenVLAValueError(f"The instruction must say something, got {instruction!r}.")
+        require_characters(instruction)
+        if self.package is not None:
+            self.package.check_instruction(instruction)
+        return instruction.strip().lower()
 
-    def _require_prompt_style(self) -> None:
+    def _tokenize_text(
+        self, text: Any, padding: Any, truncation: Any, max_length: int | None, return_tensors: str | None
+    ) -> dict[str, Any]:
+        """Return ids and mask of complete prompts as lists, nested where tensors are made of them."""
+        prompts = as_list(text)
+        wrong = [prompt for prompt in prompts if not isinstance(prompt, str) or not prompt]
+        if wrong or not prompts:
+            got = wrong[0] if wrong else prompts
+            raise OpenVLAValueError(f"text must be a whole prompt or a list of them, at least one, got {got!r:.200}.")
+        for prompt in prompts:
+            require_characters(prompt)
+            if self.package is not None:
+                self.package.check_prompt(prompt, self.prompt_style)
+        is_nested = return_tensors is not None or not isinstance(text, str)
+        padding = False if padding is None else padding
+        inputs = self.tokenizer(
+            prompts if is_nested else text, padding=padding, truncation=truncation, max_length=max_length
+        )
+        lengths = sorted({len(ids) for ids in inputs["input_ids"]}) if return_tensors is not None else []
+        if len(lengths) > 1:
+            raise OpenVLAValueError(
+                f"The prompts have different lengths in tokens ({lengths}); they need padding=True."
+            )
+        return {name: inputs[name] for name in ("input_ids", "attention_mask")}
+
+    def _known_prompt_style(self) -> str:
         if self.prompt_style is None:
-            raise ValueError(
+            raise OpenVLAValueError(
                 "This processor does not know its checkpoint's prompt; set processor.prompt_style to one of "
                 f"{list(PROMPTS)} and processor.empty_token_id, or pass the whole prompt as text."
             )
+        return self.prompt_style
 
-    def _tokenized_instructions(
-        self,
-        instruction: str | Sequence[str],
-        padding: bool | str | None,
-        max_length: int | None,
-        return_tensors: str | None,
-    ) -> dict[str, Any]:
-        """Ids and mask of prompts, the empty token at the end of every row before any padding."""
+    def _tokenize_instructions(
+        self, instruction: str | Sequence[str], padding: bool | str | None, max_length: int | None
+    ) -> dict[str, list[list[int]]]:
+        """Return ids and mask of padded prompts, each with the empty token after its last word."""
         instructions = as_list(instruction)
         if not instructions:
-            raise ValueError("Got an empty list of instructions.")
-        instructions = [bare_instruction(one) for one in instructions]
-        self._require_prompt_style()
-        rows = tokenized_prompts(self.tokenizer, self.prompt_style, instructions)
+            raise OpenVLAValueError("Got an empty list of instructions.")
+        instructions = [self._clean_instruction(text) for text in instructions]
+        prompts = tokenize_prompts(self.tokenizer, self._known_prompt_style(), instructions)
         if self.empty_token_id is not None:
-            rows = [row if row[-1] == self.empty_token_id else [*row, self.empty_token_id] for row in rows]
-        longest = max(map(len, rows))
+            prompts = [ids if ids[-1] == self.empty_token_id else [*ids, self.empty_token_id] for ids in prompts]
+        longest = max(map(len, prompts))
         limit, name = min(
             (self.tokenizer.model_max_length, "the tokenizer's model_max_length"),
             (math.inf if max_length is None else max_length, "max_length"),
         )
         if longest > limit:
-            raise ValueError(f"A prompt has {longest} tokens, more than {name}={limit}; shorten the instruction.")
+            raise OpenVLAValueError(
+                f"A prompt has {longest} tokens, more than {name}={limit}; shorten the instruction."
+            )
         length = max_length if padding == "max_length" and max_length is not None else longest
-        if any(len(row) != length for row in rows):
+        if any(len(ids) != length for ids in prompts):
             if padding is False or padding == "do_not_pad":
-                raise ValueError("The instructions have different lengths; they need padding=True.")
+                raise OpenVLAValueError("The instructions have different lengths; they need padding=True.")
             if self.tokenizer.pad_token_id is None:
-                raise ValueError("The tokenizer has no padding token; set tokenizer.pad_token for a batch.")
-        left = self.tokenizer.padding_side == "left"
-        input_ids, attention_mask = [], []
-        for row in rows:
-            pads = [self.tokenizer.pad_token_id] * (length - len(row))
-            seen, unseen = [1] * len(row), [0] * len(pads)
-            input_ids.append(pads + row if left else row + pads)
-            attention_mask.append(unseen + seen if left else seen + unseen)
-        data = {"input_ids": input_ids, "attention_mask": attention_mask}
-        return dict(BatchFeature(data=data, tensor_type=return_tensors))
+                raise OpenVLAValueError("The tokenizer has no padding token; set tokenizer.pad_token for a batch.")
+        side = self.tokenizer.padding_side
+        return {
+            "input_ids": _padded(prompts, self.tokenizer.pad_token_id, length, side),
+            "attention_mask": _padded([[1] * len(ids) for ids in prompts], 0, length, side),
+        }
 
     def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> list[str]:
         """Save in the layout that every transformers version from 4.40 reads: two JSON files and the tokenizer's."""
         super().save_pretrained(save_directory, **kwargs if not push_to_hub else {})
+        mark_code(save_directory)
         folder = Path(save_directory)
         auto_map = {
             "AutoProcessor": f"processing_openvla.{type(self).__name__}",
             "AutoImageProcessor": f"processing_openvla.{type(self.image_processor).__name__}",
         }
         shared = {"processor_class": type(self).__name__, "auto_map": auto_map}
-        image_fields = {**json.loads(self.image_processor.to_json_string()), **shared}
-        own_fields = {
-            **shared,
-            "prompt_style": self.prompt_style,
-            "empty_token_id": self.empty_token_id,
-            "num_images_in_input": self.num_images_in_input,
-            "image_preset": self.image_preset,
-        }
-        write_json(folder / "preprocessor_config.json", image_fields)
-        write_json(folder / "processor_config.json", own_fields)
-        _make_tokenizer_readable(folder)
+        image_file, processor_file = folder / "preprocessor_config.json", folder / "processor_config.json"
+        write_json(image_file, {**json.loads(self.image_processor.to_json_string()), **shared})
+        write_json(processor_file, {**shared, **{name: getattr(self, name) for name in PROCESSOR_FIELDS}})
+        if self.package is not None:
+            self.package.make_tokenizer_readable(folder)
         if push_to_hub:
             self.push_to_hub(kwargs.pop("repo_id", folder.name), **kwargs)
-        return [str(folder / name) for name in ("preprocessor_config.json", "processor_config.json")]
+        return [str(image_file), str(processor_file)]
 
     def batch_decode(self, *args: Any, **kwargs: Any) -> list[str]:
-        """The tokenizer's ``batch_decode``."""
+        """Call the tokenizer's ``batch_decode``."""
         return self.tokenizer.batch_decode(*args, **kwargs)
 
     def decode(self, *args: Any, **kwargs: Any) -> str:
-        """The tokenizer's ``decode``."""
+        """Call the tokenizer's ``decode``."""
         return self.tokenizer.decode(*args, **kwargs)
-
-    model_input_names = ["input_ids", "attention_mask", "pixel_values"]
 
 
 class PrismaticProcessor(OpenVLAProcessor):
-    """The name that published processor files carry."""
+    """Processor under the name in published files."""
 
 
-def _require_image_preset(image_preset: str | None) -> None:
-    if image_preset is not None and image_preset not in IMAGE_PRESETS:
-        raise ValueError(f"Unknown image_preset {image_preset!r}. Allowed: None, or one of {list(IMAGE_PRESETS)}.")
+def _require_used(
+    instruction: Any, images: Any, padding: Any, truncation: Any, max_length: int | None, device: Any
+) -> None:
+    """Raise ValueError for arguments of the processor that would have no effect."""
+    if instruction is not None and truncation not in (None, False, "do_not_truncate"):
+        raise OpenVLAValueError(f"truncation={truncation!r}: an instruction is never cut; leave truncation out.")
+    if instruction is not None and padding == "max_length" and max_length is None:
+        raise OpenVLAValueError("padding='max_length' needs max_length.")
+    if images is None and device is not None:
+        raise OpenVLAValueError("device is where pixel_values are made, and there are no images; leave it out.")
 
 
 def _as_float32(values: Sequence[float]) -> list[float]:
-    return np.array(values, dtype=np.float32).tolist()
+    return [float(value) for value in np.array(values, dtype=np.float32)]
 
 
-def _make_tokenizer_readable(folder: Path) -> None:
-    """Undo, in the tokenizer's files, what transformers 5 and tokenizers 0.20 write and 4.40 cannot read."""
-    config_file, tokenizer_file = folder / "tokenizer_config.json", folder / "tokenizer.json"
-    if config_file.is_file():
-        config = json.loads(config_file.read_text(encoding="utf-8"))
-        if config.get("tokenizer_class") == "TokenizersBackend":
-            config["tokenizer_class"] = "PreTrainedTokenizerFast"
-            write_json(config_file, config)
-    if tokenizer_file.is_file():
-        tokenizer = json.loads(tokenizer_file.read_text(encoding="utf-8"))
-        merges = tokenizer["model"].get("merges") or []
-        if merges and not isinstance(merges[0], str) and not any(" " in part for pair in merges for part in pair):
-            tokenizer["model"]["merges"] = [" ".join(pair) for pair in merges]
-            write_json(tokenizer_file, tokenizer)
+def _padded(sequences: Sequence[list[int]], value: int, length: int, side: str) -> list[list[int]]:
+    """Return sequences padded with a value to a length, on the left or the right side."""
+    pads = [[value] * (length - len(sequence)) for sequence in sequences]
+    return [pad + sequence if side == "left" else sequence + pad for pad, sequence in zip(pads, sequences)]
+
+
+def require_characters(text: str) -> None:
+    """Raise ValueError where text holds half of a surrogate pair."""
+    if half := re.search("[\ud800-\udfff]", text):
+        raise OpenVLAValueError(
+            f"The text {text!r:.200} holds half of a surrogate pair ({half[0]!r}), which is no character and must be "
+            "left out."
+        )
+
+
+def as_list(texts: Any) -> list[Any]:
+    """Return one text or several as a list; an unordered collection (a set, a dictionary) is one object, not texts."""
+    several = np.ndim(texts) == 1 if isinstance(texts, np.ndarray) else isinstance(texts, Iterable)
+    return list(texts) if several and not isinstance(texts, (str, bytes, Mapping, Set)) else [texts]
+
+
+def tokenize_prompts(tokenizer: Any, style: str, instructions: Sequence[str]) -> list[list[int]]:
+    """Return the ids of the prompts of instructions, in a style of ``PROMPTS``.
+
+    Special tokens that an instruction spells out (``</s>``) are text; as tokens they would end the prompt there.
+    """
+    prompts = tokenizer([PROMPTS[style].format(instruction=instruction) for instruction in instructions])["input_ids"]
+    special = tokenizer.get_added_vocab()
+    return [
+        _tokenize_without_special(tokenizer, special, PROMPTS[style].split(PLACEHOLDER), instruction)
+        if any(word in instruction for word in special)
+        else list(ids)
+        for ids, instruction in zip(prompts, instructions)
+    ]
+
+
+def require_bos(tokenizer: Any, style: str | None, input_ids: Any, attention_mask: Any) -> None:
+    """Raise ValueError where a prompt does not begin with BOS, behind which the model puts the image patches.
+
+    Qwen has no BOS; the special token that opens the trained prompt takes its place. ``input_ids`` and
+    ``attention_mask`` are one prompt ``(length,)`` or several ``(batch, length)``.
+    """
+    bos = getattr(tokenizer, "bos_token_id", None)
+    if bos is None and PROMPTS.get(style or "", "").startswith("<|"):
+        bos = tokenizer(PROMPTS[style or ""])["input_ids"][0]
+    if bos is None:
+        return
+    nested = np.ndim(input_ids[0]) > 0
+    for ids, mask in zip(input_ids, attention_mask) if nested else [(input_ids, attention_mask)]:
+        first = next((int(token) for token, visible in zip(ids, mask) if visible), None)
+        if first != bos:
+            raise OpenVLAValueError(
+                f"A prompt starts with token {first} instead of BOS ({bos}), behind which the model puts the "
+                "image. Use processor(instruction=...), which writes the trained prompt. If it says this too, the "
+                "tokenizer's files were probably re-saved by another transformers version; use the original ones."
+            )
+
+
+def _tokenize_without_special(
+    tokenizer: Any, special: dict[str, int], template: list[str], instruction: str
+) -> list[int]:
+    """Return the ids of a prompt; words of the template may be special tokens, words of the instruction are not."""
+    words = "|".join(re.escape(word) for word in sorted(special, key=len, reverse=True))
+    before, after = (re.split(f"({words})", part) for part in template)
+    # Odd indices are special tokens, even ones the text between them.
+    pieces = [*before[:-1], before[-1] + instruction + after[0], *after[1:]]
+    encode = _plain_encoder(tokenizer)
+    ids = list(tokenizer("")["input_ids"])  # BOS, where the tokenizer puts one in front
+    for index, piece in enumerate(pieces):
+        ids += [special[piece]] if index % 2 else encode(piece) if piece else []
+    return ids
+
+
+def _plain_encoder(tokenizer: Any) -> Callable[[str], list[int]]:
+    """Return a function from text to ids that takes no word for a special token."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:  # a slow tokenizer, of transformers 4
+        return lambda text: tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+    fields = {**json.loads(backend.to_str()), "added_tokens": [], "truncation": None, "padding": None}
+    plain = type(backend).from_str(json.dumps(fields))
+    return lambda text: plain.encode(text, add_special_tokens=False).ids

@@ -1,7 +1,6 @@
-"""A tiny OpenVLA with a tokenizer of its own, built in a second: for a first try without a download, and for tests.
+"""A tiny OpenVLA with its own tokenizer, built in a second: for a first try without a download, and for tests.
 
-It is *untrained*: seeded random weights that show the way from image to action, not a policy. Tests, benchmarks and
-examples build on it.
+It is *untrained*: it has seeded random weights and is no policy. Tests, benchmarks and examples build on it.
 """
 
 from __future__ import annotations
@@ -15,6 +14,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerFast
 
 from .configuration_openvla import OpenVLAConfig
+from .default_processor import default_processor
 from .modeling_openvla import OpenVLAForActionPrediction
 from .processing_openvla import OpenVLAProcessor
 
@@ -33,31 +33,31 @@ TINY_TOWERS = {
 def build_tokenizer(
     vocab_size: int = 0, pad_token: str | None = "<pad>", words: Sequence[str] = ()
 ) -> PreTrainedTokenizerFast:
-    """A character tokenizer with Llama-2's pipeline (``▁`` for a space, BOS in front, bytes for the rest).
+    """Build a character tokenizer with Llama-2's pipeline (``▁`` for a space, BOS in front, bytes for the rest).
 
     Its last 256 ids stand for action bins, as in every OpenVLA vocabulary; the padding token comes after them.
 
     Args:
-        vocab_size: Fill up to this many ids before the padding token (32000 is Llama-2's); 0 for no more than needed.
-        pad_token: None for none, as Llama-2's own.
-        words: Become tokens of their own where they follow a space (as do their beginnings): shorter prompts. So may
-            several words together.
+        vocab_size: Number of ids before the padding token (Llama-2 has 32000), filled up; 0 for no more than needed.
+        pad_token: The padding token; None for none, as in Llama-2.
+        words: Words, or several words together, that are one token after a space, as are their beginnings. They make
+            prompts shorter.
     """
     characters = ["▁", "\n", *(chr(code) for code in range(33, 127))]
     vocabulary = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *characters]
-    # Every word is merged from its beginning on; a beginning that several share has one token.
-    parts = {
+    # Every word is merged from its beginning on; words with the same beginning share its token.
+    merges = {
         ("▁" + word)[: end + 1]: (("▁" + word)[:end], word[end - 1])
         for word in (entry.replace(" ", "▁") for entry in words)
         for end in range(1, len(word) + 1)
     }
-    vocabulary += parts
+    vocabulary += merges
     vocabulary += [f"<filler_{index}>" for index in range(len(vocabulary), vocab_size - N_ACTION_BINS)]
     vocabulary += [f"<action_{index}>" for index in range(N_ACTION_BINS)]
     tokenizer = Tokenizer(
         models.BPE(
             {token: i for i, token in enumerate(vocabulary)},
-            list(parts.values()),
+            list(merges.values()),
             unk_token="<unk>",
             byte_fallback=True,
         )
@@ -79,7 +79,7 @@ def build_tokenizer(
 
 
 def build_config(tokenizer: PreTrainedTokenizerFast, **overrides: Any) -> OpenVLAConfig:
-    """Configuration of a 0.5 M-parameter OpenVLA; ``overrides`` replace its fields."""
+    """Return the configuration of an OpenVLA of 0.5 M parameters; ``overrides`` replace its fields."""
     fields: dict[str, Any] = {
         "vision_backbone_id": "dinosiglip-vit-so-224px",
         "llm_backbone_id": "tiny-llama",
@@ -97,7 +97,7 @@ def build_config(tokenizer: PreTrainedTokenizerFast, **overrides: Any) -> OpenVL
 
 
 def language_config(tokenizer: PreTrainedTokenizerFast, width: int = 64, depth: int = 2) -> dict[str, Any]:
-    """``text_config`` of a Llama of this width and depth, with 4 heads."""
+    """Return the ``text_config`` of a Llama of this width and depth, with 4 heads."""
     return {
         "model_type": "llama",
         "vocab_size": tokenizer.pad_token_id + PADDED_ROWS,
@@ -114,10 +114,10 @@ def language_config(tokenizer: PreTrainedTokenizerFast, width: int = 64, depth: 
 
 
 def build_tiny(seed: int = 0, **overrides: Any) -> tuple[OpenVLAForActionPrediction, OpenVLAProcessor]:
-    """A tiny untrained OpenVLA and its processor, the same on every transformers version.
+    """Build a tiny untrained OpenVLA and its processor, the same on every transformers version.
 
     Args:
-        seed: Of the weights.
+        seed: Seed of the weights.
         **overrides: Fields of :class:`OpenVLAConfig`.
 
     Returns:
@@ -125,18 +125,18 @@ def build_tiny(seed: int = 0, **overrides: Any) -> tuple[OpenVLAForActionPredict
     """
     tokenizer = build_tokenizer()
     config = build_config(tokenizer, **overrides)
-    return build_model(config, seed), OpenVLAProcessor.for_config(config, tokenizer)
+    return build_model(config, seed), default_processor(config, tokenizer)
 
 
 def build_model(config: OpenVLAConfig, seed: int = 0) -> OpenVLAForActionPrediction:
-    """An untrained model of a configuration, float32 in eval mode on the CPU."""
+    """Build an untrained model of a configuration, float32 in eval mode on the CPU."""
     model = OpenVLAForActionPrediction(config)
     _fill(model, seed)
     return model.eval()
 
 
 def _fill(model: nn.Module, seed: int) -> None:
-    """Seeded weights that do not depend on how a transformers version initialises."""
+    """Set seeded weights, which do not depend on how a transformers version initialises."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in sorted(model.named_parameters()):
@@ -144,7 +144,7 @@ def _fill(model: nn.Module, seed: int) -> None:
 
 
 def seeded_weight(name: str, shape: torch.Size, generator: torch.Generator) -> torch.Tensor:
-    """A weight to start from, float32, by its name; large enough that the model sees the image."""
+    """Return an initial float32 weight by its name, large enough that the image changes the action."""
     if "norm" in name:
         return torch.full(shape, 1.0 if name.endswith("weight") else 0.0)
     if name.endswith("scale_factor"):

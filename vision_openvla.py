@@ -1,13 +1,16 @@
 """Vision towers (ViTs under timm's parameter names) and the projector into the language model's embedding space.
 
-The towers give the patch features of their *second-to-last* block; the last block, the final norm and the pooling head
-are never run, but they are part of every published checkpoint, so their weights are held and saved.
+The towers return the patch features of their *second-to-last* block. The last block, the final norm and the pooling
+head are never run; they exist because their weights are part of every published checkpoint.
+
+timm's ``vision_transformer.py`` is the reference: results have the same bits.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -15,12 +18,12 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from .configuration_openvla import PrismaticConfig
-from .graphs_openvla import beside
+from .errors_openvla import OpenVLAValueError
 
 
 @dataclass(frozen=True)
 class TowerArchitecture:
-    """What ``timm.create_model`` builds for one id; field names are timm's arguments."""
+    """Architecture that ``timm.create_model`` builds for an id; the fields are timm's arguments."""
 
     patch_size: int = 14
     embed_dim: int = 1024
@@ -29,7 +32,7 @@ class TowerArchitecture:
     mlp_ratio: float = 4.0
     class_token: bool = True
     reg_tokens: int = 0
-    no_embed_class: bool = False  # position embeddings for patches only, prefix tokens are put in front afterwards
+    no_embed_class: bool = False  # position embeddings for patches only; prefix tokens are prepended afterwards
     pre_norm: bool = False  # CLIP: norm before the blocks, patch embedding without bias
     layer_scale: bool = False
     attention_pool: bool = False  # SigLIP's pooling head
@@ -117,7 +120,7 @@ class VisionBlock(nn.Module):
         self.ls2 = LayerScale(dim) if arch.layer_scale else nn.Identity()
 
     def add_film(self, film_dim: int) -> None:
-        """Put FiLM (Perez et al. 2018) between attention and MLP; zero, so that it starts as if there were none.
+        """Add FiLM (Perez et al. 2018) between attention and MLP, with zero weights: at first it changes nothing.
 
         Args:
             film_dim: Size of the language feature.
@@ -130,16 +133,16 @@ class VisionBlock(nn.Module):
     def forward(self, x: torch.Tensor, condition: torch.Tensor | None = None) -> torch.Tensor:
         x = x + self.ls1(self.attn(self.norm1(x)))
         if condition is not None:
-            images = len(x) // len(condition)  # of one row, which share its condition
+            num_images = len(x) // len(condition)  # images of one sample share its condition
             scale, shift = (
-                layer(condition).repeat_interleave(images, dim=0)[:, None] for layer in (self.scale, self.shift)
+                layer(condition).repeat_interleave(num_images, dim=0)[:, None] for layer in (self.scale, self.shift)
             )
             x = x * (1 + scale) + shift
         return x + self.ls2(self.mlp(self.norm2(x)))
 
 
 class PatchEmbed(nn.Module):
-    """Non-overlapping patches through one convolution."""
+    """Embedding of non-overlapping patches by one convolution."""
 
     def __init__(self, arch: TowerArchitecture) -> None:
         super().__init__()
@@ -150,7 +153,7 @@ class PatchEmbed(nn.Module):
 
 
 class AttentionPool(nn.Module):
-    """SigLIP's pooling head: weights of the checkpoint that patch features do not need. Never run."""
+    """SigLIP's pooling head; never run, its weights are part of the checkpoints."""
 
     def __init__(self, arch: TowerArchitecture, activation: str | None) -> None:
         super().__init__()
@@ -167,13 +170,10 @@ class VisionTower(nn.Module):
     """A ViT that returns the patch features of its second-to-last block.
 
     Args:
-        timm_id: A key of ``ARCHITECTURES``, or any name when ``overrides`` give every field.
+        timm_id: A key of ``ARCHITECTURES``, or any name when ``overrides`` has every field.
         image_size: Input height and width in pixels.
         activation: None (GELU) or "quick_gelu".
         overrides: Fields of ``TowerArchitecture`` that differ from the id's (depth, embed_dim, ...).
-
-    Raises:
-        ValueError: The id, an override or the activation is unknown, or the sizes do not fit each other.
     """
 
     def __init__(
@@ -203,18 +203,16 @@ class VisionTower(nn.Module):
         if arch.attention_pool:
             self.attn_pool = AttentionPool(arch, activation)
 
-    @property
-    def unused(self) -> list[nn.Module]:
-        """Modules that never run; their weights are part of every published checkpoint all the same."""
-        return [self.blocks[-1], self.norm, *([self.attn_pool] if hasattr(self, "attn_pool") else [])]
-
     def forward(self, pixel_values: torch.Tensor, condition: torch.Tensor | None = None) -> torch.Tensor:
-        """Patch features ``(batch, num_patches, embed_dim)`` of normalised images ``(batch, 3, size, size)``."""
+        """Return patch features ``(batch, num_patches, embed_dim)`` of normalised images ``(batch, 3, size, size)``.
+
+        ``condition`` is FiLM's language feature ``(samples, film_dim)``; ``batch`` is a multiple of ``samples``.
+        """
         x = self._with_position(self.patch_embed(pixel_values))
         x = self.norm_pre(x)
         for block in self.blocks[:-1]:
             if self.gradient_checkpointing and self.training:
-                # Never reentrant: images need no gradient, and then a block's adapters would silently get none.
+                # With use_reentrant=True a block's adapters would silently get no gradient, as its input needs none.
                 x = checkpoint(block, x, condition, use_reentrant=False)
             else:
                 x = block(x, condition)
@@ -230,11 +228,14 @@ class VisionTower(nn.Module):
 class PrismaticVisionBackbone(nn.Module):
     """One tower (``featurizer``), or two whose features are concatenated channel by channel (``fused_featurizer``)."""
 
+    # Set by the installed package (inference/cuda_graphs.py).
+    run_on_two_streams: ClassVar[Callable[..., tuple[torch.Tensor, torch.Tensor]] | None] = None
+
     def __init__(self, config: PrismaticConfig) -> None:
         super().__init__()
         towers = [
-            VisionTower(*arguments)
-            for arguments in zip(
+            VisionTower(timm_id, image_size, activation, overrides)
+            for timm_id, image_size, activation, overrides in zip(
                 config.timm_model_ids,
                 config.image_sizes,
                 config.timm_override_act_layers,
@@ -244,78 +245,66 @@ class PrismaticVisionBackbone(nn.Module):
         self.featurizer = towers[0]
         self.fused_featurizer = towers[1] if len(towers) == 2 else None
         self.embed_dim = sum(tower.embed_dim for tower in towers)
-        self.take(config)
+        self.configure(config)
         if len({tower.num_patches for tower in towers}) > 1:
-            raise ValueError(
+            raise OpenVLAValueError(
                 "Both vision towers must give the same number of patches, got "
                 f"{[tower.num_patches for tower in towers]} from {config.timm_model_ids}."
             )
 
-    def take(self, config: PrismaticConfig) -> None:
-        """Take the number of images and FiLM, which is new, from a configuration."""
+    def configure(self, config: PrismaticConfig) -> None:
+        """Set the number of images, and add FiLM where the configuration has it."""
         self.num_images, self.film = config.num_images_in_input, config.film_dim is not None
-        for tower in (self.featurizer, self.fused_featurizer):
-            for block in tower.blocks if self.film and tower is not None else ():
+        for block in list(self.modules()):
+            if isinstance(block, VisionBlock) and config.film_dim is not None:
                 block.add_film(config.film_dim)
 
     @property
     def patches_per_prompt(self) -> int:
-        """Patch features of all images of a prompt."""
+        """Return the number of patches of all images of a prompt."""
         return self.num_images * self.featurizer.num_patches
 
     @property
     def num_channels(self) -> int:
-        """Channels of one image in ``pixel_values``: three a tower."""
+        """Return the number of channels of one image in ``pixel_values``: three a tower."""
         return 3 if self.fused_featurizer is None else 6
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """Floating-point type that the towers compute in."""
-        return self.featurizer.patch_embed.proj.weight.dtype
-
-    @property
-    def device(self) -> torch.device:
-        """Where images must be."""
-        return self.featurizer.patch_embed.proj.weight.device
-
     def forward(self, pixel_values: torch.Tensor, condition: torch.Tensor | None = None) -> torch.Tensor:
-        """Patch features ``(batch, images * num_patches, embed_dim)``, one image after the other.
+        """Return patch features ``(batch, images * num_patches, embed_dim)``, one image after the other.
 
         Args:
             pixel_values: Normalised images ``(batch, images * (3 or 6), height, width)``; with two towers an image's
                 channels 0-2 are normalised for the first and 3-5 for the second.
             condition: With FiLM, the language feature ``(batch, film_dim)``.
-
-        Raises:
-            ValueError: Rank, channels or size are not what the towers take, or FiLM lacks its condition.
         """
         size, images = self.featurizer.image_size, self.num_images
         if pixel_values.ndim != 4 or tuple(pixel_values.shape[1:]) != (images * self.num_channels, size, size):
             cameras = f" ({images} images of {self.num_channels} channels each)" if images > 1 else ""
-            raise ValueError(
+            raise OpenVLAValueError(
                 f"pixel_values must have shape (batch, {images * self.num_channels}, {size}, {size}){cameras}, "
                 f"got {tuple(pixel_values.shape)}; make them with the checkpoint's own processor."
             )
         if self.film and condition is None:
-            raise ValueError("The vision towers have FiLM and need the instruction's embedding; use predict_action.")
+            raise OpenVLAValueError(
+                "The vision towers have FiLM and need the instruction's embedding; use predict_action."
+            )
         if images > 1:
             pixel_values = pixel_values.unflatten(1, (images, self.num_channels)).flatten(0, 1)
-        if self.fused_featurizer is None:
-            features = self.featurizer(pixel_values, condition)
+        first, second = self.featurizer, self.fused_featurizer
+        if second is None:
+            features = first(pixel_values, condition)
         else:
-            features = torch.cat(
-                beside(
-                    lambda: self.featurizer(pixel_values[:, :3], condition),
-                    lambda: self.fused_featurizer(pixel_values[:, 3:], condition),
-                    pixel_values.device,
-                ),
-                dim=2,
-            )
+            run = (lambda: first(pixel_values[:, :3], condition), lambda: second(pixel_values[:, 3:], condition))
+            if self.run_on_two_streams is None:
+                both = run[0](), run[1]()
+            else:
+                both = self.run_on_two_streams(*run, pixel_values.device)
+            features = torch.cat(both, dim=2)
         return features.unflatten(0, (-1, images)).flatten(1, 2) if images > 1 else features
 
 
 class PrismaticProjector(nn.Module):
-    """MLP from vision features ``(..., vision_dim)`` to language-model embeddings ``(..., llm_dim)``."""
+    """MLP from vision features ``(..., vision_dim)`` to the language model's embeddings ``(..., llm_dim)``."""
 
     def __init__(self, fused: bool, vision_dim: int, llm_dim: int) -> None:
         super().__init__()
@@ -336,26 +325,32 @@ class PrismaticProjector(nn.Module):
 def _architecture(
     timm_id: str, image_size: int, activation: str | None, overrides: dict[str, Any]
 ) -> TowerArchitecture:
-    """The tower's architecture with its overrides applied, checked. ``img_size`` is already in ``image_size``."""
+    """Return the checked architecture of a tower, with its overrides (``img_size`` is already in ``image_size``)."""
     overrides = {name: value for name, value in overrides.items() if name != "img_size"}
     known = {field.name for field in fields(TowerArchitecture)}
     if timm_id not in ARCHITECTURES and not known <= set(overrides):
-        raise ValueError(
+        raise OpenVLAValueError(
             f"Unknown timm_model_ids entry {timm_id!r}. Allowed: {sorted(ARCHITECTURES)}, or any other whose "
             f"timm_model_kwargs give all of {sorted(known)}."
         )
     if activation not in ACTIVATIONS:
-        raise ValueError(f"Unknown activation {activation!r}. Allowed: {list(ACTIVATIONS)}.")
+        raise OpenVLAValueError(f"Unknown activation {activation!r}. Allowed: {list(ACTIVATIONS)}.")
     if not set(overrides) <= known:
-        raise ValueError(
+        raise OpenVLAValueError(
             f"Unknown timm_model_kwargs {sorted(set(overrides) - known)} for {timm_id}. "
             f"Allowed: {sorted(known | {'img_size'})}."
         )
     arch = replace(ARCHITECTURES.get(timm_id, TowerArchitecture()), **overrides)
     if arch.embed_dim % arch.num_heads:
-        raise ValueError(f"{timm_id}: embed_dim {arch.embed_dim} is not a multiple of num_heads {arch.num_heads}.")
+        raise OpenVLAValueError(
+            f"{timm_id}: embed_dim {arch.embed_dim} is not a multiple of num_heads {arch.num_heads}."
+        )
     if arch.depth < 2:
-        raise ValueError(f"{timm_id}: depth must be at least 2 to have a second-to-last block, got {arch.depth}.")
+        raise OpenVLAValueError(
+            f"{timm_id}: depth must be at least 2 to have a second-to-last block, got {arch.depth}."
+        )
     if image_size < arch.patch_size:
-        raise ValueError(f"{timm_id}: image size {image_size} is smaller than one patch of {arch.patch_size} pixels.")
+        raise OpenVLAValueError(
+            f"{timm_id}: image size {image_size} is smaller than one patch of {arch.patch_size} pixels."
+        )
     return arch

@@ -1,15 +1,14 @@
-"""Latency of a chunk in one parallel pass beside the same weights' autoregressive action, and how near the floor it is.
+"""Latency of a parallel action chunk and of an autoregressive action with the same weights, and their lower bounds.
 
-    python benchmarks/chunks.py [--size eighth|full] [--dtype float32|bfloat16] [--pairs 20]
+    python benchmarks/chunks.py [--size eighth|full] [--dtype float32|bfloat16] [--repeats 20]
 
 "eighth" is OpenVLA-7B's depth at an eighth of its width, "full" its size, built on the GPU with random weights. All
-rows are timed in turn in one process, and medians are reported. The floor is the pass's floating-point operations at
-the speed of one large matrix product, measured in the same run: what a compute-bound pass cannot beat. The
-autoregressive action's six decoding steps are bound by memory instead, so its floor adds reading the language model six
-times.
+models are timed in turn in one process, and medians are reported. The floor is the time of the pass's floating-point
+operations at the speed of one large matrix product, measured in the same run: the lower bound of a compute-bound pass.
+The six decode steps of the autoregressive action are memory-bound, so its floor adds six reads of the language model.
 
-Beside each time stands a check: the chunk under sdpa against the chunk under eager attention, and for tokens how many
-of them are equal.
+Each time comes with a check: the difference between the chunks under sdpa and eager attention, and for tokens the
+number of equal ones.
 """
 
 from __future__ import annotations
@@ -21,10 +20,10 @@ import numpy as np
 import torch
 import transformers
 from openvla import PLATFORMS, OpenVLAForActionPrediction
-from openvla.benchmark import floor_seconds, gemm_rate, read_rate
-from openvla.benchmark_reference import timed
-from openvla.benchmark_sizes import overrides
-from openvla.predict import SAMPLE_IMAGE, SAMPLE_INSTRUCTION
+from openvla.benchmarking.reference import measure_call
+from openvla.benchmarking.roofline import gemm_rate, read_rate, roofline_seconds
+from openvla.benchmarking.sizes import overrides
+from openvla.inference.predict import SAMPLE_IMAGE, SAMPLE_INSTRUCTION
 from openvla.tiny import UNTRAINED_STATISTICS, build_tiny
 from PIL import Image
 
@@ -34,7 +33,7 @@ BOUNDS = ("q01", "q99", "min", "max")
 
 
 def statistics(platform: str) -> dict:
-    """Made-up statistics of a platform."""
+    """Return made-up statistics of a platform."""
     sizes = PLATFORMS[platform]
     entry = {
         part: {name: [(-1.0) ** (i % 2 + 1)] * sizes[f"{part}_dim"] for i, name in enumerate(BOUNDS)}
@@ -70,7 +69,7 @@ ROWS = {
 
 
 def build(row: str, size: str, device: str, dtype: torch.dtype) -> tuple[OpenVLAForActionPrediction, Callable]:
-    """A row's model with the same seeded weights as the others', and its answer."""
+    """Build a model with the same seeded weights as the others, and its prediction function."""
     with torch.device(device):
         model, processor = build_tiny(**{**(FULL if size == "full" else overrides(size)), **ROWS[row]})
     model = model.to(device=device, dtype=dtype)
@@ -80,12 +79,12 @@ def build(row: str, size: str, device: str, dtype: torch.dtype) -> tuple[OpenVLA
     return model, lambda: model.predict_action(**inputs, proprio=proprio, constrain_actions=True, return_dict=True)
 
 
-def check(model: OpenVLAForActionPrediction, answer: Callable) -> str:
-    """The same answer under eager attention."""
-    first = answer()
+def check(model: OpenVLAForActionPrediction, predict: Callable) -> str:
+    """Compare the prediction with that under eager attention; return the difference as text."""
+    first = predict()
     model.language_model.config._attn_implementation = "eager"
     try:
-        second = answer()
+        second = predict()
     finally:
         model.language_model.config._attn_implementation = "sdpa"
     if first.token_ids is not None:
@@ -94,11 +93,11 @@ def check(model: OpenVLAForActionPrediction, answer: Callable) -> str:
 
 
 def main() -> None:
-    """Time all rows in turn and print them."""
+    """Time all models in turn and print the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=("eighth", "full"), default="eighth")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--pairs", type=int, default=20)
+    parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
@@ -110,20 +109,20 @@ def main() -> None:
     )
     models = {row: build(row, args.size, args.device, dtype) for row in ROWS}
     seconds = {row: [] for row in ROWS}
-    for turn in range(WARM + args.pairs):
-        for row, (_, answer) in models.items():
-            took = timed(lambda _, answer=answer: answer(), 0, args.device)
+    for turn in range(WARM + args.repeats):
+        for row, (_, predict) in models.items():
+            took = measure_call(lambda _, predict=predict: predict(), 0, args.device)
             if turn >= WARM:
                 seconds[row].append(took["seconds"])
     ceilings = gemm_rate(args.device, dtype) / 1e9, read_rate(args.device) / 1e9
     first = float(np.median(seconds[next(iter(ROWS))]))
-    print("| answer | ms | ms an action | faster per action | share of the floor | check |\n|---|---|---|---|---|---|")
-    for row, (model, answer) in models.items():
+    print("| chunk | ms | ms an action | faster per action | roofline fraction | check |\n|---|---|---|---|---|---|")
+    for row, (model, predict) in models.items():
         median = float(np.median(seconds[row]))
         one = median / model.config.chunk_length
-        share = floor_seconds(model, lambda _, answer=answer: answer(), *ceilings) / median
+        share = roofline_seconds(model, predict, *ceilings) / median
         figures = f"{1e3 * median:.1f} | {1e3 * one:.1f} | {first / one:.1f}x | {share:.2f}"
-        print(f"| {row} | {figures} | {check(model, answer)} |", flush=True)
+        print(f"| {row} | {figures} | {check(model, predict)} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,15 +1,15 @@
-"""Convert a full-size (7.5 B parameters) native checkpoint and back, measuring time and memory beside a plain copy.
+"""Measure time and memory of converting a full-size (7.5 B parameters) native checkpoint and back, and of a plain copy.
 
     python benchmarks/convert_full.py WORK_DIR [--dtype bf16|fp32] [--repeat 3]
 
 The weights are seeded noise, the tokenizer is a stand-in of Llama-2's size; every tensor is compared.
-WORK_DIR needs 31 GB free for bf16, 62 GB for fp32, and is removed at the end. Anonymous memory is the process's own;
-pages of mapped files, which the system takes back at need, are not in it.
+WORK_DIR needs 31 GB free for bf16, 62 GB for fp32, and is removed at the end. The memory measured is anonymous memory;
+pages of mapped files are not counted, since the system evicts them when it needs memory.
 
-Before each step all is written to disk and, where the user may (root, on Linux), the page cache is emptied; the table
-says so. Copies and conversions take turns, so that a disturbance meets both. The plain copy is cp, through the cache,
-and sync; the other is dd past the cache (O_DIRECT), as fast as the disk allows. Python's bytecode is cached beforehand,
-as pip's installation leaves it; how long the imports then take is a row of its own.
+Before each step all data is written to disk and, where the user may (root, on Linux), the page cache is emptied; the
+table shows whether. Copies and conversions alternate, so that other load on the machine affects both. One copy is cp
+through the page cache, and sync; the other is dd past the page cache (O_DIRECT), as fast as the disk allows. Python's
+bytecode is cached beforehand, as pip's installation leaves it; the imports alone are a step of their own.
 """
 
 from __future__ import annotations
@@ -23,16 +23,17 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
-from openvla.benchmark_sizes import write_full
-from openvla.checkpoint_folder import MANIFEST_FILE
+from openvla.benchmarking.sizes import write_full
 from openvla.configuration_openvla import write_json
-from openvla.convert_checkpoint import DTYPES
+from openvla.conversion.hub_folder import MANIFEST_FILE
+from openvla.conversion.options import DTYPES
 from openvla.tiny import build_tokenizer
 
 
-def emptied_cache() -> str:
-    """Write everything to disk and empty the page cache; whether that was allowed."""
+def empty_page_cache() -> str:
+    """Write everything to disk and empty the page cache; return the state of the page cache."""
     os.sync()
     try:
         Path("/proc/sys/vm/drop_caches").write_text("3")
@@ -41,9 +42,9 @@ def emptied_cache() -> str:
     return "empty"
 
 
-def measured(label: str, command: list[str], size: int) -> dict:
-    """Run a command; its seconds and its peak of anonymous memory."""
-    cache = emptied_cache()
+def measure(step: str, command: list[str | Path], size: int) -> dict[str, Any]:
+    """Run a command that reads ``size`` bytes; return its seconds and its peak of anonymous memory in MB."""
+    cache = empty_page_cache()
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
     started, peak = time.perf_counter(), 0
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env=environment)
@@ -56,31 +57,31 @@ def measured(label: str, command: list[str], size: int) -> dict:
         time.sleep(0.02)
     seconds = time.perf_counter() - started
     if process.returncode:
-        raise SystemExit(f"{label} failed: {' '.join(map(str, command))}")
-    row = {"step": label, "bytes": size, "seconds": seconds, "cache": cache, "MB": peak / 1024}
-    print(json.dumps({**row, "load": os.getloadavg()[0]}), flush=True)
-    return row
+        raise SystemExit(f"{step} failed: {' '.join(map(str, command))}")
+    result = {"step": step, "bytes": size, "seconds": seconds, "cache": cache, "MB": peak / 1024}
+    print(json.dumps({**result, "load": os.getloadavg()[0]}), flush=True)
+    return result
 
 
-def table(rows: list[dict]) -> str:
-    """A line a step: median and best of its runs."""
+def table(results: list[dict[str, Any]]) -> str:
+    """Return a Markdown table with the median and the best run of each step."""
     lines = ["| step | runs | median s | best s | GB/s | page cache before | peak anonymous MB |", "|---" * 7 + "|"]
-    for label in dict.fromkeys(row["step"] for row in rows):
-        runs = [row for row in rows if row["step"] == label]
-        seconds = [row["seconds"] for row in runs]
+    for step in dict.fromkeys(result["step"] for result in results):
+        runs = [result for result in results if result["step"] == step]
+        seconds = [run["seconds"] for run in runs]
         median = statistics.median(seconds)
-        cells = [label, len(runs), f"{median:.1f}", f"{min(seconds):.1f}", f"{runs[0]['bytes'] / median / 1e9:.2f}"]
-        cells += [runs[0]["cache"], f"{max(row['MB'] for row in runs):.0f}"]
+        cells = [step, len(runs), f"{median:.1f}", f"{min(seconds):.1f}", f"{runs[0]['bytes'] / median / 1e9:.2f}"]
+        cells += [runs[0]["cache"], f"{max(run['MB'] for run in runs):.0f}"]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines)
 
 
 def main() -> None:
-    """Build, reverse, copy, convert, verify, compare."""
+    """Write a Hub folder, convert it to the native layout and back, measure, and compare the tensors."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("work", type=Path)
     parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16")
-    parser.add_argument("--repeat", type=int, default=3, help="of copies and conversions (default %(default)s)")
+    parser.add_argument("--repeat", type=int, default=3, help="runs of every copy and conversion (default %(default)s)")
     args = parser.parse_args()
     args.work.mkdir(parents=True)
     try:
@@ -89,9 +90,9 @@ def main() -> None:
         write_json(hub / "native_config.json", {"vla": {"base_vlm": "prism-dinosiglip-224px+7b"}})
         openvla = [sys.executable, "-m", "openvla"]
         size = sum(file.stat().st_size for file in hub.glob("*.safetensors"))
-        measured("first imports, which cache bytecode", [*openvla, "--version"], 0)
-        rows = [measured("imports alone", [*openvla, "--version"], 0) for _ in range(args.repeat)]
-        rows += [measured("Hub folder to native (--reverse)", [*openvla, "convert", hub, native, "--reverse"], size)]
+        measure("first imports, which cache bytecode", [*openvla, "--version"], 0)
+        results = [measure("imports alone", [*openvla, "--version"], 0) for _ in range(args.repeat)]
+        results += [measure("Hub folder to native (--reverse)", [*openvla, "convert", hub, native, "--reverse"], size)]
         tokenizer = args.work / "tokenizer"
         build_tokenizer(32000, "<PAD>").save_pretrained(tokenizer)
         shutil.rmtree(hub)
@@ -101,17 +102,17 @@ def main() -> None:
         convert = [*openvla, "convert", native, again, "--tokenizer", tokenizer, "--dtype", args.dtype]
         for _ in range(args.repeat):
             shutil.rmtree(again, ignore_errors=True)
-            rows.append(measured("plain copy (cp, sync)", ["sh", "-c", plain], size))
+            results.append(measure("plain copy (cp, sync)", ["sh", "-c", plain], size))
             copy.unlink()
-            rows.append(measured("copy past the cache (dd, O_DIRECT)", ["sh", "-c", direct], size))
+            results.append(measure("copy past the cache (dd, O_DIRECT)", ["sh", "-c", direct], size))
             copy.unlink()
-            rows.append(measured("native to Hub folder", convert, size))
-        rows.append(measured("openvla verify", [*openvla, "verify", again], size))
-        found = json.loads((again / MANIFEST_FILE).read_text())["tensors"]
-        if found != digests:
-            raise SystemExit("the tensors are not what they were")
-        print(f"{len(found)} tensors equal after there and back, {size / 1e9:.2f} GB in {args.dtype}\n")
-        print(table(rows))
+            results.append(measure("native to Hub folder", convert, size))
+        results.append(measure("openvla verify", [*openvla, "verify", again], size))
+        converted = json.loads((again / MANIFEST_FILE).read_text())["tensors"]
+        if converted != digests:
+            raise SystemExit("the tensors changed in the two conversions")
+        print(f"{len(converted)} tensors equal after both conversions, {size / 1e9:.2f} GB in {args.dtype}\n")
+        print(table(results))
     finally:
         shutil.rmtree(args.work, ignore_errors=True)
 

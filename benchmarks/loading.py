@@ -1,12 +1,12 @@
-"""Seconds and memory that loading a model takes, beside the published code's way, each time in a new process.
+"""Time and memory of loading a model, compared with the published code, each time in a new process.
 
     python benchmarks/loading.py [--sizes eighth full] [--rounds 5] [--reference DIR --reference-python PY]
 
 "eighth" is OpenVLA-7B's depth at an eighth of its width, "full" its size (15 GB of disk, and of memory on a CPU). The
-folder is in the system's cache, as far as it fits. "host peak" is the most memory of the process itself (RssAnon, seen
-every few milliseconds) above what it held before, so mapped files do not count. "weights equal" compares digests
-of some forty weights, evenly chosen. With --device cuda the model goes straight there; the published code is loaded as
-its README says, and moved.
+folder is in the system's cache, as far as it fits. "host peak" is the increase of the process's anonymous memory
+(RssAnon, sampled every few milliseconds), so mapped files do not count. "weights equal" compares digests of about forty
+evenly chosen weights. With --device cuda the model is loaded directly onto the GPU; the published code is loaded as its
+README says, and then moved.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ from typing import Any
 import torch
 
 HERE = Path(__file__).parent
-REFERENCE_SCRIPT = HERE.parent / "benchmark_reference.py"
+REFERENCE_SCRIPT = HERE.parent / "benchmarking/reference.py"
 SEEN_EVERY = 0.002  # s
 DIGESTED = 40  # weights, evenly chosen
 
 
 def held() -> int:
-    """Bytes of this process's own memory."""
+    """Return the anonymous memory of this process in bytes."""
     return int(Path("/proc/self/status").read_text().split("RssAnon:")[1].split()[0]) * 1024
 
 
 def watched(work: Callable[[], Any]) -> tuple[Any, float, int]:
-    """What ``work`` gives, its seconds, and by how much memory grew at most meanwhile."""
+    """Call ``work``; return its result, its seconds and the peak increase of memory."""
     before, most, done = held(), [0], threading.Event()
 
     def look() -> None:
@@ -57,7 +57,7 @@ def watched(work: Callable[[], Any]) -> tuple[Any, float, int]:
 
 
 def digests(model: torch.nn.Module) -> dict[str, str]:
-    """Of some weights, by name."""
+    """Return digests of some weights, by name."""
     weights = sorted(model.state_dict().items())
     some = weights[:: max(1, len(weights) // DIGESTED)]
     return {
@@ -66,7 +66,7 @@ def digests(model: torch.nn.Module) -> dict[str, str]:
 
 
 def worker(args: argparse.Namespace) -> None:
-    """One loading, in this process; says one line of JSON."""
+    """Load once in this process and print one line of JSON."""
     torch.set_num_threads(args.threads)
     if args.worker == "openvla":
         from openvla import OpenVLAForActionPrediction
@@ -80,17 +80,17 @@ def worker(args: argparse.Namespace) -> None:
         specification = importlib.util.spec_from_file_location("benchmark_reference", REFERENCE_SCRIPT)
         reference = importlib.util.module_from_spec(specification)
         specification.loader.exec_module(reference)
-        reference.imported(args.reference)  # as this package is, before the clock runs
+        reference.import_reference(args.reference)  # as this package is, before the clock runs
 
         def load() -> torch.nn.Module:
-            return reference.load(args.reference, args.folder, "bfloat16", args.device)[0]
+            return reference.load_reference(args.reference, args.folder, "bfloat16", args.device)[0]
 
     model, seconds, peak = watched(load)
     print("LOADED " + json.dumps({"seconds": seconds, "peak": peak, "digests": digests(model)}))
 
 
 def loading(side: str, folder: Path, args: argparse.Namespace) -> dict[str, Any]:
-    """One loading in a process of its own."""
+    """Load once in a new process and return its report."""
     python = sys.executable if side == "openvla" else args.reference_python
     command = [python, __file__, "--worker", side, "--folder", folder, "--device", args.device]
     command += ["--threads", args.threads, *(["--reference", args.reference] if args.reference else [])]
@@ -101,7 +101,7 @@ def loading(side: str, folder: Path, args: argparse.Namespace) -> dict[str, Any]
 
 
 def main() -> int:
-    """Measure and print; returns the exit status."""
+    """Measure and print; return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", nargs="+", choices=("eighth", "full"), default=["eighth"])
     parser.add_argument("--rounds", type=int, default=5)
@@ -115,7 +115,7 @@ def main() -> int:
     if args.worker:
         worker(args)
         return 0
-    from openvla.benchmark_sizes import write_model
+    from openvla.benchmarking.sizes import write_model
     from tqdm.auto import tqdm
 
     sides = ["openvla", *(["reference"] if args.reference else [])]

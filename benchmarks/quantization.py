@@ -1,13 +1,13 @@
-"""Memory, latency and agreement with whole weights of 8- and 4-bit ones, beside what plain transformers quantises.
+"""Memory and latency of 8- and 4-bit weights, and agreement with unquantised ones; also quantised as by transformers.
 
     python benchmarks/quantization.py [--sizes tiny eighth full] [--inputs 200]
 
 Sizes: "tiny", `openvla.tiny`'s; "eighth", OpenVLA-7B's depth at an eighth of its width; "full", its size. Weights
-are random, so the agreement says how far quantisation moves the arithmetic, not how a trained policy would fare; it is
-over free-running greedy decoding among action tokens, where one other token changes all that follow. Each row is a
-process of its own. What is not quantised is bfloat16 and computed as such where the hardware can; elsewhere the same
-values are computed in float32, as ``load_policy`` does. "everything, fp4" is BitsAndBytesConfig(load_in_4bit=True),
-what the reference's load_in_4bit gives.
+are random, so the agreement shows the numerical effect of quantisation, not the success of a trained policy; it is
+measured in free-running greedy decoding among action tokens, where one different token changes all that follow. Each
+configuration runs in a new process. Unquantised weights are bfloat16, computed as such where the hardware supports it,
+elsewhere in float32, as ``load_policy`` does. "everything, fp4" is BitsAndBytesConfig(load_in_4bit=True), the result of
+the reference's load_in_4bit.
 
 "full" needs a GPU with 24 GB and 20 GB of disk; without one it is reported as not run.
 """
@@ -26,9 +26,9 @@ import numpy as np
 import torch
 import transformers
 from openvla import OpenVLAForActionPrediction, OpenVLAProcessor, quantization_config
-from openvla.benchmark_sizes import SIZES, sample_inputs, write_model
+from openvla.benchmarking.sizes import SIZES, sample_inputs, write_model
 from openvla.compatibility_openvla import DTYPE_FIELD
-from openvla.quantization_openvla import fast_dtype
+from openvla.inference.quantization import fast_dtype
 
 BATCH = 10
 TIMED = 10
@@ -36,7 +36,7 @@ ROWS = ("whole", "int8", "nf4", "nf4 + towers", "everything, fp4")
 
 
 def quantization(row: str) -> transformers.BitsAndBytesConfig | None:
-    """What a row's model is loaded with."""
+    """Return the keywords with which a configuration's model is loaded."""
     if row == "everything, fp4":
         return transformers.BitsAndBytesConfig(load_in_4bit=True)
     settings = {"int8": {"bits": 8}, "nf4": {"bits": 4}, "nf4 + towers": {"bits": 4, "towers": True}}
@@ -44,7 +44,7 @@ def quantization(row: str) -> transformers.BitsAndBytesConfig | None:
 
 
 def inputs(processor: OpenVLAProcessor, count: int) -> list[dict]:
-    """The benchmarks' images and instructions, as batches."""
+    """Return the benchmark's images and instructions as batches."""
     texts, images = sample_inputs(count)
     return [
         processor(instruction=texts[i : i + BATCH], images=images[i : i + BATCH], padding=True)
@@ -53,7 +53,7 @@ def inputs(processor: OpenVLAProcessor, count: int) -> list[dict]:
 
 
 def held_bytes(model: torch.nn.Module) -> int:
-    """Weights and their scales, each storage once."""
+    """Return the bytes of weights and their scales, each storage once."""
     tensors = list(model.parameters()) + list(model.buffers())
     for module in model.modules():
         state, scale = getattr(getattr(module, "weight", None), "quant_state", None), getattr(module, "state", None)
@@ -66,12 +66,12 @@ def held_bytes(model: torch.nn.Module) -> int:
 
 
 def resident_bytes(field: str) -> int:
-    """VmRSS or VmHWM (the peak) of this process."""
+    """Return VmRSS or VmHWM (the peak) of this process in bytes."""
     return int(Path("/proc/self/status").read_text().split(f"{field}:")[1].split()[0]) * 1024
 
 
 def measure(row: str, folder: str, count: int, device: str) -> dict:
-    """One row, in this process."""
+    """Measure one configuration in this process."""
     transformers.utils.logging.disable_progress_bar()
     processor = OpenVLAProcessor.from_pretrained(folder)
     batches = inputs(processor, count)
@@ -99,7 +99,7 @@ def measure(row: str, folder: str, count: int, device: str) -> dict:
 
 
 def table(size: str, count: int, device: str, threads: int) -> None:
-    """Measure all rows of a size and print them."""
+    """Measure all configurations of a size and print them."""
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place) / "model"
         write_model(size, folder)
@@ -123,7 +123,7 @@ def table(size: str, count: int, device: str, threads: int) -> None:
 
 
 def main() -> None:
-    """All sizes, or one row for the process above."""
+    """Measure all sizes, or one configuration for the parent process."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=SIZES)
     parser.add_argument("--inputs", type=int, default=200)

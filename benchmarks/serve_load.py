@@ -1,11 +1,11 @@
-"""Many robots on one policy server: latency, actions a second, errors, the server's memory; with --hostile bad company.
+"""Load test of the policy server: latency, actions per second, errors, the server's memory; optionally hostile clients.
 
     python benchmarks/serve_load.py --clients 50 --seconds 60 --hostile --json load.json
 
-Every good client asks with one of a few known frames and instructions, and every answer is compared with the action
-that the policy gives in this process: a wrong one ends the run with status 1. Hostile clients come and go meanwhile;
-what they are told is counted, and that the server still serves is what the good ones show. The server is a process of
-its own on loopback (the embedded default), or ``--url`` of one that runs already with the same model.
+Every client sends one of a few frames and instructions, and every action is compared with the one that the policy
+predicts in this process: a difference makes the exit status 1. With ``--hostile``, other clients send invalid or slow
+requests meanwhile, and their replies are counted. The server is a process of its own on loopback (the demo
+policy), or ``--url`` of a running one with the same model.
 """
 
 from __future__ import annotations
@@ -33,17 +33,17 @@ import numpy as np
 import psutil
 import torch
 from openvla import PolicyClient, load_policy
-from openvla.policy_client import PolicyServerError
-from openvla.serve import DRAIN_SECONDS
+from openvla.serving.cli import DRAIN_SECONDS
+from openvla.serving.client import PolicyServerError
 from PIL import Image
 
-# Of the two tasks that the embedded default knows: to others it may have no action.
+# Tasks that the demo policy was trained on: for others it may predict no action.
 INSTRUCTIONS = (
     "pick up the milk",
     "pick up the milk and place it in the basket",
     "pick up the alphabet soup and place it in the basket",
 )
-EPISODE = Path(__file__).parents[1] / "tests" / "data" / "libero_episode"
+EPISODE = Path(__file__).parents[1] / "tests" / "fixtures" / "libero_episode"
 FRAMES = 4
 SIDE = 224
 PERCENTILES = (50, 95, 99)
@@ -51,7 +51,7 @@ START_SECONDS = 300
 
 
 class Tally:
-    """What has happened, counted from many threads."""
+    """Thread-safe counters of replies."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
@@ -61,7 +61,7 @@ class Tally:
         self.wrong: list[str] = []
 
     def good(self, seconds: float, status: str, wrong: str | None = None) -> None:
-        """One request of a good client."""
+        """Count a request of a good client."""
         with self.lock:
             self.statuses[status] += 1
             if status == "200":
@@ -70,13 +70,13 @@ class Tally:
                 self.wrong.append(wrong)
 
     def bad(self, kind: str, outcome: str) -> None:
-        """One request of a hostile client."""
+        """Count a request of a hostile client."""
         with self.lock:
             self.hostile[f"{kind}: {outcome}"] += 1
 
 
-def known_answers() -> list[tuple[np.ndarray, str, np.ndarray]]:
-    """Frames, instructions, and what the policy answers to them."""
+def reference_actions() -> list[tuple[np.ndarray, str, np.ndarray]]:
+    """Return frames and instructions with the actions that the policy predicts in this process."""
     policy = load_policy()
     frames = []
     for file in sorted(EPISODE.glob("*.jpg"))[:FRAMES]:
@@ -86,11 +86,11 @@ def known_answers() -> list[tuple[np.ndarray, str, np.ndarray]]:
     return [(frame, text, policy.act(frame, text)) for frame, text in pairs]
 
 
-def good_client(url: str, answers: list, period: float, tally: Tally, stop: threading.Event, seed: int) -> None:
-    """A robot: asks, compares, asks again."""
+def good_client(url: str, references: list, period: float, tally: Tally, stop: threading.Event, seed: int) -> None:
+    """Request actions and compare them, until stopped."""
     client, chance = PolicyClient(url, timeout=30, retries=0), random.Random(seed)
     while not stop.is_set():
-        frame, instruction, wanted = chance.choice(answers)
+        frame, instruction, expected_action = chance.choice(references)
         started = time.perf_counter()
         try:
             action = client.act(frame, instruction)
@@ -99,13 +99,17 @@ def good_client(url: str, answers: list, period: float, tally: Tally, stop: thre
             stop.wait(0.2)
             continue
         spent = time.perf_counter() - started
-        wrong = None if np.array_equal(action, wanted) else f"{instruction!r}: {action.tolist()} for {wanted.tolist()}"
+        wrong = (
+            None
+            if np.array_equal(action, expected_action)
+            else f"{instruction!r}: {action.tolist()} for {expected_action.tolist()}"
+        )
         tally.good(spent, "200", wrong)
         stop.wait(max(0.0, period - spent))
 
 
 def hostile_client(host: str, port: int, kind: str, tally: Tally, stop: threading.Event) -> None:
-    """One bad habit, again and again."""
+    """Send hostile requests of one kind, until stopped."""
     while not stop.is_set():
         try:
             outcome = HOSTILE[kind](host, port)
@@ -116,7 +120,7 @@ def hostile_client(host: str, port: int, kind: str, tally: Tally, stop: threadin
 
 
 def posted(body: bytes | dict) -> Callable[[str, int], int]:
-    """A request whose body is wrong."""
+    """Return a function that posts an invalid body and returns the status."""
     data = json.dumps(body).encode() if isinstance(body, dict) else body
 
     def ask(host: str, port: int) -> int:
@@ -131,7 +135,7 @@ def posted(body: bytes | dict) -> Callable[[str, int], int]:
 
 
 def dripped(head: bytes, drip: bytes, seconds: float) -> Callable[[str, int], str]:
-    """A head, then a byte every so often, until the server has had enough."""
+    """Return a function that sends a head, then single bytes, until the server closes the connection."""
 
     def drip_on(host: str, port: int) -> str:
         with socket.create_connection((host, port), timeout=seconds) as connection:
@@ -148,20 +152,20 @@ def dripped(head: bytes, drip: bytes, seconds: float) -> Callable[[str, int], st
 
 
 def truncated(host: str, port: int) -> str:
-    """Half a body, then gone."""
+    """Send half a body and disconnect."""
     with socket.create_connection((host, port), timeout=5) as connection:
         connection.sendall(b"POST /act HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100000\r\n\r\n" + b"x" * 5000)
     return "left"
 
 
 def encoded(array: np.ndarray, dtype: str | None = None) -> dict:
-    """As json_numpy writes it."""
+    """Return an array in json_numpy's encoding."""
     data = base64.b64encode(array.tobytes()).decode()
     return {"__numpy__": data, "dtype": dtype or array.dtype.str, "shape": list(array.shape)}
 
 
 def bomb(side: int = 10000) -> str:
-    """A PNG of 100 megapixels in a few kilobytes, base64."""
+    """Return a PNG of 100 megapixels in a few kilobytes, base64."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -192,10 +196,10 @@ HOSTILE: dict[str, Callable[[str, int], int | str]] = {
 
 
 def start_server() -> tuple[subprocess.Popen, str]:
-    """``openvla serve`` on a free port."""
+    """Start ``openvla serve`` on a free port; return the process and its URL."""
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "openvla", "serve", "--port", str(port), "--waiting", "256"]
+    command = [sys.executable, "-m", "openvla", "serve", "--port", str(port), "--max-queue-size", "256"]
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
     url, end = f"http://127.0.0.1:{port}", time.monotonic() + START_SECONDS
     while time.monotonic() < end and process.poll() is None:
@@ -209,13 +213,13 @@ def start_server() -> tuple[subprocess.Popen, str]:
 
 
 def run(args: argparse.Namespace) -> dict:
-    """The load, and what came of it."""
-    answers = known_answers()
+    """Run the load test and return its report."""
+    references = reference_actions()
     process, url = (None, args.url) if args.url else start_server()
     watched = psutil.Process(process.pid) if process else None
     parts, tally, stop = urlsplit(url), Tally(), threading.Event()
     threads = [
-        threading.Thread(target=good_client, args=(url, answers, args.period, tally, stop, seed))
+        threading.Thread(target=good_client, args=(url, references, args.period, tally, stop, seed))
         for seed in range(args.clients)
     ]
     if args.hostile:
@@ -257,7 +261,7 @@ def run(args: argparse.Namespace) -> dict:
 
 
 def as_table(report: dict) -> str:
-    """The report for people."""
+    """Return the report as text."""
     latency = "  ".join(f"{name} {value:.0f}" for name, value in report["latency_ms"].items() if value is not None)
     lines = [
         f"clients            {report['clients']} for {report['seconds']:.0f} s, {report['cpu_count']} CPUs",
@@ -279,7 +283,7 @@ def as_table(report: dict) -> str:
 
 
 def main() -> int:
-    """Run, print, write."""
+    """Run the load test, print the report, write it as JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--clients", type=int, default=50)
     parser.add_argument("--seconds", type=float, default=60.0)

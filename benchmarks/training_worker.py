@@ -1,6 +1,6 @@
-"""One side of ``training.py``, a process of its own: takes a LoRA step whenever a line arrives, says what it took.
+"""Worker process of ``training.py``: takes a LoRA step for each line on stdin and reports its time and memory.
 
-Imports neither side's code before it knows which it is, so that the reference's needs no openvla.
+The code of a side is imported only where that side runs, so that the reference needs no openvla.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ NO_CLIPPING = 1e9  # ours clips, the reference does not: the norm is computed, a
 
 
 def peak_bytes() -> int:
-    """The most resident memory since it was last reset."""
+    """Return the peak resident memory in bytes since the last reset."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return 1024 * int(next(line for line in lines if line.startswith("VmHWM")).split()[1])
 
 
 def seed_adapters(model: torch.nn.Module) -> int:
-    """Give both sides' adapters the same values, by name; returns how many numbers are trained."""
+    """Give both sides' adapters the same values, by name; return the number of trained parameters."""
     for name, parameter in model.named_parameters():
         if "lora_A" in name:
             generator = torch.Generator().manual_seed(zlib.crc32(name.removeprefix("base_model.model.").encode()))
@@ -37,11 +37,11 @@ def seed_adapters(model: torch.nn.Module) -> int:
 
 
 def ours(folder: Path, checkpointing: bool) -> Side:
-    """This package's model and training step."""
+    """Return this package's model and training step."""
     from openvla import OpenVLAForActionPrediction
-    from openvla.compatibility_openvla import enable_checkpointing
-    from openvla.lean_training import lean
-    from openvla.training_batch import answer_metrics, model_inputs
+    from openvla.training.activation_checkpointing import enable_checkpointing
+    from openvla.training.collator import compute_metrics, model_inputs
+    from openvla.training.memory import memory_efficient_training
 
     model = OpenVLAForActionPrediction.from_pretrained(folder / "base", torch_dtype=torch.float32)
     model.enable_lora(RANK, ALPHA)
@@ -57,17 +57,17 @@ def ours(folder: Path, checkpointing: bool) -> Side:
         output = model(**model_inputs(batch, model), logits_at_labels=True)
         output.loss.backward()
         loss = float(output.loss.detach())
-        answer_metrics(output, batch, model)
+        compute_metrics(output, batch, model)
         torch.nn.utils.clip_grad_norm_(trained, NO_CLIPPING)
         optimizer.step()
         optimizer.zero_grad()
         return loss
 
-    return model, step, lean(model)
+    return model, step, memory_efficient_training(model)
 
 
 def reference(folder: Path, code: Path) -> Side:
-    """The published code's model, and a step as its vla-scripts/finetune.py takes it."""
+    """Return the published code's model, and a training step as in its vla-scripts/finetune.py."""
     from importlib import import_module
 
     import timm
@@ -112,7 +112,7 @@ def reference(folder: Path, code: Path) -> Side:
 
 
 def main() -> None:
-    """Build, say so, then a step a line."""
+    """Build the model, report that, then take a step for each line."""
     parser = argparse.ArgumentParser()
     parser.add_argument("side", choices=("ours", "checkpointing", "reference"))
     parser.add_argument("folder", type=Path)

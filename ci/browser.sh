@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Run the tests of the policy server's page in a headless Chromium; installs what is missing, where it may.
+# Run the tests of the policy server's page in a headless Chromium; install missing packages where possible.
 #   PYTHON=.venv/bin/python bash ci/browser.sh -k phone
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -15,4 +15,4 @@ if ! found >/dev/null; then
 fi
 "$python" -m pip install --quiet -c ci/constraints.txt playwright -e ".[serve,test]"
 echo "== $("$(found)" --version 2>/dev/null)"
-exec "$python" -m pytest -m browser "$@" tests/test_page.py
+exec "$python" -m pytest -m browser "$@" tests/serving/test_page.py

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Run what must hold on every supported transformers version in one environment, and save folders for the others to read.
+# Run the tests for every supported transformers version in one environment, and save folders for the others to load.
 #   bash ci/lane.sh 4.57.6      a version of transformers
-#   bash ci/lane.sh lerobot     what LeRobot 0.6.1 pins
+#   bash ci/lane.sh lerobot     the versions that LeRobot 0.6.1 pins
 #   bash ci/lane.sh latest      the newest release of every dependency
 #   bash ci/lane.sh prerelease  the same with the newest pre-release of transformers, where one is newer than its release
-#   bash ci/lane.sh timm-1.0.31 the towers against that timm
+#   bash ci/lane.sh timm-1.0.31 compare the vision towers with that timm
 set -euo pipefail
 cd "$(dirname "$0")/.."
 lane=$1
@@ -13,9 +13,9 @@ export PIP_DISABLE_PIP_VERSION_CHECK=1
 mkdir -p "$root"
 
 install() {  # requirements...: into this lane's environment
-  local links=() key place
+  local links=() key link
   for key in :env:.find-links global.find-links user.find-links; do  # uv does not read pip's configuration
-    for place in $("$root/uv/bin/pip" config get "$key" 2>/dev/null || true); do links+=(--find-links "$place"); done
+    for link in $("$root/uv/bin/pip" config get "$key" 2>/dev/null || true); do links+=(--find-links "$link"); done
   done
   "$root/uv/bin/uv" pip install --quiet --compile-bytecode --python "$root/$lane/bin/python" "${links[@]}" \
     -c "${CONSTRAINTS:-ci/constraints.txt}" "$@"
@@ -28,21 +28,21 @@ make_environment() {  # requirements...
   install --no-deps --reinstall -e .
 }
 
-# The optional packages where they work: today's peft from 4.46, bitsandbytes on a CPU from 4.53. accelerate, which both
-# need, is left out of 4.49: one lane shows what works without any of them.
+# Optional packages: the newest peft needs transformers 4.46, bitsandbytes on a CPU 4.53. 4.49 goes without accelerate,
+# which both need: that lane tests the package without any of them.
 optional=(peft accelerate bitsandbytes)
 case $lane in
-  4.40.1) packages=(transformers==4.40.1 "pillow<13" peft==0.11.1 accelerate==0.30.1) ;;  # Pillow 13: other pass order
+  4.40.1) packages=(transformers==4.40.1 "pillow<13" peft==0.11.1 accelerate==0.30.1) ;;  # Pillow 13: other order of passes
   4.49.0) packages=(transformers==4.49.0 pillow) ;;
   4.57.6) packages=(transformers==4.57.6 pillow "${optional[@]}" vla-eval) ;;  # the last for vla-eval's OpenVLA server
   lerobot) packages=("transformers==5.5.4" "pillow<13" "huggingface-hub<2" "numpy<2.3" "${optional[@]}") ;;
   latest) packages=(--upgrade transformers pillow "${optional[@]}") ;;
   prerelease) packages=(--upgrade "transformers>=0.0.0rc0" pillow "${optional[@]}") ;;
-  # timm imports torchvision, whose only wheels are CUDA builds: tests/torchvision_beside_cpu_torch.py.
+  # timm imports torchvision, which has CUDA wheels only: tests/torchvision_beside_cpu_torch.py.
   timm-*) packages=(transformers==4.57.6 pillow "timm==${lane#timm-}" torchvision==0.28.0) ;;
   *) packages=("transformers==$lane" pillow "${optional[@]}") ;;
 esac
-# One at a time: every environment reads the same source folder.
+# One installation at a time: every environment builds from the same source folder.
 exec 9>"$root/.environments.lock"
 flock 9
 make_environment numpy "${packages[@]}"

@@ -1,7 +1,7 @@
-"""Makes pages of the site out of the files at the repository's root, so that each text has one home.
+"""Add files from outside docs/ to the site as pages, so that each text exists once.
 
-mkdocs calls what is named ``on_…`` (``hooks`` in mkdocs.yml). Links are written as they work in the repository and are
-turned here into what works on the site.
+mkdocs calls the functions named ``on_...`` (``hooks`` in mkdocs.yml). Links are written for the repository and are
+rewritten here for the site.
 """
 
 import posixpath
@@ -11,7 +11,7 @@ from pathlib import Path
 from mkdocs.structure.files import File
 
 REPOSITORY = Path(__file__).parent.parent
-# Which page of the site a file outside docs/ becomes.
+# File outside docs/: its page.
 PAGES = {
     "README.md": "index.md",
     "assets/libero/README.md": "embedded.md",
@@ -20,14 +20,16 @@ PAGES = {
     "CONTRIBUTING.md": "contributing.md",
     "CHANGELOG.md": "changelog.md",
 }
+RESULTS = ("chunks", "conversion", "cpu", "libero", "quantization", "serving", "training")
+PAGES |= {f"benchmarks/results/{name}.md": f"results-{name}.md" for name in RESULTS}
 LINK = re.compile(r"(?<=\]\()[\w./-]+(?=[#)])")
 
 
 def on_files(files, config):
-    """Add the pages, the pictures and the notebooks."""
+    """Add the pages, images and notebooks."""
     for name, page in PAGES.items():
         text = (REPOSITORY / name).read_text(encoding="utf-8")
-        text = re.sub(r"\A---\n.*?\n---\n", "", text, flags=re.DOTALL)  # what the Hub reads of a model card
+        text = re.sub(r"\A---\n.*?\n---\n", "", text, flags=re.DOTALL)  # the Hub's model card metadata
         files.append(File.generated(config, page, content=_on_the_site(text, posixpath.dirname(name))))
     for linked in sorted([*REPOSITORY.glob("assets/*.[jp]*g"), *REPOSITORY.glob("examples/*.ipynb")]):
         files.append(File.generated(config, str(linked.relative_to(REPOSITORY)), abs_src_path=str(linked)))
@@ -35,12 +37,12 @@ def on_files(files, config):
 
 
 def on_page_markdown(markdown, page, **_):
-    """Turn a page's links out of docs/."""
+    """Rewrite the links of a page that lead out of docs/."""
     return _on_the_site(markdown, "docs")
 
 
 def _on_the_site(text, folder):
-    """A text of a folder of the repository, whose links lead where their files are on the site."""
+    """Return a folder's text with its links rewritten for the site."""
 
     def place(link):
         target = posixpath.normpath(posixpath.join(folder, link[0])).removeprefix("docs/")

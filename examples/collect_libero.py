@@ -3,18 +3,18 @@
     pip install 'openvla[libero,train]'
     MUJOCO_GL=egl PYOPENGL_PLATFORM=egl python examples/collect_libero.py demos/libero_object_no_noops --episodes 120
 
-An oracle that knows where things are moves the arm; what is stored is what a camera sees and what the oracle commands
-there. Columns and conventions are those of the published LIBERO demonstrations without no-ops, so the preset
-``libero_object_no_noops`` reads them (a folder of that name finds it by itself): frames turned upright, the state
+A scripted expert that knows the positions of the objects moves the arm; the camera images and the expert's commands
+are stored. Columns and conventions are those of the published LIBERO demonstrations without no-ops, so the preset
+``libero_object_no_noops`` reads them (it is chosen by the folder's name): frames turned upright, the state
 ``[position 3 (m), axis-angle 3 (rad), fingers 2 (m)]``, the action as the simulator takes it, its gripper -1 open and
-+1 close; the preset makes that OpenVLA's 1 open and 0 closed. Images are JPEG as in the published files, which is what
++1 close; the preset makes that OpenVLA's 1 open and 0 closed. Images are JPEG as in the published files, which
 ``image_preset="libero"`` repeats in evaluation.
 
-Attempts that fail are left out and counted. An interrupted collection goes on.
+Failed attempts are left out and counted. An interrupted collection can be continued.
 
-With ``--policy`` a trained policy drives the first part of every further attempt, and the oracle the rest; what is
-stored is what the oracle commands throughout, so that the next training sees the way back from where this policy's own
-mistakes lead (DAgger: Ross, Gordon and Bagnell 2011).
+With ``--policy`` a trained policy executes the first part of every further attempt, and the expert the rest; the stored
+actions are the expert's throughout, so that the next training learns to recover from this policy's own mistakes
+(DAgger: Ross, Gordon and Bagnell 2011).
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from openvla.action_chunk import ActionChunk
 from openvla.configuration_openvla import OpenVLAConfig, write_json
-from openvla.demonstrations import read_json
-from openvla.lerobot_writer import LeRobotWriter
-from openvla.policy import Policy, load_policy
-from openvla.robot_conventions import convert_action
-from openvla.simulator import end_effector_state, make_environment, open_suite, parse_tasks
+from openvla.data.lerobot_writer import LeRobotWriter
+from openvla.data.utils import read_json
+from openvla.evaluation.simulator import end_effector_state, make_environment, open_suite, parse_tasks
+from openvla.inference.action_queue import ActionQueue
+from openvla.inference.policy import Policy, load_policy
+from openvla.inference.robot_conventions import convert_action
 from PIL import Image
 from tqdm import tqdm
 
@@ -67,9 +67,9 @@ MOVED_BY = 0.015  # m; LIBERO-Object itself places things within squares of 0.05
 
 
 class Oracle:
-    """Moves towards what the next part of the task needs, from wherever the arm is: so it recovers by itself.
+    """Expert that moves towards the goal of the current part of the task from any position, so that it recovers.
 
-    Heights and speeds differ from one to the next; what is stored is what one of few speeds would do in its place.
+    Heights and speeds are drawn for each attempt; the stored command has one of a few speeds.
 
     Args:
         target: Name of the object to pick up.
@@ -92,7 +92,7 @@ class Oracle:
         self.resting_height: float | None = None
 
     def act(self, observation: dict[str, Any]) -> tuple[np.ndarray, np.ndarray, bool]:
-        """What to execute and what to store here, and whether a push now would do no harm.
+        """Return the command to execute, the command to store, and whether a push is harmless now.
 
         Both commands are float64 ``(7,)``, as the simulator takes them.
         """
@@ -101,7 +101,7 @@ class Oracle:
         return stored if self.as_stored else as_command(way, gripper, self.speed, self.gain), stored, harmless
 
     def _next(self, observation: dict[str, Any]) -> tuple[np.ndarray, float, bool]:
-        """Where to (m), the gripper, and whether a push would do no harm."""
+        """Return the displacement (m), the gripper command, and whether a push is harmless."""
         hand, thing = observation["robot0_eef_pos"], observation[self.target]
         if self.resting_height is None:
             self.resting_height = thing[2]
@@ -115,7 +115,7 @@ class Oracle:
         return self._carry(hand, thing, observation[self.basket])
 
     def _reach(self, hand: np.ndarray, thing: np.ndarray) -> tuple[np.ndarray, float, bool]:
-        """A funnel: high above until the hand is over the object, then down along it."""
+        """Approach the object: stay above it until the hand is over it, then descend."""
         grasp = thing + [0, 0, self.grasp_offset]
         aside = np.linalg.norm((grasp - hand)[:2])
         above = max(self.resting_height, 0.02) + self.clearance
@@ -126,7 +126,7 @@ class Oracle:
         return goal - hand, OPEN, aside > 0.04
 
     def _carry(self, hand: np.ndarray, thing: np.ndarray, basket: np.ndarray) -> tuple[np.ndarray, float, bool]:
-        """Up, slowly while the fingers close; over to the basket once high enough; down a little; open."""
+        """Lift, slowly while the fingers close; move over the basket once high enough; lower; open."""
         height = hand[2] - self.grasp_height
         if self.released:
             return np.array([0, 0, 0.01]), OPEN, False
@@ -142,7 +142,7 @@ class Oracle:
 
 
 def as_command(way: np.ndarray, gripper: float, speed: float, gain: float) -> np.ndarray:
-    """A movement of ``way`` (m) at a gain, no faster than a speed (of the controller's): float64 ``(7,)``."""
+    """Return the command for a displacement (m) at a gain, limited to a speed of the controller: float64 ``(7,)``."""
     step = way * gain
     longest = np.abs(step).max()
     step = step * min(1.0, speed / longest) if longest else step
@@ -151,14 +151,14 @@ def as_command(way: np.ndarray, gripper: float, speed: float, gain: float) -> np
 
 
 def at_few_speeds(command: np.ndarray) -> np.ndarray:
-    """The command with each of its movements at the nearest of ``SPEEDS``: float64 ``(7,)``."""
+    """Return the command with each of its movements rounded to the nearest of ``SPEEDS``: float64 ``(7,)``."""
     step = command[:3]
     few = np.sign(step) * SPEEDS[np.searchsorted(NEXT_SPEED_FROM, np.abs(step), side="right")]
     return np.array([*few, *command[3:]], np.float32).astype(np.float64)
 
 
 class Pushes:
-    """What disturbs the arm, so that demonstrations show the way back: noise, and a push of some steps now and then."""
+    """Disturbance of the arm, so that demonstrations show recovery: noise, and occasional pushes of some steps."""
 
     def __init__(self, rng: np.random.Generator) -> None:
         self.rng = rng
@@ -167,7 +167,7 @@ class Pushes:
         self.left, self.push = 0, np.zeros(3)
 
     def executed(self, action: np.ndarray, harmless: bool, observation: dict[str, Any]) -> np.ndarray:
-        """What is executed in place of the command: float64 ``(7,)``."""
+        """Return the command with the disturbance: float64 ``(7,)``."""
         if not harmless:
             self.left = 0
             return action
@@ -182,23 +182,23 @@ class Pushes:
 
 
 class Undisturbed:
-    """Nothing disturbs the arm."""
+    """No disturbance."""
 
     def executed(self, action: np.ndarray, harmless: bool, observation: dict[str, Any]) -> np.ndarray:
-        """The command itself."""
+        """Return the unchanged command."""
         return action
 
 
 class Driven:
-    """A policy drives for some steps; its mistakes are what disturbs the arm."""
+    """Disturbance by a policy, which acts for some steps and makes mistakes."""
 
     def __init__(self, policy: Policy, instruction: str, cameras: Sequence[str], rng: np.random.Generator) -> None:
-        self.actor = ActionChunk(policy) if policy.model.config.chunk_length > 1 else policy
+        self.actor = ActionQueue(policy) if policy.model.config.chunk_length > 1 else policy
         self.instruction, self.cameras = instruction, cameras
         self.left = int(rng.integers(*DRIVEN_STEPS))
 
     def executed(self, action: np.ndarray, harmless: bool, observation: dict[str, Any]) -> np.ndarray:
-        """What the policy does here, and when its steps are over the command: float64 ``(7,)``."""
+        """Return the policy's action, and after its steps the command: float64 ``(7,)``."""
         if not self.left:
             return action
         self.left -= 1
@@ -209,7 +209,7 @@ class Driven:
 
 @dataclasses.dataclass
 class Attempt:
-    """What an attempt has left behind, a row a step.
+    """Recording of an attempt, one entry per step.
 
     Attributes:
         succeeded: Whether the task was done.
@@ -233,7 +233,7 @@ def demonstrate(
     disturbed: bool = True,
     driver: tuple[Policy, str] | None = None,
 ) -> Attempt:
-    """One attempt at a task.
+    """Run one attempt at a task.
 
     Args:
         environment: The simulator with a pick-and-place task.
@@ -276,7 +276,7 @@ def demonstrate(
 
 
 def moved(environment: Any, initial_state: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """An initial state, flat as MuJoCo's ``[time, qpos, qvel]``, whose every thing lies a little elsewhere."""
+    """Return an initial state, flat as MuJoCo's ``[time, qpos, qvel]``, with every object moved a little."""
     state = initial_state.copy()
     for thing in environment.env.objects_dict.values():
         first, _ = environment.sim.model.get_joint_qpos_addr(thing.joints[-1])
@@ -285,7 +285,7 @@ def moved(environment: Any, initial_state: np.ndarray, rng: np.random.Generator)
 
 
 def look(environment: Any, cameras: Sequence[str], on: bool) -> None:
-    """Render with every step, or not: that is nearly all that a step costs."""
+    """Switch rendering in every step on or off; it takes most of a step's time."""
     simulation = environment.env
     for camera in cameras:
         simulation.modify_observable(f"{camera}_image", "enabled", on)
@@ -297,19 +297,19 @@ def look(environment: Any, cameras: Sequence[str], on: bool) -> None:
 
 
 def upright(frame: np.ndarray) -> np.ndarray:
-    """The renderer's frame lies on its head; evaluation turns it by 180 degrees, and so did the published data."""
+    """Turn the renderer's frame by 180 degrees, as evaluation and the published data do."""
     return np.ascontiguousarray(frame[::-1, ::-1])
 
 
 def as_jpeg(frame: np.ndarray) -> bytes:
-    """The renderer's frame as it is stored."""
+    """Return the renderer's frame in the orientation in which it is stored."""
     stream = io.BytesIO()
     Image.fromarray(upright(frame)).save(stream, "JPEG", quality=JPEG_QUALITY)
     return stream.getvalue()
 
 
 def collect(args: argparse.Namespace) -> int:
-    """Collect what is missing; returns the exit status."""
+    """Collect the missing episodes; return the exit status."""
     cameras = {column: name for column, name in CAMERAS.items() if name in args.cameras}
     suite = open_suite(args.suite)
     tasks = parse_tasks(args.tasks, suite)
@@ -329,7 +329,7 @@ def collect(args: argparse.Namespace) -> int:
 def _collect_task(
     args: argparse.Namespace, suite: Any, task_id: int, writer: LeRobotWriter, cameras: dict[str, str]
 ) -> None:
-    """A task's missing episodes."""
+    """Collect a task's missing episodes."""
     language = suite.get_task(task_id).language
     done = sum(row["tasks"] == [language] for row in writer.episodes)
     if done >= args.episodes:
@@ -359,7 +359,7 @@ def _collect_task(
 
 
 def _attempts(args: argparse.Namespace, task_id: int, cameras: list[str], first: int) -> Iterator[Attempt]:
-    """A task's attempts from number ``first`` on, without end and in their order however many processes make them."""
+    """Yield a task's attempts from number ``first`` on, endlessly and in order, from any number of processes."""
     # A renderer does not survive a fork.
     pool = ProcessPoolExecutor(args.workers, mp_context=multiprocessing.get_context("spawn"))
     ahead: collections.deque[Future[Attempt]] = collections.deque()
@@ -374,7 +374,7 @@ def _attempts(args: argparse.Namespace, task_id: int, cameras: list[str], first:
 
 @functools.lru_cache(maxsize=1)
 def _scene(suite_name: str, task_id: int, cameras: tuple[str, ...]) -> tuple[Any, np.ndarray, str]:
-    """This process's simulator with a task, the task's initial states, and its instruction."""
+    """Return this process's simulator with a task, the task's initial states, and its instruction."""
     suite = open_suite(suite_name)
     environment = make_environment(suite, task_id, camera_names=list(cameras), camera_heights=SIZE, camera_widths=SIZE)
     return environment, suite.get_task_init_states(task_id), suite.get_task(task_id).language
@@ -382,14 +382,14 @@ def _scene(suite_name: str, task_id: int, cameras: tuple[str, ...]) -> tuple[Any
 
 @functools.lru_cache(maxsize=1)
 def _policy(model: str) -> Policy:
-    """This process's policy, on one thread: processes share the cores."""
+    """Return this process's policy, on one thread: processes share the cores."""
     torch.set_num_threads(1)
     in_tokens = OpenVLAConfig.from_pretrained(model).action_head is None  # a continuous head has nothing to constrain
     return load_policy(model, dtype="float32", constrain_actions=in_tokens)
 
 
 def _attempt(args: argparse.Namespace, task_id: int, cameras: list[str], number: int) -> Attempt:
-    """A task's attempt of this number: the same in whichever process."""
+    """Run a task's attempt of this number; the result does not depend on the process."""
     environment, initial_states, instruction = _scene(args.suite, task_id, tuple(cameras))
     low, high = args.initial_states
     rng = np.random.default_rng([args.seed, task_id, number])
@@ -402,12 +402,12 @@ def _attempt(args: argparse.Namespace, task_id: int, cameras: list[str], number:
 
 
 def _known(record: Path) -> dict[str, Any]:
-    """Attempts and failures of every task so far."""
+    """Return attempts and failures of every task so far."""
     return read_json(record)["tasks"] if record.is_file() else {}
 
 
 def _record(record: Path, args: argparse.Namespace, tasks: dict[str, Any]) -> None:
-    """What the numbers mean and where they come from, beside LeRobot's own files."""
+    """Write meaning and origin of the data beside LeRobot's own files."""
     content = {
         "suite": args.suite,
         "seed": args.seed,
@@ -427,7 +427,7 @@ def _record(record: Path, args: argparse.Namespace, tasks: dict[str, Any]) -> No
 
 
 def arguments() -> argparse.ArgumentParser:
-    """The script's options."""
+    """Return the parser of the script's options."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path, metavar="DIR", help="the dataset; an interrupted collection goes on")
     parser.add_argument("--suite", default="libero_object")

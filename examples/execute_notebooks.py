@@ -1,9 +1,9 @@
-"""Run the notebooks of this folder and write them back with what they showed.
+"""Run the notebooks of this folder and write them back with their outputs.
 
     python examples/execute_notebooks.py [NOTEBOOK ...]
 
-Each runs in a kernel of its own, in a copy of this folder, on one CPU thread and without a network. What is written
-back holds no trace of the machine: no times, no paths, no progress bars; pictures are reduced to 256 colours.
+Each runs in its own kernel, in a copy of this folder, on one CPU thread and without a network. The outputs show nothing
+of the machine: no times, no paths, no progress bars; images are reduced to 256 colours.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ PERSONAL = ("HF_ENDPOINT", "HF_TOKEN", "HF_HOME", "MPLBACKEND")
 
 
 def executed(path: Path, timeout: float = 600) -> nbformat.NotebookNode:
-    """The notebook with the outputs of a fresh run.
+    """Return the notebook with the outputs of a fresh run.
 
     Raises:
         nbclient.exceptions.CellExecutionError: A cell raised, or took longer than ``timeout`` seconds.
@@ -59,7 +59,7 @@ def executed(path: Path, timeout: float = 600) -> nbformat.NotebookNode:
 
 
 def cleaned(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
-    """The notebook without what differs from run to run or machine to machine; changed in place."""
+    """Remove everything that differs by run or machine from the notebook, in place, and return it."""
     notebook.metadata = nbformat.from_dict({**KERNEL, **LANGUAGE})
     count = 0
     for number, cell in enumerate(notebook.cells):
@@ -83,7 +83,7 @@ def cleaned(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
 
 
 def smaller(picture: str) -> str:
-    """A base64 PNG in 256 colours; one that is so already is left as it is."""
+    """Return a base64 PNG in 256 colours; one that has a palette already is unchanged."""
     image = Image.open(io.BytesIO(base64.b64decode(picture)))
     if image.mode == "P":
         return picture
@@ -93,7 +93,7 @@ def smaller(picture: str) -> str:
 
 
 def shown(cell: nbformat.NotebookNode) -> list[Any]:
-    """What a reader sees under a cell: its text in order, and that there is a picture."""
+    """Return the outputs of a cell in order: kind, and text except for images."""
     found: list[Any] = []
     for output in cell.get("outputs", []):
         if output.output_type == "stream":
@@ -105,7 +105,7 @@ def shown(cell: nbformat.NotebookNode) -> list[Any]:
 
 
 def main(paths: list[str]) -> int:
-    """Run and rewrite notebooks; returns the exit status."""
+    """Run and rewrite notebooks; return the exit status."""
     for path in [Path(name) for name in paths] or NOTEBOOKS:
         notebook = executed(path)
         temporary = path.with_name(f".{path.name}.tmp")

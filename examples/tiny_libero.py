@@ -1,11 +1,11 @@
-"""A tiny OpenVLA to train from nothing on scripted LIBERO demonstrations: random weights, ready to fine-tune.
+"""Tiny OpenVLA with random weights, to be trained from scratch on scripted LIBERO demonstrations.
 
     python examples/tiny_libero.py demos/libero_object_no_noops runs/tiny-base
 
 ``train_tiny.py`` does this and everything before and after.
 
-Two towers as OpenVLA's, with patches of 32 (49 of them: a CPU's compute asks for it), a Llama, and a tokenizer that
-knows the prompt and the words of the demonstrations: some 20 tokens in place of 100 characters.
+Two vision towers as in OpenVLA, with 49 patches of 32 pixels to suit a CPU, a Llama, and a tokenizer with the prompt
+and the words of the demonstrations as tokens: about 20 tokens in place of 100 characters.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from pathlib import Path
 import torch
 from openvla import OpenVLAForActionPrediction, OpenVLAProcessor
 from openvla.configuration_openvla import PROMPTS
-from openvla.demonstrations import open_demonstrations
+from openvla.data.open import open_dataset
+from openvla.default_processor import default_processor
 from openvla.tiny import build_config, build_tokenizer, language_config
 
 IMAGE_SIZE, PATCH_SIZE = 224, 32
@@ -27,7 +28,7 @@ LLM_WIDTH, LLM_DEPTH = 192, 2
 
 
 def build(instructions: list[str], seed: int) -> tuple[OpenVLAForActionPrediction, OpenVLAProcessor]:
-    """The model, float32, and its processor."""
+    """Build the model, float32, and its processor."""
     before, _ = PROMPTS["openvla"].split(" {instruction}")
     words = {word for text in instructions for word in text.lower().split()}
     tokenizer = build_tokenizer(words=[before, *sorted(words)])
@@ -41,13 +42,14 @@ def build(instructions: list[str], seed: int) -> tuple[OpenVLAForActionPredictio
     torch.manual_seed(seed)
     model = OpenVLAForActionPrediction(config)
     _start(model)
-    return model, OpenVLAProcessor.for_config(config, tokenizer)
+    return model, default_processor(config, tokenizer)
 
 
 def _start(model: OpenVLAForActionPrediction) -> None:
-    """Weights to train from; LayerScale starts at 1, as a pretrained tower's small values would take long to grow.
+    """Initialise the weights; LayerScale starts at 1, because a pretrained tower's small values would grow slowly.
 
-    Positions start as sines and cosines (Dosovitskiy et al. 2021 learn them; these say from the first step where).
+    Position embeddings start as sines and cosines, which tell positions apart from the first step (Dosovitskiy et al.
+    2021 start from random ones).
     """
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -60,7 +62,7 @@ def _start(model: OpenVLAForActionPrediction) -> None:
 
 
 def _positions(side: int, width: int) -> torch.Tensor:
-    """Row and column of every patch as waves of 4 to 80 patches: float32 ``(1, side * side, width)``."""
+    """Encode row and column of every patch as waves of 4 to 80 patches: float32 ``(1, side * side, width)``."""
     frequencies = math.pi / 2 * 20 ** -torch.linspace(0, 1, width // 4)
     rows, columns = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
     angles = [place.reshape(-1, 1) * frequencies for place in (rows, columns)]
@@ -68,13 +70,13 @@ def _positions(side: int, width: int) -> torch.Tensor:
 
 
 def main() -> int:
-    """Write the model; returns the exit status."""
+    """Write the model; return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("data", type=Path, metavar="DIR", help="demonstrations whose instructions it will know")
     parser.add_argument("out", type=Path, metavar="DIR")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    reader = open_demonstrations(args.data, fields={"cameras": ["observation.image"]})
+    reader = open_dataset(args.data, fields={"cameras": ["observation.image"]})
     instructions = sorted({text for episode in reader for text in episode.instructions})
     model, processor = build(instructions, args.seed)
     model.save_pretrained(args.out)

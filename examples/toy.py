@@ -1,10 +1,10 @@
-"""A first fine-tuning run that needs no download: 20 demonstrations of a toy robot, and an untrained model to teach.
+"""First fine-tuning run without a download: 20 demonstrations of a toy robot, and an untrained model.
 
     python examples/toy.py
     python -m openvla finetune examples/toy.yaml
 
-writes toy/data (HDF5) and toy/base, then toy/run/model. In each episode a white hand glides over the table to a red or
-a blue block, turns as it goes, and closes its gripper on arrival: what it does can be told from the picture.
+writes toy/data (HDF5) and toy/base, then toy/run/model. In each episode a white hand moves over the table to a red or
+a blue block, turning, and closes its gripper on arrival; the image determines the action.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ COLORS = {"red": (220, 40, 40), "blue": (40, 60, 220)}
 
 
 def picture(hand: np.ndarray, block: np.ndarray, color: str) -> np.ndarray:
-    """uint8 ``(64, 64, 3)``: the table, the block, and the hand above it."""
+    """Draw the table, the block, and the hand above it: uint8 ``(64, 64, 3)``."""
     image = np.full((SIZE, SIZE, 3), 90, dtype=np.uint8)
     for (x, y), paint, half in ((block, COLORS[color], 7), (hand, (255, 255, 255), 5)):
         x, y = int(x), int(y)
@@ -30,7 +30,7 @@ def picture(hand: np.ndarray, block: np.ndarray, color: str) -> np.ndarray:
 
 
 def demonstrations(folder: Path) -> None:
-    """The episodes, as ``folder/toy.hdf5``."""
+    """Write the episodes to ``folder/toy.hdf5``."""
     random = np.random.RandomState(0)
     folder.mkdir(parents=True, exist_ok=True)
     with h5py.File(folder / "toy.hdf5", "w") as file:
@@ -49,7 +49,7 @@ def demonstrations(folder: Path) -> None:
 
 
 def base(folder: str | Path) -> str | Path:
-    """Writes the model to teach, `openvla.tiny`'s, and gives back the folder."""
+    """Write the untrained model of `openvla.tiny` and return the folder."""
     for part in build_tiny():
         part.save_pretrained(folder)
     return folder

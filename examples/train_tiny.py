@@ -1,18 +1,18 @@
-"""A tiny OpenVLA and its OpenVLA-OFT twin from nothing: demonstrations, training, judgement in the simulator.
+"""Tiny OpenVLA and OpenVLA-OFT policies from scratch: demonstrations, training, evaluation in the simulator.
 
     pip install '.[libero,train]' && apt-get install -y libegl1 libgl1-mesa-dri libosmesa6
     python examples/train_tiny.py runs/train-tiny        # or: make train-tiny
 
-Two tasks of LIBERO-Object, 100 scripted demonstrations each from the initial states 0 to 24; judged on 25 to 49, which
-no demonstration began with. A first training sees 70 of each; the other 30 begin with what that first policy does, and
-show the way back from its mistakes. A second sees all of them. From there both policies are trained for as many steps
-again, with the vision towers as they are. All seeds are fixed. What is broken off goes on where it was. Written are:
+Two tasks of LIBERO-Object, 100 scripted demonstrations each from the initial states 0 to 24; evaluated on 25 to 49,
+with which no demonstration begins. A first training uses 70 of each; the other 30 begin with actions of that first
+policy and show the recovery from its mistakes. A second training uses all of them. From its result both policies are
+trained for as many steps again, with frozen vision towers. All seeds are fixed. An interrupted run continues. Output:
   demos/            the demonstrations, and demos.png to look at
   base/             the model before training
   first/, second/   the first two trainings
-  openvla/, oft/    the two policies; a training's packed/ is its result in bfloat16, as it ships and as it is judged
+  openvla/, oft/    the two policies; packed/ is the result in bfloat16, which is shipped and evaluated
   judged/           success, videos and a contact sheet of both
-  results.json      what the table at the end holds, and the seconds that every part took
+  results.json      the numbers of the table at the end, and the seconds of every part
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ import time
 from pathlib import Path
 
 from openvla.configuration_openvla import write_json
-from openvla.demonstrations import read_json
-from openvla.finetune_config import read_yaml
+from openvla.data.utils import read_json
+from openvla.training.config import read_yaml
 
 HERE = Path(__file__).parent
 DATASET = "libero_object_no_noops"  # the preset of columns and gripper goes by this name
@@ -44,7 +44,7 @@ BATCH_SIZE = 32  # of all processes
 
 
 def parts(args: argparse.Namespace) -> dict[str, list[str | Path]]:
-    """The commands by what they make."""
+    """Return the commands by their outputs."""
     out, python = args.out, sys.executable
     demos, openvla, workers = out / "demos" / DATASET, [python, "-m", "openvla"], str(args.workers)
     processes = next(count for count in (8, 4, 2, 1) if count <= args.workers)  # whole numbers of steps for each
@@ -61,7 +61,8 @@ def parts(args: argparse.Namespace) -> dict[str, list[str | Path]]:
     models = {"base": out / "base"} | {name: out / name / "model" for name in TRAININGS}
     for name, (start, _, _) in TRAININGS.items():
         packed = out / name / "packed"
-        run = ["--model", models[start], "--output", out / name, "--batch-size", str(BATCH_SIZE // processes)]
+        run = ["--model", models[start], "--output-dir", out / name]
+        run += ["--per-device-train-batch-size", str(BATCH_SIZE // processes)]
         run += ["--max-steps", str(args.steps)] if args.steps else []
         done[f"training {name}"] = [*launch, "-m", "openvla", "finetune", out / f"{name}.yaml", *run]
         done[f"packing {name}"] = [*openvla, "convert", models[name], packed, "--dtype", "bf16"]
@@ -75,7 +76,7 @@ def parts(args: argparse.Namespace) -> dict[str, list[str | Path]]:
 
 
 def write_runs(args: argparse.Namespace) -> None:
-    """The trainings' configurations with the place of the demonstrations."""
+    """Write the configurations of the trainings with the path of the demonstrations."""
     for name, (_, file, departures) in TRAININGS.items():
         config = read_yaml(HERE / file) | departures
         config["data"][0]["path"] = str(args.out / "demos" / DATASET)
@@ -83,14 +84,14 @@ def write_runs(args: argparse.Namespace) -> None:
 
 
 def table(out: Path, seconds: dict[str, float]) -> str:
-    """What came of it."""
+    """Return the table of results."""
     lines = ["| policy | task | success | 95 % interval |", "|---|---|---|---|"]
     for name in JUDGED:
         report = read_json(out / "judged" / name / "results.json")
         for row in (*report["results"], {**report, "instruction": "all"}):
             low, high = row["success_interval"]
             lines.append(
-                f"| {name} | {row['instruction']} | {row['successes']}/{row['judged']} | {low:.0%} to {high:.0%} |"
+                f"| {name} | {row['instruction']} | {row['successes']}/{row['evaluated']} | {low:.0%} to {high:.0%} |"
             )
     lines += ["", "| part | minutes |", "|---|---|"]
     lines += [f"| {part} | {spent / 60:.1f} |" for part, spent in seconds.items()]
@@ -98,7 +99,7 @@ def table(out: Path, seconds: dict[str, float]) -> str:
 
 
 def main() -> int:
-    """Run what is not done yet; returns the exit status."""
+    """Run the steps that are not done yet; return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, metavar="DIR")
     parser.add_argument("--episodes", type=int, default=100, help="demonstrations a task; default 100")

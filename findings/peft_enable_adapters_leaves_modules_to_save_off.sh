@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# transformers 5.23.0, peft 0.21.2 (torch 2.13.0): enable_adapters() does not switch on all that disable_adapters() switched off.
+# transformers 5.23.0, peft 0.21.2 (torch 2.13.0): enable_adapters() does not undo disable_adapters().
 #
-# A model with LoRA on q_proj and a whole trained copy of lm_head (modules_to_save) is switched off and on again.
+# The adapters of a model with LoRA on q_proj and a trained copy of lm_head (modules_to_save) are disabled and enabled.
 #
 # Expected: after disable_adapters() and enable_adapters() the model gives the logits that it gave before.
-# Seen: disable_adapters() switches off LoRA layers and modules_to_save; enable_adapters() switches on LoRA layers alone.
-#   The model goes on with the old lm_head, without a warning. (5.24.0 has the same loop, but refuses this peft.)
+# Seen: disable_adapters() disables LoRA layers and modules_to_save; enable_adapters() enables LoRA layers alone.
+#   The model continues with the old lm_head, without a warning. (5.24.0 has the same loop, but refuses this peft.)
 #
 # Output seen:
 #   switched off after disable_adapters(): LoRA True, modules_to_save True

@@ -2,11 +2,11 @@
 # torch 2.13.0 (CPU, oneMKL): the first torch.cos of a process may be wrong by 1e-4 in one thread's share, once.
 #
 # On a busy machine with two or more cores, processes start one after the other, and each takes the cosine of the same
-# 358 x 64 angles twice, first thing.
+# 358 x 64 angles twice, before any other computation.
 #
 # Expected: the same numbers both times, in every process.
 # Seen: in 8 of 80 processes the rows of one thread (0 to 178 or 179 to 357) differ by up to 1.5e-4 in the first call; every later
-#   call is right. oneMKL picks a function's kernel on its first call; threads that make it together may get different ones
+#   call is right. oneMKL picks a function's kernel on its first call; threads that make it at the same time may get different ones
 #   (https://github.com/pytorch/pytorch/issues/188792, open). A rotary embedding is such a first call: a model's first
 #   forward pass then has other logits than its second. With one call of one element before
 #   it, none of 64 processes differed, beside the 8 of 80 without.

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# transformers 5.24.0, peft 0.21.2 (torch 2.13.0): its own adapter methods need a peft that is not released.
+# transformers 5.24.0, peft 0.21.2 (torch 2.13.0): its adapter methods need an unreleased peft.
 #
 # Expected: add_adapter() works with the newest peft on PyPI, 0.21.2, as it does on transformers 5.23.0.
-# Seen: it raises ValueError and asks for peft 0.22.0. PyPI has no such release (2026-11-27). Nothing says so when both
-#   are installed; peft.inject_adapter_in_model() works with this pair.
+# Seen: it raises ValueError and asks for peft 0.22.0. PyPI has no such release (2026-11-27). Installing both
+#   gives no warning; peft.inject_adapter_in_model() works with this pair.
 #
 # Output seen:
 #   newest peft: peft (0.21.2)

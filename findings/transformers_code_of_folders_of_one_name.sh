@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# transformers 4.57.6 and 5.24.0 (torch 2.13.0): of two local folders of one name, the second runs code of the first.
+# transformers 4.57.6 and 5.24.0 (torch 2.13.0): of two local folders with the same name, the second runs code of the first.
 #
 # Two folders, both called "model", hold custom code: the same configuration_toy.py, but each its own modeling_toy.py and
 # helper_toy.py. One process loads both with trust_remote_code=True.
 #
 # Expected: every folder runs its own files, as two repositories of the Hub do.
 # Seen: 4.57.6 runs the second folder's modeling_toy.py with the first folder's helper_toy.py: a mix that nobody wrote.
-#   5.24.0 files code under a digest, but of the configuration's file alone where AutoModel is asked: the second folder
-#   runs the first one's modeling_toy.py and helper_toy.py. No warning in either. 5.5.4 and 5.23.0 do as 5.24.0.
+#   5.24.0 stores code under a digest, but AutoModel takes that of the configuration's file alone: the second folder
+#   runs the first one's modeling_toy.py and helper_toy.py. No warning in either. 5.5.4 and 5.23.0 behave as 5.24.0.
 #
 # Output seen:
 #   transformers 4.57.6, folder 1: modeling_toy.py of 1, helper_toy.py of 1

@@ -5,7 +5,7 @@
 #
 # Expected: scaled to 8 bits (0, 0, 3, 255), or an error.
 # Seen: the picture is converted to RGB with every value above 255 clipped to it, without a warning. Pillow's convert("RGB")
-#   does that by itself. A vision-language model is then shown a white picture.
+#   does that as well. A vision-language model then gets a white image.
 #
 # Output seen:
 #   transformers 5.24.0, Pillow 13.0.0: I;16 0, 255, 1000, 65535 become RGB [0, 255, 255, 255]

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
 # transformers 5.9.0 to 5.24.0 (torch 2.13.0): a model's _skip_keys_device_placement given as a string becomes a set of letters.
 #
-# Model code outside transformers says with this attribute which keyword (the KV cache) must not be moved between devices
+# This attribute of model code names the keyword (the KV cache) that must not be moved between devices
 # when a model is spread over several. transformers' own models gave one string for years, and accelerate's dispatch_model
 # takes a string or a list.
 #
-# Expected: "past_key_values" goes on meaning that keyword, or is refused.
-# Seen: 5.8.1 keeps the string. From 5.9.0, the next release, post_init() makes set("past_key_values") of it, a set of
-#   single letters, without a warning. Tried here: 5.8.1, 5.9.0, 5.23.0 and 5.24.0.
+# Expected: "past_key_values" still means that keyword, or is refused.
+# Seen: 5.8.1 keeps the string. From 5.9.0, the next release, post_init() turns it into set("past_key_values"), a set of
+#   single letters, without a warning. Tested: 5.8.1, 5.9.0, 5.23.0 and 5.24.0.
 #
 # Output seen:
 #   5.8.1 past_key_values

@@ -12,7 +12,7 @@ import torch
 from reference import GOLDEN, published_folder
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-OLD_SCRIPTS = "`torch_dtype` is deprecated!"  # what transformers says of a script of 4.40; tests call it so, too
+OLD_SCRIPTS = "`torch_dtype` is deprecated!"  # warning for scripts written for 4.40, which some tests imitate
 
 
 def pytest_collection_modifyitems(items):
@@ -21,7 +21,7 @@ def pytest_collection_modifyitems(items):
 
 
 class _Deprecations(logging.Handler):
-    """Raise where transformers logs that something which our code just did is announced to go."""
+    """Handler that raises where transformers logs that our code uses something deprecated."""
 
     def emit(self, record):
         message = record.getMessage()
@@ -36,7 +36,7 @@ def _deprecations_are_errors():
 
 @pytest.fixture(scope="session", params=["fused", "siglip"])
 def golden(request, tmp_path_factory):
-    """One golden checkpoint: its folder, the loaded model, its inputs and the reference's outputs."""
+    """Return a golden checkpoint: its folder, the loaded model, its inputs and the reference's outputs."""
     from openvla import OpenVLAForActionPrediction
 
     source = GOLDEN / request.param
@@ -63,7 +63,7 @@ def fused_folder(tmp_path_factory):
 
 @pytest.fixture
 def renderer(monkeypatch):
-    """Choosing one tells MuJoCo by these; the next test chooses anew."""
+    """Unset the variables that choose MuJoCo's renderer, for the test alone."""
     for name in ("MUJOCO_GL", "PYOPENGL_PLATFORM"):
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
@@ -71,7 +71,7 @@ def renderer(monkeypatch):
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A file system of 1 MB."""
+    """Mount a file system of 1 MB."""
     folder = tmp_path / "small"
     folder.mkdir()
     mounted = subprocess.run(
@@ -93,25 +93,25 @@ def tiny():
 
 @pytest.fixture(scope="session")
 def frames():
-    """Noise, black and white images, uint8 (240, 320, 3)."""
+    """Return noise, a black and a white image, uint8 (240, 320, 3)."""
     noise = np.random.RandomState(0).randint(0, 256, (240, 320, 3), dtype=np.uint8)
     return {"noise": noise, "black": np.zeros_like(noise), "white": np.full_like(noise, 255)}
 
 
 @pytest.fixture(scope="session")
 def overrides():
-    """Sizes that no registry names: of the language model's heads, and of the towers."""
-    found = {}
+    """Return sizes of the golden checkpoints that no registry has: attention heads and towers."""
+    sizes_by_name = {}
     for name in ("fused", "siglip"):
         sizes = json.loads((GOLDEN / name / "tiny_timm_overrides.json").read_text())
         ids = json.loads((GOLDEN / name / "config.json").read_text())["timm_model_ids"]
-        found[name] = {"timm_model_kwargs": [sizes[i] for i in ids], "text_config": {"num_attention_heads": 4}}
-    return found
+        sizes_by_name[name] = {"timm_model_kwargs": [sizes[i] for i in ids], "text_config": {"num_attention_heads": 4}}
+    return sizes_by_name
 
 
 @pytest.fixture(scope="session")
 def tokenizer(tmp_path_factory):
-    """A tokenizer of Llama-2's size: 32000 ids, no padding token, BOS in front."""
+    """Save a tokenizer of Llama-2's size: 32000 ids, no padding token, BOS in front."""
     from openvla.tiny import build_tokenizer
 
     folder = tmp_path_factory.mktemp("tokenizer")
@@ -121,7 +121,7 @@ def tokenizer(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def hub():
-    """A Hugging Face Hub on loopback."""
+    """Run a Hugging Face Hub on loopback."""
     from hub import Hub
 
     server = Hub()
@@ -131,13 +131,13 @@ def hub():
 
 @pytest.fixture
 def here(hub, monkeypatch, tmp_path):
-    """This process uses the Hub on loopback."""
+    """Let this process use the Hub on loopback."""
     import huggingface_hub.utils
     import transformers.utils.hub
     from hub import TOKEN
     from huggingface_hub import constants, file_download
 
-    # A session that was opened offline stays so; named reset_sessions before huggingface_hub 1.0.
+    # A session that was opened offline stays offline; named reset_sessions before huggingface_hub 1.0.
     for name in ("reset_sessions", "close_session"):
         getattr(huggingface_hub.utils, name, bool)()
     template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, hub.url)
@@ -147,38 +147,38 @@ def here(hub, monkeypatch, tmp_path):
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(constants, "ENDPOINT", hub.url)
-    monkeypatch.setattr(transformers.utils.hub, "_hf_api", None, raising=False)  # one that asks where it was made
+    monkeypatch.setattr(transformers.utils.hub, "_hf_api", None, raising=False)  # a client of the earlier endpoint
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     return hub
 
 
 @pytest.fixture(scope="session")
 def server():
-    """A policy server of a tiny model on loopback."""
-    from serving import InThread, embedded
+    """Run a policy server of a tiny model on loopback."""
+    from servers import ServerThread, build_policy
 
-    with InThread(embedded()) as server:
+    with ServerThread(build_policy()) as server:
         yield server
 
 
 @pytest.fixture(scope="session")
 def chunks():
-    """A policy server whose model answers in chunks, from three cameras, as ALOHA's, and a state."""
-    from serving import OFT, InThread, embedded
+    """Run a policy server whose model predicts action chunks from three cameras (ALOHA's) and proprio."""
+    from servers import OFT_CONFIG, ServerThread, build_policy
 
-    with InThread(embedded(num_images_in_input=3, **OFT)) as server:
+    with ServerThread(build_policy(num_images_in_input=3, **OFT_CONFIG)) as server:
         yield server
 
 
 @pytest.fixture(scope="session")
 def frame():
-    """Noise, uint8 (60, 80, 3)."""
+    """Return noise, uint8 (60, 80, 3)."""
     return np.random.RandomState(0).randint(0, 256, (60, 80, 3), dtype=np.uint8)
 
 
 @pytest.fixture(scope="session")
 def base(tmp_path_factory):
-    """A tiny model and its processor in a folder, for runs to begin from; nothing writes into it."""
+    """Save a tiny model and its processor, the base of training runs; no test writes into the folder."""
     from openvla.tiny import build_tiny
 
     folder = tmp_path_factory.mktemp("base")

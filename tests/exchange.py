@@ -18,8 +18,8 @@ INSTRUCTION = "Pick up the red block"
 ODD_TEXT = "héllo, wörld: 42\nOut:"
 
 
-def predicted(model, processor):
-    """Everything that must not depend on the version."""
+def predict(model, processor):
+    """Return inputs and outputs that must not depend on the version."""
     frame = np.random.RandomState(0).randint(0, 256, (240, 320, 3), dtype=np.uint8)
     inputs = processor(instruction=INSTRUCTION, images=frame)
     options = {} if model.config.action_head else {"constrain_actions": True}
@@ -34,7 +34,7 @@ def predicted(model, processor):
 
 
 def write(folder):
-    """A Llama with an untied head, also as OpenVLA-OFT; a Qwen with a tied head and a rotary base of its own."""
+    """Save a Llama with an untied head, also as OpenVLA-OFT, and a Qwen with a tied head and another rotary base."""
     from openvla import PLATFORMS
     from openvla.tiny import PADDED_ROWS, build_tiny, build_tokenizer
 
@@ -43,36 +43,38 @@ def write(folder):
     qwen |= {"intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
     qwen |= {"tie_word_embeddings": True, "bos_token_id": 1, "eos_token_id": 2}
     oft = {**PLATFORMS["libero"], "parallel_decoding": True, "action_head": "l1", "proprio_dim": None}
-    kinds = {"llama": {}, "oft": oft, "qwen2": {"text_config": qwen, "empty_token_id": None}}
-    for name, overrides in kinds.items():
+    models = {"llama": {}, "oft": oft, "qwen2": {"text_config": qwen, "empty_token_id": None}}
+    for name, overrides in models.items():
         model, processor = build_tiny(**overrides)
         model.save_pretrained(folder / name)
         processor.save_pretrained(folder / name)
-        (folder / name / "expected.json").write_text(json.dumps(predicted(model, processor)))
+        (folder / name / "expected.json").write_text(json.dumps(predict(model, processor)))
 
 
 def read(folder):
-    """Without the package: the folder's own code."""
+    """Load a folder with its own code and compare what it predicts."""
     expected = json.loads((folder / "expected.json").read_text())
     processor = transformers.AutoProcessor.from_pretrained(folder, trust_remote_code=True)
-    door = getattr(transformers, "AutoModelForImageTextToText", None) or transformers.AutoModelForVision2Seq
-    model = door.from_pretrained(folder, trust_remote_code=True).eval()
-    got = predicted(model, processor)
-    if got != expected:
-        wrong = [name for name in expected if got[name] != expected[name]]
-        raise SystemExit(f"transformers {transformers.__version__}: {folder} gives other {wrong}: {got} != {expected}")
+    auto_class = getattr(transformers, "AutoModelForImageTextToText", None) or transformers.AutoModelForVision2Seq
+    model = auto_class.from_pretrained(folder, trust_remote_code=True).eval()
+    actual = predict(model, processor)
+    if actual != expected:
+        wrong = [name for name in expected if actual[name] != expected[name]]
+        raise SystemExit(
+            f"transformers {transformers.__version__}: {folder} differs in {wrong}: {actual} != {expected}"
+        )
 
 
 if __name__ == "__main__":
-    for kind in (FutureWarning, DeprecationWarning):  # of what the folder's code or this package does
-        warnings.simplefilter("error", kind)
+    for category in (FutureWarning, DeprecationWarning):  # raised by the folder's code or this package
+        warnings.simplefilter("error", category)
     # How transformers 4.40 itself imports a folder's code.
     warnings.filterwarnings("ignore", "the load_module", DeprecationWarning)
-    verb, folders = sys.argv[1], [Path(argument).resolve() for argument in sys.argv[2:]]
-    if verb == "write":
+    command, folders = sys.argv[1], [Path(argument).resolve() for argument in sys.argv[2:]]
+    if command == "write":
         write(folders[0])
     else:
-        sys.modules["openvla"] = None
+        sys.modules["openvla"] = None  # as if the package were not installed
         os.chdir(tempfile.mkdtemp())
         for folder in folders:
             read(folder)

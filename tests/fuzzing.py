@@ -1,4 +1,4 @@
-"""What random inputs are made of, and what may become of them: an answer, or an error that this package raises."""
+"""Strategies for random inputs, and a call that accepts a result or an error that this package raises."""
 
 import contextlib
 import copy
@@ -13,47 +13,46 @@ from pathlib import Path
 import numpy as np
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
-from openvla.policy_client import PolicyServerError
-from reference import REPOSITORY
+from openvla import OpenVLAError
+from openvla.serving.client import PolicyServerError
+from reference import MODULES
 
-ASKED = int(os.environ.get("OPENVLA_FUZZ", "0"))
-TOTAL = ASKED or 400
-# What a user's mistake is raised as; DemonstrationError and RequestError are ValueErrors.
-ERRORS = (ValueError, KeyError, TypeError, FileNotFoundError, PolicyServerError)
+REQUESTED = int(os.environ.get("OPENVLA_FUZZ", "0"))
+TOTAL = REQUESTED or 400
+ERRORS = (OpenVLAError, PolicyServerError)
 
 
 def examples(share: float):
-    """Return settings for this share of all inputs: the same ones each time, unless many are asked for."""
+    """Return settings for this share of all inputs: the same inputs in every run, unless OPENVLA_FUZZ sets a number."""
     return settings(
         max_examples=max(1, round(TOTAL * share)),
-        derandomize=not ASKED,
+        derandomize=not REQUESTED,
         database=None,
         deadline=None,
-        phases=[Phase.generate, Phase.shrink] if ASKED else [Phase.generate],
+        phases=[Phase.generate, Phase.shrink] if REQUESTED else [Phase.generate],
         suppress_health_check=list(HealthCheck),
     )
 
 
-def ours(error: BaseException) -> bool:
-    """Return whether an error comes from a ``raise`` of this package."""
+def is_user_error(error: BaseException) -> bool:
+    """Return whether an error tells the user of a mistake: an OpenVLAError that this package raises."""
     frame = traceback.extract_tb(error.__traceback__)[-1]
-    own = Path(frame.filename).parent == REPOSITORY
     return (
-        own
+        Path(frame.filename) in MODULES
         and isinstance(error, ERRORS)
         and bool(str(error).strip())
         and linecache.getline(frame.filename, frame.lineno).lstrip().startswith("raise")
     )
 
 
-def answer(function, *arguments, **keywords):
-    """Return what a function answers; None where it raises an error of ours. Any other error passes."""
+def result_or_none(function, *args, **kwargs):
+    """Return the result of a function; None where it raises a user error. Any other error is raised."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            return function(*arguments, **keywords)
+            return function(*args, **kwargs)
         except Exception as error:
-            if ours(error):
+            if is_user_error(error):
                 return None
             raise
 
@@ -72,7 +71,7 @@ DTYPES = ["uint8", "int64", "float32", "float64", "bool", "uint16", "float16", "
 
 @st.composite
 def arrays(draw, dtypes=DTYPES):
-    """An array of up to four small dimensions."""
+    """Draw an array of up to four small dimensions."""
     dtype = np.dtype(draw(st.sampled_from(dtypes)))
     shape = draw(
         st.sampled_from(
@@ -86,20 +85,20 @@ def arrays(draw, dtypes=DTYPES):
         return np.resize(np.array(values, np.float64), shape).astype(dtype)
 
 
-def places(tree, path=()):
+def paths(tree, path=()):
     """Yield the path of every value in a tree of dictionaries and lists."""
     items = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
     for key, value in items:
         yield (*path, key)
-        yield from places(value, (*path, key))
+        yield from paths(value, (*path, key))
 
 
 @st.composite
 def mutated(draw, tree, values=json_junk):
-    """A copy of a tree in which one or two values are others, or gone."""
+    """Draw a copy of a tree in which one or two values are replaced or removed."""
     tree = copy.deepcopy(tree)
     for _ in range(draw(st.integers(1, 2))):
-        known = list(places(tree))
+        known = list(paths(tree))
         if not known:
             break
         *path, last = draw(st.sampled_from(known))
@@ -115,7 +114,7 @@ def mutated(draw, tree, values=json_junk):
 
 @contextlib.contextmanager
 def raw_server():
-    """Serve on loopback, to whatever is asked, the bytes in a list of one: gives (url, list)."""
+    """Reply to every request on loopback with the bytes in a list of one; yield (url, list)."""
     replies, listener = [b""], socket.create_server(("127.0.0.1", 0))
 
     def serve():

@@ -1,6 +1,6 @@
-"""A Hugging Face Hub on loopback: the endpoints that huggingface_hub uses to create, upload, list and download.
+"""Hugging Face Hub on loopback: the endpoints that huggingface_hub uses to create, upload, list and download.
 
-It keeps commits in memory, checks tokens, digests and sizes, and can cut a download short, once.
+It keeps commits in memory, checks tokens, digests and sizes, and can interrupt one download.
 """
 
 import base64
@@ -23,13 +23,13 @@ class Refused(Exception):
 
 
 class Hub(ThreadingHTTPServer):
-    """The server and what it stores: ``branches[repo][branch]`` is a list of commits, each a dict of file contents."""
+    """Server and storage: ``branches[repo][branch]`` is a list of commits, each a dictionary of file contents."""
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
         self.branches, self.private, self.blobs = {}, set(), {}
         self.cut_after = None  # bytes after which the next download of a weight file breaks
-        self.requests, self.resumed = [], []  # what was asked for, and which files from somewhere in the middle
+        self.requests, self.resumed = [], []  # all requests, and the files of range requests
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
     @property
@@ -37,23 +37,24 @@ class Hub(ThreadingHTTPServer):
         return f"http://127.0.0.1:{self.server_port}"
 
     def files(self, repo, branch="main"):
-        """Name and content of every file at the head of a branch."""
+        """Return name and content of every file at the head of a branch."""
         return self.branches[repo][branch][-1]
 
     def environment(self, cache, token=TOKEN):
-        """For a process that is to use this Hub: with an empty cache, over LFS, with a token."""
-        found = {"HF_ENDPOINT": self.url, "HF_HOME": str(cache), "HF_HUB_OFFLINE": "0", "TRANSFORMERS_OFFLINE": "0"}
-        found |= {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
-        return {**found, "HF_TOKEN": token} if token else found
+        """Return the environment of a process that uses this Hub with an empty cache, LFS and a token."""
+        variables = {"HF_ENDPOINT": self.url, "HF_HOME": str(cache), "HF_HUB_OFFLINE": "0", "TRANSFORMERS_OFFLINE": "0"}
+        variables |= {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
+        return {**variables, "HF_TOKEN": token} if token else variables
 
 
 def commit_id(files):
+    """Return the digest that stands for a commit."""
     names = json.dumps({name: hashlib.sha1(content).hexdigest() for name, content in sorted(files.items())})
     return hashlib.sha1(names.encode()).hexdigest()
 
 
 class Handler(BaseHTTPRequestHandler):
-    """One request."""
+    """Handler of one request."""
 
     protocol_version = "HTTP/1.1"
 
@@ -61,18 +62,18 @@ class Handler(BaseHTTPRequestHandler):
         """Keep quiet."""
 
     def do_GET(self):
-        self.answer(self.get)
+        self.respond(self.get)
 
     def do_HEAD(self):
-        self.answer(self.get)
+        self.respond(self.get)
 
     def do_POST(self):
-        self.answer(self.post)
+        self.respond(self.post)
 
     def do_PUT(self):
-        self.answer(self.put)
+        self.respond(self.put)
 
-    def answer(self, method):
+    def respond(self, method):
         parts = urlsplit(self.path)
         self.query = parse_qs(parts.query)
         self.body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
@@ -103,7 +104,7 @@ class Handler(BaseHTTPRequestHandler):
             raise Refused(401, "Unauthorized", "Invalid credentials in Authorization header")
 
     def head(self, repo, revision="main"):
-        """Files of a repository at a branch or a commit."""
+        """Return the files of a repository at a branch or a commit."""
         branches = self.server.branches.get(repo)
         if branches is None or (repo in self.server.private and not self.is_owner):
             raise Refused(401, "RepoNotFound", "Repository not found")
@@ -123,8 +124,8 @@ class Handler(BaseHTTPRequestHandler):
                 self.send_info(f"{owner}/{name}", "main")
             case ["api", "models", owner, name, "revision", revision]:
                 self.send_info(f"{owner}/{name}", revision)
-            case ["api", "models", owner, name, "tree", revision, *under]:
-                self.send_tree(self.head(f"{owner}/{name}", revision), "/".join(under))
+            case ["api", "models", owner, name, "tree", revision, *folder]:
+                self.send_tree(self.head(f"{owner}/{name}", revision), "/".join(folder))
             case [owner, name, "resolve", revision, *file]:
                 self.send_file(self.head(f"{owner}/{name}", revision), "/".join(file))
             case _:
@@ -133,20 +134,20 @@ class Handler(BaseHTTPRequestHandler):
     def send_info(self, repo, revision):
         files = self.head(repo, revision)
         siblings = [{"rfilename": name, "size": len(content)} for name, content in files.items()]
-        found = {"_id": "0", "id": repo, "modelId": repo, "sha": commit_id(files), "siblings": siblings, "tags": []}
-        self.send_json({**found, "private": repo in self.server.private, "downloads": 0, "likes": 0, "gated": False})
+        info = {"_id": "0", "id": repo, "modelId": repo, "sha": commit_id(files), "siblings": siblings, "tags": []}
+        self.send_json({**info, "private": repo in self.server.private, "downloads": 0, "likes": 0, "gated": False})
 
-    def send_tree(self, files, under):
-        inside = {name: content for name, content in files.items() if not under or name.startswith(f"{under}/")}
-        if under and not inside:
-            raise Refused(404, "EntryNotFound", f"{under} does not exist")
-        rows = []
+    def send_tree(self, files, folder):
+        inside = {name: content for name, content in files.items() if not folder or name.startswith(f"{folder}/")}
+        if folder and not inside:
+            raise Refused(404, "EntryNotFound", f"{folder} does not exist")
+        entries = []
         for name, content in inside.items():
-            row = {"type": "file", "path": name, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
+            entry = {"type": "file", "path": name, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
             if name.endswith((".safetensors", ".pt")):
-                row["lfs"] = {"oid": hashlib.sha256(content).hexdigest(), "size": len(content), "pointerSize": 1}
-            rows.append(row)
-        self.send_json(rows)
+                entry["lfs"] = {"oid": hashlib.sha256(content).hexdigest(), "size": len(content), "pointerSize": 1}
+            entries.append(entry)
+        self.send_json(entries)
 
     def send_file(self, files, name):
         if name not in files:
@@ -154,22 +155,22 @@ class Handler(BaseHTTPRequestHandler):
         content, start = files[name], 0
         headers = {"ETag": f'"{hashlib.sha256(content).hexdigest()}"', "X-Repo-Commit": commit_id(files)}
         headers["Accept-Ranges"] = "bytes"
-        asked = self.headers.get("Range", "")
-        if asked.startswith("bytes="):
+        byte_range = self.headers.get("Range", "")
+        if byte_range.startswith("bytes="):
             self.server.resumed.append(name)
-            start = int(asked.removeprefix("bytes=").split("-")[0])
+            start = int(byte_range.removeprefix("bytes=").split("-")[0])
             headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
         if self.command == "GET" and self.server.cut_after and name.endswith((".safetensors", ".pt")):
-            cut, self.server.cut_after = self.server.cut_after, None
+            length, self.server.cut_after = self.server.cut_after, None
             self.send_response(200)
             self.send_header("Content-Length", str(len(content)))
             for header, value in headers.items():
                 self.send_header(header, value)
             self.end_headers()
-            self.wfile.write(content[:cut])
+            self.wfile.write(content[:length])
             self.close_connection = True
             return
-        self.send(content[start:], 206 if asked else 200, headers, "application/octet-stream")
+        self.send(content[start:], 206 if byte_range else 200, headers, "application/octet-stream")
 
     def post(self, path):
         self.require_owner()
@@ -191,47 +192,47 @@ class Handler(BaseHTTPRequestHandler):
                 self.head(f"{owner}/{git.removesuffix('.git')}")
                 self.lfs_batch(json.loads(self.body))
             case ["lfs", "verify"]:
-                wanted = json.loads(self.body)
-                if len(self.server.blobs.get(wanted["oid"], b"")) != wanted["size"]:
-                    raise Refused(404, "NotFound", "object is not there")
+                blob = json.loads(self.body)
+                if len(self.server.blobs.get(blob["oid"], b"")) != blob["size"]:
+                    raise Refused(404, "NotFound", "object does not exist")
                 self.send_json({})
             case ["api", "models", owner, name, "commit", revision]:
                 self.commit(f"{owner}/{name}", revision)
             case _:
                 raise Refused(404, "NotFound", f"No such endpoint: {self.path}")
 
-    def create(self, wanted):
-        repo = f"{wanted.get('organization') or OWNER}/{wanted['name']}"
+    def create(self, request):
+        repo = f"{request.get('organization') or OWNER}/{request['name']}"
         if repo in self.server.branches:
             self.send_json({"error": "exists", "url": f"{self.server.url}/{repo}"}, 409)
             return
         self.server.branches[repo] = {"main": [{".gitattributes": b"*.safetensors filter=lfs\n"}]}
-        if wanted.get("private") or wanted.get("visibility") == "private":
+        if request.get("private") or request.get("visibility") == "private":
             self.server.private.add(repo)
         self.send_json({"url": f"{self.server.url}/{repo}", "name": repo, "id": "0"})
 
     def preupload(self):
-        rows = []
+        entries = []
         for file in json.loads(self.body)["files"]:
             mode = "lfs" if file["path"].endswith(".safetensors") or file["size"] > 1_000_000 else "regular"
-            rows.append({"path": file["path"], "uploadMode": mode, "shouldIgnore": False})
-        self.send_json({"files": rows})
+            entries.append({"path": file["path"], "uploadMode": mode, "shouldIgnore": False})
+        self.send_json({"files": entries})
 
-    def lfs_batch(self, wanted):
+    def lfs_batch(self, request):
         objects = []
-        for entry in wanted["objects"]:
-            row = {"oid": entry["oid"], "size": entry["size"]}
+        for entry in request["objects"]:
+            reply = {"oid": entry["oid"], "size": entry["size"]}
             if entry["oid"] not in self.server.blobs:
                 upload = {"href": f"{self.server.url}/lfs/{entry['oid']}"}
-                row["actions"] = {"upload": upload, "verify": {"href": f"{self.server.url}/lfs/verify"}}
-            objects.append(row)
+                reply["actions"] = {"upload": upload, "verify": {"href": f"{self.server.url}/lfs/verify"}}
+            objects.append(reply)
         self.send(json.dumps({"transfer": "basic", "objects": objects}).encode(), kind="application/vnd.git-lfs+json")
 
     def put(self, path):
         match path:
             case ["lfs", oid]:
                 if hashlib.sha256(self.body).hexdigest() != oid:
-                    raise Refused(400, "BadRequest", "the content is not what its digest says")
+                    raise Refused(400, "BadRequest", "the content does not have this digest")
                 self.server.blobs[oid] = self.body
                 self.send(b"")
             case _:
@@ -251,11 +252,22 @@ class Handler(BaseHTTPRequestHandler):
             elif entry["key"] != "header":
                 raise Refused(400, "BadRequest", f"unknown operation {entry['key']}")
         branches = self.server.branches[repo]
-        found = {"commitUrl": f"{self.server.url}/{repo}/commit/{commit_id(files)}", "commitOid": commit_id(files)}
+        commit = {"commitUrl": f"{self.server.url}/{repo}/commit/{commit_id(files)}", "commitOid": commit_id(files)}
         if self.query.get("create_pr") == ["1"]:
             number = len(branches)
             branches[f"refs/pr/{number}"] = [files]
-            found["pullRequestUrl"] = f"{self.server.url}/{repo}/discussions/{number}"
+            commit["pullRequestUrl"] = f"{self.server.url}/{repo}/discussions/{number}"
         else:
             branches.setdefault(revision, []).append(files)
-        self.send_json(found)
+        self.send_json(commit)
+
+
+def upload_folder(hub, repo, folder, path_in_repo=""):
+    """Commit a folder's files to a repository, or to a folder in it ("" or a path that ends with "/")."""
+    files = {
+        path_in_repo + path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+    commits = hub.branches.setdefault(repo, {"main": [{}]})["main"]
+    commits.append({**commits[-1], **files})

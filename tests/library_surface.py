@@ -1,8 +1,8 @@
-"""List every touch of other libraries' surface that is not stable: where it is used, what to change if it goes.
+"""List of every unstable name of other libraries that this package uses: where, and what to change if it goes.
 
 ``test_library_surface.py`` runs every check by its name, before any other test. Nothing here imports ``openvla``, so
-that the list works where that cannot be imported; no check uses what another one is about, so that a renamed name fails
-alone. "4.40.1 to 5.24.0" are the versions that were run: 4.40.1, 4.49.0, 4.57.6, 5.5.4, 5.23.0 and 5.24.0.
+that the list works where that import fails; no check uses the name of another one, so that one renamed name fails one
+check. "4.40.1 to 5.24.0" are the versions that were tested: 4.40.1, 4.49.0, 4.57.6, 5.5.4, 5.23.0 and 5.24.0.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ from torch import nn
 
 @dataclasses.dataclass(frozen=True)
 class Touch:
-    """One name of a library that may change without notice.
+    """Name of another library that may change without notice.
 
     Attributes:
         name: Short and unique; its last part is the name in the library.
-        library: Whose it is.
-        seen: Versions in which it was seen, with the other name of other versions.
-        used_in: Our files.
-        check: Raises where the library no longer has it as it is used.
-        change: What to change in our code, and where.
-        renamed: An identifier and the files inside the library in which a proof renames it; None where there is none.
+        library: The library.
+        seen: Versions that have it, with the name in other versions.
+        used_in: Files of this package.
+        check: Function that raises where the library no longer has the name as it is used.
+        change: Change to make in this package, and where.
+        renamed: Identifier, and the library's files in which a test renames it to prove the check; or None.
     """
 
     name: str
@@ -86,24 +86,24 @@ ONEDNN = ("_reorder_linear_weight", "_linear_pointwise", "_is_mkldnn_bf16_suppor
 HUB = "transformers.utils.hub:cached_file" + ("s" if VERSION >= (4, 50) else "")
 
 
-def found(place: str) -> Any:
-    """Return what stands at "module:attribute.attribute"."""
-    module, _, path = place.partition(":")
-    return functools.reduce(getattr, filter(None, path.split(".")), importlib.import_module(module))
+def resolve(path: str) -> Any:
+    """Return the object at "module:attribute.attribute"."""
+    module, _, attributes = path.partition(":")
+    return functools.reduce(getattr, filter(None, attributes.split(".")), importlib.import_module(module))
 
 
-def has(place: str) -> Callable[[], Any]:
-    """Return a check that something stands at a place."""
-    return lambda: found(place)
+def has(path: str) -> Callable[[], Any]:
+    """Return a check that "module:attribute.attribute" exists."""
+    return lambda: resolve(path)
 
 
 def in_register() -> Any:
-    """Return what registers an image processor."""
-    return found("transformers.models.auto.image_processing_auto:AutoImageProcessor.register")
+    """Return the function that registers an image processor."""
+    return resolve("transformers.models.auto.image_processing_auto:AutoImageProcessor.register")
 
 
 def takes(find: Callable[[], Any], parameter: str) -> Callable[[], Any]:
-    """Return a check that what is found takes a parameter by its name."""
+    """Return a check that a function has a parameter of this name."""
 
     def check() -> None:
         names = list(inspect.signature(find()).parameters)
@@ -113,7 +113,7 @@ def takes(find: Callable[[], Any], parameter: str) -> Callable[[], Any]:
 
 
 def mentions(module: str, *words: str) -> Callable[[], Any]:
-    """Return a check that one of the words stands in the module's source: for what shows in no signature."""
+    """Return a check that a module's source has one of the words: for names that no signature shows."""
 
     def check() -> None:
         source = inspect.getsource(importlib.import_module(module))
@@ -122,18 +122,18 @@ def mentions(module: str, *words: str) -> Callable[[], Any]:
     return check
 
 
-def has_field(place: str, name: str) -> Callable[[], Any]:
+def has_field(path: str, name: str) -> Callable[[], Any]:
     """Return a check that a dataclass of the library has a field."""
 
     def check() -> None:
-        names = [field.name for field in dataclasses.fields(found(place))]
-        assert name in names, f"{place} has the fields {names}"
+        names = [field.name for field in dataclasses.fields(resolve(path))]
+        assert name in names, f"{path} has the fields {names}"
 
     return check
 
 
 def holds(make: Callable[[], Any], name: str) -> Callable[[], Any]:
-    """Return a check that what is made has an attribute."""
+    """Return a check that an object has an attribute; ``make`` creates the object."""
     return lambda: getattr(make(), name)
 
 
@@ -146,13 +146,13 @@ def config_of(family: str = "Llama") -> Any:
 
 
 def class_of(family: str, kind: str) -> Any:
-    """Return the class whose name begins so: whether it is renamed is another check's business."""
+    """Return the class whose name begins with family and kind; another check notices where it is renamed."""
     module = importlib.import_module(f"transformers.models.{family.lower()}.modeling_{family.lower()}")
     return next(value for name, value in vars(module).items() if re.fullmatch(rf"{family}{kind}(_.*)?", name))
 
 
 def part_of(family: str, kind: str) -> nn.Module:
-    """Return a part of a language model by itself."""
+    """Build one module of a language model."""
     arguments = {"RMSNorm": (8,), "Attention": (config_of(family), 0), "DecoderLayer": (config_of(family), 0)}
     return class_of(family, kind)(*arguments.get(kind, (config_of(family),)))
 
@@ -175,7 +175,7 @@ def check_dtype() -> None:
 def check_order() -> None:
     """Check that a tuple output has its fields in the order in which they are read by index."""
     order = ["loss", "logits", CACHE, "hidden_states", "attentions"]
-    names = [field.name for field in dataclasses.fields(found(OUTPUT))]
+    names = [field.name for field in dataclasses.fields(resolve(OUTPUT))]
     known = [name for name in names if name in order]
     assert known == [name for name in order if name in names], f"the order is {names}"
 
@@ -184,32 +184,32 @@ def check_subclass() -> None:
     """Check that an output with one more field can be made."""
 
     @dataclasses.dataclass
-    class Wider(found(OUTPUT)):
+    class Wider(resolve(OUTPUT)):
         extra: Any = None
 
     assert Wider(extra=1)["extra"] == 1
 
 
 def check_rope_key(name: str) -> None:
-    """Check that the rotary fields hold a key, in whatever field they stand."""
+    """Check that the rotary settings have a key, in any field of the configuration."""
     fields = vars(config_of())
     inside = any(isinstance(value, dict) and name in value for value in fields.values())
     assert inside or (not V5 and (name in fields or name == "rope_type")), f"no {name} in LlamaConfig"
 
 
 def check_mask() -> None:
-    """Check that a mask in four dimensions, added to the scores or 1 for visible, lets a later token be seen."""
+    """Check that a 4-D attention mask, additive or 1 for visible, lets a token attend to a later one."""
 
     def influence(model: nn.Module, added: bool) -> bool:
         norm = next(child for child in model.children() if getattr(getattr(child, "weight", None), "ndim", 0) == 1)
         seen: list[torch.Tensor] = []
-        hook = norm.register_forward_hook(lambda module, given, output: seen.append(output))
+        hook = norm.register_forward_hook(lambda module, args, output: seen.append(output))
         x = torch.randn(1, 3, 8, generator=torch.Generator().manual_seed(0)).repeat(2, 1, 1)
         x[1, 2] += 1
         mask = torch.zeros(2, 1, 3, 3) if added else torch.ones(2, 1, 3, 3)
         try:
             model(inputs_embeds=x, attention_mask=mask, use_cache=False)
-        except Exception:  # of what is made of the norm's output; that is other checks' business
+        except Exception:  # raised after the norm, which other checks notice
             if not seen:
                 raise
         hook.remove()
@@ -225,7 +225,7 @@ def check_mask() -> None:
 
 @functools.cache
 def loading_info() -> SimpleNamespace:
-    """Return what transformers says of loading a tiny checkpoint."""
+    """Return the loading info of a tiny checkpoint."""
     kind = importlib.import_module("transformers").AutoModelForCausalLM
     with tempfile.TemporaryDirectory() as folder:
         kind.from_config(config_of()).save_pretrained(folder)
@@ -233,14 +233,14 @@ def loading_info() -> SimpleNamespace:
 
 
 def check_silu() -> None:
-    """Check that the gate's activation is of a class that the fast way knows."""
-    name = type(found("transformers.activations:ACT2FN")["silu"]).__name__
+    """Check that the gate's activation is of a class that the fast decoder supports."""
+    name = type(resolve("transformers.activations:ACT2FN")["silu"]).__name__
     assert name in ("SiLU", "SiLUActivation"), f"ACT2FN['silu'] is a {name}"
 
 
 @functools.cache
 def adapted() -> nn.Module:
-    """Return a model with LoRA beside a linear layer and an embedding, and a module that is trained whole."""
+    """Build a model with LoRA on a linear layer and an embedding, and a module that is trained in full."""
     peft = importlib.import_module("peft")
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Embedding(4, 4))
     config = peft.LoraConfig(r=2, target_modules=["0", "2"], modules_to_save=["1"])
@@ -249,23 +249,23 @@ def adapted() -> nn.Module:
 
 @functools.cache
 def quantized() -> nn.Module:
-    """Return a linear layer of 4-bit weights."""
+    """Build a linear layer with 4-bit weights."""
     return importlib.import_module("bitsandbytes").nn.Linear4bit(64, 64, quant_type="nf4").to("cpu")
 
 
 def hooked() -> nn.Module:
-    """Return a module with a hook of accelerate."""
+    """Build a module with a hook of accelerate."""
     hooks = importlib.import_module("accelerate.hooks")
     return hooks.add_hook_to_module(nn.Linear(2, 2), hooks.ModelHook())
 
 
 def dispatched() -> nn.Module:
-    """Return a model that accelerate has placed."""
+    """Build a model that accelerate has placed on devices."""
     return importlib.import_module("accelerate").dispatch_model(nn.Sequential(nn.Linear(2, 2)), device_map={"": "cpu"})
 
 
 def mapped_storage() -> torch.UntypedStorage:
-    """Return the storage of a tensor that was loaded without its content."""
+    """Return the storage of a tensor that was loaded without its data."""
     fake = importlib.import_module("torch._subclasses.fake_tensor").FakeTensorMode
     with tempfile.TemporaryDirectory() as folder:
         torch.save(torch.ones(3), Path(folder) / "x.pt")
@@ -282,41 +282,41 @@ Row = tuple[str, Callable[[], Any], str | None, str]
 
 
 def row(name: str, check: Callable[[], Any], where: str | None = EVERYWHERE, seen: str = ALL) -> Row:
-    """Return what differs between touches: ``where`` the proof renames the last part of the name, None for no proof."""
+    """Return the fields that differ between touches; a test renames the name in the files ``where``, if not None."""
     return name, check, where, seen
 
 
-def members(of: str, place: str, *names: str, where: str = EVERYWHERE, seen: str = ALL) -> list[Row]:
-    """Return names that stand at "place" + name."""
-    return [row(f"{of}{name}", has(f"{place}{name}"), where, seen) for name in names]
+def members(prefix: str, path: str, *names: str, where: str = EVERYWHERE, seen: str = ALL) -> list[Row]:
+    """Return a row for each name that exists at path + name."""
+    return [row(f"{prefix}{name}", has(f"{path}{name}"), where, seen) for name in names]
 
 
-def parts(of: str, make: Callable[[], Any], *names: str, where: str | None = EVERYWHERE) -> list[Row]:
-    """Return names of attributes of what is made."""
-    return [row(f"{of}{name}", holds(make, name), where) for name in names]
+def parts(prefix: str, make: Callable[[], Any], *names: str, where: str | None = EVERYWHERE) -> list[Row]:
+    """Return a row for each attribute of the object that ``make`` creates."""
+    return [row(f"{prefix}{name}", holds(make, name), where) for name in names]
 
 
 def touches(used_in: str, change: str, *each: Row, library: str = "transformers") -> tuple[Touch, ...]:
-    """Return touches that are used in the same files and change alike.
+    """Return touches that are used in the same files and need the same change.
 
     Args:
-        used_in: Names of files, without ".py"; of several, those that hold the last part of the name count.
-        change: With "{name}" for the last part of the name and "{files}" for the files.
-        *each: Made by ``row``.
-        library: Whose they are.
+        used_in: Names of files, without ".py"; of several, those that contain the last part of the name.
+        change: Text with "{name}" for the last part of the name and "{files}" for the files.
+        *each: Results of ``row``.
+        library: The library.
     """
     texts = {f"{name}.py": (ROOT / f"{name}.py").read_text(encoding="utf-8") for name in used_in.split()}
-    made = []
+    result = []
     for name, check, where, seen in each:
         last = name.rpartition(".")[2]
         files = tuple(file for file, text in texts.items() if re.search(rf"\b{last}\b", text)) or tuple(texts)
         proof = (last, where) if where and library == "transformers" else None
-        what = change.format(name=last, files=", ".join(files))
-        made.append(Touch(name, library, seen, files, check, what, proof))
-    return tuple(made)
+        text = change.format(name=last, files=", ".join(files))
+        result.append(Touch(name, library, seen, files, check, text, proof))
+    return tuple(result)
 
 
-# What the fast way reads of a language model, by the class that has it.
+# Attributes of a language model that the fast decoder reads, by class.
 PARTS = {
     "Attention": ("q_proj", "k_proj", "v_proj", "o_proj"),
     "MLP": ("gate_proj", "up_proj", "down_proj", "act_fn"),
@@ -327,43 +327,45 @@ PARTS = {
 
 
 def layers() -> tuple[Touch, ...]:
-    """Return what the fast way reads of the language models' layers.
+    """Return the attributes of the language models' layers that the fast decoder reads.
 
-    The proof renames attributes of Llama only: the others have the same check, and a proof takes seconds.
+    Only those of Llama are renamed by a test, which takes seconds each: the others have the same check.
     """
-    made = []
+    rows = []
     for family in FAMILIES:
         module = f"transformers.models.{family.lower()}.modeling_{family.lower()}:"
-        made += members("", module, *(f"{family}{kind}" for kind in PARTS if kind != "Model"), f"{family}ForCausalLM")
+        rows += members("", module, *(f"{family}{kind}" for kind in PARTS if kind != "Model"), f"{family}ForCausalLM")
         for kind, names in PARTS.items():
             where = LLAMA if family == "Llama" else None
-            made += parts(f"{family}{kind}.", functools.partial(part_of, family, kind), *names, where=where)
-    made.append(row("SiLUActivation", check_silu, seen="SiLU 4.40.1 and 4.49.0, SiLUActivation 4.57.6 to 5.24.0"))
-    change = "Write the layers out with the new name of {name}, or drop the family: _Layer in fast_openvla.py."
-    return touches("fast_openvla lean_training parallel_openvla", change, *made)
+            rows += parts(f"{family}{kind}.", functools.partial(part_of, family, kind), *names, where=where)
+    rows.append(row("SiLUActivation", check_silu, seen="SiLU 4.40.1 and 4.49.0, SiLUActivation 4.57.6 to 5.24.0"))
+    change = (
+        "Write the layers out with the new name of {name}, or drop the family: _Layer in inference/fast_decoder.py."
+    )
+    return touches("inference/fast_decoder training/memory parallel_openvla", change, *rows)
 
 
 def forwards() -> tuple[Touch, ...]:
-    """Return the name of the cache in the forward of every language model."""
-    made = []
+    """Return the name of the cache argument in the forward of every language model."""
+    rows = []
     for name in (*FAMILIES, "Phi"):
         check = takes(lambda name=name: class_of(name, "ForCausalLM").forward, CACHE)
         file = f"models/{name.lower()}/modeling_{name.lower()}.py"
-        made.append(row(f"{name}ForCausalLM.forward.{CACHE}", check, file, CACHE_SEEN))
+        rows.append(row(f"{name}ForCausalLM.forward.{CACHE}", check, file, CACHE_SEEN))
     change = "Give the language model its cache under the new name of {name}: CACHE_FIELD in compatibility_openvla.py."
-    return touches("compatibility_openvla decoding_openvla prismatic_openvla", change, *made)
+    return touches("compatibility_openvla decoding_openvla prismatic_openvla", change, *rows)
 
 
 SURFACE: tuple[Touch, ...] = (
     *touches(
         "compatibility_openvla decoding_openvla prismatic_openvla parallel_openvla",
         "Read and build outputs with the new name of {name}: CACHE_FIELD in compatibility_openvla.py for the cache, "
-        "forward and _loss_at_labels in prismatic_openvla.py for the others.",
+        "forward in prismatic_openvla.py and loss_at_labels for the others.",
         *(row(f"ModelOutput.{name}", has_field(OUTPUT, name), OUTPUTS) for name in ("loss", "logits")),
         row(f"ModelOutput.{CACHE}", has_field(OUTPUT, CACHE), OUTPUTS, CACHE_SEEN),
         *(row(f"ModelOutput.{name}", has_field(OUTPUT, name), OUTPUTS) for name in ("hidden_states", "attentions")),
         row("ModelOutput.last_hidden_state", has_field(BASE_OUTPUT, "last_hidden_state"), OUTPUTS),
-        # No proof of these: an order, a way to build and a convention are no identifiers.
+        # No test renames these: an order, a construction and a convention are no identifiers.
         row("ModelOutput: the order of fields", check_order, None),
         row("ModelOutput: a subclass with a field more", check_subclass, None),
         row("attention_mask: four dimensions", check_mask, None),
@@ -371,32 +373,40 @@ SURFACE: tuple[Touch, ...] = (
     *forwards(),
     *touches(
         "prismatic_openvla modeling_openvla",
-        "Read {name} of what generate() gives under its new name: generate in prismatic_openvla.py, predict_action in "
-        "modeling_openvla.py.",
+        "Read {name} of what generate() gives under its new name: generate in prismatic_openvla.py, "
+        "_generate_tokens in modeling_openvla.py.",
         *(row(f"generate.{n}", has_field(GENERATED, n), "generation/utils.py") for n in ("sequences", "logits")),
     ),
     *touches(
+        "adapters/peft_methods",
+        "Use the new name of {name} in require_peft_of_transformers.",
+        row("MIN_PEFT_VERSION", has("transformers.integrations.peft:MIN_PEFT_VERSION")),
+    ),
+    *touches(
         "compatibility_openvla",
-        "Ask in the new way for {name}, in the constant or function of compatibility_openvla.py that is about it.",
+        "Use the new name of {name}, in the constant or function of compatibility_openvla.py that reads it.",
         row("DynamicCache.get_seq_length", has("transformers:DynamicCache.get_seq_length")),
         row("PretrainedConfig._attn_implementation", check_property),
         row("PretrainedConfig._attn_implementation_internal", holds(config_of, "_attn_implementation_internal")),
         row("MODEL_FOR_CAUSAL_LM_MAPPING", has("transformers:MODEL_FOR_CAUSAL_LM_MAPPING")),
-        row("MIN_PEFT_VERSION", has("transformers.integrations.peft:MIN_PEFT_VERSION")),
-        *members(f"PreTrainedModel.{CHECKPOINTING}", MODEL + CHECKPOINTING, "enable", "disable", seen=SWITCH_SEEN),
-        # No proof: it would rename torch's keyword too.
+        # No test renames it: it would rename torch's keyword too.
         row("PretrainedConfig.dtype", check_dtype, None, "torch_dtype 4.40.1 and 4.49.0, dtype 4.57.6 to 5.24.0"),
     ),
     *touches(
-        "compatibility_openvla fast_openvla configuration_openvla",
-        "Read {name} where it stands now, in {files}: rotary_fields, reason_against, _for_every_version.",
+        "training/activation_checkpointing",
+        "Use the new name of {name} in {files}.",
+        *members(f"PreTrainedModel.{CHECKPOINTING}", MODEL + CHECKPOINTING, "enable", "disable", seen=SWITCH_SEEN),
+    ),
+    *touches(
+        "inference/fast_decoder configuration_openvla",
+        "Read {name} from its new place, in {files}: _rotary_fields, unsupported_reason, _for_every_version.",
         row(f"PretrainedConfig.{ROPE}", holds(config_of, ROPE), seen=ROPE_SEEN),
         row("rope_parameters.rope_theta", functools.partial(check_rope_key, "rope_theta")),
         row("rope_parameters.rope_type", functools.partial(check_rope_key, "rope_type"), ROPE_TYPE, "5.5.4 to 5.24.0"),
     ),
     *touches(
-        "compatibility_openvla lean_training vision_openvla",
-        "Set and ask for the new name of {name} in {files}: VisionTower, is_checkpointing, _lean_forwards.",
+        "compatibility_openvla training/memory vision_openvla",
+        "Set and ask for the new name of {name} in {files}: VisionTower, is_checkpointing, _memory_efficient_forwards.",
         row("LlamaModel.gradient_checkpointing", holds(lambda: part_of("Llama", "Model"), "gradient_checkpointing")),
     ),
     *touches(
@@ -421,17 +431,16 @@ SURFACE: tuple[Touch, ...] = (
         *members("ProcessorMixin.", f"{PROCESSOR}.", "_get_arguments_from_pretrained"),
         row(f"AutoImageProcessor.register.{REGISTER}", takes(in_register, REGISTER), AUTO_IMAGES, REGISTER_SEEN),
         *members("", "transformers:", AUTO_MODEL, seen=AUTO_MODEL_SEEN),
-        # No proof: 5.x finds names that end in Fast in several ways, so that renaming one is not noticed.
+        # No test renames it: 5.x finds names that end in Fast in several ways, so a renamed one is not noticed.
         row("PreTrainedTokenizerFast", has("transformers:PreTrainedTokenizerFast"), None),
         row("TokenizersBackend", has(f"transformers:{FAST_TOKENIZER}"), seen=FAST_TOKENIZER_SEEN),
-        # No proof: 5.x does without.
+        # No test renames it: 5.x does without.
         row("ProcessorMixin.attributes", has(f"{PROCESSOR}{PROCESSOR_PARTS}"), None, BEFORE_5),
     ),
     *touches(
-        "adapter_files_openvla adapters_openvla configuration_openvla modeling_openvla finetune_result "
-        "quantization_openvla prismatic_openvla graphs_openvla assemble_model",
-        "Use what took the place of {name} in {files}; where versions differ, by a function in "
-        "compatibility_openvla.py.",
+        "adapters/base_record adapters/lora adapters/peft_methods configuration_openvla modeling_openvla "
+        "training/export quantization_openvla prismatic_openvla inference/cuda_graphs conversion/assemble",
+        "Use the replacement of {name} in {files}; where versions differ, by a function in compatibility_openvla.py.",
         *members("", "transformers:", "CONFIG_MAPPING", "PretrainedConfig"),
         *members("", "transformers.utils:", "cached_file", "is_flash_attn_2_available"),
         *members("", "transformers.utils.hub:", "extract_commit_hash"),
@@ -439,11 +448,11 @@ SURFACE: tuple[Touch, ...] = (
         row("PretrainedConfig._name_or_path", holds(config_of, "_name_or_path")),
         row("PretrainedConfig._commit_hash", mentions(CONFIGS, "_commit_hash")),
         row("PretrainedConfig.auto_map", mentions(DYNAMIC, "auto_map")),
-        # No proof: 5.x has it no more, and nothing is missing there.
+        # No test renames it: 5.x no longer has it, and nothing is missing there.
         row("PretrainedConfig._pre_quantization_dtype", mentions(CONFIGS, UNQUANTIZED), None, BEFORE_5),
-        *(row(f"cached_file.{name}", takes(functools.partial(found, HUB), name)) for name in HUB_SWITCHES),
-        row("logging.warning_once", holds(lambda: found(f"{LOGGING}:get_logger")("transformers.x"), "warning_once")),
-        row("custom_object_save", takes(lambda: found(f"{DYNAMIC}:custom_object_save"), "config")),
+        *(row(f"cached_file.{name}", takes(functools.partial(resolve, HUB), name)) for name in HUB_SWITCHES),
+        row("logging.warning_once", holds(lambda: resolve(f"{LOGGING}:get_logger")("transformers.x"), "warning_once")),
+        row("custom_object_save", takes(lambda: resolve(f"{DYNAMIC}:custom_object_save"), "config")),
         row("adapter_kwargs._adapter_model_path", mentions(AUTO_FACTORY, "_adapter_model_path")),
         *members("PeftAdapterMixin.", "transformers.integrations.peft:PeftAdapterMixin.", "_hf_peft_config_loaded"),
         *(row(f"is_loaded_in_{n}bit", mentions(f"{BNB_QUANTIZER}_{n}bit", f"is_loaded_in_{n}bit")) for n in (8, 4)),
@@ -451,7 +460,7 @@ SURFACE: tuple[Touch, ...] = (
     ),
     *layers(),
     *touches(
-        "adapters_openvla lean_training merge_adapter prepacked_model",
+        "adapters/lora adapters/peft_methods training/memory conversion/merge inference/cpu_prepack",
         "Look at peft's layers under the new name of {name}, and under the old one for older peft, in {files}.",
         *members("peft.", "peft:", "inject_adapter_in_model"),
         *members("peft.", "peft.tuners.tuners_utils:", "BaseTunerLayer"),
@@ -463,8 +472,8 @@ SURFACE: tuple[Touch, ...] = (
         library="peft",
     ),
     *touches(
-        "quantization_openvla fast_openvla",
-        "Use the new name of {name} in QuantizedModelMixin and _has_its_scales (quantization_openvla.py).",
+        "quantization_openvla inference/quantized_weights inference/fast_decoder",
+        "Use the new name of {name} in _has_scales (quantization_openvla.py) and inference/quantized_weights.py.",
         *members("bitsandbytes.", "bitsandbytes.nn:", "Linear8bitLt", "Int8Params", "Params4bit"),
         row("Int8Params.SCB", mentions("bitsandbytes.nn.modules", "SCB")),
         row("Params4bit.quant_state", holds(lambda: quantized().weight, "quant_state")),
@@ -477,9 +486,9 @@ SURFACE: tuple[Touch, ...] = (
         library="bitsandbytes",
     ),
     *touches(
-        "graphs_openvla lean_training own_functions_openvla parallel_openvla prepacked_model quantization_openvla "
-        "archive_files",
-        "Use what took the place of {name} in {files}, and the old one where torch still has it.",
+        "inference/cuda_graphs training/memory inference/patch_detection parallel_openvla inference/cpu_prepack "
+        "inference/quantized_weights inference/quantization conversion/torch_archive",
+        "Use the replacement of {name} in {files}, and the old one where torch still has it.",
         *parts("nn.Module.", lambda: SimpleNamespace(**nn.Linear(1, 1).__dict__), *MODULE_DICTS),
         *members("nn.Module.", "torch.nn:Module.", "_save_to_state_dict", "_load_from_state_dict"),
         *members("torch.", "torch:", "Tensor._version", "_C._nn._parse_to"),
@@ -491,9 +500,9 @@ SURFACE: tuple[Touch, ...] = (
         library="torch",
     ),
     *touches(
-        "own_functions_openvla graphs_openvla prismatic_openvla",
-        "Ask for the new name of {name}: is_hooked in own_functions_openvla.py, _records in graphs_openvla.py, "
-        "_left_empty in prismatic_openvla.py.",
+        "inference/patch_detection inference/cuda_graphs prismatic_openvla",
+        "Ask for the new name of {name}: is_hooked in inference/patch_detection.py, _is_supported in "
+        "inference/cuda_graphs.py, _left_empty in prismatic_openvla.py.",
         row("nn.Module._hf_hook", holds(hooked, "_hf_hook")),
         row("PreTrainedModel.hf_device_map", holds(dispatched, "hf_device_map")),
         library="accelerate",

@@ -1,13 +1,14 @@
-"""How tests/data was made: small datasets written by the formats' own libraries, with what those read back.
+"""Write the datasets of tests/fixtures with the formats' libraries, and store what these libraries read back.
 
-Each part runs where its libraries are installed (tests/data/README.md); the tests import only ``preset_columns``.
+Each part runs where its libraries are installed (tests/fixtures/README.md); the tests import only the constants and the
+functions for columns, images and numbers.
 
-    python tests/make_data.py rlds tests/data               # tensorflow-cpu, tensorflow-datasets
-    python tests/make_data.py presets tests/data --reference openvla-oft/   # tensorflow-cpu
-    python tests/make_data.py lerobot tests/data            # lerobot-dataset 0.4.4: v3.0
-    python tests/make_data.py lerobot tests/data            # lerobot 0.3.2: v2.1
-    python tests/make_data.py hdf5 tests/data               # h5py
-    python tests/make_data.py episode tests/data --reference demos/libero_object_no_noops   # pyarrow; its first episode
+    python tests/make_data.py rlds tests/fixtures               # tensorflow-cpu, tensorflow-datasets
+    python tests/make_data.py presets tests/fixtures --reference openvla-oft/   # tensorflow-cpu
+    python tests/make_data.py lerobot tests/fixtures            # lerobot-dataset 0.4.4: v3.0
+    python tests/make_data.py lerobot tests/fixtures            # lerobot 0.3.2: v2.1
+    python tests/make_data.py hdf5 tests/fixtures               # h5py
+    python tests/make_data.py episode tests/fixtures --reference demos/libero_object_no_noops   # pyarrow
 """
 
 import argparse
@@ -23,12 +24,12 @@ import numpy as np
 LENGTHS = (7, 5, 9)
 TASKS = ("pick up the red block", "open the drawer", "pick up the red block")
 FPS = 10
-# Actions of a chunk.
+# Actions per chunk.
 CHUNK = 4
-# Which of all frames of the videos are kept.
+# Indices of the video frames that are stored.
 TOP_FRAMES = (0, 6, 7, 11, 12, 20)
 
-# Widths of columns that the presets name; 7 where nothing is said.
+# Widths of the presets' columns; 7 for all others.
 WIDTHS = {
     "action.world_vector": 3,
     "action.rotation_delta": 3,
@@ -72,7 +73,7 @@ SCALARS = ("action.open_gripper", "observation.state_gripper_pose")
 
 
 def preset_columns(name, columns, length=11):
-    """Seeded float32 columns for a preset: gripper-like last dimensions, so that every branch is taken."""
+    """Return seeded float32 columns for a preset; the last dimensions are gripper-like, to cover every conversion."""
     rng, out = np.random.RandomState(sum(map(ord, name))), {}
     for column in sorted(columns):
         width = SET_WIDTHS.get(name, {}).get(column, WIDTHS.get(column, 7))
@@ -86,7 +87,7 @@ def preset_columns(name, columns, length=11):
 
 
 def images(episode, camera, shape=(32, 48)):
-    """uint8 (length, height, width, 3): a gradient, and a square that moves from frame to frame."""
+    """Return uint8 ``(length, height, width, 3)`` images: a gradient and a square that moves from frame to frame."""
     rows, columns = np.mgrid[: shape[0], : shape[1]]
     frames = []
     for step in range(LENGTHS[episode]):
@@ -97,7 +98,7 @@ def images(episode, camera, shape=(32, 48)):
 
 
 def numbers(episode, width, seed=0):
-    """float32 (length, width) in [-1, 1]."""
+    """Return float32 ``(length, width)`` in [-1, 1]."""
     values = np.random.RandomState(100 * seed + episode).uniform(-1, 1, (LENGTHS[episode], width))
     return values.astype(np.float32)
 
@@ -217,7 +218,7 @@ def make_rlds(out):
             steps = [flat(step) for step in tfds.as_numpy(episode["steps"])]
             for key in steps[0]:
                 read[f"{number}.{key}"] = np.stack([step[key] for step in steps])
-            # tfds decodes JPEG with the fast inverse transform; of that one frame, of the accurate one all.
+            # tfds decodes JPEG with the fast inverse transform: store one such frame, and all accurate ones.
             read[f"fast.{number}"] = read[f"{number}.{name}"][0]
             jpegs = [flat(step)[name] for step in tfds.as_numpy(bare["steps"])]
             decoded = [tf.io.decode_jpeg(jpeg, dct_method="INTEGER_ACCURATE").numpy() for jpeg in jpegs]
@@ -226,12 +227,12 @@ def make_rlds(out):
 
 
 def as_text(values):
-    """Strings in an array that needs no pickle."""
+    """Return strings as an array that needs no pickle."""
     return values.astype("U") if values.dtype.kind in "OS" else values
 
 
 def flat(tree, prefix=""):
-    """Nested dictionaries as one, names joined by dots."""
+    """Return nested dictionaries as one, with names joined by dots."""
     out = {}
     for key, value in tree.items():
         out |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
@@ -239,7 +240,7 @@ def flat(tree, prefix=""):
 
 
 def make_presets(out, reference):
-    """What the reference's standardising and state encoding make of ``preset_columns``."""
+    """Store the result of the reference's standardisation and state encoding of ``preset_columns``."""
     import tensorflow as tf
 
     stubs = {"dlimp": types.ModuleType("dlimp"), "prismatic": types.ModuleType("prismatic")}
@@ -258,14 +259,14 @@ def make_presets(out, reference):
     from prismatic.vla.datasets.rlds.oxe.configs import OXE_DATASET_CONFIGS
     from prismatic.vla.datasets.rlds.oxe.transforms import OXE_STANDARDIZATION_TRANSFORMS
 
-    # The package without its __init__, which wants torch.
+    # The package without its __init__, which needs torch.
     sys.modules["openvla"] = types.ModuleType("openvla")
     sys.modules["openvla"].__path__ = [str(Path(__file__).resolve().parents[1])]
-    from openvla.demonstration_presets import PRESETS
+    from openvla.data.presets import PRESETS
 
     result = {}
     for name in sorted(set(PRESETS) & set(OXE_STANDARDIZATION_TRANSFORMS)):
-        columns = preset_columns(name, PRESETS[name].columns())
+        columns = preset_columns(name, PRESETS[name].numeric_columns())
         length = len(next(iter(columns.values())))
         trajectory = {"observation": {}, "action": {}, "language_instruction": tf.fill([length], "x")}
         for column, values in columns.items():
@@ -307,7 +308,7 @@ def make_presets(out, reference):
     np.savez_compressed(out / "presets.npz", **result)
 
 
-# Names whose slashes the presets write as dots.
+# Column names with slashes, by the presets' names with dots.
 PATHS = {
     "clip_function_input.base_pose_tool_reached": "clip_function_input/base_pose_tool_reached",
     "future.xyz_residual": "future/xyz_residual",
@@ -361,7 +362,7 @@ def make_lerobot(out):
     wrist = np.stack([np.asarray(row["observation.images.wrist"]) for row in rows])  # float32 (3, height, width)
     read["wrist"] = np.round(wrist * 255).astype(np.uint8)
     read["episode"] = np.array([int(row["episode_index"]) for row in rows])
-    # The library's own video readers do not load beside this torch; FFmpeg's frames from first to last instead.
+    # The library's video readers do not load with this torch; decode with FFmpeg from start to end instead.
     frames = []
     for file in sorted((out / name / "videos").rglob("*.mp4")):
         with av.open(str(file)) as container:
@@ -369,7 +370,7 @@ def make_lerobot(out):
     read["top"] = np.stack(frames)[list(TOP_FRAMES)]
     np.savez_compressed(out / f"{name}.npz", **read)
     shutil.rmtree(out / name / "images", ignore_errors=True)  # left over by v2.1, not part of the format
-    for file in ("stats.json", "episodes_stats.jsonl"):  # LeRobot's own statistics, large and not read
+    for file in ("stats.json", "episodes_stats.jsonl"):  # LeRobot's statistics are large and not read
         (out / name / "meta" / file).unlink(missing_ok=True)
 
 
@@ -400,7 +401,7 @@ def make_hdf5(out):
 
 
 def make_episode(out, demos):
-    """Ten steps of a demonstration that was collected on an initial state which training leaves out."""
+    """Store ten steps of a scripted episode whose initial state is not in the training data."""
     import pyarrow.parquet
 
     file = min(demos.glob("data/*/*.parquet"))
@@ -410,15 +411,15 @@ def make_episode(out, demos):
     for number, step in enumerate(steps):
         (out / "libero_episode" / f"{number}.jpg").write_bytes(step["observation.image"]["bytes"])
     fields = ("frame_index", "language_instruction", "observation.state", "action")
-    kept = [{name: step[name] for name in fields} for step in steps]
-    (out / "libero_episode" / "steps.json").write_text(json.dumps(kept, indent=1) + "\n")
+    stored = [{name: step[name] for name in fields} for step in steps]
+    (out / "libero_episode" / "steps.json").write_text(json.dumps(stored, indent=1) + "\n")
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("part", choices=("rlds", "presets", "lerobot", "hdf5", "episode"))
     parser.add_argument("out", type=Path)
-    parser.add_argument("--reference", type=Path, help="a checkout of openvla-oft; of episode the demonstrations")
+    parser.add_argument("--reference", type=Path, help="a checkout of openvla-oft; for episode, a LeRobot dataset")
     args = parser.parse_args()
     extra = (args.reference,) if args.part in ("presets", "episode") else ()
     globals()[f"make_{args.part}"](args.out, *extra)

@@ -1,11 +1,11 @@
-"""A small tokenizer laid out as Qwen2.5's: byte-level BPE, special tokens behind its vocabulary, no BOS."""
+"""Small tokenizer in the layout of Qwen2.5's: byte-level BPE, special tokens after the vocabulary, no BOS."""
 
 import json
 
 from reference import write_json
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
-VOCABULARY = 600  # proper; the special tokens follow
+VOCABULARY = 600  # without the special tokens, which follow
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>"]
 SPLIT = (  # Qwen2's pattern
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -14,7 +14,7 @@ MERGES = [("i", "n"), ("Ġ", "t"), ("h", "e"), ("Ġt", "he"), ("Ġ", "r"), ("o",
 
 
 def write_qwen_tokenizer(folder, vocabulary=VOCABULARY):
-    """The four files that lie in Qwen/Qwen2.5-0.5B."""
+    """Write the four tokenizer files of Qwen/Qwen2.5-0.5B."""
     folder.mkdir(parents=True, exist_ok=True)
     tokens = [*sorted(pre_tokenizers.ByteLevel.alphabet()), *(first + second for first, second in MERGES)]
     tokens += [f"filler{index}" for index in range(vocabulary - len(tokens))]

@@ -11,6 +11,17 @@ from safetensors.torch import load, load_file
 
 REPOSITORY = Path(__file__).parent.parent
 GOLDEN = Path(__file__).parent / "golden"
+FIXTURES = Path(__file__).parent / "fixtures"
+PACKAGE_FOLDERS = ("adapters", "benchmarking", "conversion", "data", "evaluation", "inference", "serving", "training")
+MODULES = sorted(
+    [*REPOSITORY.glob("*.py"), *(path for name in PACKAGE_FOLDERS for path in (REPOSITORY / name).glob("*.py"))]
+)
+
+
+def module_name(path):
+    """Return a module's path in the repository without its suffix: ``data/episodes``."""
+    return path.relative_to(REPOSITORY).with_suffix("").as_posix()
+
 
 # The golden numbers come from a CPU with AVX-512. On one with AVX2 only, the unmodified reference itself differs from
 # them by up to 1.8e-4 in logits and 8e-5 in features (which reach 21), and this package equals that reference in every

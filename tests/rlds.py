@@ -1,39 +1,31 @@
-"""Write small RLDS datasets, without TensorFlow, for tests of odd ones."""
+"""Write small RLDS datasets without TensorFlow."""
 
-import io
 import json
 import struct
 
 import numpy as np
-from openvla.tfrecord_files import masked_crc32c
-from PIL import Image
-
-
-def jpeg(value, size=(8, 8)):
-    """Return an encoded image of one grey level."""
-    stream = io.BytesIO()
-    Image.new("RGB", size, (value,) * 3).save(stream, "JPEG")
-    return stream.getvalue()
+from encoded_images import jpeg
+from openvla.data.tfrecord import masked_crc32c
 
 
 def write_rlds(root, name, episodes):
     """Write a dataset of one shard and return its folder.
 
     Args:
-        root: A folder.
-        name: Of the dataset.
-        episodes: Columns by their path in a step (``observation/state``): arrays ``(length, ...)`` of floats, integers
-            or booleans, lists of encoded images (a path with "image"), or lists of texts.
+        root: The parent folder.
+        name: The dataset's name.
+        episodes: Columns of every episode by their path in a step (``observation/state``): arrays ``(length, ...)`` of
+            floats, integers or booleans, lists of encoded images (a path with "image"), or lists of texts.
     """
     folder = root / name / "1.0.0"
     folder.mkdir(parents=True)
     tree = {}
     for path, values in episodes[0].items():
         *groups, leaf = path.split("/")
-        place = tree
+        node = tree
         for group in groups:
-            place = place.setdefault(group, {"featuresDict": {"features": {}}})["featuresDict"]["features"]
-        place[leaf] = _feature(path, values)
+            node = node.setdefault(group, {"featuresDict": {"features": {}}})["featuresDict"]["features"]
+        node[leaf] = _feature(path, values)
     steps = {"sequence": {"feature": {"featuresDict": {"features": tree}}}}
     (folder / "features.json").write_text(json.dumps({"featuresDict": {"features": {"steps": steps}}}))
     info = {"name": name, "splits": [{"name": "train", "shardLengths": [str(len(episodes))]}]}
@@ -83,8 +75,8 @@ def _field(number, data):
     return _varint(number << 3 | 2) + _varint(len(data)) + data
 
 
-def demonstration(length=6, **changed):
-    """Return columns of an episode: ``action`` counts steps in its first dimension, the gripper opens half-way."""
+def episode_columns(length=6, **changes):
+    """Return the columns of an episode; ``action`` counts steps in its first dimension, the gripper opens half-way."""
     action = np.zeros((length, 7), np.float32)
     action[:, 0] = np.arange(length) / 10
     action[:, 6] = np.arange(length) >= length // 2
@@ -94,4 +86,4 @@ def demonstration(length=6, **changed):
         "observation/state": np.zeros((length, 8), np.float32),
         "language_instruction": ["pick up the cup"] * length,
     }
-    return {**columns, **changed}
+    return {**columns, **changes}

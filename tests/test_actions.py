@@ -5,7 +5,8 @@ import json
 import numpy as np
 import pytest
 from openvla import ActionTokenizer, NormalizationStatistics
-from openvla.actions_openvla import NORMALIZATION_EPSILON, dimension_labels, nearest_name, validate_norm_stats
+from openvla.actions_openvla import NORMALIZATION_EPSILON, nearest_name, validate_norm_stats
+from openvla.dimension_labels import dimension_labels
 from reference import GOLDEN
 
 TABLES = np.load(GOLDEN / "action_tokenizer" / "tables.npz")
@@ -88,11 +89,11 @@ def test_a_constant_dimension_is_exactly_its_value(normalization, epsilon, const
     ranges = {low: [constant, -0.3, constant], high: [constant, 0.7, constant], "mask": [True, True, False]}
     statistics = NormalizationStatistics(ranges, normalization=normalization, epsilon=epsilon)
     for dtype in (np.float32, np.float64):
-        said = np.array([[-1.0, 0.25, 0.5], [0.0, 0.25, 0.5], [0.996, 0.25, 0.5], [1.7, 0.25, 0.5]], dtype)
-        actions = statistics.unnormalize(said)
+        normalized = np.array([[-1.0, 0.25, 0.5], [0.0, 0.25, 0.5], [0.996, 0.25, 0.5], [1.7, 0.25, 0.5]], dtype)
+        actions = statistics.unnormalize(normalized)
         assert (actions[:, 0] == constant).all()
         scale = np.float64([0.7 - -0.3 + epsilon])
-        assert (actions[:, 1] == 0.5 * (said[:, 1] + 1) * scale + np.float64([-0.3])).all()
+        assert (actions[:, 1] == 0.5 * (normalized[:, 1] + 1) * scale + np.float64([-0.3])).all()
         assert (actions[:, 2] == 0.5).all()  # outside the mask: as the model says
     assert np.isnan(statistics.unnormalize(np.array([np.nan, 0.0, 0.0]))[0])  # never made a number
 

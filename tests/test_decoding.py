@@ -12,7 +12,7 @@ from openvla.decoding_openvla import (
     has_gap,
     insert_after_bos,
     positions_of,
-    require_whole_actions,
+    require_complete_actions,
 )
 
 CPU = torch.device("cpu")
@@ -96,11 +96,11 @@ def test_an_end_before_the_last_step_is_an_error():
         decode_greedily(Scripted([[1.0, 0.0], [0.0, 1.0]]), embeds, None, 2, [0, 5])
     tokens, _ = decode_greedily(Scripted([[1.0, 0.0], [0.0, 1.0]]), embeds, None, 2, 1)  # as in the reference
     assert tokens.tolist() == [[0, 1]]
-    require_whole_actions(torch.tensor([[4, 4, 2]]), 3, 2)
+    require_complete_actions(torch.tensor([[4, 4, 2]]), 3, 2)
     with pytest.raises(ValueError, match="after 2 of 3"):
-        require_whole_actions(torch.tensor([[4, 4, 4], [4, 2, 2]]), 3, [2])
+        require_complete_actions(torch.tensor([[4, 4, 4], [4, 2, 2]]), 3, [2])
     with pytest.raises(ValueError, match="after 1 of 3"):
-        require_whole_actions(torch.tensor([[4]]), 3, None)
+        require_complete_actions(torch.tensor([[4]]), 3, None)
 
 
 def test_nan_is_an_error():

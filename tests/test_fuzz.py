@@ -1,7 +1,7 @@
-"""Random input to processor, statistics, readers and the server's parsers: an answer that is finite, or our own error.
+"""Random input to processor, statistics, readers and the server's parsers: the result is finite, or an OpenVLAError.
 
 A few hundred inputs run with the default tests. ``OPENVLA_FUZZ=100000 python -m pytest tests/test_fuzz.py`` tries as
-many, of other seeds each time, and prints the smallest input that fails.
+many, with new seeds in every run, and prints the smallest input that fails.
 """
 
 import argparse
@@ -17,16 +17,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import rlds
-from openvla import OpenVLAProcessor, inspect_data
+from openvla import OpenVLAProcessor
 from openvla.actions_openvla import NormalizationStatistics, validate_norm_stats
-from openvla.dataset_statistics import compute_statistics
-from openvla.demonstrations import open_demonstrations
-from openvla.policy_client import PolicyClient
-from openvla.robot_conventions import ROBOT_CONVENTIONS, ActionConverter
-from openvla.sequence_reader import SequenceReader
-from openvla.tfrecord_files import parse_example
+from openvla.data import inspect as inspect_data
+from openvla.data.open import open_dataset
+from openvla.data.statistics import compute_statistics
+from openvla.data.tfrecord import parse_example
+from openvla.data.torch_dataset import TorchDatasetReader
+from openvla.inference.robot_conventions import ROBOT_CONVENTIONS, ActionConverter
+from openvla.serving.client import PolicyClient
 from PIL import Image
-from reference import REPOSITORY
+from reference import FIXTURES
 
 for package in ("hypothesis", "fastapi", "msgpack", "h5py", "pyarrow"):
     pytest.importorskip(package)
@@ -34,23 +35,32 @@ for package in ("hypothesis", "fastapi", "msgpack", "h5py", "pyarrow"):
 import h5py  # noqa: E402
 import msgpack  # noqa: E402
 import pyarrow  # noqa: E402
-from fuzzing import answer, arrays, examples, json_junk, junk, mutated, numbers, ours, raw_server, scalars  # noqa: E402
+from fuzzing import (  # noqa: E402
+    arrays,
+    examples,
+    is_user_error,
+    json_junk,
+    junk,
+    mutated,
+    numbers,
+    raw_server,
+    result_or_none,
+    scalars,
+)
 from hypothesis import given  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
-from openvla.serve import Limits  # noqa: E402
-from openvla.serve_requests import pack_reply, read_json, read_msgpack, reply_of  # noqa: E402
+from openvla.serving.cli import Limits  # noqa: E402
+from openvla.serving.requests import encode_reply, pack_msgpack, parse_json_request, parse_msgpack_request  # noqa: E402
 from pyarrow import parquet  # noqa: E402
 
-DATA = REPOSITORY / "tests" / "data"
 
-
-def test_only_raised_errors_of_the_package_are_ours():
+def test_only_errors_that_the_package_raises_are_user_errors():
     with pytest.raises(ValueError) as raised:  # noqa: PT011
         validate_norm_stats(3)
-    assert ours(raised.value)
+    assert is_user_error(raised.value)
     with pytest.raises(ValueError) as raised:  # noqa: PT011
         np.zeros(3).reshape(2)
-    assert not ours(raised.value)
+    assert not is_user_error(raised.value)
 
 
 # --- statistics -------------------------------------------------------------------------------------------------------
@@ -78,7 +88,7 @@ def test_statistics(norm_stats, normalization):
         validate_norm_stats(norm_stats, normalization)
         return norm_stats
 
-    accepted = answer(checked)
+    accepted = result_or_none(checked)
     for key, entry in (accepted or {}).items():
         statistics = NormalizationStatistics(entry["action"], key, normalization, 1e-8, key)
         ends = np.linspace(-1, 1, 5)[:, None].repeat(statistics.dimension, 1)
@@ -86,8 +96,12 @@ def test_statistics(norm_stats, normalization):
         assert np.isfinite(actions).all()
         assert np.isfinite(statistics.normalize(actions)).all()
         if isinstance(entry.get("proprio"), dict):
-            proprio = answer(NormalizationStatistics, entry["proprio"], key, normalization)
-            state = None if proprio is None else answer(proprio.normalize_proprio, np.full(proprio.dimension, -1e308))
+            proprio = result_or_none(NormalizationStatistics, entry["proprio"], key, normalization)
+            state = (
+                None
+                if proprio is None
+                else result_or_none(proprio.normalize_proprio, np.full(proprio.dimension, -1e308))
+            )
             assert state is None or (np.abs(state) <= 1).all()
 
 
@@ -98,17 +112,17 @@ def test_inspection_of_statistics(tmp_path_factory, norm_stats, as_json):
     file.write_text(json.dumps(norm_stats))
     parser = argparse.ArgumentParser()
     inspect_data.add_arguments(parser)
-    said = io.StringIO()
-    with contextlib.redirect_stdout(said):
-        answer(inspect_data.run, parser.parse_args([str(file), *["--json"] * as_json]))
-    assert not re.search(r"\b(nan|inf|NaN|Infinity)\b", said.getvalue())
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        result_or_none(inspect_data.run, parser.parse_args([str(file), *["--json"] * as_json]))
+    assert not re.search(r"\b(nan|inf|NaN|Infinity)\b", printed.getvalue())
     shutil.rmtree(file.parent)
 
 
 @examples(0.1)
 @given(st.one_of(arrays(), junk), st.sampled_from(sorted(ROBOT_CONVENTIONS)))
 def test_conversion_of_actions(action, convention):
-    converted = answer(ActionConverter(convention).convert, action)
+    converted = result_or_none(ActionConverter(convention).convert, action)
     assert converted is None or np.isfinite(converted).all()
 
 
@@ -121,8 +135,8 @@ def processor(tiny) -> OpenVLAProcessor:
 
 
 @st.composite
-def pictures(draw):
-    """A small picture in any of Pillow's modes."""
+def images(draw):
+    """Draw a small image in one of Pillow's modes."""
     mode = draw(
         st.sampled_from(["1", "L", "P", "RGB", "RGBA", "CMYK", "YCbCr", "LAB", "HSV", "I", "F", "LA", "PA", "I;16"])
     )
@@ -132,12 +146,12 @@ def pictures(draw):
 @examples(0.15)
 @given(
     st.one_of(st.text(st.characters(), max_size=60), st.lists(st.text(max_size=9), max_size=3), scalars, junk),
-    st.one_of(pictures(), arrays(), st.lists(st.one_of(pictures(), arrays()), max_size=3), scalars),
+    st.one_of(images(), arrays(), st.lists(st.one_of(images(), arrays()), max_size=3), scalars),
     st.booleans(),
 )
-def test_processor(processor, instruction, images, whole):
-    said = {"text": instruction} if whole else {"instruction": instruction}
-    inputs = answer(processor, images=images, **said)
+def test_processor(processor, instruction, images, is_prompt):
+    text = {"text": instruction} if is_prompt else {"instruction": instruction}
+    inputs = result_or_none(processor, images=images, **text)
     if inputs is not None:
         assert images is None or np.isfinite(np.asarray(inputs["pixel_values"], np.float64)).all()
         assert len(inputs["input_ids"]) == len(inputs["attention_mask"])
@@ -146,14 +160,14 @@ def test_processor(processor, instruction, images, whole):
 # --- the server's parsers ---------------------------------------------------------------------------------------------
 
 
-def picture() -> str:
+def png_base64() -> str:
     buffer = io.BytesIO()
     Image.new("RGB", (3, 2)).save(buffer, "PNG")
     return base64.b64encode(buffer.getvalue()).decode()
 
 
 REQUEST = {
-    "image": picture(),
+    "image": png_base64(),
     "wrist_image": [[[0, 0, 0]] * 2] * 2,
     "instruction": "open the drawer",
     "unnorm_key": "robot",
@@ -175,13 +189,13 @@ def require_finite_request(request):
         assert request.proprio is None or np.isfinite(request.proprio).all()
         assert request.instruction.strip()
         assert all(image.mode == "RGB" for image in request.images)
-        json.dumps(reply_of(request, np.zeros(7)))
+        json.dumps(encode_reply(request, np.zeros(7)))
 
 
 @examples(0.2)
 @given(st.one_of(mutated(REQUEST), json_junk))
 def test_json_requests(fields):
-    require_finite_request(answer(read_json, json.dumps(fields).encode(), Limits()))
+    require_finite_request(result_or_none(parse_json_request, json.dumps(fields).encode(), Limits()))
 
 
 @examples(0.05)
@@ -192,17 +206,17 @@ def test_bytes_as_json_requests(change):
         body = body[: change[0]] + change[1] + body[change[0] + 1 :]
     else:
         body = change
-    require_finite_request(answer(read_json, body, Limits()))
+    require_finite_request(result_or_none(parse_json_request, body, Limits()))
 
 
 @examples(0.05)
 @given(st.integers(0, 2**16), st.binary(max_size=6))
-def test_damaged_pictures(place, change):
+def test_damaged_images(offset, change):
     data = bytearray(base64.b64decode(REQUEST["image"]))
-    place %= len(data)
-    data[place : place + len(change)] = change
+    offset %= len(data)
+    data[offset : offset + len(change)] = change
     body = {"image": base64.b64encode(bytes(data)).decode(), "instruction": "go"}
-    require_finite_request(answer(read_json, json.dumps(body).encode(), Limits()))
+    require_finite_request(result_or_none(parse_json_request, json.dumps(body).encode(), Limits()))
 
 
 @examples(0.1)
@@ -211,15 +225,15 @@ def test_msgpack_frames(change):
     if isinstance(change, np.ndarray):
         kind = "O" if change.dtype.kind == "O" else ""
         try:
-            frame = pack_reply({**FRAME, "observation/image": change.tolist() if kind else change})
+            frame = pack_msgpack({**FRAME, "observation/image": change.tolist() if kind else change})
         except (OverflowError, ValueError, TypeError):  # msgpack writes no whole number of more than 64 bits
             return
     elif isinstance(change, tuple):
-        frame = pack_reply(FRAME)
+        frame = pack_msgpack(FRAME)
         frame = frame[: change[0]] + change[1] + frame[change[0] + 1 :]
     else:
         frame = change
-    require_finite_request(answer(read_msgpack, frame, Limits()))
+    require_finite_request(result_or_none(parse_msgpack_request, frame, Limits()))
 
 
 @examples(0.02)
@@ -229,7 +243,7 @@ def test_msgpack_of_any_value(value):
         frame = msgpack.packb(value)
     except (OverflowError, ValueError, TypeError):  # msgpack writes no such number or text
         return
-    require_finite_request(answer(read_msgpack, frame, Limits()))
+    require_finite_request(result_or_none(parse_msgpack_request, frame, Limits()))
 
 
 # --- readers ----------------------------------------------------------------------------------------------------------
@@ -264,7 +278,7 @@ FIELDS = {"cameras": ["observation.image"], "action": "action", "proprio": "obse
 
 
 @st.composite
-def rows(draw):
+def step_lists(draw):
     steps = [{**copy.deepcopy(ROW), "episode_index": step // 3, "frame_index": step % 3} for step in range(6)]
     for _ in range(draw(st.integers(0, 2))):
         step = draw(st.integers(0, 5))
@@ -273,9 +287,9 @@ def rows(draw):
 
 
 @examples(0.03)
-@given(rows())
+@given(step_lists())
 def test_sequences_of_steps(own_cache, steps):
-    answer(lambda: read_all(SequenceReader(steps, "mine", FIELDS)))
+    result_or_none(lambda: read_all(TorchDatasetReader(steps, "mine", FIELDS)))
 
 
 EPISODES = [[{**ROW, "episode_index": episode, "frame_index": step} for step in range(2)] for episode in range(2)]
@@ -284,29 +298,29 @@ EPISODES = [[{**ROW, "episode_index": episode, "frame_index": step} for step in 
 @examples(0.02)
 @given(mutated(EPISODES, st.one_of(arrays(), junk)), st.one_of(st.none(), st.lists(st.integers(-2, 5) | scalars)))
 def test_sequences_of_episodes(own_cache, episodes, lengths):
-    answer(lambda: read_all(SequenceReader(episodes, "mine", FIELDS)))
+    result_or_none(lambda: read_all(TorchDatasetReader(episodes, "mine", FIELDS)))
     steps = [step for episode in EPISODES for step in episode]
-    answer(lambda: read_all(SequenceReader(steps, "mine", FIELDS, episode_lengths=lengths)))
+    result_or_none(lambda: read_all(TorchDatasetReader(steps, "mine", FIELDS, episode_lengths=lengths)))
 
 
 @pytest.fixture
 def dataset(own_cache, tmp_path_factory):
-    """Return a copy of a dataset; the last one is gone then."""
+    """Return a function that copies a dataset and deletes the copy before."""
     folder = tmp_path_factory.mktemp("fuzz")
 
     def copied(name):
         shutil.rmtree(folder)
-        return Path(shutil.copytree(DATA / name, folder / name))
+        return Path(shutil.copytree(FIXTURES / name, folder / name))
 
     return copied
 
 
 @examples(0.01)
-@given(mutated(json.loads((DATA / "lerobot_v3" / "meta" / "info.json").read_text())))
+@given(mutated(json.loads((FIXTURES / "lerobot_v3" / "meta" / "info.json").read_text())))
 def test_lerobot_info(dataset, info):
     folder = dataset("lerobot_v3")
     (folder / "meta" / "info.json").write_text(json.dumps(info))
-    answer(lambda: read_all(open_demonstrations(folder)))
+    result_or_none(lambda: read_all(open_dataset(folder)))
 
 
 @examples(0.01)
@@ -318,11 +332,11 @@ def test_older_lerobot_meta(dataset, data, name):
         json.loads(line) for line in ([file.read_text()] if name == "info.json" else file.read_text().splitlines())
     ]
     file.write_text("\n".join(map(json.dumps, data.draw(mutated(lines)))))
-    answer(lambda: read_all(open_demonstrations(folder)))
+    result_or_none(lambda: read_all(open_dataset(folder)))
 
 
 TABLES = {
-    file: parquet.read_table(DATA / "lerobot_v3" / file)
+    file: parquet.read_table(FIXTURES / "lerobot_v3" / file)
     for file in ("data/chunk-000/file-000.parquet", "meta/episodes/chunk-000/file-000.parquet", "meta/tasks.parquet")
 }
 CELLS = [
@@ -339,20 +353,20 @@ CELLS = [
 
 @st.composite
 def tables(draw):
-    """A file of a dataset, and its table with a column that is gone or holds other values."""
+    """Draw a file of a dataset, and its table with a column that is removed or holds other values."""
     file = draw(st.sampled_from(sorted(TABLES)))
     table = TABLES[file]
-    place = draw(st.integers(0, table.num_columns - 1))
-    column, name = table.column(place), table.column_names[place]
+    index = draw(st.integers(0, table.num_columns - 1))
+    column, name = table.column(index), table.column_names[index]
     if draw(st.integers(0, 5)) == 0:
         return file, table.drop_columns([name])
     values, cells = column.to_pylist(), draw(st.sampled_from(CELLS)) | st.none()
     rows = range(len(values)) if draw(st.booleans()) else draw(st.lists(st.integers(0, len(values) - 1), max_size=2))
     for row in rows:
         values[row] = draw(cells)
-    kept = column.type if draw(st.booleans()) else None
+    arrow_type = column.type if draw(st.booleans()) else None
     try:
-        return file, table.set_column(place, name, pyarrow.chunked_array([pyarrow.array(values, kept)]))
+        return file, table.set_column(index, name, pyarrow.chunked_array([pyarrow.array(values, arrow_type)]))
     except (pyarrow.ArrowException, TypeError, ValueError, OverflowError):  # no column holds both
         return file, table.drop_columns([name])
 
@@ -365,7 +379,7 @@ def test_lerobot_tables(dataset, change):
         parquet.write_table(change[1], folder / change[0])
     except pyarrow.ArrowException:  # parquet holds no such column
         return
-    answer(lambda: read_all(open_demonstrations(folder)))
+    result_or_none(lambda: read_all(open_dataset(folder)))
 
 
 HDF5 = {
@@ -386,7 +400,7 @@ HDF5 = {
             st.text(max_size=9),
             st.binary(max_size=9),
             numbers,
-            json_junk.map(lambda said: json.dumps({"language_instruction": said, "lang": said})),
+            json_junk.map(lambda value: json.dumps({"language_instruction": value, "lang": value})),
             arrays(),
         ),
         max_size=2,
@@ -405,16 +419,16 @@ def test_hdf5_files(own_cache, tmp_path_factory, columns, attributes):
         except (TypeError, ValueError, OSError, OverflowError):  # h5py stores no such value
             return
     fields = {"cameras": ["obs.agentview_rgb"], "action": "actions", "instruction_text": "go"}
-    answer(lambda: read_all(open_demonstrations(folder, fields={"rotate_180": False})))
-    answer(lambda: read_all(open_demonstrations(folder, preset=None, fields=fields)))
+    result_or_none(lambda: read_all(open_dataset(folder, fields={"rotate_180": False})))
+    result_or_none(lambda: read_all(open_dataset(folder, preset=None, fields=fields)))
     shutil.rmtree(folder)
 
 
 def record() -> bytes:
-    from openvla.tfrecord_files import read_record, record_offsets
+    from openvla.data.tfrecord import index_records, read_record
 
-    file = next((DATA / "bridge_orig").rglob("*.tfrecord*"))
-    return read_record(file, *record_offsets(file)[0][0])
+    file = next((FIXTURES / "bridge_orig").rglob("*.tfrecord*"))
+    return read_record(file, index_records(file).records[0])
 
 
 RECORD = record()
@@ -426,10 +440,10 @@ RECORD = record()
 )
 def test_tfrecords(changes, cut):
     data = bytearray(RECORD)
-    for place, value in changes:
-        data[place] = value
+    for offset, value in changes:
+        data[offset] = value
     data = bytes(data[: len(data) - cut])
-    answer(parse_example, data, lambda name: True)
+    result_or_none(parse_example, data, lambda name: True)
 
 
 @examples(0.02)
@@ -438,15 +452,15 @@ def test_rlds_descriptions(dataset, data, name):
     folder = dataset("bridge_orig")
     file = next(folder.rglob(name))
     file.write_text(json.dumps(data.draw(mutated(json.loads(file.read_text())))))
-    answer(lambda: read_all(open_demonstrations(folder)))
+    result_or_none(lambda: read_all(open_dataset(folder)))
 
 
-STEPS = rlds.demonstration()
+STEPS = rlds.episode_columns()
 
 
 @st.composite
-def recorded(draw):
-    """Columns of an episode, one of them gone or another."""
+def record_columns(draw):
+    """Draw the columns of an episode, one of them removed or replaced."""
     columns = dict(STEPS)
     name = draw(st.sampled_from([*columns, "is_first", "frame_index", "language_instruction_2"]))
     other = arrays(["uint8", "float32", "float64", "bool"]).filter(lambda values: values.ndim)
@@ -455,13 +469,13 @@ def recorded(draw):
 
 
 @examples(0.02)
-@given(recorded(), recorded())
+@given(record_columns(), record_columns())
 def test_rlds_records(own_cache, tmp_path_factory, first, second):
     folder = tmp_path_factory.mktemp("fuzz")
     rlds.write_rlds(folder, "mine", [first, second])
-    answer(lambda: read_all(open_demonstrations(folder / "mine")))
+    result_or_none(lambda: read_all(open_dataset(folder / "mine")))
     fields = {"cameras": ["observation.image"], "action": "action", "proprio": "observation.state"}
-    answer(lambda: read_all(open_demonstrations(folder / "mine", fields={**fields, "instruction_text": "go"})))
+    result_or_none(lambda: read_all(open_dataset(folder / "mine", fields={**fields, "instruction_text": "go"})))
     shutil.rmtree(folder)
 
 
@@ -470,8 +484,8 @@ def test_rlds_records(own_cache, tmp_path_factory, first, second):
 
 @pytest.fixture(scope="module")
 def hostile():
-    with raw_server() as served:
-        yield served
+    with raw_server() as url_and_replies:
+        yield url_and_replies
 
 
 REPLY = {"__numpy__": base64.b64encode(np.zeros(7).tobytes()).decode(), "dtype": "<f8", "shape": [7]}
@@ -489,11 +503,11 @@ REFUSAL = {"error": {"message": "no", "field": "image", "id": "1", "code": None}
     ),
     st.booleans(),
 )
-def test_replies_to_the_client(hostile, body, status, headers, whole):
+def test_replies_to_the_client(hostile, body, status, headers, has_head):
     head = "".join(f"{name}: {value}\r\n" for name, value in headers.items()).encode("latin-1")
-    hostile[1][0] = b"HTTP/1.1 %d x\r\n%s\r\n%s" % (status, head, body) if whole else body
+    hostile[1][0] = b"HTTP/1.1 %d x\r\n%s\r\n%s" % (status, head, body) if has_head else body
     client = PolicyClient(hostile[0], retries=0, timeout=0.3)
-    action = answer(client.act, np.zeros((2, 2, 3), np.uint8), "go")
+    action = result_or_none(client.act, np.zeros((2, 2, 3), np.uint8), "go")
     assert action is None or action.dtype == np.float64 and np.isfinite(action).all()
-    assert isinstance(answer(client.info), (dict, type(None)))
+    assert isinstance(result_or_none(client.info), (dict, type(None)))
     client.close()

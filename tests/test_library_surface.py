@@ -13,22 +13,22 @@ from pathlib import Path
 
 import pytest
 from library_surface import CACHE, ROOT, SURFACE
+from reference import MODULES, module_name
 
 pytestmark = pytest.mark.lane
 
-SOURCES = sorted(ROOT.glob("*.py"))
-BRIDGE = "compatibility_openvla.py"
-# Private names that are no library's surface as it may change: (a pattern, why).
-OWN = (
-    (r"_\d{3}", "HTTP statuses, keywords of replies() in serve_schema.py"),
-    (r"_recordings", "graphs_openvla.py hangs it on a model"),
+SOURCES = MODULES
+BRIDGES = {"compatibility_openvla.py", "activation_checkpointing.py"}
+# Private names that are not unstable names of another library: (pattern, reason).
+NOT_LIBRARY = (
+    (r"_cuda_graphs", "an attribute that inference/cuda_graphs.py sets on a model"),
     (r"_exit", "os._exit of Python's own library, which documents it"),
     (r"_replace", "NamedTuple._replace of Python's own library, which documents it"),
 )
-# Announced to go; compatibility_openvla.py alone knows them.
-GOING = {"gradient_checkpointing_enable", "gradient_checkpointing_disable", "is_gradient_checkpointing"}
+# Deprecated; only compatibility_openvla.py may use them.
+DEPRECATED = {"gradient_checkpointing_enable", "gradient_checkpointing_disable", "is_gradient_checkpointing"}
 PROVEN = [touch for touch in SURFACE if touch.renamed]
-# Proven in every run; the others take minutes.
+# Renamed in every run; the others take minutes.
 ALWAYS = ("PretrainedConfig._attn_implementation", f"ModelOutput.{CACHE}")
 
 
@@ -43,16 +43,16 @@ def nodes():
             yield path, node
 
 
-def strings_asked_for(node):
-    """Return what getattr and its kind are called with."""
-    asks = isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
-    if not asks or node.func.id not in ("getattr", "hasattr", "setattr", "delattr") or len(node.args) < 2:
+def attribute_strings(node):
+    """Return the attribute name in a call of getattr, hasattr, setattr or delattr."""
+    is_call = isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
+    if not is_call or node.func.id not in ("getattr", "hasattr", "setattr", "delattr") or len(node.args) < 2:
         return []
     return [node.args[1].value] if isinstance(node.args[1], ast.Constant) else []
 
 
 def defined():
-    """Return the names that the package defines: functions, classes, variables, attributes of its own objects."""
+    """Return the names that the package defines: functions, classes, variables, arguments, attributes of self."""
     names = set()
     for _, node in nodes():
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
@@ -67,9 +67,9 @@ def defined():
 
 
 def lacks_a_listed_name(error):
-    """Return whether an import failed for want of a listed name of transformers, which has a check of its own."""
-    wanted = re.match(r"cannot import name '(\w+)' from 'transformers", str(error))
-    return wanted is not None and wanted[1] in {touch.name for touch in SURFACE if touch.library == "transformers"}
+    """Return whether an import failed because transformers lacks a listed name, which another check reports."""
+    missing = re.match(r"cannot import name '(\w+)' from 'transformers", str(error))
+    return missing is not None and missing[1] in {touch.name for touch in SURFACE if touch.library == "transformers"}
 
 
 @pytest.mark.parametrize("touch", SURFACE, ids=lambda touch: touch.name)
@@ -82,28 +82,28 @@ def test_the_library_still_has(touch):
         if touch.library != "transformers" and lacks_a_listed_name(error):
             pytest.skip(f"{touch.library} cannot be imported with this transformers: {error}")
         folder = Path(importlib.util.find_spec(touch.library).origin).parent
-        where = f"{touch.library} {importlib.metadata.version(touch.library)} in {folder}"
+        version = f"{touch.library} {importlib.metadata.version(touch.library)} in {folder}"
         pytest.fail(
-            f"{touch.name} is not what it was: {where}. Seen: {touch.seen}. ({type(error).__name__}: {error})\n"
-            f"What to change: {touch.change}",
+            f"{touch.name} has changed: {version}. Seen: {touch.seen}. ({type(error).__name__}: {error})\n"
+            f"Change to make: {touch.change}",
             pytrace=False,
         )
 
 
-def test_every_touch_has_a_name_of_its_own_and_is_used():
+def test_touches_have_unique_names_and_existing_files():
     names = [touch.name for touch in SURFACE]
     assert len(set(names)) == len(names)
-    assert {file for touch in SURFACE for file in touch.used_in} <= {path.name for path in SOURCES}
+    assert {file for touch in SURFACE for file in touch.used_in} <= {f"{module_name(path)}.py" for path in SOURCES}
 
 
 def test_every_private_name_is_listed():
     listed = {part for touch in SURFACE for part in re.split(r"\W+", touch.name)}
     listed |= {touch.renamed[0] for touch in PROVEN}
-    # Of other versions than the installed one.
+    # Names in other versions than the installed one.
     listed |= {word for touch in SURFACE for word in re.findall(r"\w+", touch.seen)}
-    own, missing = defined(), set()
+    package_names, missing = defined(), set()
     for path, node in nodes():
-        used = strings_asked_for(node)
+        used = attribute_strings(node)
         if isinstance(node, ast.Attribute):
             used.append(node.attr)
         elif isinstance(node, ast.Call):
@@ -113,27 +113,31 @@ def test_every_private_name_is_listed():
         elif isinstance(node, ast.Import):
             used += [part for alias in node.names for part in alias.name.split(".")]
         for name in filter(is_private, used):
-            known = name in own or name in listed or any(re.fullmatch(pattern, name) for pattern, _ in OWN)
+            known = (
+                name in package_names
+                or name in listed
+                or any(re.fullmatch(pattern, name) for pattern, _ in NOT_LIBRARY)
+            )
             if not known:
                 missing.add(f"{name} ({path.name}, line {node.lineno})")
     assert not missing, f"List in SURFACE (tests/library_surface.py), with a check each: {sorted(missing)}"
 
 
-def test_no_file_uses_a_name_that_is_announced_to_go():
-    found = []
+def test_deprecated_names_are_used_in_the_compatibility_module_only():
+    uses = []
     for path, node in nodes():
-        used = set(strings_asked_for(node))
+        used = set(attribute_strings(node))
         if isinstance(node, ast.Attribute):
             used.add(node.attr)
         elif isinstance(node, ast.Call):
             used |= {keyword.arg for keyword in node.keywords}
-        if path.name != BRIDGE and used & (GOING | {"past_key_values"}):
-            found.append(f"{path.name}, line {node.lineno}: {used & (GOING | {'past_key_values'})}")
-    assert not found, f"Use {BRIDGE}'s name for it: {found}"
+        if path.name not in BRIDGES and used & (DEPRECATED | {"past_key_values"}):
+            uses.append(f"{path.name}, line {node.lineno}: {used & (DEPRECATED | {'past_key_values'})}")
+    assert not uses, f"Use the name that one of {sorted(BRIDGES)} has for it: {uses}"
 
 
 def link(source, target):
-    """Put a file in a second place: the same bytes, or a copy where the place is on another disk."""
+    """Link a file to a second path; copy it where that is on another disk."""
     try:
         os.link(source, target)
     except OSError:
@@ -142,7 +146,7 @@ def link(source, target):
 
 @pytest.fixture(scope="module")
 def copied(tmp_path_factory):
-    """The installed transformers, copied by links, and a folder that is imported from first."""
+    """Link the installed transformers into a folder that is imported from first; return both folders."""
     original = Path(importlib.util.find_spec("transformers").origin).parent
     folder = tmp_path_factory.mktemp("renamed")
     shutil.copytree(original, folder / "transformers", copy_function=link)
@@ -150,7 +154,7 @@ def copied(tmp_path_factory):
 
 
 def rewrite(path, old, new):
-    """Write a new file in the place of a link, so that the original stays as it is."""
+    """Replace a link by a file with a renamed identifier; the original is unchanged. Return whether it occurred."""
     text = path.read_text(encoding="utf-8")
     changed = re.sub(rf"\b{re.escape(old)}\b", new, text)
     if changed == text:
@@ -166,7 +170,7 @@ def rewrite(path, old, new):
     [pytest.param(touch, marks=[] if touch.name in ALWAYS else pytest.mark.surface) for touch in PROVEN],
     ids=lambda touch: touch.name,
 )
-def test_a_renamed_attribute_fails_by_its_name(touch, copied, tmp_path):
+def test_renamed_attribute_fails_its_own_check_only(touch, copied, tmp_path):
     original, folder = copied
     copy = folder / "transformers"
     identifier, files = touch.renamed
@@ -197,4 +201,4 @@ def test_a_renamed_attribute_fails_by_its_name(touch, copied, tmp_path):
     assert len(messages) == len(SURFACE)
     (message,) = failed.values()
     assert touch.change in message
-    assert f"in {copy}." in message  # and not the installed one was asked
+    assert f"in {copy}." in message  # the copy was imported, not the installed one

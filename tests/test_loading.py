@@ -1,4 +1,4 @@
-"""Every door into a checkpoint: Auto classes, remote code in a bare process, and what does not fit."""
+"""Loading: Auto classes, remote code in a process without the package, and checkpoints that do not fit."""
 
 import hashlib
 import json
@@ -11,8 +11,14 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from openvla import AutoModelForVision2Seq, AutoProcessor, OpenVLAForActionPrediction, PrismaticForConditionalGeneration
-from openvla.publish import PROCESSOR_CODE
+from openvla import (
+    AutoModelForVision2Seq,
+    AutoProcessor,
+    OpenVLAForActionPrediction,
+    OpenVLAProcessor,
+    PrismaticForConditionalGeneration,
+)
+from openvla.conversion.publish import PROCESSOR_CODE
 from openvla.tiny import build_tiny
 from reference import GOLDEN, REPOSITORY
 from safetensors.torch import load_file, save_file
@@ -22,7 +28,7 @@ from transformers.utils import is_flash_attn_2_available
 pytestmark = pytest.mark.lane
 
 AUTO_MODELS = ("AutoModel", "AutoModelForVision2Seq", "AutoModelForImageTextToText")
-DOORS = [getattr(transformers, name) for name in AUTO_MODELS if hasattr(transformers, name)]
+AUTO_CLASSES = [getattr(transformers, name) for name in AUTO_MODELS if hasattr(transformers, name)]
 
 
 def digests(model):
@@ -32,12 +38,14 @@ def digests(model):
     }
 
 
-@pytest.mark.parametrize("door", [*DOORS, AutoModelForVision2Seq, OpenVLAForActionPrediction], ids=lambda d: d.__name__)
-def test_published_weights_survive_loading(door, fused_folder):
-    """Without trust_remote_code, by every door, twice: each tensor is the reference's, bit for bit."""
+@pytest.mark.parametrize(
+    "auto_class", [*AUTO_CLASSES, AutoModelForVision2Seq, OpenVLAForActionPrediction], ids=lambda one: one.__name__
+)
+def test_published_weights_survive_loading(auto_class, fused_folder):
+    """Without trust_remote_code, by every class, twice: each tensor is the reference's, bit for bit."""
     expected = json.loads((GOLDEN / "fused" / "state_dict_index.json").read_text())
     for _ in range(2):
-        model = door.from_pretrained(fused_folder, torch_dtype=torch.float32)
+        model = auto_class.from_pretrained(fused_folder, torch_dtype=torch.float32)
         assert type(model).__name__ == "OpenVLAForActionPrediction"
         assert digests(model) == {name: entry["sha256"] for name, entry in expected.items()}
         assert callable(model.generate)
@@ -56,8 +64,8 @@ def test_auto_classes_know_published_folders(fused_folder, frames):
     assert processor("In: go\nOut:", frames["noise"])["pixel_values"].shape == (1, 6, 224, 224)
 
 
-def test_the_old_script_with_one_import_changed(fused_folder):
-    """trust_remote_code=True, though the code that the folder names is not even there."""
+def test_an_old_script_runs_with_one_import_changed(fused_folder):
+    """trust_remote_code=True, though the code that the folder names does not exist."""
     model = AutoModelForVision2Seq.from_pretrained(fused_folder, torch_dtype=torch.float32, trust_remote_code=True)
     processor = AutoProcessor.from_pretrained(fused_folder, trust_remote_code=True)
     assert isinstance(model, OpenVLAForActionPrediction)
@@ -80,7 +88,7 @@ import json
 import numpy as np, torch, transformers
 folder = sys.argv[1]
 frame = np.load(sys.argv[2])
-answers = {}
+actions_by_class = {}
 processor = transformers.AutoProcessor.from_pretrained(folder, trust_remote_code=True)
 inputs = processor(instruction="pick up the red block", images=frame)
 for _ in range(2):
@@ -88,13 +96,14 @@ for _ in range(2):
         if hasattr(transformers, name):
             model = getattr(transformers, name).from_pretrained(folder, trust_remote_code=True).eval()
             assert callable(model.generate)
-            answers.setdefault(name, []).append(model.predict_action(**inputs, constrain_actions=True).tolist())
+            action = model.predict_action(**inputs, constrain_actions=True).tolist()
+            actions_by_class.setdefault(name, []).append(action)
             tensors = {k: hashlib.sha256(v.numpy().tobytes()).hexdigest() for k, v in model.state_dict().items()}
-            assert answers.setdefault("tensors", tensors) == tensors
+            assert actions_by_class.setdefault("tensors", tensors) == tensors
 assert "transformers_modules" in type(model).__module__, type(model).__module__
 model.save_pretrained(sys.argv[3])
 processor.save_pretrained(sys.argv[3])
-print(json.dumps(answers))
+print(json.dumps(actions_by_class))
 """
 
 
@@ -109,7 +118,7 @@ def run_bare(tmp_path, *arguments):
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
-def test_a_saved_folder_alone_works_with_trust_remote_code(tiny, frames, tmp_path):
+def test_a_saved_folder_alone_loads_with_trust_remote_code(tiny, frames, tmp_path):
     """Package not importable, offline, another working directory, a fresh process; and saved again from there."""
     folder, second, frame = tmp_path / "model", tmp_path / "second", tmp_path / "frame.npy"
     tiny.model.save_pretrained(folder)
@@ -118,11 +127,73 @@ def test_a_saved_folder_alone_works_with_trust_remote_code(tiny, frames, tmp_pat
     inputs = tiny.processor(instruction="pick up the red block", images=frames["noise"])
     expected = tiny.model.predict_action(**inputs, constrain_actions=True).tolist()
     for source, target in ((folder, second), (second, tmp_path / "third")):
-        answers = run_bare(tmp_path, source, frame, target)
-        assert answers.pop("tensors") == digests(tiny.model)
-        assert len(answers) == len(DOORS)
-        assert all(action == expected for actions in answers.values() for action in actions)
+        actions_by_class = run_bare(tmp_path, source, frame, target)
+        assert actions_by_class.pop("tensors") == digests(tiny.model)
+        assert len(actions_by_class) == len(AUTO_CLASSES)
+        assert all(action == expected for actions in actions_by_class.values() for action in actions)
     assert sorted(os.listdir(folder)) == sorted(os.listdir(second))
+
+
+WITHOUT_PACKAGE = """
+import sys
+sys.modules["openvla"] = None  # as if the package were not installed
+import numpy as np, transformers
+plain, cropping, libero, frame, output = sys.argv[1:]
+frame = np.load(frame)
+
+
+def error_of(call):
+    try:
+        call()
+    except ImportError as error:
+        return str(error)
+    return "no error"
+
+
+processor = transformers.AutoProcessor.from_pretrained(plain, trust_remote_code=True)
+assert "transformers_modules" in type(processor).__module__
+assert processor(instruction="go", images=frame)["pixel_values"].shape == (1, 6, 224, 224)
+print(error_of(lambda: processor(instruction="go", images=frame, device="cpu")))
+print(error_of(lambda: transformers.AutoProcessor.from_pretrained(libero, trust_remote_code=True)))
+processor.image_preset = "libero-raw"
+print(error_of(lambda: processor(instruction="go", images=frame)))
+processor.image_preset = "none"
+assert processor(instruction="go", images=frame)["pixel_values"].shape == (1, 6, 224, 224)
+processor = transformers.AutoProcessor.from_pretrained(cropping, trust_remote_code=True)
+assert processor.image_preset == "center-crop"
+np.save(output, processor(instruction="go", images=frame)["pixel_values"])
+"""
+
+
+def test_remote_code_crops_and_refuses_what_only_the_package_has(tiny, frames, tmp_path):
+    """Image presets and pixels on a device are never ignored by the code beside a checkpoint."""
+    tiny.processor.save_pretrained(tmp_path / "plain")
+    parts = tiny.processor.image_processor, tiny.processor.tokenizer
+    for preset in ("center-crop", "libero"):
+        OpenVLAProcessor(*parts, "openvla", 29871, image_preset=preset).save_pretrained(tmp_path / preset)
+    np.save(tmp_path / "frame.npy", frames["noise"])
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path / "modules")}
+    names = ("plain", "center-crop", "libero", "frame.npy", "pixels.npy")
+    command = [sys.executable, "-c", WITHOUT_PACKAGE, *(str(tmp_path / name) for name in names)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    needs = "needs the package: pip install openvla, then `import openvla` and load without trust_remote_code."
+    refused = ("device='cpu'", "image_preset='libero'", "image_preset='libero-raw'")
+    assert done.stdout.splitlines() == [f"{argument} {needs}" for argument in refused]
+    pixels = np.load(tmp_path / "pixels.npy")
+    processor = OpenVLAProcessor.from_pretrained(tmp_path / "center-crop")
+    np.testing.assert_array_equal(pixels, processor(instruction="go", images=frames["noise"])["pixel_values"])
+    assert (pixels != tiny.processor(instruction="go", images=frames["noise"])["pixel_values"].numpy()).any()
+
+
+@pytest.mark.parametrize(
+    "code", ["import openvla, transformers", "import transformers, openvla", "import openvla.processing_openvla"]
+)
+def test_the_package_attaches_itself_in_any_order_of_imports(code):
+    code += "\nfrom openvla.processing_openvla import OpenVLAImageProcessor as I, OpenVLAProcessor as P"
+    code += "\nassert I.device_pixels and P.package and P.hub_uploader"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 def test_a_saved_folder_holds_every_tensor_and_all_the_code(fused_folder, tmp_path):
@@ -188,7 +259,7 @@ def test_every_part_has_the_dtype_that_was_asked_for(fused_folder, dtype):
     assert {parameter.dtype for parameter in model.parameters()} == {dtype}
 
 
-def test_loading_info_is_still_to_be_had(fused_folder):
+def test_loading_info_is_returned(fused_folder):
     model, info = OpenVLAForActionPrediction.from_pretrained(fused_folder, output_loading_info=True)
     assert isinstance(model, OpenVLAForActionPrediction)
     assert not info["missing_keys"]
@@ -196,9 +267,9 @@ def test_loading_info_is_still_to_be_had(fused_folder):
 
 
 @pytest.mark.skipif(is_flash_attn_2_available(), reason="flash-attn is installed")
-@pytest.mark.parametrize("door", [*DOORS, OpenVLAForActionPrediction], ids=lambda d: d.__name__)
-def test_missing_flash_attention_becomes_sdpa(door, fused_folder):
-    model = door.from_pretrained(fused_folder, attn_implementation="flash_attention_2")
+@pytest.mark.parametrize("auto_class", [*AUTO_CLASSES, OpenVLAForActionPrediction], ids=lambda one: one.__name__)
+def test_missing_flash_attention_becomes_sdpa(auto_class, fused_folder):
+    model = auto_class.from_pretrained(fused_folder, attn_implementation="flash_attention_2")
     assert model.config._attn_implementation == "sdpa"
     assert model.language_model.config._attn_implementation == "sdpa"
 
@@ -227,12 +298,12 @@ def test_a_vlm_saves_and_loads_as_itself(tmp_path):
         timm_model_kwargs=[{"depth": 2, "embed_dim": 32, "num_heads": 2}],
     )
     PrismaticForConditionalGeneration(config).save_pretrained(tmp_path)
-    assert isinstance(DOORS[-1].from_pretrained(tmp_path), PrismaticForConditionalGeneration)
+    assert isinstance(AUTO_CLASSES[-1].from_pretrained(tmp_path), PrismaticForConditionalGeneration)
     assert (tmp_path / "actions_openvla.py").is_file()
 
 
 def test_saving_again_keeps_our_code_in_the_auto_map(fused_folder, tmp_path):
-    model = DOORS[0].from_pretrained(fused_folder)
+    model = AUTO_CLASSES[0].from_pretrained(fused_folder)
     model.save_pretrained(tmp_path)
     auto_map = json.loads((tmp_path / "config.json").read_text())["auto_map"]
     assert auto_map == {

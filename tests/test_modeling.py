@@ -12,9 +12,9 @@ from openvla import (
     NormalizationStatistics,
     OpenVLAForActionPrediction,
 )
-from openvla.answers_openvla import tokens_answer
-from openvla.compatibility_openvla import disable_checkpointing, enable_checkpointing
+from openvla.decoding_openvla import output_from_tokens
 from openvla.tiny import UNTRAINED_STATISTICS, build_tiny
+from openvla.training.activation_checkpointing import disable_checkpointing, enable_checkpointing
 from PIL import Image
 from transformers.utils import logging
 
@@ -383,7 +383,7 @@ def test_tokens_that_are_no_actions_are_said_every_time(golden):
     case = cases(golden)["img0_prompt0_bridge_orig"]
     outside = [t for t in case["action_token_ids"] if not 31744 <= t < 32000]
     assert outside  # else this golden case proves nothing
-    module_logger = logging.get_logger("openvla.answers_openvla")
+    module_logger = logging.get_logger("openvla.decoding_openvla")
     seen = []
     module_logger.addFilter(lambda record: seen.append(record.getMessage()) or True)
     try:
@@ -420,9 +420,9 @@ def test_the_share_of_other_tokens_that_is_decoded(count):
     tokens = torch.tensor([[31872] * 7, [5] * count + [31872] * (7 - count)])
     if count == 6:
         with pytest.raises(NoActionError, match="6 of 7"):
-            tokens_answer(tokenizer, tokens, None, [statistics] * 2, False)
+            output_from_tokens(tokens, tokenizer, [statistics] * 2)
     else:
-        actions = tokens_answer(tokenizer, tokens, None, [statistics] * 2, False)
+        actions = output_from_tokens(tokens, tokenizer, [statistics] * 2).actions
         assert actions[1, :5].tolist() == [tokenizer.bin_centers[-1]] * 5
         assert actions[0].tolist() == [tokenizer.bin_centers[127]] * 7
 
@@ -431,7 +431,7 @@ def test_an_action_that_is_not_finite_is_none():
     statistics = NormalizationStatistics({"q01": [-1.0] * 7, "q99": [1.0] * 7})
     statistics.low, statistics.high = np.full(7, -1.7e308), np.full(7, 1.7e308)  # which are refused by themselves
     with np.errstate(over="ignore"), pytest.raises(NoActionError, match="The action is not finite.*statistics"):
-        tokens_answer(ActionTokenizer(32000), torch.tensor([[31744] * 7]), None, [statistics], False)
+        output_from_tokens(torch.tensor([[31744] * 7]), ActionTokenizer(32000), [statistics])
 
 
 @pytest.mark.parametrize("golden", ["fused"], indirect=True)

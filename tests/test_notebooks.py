@@ -1,4 +1,4 @@
-"""The notebooks of examples/: what they show is what a fresh run gives."""
+"""Notebooks of examples/: their committed outputs equal those of a fresh run."""
 
 import pytest
 
@@ -9,7 +9,7 @@ nbformat = pytest.importorskip("nbformat")
 from execute_notebooks import NOTEBOOKS, VARIES, cleaned, executed, shown  # noqa: E402
 
 LARGEST = 300_000  # bytes of a file
-# Those that train for half a minute.
+# These train for half a minute.
 LONG = {"03_finetune_lora", "04_oft"}
 
 
@@ -18,13 +18,13 @@ def committed(request):
     return nbformat.read(request.param, as_version=4)
 
 
-def test_the_five_are_there():
+def test_all_notebooks_exist():
     names = ["01_predict", "02_quantise", "03_finetune_lora", "04_oft", "05_publish"]
     assert [path.stem for path in NOTEBOOKS] == names
 
 
-def test_each_is_clean(committed):
-    """Short, run in order, with pictures, and without a trace of the machine that ran it."""
+def test_notebook_is_clean(committed):
+    """A notebook is short, run in order, has images, and shows nothing of the machine that ran it."""
     assert 8 <= len(committed.cells) <= 15
     assert cleaned(nbformat.from_dict(committed)) == committed
     kinds, texts = [], []
@@ -40,15 +40,15 @@ def test_each_is_clean(committed):
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_each_is_small(path):
+def test_notebook_is_small(path):
     assert path.stat().st_size <= LARGEST
 
 
 @pytest.mark.parametrize(
     "path", [pytest.param(path, marks=[pytest.mark.slow] * (path.stem in LONG), id=path.stem) for path in NOTEBOOKS]
 )
-def test_a_fresh_run_shows_what_is_committed(path):
-    """Every cell's text, and where there are pictures; where figures differ by machine only what kinds there are."""
+def test_fresh_run_equals_the_committed_outputs(path):
+    """Compare every cell's text and the presence of images; only the kinds of output where numbers vary by machine."""
     committed, fresh = nbformat.read(path, as_version=4), executed(path)
     assert len(committed.cells) == len(fresh.cells)
     for before, after in zip(committed.cells, fresh.cells):
@@ -57,7 +57,7 @@ def test_a_fresh_run_shows_what_is_committed(path):
         assert new == old, f"{path.name} shows something else now; if it should: make notebooks\n{before.source}"
 
 
-def test_a_notebook_that_fails_is_an_error(tmp_path):
+def test_failing_notebook_raises(tmp_path):
     from nbclient.exceptions import CellExecutionError
 
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("import openvla_that_is_not_there")])

@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from oft_inputs import prompt, raw_proprio, stack_images
 from openvla import PLATFORMS, OpenVLAConfig, OpenVLAForActionPrediction, parallel_openvla
 from openvla.configuration_openvla import LLM_MODEL_TYPES
-from openvla.parallel_openvla import with_action_slots
+from openvla.heads_openvla import NoiseSchedule
+from openvla.parallel_openvla import append_action_placeholders
 from openvla.tiny import build_tiny
 from reference import GOLDEN, oft_model
 
@@ -34,22 +36,6 @@ CASES = [
     for platform in ("libero", "aloha")
     for case in json.loads((GOLDEN / f"oft_{platform}" / "cases.json").read_text())["cases"]
 ]
-INPUTS = np.load(GOLDEN / "fused" / "inputs.npz")
-
-
-def stack_images(indices):
-    return torch.from_numpy(np.concatenate([INPUTS["pixel_values"][i] for i in indices]))[None]
-
-
-def prompt(index, empty=True):
-    ids = torch.from_numpy(INPUTS[f"input_ids_{index}" + ("_29871" if empty else "")])
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-
-
-def raw_proprio(model, key, normalized):
-    """The state that is normalised to this one."""
-    s = model.proprio_statistics(key)
-    return 0.5 * (normalized + 1) * (s.high - s.low + 1e-8) + s.low
 
 
 @pytest.fixture(scope="module")
@@ -99,17 +85,19 @@ def test_golden_denoising_steps(platform):
     golden = np.load(GOLDEN / f"oft_{platform}" / "diffusion_steps.npz")
     model = oft_model(platform, "diffusion")
     end_id = model.config.text_config.eos_token_id
-    slots = with_action_slots(prompt(0)["input_ids"], None, model.tokens_per_chunk, end_id)
+    with_chunk = append_action_placeholders(prompt(0)["input_ids"], None, model.tokens_per_chunk, end_id)
     proprio = torch.from_numpy(np.load(GOLDEN / f"oft_{platform}" / "predict.npz")["proprio"][:1])
     with torch.no_grad():
-        seen = model.observe(*slots, stack_images([0, 1]), proprio)
-    assert model.noise_schedule.timesteps(10) == golden["timesteps"].tolist()
+        obs = model.embed_observation(*with_chunk, stack_images([0, 1]), proprio)
+    assert NoiseSchedule(model.config.num_diffusion_steps_train).timesteps(10) == golden["timesteps"].tolist()
     for i, timestep in enumerate(golden["timesteps"].tolist()):
         noisy, noise = (torch.from_numpy(golden[name][i : i + 1]) for name in ("noisy", "predicted_noise"))
         with torch.no_grad():
-            ours = model.action_head(model.hidden_at(seen, seen.slots, noisy, torch.tensor([float(timestep)])))
+            ours = model.action_head(
+                model.action_hidden_states(obs, noisy=noisy, timesteps=torch.tensor([float(timestep)]))
+            )
         assert (ours - noise).abs().max() <= NOISE_ATOL
-        step = model.noise_schedule.step(noise, timestep, noisy, 10)
+        step = NoiseSchedule(model.config.num_diffusion_steps_train).step(noise, timestep, noisy, 10)
         assert np.abs(step[0].numpy() - golden["denoised"][i]).max() <= STEP_ATOL
 
 
@@ -267,7 +255,7 @@ def test_bad_use(libero):
     with pytest.raises(ValueError, match=r"needs 56 action tokens .* got \[0\]"):
         without(**prompt(0), pixel_values=stack_images([0]), labels=torch.full((1, 17), -100))
     libero.model.add_norm_stats("two", {"q01": [0.0, 0.0], "q99": [1.0, 1.0]})
-    with pytest.raises(ValueError, match="have 2 dimensions but this model answers with 7"):
+    with pytest.raises(ValueError, match="have 2 dimensions but this model predicts 7"):
         libero.model.predict_action(
             **prompt(0), pixel_values=libero.pixel_values, unnorm_key="two", proprio=libero.proprio[0]
         )
@@ -317,17 +305,17 @@ def test_a_state_in_other_units_is_said(name, factor, far):
 
 
 def test_the_model_says_that_a_state_is_far(libero, monkeypatch):
-    seen = []
-    monkeypatch.setattr(parallel_openvla.logger, "warning_once", seen.append)
-    libero.model.normalized_proprio(libero.proprio[0], [libero.key])
-    assert not seen
+    messages = []
+    monkeypatch.setattr(parallel_openvla.logger, "warning_once", messages.append)
+    libero.model.normalize_proprio(libero.proprio[0], [libero.key])
+    assert not messages
     statistics = libero.model.proprio_statistics(libero.key)
     state = (statistics.low + statistics.high) / 2
     state[1] += 11 * (statistics.high[1] - statistics.low[1]) / 2
-    normalized = libero.model.normalized_proprio(state, [libero.key])
+    normalized = libero.model.normalize_proprio(state, [libero.key])
     assert normalized[0, 1] == 1
-    assert len(seen) == 1
-    assert seen[0].startswith(
+    assert len(messages) == 1
+    assert messages[0].startswith(
         f"Numbers [1] of proprio lie more than 10 half ranges from the middle of what {libero.key!r}"
     )
 
@@ -360,7 +348,7 @@ def test_a_loaded_openvla_becomes_parallel(fused_folder, libero, tmp_path):
     chunk = model.eval().predict_action(**given)
     model.save_pretrained(tmp_path)
     again = OpenVLAForActionPrediction.from_pretrained(tmp_path).eval()
-    assert again.config.answer == model.config.answer
+    assert again.config.action_config == model.config.action_config
     np.testing.assert_allclose(again.predict_action(**given), chunk, atol=1e-5, rtol=0)
-    with pytest.raises(ValueError, match="already answers in parallel"):
+    with pytest.raises(ValueError, match="already has parallel decoding"):
         again.enable_parallel_decoding(**PLATFORMS["libero"])

@@ -1,4 +1,4 @@
-"""What the models' frames went through before the image processor: every bit is TensorFlow's (tests/golden/README.md).
+"""Image presets: every bit is equal to TensorFlow's (tests/golden/README.md).
 
 There is no tolerance anywhere: float32 results are equal in every bit, uint8 ones in every pixel.
 """
@@ -9,22 +9,15 @@ import json
 import numpy as np
 import pytest
 from frames import PREPROCESSING, digest, frames, golden_cases
-from openvla.images_openvla import (
-    IMAGE_PRESETS,
-    as_unit_floats,
-    center_cropped,
-    crop_and_resize,
-    lanczos3_resized,
-    preset_image,
-)
-from openvla.jpeg_openvla import jpeg_round_trip
+from openvla.images_openvla import as_unit_floats, center_cropped, crop_and_resize
+from openvla.inference.image_presets import IMAGE_PRESETS, jpeg_round_trip, lanczos3_resized
 from openvla.processing_openvla import OpenVLAProcessor
 from PIL import Image
 
 pytestmark = pytest.mark.lane
 
 FRAMES = frames()
-ROWS = np.load(PREPROCESSING / "rows.npz")
+GOLDEN_ROWS = np.load(PREPROCESSING / "rows.npz")
 SIZE = (224, 224)
 
 
@@ -35,7 +28,7 @@ def computed(frame, step, box=None):
         return lanczos3_resized(frame, SIZE)
     if step == "crop_and_resize":
         return crop_and_resize(as_unit_floats(frame), box, (64, 48))
-    return np.array(preset_image(Image.fromarray(frame), step, SIZE))
+    return np.array(IMAGE_PRESETS[step](Image.fromarray(frame), SIZE))
 
 
 @pytest.mark.parametrize("case", **golden_cases("cases.json"))
@@ -45,11 +38,11 @@ def test_equal_to_tensorflow(case):
     assert result.dtype == case["dtype"]
     if result.dtype == np.uint8:  # some rows, to see by how much
         rows = result[5 :: max(1, len(result) // 4)] if len(result) > 8 else result
-        np.testing.assert_array_equal(rows, ROWS[f"{case['image']}/{case['step']}"])
+        np.testing.assert_array_equal(rows, GOLDEN_ROWS[f"{case['image']}/{case['step']}"])
     assert digest(result) == case["sha256"]
 
 
-def test_pillow_reads_jpeg_otherwise():
+def test_pillow_decodes_jpeg_differently_from_tensorflow():
     """Why the JPEG of this package is its own: were Pillow's the same, it should be used."""
     file = io.BytesIO()
     Image.fromarray(FRAMES["agentview"]).save(file, "JPEG", quality=95, subsampling="4:2:0")
@@ -58,16 +51,16 @@ def test_pillow_reads_jpeg_otherwise():
     assert np.abs(difference).max() == 13
 
 
-def test_frames_of_the_models_size_were_prepared_before():
+def test_libero_preset_skips_jpeg_and_lanczos_at_the_models_size():
     """As openvla-oft: JPEG and Lanczos are for frames of other sizes; libero-raw is for the simulator's, of any."""
     frame = Image.fromarray(FRAMES["agentview"])
-    assert preset_image(frame, "libero", SIZE) == preset_image(frame, "center-crop", SIZE)
-    assert preset_image(frame, "libero-raw", SIZE) != preset_image(frame.rotate(180), "libero", SIZE)
+    assert IMAGE_PRESETS["libero"](frame, SIZE) == IMAGE_PRESETS["center-crop"](frame, SIZE)
+    assert IMAGE_PRESETS["libero-raw"](frame, SIZE) != IMAGE_PRESETS["libero"](frame.rotate(180), SIZE)
     other = Image.fromarray(FRAMES["agentview_256"])
-    assert preset_image(other, "libero-raw", SIZE) == preset_image(other.rotate(180), "libero", SIZE)
+    assert IMAGE_PRESETS["libero-raw"](other, SIZE) == IMAGE_PRESETS["libero"](other.rotate(180), SIZE)
 
 
-def test_a_crop_of_everything_changes_nothing():
+def test_a_full_size_crop_changes_nothing():
     frame = FRAMES["odd"]
     assert (center_cropped(frame, frame.shape[:2], area=1.0) == frame).all()
     assert crop_and_resize(as_unit_floats(frame), (2, 2, 3, 3), (4, 4)).max() == 0
@@ -75,14 +68,14 @@ def test_a_crop_of_everything_changes_nothing():
 
 
 @pytest.mark.parametrize("preset", IMAGE_PRESETS)
-def test_the_processor_prepares_every_image(tiny, preset, tmp_path):
+def test_the_processor_applies_the_preset_to_every_image(tiny, preset, tmp_path):
     frame, wrist = FRAMES["agentview_256"], FRAMES["noise"]
     parts = tiny.processor.image_processor, tiny.processor.tokenizer
     OpenVLAProcessor(*parts, "openvla", 29871, num_images_in_input=2, image_preset=preset).save_pretrained(tmp_path)
     processor = OpenVLAProcessor.from_pretrained(tmp_path)
     assert processor.image_preset == preset
     pixel_values = processor(instruction="go", images=[frame, wrist])["pixel_values"]
-    prepared = [preset_image(Image.fromarray(image), preset, SIZE) for image in (frame, wrist)]
+    prepared = [IMAGE_PRESETS[preset](Image.fromarray(image), SIZE) for image in (frame, wrist)]
     without = OpenVLAProcessor(*parts, "openvla", 29871, num_images_in_input=2)
     assert (pixel_values == without(instruction="go", images=prepared)["pixel_values"]).all()
     changed = (pixel_values != without(instruction="go", images=[frame, wrist])["pixel_values"]).any()

@@ -8,11 +8,10 @@ from openvla.compatibility_openvla import (
     CACHE_FIELD,
     MKL_FUNCTIONS,
     cache_of,
-    disable_checkpointing,
-    enable_checkpointing,
     is_checkpointing,
 )
-from openvla.tiny import build_tokenizer
+from openvla.tiny import build_tiny, build_tokenizer
+from openvla.training.activation_checkpointing import disable_checkpointing, enable_checkpointing
 from reference import GRADIENT_ATOL, LOGIT_ATOL, LOSS_ATOL
 
 pytestmark = pytest.mark.lane
@@ -293,3 +292,16 @@ def test_gradient_checkpointing_changes_no_gradient(golden):
     assert set(gradients[0]) == set(gradients[1])
     for name, gradient in gradients[0].items():
         np.testing.assert_allclose(gradients[1][name], gradient, rtol=0, atol=GRADIENT_ATOL)
+
+
+@pytest.mark.skipif(not hasattr(torch.backends.cuda, "enable_cudnn_sdp"), reason="torch has no cuDNN attention")
+def test_a_new_model_switches_cudnn_attention_off():
+    """CuDNN's attention gives other bits from call to call on Hopper."""
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    try:
+        torch.backends.cuda.enable_cudnn_sdp(True)
+        build_tiny()
+        assert not torch.backends.cuda.cudnn_sdp_enabled()
+        assert torch.backends.cuda.flash_sdp_enabled()
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)

@@ -41,7 +41,7 @@ def test_golden_pixels(case):
 @pytest.mark.parametrize(
     "name", sorted({case["case"].split("/")[0] for case in CASES if "published" not in case["case"]})
 )
-def test_configuration_equals_the_reference_s(name, tmp_path):
+def test_configuration_equals_the_reference(name, tmp_path):
     published = configuration(name)
     derived = OpenVLAImageProcessor(
         **{k: v for k, v in published.items() if not k.startswith("tvf_") and k != "image_processor_type"}
@@ -52,13 +52,13 @@ def test_configuration_equals_the_reference_s(name, tmp_path):
     }
 
 
-def test_saved_statistics_win():
+def test_saved_statistics_take_precedence():
     published = processor_of("published_fused_resize-naive_224/x")
     assert published.tvf_normalize_params[0]["mean"] == [0.484375, 0.455078125, 0.40625]
     assert published.tvf_normalize_params[0]["std"] == [0.228515625, 0.2236328125, 0.224609375]
 
 
-def test_model_inputs_equal_the_reference_s(golden):
+def test_model_inputs_equal_the_reference(golden):
     processor = OpenVLAProcessor.from_pretrained(golden.folder)
     pixels = processor.image_processor(list(golden.images), return_tensors="pt")["pixel_values"]
     assert torch.equal(pixels, golden.pixel_values)
@@ -117,7 +117,7 @@ def test_a_file_is_seen_as_viewers_show_it(orientation, form, tmp_path):
     np.testing.assert_allclose(np.asarray(seen).astype(int), scene, atol=4 if form == "JPEG" else 0)
 
 
-def test_a_pil_image_is_taken_as_its_pixels_lie_and_that_is_said(tmp_path, monkeypatch):
+def test_a_pil_image_is_not_turned_and_a_warning_says_so(tmp_path, monkeypatch):
     """As the reference takes it."""
     pixels = np.random.RandomState(0).randint(0, 256, (8, 12, 3), dtype=np.uint8)
     exif, seen = Image.Exif(), []
@@ -147,12 +147,12 @@ def test_a_picture_without_pixels_is_refused(size):
         as_images(Image.new("RGB", size))
 
 
-def test_a_prompt_is_no_longer_than_the_tokenizer_s_limit(tiny, frames, monkeypatch):
+def test_a_prompt_longer_than_the_tokenizers_limit_is_refused(tiny, frames, monkeypatch):
     monkeypatch.setattr(tiny.processor.tokenizer, "model_max_length", 80)
-    given = {"images": frames["noise"], "max_length": 2000}
-    assert tiny.processor(instruction="go", **given)["input_ids"].shape[1] <= 80
+    kwargs = {"images": frames["noise"], "max_length": 2000}
+    assert tiny.processor(instruction="go", **kwargs)["input_ids"].shape[1] <= 80
     with pytest.raises(ValueError, match="tokens, more than the tokenizer's model_max_length=80; shorten"):
-        tiny.processor(instruction="go " * 50, **given)
+        tiny.processor(instruction="go " * 50, **kwargs)
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "PA", "RGBA", "CMYK", "YCbCr"])
@@ -243,13 +243,13 @@ def test_a_batch_of_instructions_is_padded_around_the_empty_token(tiny, frames, 
         padded = processor(instruction="open it", images=frames["noise"], padding="max_length", max_length=longest)
     finally:
         processor.tokenizer.padding_side = before
-    row, mask = batch["input_ids"][0], batch["attention_mask"][0].bool()
-    assert row[mask].tolist() == alone["input_ids"][0].tolist()
-    assert row[mask][-1] == processor.empty_token_id
-    assert (row[~mask] == processor.tokenizer.pad_token_id).all()
+    ids, mask = batch["input_ids"][0], batch["attention_mask"][0].bool()
+    assert ids[mask].tolist() == alone["input_ids"][0].tolist()
+    assert ids[mask][-1] == processor.empty_token_id
+    assert (ids[~mask] == processor.tokenizer.pad_token_id).all()
     assert bool(mask[0]) == (side == "right")
     assert actions[0].tolist() == tiny.model.predict_action(**alone, constrain_actions=True).tolist()
-    assert padded["input_ids"].tolist() == [row.tolist()]
+    assert padded["input_ids"].tolist() == [ids.tolist()]
 
 
 @pytest.mark.parametrize(
@@ -328,11 +328,11 @@ def test_saved_in_the_layout_of_every_version(tiny, tmp_path):
 
 
 def test_merges_are_written_so_that_old_tokenizers_read_them(tmp_path):
-    from openvla.processing_openvla import _make_tokenizer_readable
+    from openvla.inference.processor_extras import make_tokenizer_readable
 
     (tmp_path / "tokenizer.json").write_text(json.dumps({"model": {"merges": [["a", "b"], ["ab", "é"]]}}))
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "TokenizersBackend"}))
-    _make_tokenizer_readable(tmp_path)
+    make_tokenizer_readable(tmp_path)
     assert json.loads((tmp_path / "tokenizer.json").read_text())["model"]["merges"] == ["a b", "ab é"]
     assert json.loads((tmp_path / "tokenizer_config.json").read_text())["tokenizer_class"] == "PreTrainedTokenizerFast"
 

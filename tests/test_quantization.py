@@ -25,17 +25,17 @@ KINDS = {
     "nf4 towers": {"bits": 4, "towers": True},
 }
 PROJECTOR = ("projector.fc1", "projector.fc2", "projector.fc3")
-DOOR = getattr(transformers, "AutoModelForImageTextToText", AutoModelForVision2Seq)
+AUTO_MODEL = getattr(transformers, "AutoModelForImageTextToText", AutoModelForVision2Seq)
 
 
 @pytest.fixture(scope="module")
 def folder(tiny, tmp_path_factory):
     """The tiny model as a plain folder, in bfloat16 as published ones are."""
-    place = tmp_path_factory.mktemp("plain")
-    tiny.model.save_pretrained(place)
-    OpenVLAForActionPrediction.from_pretrained(place, torch_dtype=torch.bfloat16).save_pretrained(place)
-    tiny.processor.save_pretrained(place)
-    return place
+    path = tmp_path_factory.mktemp("plain")
+    tiny.model.save_pretrained(path)
+    OpenVLAForActionPrediction.from_pretrained(path, torch_dtype=torch.bfloat16).save_pretrained(path)
+    tiny.processor.save_pretrained(path)
+    return path
 
 
 def load(folder, **kwargs):
@@ -63,7 +63,7 @@ def predicted(model, tiny, frames):
 @here_it_works
 @pytest.mark.parametrize("towers", [False, True])
 @pytest.mark.parametrize("bits", [8, 4])
-def test_what_is_quantised_module_by_module(folder, bits, towers):
+def test_quantised_modules(folder, bits, towers):
     kind = {8: bitsandbytes.nn.Linear8bitLt, 4: bitsandbytes.nn.Linear4bit}[bits]
     model = load(folder, quantization_config=quantization_config(bits, towers=towers))
     for name, module in model.named_modules():
@@ -74,8 +74,8 @@ def test_what_is_quantised_module_by_module(folder, bits, towers):
                 layer or tower or name in ("language_model.lm_head", "projector.fc1", "projector.fc2", "projector.fc3")
             )
             assert isinstance(module, kind) == (layer or (tower and towers)), name
-    kept = {p.dtype for p in model.parameters() if p.dtype not in (torch.int8, torch.uint8)}
-    assert kept == {torch.bfloat16}  # the checkpoint's own; transformers 4.x would take float16
+    dtypes = {p.dtype for p in model.parameters() if p.dtype not in (torch.int8, torch.uint8)}
+    assert dtypes == {torch.bfloat16}  # the checkpoint's own; transformers 4.x would take float16
 
 
 @here_it_works
@@ -88,7 +88,7 @@ def test_save_and_reload_bit_for_bit(kind, folder, tiny, frames, tmp_path):
     again = load(tmp_path)
     require_equal(model, again)
     assert predicted(again, tiny, frames).token_ids.tolist() == before.token_ids.tolist()
-    assert DOOR.from_pretrained(tmp_path).config.quantization_config is not None
+    assert AUTO_MODEL.from_pretrained(tmp_path).config.quantization_config is not None
 
 
 REMOTE = """
@@ -100,12 +100,12 @@ config = transformers.BitsAndBytesConfig(**json.loads(fields))
 processor = transformers.AutoProcessor.from_pretrained(folder, trust_remote_code=True)
 inputs = processor(instruction="pick up the red block", images=torch.zeros(3, 224, 224))
 tokens = []
-for place, kwargs in ((folder, {"quantization_config": config}), (saved, {})):
-    door = transformers.AutoModelForImageTextToText
-    model = door.from_pretrained(place, trust_remote_code=True, device_map="auto", **kwargs).eval()
+for source, kwargs in ((folder, {"quantization_config": config}), (saved, {})):
+    model_class = transformers.AutoModelForImageTextToText
+    model = model_class.from_pretrained(source, trust_remote_code=True, device_map="auto", **kwargs).eval()
     assert "transformers_modules" in type(model).__module__
     tokens.append(model.predict_action(**inputs, constrain_actions=True, return_dict=True).token_ids.tolist())
-    if place == folder:
+    if source == folder:
         model.save_pretrained(saved)
         processor.save_pretrained(saved)
 assert tokens[0] == tokens[1]
@@ -191,25 +191,25 @@ def test_load_policy_computes_4_bits_in_the_dtype_that_is_given(folder):
 
     for dtype in ("float32", torch.float32):
         layers = load_policy(folder, bits=4, device="cpu", dtype=dtype).model.modules()
-        found = {layer.compute_dtype for layer in layers if isinstance(layer, bitsandbytes.nn.Linear4bit)}
-        assert found == {torch.float32}
+        dtypes = {layer.compute_dtype for layer in layers if isinstance(layer, bitsandbytes.nn.Linear4bit)}
+        assert dtypes == {torch.float32}
 
 
 @here_it_works
-def test_8_bits_on_a_cpu_are_said_to_be_slow_once(folder, monkeypatch):
+def test_8_bits_on_a_cpu_warn_once_of_their_speed(folder, monkeypatch):
     from transformers.utils import logging
 
-    said = []
-    logger = logging.get_logger("openvla.quantization_openvla")
+    messages = []
+    logger = logging.get_logger("openvla.inference.quantized_weights")
     logger.warning_once.cache_clear()
-    monkeypatch.setattr(logger, "warning", lambda message, *args, **kwargs: said.append(message))
+    monkeypatch.setattr(logger, "warning", lambda message, *args, **kwargs: messages.append(message))
     load(folder, quantization_config=quantization_config(4))
-    assert said == []
+    assert messages == []
     for _ in range(2):
         load(folder, quantization_config=quantization_config(8))
-    assert len(said) == 1
-    assert "slow on a CPU" in said[0]
-    assert "Take bits=4" in said[0]
+    assert len(messages) == 1
+    assert "slow on a CPU" in messages[0]
+    assert "Take bits=4" in messages[0]
 
 
 @here_it_works
@@ -219,8 +219,8 @@ def test_without_the_guard_a_checkpoint_would_be_wrong(folder):
     pack_for_cpu(model)
     name = "language_model.model.layers.0.self_attn.q_proj"
     unguarded = model.get_submodule(name).state_dict()["weight.absmax"]
-    kept = untouched.get_submodule(name).state_dict()["weight.absmax"]
-    assert unguarded.shape != kept.shape or not torch.equal(unguarded, kept)
+    scales = untouched.get_submodule(name).state_dict()["weight.absmax"]
+    assert unguarded.shape != scales.shape or not torch.equal(unguarded, scales)
 
 
 @here_it_works
@@ -242,9 +242,9 @@ def test_a_quantised_folder_that_lacks_a_tensor_is_an_error(kind, folder, tmp_pa
 def test_quantising_a_quantised_folder_is_refused(folder, tmp_path):
     load(folder, quantization_config=quantization_config(4)).save_pretrained(tmp_path)
     shutil.move(tmp_path / "model.safetensors", tmp_path / "unread")  # the error comes before any weight is read
-    for door in (OpenVLAForActionPrediction, DOOR):
+    for model_class in (OpenVLAForActionPrediction, AUTO_MODEL):
         with pytest.raises(ValueError, match="is already quantised"):
-            door.from_pretrained(tmp_path, quantization_config=quantization_config(8))
+            model_class.from_pretrained(tmp_path, quantization_config=quantization_config(8))
 
 
 @here_it_works
@@ -268,13 +268,13 @@ def test_a_quantised_model_stays_where_it_is(bits, folder):
         ({"bits": 8, "double_quant": False, "quant_type": "fp4"}, "double_quant, quant_type: of 4 bits only"),
     ],
 )
-def test_bad_settings(arguments, message):
+def test_bad_settings_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         quantization_config(**arguments)
 
 
 @pytest.mark.skipif(QUANTIZES_ON_CPU or torch.cuda.is_available(), reason="can quantise here")
-def test_versions_that_cannot_quantise_say_so_before_reading_weights(folder, tmp_path):
+def test_versions_that_cannot_quantise_raise_before_reading_weights(folder, tmp_path):
     shutil.copy(folder / "config.json", tmp_path)  # no weights at all
     with pytest.raises(ImportError, match="4.53"):
         quantization_config(4)

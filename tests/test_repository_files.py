@@ -1,4 +1,4 @@
-"""The files of .github/ and others at the root agree with what they name; no other test would notice."""
+"""Consistency of .github/ and of other files at the root with the files, commands and versions that they name."""
 
 import re
 
@@ -21,22 +21,22 @@ def workflow(name):
 
 
 def commands(workflow):
-    """All shell steps of a workflow, as one text."""
+    """Return all shell steps of a workflow as one text."""
     return "\n".join(step.get("run", "") for job in workflow["jobs"].values() for step in job["steps"])
 
 
 def default_lanes():
     """Return the default words of a variable in ``ci/lanes.sh``, written ``name=${NAME:-these words}``."""
     lists = dict(re.findall(r"^(\w+)=\$\{\w+:?-([^}]*)\}", read("ci", "lanes.sh"), re.MULTILINE))
-    return set(f"{lists['lanes']} {lists['beside']}".split())
+    return set(f"{lists['lanes']} {lists['other_lanes']}".split())
 
 
-def test_workflows_are_found():
+def test_all_workflows_exist():
     assert {path.stem for path in WORKFLOWS} >= {"tests", "lint", "docs", "lanes", "latest", "release"}
 
 
 def test_the_tests_run_on_every_supported_python():
-    """YAML reads an unquoted 3.10 as 3.1."""
+    """Versions are strings: YAML reads an unquoted 3.10 as 3.1."""
     matrix = workflow("tests.yml")["jobs"]["tests"]["strategy"]["matrix"]["python"]
     supported = SpecifierSet(re.search(r'^requires-python = "(.*)"', read("pyproject.toml"), re.MULTILINE)[1])
     assert matrix[: len(PYTHONS)] == PYTHONS
@@ -52,17 +52,17 @@ def test_every_lane_runs_somewhere():
 
 
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.name)
-def test_what_a_workflow_calls_is_there(path):
+def test_commands_of_workflows_exist(path):
     text = commands(yaml.safe_load(path.read_text(encoding="utf-8")))
-    for verb in re.findall(r"\bmake ([\w-]+)", text):
-        assert re.search(rf"^{verb}:", read("Makefile"), re.MULTILINE), verb
+    for target in re.findall(r"\bmake ([\w-]+)", text):
+        assert re.search(rf"^{target}:", read("Makefile"), re.MULTILINE), target
     for script in re.findall(r"\bbash (\S+)", text):
         assert (REPOSITORY / script).is_file(), script
 
 
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.name)
-def test_a_workflow_may_only_read_and_ends(path):
-    """Jobs that need more ask for it themselves; none of them runs the repository's code."""
+def test_workflows_are_read_only_and_have_a_timeout(path):
+    """A job with more permissions sets them itself and does not check out the repository's code."""
     content = yaml.safe_load(path.read_text(encoding="utf-8"))
     assert content["permissions"] == {"contents": "read"}
     for name, job in content["jobs"].items():
@@ -71,13 +71,12 @@ def test_a_workflow_may_only_read_and_ends(path):
             assert not any("checkout" in step.get("uses", "") for step in job["steps"]), name
 
 
-def test_the_citation_has_the_version():
+def test_citation_has_the_current_version():
     assert yaml.safe_load(read("CITATION.cff"))["version"] == openvla.__version__
 
 
 @pytest.mark.parametrize("name", ["bug.yml", "checkpoint.yml"])
-def test_a_form_asks_for_the_versions(name):
-    """And names only files that are there."""
+def test_issue_forms_ask_for_versions_and_link_existing_files(name):
     form = yaml.safe_load(read(".github", "ISSUE_TEMPLATE", name))
     fields = {field.get("id"): field["attributes"] for field in form["body"]}
     for package in ("openvla", "transformers", "torch", "Pillow", "peft"):
@@ -87,6 +86,6 @@ def test_a_form_asks_for_the_versions(name):
 
 
 @pytest.mark.parametrize("name", ["SECURITY.md", ".github/pull_request_template.md"])
-def test_links_lead_somewhere(name):
+def test_linked_files_exist(name):
     for link in re.findall(r"\]\(([^)#]+)[^)]*\)", read(name)):
         assert (REPOSITORY / link).is_file(), link

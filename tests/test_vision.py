@@ -50,7 +50,7 @@ def test_every_backbone_builds_and_runs(backbone):
     assert features.shape == (2, (size // patch) ** 2, 48 * len(towers))
 
 
-def test_the_last_block_is_held_but_not_run():
+def test_the_last_block_has_weights_but_is_not_run():
     tower = fill(VisionTower("vit_so400m_patch14_siglip_224", 224, None, SMALL))
     ran = []
     for index, block in enumerate(tower.blocks):
@@ -87,16 +87,16 @@ def test_towers_must_agree_on_the_number_of_patches():
 
 
 @pytest.mark.lane
-def test_film_modulates_all_images_of_a_row_by_its_words():
+def test_film_modulates_all_images_of_a_sample_by_its_instruction():
     fields = {"parallel_decoding": True, "action_dim": 7, "use_film": True, "text_config": {"hidden_size": 64}}
     fields.update(vision_backbone_id="dinosiglip-vit-so-224px", timm_model_kwargs=[SMALL, SMALL])
     one, two = (fill(PrismaticVisionBackbone(OpenVLAConfig(**fields, num_images_in_input=n))) for n in (1, 2))
     generator = torch.Generator().manual_seed(0)
-    rows, words = torch.randn(2, 12, 224, 224, generator=generator), torch.randn(2, 64, generator=generator)
+    pixels, words = torch.randn(2, 12, 224, 224, generator=generator), torch.randn(2, 64, generator=generator)
     with torch.no_grad():
-        features = two(rows, words)
-        alone = [[one(image[None], said[None]) for image in row.split(6)] for row, said in zip(rows, words)]
-        other = two(rows, words.flip(0))
+        features = two(pixels, words)
+        alone = [[one(image[None], word[None]) for image in sample.split(6)] for sample, word in zip(pixels, words)]
+        other = two(pixels, words.flip(0))
     expected = torch.cat([torch.cat(images, dim=1) for images in alone])
     torch.testing.assert_close(features, expected, rtol=0, atol=FEATURE_ATOL)
     assert (features - other).abs().amax(dim=(1, 2)).min() > 100 * FEATURE_ATOL

@@ -1,0 +1,1 @@
+"""LoRA adapters: on a model, on disk, and the base model that each belongs to."""

@@ -1,0 +1,171 @@
+"""Backends of ``openvla bench``: the ways in which this package, and transformers, run a model."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn.utils.rnn import pad_sequence
+
+from ..compatibility_openvla import DTYPE_FIELD
+from ..decoding_openvla import decode_greedily
+from ..inference.cpu_prepack import has_matmul, prepack
+from ..inference.cuda_graphs import run_graphed
+from ..inference.fast_decoder import compile_pointwise, decode_fast
+from ..loading import AutoProcessor
+from ..modeling_openvla import OpenVLAForActionPrediction
+from ..processing_openvla import OpenVLAProcessor
+from .reference import ACTION, BATCH, FIRST_TOKEN, PIXELS, TOWERS, batch_indices, preprocessing_stages
+from .sizes import sample_inputs
+
+REFERENCE, PLAIN, FAST = "reference", "openvla, fast=False", "openvla"
+DRAFT_CORRECT, DRAFT_WRONG = "openvla, correct draft", "openvla, wrong draft"
+PREPACKED = "openvla, prepack"
+COMPILED = "openvla, compile"
+STATIC_CACHE = "transformers, static cache"  # transformers' own fast path, compiled by transformers on a GPU
+
+# Stages of a backend by name. A stage takes the index of an input and returns token ids, or an array of features.
+Benchmark = dict[str, Callable[[int], Any]]
+
+
+class ModelRunner:
+    """Runs the stages of the benchmark with one model.
+
+    Args:
+        model: The model.
+        processor: Its processor.
+        prompts: int64 ``(1, length)`` per input.
+        images: uint8 ``(inputs, height, width, 3)``.
+    """
+
+    def __init__(
+        self,
+        model: OpenVLAForActionPrediction,
+        processor: OpenVLAProcessor,
+        prompts: list[torch.LongTensor],
+        images: np.ndarray,
+    ) -> None:
+        self.model, self.processor, self.prompts, self.images = model, processor, prompts, images
+        self.pixels = [self.preprocess(image) for image in images]
+        self.actions: dict[int, np.ndarray] = {}  # last prediction for every input, from which drafts are made
+
+    @classmethod
+    def load(cls, folder: Path, *, dtype: str, device: str, num_inputs: int) -> ModelRunner:
+        """Load a model folder and make inputs for it."""
+        kwargs: dict[str, Any] = {DTYPE_FIELD: getattr(torch, dtype)}
+        model = OpenVLAForActionPrediction.from_pretrained(folder, **kwargs).to(device).eval()
+        processor = AutoProcessor.from_pretrained(folder)
+        texts, images = sample_inputs(num_inputs)
+        prompts = [processor(instruction=text, images=images[0])["input_ids"].to(device) for text in texts]
+        return cls(model, processor, prompts, images)
+
+    def with_model(self, model: OpenVLAForActionPrediction) -> ModelRunner:
+        """Return a runner of another model on the same inputs."""
+        runner = copy.copy(self)
+        runner.model = model
+        return runner
+
+    def preprocess(self, image: np.ndarray) -> torch.FloatTensor:
+        """Return an image as pixel values ``(1, channels, size, size)`` of the model's device and dtype."""
+        pixel_values = self.processor.image_processor(image, return_tensors="pt")["pixel_values"]
+        return pixel_values.to(self.model.device, self.model.dtype)
+
+    def action(self, index: int, **options: Any) -> list[int]:
+        """Predict the action of an image and a prompt; ``options`` are those of ``predict_action``."""
+        pixels = self.preprocess(self.images[index])
+        output: Any = self.model.predict_action(self.prompts[index], pixels, return_dict=True, **options)
+        if "draft" not in options:
+            self.actions[index] = output.actions
+        return output.token_ids.tolist()
+
+    def action_from_correct_draft(self, index: int) -> list[int]:
+        """Predict with the last prediction for this input as the draft."""
+        return self.action(index, draft=self.actions[index], fast=True)
+
+    def action_from_wrong_draft(self, index: int) -> list[int]:
+        """Predict with a draft that differs from the last prediction in every dimension."""
+        return self.action(index, draft=-self.actions[index] + 0.013, fast=True)
+
+    def action_from_pixels(self, index: int, *, fast: bool) -> list[int]:
+        """Predict the action of pixel values."""
+        output: Any = self.model.predict_action(self.prompts[index], self.pixels[index], return_dict=True, fast=fast)
+        return output.token_ids.tolist()
+
+    def batch(self, index: int, *, fast: bool) -> list[list[int]]:
+        """Predict the actions of a batch of pixel values."""
+        indices = batch_indices(index, len(self.prompts))
+        prompts = [self.prompts[i][0] for i in indices]
+        ids: Any = pad_sequence(prompts, batch_first=True, padding_value=self.model.pad_token_id)
+        mask = pad_sequence([torch.ones_like(prompt) for prompt in prompts], batch_first=True)
+        pixels: Any = torch.cat([self.pixels[i] for i in indices])
+        output: Any = self.model.predict_action(ids, pixels, mask, return_dict=True, fast=fast)
+        return output.token_ids.tolist()
+
+    @torch.no_grad()
+    def first_token(self, index: int, *, fast: bool) -> list[int]:
+        """Predict the first token of pixel values (the prefill)."""
+
+        def compute(ids: torch.LongTensor, pixel_values: torch.FloatTensor) -> tuple[torch.Tensor, torch.Tensor]:
+            embeddings: Any = self.model.embed_inputs(ids, pixel_values)
+            embeds, mask = embeddings[:2]
+            if fast:
+                return decode_fast(self.model.language_model, embeds, mask, 1)
+            return decode_greedily(self.model.language_model, embeds, mask, 1, end_ids=None)
+
+        inputs = self.prompts[index], self.pixels[index]
+        tokens, _ = run_graphed(self.model, compute, inputs, FIRST_TOKEN) if fast else compute(*inputs)
+        return tokens[0].tolist()
+
+    @torch.no_grad()
+    def towers(self, index: int, *, fast: bool) -> np.ndarray:
+        """Compute the features of the vision towers."""
+
+        def compute(pixel_values: torch.Tensor) -> tuple[torch.Tensor]:
+            return (self.model.vision_backbone(pixel_values),)
+
+        pixels = self.pixels[index]
+        (features,) = run_graphed(self.model, compute, [pixels], TOWERS) if fast else compute(pixels)
+        return features.float().cpu().numpy()
+
+    def stages(self, *, fast: bool) -> Benchmark:
+        """Return all stages, with the fast decoder or without."""
+        methods: dict[str, Callable[..., Any]] = {
+            ACTION: self.action,
+            PIXELS: self.action_from_pixels,
+            FIRST_TOKEN: self.first_token,
+            TOWERS: self.towers,
+            BATCH: self.batch,
+        }
+        return {stage: functools.partial(method, fast=fast) for stage, method in methods.items()}
+
+
+def build_backends(runner: ModelRunner, compiled: bool) -> dict[str, Benchmark]:
+    """Return the backends of this package and of transformers by name, plain decoding first.
+
+    Args:
+        runner: Runner of the model.
+        compiled: Add a backend whose pointwise operations are compiled.
+    """
+    backends: dict[str, Benchmark] = {
+        PLAIN: {**runner.stages(fast=False), **preprocessing_stages(runner.processor.image_processor)},
+        STATIC_CACHE: {ACTION: functools.partial(runner.action, cache_implementation="static")},
+        FAST: runner.stages(fast=True),
+        DRAFT_CORRECT: {ACTION: runner.action_from_correct_draft},
+        DRAFT_WRONG: {ACTION: runner.action_from_wrong_draft},
+    }
+    model = runner.model
+    if compiled:
+        fused = copy.copy(model)  # shares the weights
+        fused._modules = {**model._modules, "language_model": copy.copy(model.language_model)}
+        compile_pointwise(fused)
+        backends[COMPILED] = {ACTION: functools.partial(runner.with_model(fused).action, fast=True)}
+    if model.device.type == "cpu" and has_matmul(model.dtype):
+        prepacked = copy.deepcopy(model)
+        prepack(prepacked)
+        backends[PREPACKED] = {ACTION: functools.partial(runner.with_model(prepacked).action, fast=True)}
+    return backends

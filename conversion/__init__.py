@@ -1,0 +1,1 @@
+"""Convert, merge, assemble, upgrade and publish checkpoints."""

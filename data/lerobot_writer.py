@@ -1,0 +1,230 @@
+"""Write a LeRobot v3 dataset episode by episode, or append to one: tables and images as parquet through pyarrow.
+
+Every episode is one data file, written atomically; the folder is a complete dataset after each episode.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..configuration_openvla import write_json
+from ..errors_openvla import OpenVLAValueError
+from .utils import read_json, require
+
+_VERSION = "v3.0"
+_CHUNK_SIZE = 1000  # files per folder, as in LeRobot
+_DATA_PATH = "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
+_EPISODES = "meta/episodes/chunk-000/file-000.parquet"
+_INDICES = ("frame_index", "episode_index", "index", "task_index")
+
+
+class LeRobotWriter:
+    """Writer of a LeRobot v3 dataset.
+
+    Args:
+        root: The dataset's folder; episodes are appended to a dataset with the same features.
+        fps: Steps per second.
+        numbers: Names of the dimensions of every float32 column.
+        cameras: Height and width of every image column.
+        texts: Text columns, in addition to the task, which the format stores separately.
+        robot_type: LeRobot's name of the robot.
+
+    Raises:
+        ValueError: The folder holds a dataset with other features.
+        ImportError: pyarrow is not installed.
+    """
+
+    def __init__(
+        self,
+        root: str | os.PathLike,
+        *,
+        fps: int,
+        numbers: Mapping[str, Sequence[str]],
+        cameras: Mapping[str, tuple[int, int]],
+        texts: Sequence[str] = (),
+        robot_type: str | None = None,
+    ) -> None:
+        self.root, self.fps = Path(root), fps
+        self.numbers, self.cameras, self.texts = dict(numbers), dict(cameras), tuple(texts)
+        self.pyarrow = require("pyarrow", "Writing LeRobot datasets")
+        self.parquet = require("pyarrow.parquet", "Writing LeRobot datasets")
+        self.info = {
+            "codebase_version": _VERSION,
+            "robot_type": robot_type,
+            "chunks_size": _CHUNK_SIZE,
+            "data_files_size_in_mb": 100,
+            "video_files_size_in_mb": 200,
+            "fps": fps,
+            "data_path": _DATA_PATH,
+            "video_path": None,
+            "features": self._features(),
+        }
+        self.episodes: list[dict[str, Any]] = []
+        self.tasks: list[str] = []
+        if (self.root / "meta" / "info.json").is_file():
+            self._load_existing()
+
+    def _features(self) -> dict[str, Any]:
+        features: dict[str, Any] = {}
+        for name, dimensions in self.numbers.items():
+            features[name] = {"dtype": "float32", "shape": [len(dimensions)], "names": list(dimensions)}
+        for name, size in self.cameras.items():
+            features[name] = {"dtype": "image", "shape": [*size, 3], "names": ["height", "width", "channels"]}
+        for name, dtype in (
+            *((text, "string") for text in self.texts),
+            ("timestamp", "float32"),
+            *((index, "int64") for index in _INDICES),
+        ):
+            features[name] = {"dtype": dtype, "shape": [1], "names": None}
+        return features
+
+    def _load_existing(self) -> None:
+        info = read_json(self.root / "meta" / "info.json")
+        for key in ("codebase_version", "fps", "features"):
+            if info.get(key) != self.info[key]:
+                raise OpenVLAValueError(
+                    f"{self.root} holds a dataset with another {key}; use a new folder, or remove it."
+                )
+        self.episodes = self.parquet.read_table(self.root / _EPISODES).to_pylist()
+        tasks = self.parquet.read_table(self.root / "meta" / "tasks.parquet").to_pylist()
+        self.tasks = [row["__index_level_0__"] for row in sorted(tasks, key=lambda row: row["task_index"])]
+
+    def __len__(self) -> int:
+        """Return the number of episodes."""
+        return len(self.episodes)
+
+    def add_episode(
+        self,
+        task: str,
+        numbers: Mapping[str, np.ndarray],
+        images: Mapping[str, Sequence[bytes]],
+        texts: Mapping[str, str] | None = None,
+    ) -> int:
+        """Write one episode.
+
+        Args:
+            task: The instruction.
+            numbers: float ``(length, dimensions)`` by column.
+            images: One encoded image (JPEG or PNG) per step, by column.
+            texts: One text for the whole episode, by column.
+
+        Returns:
+            The episode's index.
+
+        Raises:
+            ValueError: A column is missing or unknown, or lengths or dimensions differ from the dataset's.
+        """
+        texts = texts or {}
+        length = self._validated_length(numbers, images, texts)
+        index, start = len(self.episodes), sum(row["length"] for row in self.episodes)
+        if task not in self.tasks:
+            self.tasks.append(task)
+        table = self._episode_table(
+            index=index, start=start, length=length, task=task, numbers=numbers, images=images, texts=texts
+        )
+        location = {"chunk_index": index // _CHUNK_SIZE, "file_index": index % _CHUNK_SIZE}
+        self._write(_DATA_PATH.format(**location), table)
+        self.episodes.append(
+            {
+                "episode_index": index,
+                "tasks": [task],
+                "length": length,
+                **{f"data/{key}": value for key, value in location.items()},
+                "dataset_from_index": start,
+                "dataset_to_index": start + length,
+                "meta/episodes/chunk_index": 0,
+                "meta/episodes/file_index": 0,
+            }
+        )
+        self._write_meta()
+        return index
+
+    def _episode_table(
+        self,
+        *,
+        index: int,
+        start: int,
+        length: int,
+        task: str,
+        numbers: Mapping[str, np.ndarray],
+        images: Mapping[str, Sequence[bytes]],
+        texts: Mapping[str, str],
+    ) -> Any:
+        arrow = self.pyarrow
+        columns: dict[str, Any] = {}
+        for name, dimensions in self.numbers.items():
+            flat = arrow.array(np.asarray(numbers[name], np.float32).reshape(-1))
+            columns[name] = arrow.FixedSizeListArray.from_arrays(flat, len(dimensions))
+        cell = arrow.struct([("bytes", arrow.binary()), ("path", arrow.string())])
+        for name in self.cameras:
+            columns[name] = arrow.array([{"bytes": data, "path": None} for data in images[name]], cell)
+        for name in self.texts:
+            columns[name] = arrow.array([texts[name]] * length)
+        steps = np.arange(length)
+        columns["timestamp"] = arrow.array((steps / self.fps).astype(np.float32))
+        values = (steps, np.full(length, index), start + steps, np.full(length, self.tasks.index(task)))
+        columns |= {name: arrow.array(value.astype(np.int64)) for name, value in zip(_INDICES, values)}
+        return arrow.table(columns)
+
+    def _validated_length(
+        self, numbers: Mapping[str, np.ndarray], images: Mapping[str, Sequence[bytes]], texts: Mapping[str, str]
+    ) -> int:
+        for argument, names, expected in (
+            ("numbers", set(numbers), set(self.numbers)),
+            ("images", set(images), set(self.cameras)),
+            ("texts", set(texts), set(self.texts)),
+        ):
+            if names != expected:
+                raise OpenVLAValueError(f"{argument} must have the columns {sorted(expected)}, got {sorted(names)}.")
+        for name, dimensions in self.numbers.items():
+            shape = np.shape(numbers[name])
+            if len(shape) != 2 or shape[1] != len(dimensions) or not np.isfinite(numbers[name]).all():
+                raise OpenVLAValueError(f"{name} must be finite, of shape (length, {len(dimensions)}), got {shape}.")
+        lengths = {name: len(values) for name, values in numbers.items()}
+        lengths |= {name: len(values) for name, values in images.items()}
+        if len(set(lengths.values())) != 1 or not next(iter(lengths.values())):
+            raise OpenVLAValueError(f"All columns of an episode must have the same length, 1 or more, got {lengths}.")
+        return next(iter(lengths.values()))
+
+    def _write_meta(self) -> None:
+        """Write the meta files; info.json, without which the folder is not a dataset, last."""
+        arrow = self.pyarrow
+        tasks = arrow.table({"task_index": list(range(len(self.tasks))), "__index_level_0__": self.tasks})
+        # LeRobot reads the table as a data frame whose index is the text.
+        columns = [("task_index", "int64"), ("__index_level_0__", "unicode")]
+        pandas_metadata = {
+            "index_columns": ["__index_level_0__"],
+            "column_indexes": [],
+            "columns": [
+                {
+                    "name": name if kind == "int64" else None,
+                    "field_name": name,
+                    "pandas_type": kind,
+                    "numpy_type": "int64" if kind == "int64" else "object",
+                    "metadata": None,
+                }
+                for name, kind in columns
+            ],
+        }
+        self._write("meta/tasks.parquet", tasks.replace_schema_metadata({"pandas": json.dumps(pandas_metadata)}))
+        self._write(_EPISODES, arrow.Table.from_pylist(self.episodes))
+        totals = {
+            "total_episodes": len(self.episodes),
+            "total_frames": self.episodes[-1]["dataset_to_index"],
+            "total_tasks": len(self.tasks),
+            "splits": {"train": f"0:{len(self.episodes)}"},
+        }
+        write_json(self.root / "meta" / "info.json", {**self.info, **totals})
+
+    def _write(self, name: str, table: Any) -> None:
+        path = self.root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        self.parquet.write_table(table, temporary)
+        os.replace(temporary, path)

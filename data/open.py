@@ -1,0 +1,66 @@
+"""Open a dataset: detect its format from its content and return the matching reader."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..errors_openvla import OpenVLAFileNotFoundError, OpenVLAValueError
+from .episodes import EpisodeReader
+from .hdf5 import HDF5Reader, hdf5_files
+from .lerobot import LeRobotReader
+from .presets import AUTO, NO_PRESET
+from .rlds import RLDSReader, rlds_folder
+
+
+def open_dataset(
+    path: str | os.PathLike,
+    *,
+    preset: str | None = AUTO,
+    fields: Mapping[str, Any] | None = None,
+    split: str = "train",
+    name: str | None = None,
+) -> EpisodeReader:
+    """Open a LeRobot (v2.0 to v3.0), RLDS or HDF5 dataset; the format is detected from the content.
+
+    For a torch ``Dataset`` or a list, see :class:`~openvla.data.torch_dataset.TorchDatasetReader`.
+
+    Args:
+        path: The dataset's folder, or one HDF5 file. For RLDS, the folder with features.json or its parent.
+        preset: A key of ``presets.PRESETS``. "auto" selects by the dataset's name (RLDS), by the columns (HDF5 of
+            LIBERO and ALOHA), or by the name where the gripper goes below 0 (LeRobot datasets of LIBERO). "none" or
+            None uses no preset.
+        fields: Fields of :class:`~openvla.data.columns.ColumnSpec` to replace.
+        split: "train", "val", ... or "all": the split of the shards (RLDS), of info.json (LeRobot), or a name in the
+            file's ``mask`` group (HDF5, as robomimic writes it). "train" selects every episode of an HDF5 file
+            without masks.
+        name: The key of the dataset's statistics in a checkpoint. Default: the dataset's own name.
+
+    Raises:
+        FileNotFoundError: The path does not exist.
+        ValueError: The format is unknown, or the dataset has no episode.
+        KeyError: A field names a column that does not exist.
+        ImportError: The format needs a package of the extra ``train``.
+    """
+    path = Path(path).expanduser()
+    if not path.exists():
+        raise OpenVLAFileNotFoundError(f"No dataset at {path}.")
+    preset = None if str(preset).lower() == NO_PRESET else preset
+    reader: EpisodeReader
+    if (path / "meta" / "info.json").is_file():
+        reader = LeRobotReader(path, preset=preset, fields=fields, name=name, split=split)
+    elif folder := rlds_folder(path):
+        reader = RLDSReader(folder, preset=preset, fields=fields, name=name, split=split)
+    elif files := hdf5_files(path):
+        reader = HDF5Reader(path, files, preset=preset, fields=fields, name=name, split=split)
+    else:
+        entries = sorted(entry.name for entry in path.iterdir())[:8] if path.is_dir() else path.name
+        raise OpenVLAValueError(
+            f"{path} is not a dataset of a known format. Known formats: LeRobot v2.1 and v3 (meta/info.json), RLDS "
+            f"(features.json and .tfrecord files), HDF5 (.hdf5, .h5). The path contains: {entries}."
+        )
+    if not len(reader):
+        raise OpenVLAValueError(f"{path} has no episode.")
+    return reader

@@ -1,0 +1,1 @@
+"""Evaluate a policy in the LIBERO simulator."""

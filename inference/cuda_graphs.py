@@ -1,0 +1,299 @@
+"""CUDA-graph cache for ``predict_action``.
+
+Launch overhead dominates the latency of a single request: the CPU needs longer to launch an action's thousands of
+kernels than the GPU to run them. The first call with a given input shape runs eagerly, the second captures a CUDA
+graph, and later calls replay it. A replay is bitwise equal to eager execution; this is verified once after the capture.
+
+Before each replay the cache checks that no parameter, buffer, submodule or hook of the model was replaced; if one was,
+all graphs are dropped and the call runs eagerly. In-place weight updates need no new capture. Nothing is captured on a
+CPU, nor with ``predict_action(fast=False)``.
+"""
+
+from __future__ import annotations
+
+import collections
+import itertools
+import threading
+from abc import abstractmethod
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from typing import Any, Protocol, TypeVar
+
+import torch
+from torch import nn
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
+
+CAPTURE_ATTEMPTS = 2  # a failure of the moment, such as another thread's allocation, must not cost the graph for good
+REMEDY = "Predictions are right, but slower; the next load of the model tries again"
+MAX_GRAPHS = 8  # of one model, each for one prompt length and batch size; the least recently used one is dropped
+MODULE_DICTS = ("_modules", "_parameters", "_buffers", "_forward_hooks", "_forward_pre_hooks")
+# Modules of these packages compute from parameters, buffers and submodules alone; those of others may also read plain
+# attributes, such as an adapter's switch.
+PLAIN_PACKAGES = ("torch", "transformers", __name__.split(".")[0])
+SIMPLE_TYPES = (bool, int, float, str, tuple, list, dict, set, type(None))
+Tensors = tuple[torch.Tensor, ...]
+First = TypeVar("First")
+Second = TypeVar("Second")
+
+
+class Graph(Protocol):
+    """A captured computation."""
+
+    @abstractmethod
+    def replay(self, inputs: Sequence[torch.Tensor]) -> Tensors:
+        """Return the outputs for inputs of the captured shapes and dtypes."""
+
+
+class CapturedGraph:
+    """A computation on the current CUDA device whose kernels are launched together.
+
+    Args:
+        compute: Takes ``inputs``, returns tensors, and never synchronises with the device.
+        inputs: On one device; those of a replay have their shapes and dtypes.
+        shared: A graph of the same model, whose memory pool and stream this one uses too.
+    """
+
+    def __init__(
+        self, compute: Callable[..., Tensors], inputs: Sequence[torch.Tensor], shared: CapturedGraph | None = None
+    ) -> None:
+        self.device = inputs[0].device
+        with torch.cuda.device(self.device):
+            self._capture(compute, inputs, shared)
+
+    def _capture(
+        self, compute: Callable[..., Tensors], inputs: Sequence[torch.Tensor], shared: CapturedGraph | None
+    ) -> None:
+        self.inputs = [tensor.clone() for tensor in inputs]
+        current = torch.cuda.current_stream()
+        # Of this device: torch's default capture stream belongs to whichever device captured first.
+        self.stream: torch.cuda.Stream = shared.stream if shared else torch.cuda.Stream()
+        self.stream.wait_stream(current)
+        with torch.cuda.stream(self.stream):
+            compute(*self.inputs)  # libraries allocate their workspaces at the first call on a stream
+        current.wait_stream(self.stream)
+        self.graph = torch.cuda.CUDAGraph()
+        self.finished: torch.cuda.Event = shared.finished if shared else torch.cuda.Event()
+        pool = shared.graph.pool() if shared else None
+        capture = torch.cuda.graph(self.graph, pool=pool, stream=self.stream, capture_error_mode="thread_local")
+        with torch.cuda.stream(current), capture:  # the outer context restores the stream where the capture fails
+            self.outputs = compute(*self.inputs)
+        for output in self.outputs:  # so that a replay without kernels is noticed
+            output.zero_()
+
+    def replay(self, inputs: Sequence[torch.Tensor]) -> Tensors:
+        """Return the outputs for inputs of the captured shapes and dtypes."""
+        with torch.cuda.device(self.device):
+            self.finished.wait()  # the previous replay, which may have run on another thread's stream
+            for static_input, tensor in zip(self.inputs, inputs):
+                static_input.copy_(tensor)
+            self.graph.replay()
+            outputs = tuple(tensor.clone() for tensor in self.outputs)
+            self.finished.record()
+        return outputs
+
+
+def run_graphed(model: nn.Module, compute: Callable[..., Tensors], inputs: Sequence[Any], key: Hashable) -> Tensors:
+    """Return ``compute(*inputs)``, by replaying a CUDA graph where the model is on one GPU and has a graph for it.
+
+    Args:
+        model: The model that ``compute`` runs; it holds the cache.
+        compute: Takes ``inputs``, returns tensors, and never synchronises with the device.
+        inputs: Tensors, the first one on the model's device, or None.
+        key: Everything else that the result depends on.
+    """
+    if not _is_supported(model, inputs):
+        return compute(*inputs)
+    if model.__dict__.get("_cuda_graphs") is None:
+        object.__setattr__(model, "_cuda_graphs", CudaGraphCache(model))
+    return model.__dict__["_cuda_graphs"].run(compute, inputs, key)
+
+
+def drop_graphs(model: nn.Module) -> None:
+    """Drop a model's CUDA graphs; the next calls run eagerly and capture again."""
+    object.__setattr__(model, "_cuda_graphs", None)
+
+
+def _is_supported(model: nn.Module, inputs: Sequence[Any]) -> bool:
+    """Return whether calls of a model can be captured at all."""
+    return (
+        all(tensor is None or torch.is_tensor(tensor) for tensor in inputs)
+        and inputs[0].device.type == "cuda"
+        and len(set((getattr(model, "hf_device_map", None) or {}).values())) <= 1
+        and not getattr(model, "is_loaded_in_8bit", False)  # LLM.int8 looks for outliers on the host
+        and not torch.is_grad_enabled()
+        and not torch.is_autocast_enabled()  # its copies of weights are freed when it ends
+        and not is_capturing(inputs[0].device)
+    )
+
+
+def is_capturing(device: torch.device) -> bool:
+    """Return whether this thread is capturing what is computed on a device."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def run_on_two_streams(
+    first: Callable[[], First], second: Callable[[], Second], device: torch.device
+) -> tuple[First, Second]:
+    """Return the results of two independent computations; a captured graph runs them concurrently, on two streams.
+
+    Args:
+        first: Computes on the device.
+        second: Computes on the device.
+        device: The current device.
+    """
+    if not is_capturing(device):
+        return first(), second()
+    current, side = torch.cuda.current_stream(), torch.cuda.Stream()
+    side.wait_stream(current)
+    with torch.cuda.stream(side):
+        second_result = second()
+    first_result = first()
+    current.wait_stream(side)
+    return first_result, second_result
+
+
+class ModelSnapshot:
+    """The parts of a model that its graphs were captured from, referenced so that their memory is not reused."""
+
+    def __init__(self, model: nn.Module) -> None:
+        modules = list(model.modules())
+        self.dicts = [module.__dict__[name] for module in modules for name in MODULE_DICTS]
+        self.dicts += [state.__dict__ for parameter in model.parameters() for state in _quantization_states(parameter)]
+        self.parts = list(_values(self.dicts))
+        self.identities = list(map(id, self.parts))
+        self.tensors = [part for part in self.parts if torch.is_tensor(part)]
+        self.addresses = [tensor.data_ptr() for tensor in self.tensors]
+        foreign = [module for module in modules if type(module).__module__.split(".")[0] not in PLAIN_PACKAGES]
+        self.settings = [(module, _settings(module)) for module in foreign]
+
+    def is_current(self) -> bool:
+        """Return whether the model still consists of exactly these parts."""
+        return (
+            list(map(id, _values(self.dicts))) == self.identities
+            and [tensor.data_ptr() for tensor in self.tensors] == self.addresses
+            and all(_settings(module) == settings for module, settings in self.settings)
+        )
+
+
+def _quantization_states(parameter: nn.Parameter) -> list[Any]:
+    """Return what holds the scales of a 4-bit weight: bitsandbytes' state, and that of the scales' own scales."""
+    state = getattr(parameter, "quant_state", None)
+    return [part for part in (state, getattr(state, "state2", None)) if part is not None]
+
+
+def _uses_cudnn_attention() -> bool:
+    enabled = getattr(torch.backends.cuda, "cudnn_sdp_enabled", None)
+    return bool(enabled and enabled())
+
+
+def _values(dicts: Sequence[dict[str, Any]]) -> Iterator[Any]:
+    return itertools.chain.from_iterable(map(dict.values, dicts))
+
+
+def _settings(module: nn.Module) -> dict[str, str]:
+    """Return the plain attributes of a module, which may change what it computes."""
+    return {
+        name: repr(value)
+        for name, value in module.__dict__.items()
+        if isinstance(value, SIMPLE_TYPES) and name not in MODULE_DICTS
+    }
+
+
+class CudaGraphCache:
+    """The captured graphs of one model.
+
+    Args:
+        model: The model.
+        capture: Captures a computation with its inputs, sharing memory with another graph.
+    """
+
+    def __init__(self, model: nn.Module, capture: Callable[..., Graph] = CapturedGraph) -> None:
+        self.model, self.capture = model, capture
+        # By key: None after the first call, False where capturing failed.
+        self.graphs: collections.OrderedDict[Hashable, Graph | bool | None] = collections.OrderedDict()
+        self.snapshot: ModelSnapshot | None = None
+        self.lock = threading.Lock()
+
+    def run(self, compute: Callable[..., Tensors], inputs: Sequence[Any], key: Hashable) -> Tensors:
+        """Return ``compute(*inputs)``, by a replay where it was captured; arguments as of ``run_graphed``."""
+        if not self.lock.acquire(blocking=False):  # another thread uses the graphs' memory
+            return compute(*inputs)
+        present = [index for index, tensor in enumerate(inputs) if tensor is not None]
+
+        def compute_present(*tensors: torch.Tensor) -> Tensors:
+            by_index = dict(zip(present, tensors))
+            return compute(*(by_index.get(index) for index in range(len(inputs))))
+
+        try:
+            tensors = [inputs[index].to(inputs[0].device) for index in present]
+            return self._run(compute_present, tensors, (key, *present, _graph_key(tensors)))
+        finally:
+            self.lock.release()
+
+    def _run(self, compute: Callable[..., Tensors], inputs: Sequence[torch.Tensor], key: Hashable) -> Tensors:
+        if self.snapshot is not None and not self.snapshot.is_current():
+            logger.warning_once("The model was changed; its CUDA graphs are captured again.")
+            self.graphs.clear()
+            self.snapshot = None
+        if key not in self.graphs:
+            self.graphs[key] = None  # captured at the next call
+            while len(self.graphs) > MAX_GRAPHS:
+                self.graphs.popitem(last=False)
+            return compute(*inputs)
+        self.graphs.move_to_end(key)
+        graph = self.graphs[key]
+        if graph is None:
+            outputs = compute(*inputs)
+            self.graphs[key] = self._captured(compute, inputs, outputs)
+            return outputs
+        return compute(*inputs) if isinstance(graph, bool) else graph.replay(inputs)
+
+    def _captured(
+        self, compute: Callable[..., Tensors], inputs: Sequence[torch.Tensor], expected: Tensors
+    ) -> Graph | bool:
+        """Return a graph whose replay gives the expected outputs, or False where there is none."""
+        if self.snapshot is None:
+            self.snapshot = ModelSnapshot(self.model)
+        if {tensor.device for tensor in self.snapshot.tensors} != {inputs[0].device}:
+            return self._failed("the model is spread over devices")
+        reason = ""
+        for _ in range(CAPTURE_ATTEMPTS):
+            try:
+                graph = self.capture(compute, inputs, next(filter(None, self.graphs.values()), None))
+                replayed = graph.replay(inputs)
+            except (RuntimeError, ValueError) as error:  # out of memory is a RuntimeError
+                reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+                continue
+            if all(map(torch.equal, replayed, expected)):
+                return graph
+            reason = "its replay gives other numbers than the model"
+            if _uses_cudnn_attention():
+                reason += ", as cuDNN's attention may: torch.backends.cuda.enable_cudnn_sdp(False)"
+        return self._failed(reason)
+
+    @staticmethod
+    def _failed(reason: str) -> bool:
+        logger.warning_once(f"Running without a CUDA graph: {reason.rstrip('.')}. {REMEDY}.")
+        return False
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> None:
+        """Return None: a copied model captures its own graphs."""
+
+    def __reduce__(self) -> tuple[type[None], tuple[()]]:
+        return type(None), ()
+
+
+def _graph_key(inputs: Sequence[torch.Tensor]) -> Hashable:
+    """Return what a graph depends on apart from the model: shapes, dtypes, devices and torch's settings."""
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    if hasattr(cudnn, "conv"):  # from torch 2.9 on reading the old names raises where the new ones were set
+        float32 = matmul.fp32_precision, cudnn.conv.fp32_precision
+    else:
+        float32 = matmul.allow_tf32, cudnn.allow_tf32
+    return (
+        tuple((tensor.shape, tensor.dtype, tensor.device) for tensor in inputs),
+        torch.is_inference_mode_enabled(),
+        (*float32, matmul.allow_bf16_reduced_precision_reduction),
+        torch.are_deterministic_algorithms_enabled(),
+    )

@@ -1,0 +1,365 @@
+"""``load_policy``: load a checkpoint onto a device as a ``Policy`` that predicts robot actions."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import logging
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+from PIL import Image
+from torch import nn
+from transformers import PretrainedConfig
+
+from ..adapters.files import locate_base
+from ..compatibility_openvla import DTYPE_FIELD
+from ..configuration_openvla import ADAPTER_CONFIG_FILE, OpenVLAConfig, optional_file
+from ..decoding_openvla import NoActionError, require_one_pass
+from ..default_processor import default_image_processor
+from ..errors_openvla import OpenVLAValueError
+from ..loading import AutoProcessor
+from ..modeling_openvla import OpenVLAForActionPrediction
+from ..processing_openvla import OpenVLAImageProcessor, OpenVLAProcessor
+from .cpu_prepack import prepack as prepack_weights
+from .fast_decoder import compile_pointwise
+from .quantization import UNQUANTIZED_MODULES, VISION_TOWERS, fast_dtype, quantization_config
+
+logger = logging.getLogger(__name__)
+
+# Memory for the KV cache, activations and allocator fragmentation, as a factor on the weights.
+HEADROOM = 1.1
+# Bytes per quantised weight: the value, and a scale per block of 64 (4 bits; scales are quantised too) or per row.
+BYTES_OF_BITS = {8: 1.0, 4: 0.5 + 1 / 64 + 4 / (64 * 256)}
+# Tolerance when pixel means and standard deviations are compared: published ones are rounded to bfloat16.
+PIXEL_STATISTICS_TOLERANCE = 0.01
+# Checkpoints in the package; their README.md describe training and success rates.
+DEMO_POLICY = Path(__file__).resolve().parents[1] / "assets" / "libero"
+DEMO_OFT_POLICY = DEMO_POLICY.with_name("libero_oft")  # predicts action chunks; evaluated in float32
+DEMO_NAME = "demo policy (4 M parameters, trained on two tasks of LIBERO-Object)"
+DTYPES = ("float32", "bfloat16", "float16")
+WARMUP_CALLS = 3  # the first runs eagerly, the second captures a CUDA graph, the third replays it
+PREPROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
+
+
+@dataclass
+class Policy:
+    """A model and its processor that predict robot actions from an image and an instruction.
+
+    Attributes:
+        model: Model in eval mode, on its device.
+        processor: Processor of the checkpoint.
+        unnorm_key: Dataset whose statistics un-normalise the actions to robot units.
+        constrain_actions: Decode action tokens only, see ``predict_action``; needed for untrained weights.
+
+    A prediction with a token that is not an action token raises, because it would move a joint at full speed.
+    """
+
+    model: OpenVLAForActionPrediction
+    processor: OpenVLAProcessor
+    unnorm_key: str
+    constrain_actions: bool = False
+
+    def __post_init__(self) -> None:
+        """Validate ``constrain_actions``.
+
+        Raises:
+            ValueError: The model has a continuous action head, which would ignore ``constrain_actions``.
+        """
+        require_one_pass({}, None, self.constrain_actions, self.model.config.action_head)
+
+    def act(self, image: Any, instruction: str, proprio: Any = None) -> np.ndarray:
+        """Predict the next action or action chunk; ``ActionQueue`` returns the actions of a chunk one by one.
+
+        Args:
+            image: Camera image, as the processor takes it: PIL, numpy ``(H, W, 3)`` uint8 or float, torch, a path; for
+                a model of several cameras the list of their images, in the order of training.
+            instruction: Instruction for the robot.
+            proprio: Robot state in its own units, ``(proprio_dim,)``, for models trained with it.
+
+        Returns:
+            float64 ``(action_dim,)`` or ``(chunk, action_dim)`` in robot units.
+
+        Raises:
+            NoActionError: The prediction is not an action.
+            ValueError: Image, instruction or proprio do not fit the model.
+        """
+        device = self.model.device if self.model.device.type == "cuda" else None
+        inputs = self.processor(instruction=instruction, images=image, device=device)
+        action = self.model.predict_action(
+            **inputs,
+            unnorm_key=self.unnorm_key,
+            proprio=proprio,
+            constrain_actions=self.constrain_actions,
+            strict=True,
+        )
+        assert isinstance(action, np.ndarray)  # an ActionOutput with return_dict=True only
+        return action
+
+    def warm_up(self, instructions: Sequence[str]) -> None:
+        """Predict for black images until nothing more is compiled or captured, so that the first frame does not wait.
+
+        A CUDA graph belongs to a prompt's length in tokens: give an instruction of every length that will come.
+
+        Args:
+            instructions: Instructions for the robot; each costs ``WARMUP_CALLS`` predictions.
+
+        Raises:
+            ValueError: An instruction is empty, or the processor does not know the model's prompt.
+        """
+        config = self.model.config
+        frame = Image.new("RGB", (config.image_sizes[0], config.image_sizes[0]))
+        proprio = None
+        if config.proprio_dim is not None:
+            statistics = self.model.proprio_statistics(self.unnorm_key)
+            proprio = (statistics.low + statistics.high) / 2
+        for instruction in instructions:
+            for _ in range(WARMUP_CALLS):
+                with contextlib.suppress(NoActionError):  # of a black image
+                    self.act([frame] * config.num_images_in_input, instruction, proprio)
+
+    def reset(self) -> None:
+        """Begin an episode. The model keeps no state between calls."""
+
+
+def load_policy(
+    model: str | os.PathLike | None = None,
+    *,
+    bits: int | None = None,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | str | None = None,
+    unnorm_key: str | None = None,
+    prepack: bool = False,
+    compile: bool = False,
+    constrain_actions: bool | None = None,
+    warmup: Sequence[str] = (),
+) -> Policy:
+    """Load a checkpoint, or an adapter with its base model, directly onto a device.
+
+    Args:
+        model: Folder or Hub id; None is the demo policy, which needs no download.
+        bits: 8 or 4 for quantised weights (see ``quantization_config``); None for the dtype, or the quantisation of a
+            checkpoint that was saved quantised.
+        device: None is the GPU if there is one, else the CPU.
+        dtype: dtype of the weights and of the computation, also of 4-bit matrix products. None is bfloat16 on a GPU
+            that supports it (else float16), and the checkpoint's dtype on a CPU (float32 for the demo policies,
+            because many CPUs do not support bfloat16).
+        unnorm_key: See ``predict_action``; checked here, so that an unknown key fails before the first action.
+        prepack: Repack the weights once for the matrix products of this CPU (``inference.cpu_prepack``): faster, and
+            bitwise equal in bfloat16. The model can then only predict.
+        compile: Let torch.compile fuse pointwise operations on a GPU (``fast_decoder``); the first prediction waits for
+            the compilation.
+        constrain_actions: Decode action tokens only (see ``predict_action``), so that images unlike the training data
+            give an action, too. None is True for the demo policy, which knows two tasks only, else False.
+        warmup: Instructions to predict for before returning (``Policy.warm_up``), so that the first frames do not wait
+            for CUDA graphs or the compiler.
+
+    Raises:
+        ValueError: The model does not fit on the device (the message says which ``bits`` would), it is already
+            quantised with other bits, or it cannot be prepacked or compiled.
+        KeyError: Unknown ``unnorm_key``.
+        ImportError: A package for ``bits`` or an adapter is missing.
+    """
+    device = torch.device(device or default_device())
+    dtype = getattr(torch, dtype) if isinstance(dtype, str) and dtype != "auto" else dtype
+    model = DEMO_POLICY if model is None else model
+    if constrain_actions is None:
+        constrain_actions = Path(model).resolve() == DEMO_POLICY
+    if dtype is None and device.type == "cpu" and Path(model).resolve() in (DEMO_POLICY, DEMO_OFT_POLICY):
+        dtype = torch.float32
+    base, base_kwargs = _base_checkpoint(model)
+    config = OpenVLAConfig.from_pretrained(base, **base_kwargs)
+    require_one_pass({}, None, constrain_actions, config.action_head)
+    stored = stored_bits(config)
+    if bits is not None and stored not in (None, bits):
+        raise OpenVLAValueError(f"{model} is already quantised to {stored} bits; leave bits out, or load its base.")
+    kwargs: dict[str, Any] = {"device_map": {"": str(device)}}
+    if bits is not None and stored is None:
+        compute_dtype = dtype if isinstance(dtype, torch.dtype) else fast_dtype(device)
+        kwargs["quantization_config"] = quantization_config(bits, compute_dtype=compute_dtype if bits == 4 else None)
+    if dtype is None:
+        dtype = "auto" if device.type == "cpu" else fast_dtype(device)
+    kwargs[DTYPE_FIELD] = dtype
+    _require_memory(model, config, stored or bits, device, dtype)
+    loaded = OpenVLAForActionPrediction.from_pretrained(model, **kwargs).eval()
+    if prepack:
+        prepack_weights(loaded)
+    if compile:
+        compile_pointwise(loaded)
+    has_processor = any(optional_file(model, name) for name in PREPROCESSOR_FILES)
+    processor = AutoProcessor.from_pretrained(
+        model if has_processor else base, **({} if has_processor else base_kwargs)
+    )
+    for mismatch in processor_mismatches(config, processor.image_processor):
+        logger.warning(
+            "%s: %s; if these are files of another checkpoint, the model sees other images than it was trained with: "
+            "take the preprocessor_config.json that was saved with the weights",
+            model,
+            mismatch,
+        )
+    policy = Policy(loaded, processor, loaded.resolve_unnorm_key(unnorm_key), constrain_actions)
+    policy.warm_up([warmup] if isinstance(warmup, str) else warmup)
+    return policy
+
+
+def _base_checkpoint(model: str | os.PathLike) -> tuple[str | os.PathLike, dict[str, Any]]:
+    """Return the checkpoint that has config and weights, and the arguments of ``from_pretrained`` for it."""
+    if optional_file(model, ADAPTER_CONFIG_FILE) is None:
+        return model, {}
+    base, revision = locate_base(model, {})
+    return base, {"revision": revision} if revision else {}
+
+
+def processor_mismatches(config: OpenVLAConfig, processor: OpenVLAImageProcessor) -> list[str]:
+    """Describe how an image processor differs from the preprocessing that the vision towers were trained with.
+
+    The expected means and standard deviations are timm's for the towers of the configuration; a model trained with
+    other statistics is reported, too. Returns an empty list if nothing differs.
+    """
+    expected = default_image_processor(config)
+    mismatches = []
+    expected_sizes, sizes = (
+        [tuple(crop["output_size"]) for crop in images.tvf_crop_params] for images in (expected, processor)
+    )
+    if sizes != expected_sizes:
+        mismatches.append(f"the image processor makes images of {sizes}, the towers take {expected_sizes}")
+    if processor.image_resize_strategy != expected.image_resize_strategy:
+        mismatches.append(
+            f"the image processor resizes by {processor.image_resize_strategy!r}, the configuration says "
+            f"{expected.image_resize_strategy!r}"
+        )
+    for field in ("mean", "std"):
+        expected_values, values = (
+            [tower[field] for tower in images.tvf_normalize_params] for images in (expected, processor)
+        )
+        if np.shape(values) != np.shape(expected_values) or not np.allclose(
+            values, expected_values, rtol=0, atol=PIXEL_STATISTICS_TOLERANCE
+        ):
+            mismatches.append(
+                f"the image processor's {field} per channel is {np.round(values, 3).tolist()}, that of the towers "
+                f"{config.timm_model_ids} is {np.round(expected_values, 3).tolist()}"
+            )
+    return mismatches
+
+
+def add_policy_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of every command that loads a policy."""
+    parser.add_argument("--model", metavar="DIR_OR_ID", help="checkpoint folder or Hub id; without it the demo policy")
+    parser.add_argument(
+        "--unnorm-key", metavar="K", help="dataset whose statistics un-normalise actions to robot units"
+    )
+    parser.add_argument("--bits", type=int, choices=(8, 4), help="quantise the weights (extra: openvla[quant])")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, mps; default cuda if available, else cpu")
+    parser.add_argument(
+        "--dtype", choices=DTYPES, help="dtype of the model; default bfloat16 on a GPU, the checkpoint's on a CPU"
+    )
+    parser.add_argument(
+        "--constrain-actions",
+        action=argparse.BooleanOptionalAction,
+        help="decode action tokens only; without it other tokens are an error. On for the demo policy",
+    )
+    parser.add_argument(
+        "--compile",
+        action="store_true",
+        help="fuse pointwise operations with torch.compile; the first action waits for it",
+    )
+    parser.add_argument(
+        "--prepack", action="store_true", help="repack the weights once for this CPU's matrix products: faster"
+    )
+
+
+def load_policy_from_args(args: argparse.Namespace) -> tuple[Policy, str]:
+    """Load the policy of the options of ``add_policy_arguments``; return it and its name. Raises as ``load_policy``."""
+    policy = load_policy(
+        args.model,
+        bits=args.bits,
+        device=args.device,
+        dtype=args.dtype,
+        unnorm_key=args.unnorm_key,
+        prepack=args.prepack,
+        compile=args.compile,
+        constrain_actions=args.constrain_actions,
+    )
+    return policy, str(args.model or DEMO_NAME)
+
+
+def default_device() -> str:
+    """Return "cuda" if a GPU is available, else "cpu"."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def stored_bits(config: PretrainedConfig) -> int | None:
+    """Return 8 or 4 for the configuration of a checkpoint that was saved quantised, else None."""
+    fields = _quantization_fields(config)
+    return None if fields is None else 8 if fields.get("load_in_8bit") else 4
+
+
+def _quantization_fields(config: PretrainedConfig) -> dict[str, Any] | None:
+    quantization = getattr(config, "quantization_config", None)
+    return quantization if quantization is None or isinstance(quantization, dict) else quantization.to_dict()
+
+
+def init_empty_model(config: OpenVLAConfig) -> OpenVLAForActionPrediction:
+    """Return the model on torch's meta device, without weights."""
+    with torch.device("meta"):
+        return OpenVLAForActionPrediction(config)
+
+
+def weight_bytes(
+    model: OpenVLAForActionPrediction,
+    bits: int | None,
+    dtype: torch.dtype,
+    skip_modules: Sequence[str] = (VISION_TOWERS, *UNQUANTIZED_MODULES),
+) -> int:
+    """Return the memory of a model's weights in bytes.
+
+    Args:
+        model: Unquantised model, with weights or on the meta device.
+        bits: 8, 4, or None for unquantised weights.
+        dtype: dtype of the unquantised weights.
+        skip_modules: Prefixes or suffixes of the names of modules that are not quantised.
+    """
+    total = sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
+    if bits is None:
+        return total
+    skipped = tuple(skip_modules)
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and not (name.startswith(skipped) or name.endswith(skipped)):
+            total -= int(module.weight.numel() * (dtype.itemsize - BYTES_OF_BITS[bits]))
+    return total
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """Return the free memory of a device in bytes; None if it is unknown."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return psutil.virtual_memory().available if device.type == "cpu" else None
+
+
+def _require_memory(
+    model: str | os.PathLike, config: OpenVLAConfig, bits: int | None, device: torch.device, dtype: torch.dtype | str
+) -> None:
+    """Raise ValueError if the weights cannot fit on the device, before any weight is read."""
+    if dtype == "auto":
+        dtype = getattr(config, DTYPE_FIELD, None) or torch.float32
+    dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype  # a configuration on transformers 4.40
+    free = free_bytes(device)
+    if free is None:
+        return
+    empty = init_empty_model(config)
+    skip_modules = (_quantization_fields(config) or {}).get("llm_int8_skip_modules")
+    skip_modules = skip_modules or (VISION_TOWERS, *UNQUANTIZED_MODULES)
+    needed = {choice: weight_bytes(empty, choice, dtype, skip_modules) * HEADROOM for choice in (None, 8, 4)}
+    if needed[bits] <= free:
+        return
+    fitting = [f"bits={choice} ({needed[choice] / 1e9:.1f} GB)" for choice in (8, 4) if needed[choice] <= free]
+    raise OpenVLAValueError(
+        f"{model} needs {needed[bits] / 1e9:.1f} GB at {f'{bits} bits' if bits else dtype}, and {device} has "
+        f"{free / 1e9:.1f} GB free; {' and '.join(fitting) if fitting else 'neither bits=8 nor bits=4'} would fit."
+    )

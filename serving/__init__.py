@@ -1,0 +1,1 @@
+"""Serve a policy over HTTP and WebSocket, and call one."""

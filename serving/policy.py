@@ -1,0 +1,320 @@
+"""Batched inference for the policy server. Every request gets the same action that it would get unbatched."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+import numpy as np
+import torch
+
+from ..configuration_openvla import OpenVLAConfig
+from ..decoding_openvla import ActionOutput
+from ..dimension_labels import END_EFFECTOR_DIMENSIONS, dimension_labels
+from ..errors_openvla import OpenVLAError
+from ..inference.policy import Policy, stored_bits
+from ..quantization_openvla import quantization_name
+from .cli import Limits
+from .requests import ActRequest, RequestError
+from .schemas import ActionDetails, DatasetInfo, PolicyInfo
+
+logger = logging.getLogger(__name__)
+
+# Only prompts of one length share a batch: padding makes attention use another kernel, which at OpenVLA-7B's depth and
+# 1/8 of its width changed logits by 0.14 in bfloat16 (CPU). Without padding they were equal in bfloat16 and differed by
+# 1e-6 in float32, where a larger matrix product is summed in another order. If the log-probability of a chosen token
+# exceeds that of the second one by less than this margin (nats; for 16 bits two roundings of a logit up to 32), the
+# request is predicted again in a batch of one.
+MIN_LOG_PROB_MARGIN = {torch.float32: 1e-3, torch.bfloat16: 0.25, torch.float16: 0.03125}
+
+
+class PredictionError(RuntimeError):
+    """The model failed with an error that is not the client's.
+
+    Attributes:
+        id: Identifies the error in the server's log.
+    """
+
+    def __init__(self) -> None:
+        self.id = uuid.uuid4().hex[:12]
+        super().__init__(f"The model failed. The server's log explains it under id {self.id}.")
+
+
+@dataclass
+class PreparedRequest:
+    """A request as the model takes it.
+
+    Attributes:
+        inputs: Output of the processor for one prompt, on the CPU.
+        unnorm_key: Dataset whose statistics un-normalise the action.
+        proprio: float64 ``(proprio_dim,)``, or None.
+        action_dim: Length of an action.
+        details: Compute bin probabilities too.
+        constrain_actions: Choose among action tokens only.
+    """
+
+    inputs: dict[str, torch.Tensor]
+    unnorm_key: str
+    proprio: np.ndarray | None
+    action_dim: int
+    details: bool
+    constrain_actions: bool
+
+    def can_batch_with(self, other: PreparedRequest) -> bool:
+        """Return True if both requests may share a forward pass."""
+        return (
+            self.inputs["input_ids"].shape == other.inputs["input_ids"].shape
+            and self.action_dim == other.action_dim
+            and self.constrain_actions == other.constrain_actions
+        )
+
+
+@dataclass
+class Prediction:
+    """Result for one request.
+
+    Attributes:
+        output: Output of the model, without a batch axis.
+        batch_size: Number of requests in the forward pass.
+        model_ms: Time of the forward pass in ms.
+        constrain_actions: True if the model chose among action tokens only.
+        recomputed: True if the request was predicted again in a batch of one.
+    """
+
+    output: ActionOutput
+    batch_size: int
+    model_ms: float
+    constrain_actions: bool
+    recomputed: bool = False
+
+    @property
+    def actions(self) -> np.ndarray:
+        """Return the actions: float64 ``(action_dim,)`` or ``(chunk, action_dim)`` in robot units."""
+        assert self.output.actions is not None
+        return self.output.actions
+
+
+Outcome = Prediction | PredictionError | OpenVLAError
+
+
+class BatchedPolicy:
+    """Predict actions for batches of requests.
+
+    Args:
+        policy: The policy.
+        name: The model's name for ``/info`` and the log.
+        limits: The server's limits.
+
+    Attributes:
+        max_batch_size: 1 for a continuous action head: rounding of a batched forward pass would change its actions.
+    """
+
+    def __init__(self, policy: Policy, name: str, limits: Limits) -> None:
+        self.policy, self.name, self.limits = policy, name, limits
+        self._tokenizer_lock = threading.Lock()  # fast tokenizers raise when two threads use them at once
+        self.max_batch_size = limits.max_batch_size if policy.model.config.action_head is None else 1
+
+    def prepare(self, request: ActRequest) -> PreparedRequest:
+        """Check a request against the model and run the processor; may be called from several threads.
+
+        Raises:
+            RequestError: The request does not fit the model.
+        """
+        model, config = self.policy.model, self.policy.model.config
+        try:
+            unnorm_key = model.resolve_unnorm_key(request.unnorm_key or self.policy.unnorm_key)
+            action_dim = model.get_action_dim(unnorm_key)
+        except OpenVLAError as error:
+            raise RequestError(str(error), "unnorm_key") from error
+        if len(request.images) != config.num_images_in_input:
+            raise RequestError(
+                f"The model takes {config.num_images_in_input} camera images a moment, got {len(request.images)}; send "
+                "as many, the main camera first, in the order of training.",
+                request.field_names["image"],
+            )
+        self._require_proprio(request, unnorm_key)
+        constrain_actions = request.constrain_actions
+        if constrain_actions is None:
+            constrain_actions = self.policy.constrain_actions
+        elif constrain_actions and config.action_head is not None:
+            raise RequestError(
+                "The model predicts numbers, not tokens; leave constrain_actions out.", "constrain_actions"
+            )
+        return PreparedRequest(
+            inputs=self._process(request),
+            unnorm_key=unnorm_key,
+            proprio=request.proprio,
+            action_dim=action_dim,
+            details=request.details,
+            constrain_actions=constrain_actions,
+        )
+
+    def _process(self, request: ActRequest) -> dict[str, torch.Tensor]:
+        images = request.images if len(request.images) > 1 else request.images[0]
+        try:
+            with self._tokenizer_lock:
+                return dict(self.policy.processor(instruction=request.instruction, images=images))
+        except OpenVLAError as error:
+            raise RequestError(str(error), request.field_names["instruction"]) from error
+
+    def _require_proprio(self, request: ActRequest, unnorm_key: str) -> None:
+        """Raise RequestError if the state is missing, superfluous or of a wrong length."""
+        field, proprio_dim = request.field_names["proprio"], self.policy.model.config.proprio_dim
+        if proprio_dim is None:
+            if request.proprio is not None:
+                raise RequestError("The model was trained without the robot's state; leave it out.", field)
+            return
+        if request.proprio is None:
+            raise RequestError(f"The model needs the robot's state: {field}, {proprio_dim} numbers.", field)
+        if len(request.proprio) != proprio_dim:
+            raise RequestError(f"{field} must hold {proprio_dim} numbers, got {len(request.proprio)}.", field)
+        try:
+            self.policy.model.proprio_statistics(unnorm_key)
+        except OpenVLAError as error:
+            raise RequestError(str(error), "unnorm_key") from error
+
+    def predict_batch(self, requests: Sequence[PreparedRequest]) -> list[Outcome]:
+        """Return a prediction, or an exception instance, for each request; tokens equal those of batches of one."""
+        if len(requests) == 1:
+            return [self._predict_one(requests[0])]
+        try:
+            predictions = self._predict(requests)
+        except OpenVLAError as error:  # caused by one request, which must not fail the others
+            logger.info("a batch of %d is predicted one by one: %s", len(requests), error)
+            return [self._predict_one(request) for request in requests]
+        except Exception:
+            logger.exception("a batch of %d failed; it is predicted one by one", len(requests))
+            return [self._predict_one(request) for request in requests]
+        return [
+            prediction if self._is_unambiguous(prediction.output) else self._predict_one(request, recomputed=True)
+            for request, prediction in zip(requests, predictions)
+        ]
+
+    def _predict_one(self, request: PreparedRequest, recomputed: bool = False) -> Outcome:
+        try:
+            prediction = self._predict([request])[0]
+        except OpenVLAError as error:
+            error.__traceback__ = error.__context__ = error.__cause__ = None  # their frames hold the request's tensors
+            return error
+        except Exception:
+            failure = PredictionError()
+            logger.exception("the model failed, id %s", failure.id)
+            return failure
+        prediction.recomputed = recomputed
+        return prediction
+
+    def _predict(self, requests: Sequence[PreparedRequest]) -> list[Prediction]:
+        """Run one forward pass."""
+        started = time.perf_counter()
+        first, batch_size = requests[0], len(requests)
+        states = [request.proprio for request in requests if request.proprio is not None]
+        inputs: dict[str, Any] = {
+            name: torch.cat([request.inputs[name] for request in requests]) for name in first.inputs
+        }
+        output = self.policy.model.predict_action(
+            **inputs,
+            unnorm_key=[request.unnorm_key for request in requests],
+            proprio=np.stack(states) if states else None,
+            return_dict=batch_size > 1 or first.details,
+            constrain_actions=first.constrain_actions,
+            strict=batch_size == 1,  # in a batch, requests with other tokens are recomputed: see _is_unambiguous
+        )
+        if not isinstance(output, ActionOutput):
+            output = ActionOutput(actions=output)
+        model_ms = (time.perf_counter() - started) * 1000
+        outputs = [output] if batch_size == 1 else [_select(output, index) for index in range(batch_size)]
+        return [Prediction(output, batch_size, model_ms, first.constrain_actions) for output in outputs]
+
+    def _is_unambiguous(self, output: ActionOutput) -> bool:
+        """Return True if every token is an action token and was chosen by a margin that rounding cannot change."""
+        assert output.token_ids is not None
+        assert output.bin_probabilities is not None
+        action_token_ids = self.policy.model.action_token_ids
+        if (output.token_ids < action_token_ids.start).any() or (output.token_ids >= action_token_ids.stop).any():
+            return False
+        second, first = np.moveaxis(np.sort(output.bin_probabilities, axis=-1)[..., -2:], -1, 0)
+        with np.errstate(divide="ignore"):
+            margin = np.log(first) - np.log(second)
+        required = MIN_LOG_PROB_MARGIN.get(self.policy.model.dtype, max(MIN_LOG_PROB_MARGIN.values()))
+        return bool((margin > required).all())
+
+    def info(self) -> PolicyInfo:
+        """Return the content of ``/info``."""
+        model, config = self.policy.model, cast(OpenVLAConfig, self.policy.model.config)
+        has_tokens = config.action_head is None
+        return PolicyInfo(
+            model=self.name,
+            action_head=config.action_head or "tokens",
+            constrain_actions=self.policy.constrain_actions if has_tokens else None,
+            default_unnorm_key=self.policy.unnorm_key,
+            unnorm_keys={key: self._dataset_info(key) for key in sorted(model.norm_stats)},
+            action_dim=model.get_action_dim(self.policy.unnorm_key),
+            chunk_length=config.chunk_length,
+            cameras=config.num_images_in_input,
+            proprio_dim=config.proprio_dim,
+            bin_centers=model.bin_centers.tolist() if has_tokens else None,
+            image_size=list(self.policy.processor.image_processor.tvf_crop_params[0]["output_size"]),
+            image_preset=self.policy.processor.image_preset,
+            bits=stored_bits(config),
+            quantization=quantization_name(model),
+            dtype=str(model.dtype).removeprefix("torch."),
+            device=str(model.device),
+            limits=replace(self.limits, max_batch_size=self.max_batch_size),
+        )
+
+    def _dataset_info(self, unnorm_key: str) -> DatasetInfo:
+        statistics = self.policy.model.action_statistics(unnorm_key)
+        low, high = (statistics.unnormalize(np.full(statistics.dimension, bound)) for bound in (-1.0, 1.0))
+        labels = dimension_labels(statistics.dimension, unnorm_key)
+        return DatasetInfo(
+            action_dim=statistics.dimension,
+            names=[name for name, _ in labels],
+            units=[unit for _, unit in labels],
+            low=low.tolist(),
+            high=high.tolist(),
+            mask=statistics.mask.tolist(),
+        )
+
+
+def action_details(prediction: Prediction, unnorm_key: str, latency_s: float) -> ActionDetails:
+    """Return the reply to a request with ``details``.
+
+    Args:
+        prediction: The prediction.
+        unnorm_key: Dataset whose statistics un-normalised the action.
+        latency_s: Seconds from the request's arrival to its prediction.
+    """
+    output, actions = prediction.output, prediction.actions
+    assert output.names is not None
+    assert output.units is not None
+    has_gripper = actions.shape[-1] == len(END_EFFECTOR_DIMENSIONS)
+    return ActionDetails(
+        actions=actions.tolist(),
+        names=list(output.names),
+        units=list(output.units),
+        normalized_actions=_to_list(output.normalized_actions),
+        token_ids=_to_list(output.token_ids),
+        bin_probabilities=_to_list(output.bin_probabilities),
+        entropy=_to_list(output.entropy),
+        gripper=actions[..., -1].tolist() if has_gripper else None,
+        unnorm_key=unnorm_key,
+        latency_ms=latency_s * 1000,
+        model_ms=prediction.model_ms,
+        batch=prediction.batch_size,
+        recomputed=prediction.recomputed,
+        constrain_actions=prediction.constrain_actions if output.token_ids is not None else None,
+    )
+
+
+def _to_list(array: np.ndarray | None) -> Any:
+    return None if array is None else array.tolist()
+
+
+def _select(output: ActionOutput, index: int) -> ActionOutput:
+    """Return the output of one request of a batch; ``names`` are common to all."""
+    return ActionOutput(**{name: value if name == "names" else value[index] for name, value in output.items()})

@@ -1,0 +1,136 @@
+"""On a GPU the same frame gives the same action, in every way to predict: python -m pytest -m gpu."""
+
+import numpy as np
+import pytest
+import torch
+from openvla import PLATFORMS
+from openvla.benchmarking.sizes import INSTRUCTIONS, overrides
+from openvla.inference import cuda_graphs
+from openvla.inference.cuda_graphs import CapturedGraph
+from openvla.tiny import build_tiny
+
+pytestmark = pytest.mark.gpu
+QUESTIONS, REPEATS, BATCH_SIZE = 40, 4, 8
+# Continuous actions in [-1, 1] of 32 bfloat16 layers (8 bits of mantissa): products of other shapes round otherwise.
+BF16_TOLERANCE = 0.1
+BOUNDS = {"q01": -1.0, "q99": 1.0, "min": -1.0, "max": 1.0}
+CHUNK = {
+    **PLATFORMS["libero"],
+    "parallel_decoding": True,
+    "num_images_in_input": 2,
+    "norm_stats": {
+        "untrained": {
+            part: {name: [value] * PLATFORMS["libero"][f"{part}_dim"] for name, value in BOUNDS.items()}
+            for part in ("action", "proprio")
+        }
+    },
+}
+HEADS = {
+    "l1": {"action_head": "l1"},
+    "l1 with FiLM": {"action_head": "l1", "use_film": True},
+    "diffusion": {"action_head": "diffusion", "num_diffusion_steps_train": 20, "num_diffusion_steps": 5},
+}
+
+
+def build(**fields):
+    """Return a bfloat16 model of OpenVLA-7B's depth at an eighth of its width, on the GPU, and its processor."""
+    torch.manual_seed(0)
+    model, processor = build_tiny(**overrides("eighth"), **fields)
+    return model.to("cuda", torch.bfloat16), processor
+
+
+def questions(processor, count=QUESTIONS, cameras=1):
+    random = np.random.default_rng(0)
+    for index in range(count):
+        frames = list(random.integers(0, 256, (cameras, 256, 256, 3), dtype=np.uint8))
+        instruction = INSTRUCTIONS[index % len(INSTRUCTIONS)]
+        yield processor(instruction=instruction, images=frames if cameras > 1 else frames[0], device="cuda")
+
+
+def require_one_answer(predict, inputs):
+    """Ask every question four times and check that each has one answer, bit for bit; return the answers."""
+    answers = []
+    for question in inputs:
+        repeats = [np.asarray(predict(question)) for _ in range(REPEATS)]
+        assert all(np.array_equal(repeats[0], other) for other in repeats)
+        answers.append(repeats[0])
+    return answers
+
+
+def graphs_of(model):
+    return [graph for graph in model._cuda_graphs.graphs.values() if graph is not None]
+
+
+@pytest.fixture(scope="module")
+def single():
+    return build()
+
+
+@pytest.mark.parametrize("way", ["plain", "fast", "captured", "draft"])
+def test_single_actions_are_reproducible(single, way, monkeypatch):
+    model, processor = single
+    cuda_graphs.drop_graphs(model)
+    if way == "fast":
+        monkeypatch.setattr(cuda_graphs, "_is_supported", lambda model, inputs: False)
+    arguments = {"plain": {"fast": False}, "draft": {"draft": np.zeros(7)}}.get(way, {})
+
+    def predict(inputs):
+        return model.predict_action(**inputs, constrain_actions=True, **arguments)
+
+    inputs = list(questions(processor))
+    answers = require_one_answer(predict, inputs)
+    assert len({answer.tobytes() for answer in answers}) > 1
+    if way == "captured":
+        graphs = graphs_of(model)
+        assert graphs
+        assert all(isinstance(graph, CapturedGraph) for graph in graphs)
+
+
+def test_batches_are_reproducible(single):
+    model, processor = single
+    random = np.random.default_rng(1)
+    batches = [
+        processor(
+            instruction=[INSTRUCTIONS[0]] * BATCH_SIZE,
+            images=list(random.integers(0, 256, (BATCH_SIZE, 256, 256, 3), dtype=np.uint8)),
+            device="cuda",
+        )
+        for _ in range(QUESTIONS // BATCH_SIZE)
+    ]
+    require_one_answer(lambda inputs: model.predict_action(**inputs, constrain_actions=True), batches)
+
+
+def test_4_bit_actions_are_captured_and_reproducible(single, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    from openvla import OpenVLAForActionPrediction, quantization_config
+
+    model, processor = single
+    model.save_pretrained(tmp_path)
+    quantized = OpenVLAForActionPrediction.from_pretrained(
+        tmp_path, quantization_config=quantization_config(4), device_map={"": "cuda"}
+    ).eval()
+    require_one_answer(
+        lambda inputs: quantized.predict_action(**inputs, constrain_actions=True), list(questions(processor))
+    )
+    assert all(isinstance(graph, CapturedGraph) for graph in graphs_of(quantized))
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_chunks_are_captured_and_reproducible(head):
+    model, processor = build(**CHUNK, **HEADS[head])
+    noise = {}
+    if head == "diffusion":
+        noise["noise"] = torch.randn(model.chunk_shape, generator=torch.Generator().manual_seed(0))
+    inputs = list(questions(processor, cameras=2))
+
+    def predict(one):
+        return model.predict_action(**one, proprio=np.zeros(model.config.proprio_dim), **noise)
+
+    answers = require_one_answer(predict, inputs)
+    graphs = graphs_of(model)
+    assert graphs
+    assert all(isinstance(graph, CapturedGraph) for graph in graphs)
+    cuda_graphs.drop_graphs(model)
+    plain = [model.predict_action(**one, proprio=np.zeros(8), fast=False, **noise) for one in inputs[:4]]
+    for captured, expected in zip(answers, plain):
+        np.testing.assert_allclose(captured, expected, atol=BF16_TOLERANCE)

@@ -1,0 +1,400 @@
+"""Fine-tune a model on demonstrations: the ``openvla finetune`` command.
+
+A run is configured by a YAML file, options, or both (options take precedence). It writes to its output folder:
+  data.json              the datasets: cameras in order, what is trained on, what is left out
+  metrics.jsonl          one JSON object per logged step (and the files of the experiment tracker, if there is one)
+  checkpoints/step-N/    trained weights, optimizer state, random states and position in the data, to continue from
+  adapter/               the adapter, for LoRA
+  model/                 the complete result: predict, publish and trust_remote_code take it as it is
+
+Examples:
+  openvla finetune examples/lora_24gb.yaml --data my-dataset --output-dir runs/my-robot
+  openvla finetune --model openvla/openvla-7b --data my-dataset --output-dir runs/my-robot --max-steps 5000
+  torchrun --nproc-per-node 8 -m openvla finetune examples/oft_libero.yaml
+  accelerate launch --multi_gpu --num_processes 8 -m openvla finetune examples/full_8gpu.yaml
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from ..adapters.lora import enable_lora
+from ..adapters.parallel_decoding import enable_parallel_decoding
+from ..adapters.targets import head_modules, unused_modules
+from ..compatibility_openvla import DTYPE_FIELD
+from ..configuration_openvla import PLATFORMS, write_json
+from ..data.augmentation import ImageAugmentation
+from ..data.doctor import check_statistics, raise_for_findings
+from ..data.statistics import require_matching
+from ..data.stream import StreamPosition
+from ..data.utils import require
+from ..errors_openvla import OpenVLAValueError
+from ..inference.quantization import fast_dtype, quantization_config
+from ..loading import AutoProcessor
+from ..modeling_openvla import OpenVLAForActionPrediction
+from ..processing_openvla import OpenVLAProcessor
+from .activation_checkpointing import enable_checkpointing
+from .checkpointing import TrainingState, newest_checkpoint
+from .collator import ActionCollator, compute_metrics, model_inputs
+from .config import LORA_METHODS, FinetuneConfig, add_arguments, config_from_dict, lr_lambda, read_yaml  # noqa: F401
+from .datasets import Demonstrations, TrainingData, report_data
+from .export import evaluate_on_train, export
+from .fsdp import full_tensor, gather_trained, shard_model
+from .memory import memory_efficient_training
+from .run_fingerprint import require_same_run, run_record
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+EVALUATION_PRESET = "libero"  # image preset of the reference's evaluation of models trained with augmentation
+
+
+def run(args: argparse.Namespace) -> int:
+    """Fine-tune; return the exit status."""
+    values = read_yaml(args.config) if args.config else {}
+    options = {field.name: getattr(args, field.name) for field in fields(FinetuneConfig)}
+    values |= {name: value for name, value in options.items() if value is not None}
+    finetune(config_from_dict(values, args.config))
+    return 0
+
+
+def finetune(config: FinetuneConfig, data: TrainingData | None = None) -> Path:
+    """Fine-tune a model on demonstrations.
+
+    Args:
+        config: Configuration of the run.
+        data: Training data to use instead of ``config.data``.
+
+    Returns:
+        Folder of the resulting model. The main process writes it, and it is complete when that process returns.
+
+    Raises:
+        OpenVLAValueError: Configuration, data and model do not fit each other, or a data check (``data.doctor``) is
+            certain that the data is wrong and was not accepted; nothing is trained then.
+        ImportError: accelerate or the experiment tracker is not installed.
+    """
+    accelerator = create_accelerator(config)
+    output_dir = Path(config.output_dir)
+    data = Demonstrations(config) if data is None else data
+    findings = {**check_statistics(data.statistics), **getattr(data, "findings", {})}
+    raise_for_findings(findings, config.accept, quiet=not accelerator.is_main_process)
+    require("accelerate", "openvla finetune").utils.set_seed(config.seed, device_specific=True)
+    model, processor = load_model_and_processor(config, data, accelerator.device)
+    record = run_record(config, data, model, processor)
+    record = require_same_run(output_dir, newest_checkpoint(output_dir), record, accelerator.print)
+    model.norm_stats = record["norm_stats"]
+    if accelerator.is_main_process:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        write_json(output_dir / "finetune.json", asdict(config))
+        report_data(data, model.config.chunk_length, output_dir)
+    if config.distributed == "fsdp":
+        dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else None
+        shard_model(model, accelerator.device, dtype)
+    with memory_efficient_training(model):
+        train(config, data, model, processor, accelerator, record)
+    weights = gather_trained(model, keep=accelerator.is_main_process) if config.distributed == "fsdp" else None
+    # The other processes end here: exporting may take longer than a collective operation may wait.
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+    if accelerator.is_main_process:
+        if weights is not None:
+            del model  # the sharded one, to free its memory before the complete one is loaded
+            accelerator.free_memory()
+            model, _ = load_model_and_processor(config, data, accelerator.device)
+            load_trained(model, weights)
+            model.norm_stats = record["norm_stats"]
+        processor.image_preset = EVALUATION_PRESET if config.augment else "none"
+        evaluate_on_train(config, model, processor, data, output_dir)
+        export(model, processor, output_dir)
+    return output_dir / "model"
+
+
+def create_accelerator(config: FinetuneConfig) -> Accelerator:
+    """Create the Accelerator of a run.
+
+    Raises:
+        OpenVLAValueError: The processes do not fit ``config.distributed``.
+        ImportError: accelerate or the experiment tracker is not installed.
+    """
+    tracker = None if config.report_to == "none" else config.report_to
+    if tracker:  # accelerate silently ignores a tracker that is not installed
+        require(tracker, f"report_to: {tracker}", install=tracker)
+    accelerator = require("accelerate", "openvla finetune").Accelerator(
+        cpu=config.use_cpu,
+        gradient_accumulation_steps=config.gradient_accumulation_steps,
+        mixed_precision="bf16" if not config.use_cpu and fast_dtype() == torch.bfloat16 else "no",
+        log_with=tracker,
+        project_dir=config.output_dir,
+    )
+    kind = str(accelerator.distributed_type.value)
+    if kind not in ("NO", "MULTI_CPU", "MULTI_GPU"):
+        raise OpenVLAValueError(
+            f"accelerate was launched with {kind}; launch with --multi_gpu (or torchrun) alone, and use distributed: "
+            "fsdp here to shard the model."
+        )
+    if config.distributed == "fsdp" and accelerator.num_processes == 1:
+        raise OpenVLAValueError(
+            "distributed: fsdp shards a model over several processes, this is one. Launch them: torchrun "
+            "--nproc-per-node 8 -m openvla finetune ... (or accelerate launch --multi_gpu), or use distributed: ddp."
+        )
+    return accelerator
+
+
+def load_model_and_processor(
+    config: FinetuneConfig, data: TrainingData, device: torch.device
+) -> tuple[OpenVLAForActionPrediction, OpenVLAProcessor]:
+    """Load the base model on a device, ready to train, with the statistics of the data; and its processor."""
+    kwargs: dict[str, Any] = {"device_map": {"": str(device)}}
+    is_base_frozen = config.method in LORA_METHODS
+    kwargs[DTYPE_FIELD] = fast_dtype(device) if is_base_frozen and device.type != "cpu" else torch.float32
+    if config.method == "qlora":
+        kwargs["quantization_config"] = quantization_config(4, compute_dtype=kwargs[DTYPE_FIELD])
+    model = OpenVLAForActionPrediction.from_pretrained(config.model, **kwargs)
+    processor = AutoProcessor.from_pretrained(config.model)
+    processor.image_preset = None  # none while training; finetune() sets the one for evaluation at the end
+    if config.action_config is not None:
+        set_action_config(model, config.action_config)
+    processor.num_images_in_input = model.config.num_images_in_input
+    set_norm_stats(model, data)
+    if len(data.statistics) == 1:
+        model.config.default_unnorm_key = next(iter(data.statistics))
+    set_trainable(model, config)
+    if config.gradient_checkpointing:
+        enable_checkpointing(model)
+        model.enable_input_require_grads()
+    return model.train(), processor
+
+
+def set_action_config(model: OpenVLAForActionPrediction, action_config: Mapping[str, Any]) -> None:
+    """Configure how a model predicts actions, as ``FinetuneConfig.action_config`` says.
+
+    Raises:
+        OpenVLAValueError: Fields are unknown or contradict each other, or the model is an OpenVLA-OFT model already and
+            is configured otherwise.
+    """
+    requested = dict(action_config)
+    platform = requested.pop("platform", None)
+    if platform is not None and platform not in PLATFORMS:
+        raise OpenVLAValueError(f"Unknown platform {platform!r}; allowed: {list(PLATFORMS)}.")
+    requested = {**PLATFORMS.get(platform, {}), **requested}
+    if not model.config.parallel_decoding:
+        enable_parallel_decoding(model, **requested)
+        return
+    current = model.config.action_config
+    different = {name: v for name, v in requested.items() if name not in current or current[name] != v}
+    if different:
+        raise OpenVLAValueError(
+            f"action_config asks for {different}, but the model already has "
+            f"{ {name: current.get(name) for name in different} }; leave action_config out to continue training the "
+            "model as it is, or start from a model that is no OpenVLA-OFT."
+        )
+
+
+def set_norm_stats(model: OpenVLAForActionPrediction, data: TrainingData) -> None:
+    """Set the model's statistics to those of the data, replacing statistics of the same names.
+
+    Raises:
+        OpenVLAValueError: The dimensions of the data differ from the model's, or from those of the replaced statistics.
+    """
+    for reader in data.readers:
+        if reader.name in model.norm_stats:
+            require_matching(model.norm_stats[reader.name], reader)
+    for key, statistics in data.statistics.items():
+        model.add_norm_stats(key, statistics)
+        model.action_statistics(key)  # raises if the dimensions do not fit
+
+
+def load_trained(model: OpenVLAForActionPrediction, weights: Mapping[str, torch.Tensor]) -> None:
+    """Copy trained weights into a model that was loaded for the same run."""
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, tensor in weights.items():
+            parameters[name].copy_(tensor)
+
+
+def set_trainable(model: OpenVLAForActionPrediction, config: FinetuneConfig) -> None:
+    """Set ``requires_grad`` as the method says. Action heads are always trained, modules that never run never."""
+    if config.method in LORA_METHODS:
+        enable_lora(model, config.lora_rank, config.lora_alpha, config.lora_dropout, config.lora_targets)
+        return
+    language_model = cast(PreTrainedModel, model.language_model)
+    last = [model.get_input_embeddings(), language_model.get_decoder().layers[-1], model.get_output_embeddings()]
+    trained: dict[str, list[nn.Module]] = {
+        "full": [model],
+        "frozen-vision": [model.projector, language_model],
+        "sandwich": [model.vision_backbone, model.projector, *last],
+        "last-layer": last,
+    }
+    model.requires_grad_(False)
+    for module in [*trained[config.method], *map(model.get_submodule, head_modules(model))]:
+        module.requires_grad_(True)
+    for module in unused_modules(model):
+        module.requires_grad_(False)
+    if model.config.action_head is not None:  # which replaces the LM head
+        model.get_output_embeddings().requires_grad_(False)
+
+
+def load_batches(
+    config: FinetuneConfig,
+    data: TrainingData,
+    model: OpenVLAForActionPrediction,
+    processor: OpenVLAProcessor,
+    accelerator: Accelerator,
+    position: StreamPosition,
+) -> Iterator[dict[str, torch.Tensor]]:
+    """Yield this process's batches on its device, from a position in the data on."""
+    rank, world_size = accelerator.process_index, accelerator.num_processes
+    stream = data.stream(model.config.chunk_length, rank, world_size, position)
+    augment = ImageAugmentation() if config.augment else None
+    collator = ActionCollator(
+        processor, model, augment, seed=config.seed, position=position, rank=rank, world_size=world_size
+    )
+    loader = DataLoader(
+        stream,
+        config.per_device_train_batch_size,
+        collate_fn=collator,
+        num_workers=config.dataloader_num_workers,
+    )
+    for batch in loader:
+        yield {name: tensor.to(accelerator.device, non_blocking=True) for name, tensor in batch.items()}
+
+
+def train(
+    config: FinetuneConfig,
+    data: TrainingData,
+    model: OpenVLAForActionPrediction,
+    processor: OpenVLAProcessor,
+    accelerator: Accelerator,
+    record: Mapping[str, Any],
+) -> None:
+    """Train until ``max_steps``, from the newest checkpoint on.
+
+    Args:
+        config: Configuration of the run.
+        data: Training data.
+        model: Model on its device, sharded for FSDP.
+        processor: Processor of the model.
+        accelerator: Accelerator of the run.
+        record: Description of the run, saved with every checkpoint.
+
+    Raises:
+        OpenVLAValueError: The checkpoint does not fit the run, or is beyond ``max_steps``; or a loss is not finite.
+    """
+    output_dir = Path(config.output_dir)
+    state = create_training_state(config, model, accelerator, record)
+    if config.report_to != "none":
+        init_tracker(config, accelerator)
+    batches = load_batches(config, data, model, processor, accelerator, state.start)
+    optimizer = accelerator.prepare(state.optimizer)
+    wrapped = accelerator.prepare(model) if config.distributed == "ddp" else model
+    progress = tqdm(
+        total=config.max_steps, initial=state.step, desc="fine-tuning", disable=not accelerator.is_main_process
+    )
+    metrics: list[dict[str, torch.Tensor]] = []
+    while state.step < config.max_steps:
+        batch = next(batches)
+        state.batches += 1
+        with accelerator.accumulate(wrapped):
+            output = wrapped(**model_inputs(batch, model), logits_at_labels=True)
+            accelerator.backward(output.loss)
+            metrics.append({"train_loss": output.loss.detach(), **compute_metrics(output, batch, model)})
+            if not accelerator.sync_gradients:
+                continue
+            grad_norm = full_tensor(accelerator.clip_grad_norm_(wrapped.parameters(), config.max_grad_norm))
+            optimizer.step()
+            optimizer.zero_grad()
+        state.scheduler.step()
+        state.step += 1
+        progress.update()
+        is_last = state.step == config.max_steps
+        if state.step % config.logging_steps == 0 or is_last:
+            log(config, state, metrics, grad_norm, progress, accelerator)
+            metrics = []
+        if state.step % config.save_steps == 0 or is_last:
+            state.save(output_dir, config.save_total_limit, accelerator)
+    progress.close()
+
+
+def create_training_state(
+    config: FinetuneConfig, model: OpenVLAForActionPrediction, accelerator: Accelerator, record: Mapping[str, Any]
+) -> TrainingState:
+    """Create optimizer and schedule, and restore the newest checkpoint.
+
+    Raises:
+        OpenVLAValueError: The checkpoint does not fit the run, or is beyond ``max_steps``.
+    """
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=config.learning_rate, weight_decay=config.weight_decay)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: lr_lambda(config, step))
+    start = StreamPosition(
+        batch_size=config.per_device_train_batch_size,
+        world_size=accelerator.num_processes,
+        workers=max(1, config.dataloader_num_workers),
+    )
+    state = TrainingState(model, optimizer, scheduler, record, start)
+    state.restore(newest_checkpoint(Path(config.output_dir)), accelerator)
+    if state.step > config.max_steps:
+        raise OpenVLAValueError(
+            f"{config.output_dir} holds a run of {state.step} steps, max_steps is {config.max_steps}; set it to "
+            f"{state.step} or more, or use another output_dir."
+        )
+    return state
+
+
+def init_tracker(config: FinetuneConfig, accelerator: Accelerator) -> None:
+    """Start the experiment tracker with the configuration as its hyperparameters."""
+    hyperparameters = {
+        name: value if isinstance(value, (int, float, str)) else json.dumps(value)
+        for name, value in asdict(config).items()
+    }
+    accelerator.init_trackers("openvla", config=hyperparameters)
+
+
+def log(
+    config: FinetuneConfig,
+    state: TrainingState,
+    metrics: Sequence[Mapping[str, torch.Tensor]],
+    grad_norm: torch.Tensor,
+    progress: tqdm,
+    accelerator: Accelerator,
+) -> None:
+    """Log the means of metrics over micro-batches and processes.
+
+    Args:
+        config: Configuration of the run.
+        state: State of the run.
+        metrics: Metrics of every micro-batch since the last call.
+        grad_norm: Gradient norm of the last optimizer step.
+        progress: Progress bar, which shows the means.
+        accelerator: Accelerator of the run.
+
+    Raises:
+        OpenVLAValueError: The loss is not finite.
+    """
+    names = list(metrics[0])
+    means = torch.stack([torch.stack([values[name].float() for values in metrics]).mean() for name in names])
+    reduced = cast(torch.Tensor, accelerator.reduce(means, "mean"))
+    values = dict(zip(names, reduced.tolist()))
+    if not np.isfinite(values["train_loss"]):
+        raise OpenVLAValueError(
+            f"The loss at step {state.step} is {values['train_loss']}; lower learning_rate. The newest checkpoint is "
+            f"{newest_checkpoint(Path(config.output_dir))}."
+        )
+    values |= {"gradient_norm": float(grad_norm), "learning_rate": state.scheduler.get_last_lr()[0]}
+    accelerator.log(values, step=state.step)
+    if accelerator.is_main_process:
+        with open(Path(config.output_dir) / "metrics.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": state.step, **values}) + "\n")
+        progress.set_postfix({name: f"{value:.3g}" for name, value in values.items() if name != "learning_rate"})
