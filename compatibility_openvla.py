@@ -18,12 +18,12 @@ from transformers import PretrainedConfig
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 
-def _release(version: str) -> tuple[int, ...]:
+def release(version: str) -> tuple[int, ...]:
     """Return the first two numbers of a version, for comparison."""
     return tuple(int(part) for part in re.findall(r"\d+", version)[:2])
 
 
-TRANSFORMERS_VERSION = _release(transformers.__version__)
+TRANSFORMERS_VERSION = release(transformers.__version__)
 
 # transformers 5.0 removed load_in_8bit= and load_in_4bit=, and infers a processor's parts; 4.x needs them declared.
 TRANSFORMERS_4 = TRANSFORMERS_VERSION < (5, 0)

@@ -50,6 +50,7 @@ MODEL_METHODS: tuple[Callable[..., Any], ...] = (
     merge_lora,
     *peft_methods.METHODS,
     enable_parallel_decoding,
+    loss_at_labels,
     parallel_forward,
     score_actions,
 )

@@ -108,6 +108,7 @@ class OpenVLAForActionPrediction(NormStatsMixin, ParallelDecodingModel, Generati
     disable_adapters = _method_of_package("disable_adapters")
     enable_adapters = _method_of_package("enable_adapters")
     enable_parallel_decoding = _method_of_package("enable_parallel_decoding")
+    loss_at_labels = _method_of_package("loss_at_labels")
     parallel_forward = _method_of_package("parallel_forward")
     score_actions = _method_of_package("score_actions")
 

@@ -316,7 +316,10 @@ class PrismaticForConditionalGeneration(PrismaticPreTrainedModel, GenerationMixi
         projector_features = patches if output_projector_features or not returns_tuple else None
         if logits_at_labels:
             if self.loss_at_labels is None:
-                raise OpenVLAImportError("logits_at_labels needs the openvla package: pip install openvla")
+                raise OpenVLAImportError(
+                    "logits_at_labels needs the openvla package: pip install openvla, then `import openvla` and load "
+                    "without trust_remote_code"
+                )
             settings = {"use_cache": use_cache, "output_attentions": output_attentions, CACHE_FIELD: cache}
             settings["output_hidden_states"] = output_hidden_states
             output = self.loss_at_labels(labels, input_ids, mask, position_ids, inputs_embeds, settings)

@@ -8,13 +8,13 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.metadata
-import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import transformers
 from transformers import PreTrainedModel
 
+from ..compatibility_openvla import release
 from ..errors_openvla import OpenVLAImportError, OpenVLAValueError
 from .lora import ADAPTER_NAME, NO_ADAPTER, import_peft
 
@@ -90,16 +90,11 @@ def require_peft_of_transformers(method: str, replacement: str) -> None:
         installed = importlib.metadata.version("peft")
     except importlib.metadata.PackageNotFoundError:
         installed = "none"
-    if installed == "none" or _release(installed) < _release(needed):
+    if installed == "none" or release(installed) < release(needed):
         raise OpenVLAImportError(
             f"{method}() is transformers' own: transformers {transformers.__version__} needs peft {needed} or newer "
             f"for it; installed: {installed}. Use {replacement}() of this model, which runs with peft 0.11.1 and newer."
         )
-
-
-def _release(version: str) -> list[int]:
-    """Return the first two numbers of a version, for comparison."""
-    return [int(part) for part in re.findall(r"\d+", version)[:2]]
 
 
 def _checked(name: str) -> Callable[..., Any]:

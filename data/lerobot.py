@@ -356,6 +356,7 @@ class LeRobotReader(EpisodeReader):
             if text
             else []
         )
+        pyarrow = require("pyarrow", "Reading LeRobot datasets")
         try:
             source, table = self._read_rows(row, list(dict.fromkeys([*required, *_COUNTERS, *alternatives])))
             if missing := sorted(set(required) - set(table.column_names)):
@@ -367,7 +368,7 @@ class LeRobotReader(EpisodeReader):
             table = table if order is None else table.take(order)
             columns = {name: _to_array(table[self.stored_names[name]]) for name in numeric}
             instructions = self._step_texts(table, text, alternatives, row.get("tasks"))
-        except (ValueError, OSError, KeyError, NotImplementedError) as error:  # pyarrow's errors are among these
+        except (ValueError, OSError, KeyError, pyarrow.ArrowException) as error:
             raise DatasetError(f"{where}: {error}.") from error
         load_image = self._stored_image_loader(row, source, videos, table, order)
         return RawEpisode(episode_id, str(source), columns, instructions, load_image)

@@ -1,4 +1,4 @@
-"""What processors do where the package is installed: image presets, checks of prompts, tokenizer files for 4.40.1.
+"""Functions that the installed package adds to processors: image presets, checks of prompts, readable tokenizer files.
 
 ``loading.attach_package`` gives this module to the processors (``OpenVLAProcessor.package``).
 """

@@ -11,10 +11,10 @@ import torch
 from ..actions_openvla import as_numbers
 from ..decoding_openvla import positions_of, require_finite
 from ..errors_openvla import OpenVLAValueError
+from .fast_decoder import encode_decoded
 
 if TYPE_CHECKING:
     from ..modeling_openvla import OpenVLAForActionPrediction
-from .fast_decoder import encode_decoded
 
 
 @torch.no_grad()

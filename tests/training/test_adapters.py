@@ -497,6 +497,10 @@ model = load(base)
 processor = transformers.AutoProcessor.from_pretrained(base, trust_remote_code=True)
 inputs = processor(instruction="pick up the red block", images=torch.zeros(3, 224, 224))
 assert model.score_actions(**inputs, actions=[[0.0] * 7]).shape == (1, 1)
+labels = inputs["input_ids"].clone()
+with torch.no_grad():
+    at_labels, everywhere = (model(**inputs, labels=labels, logits_at_labels=value).loss for value in (True, False))
+assert abs(at_labels - everywhere) < 1e-5
 model.enable_lora(r=2)
 assert model.active_adapters() == ["default"]
 with torch.no_grad():
@@ -547,6 +551,8 @@ assert refused(model.disable_adapters)
 assert refused(model.enable_adapters)
 assert refused(model.score_actions)
 assert refused(model.enable_parallel_decoding, 7)
+ids = torch.arange(1, 6)[None]
+assert refused(lambda: model(input_ids=ids, labels=ids, logits_at_labels=True))
 assert refused(load, adapter)
 model.save_pretrained(out)  # a model without an adapter needs no package
 saved = torch.load(logits, weights_only=True)
