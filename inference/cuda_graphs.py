@@ -16,6 +16,7 @@ import itertools
 import threading
 from abc import abstractmethod
 from collections.abc import Callable, Hashable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -37,73 +38,113 @@ First = TypeVar("First")
 Second = TypeVar("Second")
 
 
+@dataclass
+class Stages:
+    """A computation whose first stage is done and says which of the later ones are needed.
+
+    Attributes:
+        outputs: Tensors that every stage writes into.
+        later: The later stages, in order.
+        num_skipped: Integer tensor without dimensions: how many of the leading ones are not needed.
+    """
+
+    outputs: Tensors
+    later: Sequence[Callable[[], None]]
+    num_skipped: torch.Tensor
+
+    def run_later(self, num_skipped: int) -> Tensors:
+        """Run the later stages from one on, and return the outputs."""
+        for stage in self.later[num_skipped:]:
+            stage()
+        return self.outputs
+
+
+Computation = Callable[..., "Tensors | Stages"]
+
+
+def finish(result: Tensors | Stages) -> Tensors:
+    """Return the outputs of a computation; where it has later stages, wait for the device and run those it needs."""
+    return result.run_later(int(result.num_skipped)) if isinstance(result, Stages) else result
+
+
 class Graph(Protocol):
     """A captured computation."""
 
     @abstractmethod
-    def replay(self, inputs: Sequence[torch.Tensor]) -> Tensors:
-        """Return the outputs for inputs of the captured shapes and dtypes."""
+    def replay(self, inputs: Sequence[torch.Tensor], every_stage: bool = False) -> Tensors:
+        """Return the outputs for inputs of the captured shapes and dtypes; run the stages that are needed, or all."""
 
 
 class CapturedGraph:
-    """A computation on the current CUDA device whose kernels are launched together.
+    """A computation on the current CUDA device whose kernels are launched together; one graph for each of its stages.
 
     Args:
-        compute: Takes ``inputs``, returns tensors, and never synchronises with the device.
+        compute: Takes ``inputs``, returns tensors or stages, and never synchronises with the device.
         inputs: On one device; those of a replay have their shapes and dtypes.
         shared: A graph of the same model, whose memory pool and stream this one uses too.
     """
 
     def __init__(
-        self, compute: Callable[..., Tensors], inputs: Sequence[torch.Tensor], shared: CapturedGraph | None = None
+        self, compute: Computation, inputs: Sequence[torch.Tensor], shared: CapturedGraph | None = None
     ) -> None:
         self.device = inputs[0].device
         with torch.cuda.device(self.device):
             self._capture(compute, inputs, shared)
 
-    def _capture(
-        self, compute: Callable[..., Tensors], inputs: Sequence[torch.Tensor], shared: CapturedGraph | None
-    ) -> None:
+    def _capture(self, compute: Computation, inputs: Sequence[torch.Tensor], shared: CapturedGraph | None) -> None:
         self.inputs = [tensor.clone() for tensor in inputs]
-        current = torch.cuda.current_stream()
         # Of this device: torch's default capture stream belongs to whichever device captured first.
         self.stream: torch.cuda.Stream = shared.stream if shared else torch.cuda.Stream()
+        self.finished: torch.cuda.Event = shared.finished if shared else torch.cuda.Event()
+        current = torch.cuda.current_stream()
         self.stream.wait_stream(current)
         with torch.cuda.stream(self.stream):
-            compute(*self.inputs)  # libraries allocate their workspaces at the first call on a stream
+            result = compute(*self.inputs)  # libraries allocate their workspaces at the first call on a stream
+            if isinstance(result, Stages):
+                result.run_later(0)
         current.wait_stream(self.stream)
-        self.graph = torch.cuda.CUDAGraph()
-        self.finished: torch.cuda.Event = shared.finished if shared else torch.cuda.Event()
-        pool = shared.graph.pool() if shared else None
-        capture = torch.cuda.graph(self.graph, pool=pool, stream=self.stream, capture_error_mode="thread_local")
-        with torch.cuda.stream(current), capture:  # the outer context restores the stream where the capture fails
-            self.outputs = compute(*self.inputs)
+        self.graph, result = self._record(lambda: compute(*self.inputs), shared.graph.pool() if shared else None)
+        self.stages = result if isinstance(result, Stages) else None  # keeps the tensors that later stages read
+        self.outputs = result.outputs if isinstance(result, Stages) else result
+        self.later = [self._record(stage, self.graph.pool())[0] for stage in (self.stages.later if self.stages else ())]
         for output in self.outputs:  # so that a replay without kernels is noticed
             output.zero_()
 
-    def replay(self, inputs: Sequence[torch.Tensor]) -> Tensors:
-        """Return the outputs for inputs of the captured shapes and dtypes."""
+    def _record(self, compute: Callable[[], Any], pool: Any) -> tuple[torch.cuda.CUDAGraph, Any]:
+        """Return a graph of a computation in a memory pool, and its result, which only a replay computes."""
+        graph = torch.cuda.CUDAGraph()
+        capture = torch.cuda.graph(graph, pool=pool, stream=self.stream, capture_error_mode="thread_local")
+        # The outer context restores the stream where the capture fails.
+        with torch.cuda.stream(torch.cuda.current_stream()), capture:
+            result = compute()
+        return graph, result
+
+    def replay(self, inputs: Sequence[torch.Tensor], every_stage: bool = False) -> Tensors:
+        """Return the outputs for inputs of the captured shapes and dtypes; run the stages that are needed, or all."""
         with torch.cuda.device(self.device):
             self.finished.wait()  # the previous replay, which may have run on another thread's stream
             for static_input, tensor in zip(self.inputs, inputs):
                 static_input.copy_(tensor)
             self.graph.replay()
+            if self.stages is not None:
+                for graph in self.later[0 if every_stage else int(self.stages.num_skipped) :]:
+                    graph.replay()
             outputs = tuple(tensor.clone() for tensor in self.outputs)
             self.finished.record()
         return outputs
 
 
-def run_graphed(model: nn.Module, compute: Callable[..., Tensors], inputs: Sequence[Any], key: Hashable) -> Tensors:
-    """Return ``compute(*inputs)``, by replaying a CUDA graph where the model is on one GPU and has a graph for it.
+def run_graphed(model: nn.Module, compute: Computation, inputs: Sequence[Any], key: Hashable) -> Tensors:
+    """Return what ``compute(*inputs)`` does, by replaying CUDA graphs where the model is on one GPU and has them.
 
     Args:
         model: The model that ``compute`` runs; it holds the cache.
-        compute: Takes ``inputs``, returns tensors, and never synchronises with the device.
+        compute: Takes ``inputs``, returns tensors or stages, and never synchronises with the device.
         inputs: Tensors, the first one on the model's device, or None.
         key: Everything else that the result depends on.
     """
     if not _is_supported(model, inputs):
-        return compute(*inputs)
+        return finish(compute(*inputs))
     if model.__dict__.get("_cuda_graphs") is None:
         object.__setattr__(model, "_cuda_graphs", CudaGraphCache(model))
     return model.__dict__["_cuda_graphs"].run(compute, inputs, key)
@@ -215,13 +256,13 @@ class CudaGraphCache:
         self.snapshot: ModelSnapshot | None = None
         self.lock = threading.Lock()
 
-    def run(self, compute: Callable[..., Tensors], inputs: Sequence[Any], key: Hashable) -> Tensors:
-        """Return ``compute(*inputs)``, by a replay where it was captured; arguments as of ``run_graphed``."""
+    def run(self, compute: Computation, inputs: Sequence[Any], key: Hashable) -> Tensors:
+        """Return what ``compute(*inputs)`` does, by a replay where it was captured; arguments as of ``run_graphed``."""
         if not self.lock.acquire(blocking=False):  # another thread uses the graphs' memory
-            return compute(*inputs)
+            return finish(compute(*inputs))
         present = [index for index, tensor in enumerate(inputs) if tensor is not None]
 
-        def compute_present(*tensors: torch.Tensor) -> Tensors:
+        def compute_present(*tensors: torch.Tensor) -> Tensors | Stages:
             by_index = dict(zip(present, tensors))
             return compute(*(by_index.get(index) for index in range(len(inputs))))
 
@@ -231,7 +272,7 @@ class CudaGraphCache:
         finally:
             self.lock.release()
 
-    def _run(self, compute: Callable[..., Tensors], inputs: Sequence[torch.Tensor], key: Hashable) -> Tensors:
+    def _run(self, compute: Computation, inputs: Sequence[torch.Tensor], key: Hashable) -> Tensors:
         if self.snapshot is not None and not self.snapshot.is_current():
             logger.warning_once("The model was changed; its CUDA graphs are captured again.")
             self.graphs.clear()
@@ -240,19 +281,21 @@ class CudaGraphCache:
             self.graphs[key] = None  # captured at the next call
             while len(self.graphs) > MAX_GRAPHS:
                 self.graphs.popitem(last=False)
-            return compute(*inputs)
+            return finish(compute(*inputs))
         self.graphs.move_to_end(key)
         graph = self.graphs[key]
         if graph is None:
-            outputs = compute(*inputs)
-            self.graphs[key] = self._captured(compute, inputs, outputs)
+            result = compute(*inputs)
+            outputs = expected = finish(result)
+            if isinstance(result, Stages):  # a graph is verified in every stage, which writes into the outputs again
+                outputs = tuple(tensor.clone() for tensor in outputs)
+                expected = result.run_later(0)
+            self.graphs[key] = self._captured(compute, inputs, expected)
             return outputs
-        return compute(*inputs) if isinstance(graph, bool) else graph.replay(inputs)
+        return finish(compute(*inputs)) if isinstance(graph, bool) else graph.replay(inputs)
 
-    def _captured(
-        self, compute: Callable[..., Tensors], inputs: Sequence[torch.Tensor], expected: Tensors
-    ) -> Graph | bool:
-        """Return a graph whose replay gives the expected outputs, or False where there is none."""
+    def _captured(self, compute: Computation, inputs: Sequence[torch.Tensor], expected: Tensors) -> Graph | bool:
+        """Return a graph whose replay, with every stage, gives the expected outputs, or False where there is none."""
         if self.snapshot is None:
             self.snapshot = ModelSnapshot(self.model)
         if {tensor.device for tensor in self.snapshot.tensors} != {inputs[0].device}:
@@ -261,7 +304,7 @@ class CudaGraphCache:
         for _ in range(CAPTURE_ATTEMPTS):
             try:
                 graph = self.capture(compute, inputs, next(filter(None, self.graphs.values()), None))
-                replayed = graph.replay(inputs)
+                replayed = graph.replay(inputs, every_stage=True)
             except (RuntimeError, ValueError) as error:  # out of memory is a RuntimeError
                 reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
                 continue

@@ -1,7 +1,9 @@
-"""The kernels of ``fused_kernels`` in Triton; that module describes them."""
+"""The functions of ``kernels`` in Triton, one kernel each; that module describes them."""
 
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, misc"
 from __future__ import annotations
+
+import functools
 
 import torch
 import triton
@@ -39,14 +41,14 @@ def _add_rms_norm(x, delta, weight, total, normed, size, epsilon, has_delta: tl.
 
 
 @triton.jit
-def _gated_silu(gate_up, out, size, block: tl.constexpr):
+def _gated_silu(gate, up, out, size, gate_row, up_row, block: tl.constexpr):
     row, column = tl.program_id(0), tl.program_id(1) * block + tl.arange(0, block)
     inside = column < size
-    dtype: tl.constexpr = gate_up.dtype.element_ty
-    gate = tl.load(gate_up + row * 2 * size + column, mask=inside, other=0.0).to(tl.float32)
-    up = tl.load(gate_up + row * 2 * size + size + column, mask=inside, other=0.0).to(tl.float32)
-    silu = _rounded(gate / (1.0 + tl.exp(-gate)), dtype).to(tl.float32)
-    tl.store(out + row * size + column, _rounded(silu * up, dtype), mask=inside)
+    dtype: tl.constexpr = gate.dtype.element_ty
+    gates = tl.load(gate + row * gate_row + column, mask=inside, other=0.0).to(tl.float32)
+    ups = tl.load(up + row * up_row + column, mask=inside, other=0.0).to(tl.float32)
+    silu = _rounded(gates / (1.0 + tl.exp(-gates)), dtype).to(tl.float32)
+    tl.store(out + row * size + column, _rounded(silu * ups, dtype), mask=inside)
 
 
 @triton.jit
@@ -74,11 +76,34 @@ def _rotate_and_cache(
         tl.store(values + place + (head - num_heads - num_kv_heads) * key_head + index, x)
 
 
+@triton.jit
+def _choose_tokens(logits, tokens, row_size, first, count, block: tl.constexpr):
+    """One program a sample. Not a number counts as minus infinity, so that the token exists."""
+    row, column = tl.program_id(0), tl.arange(0, block)
+    values = tl.load(logits + row * row_size + first + column, mask=column < count, other=float("-inf"))
+    values = values.to(tl.float32)
+    values = tl.where(values == values, values, float("-inf"))
+    tl.store(tokens + row, (first + tl.argmax(values, 0, tie_break_left=True)).to(tl.int64))
+
+
+def _on_its_device(function):
+    """Let a function launch its kernels on the device of its first argument, as PyTorch's operations do."""
+
+    @functools.wraps(function)
+    def launch(first, *args, **kwargs):
+        with torch.cuda.device_of(first):
+            return function(first, *args, **kwargs)
+
+    return launch
+
+
+@_on_its_device
 def add_rms_norm(
     x: torch.Tensor, delta: torch.Tensor | None, weight: torch.Tensor, epsilon: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return ``x + delta`` and its RMSNorm."""
     tokens, size = x.shape
+    x, delta = x.contiguous(), None if delta is None else delta.contiguous()
     total, normed = x if delta is None else torch.empty_like(x), torch.empty_like(x)
     _add_rms_norm[(tokens,)](
         x, delta, weight, total, normed, size, epsilon, delta is not None, triton.next_power_of_2(size), num_warps=8
@@ -86,14 +111,18 @@ def add_rms_norm(
     return total, normed
 
 
-def gated_silu(gate_up: torch.Tensor) -> torch.Tensor:
-    """Return ``silu(gate) * up``."""
-    tokens, size = gate_up.shape[0], gate_up.shape[1] // 2
-    out = gate_up.new_empty(tokens, size)
-    _gated_silu[(tokens, triton.cdiv(size, COLUMNS))](gate_up, out, size, COLUMNS, num_warps=4)
+@_on_its_device
+def gated_silu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """Return ``silu(gate) * up``; each may be some columns of a larger tensor."""
+    tokens, size = gate.shape
+    out = gate.new_empty(tokens, size)
+    _gated_silu[(tokens, triton.cdiv(size, COLUMNS))](
+        gate, up, out, size, gate.stride(0), up.stride(0), COLUMNS, num_warps=4
+    )
     return out
 
 
+@_on_its_device
 def rotate_and_cache(
     qkv: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
 ) -> torch.Tensor:
@@ -108,3 +137,14 @@ def rotate_and_cache(
         num_heads, num_kv_heads, head_dim, num_warps=1,
     )  # fmt: skip
     return queries
+
+
+@_on_its_device
+def choose_tokens(logits: torch.Tensor, allowed: slice | None) -> torch.Tensor:
+    """Return the token of the highest logit, the first of equal ones."""
+    first, end = (0, logits.shape[1]) if allowed is None else (allowed.start, allowed.stop)
+    tokens = torch.empty(len(logits), dtype=torch.int64, device=logits.device)
+    _choose_tokens[(len(logits),)](
+        logits, tokens, logits.stride(0), first, end - first, triton.next_power_of_2(end - first), num_warps=8
+    )
+    return tokens

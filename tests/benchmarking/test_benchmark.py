@@ -10,7 +10,7 @@ from openvla.benchmarking import backends, benchmark
 from openvla.benchmarking import sizes as benchmark_sizes
 from openvla.conversion.hub_weights import weight_files
 from openvla.conversion.safetensors_io import tensor_digests
-from openvla.inference import fast_decoder
+from openvla.inference import kernels
 from openvla.inference.cpu_prepack import has_matmul
 from openvla.tiny import TINY_TOWERS, build_config, language_config
 from predictions import needs_compiler
@@ -64,7 +64,7 @@ def test_all_backends_predict_the_same_tokens(tmp_path, capsys):
 @needs_compiler
 def test_compiled_backend_predicts_the_same_and_leaves_the_others_uncompiled(tmp_path, monkeypatch):
     file, compiled, plain = tmp_path / "report.json", [], torch.compile
-    monkeypatch.setattr(fast_decoder._compiled_gated_silu, "compiled", None)  # as in a new process
+    monkeypatch.setattr(kernels.COMPILED.gated_silu, "compiled", None)  # as in a new process
     monkeypatch.setattr(torch, "compile", lambda *args, **kwargs: compiled.append(1) or plain(*args, **kwargs))
     options = ["--sizes", "tiny", "--dtypes", "float32", "--repeats", "1", "--inputs", "3", "--threads", "1"]
     assert main(["bench", *options, "--stages", "action", "--json", str(file)]) == 0

@@ -14,7 +14,7 @@ import pytest
 import torch
 from openvla import PLATFORMS
 from openvla.inference import accelerator, cuda_graphs
-from openvla.inference.cuda_graphs import MAX_GRAPHS, CapturedGraph, CudaGraphCache
+from openvla.inference.cuda_graphs import MAX_GRAPHS, CapturedGraph, CudaGraphCache, Stages, finish
 from openvla.tiny import build_tiny
 from predictions import add_adapter, compare_decoders, weight_changes
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
@@ -45,11 +45,12 @@ class EagerGraph:
         EagerGraph.captured += 1
         self.compute, self.inputs = compute, [tensor.clone() for tensor in inputs]
 
-    def replay(self, inputs):
+    def replay(self, inputs, every_stage=False):
         EagerGraph.replayed += 1
         for static_input, tensor in zip(self.inputs, inputs):
             static_input.copy_(tensor)
-        return self.compute(*self.inputs)
+        result = self.compute(*self.inputs)
+        return result.run_later(0) if every_stage and isinstance(result, Stages) else finish(result)
 
 
 @pytest.fixture
@@ -154,7 +155,7 @@ def test_graph_that_fails_or_differs_is_not_used(graphed, frames, monkeypatch):
     before = [compare(model, inputs) for _ in range(4)][0]
     assert warnings == [f"Running without a CUDA graph: OutOfMemoryError: CUDA out of memory. {cuda_graphs.REMEDY}."]
     model._cuda_graphs = CudaGraphCache(model, EagerGraph)
-    monkeypatch.setattr(EagerGraph, "replay", lambda self, inputs: (torch.zeros(1, 7), torch.zeros(1, 7, 611)))
+    monkeypatch.setattr(EagerGraph, "replay", lambda self, *_, **__: (torch.zeros(1, 7), torch.zeros(1, 7, 611)))
     assert all(np.array_equal(compare(model, inputs), before) for _ in range(4))
     assert "its replay gives other numbers" in warnings[1]
 
