@@ -163,9 +163,9 @@ def _triton_kernels(device: torch.device, dtype: torch.dtype) -> Kernels | None:
         kernels = Kernels(*(getattr(module, name) for name in Kernels._fields))
         kernels.gated_silu(*torch.ones(2, 1, 2, device=device, dtype=dtype))
     except Exception as error:  # of a missing C compiler, an old GPU or driver: of many kinds
-        reason = str(error).strip().splitlines() or [type(error).__name__]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
         logger.warning_once(
-            f"Running without fused kernels, slower: Triton failed with {reason[0]}. {SWITCH}=0 hides this warning."
+            f"Running without fused kernels, slower: Triton failed with {reason}. {SWITCH}=0 hides this warning."
         )
         return None
     return kernels

@@ -1,14 +1,22 @@
-"""The functions of ``kernels`` in Triton, one kernel each; that module describes them."""
+"""The functions of ``kernels`` in Triton, one kernel each; that module describes them.
+
+To round as PyTorch's own CUDA kernels do, they use its exponential and reciprocal root, exact division, and no fused
+multiply-add, where Triton's defaults are approximate.
+"""
 
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, misc"
 from __future__ import annotations
 
 import functools
+import os
 
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra import libdevice
 
+EXACT = {"enable_fp_fusion": False}
+INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 COLUMNS = 2048  # numbers that one program of gated_silu computes
 
 
@@ -26,7 +34,18 @@ def _rounded(x, dtype: tl.constexpr):
 
 
 @triton.jit
-def _add_rms_norm(x, delta, weight, total, normed, size, epsilon, has_delta: tl.constexpr, block: tl.constexpr):
+def _exp(x):
+    if INTERPRETED:  # the interpreter has no libdevice
+        result = tl.exp(x)
+    else:
+        result = libdevice.exp(x)
+    return result
+
+
+@triton.jit
+def _add_rms_norm(
+    x, delta, weight, total, normed, size, inverse_size, epsilon, has_delta: tl.constexpr, block: tl.constexpr
+):
     row, column = tl.program_id(0), tl.arange(0, block)
     inside, index = column < size, tl.program_id(0) * size + column
     dtype: tl.constexpr = x.dtype.element_ty
@@ -34,7 +53,7 @@ def _add_rms_norm(x, delta, weight, total, normed, size, epsilon, has_delta: tl.
     if has_delta:
         value = _rounded(value + tl.load(delta + index, mask=inside, other=0.0).to(tl.float32), dtype).to(tl.float32)
         tl.store(total + row * size + column, _rounded(value, dtype), mask=inside)
-    scale = 1.0 / tl.sqrt(tl.sum(value * value, 0) / size + epsilon)
+    scale = tl.rsqrt(tl.sum(value * value, 0) * inverse_size + epsilon)
     exact = _rounded(value * scale, dtype).to(tl.float32)
     weights = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
     tl.store(normed + index, _rounded(weights * exact, dtype), mask=inside)
@@ -47,25 +66,25 @@ def _gated_silu(gate, up, out, size, gate_row, up_row, block: tl.constexpr):
     dtype: tl.constexpr = gate.dtype.element_ty
     gates = tl.load(gate + row * gate_row + column, mask=inside, other=0.0).to(tl.float32)
     ups = tl.load(up + row * up_row + column, mask=inside, other=0.0).to(tl.float32)
-    silu = _rounded(gates / (1.0 + tl.exp(-gates)), dtype).to(tl.float32)
+    silu = _rounded(tl.div_rn(gates, 1.0 + _exp(-gates)), dtype).to(tl.float32)
     tl.store(out + row * size + column, _rounded(silu * ups, dtype), mask=inside)
 
 
 @triton.jit
 def _rotate_and_cache(
-    qkv, cosines, sines, queries, keys, values, count, sequence, token, key_head,
+    qkv, cosines, sines, queries, keys, values, qkv_row, cosine_row, count, sequence, token, key_head,
     num_heads: tl.constexpr, num_kv_heads: tl.constexpr, head_dim: tl.constexpr,
 ):  # fmt: skip
     """One program a token and head: queries first, then keys, then values."""
     row, head, index = tl.program_id(0), tl.program_id(1), tl.arange(0, head_dim)
     dtype: tl.constexpr = qkv.dtype.element_ty
     place = (row // count) * sequence + (row % count) * token  # in the cache
-    start = qkv + (row * (num_heads + 2 * num_kv_heads) + head) * head_dim
+    start = qkv + row * qkv_row + head * head_dim
     x = tl.load(start + index)
     if head < num_heads + num_kv_heads:
         other = tl.load(start + (index + head_dim // 2) % head_dim).to(tl.float32)
-        cosine = tl.load(cosines + row * head_dim + index).to(tl.float32)
-        sine = tl.load(sines + row * head_dim + index).to(tl.float32)
+        cosine = tl.load(cosines + row * cosine_row + index).to(tl.float32)
+        sine = tl.load(sines + row * cosine_row + index).to(tl.float32)
         first, second = _rounded(x.to(tl.float32) * cosine, dtype), _rounded(other * sine, dtype)
         x = _rounded(first.to(tl.float32) + second.to(tl.float32), dtype)
     if head < num_heads:
@@ -105,8 +124,9 @@ def add_rms_norm(
     tokens, size = x.shape
     x, delta = x.contiguous(), None if delta is None else delta.contiguous()
     total, normed = x if delta is None else torch.empty_like(x), torch.empty_like(x)
+    block = triton.next_power_of_2(size)
     _add_rms_norm[(tokens,)](
-        x, delta, weight, total, normed, size, epsilon, delta is not None, triton.next_power_of_2(size), num_warps=8
+        x, delta, weight, total, normed, size, 1 / size, epsilon, delta is not None, block, num_warps=8, **EXACT
     )
     return total, normed
 
@@ -117,7 +137,7 @@ def gated_silu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     tokens, size = gate.shape
     out = gate.new_empty(tokens, size)
     _gated_silu[(tokens, triton.cdiv(size, COLUMNS))](
-        gate, up, out, size, gate.stride(0), up.stride(0), COLUMNS, num_warps=4
+        gate, up, out, size, gate.stride(0), up.stride(0), COLUMNS, num_warps=4, **EXACT
     )
     return out
 
@@ -128,13 +148,13 @@ def rotate_and_cache(
 ) -> torch.Tensor:
     """Rotate queries and keys, write keys and values into the cache, and return the queries."""
     batch, count, num_kv_heads, head_dim = keys.shape
-    if keys.stride() != values.stride() or keys.stride(3) != 1:
-        raise RuntimeError("Keys and values must lie in memory in the same way, with contiguous heads.")
+    if keys.stride() != values.stride() or keys.stride(3) != 1 or cosines.stride() != sines.stride():
+        raise RuntimeError("Keys and values, cosines and sines must lie in memory in the same way.")
     num_heads = qkv.shape[1] // head_dim - 2 * num_kv_heads
     queries = qkv.new_empty(batch, count, num_heads, head_dim)
     _rotate_and_cache[(batch * count, num_heads + 2 * num_kv_heads)](
-        qkv, cosines, sines, queries, keys, values, count, *keys.stride()[:3],
-        num_heads, num_kv_heads, head_dim, num_warps=1,
+        qkv, cosines, sines, queries, keys, values, qkv.stride(0), cosines.stride(0), count, *keys.stride()[:3],
+        num_heads, num_kv_heads, head_dim, num_warps=1, **EXACT,
     )  # fmt: skip
     return queries
 
