@@ -29,6 +29,7 @@ from ..modeling_openvla import OpenVLAForActionPrediction
 from ..processing_openvla import OpenVLAImageProcessor, OpenVLAProcessor
 from .cpu_prepack import prepack as prepack_weights
 from .fast_decoder import compile_pointwise
+from .merged_products import merge_products
 from .quantization import UNQUANTIZED_MODULES, VISION_TOWERS, fast_dtype, quantization_config
 
 logger = logging.getLogger(__name__)
@@ -188,6 +189,8 @@ def load_policy(
     kwargs[DTYPE_FIELD] = dtype
     _require_memory(model, config, stored or bits, device, dtype)
     loaded = OpenVLAForActionPrediction.from_pretrained(model, **kwargs).eval()
+    if device.type == "cuda":
+        merge_products(loaded.language_model)
     if prepack:
         prepack_weights(loaded)
     if compile:
