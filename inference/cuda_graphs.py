@@ -84,6 +84,8 @@ class CapturedGraph:
         shared: A graph of the same model, whose memory pool and stream this one uses too.
     """
 
+    graph: torch.cuda.CUDAGraph
+
     def __init__(
         self, compute: Computation, inputs: Sequence[torch.Tensor], shared: CapturedGraph | None = None
     ) -> None:
@@ -103,7 +105,8 @@ class CapturedGraph:
             if isinstance(result, Stages):
                 result.run_later(0)
         current.wait_stream(self.stream)
-        self.graph, result = self._record(lambda: compute(*self.inputs), shared.graph.pool() if shared else None)
+        pool: Any = shared.graph.pool() if shared else None
+        self.graph, result = self._record(lambda: compute(*self.inputs), pool)
         self.stages = result if isinstance(result, Stages) else None  # keeps the tensors that later stages read
         self.outputs = result.outputs if isinstance(result, Stages) else result
         self.later = [self._record(stage, self.graph.pool())[0] for stage in (self.stages.later if self.stages else ())]

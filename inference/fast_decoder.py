@@ -162,10 +162,9 @@ def _gated(activation: Product) -> Callable[[torch.Tensor, torch.Tensor], torch.
 def _add_norm(norm: Any, kernels: Kernels) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
     """Return a function that adds a block's output to the residual stream and applies the next norm to the sum."""
     if _is_plain(norm, NORMS):
-        weight, epsilon = norm.weight, norm.variance_epsilon
-        return lambda x, delta=None: kernels.add_rms_norm(x, delta, weight, epsilon)
+        return functools.partial(kernels.add_rms_norm, weight=norm.weight, epsilon=norm.variance_epsilon)
 
-    def add_norm(x: torch.Tensor, delta: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    def add_norm(x: torch.Tensor, delta: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         total = x if delta is None else x + delta
         return total, norm(total[None])[0]
 
@@ -210,7 +209,7 @@ class FastDecoder:
         self.positions = torch.arange(length, device=ref.device)[None]
         tables = rope_tables(rotary_of(decoder).inv_freq, length, ref.device, ref.dtype)
         position_ids = self.positions if mask is None else positions_of(mask)
-        self.cosines, self.sines = (table[position_ids].expand(len(ref), -1, -1) for table in tables)
+        self.rope = [table[position_ids][:, :, None].expand(len(ref), -1, -1, -1) for table in tables]
         # A bidirectional sequence cannot be continued, so that its layers share one cache.
         num_caches = len(self.layers) if causal else 1
         shape = (2, num_caches, len(ref), length, self.num_kv_heads, self.head_dim)
@@ -230,11 +229,11 @@ class FastDecoder:
         batch, count, size = x.shape
         end = start + count
         positions = self.positions[:, start:end]
-        rope = [table[:, start:end].reshape(-1, self.head_dim) for table in (self.cosines, self.sines)]
+        rope = [table[:, start:end] for table in self.rope]
         mask = self._mask(positions, end)
         keys, values = (part.transpose(2, 3).unbind() for part in self.cache[:, :, :, :end])
         new_keys, new_values = (part.unbind() for part in self.cache[:, :, :, start:end])
-        x, normed = self.add_norms[0](x.reshape(-1, size))
+        x, normed = self.add_norms[0](x.reshape(-1, size), None)
         for index, layer in enumerate(self.layers):
             layer_idx = index % len(keys)
             queries = self.kernels.rotate_and_cache(

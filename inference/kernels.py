@@ -41,7 +41,7 @@ def add_rms_norm(
     """
     total = x if delta is None else x + delta
     exact = total.float()
-    exact = exact * torch.rsqrt(exact.pow(2).mean(-1, keepdim=True) + epsilon)
+    exact = exact * torch.rsqrt(exact.pow(2).mean(-1, keepdim=True).add_(epsilon))
     return total, weight * exact.to(total.dtype)
 
 
@@ -67,7 +67,7 @@ def rotate_and_cache(
 
     Args:
         qkv: Queries, keys and values of every token, ``(batch * count, (heads + 2 * key_value_heads) * head_dim)``.
-        cosines: ``(batch * count, head_dim)``.
+        cosines: ``(batch, count, 1, head_dim)``.
         sines: Of the same shape, the first half negated.
         keys: Where keys are written, ``(batch, count, key_value_heads, head_dim)``; the last dimension is contiguous.
         values: Where values are written, likewise.
@@ -79,11 +79,11 @@ def rotate_and_cache(
     batch, count, num_kv_heads, head_dim = keys.shape
     heads = qkv.view(batch, count, -1, head_dim)
     num_heads = heads.shape[2] - 2 * num_kv_heads
-    by_token = batch, count, 1, head_dim
-    rotated = rotate(heads[:, :, : num_heads + num_kv_heads], cosines.view(by_token), sines.view(by_token))
-    keys.copy_(rotated[:, :, num_heads:])
-    values.copy_(heads[:, :, num_heads + num_kv_heads :])
-    return rotated[:, :, :num_heads]
+    unrotated, new_values = heads.split_with_sizes((num_heads + num_kv_heads, num_kv_heads), 2)
+    queries, new_keys = rotate(unrotated, cosines, sines).split_with_sizes((num_heads, num_kv_heads), 2)
+    keys.copy_(new_keys)
+    values.copy_(new_values)
+    return queries
 
 
 def choose_tokens(logits: torch.Tensor, allowed: slice | None) -> torch.Tensor:
@@ -115,7 +115,7 @@ class CompiledOp:
         self.function = function
         self.compiled: Callable[..., Any] | None = None
 
-    def __call__(self, *args: Any) -> Any:
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self.compiled is None:
             import torch._inductor.config as settings
 
@@ -126,12 +126,12 @@ class CompiledOp:
             self.compiled = torch.compile(self.function, dynamic=True, options=options)
         if self.compiled is not self.function:
             try:
-                return self.compiled(*args)
+                return self.compiled(*args, **kwargs)
             except Exception as error:  # the compiler raises errors of many kinds
                 reason = str(error).strip().splitlines() or [type(error).__name__]
                 logger.warning_once(f"Running uncompiled: torch.compile failed with {reason[0]}.")
                 self.compiled = self.function
-        return self.function(*args)
+        return self.function(*args, **kwargs)
 
 
 COMPILED = Kernels(

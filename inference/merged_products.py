@@ -53,25 +53,26 @@ def _is_plain_linear(module: Any) -> bool:
 
 def _side_by_side(tensors: Sequence[torch.Tensor]) -> torch.Tensor | None:
     """Return tensors that follow each other in one storage as one tensor; None where they do not."""
-    first, end = tensors[0], tensors[0].storage_offset()
-    storage = first.untyped_storage().data_ptr()
-    for tensor in tensors:
-        follows = tensor.untyped_storage().data_ptr() == storage and tensor.storage_offset() == end
-        if not follows or not tensor.is_contiguous() or tensor.dtype != first.dtype:
+    first = tensors[0]
+    end = first.storage_offset() + first.numel()
+    for tensor in tensors[1:]:
+        if tensor.storage_offset() != end or tensor.untyped_storage().data_ptr() != first.untyped_storage().data_ptr():
             return None
         end += tensor.numel()
+    if len({tensor.dtype for tensor in tensors}) > 1 or not all(tensor.is_contiguous() for tensor in tensors):
+        return None
     rows = sum(map(len, tensors))
     return first.as_strided((rows, *first.shape[1:]), first.stride(), first.storage_offset())
 
 
 def _merged_weights(group: Sequence[Any]) -> tuple[torch.Tensor, torch.Tensor | None] | None:
     """Return weight and bias of linear layers as one; None where they do not lie side by side."""
-    biases = [part.bias for part in group if part.bias is not None]
-    if len(biases) not in (0, len(group)):
-        return None
     weight = _side_by_side([part.weight for part in group])
-    bias = _side_by_side(biases) if biases else None
-    return None if weight is None or (biases and bias is None) else (weight, bias)
+    biases = [part.bias for part in group if part.bias is not None]
+    if weight is None or not biases:
+        return None if weight is None else (weight, None)
+    bias = _side_by_side(biases) if len(biases) == len(group) else None
+    return None if bias is None else (weight, bias)
 
 
 def product(linear: Any) -> Product:

@@ -72,19 +72,21 @@ def _gated_silu(gate, up, out, size, gate_row, up_row, block: tl.constexpr):
 
 @triton.jit
 def _rotate_and_cache(
-    qkv, cosines, sines, queries, keys, values, qkv_row, cosine_row, count, sequence, token, key_head,
+    qkv, cosines, sines, queries, keys, values, qkv_row, table_sequence, table_token, count, sequence, token, key_head,
     num_heads: tl.constexpr, num_kv_heads: tl.constexpr, head_dim: tl.constexpr,
 ):  # fmt: skip
     """One program a token and head: queries first, then keys, then values."""
     row, head, index = tl.program_id(0), tl.program_id(1), tl.arange(0, head_dim)
     dtype: tl.constexpr = qkv.dtype.element_ty
-    place = (row // count) * sequence + (row % count) * token  # in the cache
+    sample, position = row // count, row % count
+    place = sample * sequence + position * token  # in the cache
+    angle = sample * table_sequence + position * table_token + index
     start = qkv + row * qkv_row + head * head_dim
     x = tl.load(start + index)
     if head < num_heads + num_kv_heads:
         other = tl.load(start + (index + head_dim // 2) % head_dim).to(tl.float32)
-        cosine = tl.load(cosines + row * cosine_row + index).to(tl.float32)
-        sine = tl.load(sines + row * cosine_row + index).to(tl.float32)
+        cosine = tl.load(cosines + angle).to(tl.float32)
+        sine = tl.load(sines + angle).to(tl.float32)
         first, second = _rounded(x.to(tl.float32) * cosine, dtype), _rounded(other * sine, dtype)
         x = _rounded(first.to(tl.float32) + second.to(tl.float32), dtype)
     if head < num_heads:
@@ -153,7 +155,7 @@ def rotate_and_cache(
     num_heads = qkv.shape[1] // head_dim - 2 * num_kv_heads
     queries = qkv.new_empty(batch, count, num_heads, head_dim)
     _rotate_and_cache[(batch * count, num_heads + 2 * num_kv_heads)](
-        qkv, cosines, sines, queries, keys, values, qkv.stride(0), cosines.stride(0), count, *keys.stride()[:3],
+        qkv, cosines, sines, queries, keys, values, qkv.stride(0), *cosines.stride()[:2], count, *keys.stride()[:3],
         num_heads, num_kv_heads, head_dim, num_warps=1, **EXACT,
     )  # fmt: skip
     return queries

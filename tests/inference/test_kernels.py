@@ -102,8 +102,8 @@ def test_add_rms_norm_equals_plain(dtype, draw):
 def test_rotate_and_cache_equals_plain(dtype, heads, key_value_heads, head_dim):
     generator = torch.Generator().manual_seed(0)
     qkv = torch.randn(6, (heads + 2 * key_value_heads) * head_dim, generator=generator).to(DEVICE, dtype)
-    tables = torch.rand(2, 6, head_dim, generator=generator).to(DEVICE, dtype)
-    for cosines, sines in (tables, tables[:, :1].expand(2, 6, head_dim)):  # the latter of one token for a batch
+    tables = torch.rand(2, 2, 3, 1, head_dim, generator=generator).to(DEVICE, dtype)
+    for cosines, sines in (tables, tables[:, :1].expand_as(tables)):  # the latter without padding: of all samples
         caches, queries = [], []
         for functions in (PLAIN, triton_kernels(dtype)):
             cache = torch.zeros(2, 2, 9, key_value_heads, head_dim, dtype=dtype, device=DEVICE)
