@@ -1,22 +1,27 @@
 """``openvla bench``: latency of action prediction on this machine, and whether the predicted actions are the same.
 
-All backends run in turn, one call each, in resident processes; medians and quartiles are reported. Peak compute and
-memory rates are measured in the same run. For every backend the report says how many tokens equal those of the first
-backend, and in other dtypes than float32 how many equal those of float32. Weights are random from a seed, and the same
-for every backend.
+Weights are random from a seed, built on the device and the same for every backend; nothing is downloaded, and no weight
+is written. In every stage all backends run in turn, one call each; a row with medians and quartiles is printed as soon
+as the stage is done. The first backend of a stage is the baseline of the speedup and of the equal tokens: the published
+code where --reference names it. Every question (an image and an instruction) is asked several times, and the report
+counts the questions that got more than one answer. Peak compute and memory rates are measured in the same run.
+
+On a GPU the default is OpenVLA-7B's size in bfloat16, which takes about 5 minutes; on a CPU two smaller sizes in
+float32. A backend that fails gets a row that says why.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import functools
+import gc
 import json
 import platform
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,104 +30,136 @@ import torch
 import transformers
 from tqdm.auto import tqdm
 
-from ..configuration_openvla import write_json
-from ..errors_openvla import OpenVLAImportError, OpenVLAValueError
+from ..conversion.hub_folder import write_config_and_code
+from ..errors_openvla import OpenVLAValueError
 from . import reference as reference_script
-from .backends import PLAIN, REFERENCE, Benchmark, ModelRunner, build_backends
-from .reference import ACTION, BATCH, FIRST_TOKEN, PIXELS, TOWERS, measure_call, preprocessing_stages
+from .backends import (
+    CHUNK,
+    FAST,
+    PLAIN,
+    QUANTIZED,
+    REFERENCE,
+    Benchmark,
+    ModelRunner,
+    answers_after_warmup,
+    build_backends,
+    chunk_backends,
+    quantized_backends,
+)
+from .reference import (
+    ACTION,
+    BATCHES,
+    FIRST_TOKEN,
+    PIXELS,
+    TOWERS,
+    checksums,
+    measure_call,
+    preprocessing_stages,
+    profile_call,
+)
+from .report import Measurement, Report, require_matplotlib
 from .roofline import compute_seconds, decode_step_seconds, gemm_rate, read_rate
-from .sizes import SIZES, write_model
+from .sizes import CHUNK_FIELDS, SIZES, action_token_range
 from .worker_process import WorkerProcess
 
-WARMUP_CALLS = 2  # on a GPU the second captures the CUDA graph
+WARMUP_CALLS = 3  # on a GPU the second captures a CUDA graph, one for every length of a prompt
+MIN_CALLS = 5  # timed calls of every backend, however long they take
 DECODE_STEP = "decode step"
-STAGES = {"action": ACTION, "pixels": PIXELS, "first-token": FIRST_TOKEN, "towers": TOWERS, "batch": BATCH}
-PREPROCESSING = "preprocessing"
+WARMUP, PREPROCESSING = "warmup", "preprocessing"
+QUANTIZED_STAGES = {f"{PIXELS}, {name}": name for name in QUANTIZED}
+# The stages of --stages; that of preprocessing are those of the image processor.
+STAGES: dict[str, list[str]] = {
+    WARMUP: [],
+    "action": [ACTION],
+    "pixels": [PIXELS],
+    "first-token": [FIRST_TOKEN],
+    "towers": [TOWERS],
+    "batch": [*BATCHES.values()],
+    "chunk": [CHUNK],
+    "quantized": [*QUANTIZED_STAGES],
+    PREPROCESSING: [],
+}
+GPU_STAGES = ("batch", "quantized")  # on a CPU only where --stages names them
+NUM_ACTIONS = {ACTION: 1, PIXELS: 1, **dict.fromkeys(QUANTIZED_STAGES, 1), CHUNK: CHUNK_FIELDS["chunk_length"]}
+NUM_ACTIONS |= {stage: size for size, stage in BATCHES.items()}
+AUTOREGRESSIVE = (ACTION, PIXELS, *BATCHES.values())  # stages with decode steps, for the roofline
 
 
 @dataclass
-class Measurement:
-    """Latency of one backend in one stage.
+class Calls:
+    """Calls of one backend in one stage, each as ``measure_call`` returns it, with its ``index``.
 
     Attributes:
-        size: Model size, one of ``SIZES``.
-        dtype: dtype of the model.
-        stage: Part of the prediction that was measured.
-        backend: Name of the backend.
-        seconds: Median wall time per call.
-        cpu_seconds: Median CPU time per call.
-        speedup: Median of the baseline's wall time divided by this backend's.
-        baseline: Backend that this one is compared with.
-        quartiles: First and third quartile of the wall time in seconds.
-        warmup_seconds: Wall times of the first calls, which are not part of the medians.
-        gpu_bytes: Peak GPU memory in bytes.
-        equal: Number of results (tokens, or digests of arrays) that equal the baseline's.
-        compared: Number of results that were compared.
-        equal_to_float32: Number of tokens that equal those in float32.
-        roofline_fraction: Roofline time divided by ``seconds``.
+        warmup: First calls, which may compile and capture.
+        timed: The calls after them.
+        error: Why the backend failed, if it did.
     """
 
-    size: str
-    dtype: str
-    stage: str
-    backend: str
-    seconds: float
-    cpu_seconds: float
-    speedup: float
-    baseline: str
-    quartiles: tuple[float, float] | None = None
-    warmup_seconds: list[float] | None = None
-    gpu_bytes: int | None = None
-    equal: int | None = None
-    compared: int | None = None
-    equal_to_float32: int | None = None
-    roofline_fraction: float | None = None
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the fields that are not None."""
-        return {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
+    warmup: list[dict[str, Any]] = field(default_factory=list)
+    timed: list[dict[str, Any]] = field(default_factory=list)
+    error: str | None = None
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``openvla bench``."""
-    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=["tiny-deep", "eighth"])
-    parser.add_argument("--dtypes", nargs="+", choices=("float32", "bfloat16"), default=["float32"])
+    parser.add_argument("--sizes", nargs="+", choices=SIZES, help="default full on a GPU, else tiny-deep and eighth")
     parser.add_argument(
-        "--stages", nargs="+", choices=[*STAGES, PREPROCESSING], help="default all; on a CPU all but batch"
+        "--dtypes", nargs="+", choices=("float32", "bfloat16"), help="default bfloat16 on a GPU, else float32"
     )
-    parser.add_argument("--repeats", type=int, default=20, help="measured calls per stage and backend")
-    parser.add_argument("--inputs", type=int, default=64, help="number of different images and instructions")
+    parser.add_argument(
+        "--stages",
+        nargs="+",
+        choices=[*STAGES],
+        help=f"default all; on a CPU all but {' and '.join(GPU_STAGES)}. pixels has the draft tokens",
+    )
+    parser.add_argument("--inputs", type=int, default=20, help="number of questions: images with an instruction")
+    parser.add_argument(
+        "--repeats-per-question", type=int, default=2, metavar="N", help="how often each question is asked"
+    )
+    parser.add_argument(
+        "--seconds-per-stage",
+        type=float,
+        default=15.0,
+        metavar="S",
+        help=f"end a stage before all questions are asked, after at least {MIN_CALLS} calls of each backend",
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--compile", action="store_true", help="add a backend with compiled pointwise operations")
+    parser.add_argument("--profile", action="store_true", help="print the kernels of an action by time, per backend")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
     parser.add_argument("--reference", type=Path, metavar="DIR", help="published remote code, to compare with")
     parser.add_argument(
-        "--reference-python", metavar="PY", help="Python with transformers 4.40.1, timm 0.9.16, torchvision"
+        "--reference-python",
+        metavar="PY",
+        help="Python with transformers 4.40.1, timm 0.9.16, torchvision and the torch of this one",
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all measurements")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all measurements, after every stage")
     parser.add_argument("--plot", type=Path, metavar="PNG", help="draw them (needs the extra: openvla[plot])")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure, print and write the report; return the exit status."""
+    """Measure and print the report; return the exit status."""
     if (args.reference is None) != (args.reference_python is None):
         raise OpenVLAValueError("--reference (the code) and --reference-python (what runs it) belong together.")
-    if args.repeats < 1 or args.inputs < 1:
-        raise OpenVLAValueError("--repeats and --inputs must be at least 1.")
-    if not args.stages:
-        args.stages = [stage for stage in (*STAGES, PREPROCESSING) if stage != "batch" or _on_gpu(args.device)]
+    if min(args.inputs, args.repeats_per_question) < 1:
+        raise OpenVLAValueError("--inputs and --repeats-per-question must be at least 1.")
+    if args.plot:
+        require_matplotlib()
+    on_gpu = _on_gpu(args.device)
+    args.sizes = args.sizes or (["full"] if on_gpu else ["tiny-deep", "eighth"])
+    args.dtypes = args.dtypes or (["bfloat16"] if on_gpu else ["float32"])
+    args.stages = args.stages or [stage for stage in STAGES if on_gpu or stage not in GPU_STAGES]
     torch.set_num_threads(args.threads)
-    report: dict[str, Any] = {"machine": describe_machine(args), "measurements": [], "not_run": describe_not_run(args)}
+    report = Report(describe_machine(args), args.json, describe_not_run(args))
+    report.print_header()
     for size in args.sizes:
         for dtype in args.dtypes:
-            with tempfile.TemporaryDirectory() as folder:
-                measurements = measure(size, dtype, args, Path(folder), report["machine"])
-                report["measurements"] += [measurement.to_dict() for measurement in measurements]
-    print("\n".join(format_table(report)))
-    if args.json:
-        write_json(args.json, report)
+            measure(size, dtype, args, report)
+            release_memory()
+    report.print_end()
+    report.write()
     if args.plot:
-        draw(report, args.plot)
+        report.draw(args.plot)
     return 0
 
 
@@ -161,225 +198,285 @@ def _on_gpu(device: str) -> bool:
     return device.startswith("cuda")
 
 
-def measure(
-    size: str, dtype: str, args: argparse.Namespace, folder: Path, machine: dict[str, Any]
-) -> list[Measurement]:
+def release_memory() -> None:
+    """Free the memory of models that are no longer referenced."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def describe_error(error: Exception) -> str:
+    """Return the kind of an error and the first line of its message."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
+
+
+def measure(size: str, dtype: str, args: argparse.Namespace, report: Report) -> None:
     """Measure all stages and backends of one model size and dtype.
 
     Args:
         size: One of ``SIZES``.
         dtype: Name of the model's dtype.
         args: Options of the command.
-        folder: Empty folder for the model and the inputs.
-        machine: Return value of ``describe_machine``; the versions of the reference are added.
+        report: Where the measurements are added.
     """
-    write_model(size, folder / "model")
-    runner = ModelRunner.load(folder / "model", dtype=dtype, device=args.device, num_inputs=args.inputs)
+    runner = ModelRunner.build(size, dtype=dtype, device=args.device, num_inputs=args.inputs)
+    if WARMUP in args.stages:
+        report.add(warmup_measurements(size, dtype, runner))
     backends = build_backends(runner, args.compile)
-    float32_tokens = None if dtype == "float32" else predict_in_float32(folder / "model", args)
     worker = None
     if args.reference:
-        worker = start_reference(args, runner, folder, dtype)
-        machine["versions"]["reference"] = worker.info
-        reference_stages: Benchmark = {stage: functools.partial(worker.request, stage) for stage in backends[PLAIN]}
-        backends = {REFERENCE: reference_stages, **backends}
-    stages = [STAGES[stage] for stage in args.stages if stage in STAGES]
-    if PREPROCESSING in args.stages:
-        stages += preprocessing_stages(runner.processor.image_processor)
-    measurements = []
+        try:
+            worker = start_reference(args, runner, dtype)
+        except Exception as error:
+            report.not_run.append(f"{size}, {dtype} beside the published code: {describe_error(error)}")
+            print(report.not_run[-1], file=sys.stderr)
+        else:
+            report.machine["versions"]["reference"] = worker.info["versions"]
+            stages = {stage: functools.partial(worker.request, "measure", stage) for stage in backends[PLAIN]}
+            backends = {REFERENCE: stages, **backends}
     try:
-        for stage in stages:
-            measurements += compare_backends(
-                {name: backend for name, backend in backends.items() if stage in backend},
-                size=size,
-                dtype=dtype,
-                stage=stage,
-                args=args,
-                float32_tokens=float32_tokens if stage == ACTION else None,
-            )
+        for stage in stage_names(args.stages, runner):
+            try:
+                functions = stage_backends(stage, size, dtype, backends, runner, args)
+            except Exception as error:  # out of memory, a missing package, or one too old
+                report.add([Measurement(size, dtype, stage, FAST, error=describe_error(error))])
+                release_memory()
+                continue
+            report.add(measure_stage(stage, size, dtype, functions, runner, args, report.machine))
+            functions.clear()  # may hold a model
+            release_memory()
+            if stage == FIRST_TOKEN:
+                report.add(decode_step_measurements(size, dtype, runner, report))
+        if args.profile:
+            report.profiles += profiles(size, dtype, backends, worker, args.device)
     finally:
         if worker:
             worker.stop()
-    measurements += decode_step_measurements(measurements, runner.model.get_action_dim() - 1)
-    rooflines = stage_rooflines(
-        runner.model, backends[PLAIN], stages, gflops=machine[f"{dtype} GFLOP/s"], gbytes=machine["read GB/s"]
-    )
-    for measurement in measurements:
-        if measurement.stage in rooflines:
-            measurement.roofline_fraction = rooflines[measurement.stage] / measurement.seconds
-    return measurements
 
 
-def predict_in_float32(folder: Path, args: argparse.Namespace) -> list[list[int]]:
-    """Return the tokens of every input in float32, which decide near ties correctly."""
-    runner = ModelRunner.load(folder, dtype="float32", device=args.device, num_inputs=args.inputs)
-    indices = tqdm(range(args.inputs), desc="in float32", unit="input", file=sys.stderr)
-    return [runner.action(index, fast=False) for index in indices]
+def stage_names(chosen: Sequence[str], runner: ModelRunner) -> list[str]:
+    """Return the names of the chosen stages."""
+    names = [name for stage in STAGES if stage in chosen for name in STAGES[stage]]
+    return [*names, *(preprocessing_stages(runner.processor.image_processor) if PREPROCESSING in chosen else [])]
 
 
-def start_reference(args: argparse.Namespace, runner: ModelRunner, folder: Path, dtype: str) -> WorkerProcess:
-    """Start the reference in a worker process with the model and inputs of a runner."""
-    inputs: dict[str, Any] = {f"ids_{i}": prompt[0].cpu().numpy() for i, prompt in enumerate(runner.prompts)}
-    np.savez(folder / "inputs.npz", images=runner.images, **inputs)
-    command = [args.reference_python, reference_script.__file__]
-    command += [args.reference, folder / "model", folder / "inputs.npz"]
-    return WorkerProcess([*command, "--dtype", dtype, "--device", args.device, "--threads", args.threads])
-
-
-def compare_backends(
-    backends: dict[str, Benchmark],
-    *,
+def stage_backends(
+    stage: str,
     size: str,
     dtype: str,
-    stage: str,
+    backends: Mapping[str, Benchmark],
+    runner: ModelRunner,
     args: argparse.Namespace,
-    float32_tokens: list[list[int]] | None = None,
-) -> list[Measurement]:
-    """Measure all backends in one stage, in turn; the first is the baseline.
+) -> Benchmark:
+    """Return the functions to measure in a stage by the name of their backend, the baseline first.
 
-    Args:
-        backends: Backends that have the stage, by name.
-        size: Model size, for the report.
-        dtype: dtype, for the report.
-        stage: Stage to measure.
-        args: Options of the command.
-        float32_tokens: Tokens of every input in float32, if they are to be compared.
+    Chunks and quantised weights have a model of their own, which is built here and lives as long as the functions.
     """
-    calls: dict[str, list[dict[str, Any]]] = {name: [] for name in backends}
-    iterations = max(args.repeats + WARMUP_CALLS, args.inputs if stage == ACTION else 0)
-    for iteration in tqdm(range(iterations), desc=stage, unit="iteration", file=sys.stderr):
-        index = iteration % args.inputs
-        for name, backend in backends.items():
-            if name == REFERENCE:
-                calls[name].append(backend[stage](index))
-            else:
-                calls[name].append(measure_call(backend[stage], index, args.device))
-    baseline = next(iter(backends))
-    expected = None
-    if float32_tokens is not None:
-        expected = [float32_tokens[iteration % args.inputs] for iteration in range(iterations)]
-    return [
-        _summarize(
-            backend_calls,
-            calls[baseline],
-            expected,
-            Measurement(size, dtype, stage, name, seconds=0.0, cpu_seconds=0.0, speedup=0.0, baseline=baseline),
+    if stage == CHUNK:
+        return chunk_backends(size, dtype=dtype, device=args.device, num_inputs=args.inputs)
+    if stage in QUANTIZED_STAGES:
+        unquantized = {name: backends[name][PIXELS] for name in (REFERENCE, FAST) if name in backends}
+        return {**unquantized, **quantized_backends(runner, QUANTIZED_STAGES[stage])}
+    return {name: backend[stage] for name, backend in backends.items() if stage in backend}
+
+
+def start_reference(args: argparse.Namespace, runner: ModelRunner, dtype: str) -> WorkerProcess:
+    """Start the reference in a worker process, with the weights and inputs of a runner.
+
+    Raises:
+        ValueError: The worker drew other weights.
+        RuntimeError: The worker ended.
+    """
+    arrays: dict[str, Any] = {f"ids_{i}": prompt[0].cpu().numpy() for i, prompt in enumerate(runner.prompts)}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        runner.processor.save_pretrained(folder)
+        write_config_and_code(folder, runner.model.config)
+        inputs = folder / "inputs.npz"
+        np.savez(inputs, images=runner.images, action_tokens=action_token_range(runner.model), **arrays)
+        command = [args.reference_python, reference_script.__file__, args.reference, folder, inputs]
+        worker = WorkerProcess([*command, "--dtype", dtype, "--device", args.device, "--threads", args.threads])
+    drawn = worker.info["checksums"]
+    different = [name for name, checksum in checksums(runner.model).items() if drawn.get(name) != checksum]
+    if different:
+        worker.stop()
+        raise OpenVLAValueError(
+            f"{len(different)} tensors differ between both processes, {different[0]} first; the random numbers of "
+            f"torch {torch.__version__} and {worker.info['versions']['torch']} differ. Install the same torch in both."
         )
-        for name, backend_calls in calls.items()
+    return worker
+
+
+def warmup_measurements(size: str, dtype: str, runner: ModelRunner) -> list[Measurement]:
+    """Measure the warm-up of a policy, and its first, second and later answers, whose median is the baseline."""
+    try:
+        warmup, answers = answers_after_warmup(runner)
+    except Exception as error:
+        return [Measurement(size, dtype, "warm-up", FAST, error=describe_error(error))]
+    low, later, high = (float(value) for value in np.quantile(answers[2:], [0.25, 0.5, 0.75]))
+    row = functools.partial(Measurement, size, dtype, backend=FAST)
+    names = {"first": answers[0], "second": answers[1]}
+    baseline = "later answers"
+    return [
+        row(stage="warm-up", seconds=warmup),
+        *(
+            row(stage=f"{name} answer after warm-up", seconds=seconds, speedup=later / seconds, baseline=baseline)
+            for name, seconds in names.items()
+        ),
+        row(stage="later answers after warm-up", seconds=later, quartiles=(low, high), speedup=1.0, baseline=baseline),
     ]
 
 
-def _summarize(
-    calls: list[dict[str, Any]],
-    baseline_calls: list[dict[str, Any]],
-    expected: list[list[int]] | None,
-    measurement: Measurement,
-) -> Measurement:
-    """Fill in the medians of a backend's calls, and the comparison of the results."""
-    seconds = np.array([call["seconds"] for call in calls[WARMUP_CALLS:]])
-    cpu_seconds = np.array([call["cpu_seconds"] for call in calls[WARMUP_CALLS:]])
-    baseline_seconds = np.array([call["seconds"] for call in baseline_calls[WARMUP_CALLS:]])
+def measure_stage(
+    stage: str,
+    size: str,
+    dtype: str,
+    functions: Benchmark,
+    runner: ModelRunner,
+    args: argparse.Namespace,
+    machine: Mapping[str, Any],
+) -> list[Measurement]:
+    """Measure all backends in one stage, in turn; the first that does not fail is the baseline."""
+    calls = call_in_turn(stage, functions, warmup_indices(stage, runner, args.device), args)
+    baseline = next((name for name, of_backend in calls.items() if of_backend.error is None), None)
+    float32: dict[int, Any] = {}
+    if stage == ACTION and dtype != "float32" and baseline is not None:
+        indices = sorted({call["index"] for call in calls[baseline].timed})
+        try:
+            float32 = predict_in_float32(size, indices, args)
+        except Exception as error:
+            print(f"no tokens in float32: {describe_error(error)}", file=sys.stderr)
+        release_memory()
+    seconds = None
+    if stage in (*AUTOREGRESSIVE, FIRST_TOKEN, TOWERS, CHUNK) and calls[PLAIN].error is None:
+        seconds = compute_seconds(functools.partial(functions[PLAIN], 0), machine[f"{dtype} GFLOP/s"])
+        num_steps = runner.model.get_action_dim() - 1 if stage in AUTOREGRESSIVE else 0
+        seconds += num_steps * decode_step_seconds(runner.model.language_model, machine["read GB/s"])
+    measurements = []
+    for name, of_backend in calls.items():
+        measurement = Measurement(size, dtype, stage, name, error=of_backend.error)
+        if of_backend.error is None and baseline is not None:
+            summarize(measurement, of_backend, calls[baseline], float32)
+            measurement.baseline = baseline
+            measurement.roofline_fraction = None if seconds is None else seconds / measurement.seconds
+        measurements.append(measurement)
+    return measurements
+
+
+def warmup_indices(stage: str, runner: ModelRunner, device: str) -> list[int]:
+    """Return the inputs of the first calls; on a GPU one of every length of a prompt, which has its own CUDA graph."""
+    first_of_length = {prompt.shape[1]: index for index, prompt in reversed(list(enumerate(runner.prompts)))}
+    indices = sorted(first_of_length.values()) if _on_gpu(device) and stage not in BATCHES.values() else [0]
+    return [index for index in indices for _ in range(WARMUP_CALLS)]
+
+
+def call_in_turn(stage: str, functions: Benchmark, warmup: Sequence[int], args: argparse.Namespace) -> dict[str, Calls]:
+    """Call every backend on the warm-up inputs, then all backends in turn until the stage's time is over."""
+    calls = {name: Calls() for name in functions}
+
+    def call(name: str, index: int, of_backend: list[dict[str, Any]]) -> None:
+        if calls[name].error is not None:
+            return
+        try:
+            function: Callable[[int], Any] = functions[name]
+            measured = function(index) if name == REFERENCE else measure_call(function, index, args.device)
+            of_backend.append({"index": index, **measured})
+        except Exception as error:  # out of memory, or a worker that ended: the others go on
+            calls[name].error = describe_error(error)
+            release_memory()
+
+    for name in functions:
+        for index in warmup[:1] if name == REFERENCE else warmup:  # the published code compiles and captures nothing
+            call(name, index, calls[name].warmup)
+    started = time.perf_counter()
+    questions = [index for index in range(args.inputs) for _ in range(args.repeats_per_question)]
+    for done, index in enumerate(tqdm(questions, desc=stage, unit="call", leave=False, file=sys.stderr)):
+        if done >= MIN_CALLS and time.perf_counter() - started > args.seconds_per_stage:
+            break
+        for name in functions:
+            call(name, index, calls[name].timed)
+    return calls
+
+
+def predict_in_float32(size: str, indices: Sequence[int], args: argparse.Namespace) -> dict[int, list[int]]:
+    """Return the tokens of inputs in float32, which decide near ties correctly."""
+    runner = ModelRunner.build(size, dtype="float32", device=args.device, num_inputs=args.inputs)
+    progress = tqdm(indices, desc="in float32", unit="input", leave=False, file=sys.stderr)
+    return {index: runner.action(index, fast=False) for index in progress}
+
+
+def summarize(measurement: Measurement, calls: Calls, baseline: Calls, float32: Mapping[int, Any]) -> None:
+    """Fill in the medians of a backend's calls, and the comparison of its results.
+
+    Args:
+        measurement: The row to fill in.
+        calls: Calls of the backend.
+        baseline: Calls of the baseline on the same inputs.
+        float32: Tokens in float32 by the index of the input; empty where they are not compared.
+    """
+    seconds, cpu_seconds = (np.array([call[name] for call in calls.timed]) for name in ("seconds", "cpu_seconds"))
+    baseline_seconds = np.array([call["seconds"] for call in baseline.timed])
     low, high = np.quantile(seconds, [0.25, 0.75])
-    equal = np.concatenate(
-        [
-            np.atleast_1d(np.array(call["result"]) == np.array(baseline_call["result"]))
-            for call, baseline_call in zip(calls, baseline_calls)
-        ]
-    )
     measurement.seconds, measurement.cpu_seconds = float(np.median(seconds)), float(np.median(cpu_seconds))
     measurement.speedup = float(np.median(baseline_seconds / seconds))
     measurement.quartiles = float(low), float(high)
-    measurement.warmup_seconds = [call["seconds"] for call in calls[:WARMUP_CALLS]]
-    measurement.equal, measurement.compared = int(equal.sum()), int(equal.size)
-    if "gpu_bytes" in calls[0]:
-        measurement.gpu_bytes = max(call["gpu_bytes"] for call in calls)
-    if expected is not None:
-        tokens = np.array([call["result"] for call in calls])
-        measurement.equal_to_float32 = int((tokens == np.array(expected)).sum())
-    return measurement
+    measurement.warmup_seconds = [call["seconds"] for call in calls.warmup]
+    measurement.calls = len(seconds)
+    if measurement.stage in NUM_ACTIONS:
+        measurement.actions_per_second = NUM_ACTIONS[measurement.stage] / measurement.seconds
+    results, expected = (np.array([call["result"] for call in part.timed]) for part in (calls, baseline))
+    measurement.equal, measurement.compared = int((results == expected).sum()), results.size
+    if results.dtype.kind == "f":
+        measurement.largest_difference = float(np.abs(results - expected).max())
+    if float32:
+        exact = np.array([float32[call["index"]] for call in calls.timed])
+        measurement.equal_to_float32 = int((results == exact).sum())
+    answers: dict[int, list[str]] = {}
+    for call in (*calls.warmup, *calls.timed):
+        answers.setdefault(call["index"], []).append(json.dumps(call["result"]))
+    measurement.asked_again = sum(len(given) > 1 for given in answers.values())
+    measurement.several_answers = sum(len(set(given)) > 1 for given in answers.values())
+    if "gpu_bytes" in calls.timed[0]:
+        measurement.gpu_bytes = max(call["gpu_bytes"] for call in calls.timed)
 
 
-def decode_step_measurements(measurements: Sequence[Measurement], num_steps: int) -> list[Measurement]:
+def decode_step_measurements(size: str, dtype: str, runner: ModelRunner, report: Report) -> list[Measurement]:
     """Return the mean time of a decode step per backend: (action from pixels - first token) / number of steps."""
-    by_stage = {(measurement.stage, measurement.backend): measurement for measurement in measurements}
+    measured = {
+        (entry.stage, entry.backend): entry
+        for entry in report.measurements
+        if (entry.size, entry.dtype, entry.error) == (size, dtype, None)
+    }
+    read_seconds = decode_step_seconds(runner.model.language_model, report.machine["read GB/s"])
+    num_steps = runner.model.get_action_dim() - 1
     steps: list[Measurement] = []
-    for (stage, backend), action in by_stage.items():
-        first_token = by_stage.get((FIRST_TOKEN, backend))
-        if stage != PIXELS or first_token is None:
+    for (stage, backend), first_token in measured.items():
+        action = measured.get((PIXELS, backend))
+        if stage != FIRST_TOKEN or action is None:
             continue
-        seconds = (action.seconds - first_token.seconds) / num_steps
-        steps.append(
-            Measurement(
-                size=action.size,
-                dtype=action.dtype,
-                stage=DECODE_STEP,
-                backend=backend,
-                seconds=seconds,
-                cpu_seconds=(action.cpu_seconds - first_token.cpu_seconds) / num_steps,
-                speedup=(steps[0].seconds if steps else seconds) / seconds,
-                baseline=action.baseline,
-            )
-        )
+        step = Measurement(size, dtype, DECODE_STEP, backend, baseline=action.baseline)
+        step.seconds = (action.seconds - first_token.seconds) / num_steps
+        step.speedup = (steps[0].seconds if steps else step.seconds) / step.seconds
+        step.roofline_fraction = read_seconds / step.seconds
+        steps.append(step)
     return steps
 
 
-def stage_rooflines(
-    model: Any, plain: Benchmark, stages: Sequence[str], *, gflops: float, gbytes: float
-) -> dict[str, float]:
-    """Return the roofline time in seconds of every stage: its arithmetic, and reading the weights per decode step."""
-    step = decode_step_seconds(model.language_model, gbytes)
-    rooflines = {DECODE_STEP: step}
-    for stage in set(stages) & set(STAGES.values()):
-        num_steps = model.get_action_dim() - 1 if stage in (ACTION, PIXELS, BATCH) else 0
-        rooflines[stage] = compute_seconds(functools.partial(plain[stage], 0), gflops) + num_steps * step
-    return rooflines
-
-
-def format_table(report: Mapping[str, Any]) -> list[str]:
-    """Return the report as lines of Markdown."""
-    lines = [", ".join(f"{name} {_format_value(value)}" for name, value in report["machine"].items()), ""]
-    columns = ["size", "dtype", "stage", "backend", "ms (quartiles)", "CPU ms", "speedup", "roofline fraction"]
-    columns += ["equal", "equal to float32"]
-    columns += ["GPU MB"] * any("gpu_bytes" in measurement for measurement in report["measurements"])
-    lines += [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
-    lines += [_format_line(measurement) for measurement in report["measurements"]]
-    return [*lines, "", *[f"Not run {reason}." for reason in report["not_run"]]]
-
-
-def _format_line(measurement: Mapping[str, Any]) -> str:
-    latency = f"{1e3 * measurement['seconds']:.1f}"
-    if "quartiles" in measurement:
-        low, high = measurement["quartiles"]
-        latency += f" ({1e3 * low:.1f}-{1e3 * high:.1f})"
-    cells = [measurement[name] for name in ("size", "dtype", "stage", "backend")]
-    cells += [latency, f"{1e3 * measurement['cpu_seconds']:.1f}", f"{measurement['speedup']:.2f}x"]
-    cells += [f"{measurement['roofline_fraction']:.2f}" if "roofline_fraction" in measurement else ""]
-    for name in ("equal", "equal_to_float32"):
-        cells += [f"{measurement[name]} of {measurement['compared']}" if name in measurement else ""]
-    cells += [f"{measurement['gpu_bytes'] / 1e6:.0f}"] if "gpu_bytes" in measurement else []
-    return f"| {' | '.join(cells)} |"
-
-
-def _format_value(value: Any) -> str:
-    return f"{value:.1f}" if isinstance(value, float) else json.dumps(value) if isinstance(value, dict) else str(value)
-
-
-def draw(report: Mapping[str, Any], file: Path) -> None:
-    """Draw the latencies of an action as bars, a panel per size and dtype, with the roofline time as a line."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise OpenVLAImportError('A picture needs matplotlib: pip install "openvla[plot]".') from error
-    actions = [measurement for measurement in report["measurements"] if measurement["stage"] == ACTION]
-    panels = list(dict.fromkeys((action["size"], action["dtype"]) for action in actions))
-    figure = Figure(figsize=(9, 2.6 * len(panels)), layout="constrained")
-    for axes, panel in zip(figure.subplots(len(panels), squeeze=False)[:, 0], panels):
-        shown = [action for action in actions if (action["size"], action["dtype"]) == panel]
-        milliseconds = [1e3 * action["seconds"] for action in shown]
-        spread = np.abs(1e3 * np.array([action["quartiles"] for action in shown]).T - milliseconds)
-        axes.barh([action["backend"] for action in shown], milliseconds, xerr=spread, color="tab:blue")
-        axes.axvline(milliseconds[0] * shown[0]["roofline_fraction"], color="tab:red", label="roofline")
-        axes.invert_yaxis()
-        axes.set(title=f"{ACTION}: {', '.join(panel)}", xlabel="ms")
-        axes.legend(loc="lower right")
-    figure.savefig(file)
+def profiles(
+    size: str, dtype: str, backends: Mapping[str, Benchmark], worker: WorkerProcess | None, device: str
+) -> list[dict[str, Any]]:
+    """Return the kernels by time of one action of every backend that predicts from an image."""
+    entries = []
+    for name, backend in backends.items():
+        if ACTION not in backend:
+            continue
+        try:
+            if name == REFERENCE and worker is not None:
+                kernels: Any = worker.request("profile", ACTION, 0)
+            else:
+                kernels = profile_call(backend[ACTION], 0, device)
+        except Exception as error:
+            kernels = [{"name": f"not measured: {describe_error(error)}", "calls": 0, "ms": 0.0, "share": 0.0}]
+        entries.append({"size": size, "dtype": dtype, "backend": name, "kernels": kernels})
+    return entries

@@ -107,9 +107,7 @@ def load_reference(code: Path, folder: Path, dtype: str, device: str) -> tuple[A
     return model.to(device).eval(), _image_processor(processing, folder)
 
 
-def build_reference(
-    code: Path, folder: Path, dtype: str, device: str, action_tokens: Sequence[int]
-) -> tuple[Any, Any]:
+def build_reference(code: Path, folder: Path, dtype: str, device: str, action_tokens: Sequence[int]) -> tuple[Any, Any]:
     """Build the reference's model with seeded weights on its device, and its image processor.
 
     Args:
@@ -275,7 +273,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, required=True)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    inputs = np.load(args.inputs)
+    inputs = dict(np.load(args.inputs))
     action_tokens = inputs["action_tokens"].tolist()
     model, processor = build_reference(args.code, args.folder, args.dtype, args.device, action_tokens)
     stages = reference_stages(model, processor, inputs, args.device)

@@ -35,7 +35,7 @@ class WorkerProcess:
                 return json.loads(line[len(prefix) :])
         raise RuntimeError(f"{self.command[1]} ended with status {self.process.wait()}; its error is printed above.")
 
-    def request(self, *arguments: Any) -> dict[str, Any]:
+    def request(self, *arguments: Any) -> Any:
         """Send the arguments as a JSON list and return the JSON result."""
         self._stdin.write(json.dumps(arguments) + "\n")
         self._stdin.flush()
