@@ -30,11 +30,11 @@ from ..processing_openvla import OpenVLAProcessor
 from .reference import ACTION, BATCHES, FIRST_TOKEN, PIXELS, TOWERS, batch_indices, measure_call, preprocessing_stages
 from .sizes import CHUNK_FIELDS, INSTRUCTIONS, build_model, sample_inputs
 
-REFERENCE, PLAIN, FAST = "reference", "openvla, fast=False", "openvla"
+PLAIN, FAST = "openvla, fast=False", "openvla"
 DRAFT_CORRECT, DRAFT_WRONG = "openvla, correct draft", "openvla, wrong draft"
 PREPACKED = "openvla, prepack"
 COMPILED = "openvla, compile"
-STATIC_CACHE = "transformers, static cache"  # transformers' own fast path, compiled by transformers on a GPU
+STATIC_CACHE = "transformers, static cache"  # transformers' own fast path
 CHUNK = "OFT chunk: LIBERO, L1, 2 images, proprio"
 # Quantised backends by name: the arguments of quantization_config.
 QUANTIZED: dict[str, dict[str, Any]] = {
@@ -165,16 +165,17 @@ def build_backends(runner: ModelRunner, compiled: bool) -> dict[str, Benchmark]:
 
     Args:
         runner: Runner of the model.
-        compiled: Add a backend whose pointwise operations are compiled.
+        compiled: Add a backend whose pointwise operations are compiled, and on a GPU transformers' static cache.
     """
     backends: dict[str, Benchmark] = {
         PLAIN: {**runner.stages(fast=False), **preprocessing_stages(runner.processor.image_processor)},
-        STATIC_CACHE: {ACTION: functools.partial(runner.action, cache_implementation="static")},
         FAST: runner.stages(fast=True),
         DRAFT_CORRECT: {PIXELS: runner.action_from_correct_draft},
         DRAFT_WRONG: {PIXELS: runner.action_from_wrong_draft},
     }
     model = runner.model
+    if compiled or model.device.type == "cpu":  # on a GPU transformers compiles it
+        backends[STATIC_CACHE] = {ACTION: functools.partial(runner.action, cache_implementation="static")}
     if compiled:
         fused = copy.copy(model)  # shares the weights
         fused._modules = {**model._modules, "language_model": copy.copy(model.language_model)}

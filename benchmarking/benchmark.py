@@ -14,20 +14,14 @@ from __future__ import annotations
 
 import argparse
 import functools
-import gc
-import json
-import platform
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import transformers
 from tqdm.auto import tqdm
 
 from ..conversion.hub_folder import write_config_and_code
@@ -38,7 +32,6 @@ from .backends import (
     FAST,
     PLAIN,
     QUANTIZED,
-    REFERENCE,
     Benchmark,
     ModelRunner,
     answers_after_warmup,
@@ -46,24 +39,23 @@ from .backends import (
     chunk_backends,
     quantized_backends,
 )
+from .calls import MIN_CALLS, WARMUP_CALLS, call_in_turn, describe_error, release_memory, summarize
 from .reference import (
     ACTION,
     BATCHES,
     FIRST_TOKEN,
     PIXELS,
+    REFERENCE,
     TOWERS,
     checksums,
-    measure_call,
     preprocessing_stages,
     profile_call,
 )
 from .report import Measurement, Report, require_matplotlib
-from .roofline import compute_seconds, decode_step_seconds, gemm_rate, read_rate
+from .roofline import compute_seconds, decode_step_seconds, describe_machine
 from .sizes import CHUNK_FIELDS, SIZES, action_token_range
 from .worker_process import WorkerProcess
 
-WARMUP_CALLS = 3  # on a GPU the second captures a CUDA graph, one for every length of a prompt
-MIN_CALLS = 5  # timed calls of every backend, however long they take
 DECODE_STEP = "decode step"
 WARMUP, PREPROCESSING = "warmup", "preprocessing"
 QUANTIZED_STAGES = {f"{PIXELS}, {name}": name for name in QUANTIZED}
@@ -83,21 +75,6 @@ GPU_STAGES = ("batch", "quantized")  # on a CPU only where --stages names them
 NUM_ACTIONS = {ACTION: 1, PIXELS: 1, **dict.fromkeys(QUANTIZED_STAGES, 1), CHUNK: CHUNK_FIELDS["chunk_length"]}
 NUM_ACTIONS |= {stage: size for size, stage in BATCHES.items()}
 AUTOREGRESSIVE = (ACTION, PIXELS, *BATCHES.values())  # stages with decode steps, for the roofline
-
-
-@dataclass
-class Calls:
-    """Calls of one backend in one stage, each as ``measure_call`` returns it, with its ``index``.
-
-    Attributes:
-        warmup: First calls, which may compile and capture.
-        timed: The calls after them.
-        error: Why the backend failed, if it did.
-    """
-
-    warmup: list[dict[str, Any]] = field(default_factory=list)
-    timed: list[dict[str, Any]] = field(default_factory=list)
-    error: str | None = None
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -121,10 +98,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=15.0,
         metavar="S",
-        help=f"end a stage before all questions are asked, after at least {MIN_CALLS} calls of each backend",
+        help=f"time of a stage, shared by its backends; each is called at least {MIN_CALLS} times",
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--compile", action="store_true", help="add a backend with compiled pointwise operations")
+    parser.add_argument("--compile", action="store_true", help="add the backends that wait for the compiler")
     parser.add_argument("--profile", action="store_true", help="print the kernels of an action by time, per backend")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
     parser.add_argument("--reference", type=Path, metavar="DIR", help="published remote code, to compare with")
@@ -150,37 +127,17 @@ def run(args: argparse.Namespace) -> int:
     args.dtypes = args.dtypes or (["bfloat16"] if on_gpu else ["float32"])
     args.stages = args.stages or [stage for stage in STAGES if on_gpu or stage not in GPU_STAGES]
     torch.set_num_threads(args.threads)
-    report = Report(describe_machine(args), args.json, describe_not_run(args))
+    report = Report(describe_machine(args.device, args.dtypes, args.threads), args.json, describe_not_run(args))
     report.print_header()
     for size in args.sizes:
         for dtype in args.dtypes:
-            measure(size, dtype, args, report)
+            SizeBenchmark(size, dtype, args, report).run()
             release_memory()
     report.print_end()
     report.write()
     if args.plot:
         report.draw(args.plot)
     return 0
-
-
-def describe_machine(args: argparse.Namespace) -> dict[str, Any]:
-    """Return the device, library versions, and peak rates."""
-    info: dict[str, Any] = {
-        "device": torch.cuda.get_device_name(args.device) if _on_gpu(args.device) else _cpu_name(),
-        "threads": args.threads,
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
-    }
-    for dtype in args.dtypes:
-        info[f"{dtype} GFLOP/s"] = gemm_rate(args.device, getattr(torch, dtype)) / 1e9
-    info["read GB/s"] = read_rate(args.device) / 1e9
-    return info
-
-
-def _cpu_name() -> str:
-    file = Path("/proc/cpuinfo")
-    lines = file.read_text().splitlines() if file.exists() else []
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
 
 
 def describe_not_run(args: argparse.Namespace) -> list[str]:
@@ -198,21 +155,8 @@ def _on_gpu(device: str) -> bool:
     return device.startswith("cuda")
 
 
-def release_memory() -> None:
-    """Free the memory of models that are no longer referenced."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-
-
-def describe_error(error: Exception) -> str:
-    """Return the kind of an error and the first line of its message."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
-
-
-def measure(size: str, dtype: str, args: argparse.Namespace, report: Report) -> None:
-    """Measure all stages and backends of one model size and dtype.
+class SizeBenchmark:
+    """The benchmark of one model size and dtype.
 
     Args:
         size: One of ``SIZES``.
@@ -220,65 +164,174 @@ def measure(size: str, dtype: str, args: argparse.Namespace, report: Report) -> 
         args: Options of the command.
         report: Where the measurements are added.
     """
-    runner = ModelRunner.build(size, dtype=dtype, device=args.device, num_inputs=args.inputs)
-    if WARMUP in args.stages:
-        report.add(warmup_measurements(size, dtype, runner))
-    backends = build_backends(runner, args.compile)
-    worker = None
-    if args.reference:
-        try:
-            worker = start_reference(args, runner, dtype)
-        except Exception as error:
-            report.not_run.append(f"{size}, {dtype} beside the published code: {describe_error(error)}")
-            print(report.not_run[-1], file=sys.stderr)
-        else:
-            report.machine["versions"]["reference"] = worker.info["versions"]
-            stages = {stage: functools.partial(worker.request, "measure", stage) for stage in backends[PLAIN]}
-            backends = {REFERENCE: stages, **backends}
-    try:
-        for stage in stage_names(args.stages, runner):
+
+    def __init__(self, size: str, dtype: str, args: argparse.Namespace, report: Report) -> None:
+        self.size, self.dtype, self.args, self.report = size, dtype, args, report
+        self.row = functools.partial(Measurement, size, dtype)
+        self.runner = ModelRunner.build(size, dtype=dtype, device=args.device, num_inputs=args.inputs)
+        self.num_steps = self.runner.model.get_action_dim() - 1
+        self.worker: WorkerProcess | None = None
+
+    def run(self) -> None:
+        """Measure all stages and backends."""
+        if WARMUP in self.args.stages:  # in a new process, so first
+            self.report.add(self.warmup_measurements())
+        backends = build_backends(self.runner, self.args.compile)
+        if self.args.reference:
             try:
-                functions = stage_backends(stage, size, dtype, backends, runner, args)
-            except Exception as error:  # out of memory, a missing package, or one too old
-                report.add([Measurement(size, dtype, stage, FAST, error=describe_error(error))])
+                self.worker = start_reference(self.args, self.runner, self.dtype)
+            except Exception as error:
+                self.report.add([self.row("all stages", REFERENCE, error=describe_error(error))])
+            else:
+                self.report.machine["versions"][REFERENCE] = self.worker.info["versions"]
+                measure = functools.partial(self.worker.request, "measure")
+                backends = {REFERENCE: {s: functools.partial(measure, s) for s in backends[PLAIN]}, **backends}
+        try:
+            for stage in self.stage_names():
+                try:
+                    functions = self.stage_functions(stage, backends)
+                except Exception as error:  # out of memory, a missing package, or one too old
+                    functions = {}
+                    self.report.add([self.row(stage, FAST, error=describe_error(error))])
+                else:
+                    self.report.add(self.measure_stage(stage, functions))
+                functions.clear()  # they may hold a model
                 release_memory()
-                continue
-            report.add(measure_stage(stage, size, dtype, functions, runner, args, report.machine))
-            functions.clear()  # may hold a model
+                if stage == FIRST_TOKEN:
+                    self.report.add(self.decode_step_measurements())
+            if self.args.profile:
+                self.report.profiles += self.profiles(backends)
+                self.report.write()
+        finally:
+            if self.worker:
+                self.worker.stop()
+
+    def stage_names(self) -> list[str]:
+        """Return the names of the chosen stages."""
+        chosen = self.args.stages
+        names = [name for stage in STAGES if stage in chosen for name in STAGES[stage]]
+        processor = self.runner.processor.image_processor
+        return [*names, *(preprocessing_stages(processor) if PREPROCESSING in chosen else [])]
+
+    def stage_functions(self, stage: str, backends: Mapping[str, Benchmark]) -> Benchmark:
+        """Return the functions to measure in a stage by the name of their backend, the baseline first.
+
+        Chunks and quantised weights have a model of their own, built here, which lives as long as the functions.
+        """
+        if stage == CHUNK:
+            device, num_inputs = self.args.device, self.args.inputs
+            return chunk_backends(self.size, dtype=self.dtype, device=device, num_inputs=num_inputs)
+        if stage in QUANTIZED_STAGES:
+            unquantized = {name: backends[name][PIXELS] for name in (REFERENCE, FAST) if name in backends}
+            return {**unquantized, **quantized_backends(self.runner, QUANTIZED_STAGES[stage])}
+        return {name: backend[stage] for name, backend in backends.items() if stage in backend}
+
+    def measure_stage(self, stage: str, functions: Benchmark) -> list[Measurement]:
+        """Measure all backends in one stage, in turn; the first that does not fail is the baseline."""
+        calls = call_in_turn(
+            functions,
+            warmup=self.warmup_inputs(stage),
+            questions=[index for index in range(self.args.inputs) for _ in range(self.args.repeats_per_question)],
+            seconds=self.args.seconds_per_stage,
+            device=self.args.device,
+            stage=stage,
+        )
+        baseline = next((name for name, of_backend in calls.items() if of_backend.error is None), "")
+        float32: dict[int, Any] = {}
+        if stage == ACTION and self.dtype != "float32" and baseline:
+            float32 = self.predict_in_float32(sorted({call["index"] for call in calls[baseline].timed}))
             release_memory()
-            if stage == FIRST_TOKEN:
-                report.add(decode_step_measurements(size, dtype, runner, report))
-        if args.profile:
-            report.profiles += profiles(size, dtype, backends, worker, args.device)
-    finally:
-        if worker:
-            worker.stop()
+        roofline = None
+        if PLAIN in calls and calls[PLAIN].error is None:
+            roofline = self.roofline_seconds(stage, functions[PLAIN])
+        measurements = []
+        for name, of_backend in calls.items():
+            row = self.row(stage, name, error=of_backend.error)
+            if of_backend.error is None:
+                row.baseline = baseline
+                summarize(row, of_backend, calls[baseline], float32)
+                row.actions_per_second = NUM_ACTIONS[stage] / row.seconds if stage in NUM_ACTIONS else None
+                row.roofline_fraction = None if roofline is None else roofline / row.seconds
+            measurements.append(row)
+        return measurements
 
+    def warmup_inputs(self, stage: str) -> list[int]:
+        """Return the inputs of the first calls; on a GPU one of each length of a prompt, as each has a CUDA graph."""
+        indices = [0]
+        if _on_gpu(self.args.device) and stage not in BATCHES.values():
+            lengths = [prompt.shape[1] for prompt in self.runner.prompts]
+            indices = sorted(lengths.index(length) for length in set(lengths))
+        return [index for index in indices for _ in range(WARMUP_CALLS)]
 
-def stage_names(chosen: Sequence[str], runner: ModelRunner) -> list[str]:
-    """Return the names of the chosen stages."""
-    names = [name for stage in STAGES if stage in chosen for name in STAGES[stage]]
-    return [*names, *(preprocessing_stages(runner.processor.image_processor) if PREPROCESSING in chosen else [])]
+    def predict_in_float32(self, indices: Sequence[int]) -> dict[int, Any]:
+        """Return the tokens of inputs in float32, which decide near ties correctly; nothing where memory is short."""
+        device, num_inputs = self.args.device, self.args.inputs
+        progress = tqdm(indices, desc="in float32", unit="input", leave=False, file=sys.stderr)
+        try:
+            runner = ModelRunner.build(self.size, dtype="float32", device=device, num_inputs=num_inputs)
+            return {index: runner.action(index, fast=False) for index in progress}
+        except RuntimeError as error:  # out of memory
+            self.report.not_run.append(f"{self.size} in float32, to compare with: {describe_error(error)}")
+            return {}
 
+    def roofline_seconds(self, stage: str, plain: Callable[[int], Any]) -> float | None:
+        """Return the roofline time of a stage: its arithmetic, and reading the weights for every decode step."""
+        if stage not in (*AUTOREGRESSIVE, FIRST_TOKEN, TOWERS, CHUNK):
+            return None
+        machine = self.report.machine
+        seconds = compute_seconds(functools.partial(plain, 0), machine[f"{self.dtype} GFLOP/s"])
+        num_steps = self.num_steps if stage in AUTOREGRESSIVE else 0
+        return seconds + num_steps * decode_step_seconds(self.runner.model.language_model, machine["read GB/s"])
 
-def stage_backends(
-    stage: str,
-    size: str,
-    dtype: str,
-    backends: Mapping[str, Benchmark],
-    runner: ModelRunner,
-    args: argparse.Namespace,
-) -> Benchmark:
-    """Return the functions to measure in a stage by the name of their backend, the baseline first.
+    def warmup_measurements(self) -> list[Measurement]:
+        """Measure the warm-up of a policy, and its first, second and later answers, whose median is the baseline."""
+        try:
+            warmup, answers = answers_after_warmup(self.runner)
+        except Exception as error:
+            return [self.row("warm-up", FAST, error=describe_error(error))]
+        low, later, high = (float(value) for value in np.quantile(answers[2:], [0.25, 0.5, 0.75]))
+        rows = [self.row("warm-up", FAST, seconds=warmup)]
+        for name, seconds in (("first answer", answers[0]), ("second answer", answers[1]), ("later answers", later)):
+            speedup, stage = later / seconds, f"{name} after warm-up"
+            rows.append(self.row(stage, FAST, seconds=seconds, speedup=speedup, baseline="later answers"))
+        rows[-1].quartiles = low, high
+        return rows
 
-    Chunks and quantised weights have a model of their own, which is built here and lives as long as the functions.
-    """
-    if stage == CHUNK:
-        return chunk_backends(size, dtype=dtype, device=args.device, num_inputs=args.inputs)
-    if stage in QUANTIZED_STAGES:
-        unquantized = {name: backends[name][PIXELS] for name in (REFERENCE, FAST) if name in backends}
-        return {**unquantized, **quantized_backends(runner, QUANTIZED_STAGES[stage])}
-    return {name: backend[stage] for name, backend in backends.items() if stage in backend}
+    def decode_step_measurements(self) -> list[Measurement]:
+        """Return the mean time of a decode step per backend: (action from pixels - first token) / number of steps."""
+        measured = {
+            (entry.stage, entry.backend): entry
+            for entry in self.report.measurements
+            if (entry.size, entry.dtype, entry.error) == (self.size, self.dtype, None)
+        }
+        machine, steps = self.report.machine, []
+        read_seconds = decode_step_seconds(self.runner.model.language_model, machine["read GB/s"])
+        for (stage, backend), first_token in measured.items():
+            action = measured.get((PIXELS, backend))
+            if stage != FIRST_TOKEN or action is None:
+                continue
+            step = self.row(DECODE_STEP, backend, seconds=(action.seconds - first_token.seconds) / self.num_steps)
+            steps.append(step)
+            step.baseline = steps[0].backend
+            step.speedup, step.roofline_fraction = steps[0].seconds / step.seconds, read_seconds / step.seconds
+        return steps
+
+    def profiles(self, backends: Mapping[str, Benchmark]) -> list[dict[str, Any]]:
+        """Return the kernels by time of one action of every backend that predicts from an image."""
+        entries = []
+        for name, backend in backends.items():
+            if ACTION not in backend:
+                continue
+            entry: dict[str, Any] = {"size": self.size, "dtype": self.dtype, "backend": name, "kernels": []}
+            try:
+                if name == REFERENCE and self.worker is not None:
+                    entry["kernels"] = self.worker.request("profile", ACTION, 0)
+                else:
+                    entry["kernels"] = profile_call(backend[ACTION], 0, self.args.device)
+            except Exception as error:
+                entry["error"] = describe_error(error)
+            entries.append(entry)
+        return entries
 
 
 def start_reference(args: argparse.Namespace, runner: ModelRunner, dtype: str) -> WorkerProcess:
@@ -302,181 +355,7 @@ def start_reference(args: argparse.Namespace, runner: ModelRunner, dtype: str) -
     if different:
         worker.stop()
         raise OpenVLAValueError(
-            f"{len(different)} tensors differ between both processes, {different[0]} first; the random numbers of "
-            f"torch {torch.__version__} and {worker.info['versions']['torch']} differ. Install the same torch in both."
+            f"{len(different)} tensors differ between both processes, {different[0]} first: torch {torch.__version__} "
+            f"here, torch {worker.info['versions']['torch']} there. Install the same torch in both."
         )
     return worker
-
-
-def warmup_measurements(size: str, dtype: str, runner: ModelRunner) -> list[Measurement]:
-    """Measure the warm-up of a policy, and its first, second and later answers, whose median is the baseline."""
-    try:
-        warmup, answers = answers_after_warmup(runner)
-    except Exception as error:
-        return [Measurement(size, dtype, "warm-up", FAST, error=describe_error(error))]
-    low, later, high = (float(value) for value in np.quantile(answers[2:], [0.25, 0.5, 0.75]))
-    row = functools.partial(Measurement, size, dtype, backend=FAST)
-    names = {"first": answers[0], "second": answers[1]}
-    baseline = "later answers"
-    return [
-        row(stage="warm-up", seconds=warmup),
-        *(
-            row(stage=f"{name} answer after warm-up", seconds=seconds, speedup=later / seconds, baseline=baseline)
-            for name, seconds in names.items()
-        ),
-        row(stage="later answers after warm-up", seconds=later, quartiles=(low, high), speedup=1.0, baseline=baseline),
-    ]
-
-
-def measure_stage(
-    stage: str,
-    size: str,
-    dtype: str,
-    functions: Benchmark,
-    runner: ModelRunner,
-    args: argparse.Namespace,
-    machine: Mapping[str, Any],
-) -> list[Measurement]:
-    """Measure all backends in one stage, in turn; the first that does not fail is the baseline."""
-    calls = call_in_turn(stage, functions, warmup_indices(stage, runner, args.device), args)
-    baseline = next((name for name, of_backend in calls.items() if of_backend.error is None), None)
-    float32: dict[int, Any] = {}
-    if stage == ACTION and dtype != "float32" and baseline is not None:
-        indices = sorted({call["index"] for call in calls[baseline].timed})
-        try:
-            float32 = predict_in_float32(size, indices, args)
-        except Exception as error:
-            print(f"no tokens in float32: {describe_error(error)}", file=sys.stderr)
-        release_memory()
-    seconds = None
-    if stage in (*AUTOREGRESSIVE, FIRST_TOKEN, TOWERS, CHUNK) and calls[PLAIN].error is None:
-        seconds = compute_seconds(functools.partial(functions[PLAIN], 0), machine[f"{dtype} GFLOP/s"])
-        num_steps = runner.model.get_action_dim() - 1 if stage in AUTOREGRESSIVE else 0
-        seconds += num_steps * decode_step_seconds(runner.model.language_model, machine["read GB/s"])
-    measurements = []
-    for name, of_backend in calls.items():
-        measurement = Measurement(size, dtype, stage, name, error=of_backend.error)
-        if of_backend.error is None and baseline is not None:
-            summarize(measurement, of_backend, calls[baseline], float32)
-            measurement.baseline = baseline
-            measurement.roofline_fraction = None if seconds is None else seconds / measurement.seconds
-        measurements.append(measurement)
-    return measurements
-
-
-def warmup_indices(stage: str, runner: ModelRunner, device: str) -> list[int]:
-    """Return the inputs of the first calls; on a GPU one of every length of a prompt, which has its own CUDA graph."""
-    first_of_length = {prompt.shape[1]: index for index, prompt in reversed(list(enumerate(runner.prompts)))}
-    indices = sorted(first_of_length.values()) if _on_gpu(device) and stage not in BATCHES.values() else [0]
-    return [index for index in indices for _ in range(WARMUP_CALLS)]
-
-
-def call_in_turn(stage: str, functions: Benchmark, warmup: Sequence[int], args: argparse.Namespace) -> dict[str, Calls]:
-    """Call every backend on the warm-up inputs, then all backends in turn until the stage's time is over."""
-    calls = {name: Calls() for name in functions}
-
-    def call(name: str, index: int, of_backend: list[dict[str, Any]]) -> None:
-        if calls[name].error is not None:
-            return
-        try:
-            function: Callable[[int], Any] = functions[name]
-            measured = function(index) if name == REFERENCE else measure_call(function, index, args.device)
-            of_backend.append({"index": index, **measured})
-        except Exception as error:  # out of memory, or a worker that ended: the others go on
-            calls[name].error = describe_error(error)
-            release_memory()
-
-    for name in functions:
-        for index in warmup[:1] if name == REFERENCE else warmup:  # the published code compiles and captures nothing
-            call(name, index, calls[name].warmup)
-    started = time.perf_counter()
-    questions = [index for index in range(args.inputs) for _ in range(args.repeats_per_question)]
-    for done, index in enumerate(tqdm(questions, desc=stage, unit="call", leave=False, file=sys.stderr)):
-        if done >= MIN_CALLS and time.perf_counter() - started > args.seconds_per_stage:
-            break
-        for name in functions:
-            call(name, index, calls[name].timed)
-    return calls
-
-
-def predict_in_float32(size: str, indices: Sequence[int], args: argparse.Namespace) -> dict[int, list[int]]:
-    """Return the tokens of inputs in float32, which decide near ties correctly."""
-    runner = ModelRunner.build(size, dtype="float32", device=args.device, num_inputs=args.inputs)
-    progress = tqdm(indices, desc="in float32", unit="input", leave=False, file=sys.stderr)
-    return {index: runner.action(index, fast=False) for index in progress}
-
-
-def summarize(measurement: Measurement, calls: Calls, baseline: Calls, float32: Mapping[int, Any]) -> None:
-    """Fill in the medians of a backend's calls, and the comparison of its results.
-
-    Args:
-        measurement: The row to fill in.
-        calls: Calls of the backend.
-        baseline: Calls of the baseline on the same inputs.
-        float32: Tokens in float32 by the index of the input; empty where they are not compared.
-    """
-    seconds, cpu_seconds = (np.array([call[name] for call in calls.timed]) for name in ("seconds", "cpu_seconds"))
-    baseline_seconds = np.array([call["seconds"] for call in baseline.timed])
-    low, high = np.quantile(seconds, [0.25, 0.75])
-    measurement.seconds, measurement.cpu_seconds = float(np.median(seconds)), float(np.median(cpu_seconds))
-    measurement.speedup = float(np.median(baseline_seconds / seconds))
-    measurement.quartiles = float(low), float(high)
-    measurement.warmup_seconds = [call["seconds"] for call in calls.warmup]
-    measurement.calls = len(seconds)
-    if measurement.stage in NUM_ACTIONS:
-        measurement.actions_per_second = NUM_ACTIONS[measurement.stage] / measurement.seconds
-    results, expected = (np.array([call["result"] for call in part.timed]) for part in (calls, baseline))
-    measurement.equal, measurement.compared = int((results == expected).sum()), results.size
-    if results.dtype.kind == "f":
-        measurement.largest_difference = float(np.abs(results - expected).max())
-    if float32:
-        exact = np.array([float32[call["index"]] for call in calls.timed])
-        measurement.equal_to_float32 = int((results == exact).sum())
-    answers: dict[int, list[str]] = {}
-    for call in (*calls.warmup, *calls.timed):
-        answers.setdefault(call["index"], []).append(json.dumps(call["result"]))
-    measurement.asked_again = sum(len(given) > 1 for given in answers.values())
-    measurement.several_answers = sum(len(set(given)) > 1 for given in answers.values())
-    if "gpu_bytes" in calls.timed[0]:
-        measurement.gpu_bytes = max(call["gpu_bytes"] for call in calls.timed)
-
-
-def decode_step_measurements(size: str, dtype: str, runner: ModelRunner, report: Report) -> list[Measurement]:
-    """Return the mean time of a decode step per backend: (action from pixels - first token) / number of steps."""
-    measured = {
-        (entry.stage, entry.backend): entry
-        for entry in report.measurements
-        if (entry.size, entry.dtype, entry.error) == (size, dtype, None)
-    }
-    read_seconds = decode_step_seconds(runner.model.language_model, report.machine["read GB/s"])
-    num_steps = runner.model.get_action_dim() - 1
-    steps: list[Measurement] = []
-    for (stage, backend), first_token in measured.items():
-        action = measured.get((PIXELS, backend))
-        if stage != FIRST_TOKEN or action is None:
-            continue
-        step = Measurement(size, dtype, DECODE_STEP, backend, baseline=action.baseline)
-        step.seconds = (action.seconds - first_token.seconds) / num_steps
-        step.speedup = (steps[0].seconds if steps else step.seconds) / step.seconds
-        step.roofline_fraction = read_seconds / step.seconds
-        steps.append(step)
-    return steps
-
-
-def profiles(
-    size: str, dtype: str, backends: Mapping[str, Benchmark], worker: WorkerProcess | None, device: str
-) -> list[dict[str, Any]]:
-    """Return the kernels by time of one action of every backend that predicts from an image."""
-    entries = []
-    for name, backend in backends.items():
-        if ACTION not in backend:
-            continue
-        try:
-            if name == REFERENCE and worker is not None:
-                kernels: Any = worker.request("profile", ACTION, 0)
-            else:
-                kernels = profile_call(backend[ACTION], 0, device)
-        except Exception as error:
-            kernels = [{"name": f"not measured: {describe_error(error)}", "calls": 0, "ms": 0.0, "share": 0.0}]
-        entries.append({"size": size, "dtype": dtype, "backend": name, "kernels": kernels})
-    return entries

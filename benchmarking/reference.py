@@ -29,6 +29,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+REFERENCE = "published code"  # name of this backend
 ACTION = "action from image"
 PIXELS = "action from pixels"
 FIRST_TOKEN = "first token from pixels"

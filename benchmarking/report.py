@@ -13,10 +13,12 @@ import numpy as np
 
 from ..configuration_openvla import write_json
 from ..errors_openvla import OpenVLAImportError
-from .reference import ACTION
+from .reference import ACTION, REFERENCE
 
-COLUMNS = ("size", "dtype", "stage", "backend", "ms (quartiles)", "actions/s", "speedup", "roofline fraction", "CPU ms")
-COLUMNS += ("equal", "equal to float32", "questions with several answers", "GPU MB")
+COLUMNS = [
+    *("size", "dtype", "stage", "backend", "ms (quartiles)", "actions/s", "speedup", "roofline fraction", "CPU ms"),
+    *("equal", "equal to float32", "questions with several answers", "GPU MB"),
+]
 
 
 @dataclass
@@ -141,13 +143,16 @@ class Report:
         """Print what follows the table: kernels by time, and what was not run."""
         for profile in self.profiles:
             print(f"\n{profile['size']}, {profile['dtype']}, {ACTION}, {profile['backend']}: kernels by time\n")
+            if "error" in profile:
+                print(f"not measured: {profile['error']}")
+                continue
             print("| ms | share | calls | kernel |\n|---|---|---|---|")
             for kernel in profile["kernels"]:
                 name = kernel["name"][:120].replace("|", "/")
                 print(f"| {kernel['ms']:.3f} | {kernel['share']:.1%} | {kernel['calls']} | {name} |")
         print()
-        if "reference" in self.machine["versions"]:
-            print(f"Published code (reference): {_format_value(self.machine['versions']['reference'])}.")
+        if REFERENCE in self.machine["versions"]:
+            print(f"The {REFERENCE} ran with {_format_value(self.machine['versions'][REFERENCE])}.")
         for reason in self.not_run:
             print(f"Not run {reason}.", flush=True)
 

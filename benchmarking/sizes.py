@@ -87,8 +87,8 @@ def overrides(size: str) -> dict[str, Any]:
     # The published code rejects unknown names of language models.
     fields: dict[str, Any] = {"llm_backbone_id": "llama2-7b-pure"}
     if size == "full":
-        text_config = {"vocab_size": LLAMA_2_TOKENS + PADDED_ROWS, "pad_token_id": LLAMA_2_TOKENS}
-        return {**fields, "text_config": {"model_type": "llama", **text_config}, "timm_model_kwargs": None}
+        vocabulary = {"vocab_size": LLAMA_2_TOKENS + PADDED_ROWS, "pad_token_id": LLAMA_2_TOKENS}
+        return {**fields, "text_config": {"model_type": "llama", **vocabulary}, "timm_model_kwargs": None}
     widths = WIDTHS[size]
     text_config = {
         "model_type": "llama",

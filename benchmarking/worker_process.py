@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 from collections.abc import Mapping, Sequence
@@ -43,5 +44,6 @@ class WorkerProcess:
 
     def stop(self) -> None:
         """End the process."""
-        self._stdin.close()
+        with contextlib.suppress(BrokenPipeError):  # it ended already
+            self._stdin.close()
         self.process.wait()
