@@ -68,7 +68,7 @@ class ModelRunner:
     ) -> None:
         self.model, self.processor, self.prompts, self.images = model, processor, prompts, images
         self.pixels = [self.preprocess(image) for image in images]
-        self.actions: dict[int, np.ndarray] = {}  # last prediction for every input, from which drafts are made
+        self.actions: dict[int, np.ndarray] = {}  # of every input, from which drafts are made
 
     @classmethod
     def build(cls, size: str, *, dtype: str, device: str, num_inputs: int) -> ModelRunner:
@@ -100,16 +100,19 @@ class ModelRunner:
     def action_from_pixels(self, index: int, **options: Any) -> list[int]:
         """Predict the action of pixel values and a prompt; ``options`` are those of ``predict_action``."""
         output: Any = self.model.predict_action(self.prompts[index], self.pixels[index], return_dict=True, **options)
-        if "draft" not in options:
-            self.actions[index] = output.actions
         return output.token_ids.tolist()
 
+    def predict_drafts(self) -> None:
+        """Predict the action of every input, from which the drafts are made."""
+        inputs = enumerate(zip(self.prompts, self.pixels))
+        self.actions = {i: np.asarray(self.model.predict_action(ids, pixels)) for i, (ids, pixels) in inputs}
+
     def action_from_correct_draft(self, index: int) -> list[int]:
-        """Predict with the last prediction for this input as the draft."""
+        """Predict with the predicted action of this input as the draft."""
         return self.action_from_pixels(index, draft=self.actions[index], fast=True)
 
     def action_from_wrong_draft(self, index: int) -> list[int]:
-        """Predict with a draft that differs from the last prediction in every dimension."""
+        """Predict with a draft that differs from the predicted action in every dimension."""
         return self.action_from_pixels(index, draft=-self.actions[index] + 0.013, fast=True)
 
     def batch(self, index: int, *, size: int, fast: bool) -> list[list[int]]:

@@ -6,8 +6,8 @@ as the stage is done. The first backend of a stage is the baseline of the speedu
 code where --reference names it. Every question (an image and an instruction) is asked several times, and the report
 counts the questions that got more than one answer. Peak compute and memory rates are measured in the same run.
 
-On a GPU the default is OpenVLA-7B's size in bfloat16, which takes about 5 minutes; on a CPU two smaller sizes in
-float32. A backend that fails gets a row that says why.
+On a GPU the default is OpenVLA-7B's size in bfloat16, estimated to take less than 6 minutes; on a CPU two smaller sizes
+in float32. A backend that fails gets a row that says why.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--inputs", type=int, default=20, help="number of questions: images with an instruction")
     parser.add_argument(
-        "--repeats-per-question", type=int, default=2, metavar="N", help="how often each question is asked"
+        "--repeats-per-question", type=int, default=3, metavar="N", help="how often each question is asked"
     )
     parser.add_argument(
         "--seconds-per-stage",
@@ -224,6 +224,8 @@ class SizeBenchmark:
         if stage in QUANTIZED_STAGES:
             unquantized = {name: backends[name][PIXELS] for name in (REFERENCE, FAST) if name in backends}
             return {**unquantized, **quantized_backends(self.runner, QUANTIZED_STAGES[stage])}
+        if stage == PIXELS:
+            self.runner.predict_drafts()
         return {name: backend[stage] for name, backend in backends.items() if stage in backend}
 
     def measure_stage(self, stage: str, functions: Benchmark) -> list[Measurement]:
@@ -257,11 +259,11 @@ class SizeBenchmark:
 
     def warmup_inputs(self, stage: str) -> list[int]:
         """Return the inputs of the first calls; on a GPU one of each length of a prompt, as each has a CUDA graph."""
-        indices = [0]
-        if _on_gpu(self.args.device) and stage not in BATCHES.values():
-            lengths = [prompt.shape[1] for prompt in self.runner.prompts]
-            indices = sorted(lengths.index(length) for length in set(lengths))
-        return [index for index in indices for _ in range(WARMUP_CALLS)]
+        if not _on_gpu(self.args.device):
+            return [0]
+        lengths = [prompt.shape[1] for prompt in self.runner.prompts]
+        first_of_length = [0] if stage in BATCHES.values() else sorted(lengths.index(length) for length in set(lengths))
+        return [index for index in first_of_length for _ in range(WARMUP_CALLS)]
 
     def predict_in_float32(self, indices: Sequence[int]) -> dict[int, Any]:
         """Return the tokens of inputs in float32, which decide near ties correctly; nothing where memory is short."""

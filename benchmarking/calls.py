@@ -19,7 +19,7 @@ from .backends import Benchmark
 from .reference import REFERENCE, measure_call
 from .report import Measurement
 
-WARMUP_CALLS = 3  # on a GPU the second captures a CUDA graph, one for every length of a prompt
+WARMUP_CALLS = 3  # for every length of a prompt on a GPU: the second captures a CUDA graph, the third replays it
 MIN_CALLS = 5  # timed calls of every backend, however long they take
 
 
