@@ -44,7 +44,8 @@ def test_all_stages_and_backends_are_measured(tmp_path, capsys):
     prepacks = {"float32": has_matmul(torch.float32), "bfloat16": has_matmul(torch.bfloat16)}
     by_stage = {}
     for entry in measurements:
-        assert entry["seconds"] > 0, entry
+        # A decode step is a difference of two medians, which may be negative on a busy machine.
+        assert entry["seconds"] > 0 or entry["stage"] == benchmark.DECODE_STEP, entry
         by_stage.setdefault(entry["stage"], []).append(entry)
     actions, pixels = by_stage[benchmark.ACTION], by_stage[benchmark.PIXELS]
     whole = ["openvla, fast=False", "openvla", "transformers, static cache"]
