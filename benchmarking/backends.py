@@ -103,16 +103,25 @@ class ModelRunner:
         return output.token_ids.tolist()
 
     def predict_drafts(self) -> None:
-        """Predict the action of every input, from which the drafts are made."""
-        inputs = enumerate(zip(self.prompts, self.pixels))
-        self.actions = {i: np.asarray(self.model.predict_action(ids, pixels)) for i, (ids, pixels) in inputs}
+        """Predict the action of every input that the model confirms when it is the draft.
+
+        Verifying a draft may round otherwise than decoding one token after the other, so the first prediction may not
+        be confirmed. Every round confirms at least one token more.
+        """
+        for index, (ids, pixels) in enumerate(zip(self.prompts, self.pixels)):
+            action = np.asarray(self.model.predict_action(ids, pixels))
+            for _ in action:
+                draft, action = action, np.asarray(self.model.predict_action(ids, pixels, draft=action))
+                if np.array_equal(draft, action):
+                    break
+            self.actions[index] = action
 
     def action_from_correct_draft(self, index: int) -> list[int]:
-        """Predict with the predicted action of this input as the draft."""
+        """Predict with the action of ``predict_drafts`` as the draft."""
         return self.action_from_pixels(index, draft=self.actions[index], fast=True)
 
     def action_from_wrong_draft(self, index: int) -> list[int]:
-        """Predict with a draft that differs from the predicted action in every dimension."""
+        """Predict with a draft that differs from the action of ``predict_drafts`` in every dimension."""
         return self.action_from_pixels(index, draft=-self.actions[index] + 0.013, fast=True)
 
     def batch(self, index: int, *, size: int, fast: bool) -> list[list[int]]:

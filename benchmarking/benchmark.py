@@ -306,7 +306,8 @@ class SizeBenchmark:
             for entry in self.report.measurements
             if (entry.size, entry.dtype, entry.error) == (self.size, self.dtype, None)
         }
-        machine, steps = self.report.machine, []
+        machine = self.report.machine
+        steps: list[Measurement] = []
         read_seconds = decode_step_seconds(self.runner.model.language_model, machine["read GB/s"])
         for (stage, backend), first_token in measured.items():
             action = measured.get((PIXELS, backend))
@@ -314,8 +315,12 @@ class SizeBenchmark:
                 continue
             step = self.row(DECODE_STEP, backend, seconds=(action.seconds - first_token.seconds) / self.num_steps)
             steps.append(step)
-            step.baseline = steps[0].backend
-            step.speedup, step.roofline_fraction = steps[0].seconds / step.seconds, read_seconds / step.seconds
+            if step.seconds <= 0:
+                step.error = "the first token took longer than the action; the machine is busy with other work"
+                continue
+            first = next(other for other in steps if other.error is None)
+            step.baseline, step.speedup = first.backend, first.seconds / step.seconds
+            step.roofline_fraction = read_seconds / step.seconds
         return steps
 
     def profiles(self, backends: Mapping[str, Benchmark]) -> list[dict[str, Any]]:

@@ -30,7 +30,7 @@ class Measurement:
         dtype: dtype of the model.
         stage: Part of the prediction that was measured.
         backend: Name of the backend.
-        error: Why it could not be measured; then no other field is set.
+        error: Why it could not be measured; then the other fields say nothing.
         seconds: Median wall time per call.
         quartiles: First and third quartile of the wall time in seconds.
         cpu_seconds: Median CPU time per call.
