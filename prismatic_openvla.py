@@ -41,7 +41,7 @@ from .configuration_openvla import PrismaticConfig
 from .decoding_openvla import align_prompts, has_gap, insert_after_bos, positions_of
 from .errors_openvla import OpenVLAImportError, OpenVLATypeError, OpenVLAValueError
 from .heads_openvla import HEAD_MODULES  # noqa: F401
-from .quantization_openvla import forbid_repacking, prepare_quantization, require_right_products, require_scales
+from .quantization_openvla import forbid_repacking, prepare_quantization, require_scales
 from .vision_openvla import PrismaticProjector, PrismaticVisionBackbone
 
 logger = logging.get_logger(__name__)
@@ -124,7 +124,6 @@ class PrismaticPreTrainedModel(PushToHub, PreTrainedModel):  # type: ignore[misc
         info["missing_keys"] = sorted({*info["missing_keys"], *_left_empty(model)})
         _require_complete(info, pretrained_model_name_or_path, ignore_mismatched_sizes)
         require_scales(model)
-        require_right_products(model)
         cls.keep_quantized_weights(model)
         return (model, info) if output_loading_info else model
 

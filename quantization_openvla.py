@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import importlib.metadata
 import importlib.util
 import os
@@ -18,6 +17,7 @@ from .configuration_openvla import hub_keywords
 from .errors_openvla import OpenVLAImportError, OpenVLAValueError
 
 TORCHAO_VERSION = (0, 18)  # the first one that this package was tested with
+INT8_TORCH_VERSION = (2, 6)  # before, int8 products were wrong on CPUs without VNNI (pytorch/pytorch#136746)
 # Formats of torchao by its classes of settings; a product's weights and inputs have it, with a scale per row.
 TORCHAO_FORMATS = {
     "Int8DynamicActivationInt8WeightConfig": "int8",
@@ -47,6 +47,8 @@ def require_torchao() -> None:
     found = importlib.util.find_spec("torchao") is not None
     if not found or release(importlib.metadata.version("torchao")) < TORCHAO_VERSION:
         raise OpenVLAImportError("These 8-bit weights need torchao 0.18 or later: pip install -U 'openvla[torchao]'")
+    if release(torch.__version__) < INT8_TORCH_VERSION:
+        raise OpenVLAImportError(f"Weights of torchao need torch 2.6 or later, this is {torch.__version__}.")
 
 
 def is_quantized(model: nn.Module) -> bool:
@@ -115,30 +117,6 @@ def require_scales(model: nn.Module) -> None:
     wrong = [name for name, module in model.named_modules() if not _has_scales(module)]
     if wrong:
         raise OpenVLAValueError(f"The checkpoint lacks quantisation scales of {len(wrong)} modules: {wrong}.")
-
-
-def require_right_products(model: Any) -> None:
-    """Raise ValueError where a model's int8 weights of torchao would be multiplied wrongly by this CPU."""
-    on_cpu = is_torchao(model) and model.device.type == "cpu"
-    if on_cpu and int8_overflows(model.config.quantization_config.quant_type):
-        raise OpenVLAValueError(
-            "This CPU has no VNNI instructions and would compute wrong products of these int8 weights. Quantise the "
-            "checkpoint that they were made from on this machine, which then leaves out one bit, or by bitsandbytes."
-        )
-
-
-def int8_overflows(settings: Any) -> bool:
-    """Return whether torchao's products with these settings are wrong on this CPU (findings/torch_int_mm_saturates.sh).
-
-    Without VNNI instructions oneDNN adds pairs of products in 16 bits, which large values overflow.
-    """
-    if TORCHAO_FORMATS.get(type(settings).__name__) != "int8":
-        return False
-    layer = nn.Linear(64, 16, bias=False, device="cpu", dtype=torch.float32).requires_grad_(False)
-    layer.weight.fill_(1.0)
-    importlib.import_module("torchao.quantization").quantize_(layer, settings)
-    result = layer(torch.ones(1, 64, device="cpu"))
-    return not torch.allclose(result, torch.full_like(result, 64.0), rtol=0.05)
 
 
 def forbid_repacking(model: nn.Module) -> None:

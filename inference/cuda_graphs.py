@@ -123,7 +123,7 @@ def _is_supported(model: nn.Module, inputs: Sequence[Any]) -> bool:
         and inputs[0].device.type == "cuda"
         and len(set((getattr(model, "hf_device_map", None) or {}).values())) <= 1
         and not getattr(model, "is_loaded_in_8bit", False)  # LLM.int8 looks for outliers on the host
-        and quantization_name(model) != "torchao int8"  # torchao prints the inputs of a product to a string
+        and quantization_name(model) != "torchao int8"  # it reads inputs on the host, pytorch/ao#4872
         and not torch.is_grad_enabled()
         and not torch.is_autocast_enabled()  # its copies of weights are freed when it ends
         and not is_capturing(inputs[0].device)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import importlib
 
 import torch
@@ -12,7 +11,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..errors_openvla import OpenVLAImportError, OpenVLAValueError
 from ..heads_openvla import HEAD_MODULES
-from ..quantization_openvla import TORCHAO_FORMATS, int8_overflows, require_bitsandbytes, require_torchao
+from ..quantization_openvla import TORCHAO_FORMATS, require_bitsandbytes, require_torchao
 
 # Modules that are never quantised: they turn features into embeddings, hidden states into logits and actions.
 # transformers matches such names as prefixes, as suffixes and, in some versions, as regular expressions ("proj" would
@@ -92,8 +91,9 @@ def default_backend(bits: int, device: str | torch.device | None = None) -> str:
     """Return the library that ``load_policy`` quantises with where none is named.
 
     For 8 bits it is torchao where it is installed and this transformers saves its weights, on a CPU or on a GPU with
-    float8 products; else, and for 4 bits, bitsandbytes. torchao's int8 is not the default on a GPU: up to 16 rows of a
-    product, as in every decode step, it computes in float32 from a float32 copy of the weights.
+    float8 products; else, and for 4 bits, bitsandbytes. torchao's int8 is not the default on a GPU: torchao 0.18 prints
+    the inputs of every product to a string, which waits for the GPU and rules out CUDA graphs (pytorch/ao#4872), and up
+    to 16 rows, as in every decode step, it multiplies a float32 copy of the weights.
 
     Args:
         bits: 8 or 4.
@@ -121,7 +121,7 @@ def _device(device: str | torch.device | None) -> torch.device:
 def _torchao_config(
     quant_type: str | None, device: str | torch.device | None, skip_modules: list[str]
 ) -> QuantizationConfigMixin:
-    """Return torchao's settings for 8-bit weights; with int8, one bit less where this CPU's products would overflow."""
+    """Return the ``quantization_config`` of torchao for a device; its format where none is named."""
     require_torchao()
     device = _device(device)
     if quant_type == "float8" and not has_float8(device):
@@ -130,11 +130,8 @@ def _torchao_config(
     class_names = {name: class_name for class_name, name in TORCHAO_FORMATS.items()}
     settings_class = getattr(library, class_names[quant_type or ("float8" if has_float8(device) else "int8")])
     # set_inductor_config would change how torch.compile compiles everything else in the process.
-    settings = functools.partial(settings_class, granularity=library.PerRow(), set_inductor_config=False)
-    reduced = device.type == "cpu" and int8_overflows(settings())
-    config: QuantizationConfigMixin = transformers.TorchAoConfig(
-        settings(reduce_range=True) if reduced else settings(), modules_to_not_convert=skip_modules
-    )
+    settings = settings_class(granularity=library.PerRow(), set_inductor_config=False)
+    config: QuantizationConfigMixin = transformers.TorchAoConfig(settings, modules_to_not_convert=skip_modules)
     return config
 
 
