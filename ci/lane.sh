@@ -29,17 +29,18 @@ make_environment() {  # requirements...
 }
 
 # Optional packages: the newest peft needs transformers 4.46, bitsandbytes on a CPU 4.53. 4.49 goes without accelerate,
-# which both need: that lane tests the package without any of them.
+# which both need: that lane tests the package without any of them. torchao's weights are saved from transformers 5.0 on.
 optional=(peft accelerate bitsandbytes)
 case $lane in
   4.40.1) packages=(transformers==4.40.1 "pillow<13" peft==0.11.1 accelerate==0.30.1) ;;  # Pillow 13: other order of passes
   4.49.0) packages=(transformers==4.49.0 pillow) ;;
   4.57.6) packages=(transformers==4.57.6 pillow "${optional[@]}" vla-eval) ;;  # the last for vla-eval's OpenVLA server
-  lerobot) packages=("transformers==5.5.4" "pillow<13" "huggingface-hub<2" "numpy<2.3" "${optional[@]}") ;;
-  latest) packages=(--upgrade transformers pillow "${optional[@]}") ;;
-  prerelease) packages=(--upgrade "transformers>=0.0.0rc0" pillow "${optional[@]}") ;;
+  lerobot) packages=("transformers==5.5.4" "pillow<13" "huggingface-hub<2" "numpy<2.3" "${optional[@]}" torchao) ;;
+  latest) packages=(--upgrade transformers pillow "${optional[@]}" torchao) ;;
+  prerelease) packages=(--upgrade "transformers>=0.0.0rc0" pillow "${optional[@]}" torchao) ;;
   # timm imports torchvision, which has CUDA wheels only: tests/torchvision_beside_cpu_torch.py.
   timm-*) packages=(transformers==4.57.6 pillow "timm==${lane#timm-}" torchvision==0.28.0) ;;
+  5.*) packages=("transformers==$lane" pillow "${optional[@]}" torchao) ;;
   *) packages=("transformers==$lane" pillow "${optional[@]}") ;;
 esac
 # One installation at a time: every environment builds from the same source folder.

@@ -23,6 +23,8 @@ import torch
 from torch import nn
 from transformers.utils import logging
 
+from ..quantization_openvla import quantization_name
+
 logger = logging.get_logger(__name__)
 
 CAPTURE_ATTEMPTS = 2  # a failure of the moment, such as another thread's allocation, must not cost the graph for good
@@ -165,6 +167,7 @@ def _is_supported(model: nn.Module, inputs: Sequence[Any]) -> bool:
         and inputs[0].device.type == "cuda"
         and len(set((getattr(model, "hf_device_map", None) or {}).values())) <= 1
         and not getattr(model, "is_loaded_in_8bit", False)  # LLM.int8 looks for outliers on the host
+        and quantization_name(model) != "torchao int8"  # it reads inputs on the host, pytorch/ao#4872
         and not torch.is_grad_enabled()
         and not torch.is_autocast_enabled()  # its copies of weights are freed when it ends
         and not is_capturing(inputs[0].device)
@@ -206,7 +209,8 @@ class ModelSnapshot:
         self.dicts += [state.__dict__ for parameter in model.parameters() for state in _quantization_states(parameter)]
         self.parts = list(_values(self.dicts))
         self.identities = list(map(id, self.parts))
-        self.tensors = [part for part in self.parts if torch.is_tensor(part)]
+        # A wrapper has no memory of its own; the tensors inside are among the parts.
+        self.tensors = [part for part in self.parts if torch.is_tensor(part) and not _is_wrapper(part)]
         self.addresses = [tensor.data_ptr() for tensor in self.tensors]
         foreign = [module for module in modules if type(module).__module__.split(".")[0] not in PLAIN_PACKAGES]
         self.settings = [(module, _settings(module)) for module in foreign]
@@ -221,9 +225,17 @@ class ModelSnapshot:
 
 
 def _quantization_states(parameter: nn.Parameter) -> list[Any]:
-    """Return what holds the scales of a 4-bit weight: bitsandbytes' state, and that of the scales' own scales."""
+    """Return what holds the tensors of a quantised weight: torchao's weight itself; bitsandbytes' state of 4 bits, and
+    that of the scales' own scales.
+    """
     state = getattr(parameter, "quant_state", None)
-    return [part for part in (state, getattr(state, "state2", None)) if part is not None]
+    wrapper = parameter if _is_wrapper(parameter) else None
+    return [part for part in (state, getattr(state, "state2", None), wrapper) if part is not None]
+
+
+def _is_wrapper(tensor: torch.Tensor) -> bool:
+    """Return whether a tensor is made of others, which are its attributes, as torchao's weights are."""
+    return hasattr(tensor, "__tensor_flatten__")
 
 
 def _uses_cudnn_attention() -> bool:

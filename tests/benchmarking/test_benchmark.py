@@ -15,6 +15,7 @@ from openvla.conversion.hub_weights import weight_files
 from openvla.conversion.safetensors_io import tensor_digests
 from openvla.inference import kernels
 from openvla.inference.cpu_prepack import has_matmul
+from openvla.inference.fast_decoder import FastDecoder
 from openvla.tiny import TINY_TOWERS, build_config, language_config
 from predictions import needs_compiler
 
@@ -100,8 +101,8 @@ def test_peak_rates_are_measured():
 def test_correct_drafts_take_one_pass_and_wrong_ones_seven(monkeypatch):
     runner = backends.ModelRunner.build("tiny-deep", dtype="bfloat16", device="cpu", num_inputs=4)
     runner.predict_drafts()
-    passes, run = [], fast_decoder.FastDecoder.run
-    monkeypatch.setattr(fast_decoder.FastDecoder, "run", lambda *args: passes.append(1) or run(*args))
+    passes, run = [], FastDecoder.run
+    monkeypatch.setattr(FastDecoder, "run", lambda *args: passes.append(1) or run(*args))
     for index in range(4):
         runner.action_from_correct_draft(index)
         assert len(passes) == 1
@@ -184,11 +185,11 @@ def test_profile_lists_operators_by_time(tmp_path, capsys):
     options = ["--dtypes", "float32", "--stages", "towers", "--profile"]
     profiles = {entry["backend"]: entry["kernels"] for entry in bench(tmp_path, *options)["profiles"]}
     assert {"openvla", "openvla, fast=False"} <= set(profiles)
-    for kernels in profiles.values():
-        milliseconds = [kernel["ms"] for kernel in kernels]
+    for profile in profiles.values():
+        milliseconds = [kernel["ms"] for kernel in profile]
         assert milliseconds == sorted(milliseconds, reverse=True)
-        assert 0 < sum(kernel["share"] for kernel in kernels) <= 1 + 1e-9
-        assert all(kernel["calls"] > 0 for kernel in kernels)
+        assert 0 < sum(kernel["share"] for kernel in profile) <= 1 + 1e-9
+        assert all(kernel["calls"] > 0 for kernel in profile)
     assert "openvla, fast=False: kernels by time" in capsys.readouterr().out
 
 
