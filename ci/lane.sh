@@ -4,6 +4,7 @@
 #   bash ci/lane.sh lerobot     the versions that LeRobot 0.6.1 pins
 #   bash ci/lane.sh latest      the newest release of every dependency
 #   bash ci/lane.sh prerelease  the same with the newest pre-release of transformers, where one is newer than its release
+#   bash ci/lane.sh triton      the fused kernels in Triton's interpreter, and compiled for GPUs
 #   bash ci/lane.sh timm-1.0.31 compare the vision towers with that timm
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -38,6 +39,7 @@ case $lane in
   lerobot) packages=("transformers==5.5.4" "pillow<13" "huggingface-hub<2" "numpy<2.3" "${optional[@]}" torchao) ;;
   latest) packages=(--upgrade transformers pillow "${optional[@]}" torchao) ;;
   prerelease) packages=(--upgrade "transformers>=0.0.0rc0" pillow "${optional[@]}" torchao) ;;
+  triton) packages=(transformers==5.24.0 pillow triton==3.6.0) ;;
   # timm imports torchvision, which has CUDA wheels only: tests/torchvision_beside_cpu_torch.py.
   timm-*) packages=(transformers==4.57.6 pillow "timm==${lane#timm-}" torchvision==0.28.0) ;;
   5.*) packages=("transformers==$lane" pillow "${optional[@]}" torchao) ;;
@@ -56,6 +58,10 @@ if [ "$lane" = prerelease ] && ! "$python" -c 'import sys, packaging.version as 
 fi
 
 case $lane in
+  triton)
+    "$python" -m pytest -q tests/inference/test_kernels.py
+    TRITON_INTERPRET=1 "$python" -m pytest -q -m gpu tests/inference/test_kernels.py
+    exit ;;
   timm-*) "$python" -m pytest -q -m timm -p torchvision_beside_cpu_torch; exit ;;
 esac
 "$python" -m pytest -q -m "lane and not slow and not surface and not gpu"

@@ -17,7 +17,8 @@ from openvla.__main__ import main
 from openvla.compatibility_openvla import LOADS_TORCHAO
 from openvla.inference import policy as policy_module
 from openvla.inference.cuda_graphs import ModelSnapshot
-from openvla.inference.fast_decoder import functional, unsupported_reason
+from openvla.inference.fast_decoder import unsupported_reason
+from openvla.inference.merged_products import product
 from openvla.inference.policy import init_empty_model, stored_backend, stored_bits, weight_bytes
 from openvla.inference.quantization import default_backend
 from openvla.quantization_openvla import quantization_name
@@ -198,7 +199,7 @@ def test_products_are_close_to_those_of_the_weights(dtype, folder):
 @needs_torchao
 @torch.no_grad()
 def test_a_row_does_not_depend_on_the_others(folder):
-    layer = functional(load(folder, quantization_config=settings()).get_submodule(LAYER))
+    layer = product(load(folder, quantization_config=settings()).get_submodule(LAYER))
     rows = torch.randn(300, 64, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
     rows[1] *= 1000  # an outlier
     together = layer(rows)

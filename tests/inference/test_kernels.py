@@ -217,6 +217,15 @@ def test_kernels_are_plain_where_triton_would_round_otherwise(monkeypatch):
     assert kernels_for(DEVICE, torch.float32) is PLAIN
 
 
+def test_kernels_are_plain_under_autocast(monkeypatch):
+    """Its operations have inputs of several dtypes."""
+    monkeypatch.setattr(kernels, "_triton_kernels", lambda *_: "fused")
+    cuda = torch.device("cuda", 0)
+    assert kernels_for(cuda, torch.bfloat16) == "fused"
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_: True)
+    assert kernels_for(cuda, torch.bfloat16) is PLAIN
+
+
 def test_plain_kernels_run_where_triton_is_missing_or_fails(monkeypatch):
     warnings = []
     monkeypatch.setattr(kernels.logger, "warning_once", warnings.append)

@@ -253,7 +253,7 @@ def test_warm_up_captures_before_the_first_frame(fields, monkeypatch):
 
     def capture(compute, inputs, shared=None):
         captured.append(inputs)
-        return SimpleNamespace(replay=lambda tensors: compute(*tensors))
+        return SimpleNamespace(replay=lambda tensors, **_: compute(*tensors))
 
     monkeypatch.setattr(cuda_graphs, "_is_supported", lambda model, inputs: True)
     model, processor = build_tiny(**fields)
