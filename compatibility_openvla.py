@@ -40,6 +40,9 @@ CACHE_FIELD = (
 # Before 4.53 transformers' check of devices fails without an accelerator ("No GPU found", or an AttributeError).
 QUANTIZES_ON_CPU = TRANSFORMERS_VERSION >= (4, 53)
 
+# transformers 5.0 saves weights of torchao as safetensors and reads them back; 4.x does not save those of torchao 0.18.
+LOADS_TORCHAO = TRANSFORMERS_VERSION >= (5, 0)
+
 # torch's CPU wheels (2.13 too) use a oneMKL that picks each function's kernel on its first call. Where several threads
 # make that call at once, one of them may get a kernel of low accuracy, once: cosines were off by 1.5e-4, and a first
 # action had other bits (https://github.com/pytorch/pytorch/issues/188792, open; not seen from oneMKL 2025.0 on).

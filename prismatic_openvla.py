@@ -41,11 +41,7 @@ from .configuration_openvla import PrismaticConfig
 from .decoding_openvla import align_prompts, has_gap, insert_after_bos, positions_of
 from .errors_openvla import OpenVLAImportError, OpenVLATypeError, OpenVLAValueError
 from .heads_openvla import HEAD_MODULES  # noqa: F401
-from .quantization_openvla import (
-    forbid_repacking,
-    prepare_quantization,
-    require_scales,
-)
+from .quantization_openvla import forbid_repacking, prepare_quantization, require_scales
 from .vision_openvla import PrismaticProjector, PrismaticVisionBackbone
 
 logger = logging.get_logger(__name__)
@@ -106,7 +102,7 @@ class PrismaticPreTrainedModel(PushToHub, PreTrainedModel):  # type: ignore[misc
             ValueError: Tensors are missing, unexpected or of another shape; all are listed. Or quantisation is
                 requested for a checkpoint that is already quantised.
             TypeError: ``load_in_8bit`` or ``load_in_4bit`` where transformers no longer takes them.
-            ImportError: Quantisation needs bitsandbytes, which is missing or cannot be used here.
+            ImportError: Quantisation needs bitsandbytes or torchao, which is missing or cannot be used here.
         """
         _refuse_removed_keywords(kwargs)
         if pretrained_model_name_or_path is not None and cls.saved_folder is not None:

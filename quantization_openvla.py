@@ -1,7 +1,8 @@
-"""8- and 4-bit weights of bitsandbytes: checks before and after loading."""
+"""8- and 4-bit weights of bitsandbytes and torchao: checks before and after loading."""
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import os
 from typing import Any
@@ -9,11 +10,19 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig
 
-from .compatibility_openvla import DTYPE_FIELD, QUANTIZES_ON_CPU
+from .compatibility_openvla import DTYPE_FIELD, LOADS_TORCHAO, QUANTIZES_ON_CPU, release
 from .configuration_openvla import hub_keywords
 from .errors_openvla import OpenVLAImportError, OpenVLAValueError
+
+TORCHAO_VERSION = (0, 18)  # the first one that this package was tested with
+INT8_TORCH_VERSION = (2, 6)  # before, int8 products were wrong on CPUs without VNNI (pytorch/pytorch#136746)
+# Formats of torchao by its classes of settings; a product's weights and inputs have it, with a scale per row.
+TORCHAO_FORMATS = {
+    "Int8DynamicActivationInt8WeightConfig": "int8",
+    "Float8DynamicActivationFloat8WeightConfig": "float8",
+}
 
 
 def require_bitsandbytes() -> None:
@@ -28,18 +37,41 @@ def require_bitsandbytes() -> None:
         )
 
 
+def require_torchao() -> None:
+    """Raise ImportError where torchao is missing or too old, or this transformers version cannot save its weights."""
+    if not LOADS_TORCHAO:
+        raise OpenVLAImportError(
+            f"transformers {transformers.__version__} cannot save and load weights of torchao; install transformers "
+            "5.0 or later, or quantise by bitsandbytes. No weight was read."
+        )
+    found = importlib.util.find_spec("torchao") is not None
+    if not found or release(importlib.metadata.version("torchao")) < TORCHAO_VERSION:
+        raise OpenVLAImportError("These 8-bit weights need torchao 0.18 or later: pip install -U 'openvla[torchao]'")
+    if release(torch.__version__) < INT8_TORCH_VERSION:
+        raise OpenVLAImportError(f"Weights of torchao need torch 2.6 or later, this is {torch.__version__}.")
+
+
 def is_quantized(model: nn.Module) -> bool:
-    """Return whether bitsandbytes holds (part of) the model's weights."""
-    return bool(getattr(model, "is_loaded_in_8bit", False) or getattr(model, "is_loaded_in_4bit", False))
+    """Return whether bitsandbytes or torchao holds (part of) the model's weights."""
+    in_bitsandbytes = getattr(model, "is_loaded_in_8bit", False) or getattr(model, "is_loaded_in_4bit", False)
+    return bool(in_bitsandbytes or is_torchao(model))
 
 
-def quantization_name(model: PreTrainedModel) -> str | None:
-    """Return the format of the quantised weights: "int8", "nf4" or "fp4"; None for an unquantised model."""
+def is_torchao(model: nn.Module) -> bool:
+    """Return whether torchao holds (part of) the model's weights."""
+    return _method(getattr(model, "quantization_method", None)) == "torchao"
+
+
+def quantization_name(model: Any) -> str | None:
+    """Return "int8", "nf4", "fp4" (bitsandbytes), "torchao int8" or "torchao float8"; None if nothing is quantised."""
     if not is_quantized(model):
         return None
+    if is_torchao(model):
+        settings = type(model.config.quantization_config.quant_type).__name__
+        return f"torchao {TORCHAO_FORMATS.get(settings, settings)}"
     if getattr(model, "is_loaded_in_8bit", False):
         return "int8"
-    name: str = getattr(model.config, "quantization_config").bnb_4bit_quant_type  # noqa: B009  set by transformers
+    name: str = model.config.quantization_config.bnb_4bit_quant_type
     return name
 
 
@@ -50,7 +82,7 @@ def prepare_quantization(name_or_path: str | os.PathLike | None, kwargs: dict[st
 
     Raises:
         ValueError: The checkpoint is already quantised.
-        ImportError: bitsandbytes is missing, or this transformers version cannot use it on this machine.
+        ImportError: bitsandbytes or torchao is missing, or this transformers version cannot use it on this machine.
     """
     requested = kwargs.get("quantization_config")
     if kwargs.get("load_in_8bit") or kwargs.get("load_in_4bit"):
@@ -66,8 +98,9 @@ def prepare_quantization(name_or_path: str | os.PathLike | None, kwargs: dict[st
             f"{name_or_path} is already quantised; leave quantization_config (or bits) out, or load the checkpoint "
             "that it was made from."
         )
-    if _method(requested if requested is not None else stored) == "bitsandbytes":
-        require_bitsandbytes()
+    method = _method(requested if requested is not None else stored)
+    if method in ("bitsandbytes", "torchao"):
+        require_torchao() if method == "torchao" else require_bitsandbytes()
         if kwargs.get("dtype") is None and kwargs.get("torch_dtype") is None:
             kwargs[DTYPE_FIELD] = "auto"
 

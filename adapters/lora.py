@@ -43,7 +43,7 @@ from .files import (
     read_adapter,
 )
 from .parallel_decoding import enable_parallel_decoding, require_no_adapter
-from .targets import head_modules, lora_targets
+from .targets import forbid_torchao, head_modules, lora_targets
 
 if TYPE_CHECKING:
     from ..modeling_openvla import OpenVLAForActionPrediction
@@ -103,6 +103,7 @@ def enable_lora(
     if not (alpha > 0 and math.isfinite(alpha) and 0 <= dropout < 1):
         raise OpenVLAValueError(f"alpha must be positive and dropout in [0, 1), got {alpha!r} and {dropout!r}.")
     require_no_adapter(model)
+    forbid_torchao(model, "use an adapter")
     target_modules = lora_targets(model, targets)
     known = [name for name, _ in model.named_modules() if name]
     for name in modules_to_save:
@@ -139,6 +140,7 @@ def load_lora(
         ImportError: peft, or in the code of a saved folder the openvla package, is not installed.
     """
     require_no_adapter(model)
+    forbid_torchao(model, "use an adapter")
     unknown = sorted(set(hub_kwargs) - {*HUB_KEYWORDS, "repo_type", "user_agent"})
     if unknown:  # transformers would drop them
         raise OpenVLATypeError(f"load_lora takes no {', '.join(unknown)}; allowed: {list(HUB_KEYWORDS)}.")

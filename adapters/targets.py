@@ -9,6 +9,7 @@ from torch import nn
 
 from ..errors_openvla import OpenVLAValueError
 from ..heads_openvla import FILM_LAYER, HEAD_MODULES, is_action_head_param
+from ..quantization_openvla import is_torchao
 
 if TYPE_CHECKING:
     from ..modeling_openvla import OpenVLAForActionPrediction
@@ -80,3 +81,17 @@ def unused_modules(model: OpenVLAForActionPrediction) -> set[nn.Module]:
     unused = [part for tower in towers for part in (tower.blocks[-1], tower.norm)]
     unused += [tower.attn_pool for tower in towers if hasattr(tower, "attn_pool")]
     return {module for part in unused for module in part.modules()}
+
+
+def forbid_torchao(model: nn.Module, action: str) -> None:
+    """Raise ValueError where the weights are of torchao, through whose products no gradient passes.
+
+    Args:
+        model: The model.
+        action: What was asked for, for the message.
+    """
+    if is_torchao(model):
+        raise OpenVLAValueError(
+            f"A model with weights of torchao can only predict; to {action}, load it with "
+            "quantization_config(bits), which takes bitsandbytes, or in full precision."
+        )

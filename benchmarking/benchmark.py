@@ -1,149 +1,143 @@
 """``openvla bench``: latency of action prediction on this machine, and whether the predicted actions are the same.
 
-All backends run in turn, one call each, in resident processes; medians and quartiles are reported. Peak compute and
-memory rates are measured in the same run. For every backend the report says how many tokens equal those of the first
-backend, and in other dtypes than float32 how many equal those of float32. Weights are random from a seed, and the same
-for every backend.
+Weights are random from a seed, built on the device and the same for every backend; nothing is downloaded, and no weight
+is written. In every stage all backends run in turn, one call each; a row with medians and quartiles is printed as soon
+as the stage is done. The first backend of a stage is the baseline of the speedup and of the equal tokens: the published
+code where --reference names it. Every question (an image and an instruction) is asked several times, and the report
+counts the questions that got more than one answer. Peak compute and memory rates are measured in the same run.
+
+On a GPU the default is OpenVLA-7B's size in bfloat16, estimated to take less than 6 minutes; on a CPU two smaller sizes
+in float32. A backend that fails gets a row that says why.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import functools
-import json
-import platform
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import transformers
 from tqdm.auto import tqdm
 
-from ..configuration_openvla import write_json
-from ..errors_openvla import OpenVLAImportError, OpenVLAValueError
+from ..conversion.hub_folder import write_config_and_code
+from ..errors_openvla import OpenVLAValueError
 from . import reference as reference_script
-from .backends import PLAIN, REFERENCE, Benchmark, ModelRunner, build_backends
-from .reference import ACTION, BATCH, FIRST_TOKEN, PIXELS, TOWERS, measure_call, preprocessing_stages
-from .roofline import compute_seconds, decode_step_seconds, gemm_rate, read_rate
-from .sizes import SIZES, write_model
+from .backends import (
+    CHUNK,
+    FAST,
+    PLAIN,
+    QUANTIZED,
+    Benchmark,
+    ModelRunner,
+    answers_after_warmup,
+    build_backends,
+    chunk_backends,
+    quantized_backends,
+)
+from .calls import MIN_CALLS, WARMUP_CALLS, call_in_turn, describe_error, release_memory, summarize
+from .reference import (
+    ACTION,
+    BATCHES,
+    FIRST_TOKEN,
+    PIXELS,
+    REFERENCE,
+    TOWERS,
+    checksums,
+    preprocessing_stages,
+    profile_call,
+)
+from .report import Measurement, Report, require_matplotlib
+from .roofline import compute_seconds, decode_step_seconds, describe_machine
+from .sizes import CHUNK_FIELDS, SIZES, action_token_range
 from .worker_process import WorkerProcess
 
-WARMUP_CALLS = 2  # on a GPU the second captures the CUDA graph
 DECODE_STEP = "decode step"
-STAGES = {"action": ACTION, "pixels": PIXELS, "first-token": FIRST_TOKEN, "towers": TOWERS, "batch": BATCH}
-PREPROCESSING = "preprocessing"
-
-
-@dataclass
-class Measurement:
-    """Latency of one backend in one stage.
-
-    Attributes:
-        size: Model size, one of ``SIZES``.
-        dtype: dtype of the model.
-        stage: Part of the prediction that was measured.
-        backend: Name of the backend.
-        seconds: Median wall time per call.
-        cpu_seconds: Median CPU time per call.
-        speedup: Median of the baseline's wall time divided by this backend's.
-        baseline: Backend that this one is compared with.
-        quartiles: First and third quartile of the wall time in seconds.
-        warmup_seconds: Wall times of the first calls, which are not part of the medians.
-        gpu_bytes: Peak GPU memory in bytes.
-        equal: Number of results (tokens, or digests of arrays) that equal the baseline's.
-        compared: Number of results that were compared.
-        equal_to_float32: Number of tokens that equal those in float32.
-        roofline_fraction: Roofline time divided by ``seconds``.
-    """
-
-    size: str
-    dtype: str
-    stage: str
-    backend: str
-    seconds: float
-    cpu_seconds: float
-    speedup: float
-    baseline: str
-    quartiles: tuple[float, float] | None = None
-    warmup_seconds: list[float] | None = None
-    gpu_bytes: int | None = None
-    equal: int | None = None
-    compared: int | None = None
-    equal_to_float32: int | None = None
-    roofline_fraction: float | None = None
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the fields that are not None."""
-        return {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
+WARMUP, PREPROCESSING = "warmup", "preprocessing"
+QUANTIZED_STAGES = {f"{PIXELS}, {name}": name for name in QUANTIZED}
+# The stages of --stages; that of preprocessing are those of the image processor.
+STAGES: dict[str, list[str]] = {
+    WARMUP: [],
+    "action": [ACTION],
+    "pixels": [PIXELS],
+    "first-token": [FIRST_TOKEN],
+    "towers": [TOWERS],
+    "batch": [*BATCHES.values()],
+    "chunk": [CHUNK],
+    "quantized": [*QUANTIZED_STAGES],
+    PREPROCESSING: [],
+}
+GPU_STAGES = ("batch", "quantized")  # on a CPU only where --stages names them
+NUM_ACTIONS = {ACTION: 1, PIXELS: 1, **dict.fromkeys(QUANTIZED_STAGES, 1), CHUNK: CHUNK_FIELDS["chunk_length"]}
+NUM_ACTIONS |= {stage: size for size, stage in BATCHES.items()}
+AUTOREGRESSIVE = (ACTION, PIXELS, *BATCHES.values())  # stages with decode steps, for the roofline
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``openvla bench``."""
-    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=["tiny-deep", "eighth"])
-    parser.add_argument("--dtypes", nargs="+", choices=("float32", "bfloat16"), default=["float32"])
+    parser.add_argument("--sizes", nargs="+", choices=SIZES, help="default full on a GPU, else tiny-deep and eighth")
     parser.add_argument(
-        "--stages", nargs="+", choices=[*STAGES, PREPROCESSING], help="default all; on a CPU all but batch"
+        "--dtypes", nargs="+", choices=("float32", "bfloat16"), help="default bfloat16 on a GPU, else float32"
     )
-    parser.add_argument("--repeats", type=int, default=20, help="measured calls per stage and backend")
-    parser.add_argument("--inputs", type=int, default=64, help="number of different images and instructions")
+    parser.add_argument(
+        "--stages",
+        nargs="+",
+        choices=[*STAGES],
+        help=f"default all; on a CPU all but {' and '.join(GPU_STAGES)}. pixels has the draft tokens",
+    )
+    parser.add_argument("--inputs", type=int, default=20, help="number of questions: images with an instruction")
+    parser.add_argument(
+        "--repeats-per-question", type=int, default=3, metavar="N", help="how often each question is asked"
+    )
+    parser.add_argument(
+        "--seconds-per-stage",
+        type=float,
+        default=15.0,
+        metavar="S",
+        help=f"time of a stage, shared by its backends; each is called at least {MIN_CALLS} times",
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--compile", action="store_true", help="add a backend with compiled pointwise operations")
+    parser.add_argument("--compile", action="store_true", help="add the backends that wait for the compiler")
+    parser.add_argument("--profile", action="store_true", help="print the kernels of an action by time, per backend")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
     parser.add_argument("--reference", type=Path, metavar="DIR", help="published remote code, to compare with")
     parser.add_argument(
-        "--reference-python", metavar="PY", help="Python with transformers 4.40.1, timm 0.9.16, torchvision"
+        "--reference-python",
+        metavar="PY",
+        help="Python with transformers 4.40.1, timm 0.9.16, torchvision and the torch of this one",
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all measurements")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all measurements, after every stage")
     parser.add_argument("--plot", type=Path, metavar="PNG", help="draw them (needs the extra: openvla[plot])")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure, print and write the report; return the exit status."""
+    """Measure and print the report; return the exit status."""
     if (args.reference is None) != (args.reference_python is None):
         raise OpenVLAValueError("--reference (the code) and --reference-python (what runs it) belong together.")
-    if args.repeats < 1 or args.inputs < 1:
-        raise OpenVLAValueError("--repeats and --inputs must be at least 1.")
-    if not args.stages:
-        args.stages = [stage for stage in (*STAGES, PREPROCESSING) if stage != "batch" or _on_gpu(args.device)]
+    if min(args.inputs, args.repeats_per_question) < 1:
+        raise OpenVLAValueError("--inputs and --repeats-per-question must be at least 1.")
+    if args.plot:
+        require_matplotlib()
+    on_gpu = _on_gpu(args.device)
+    args.sizes = args.sizes or (["full"] if on_gpu else ["tiny-deep", "eighth"])
+    args.dtypes = args.dtypes or (["bfloat16"] if on_gpu else ["float32"])
+    args.stages = args.stages or [stage for stage in STAGES if on_gpu or stage not in GPU_STAGES]
     torch.set_num_threads(args.threads)
-    report: dict[str, Any] = {"machine": describe_machine(args), "measurements": [], "not_run": describe_not_run(args)}
+    report = Report(describe_machine(args.device, args.dtypes, args.threads), args.json, describe_not_run(args))
+    report.print_header()
     for size in args.sizes:
         for dtype in args.dtypes:
-            with tempfile.TemporaryDirectory() as folder:
-                measurements = measure(size, dtype, args, Path(folder), report["machine"])
-                report["measurements"] += [measurement.to_dict() for measurement in measurements]
-    print("\n".join(format_table(report)))
-    if args.json:
-        write_json(args.json, report)
+            SizeBenchmark(size, dtype, args, report).run()
+            release_memory()
+    report.print_end()
+    report.write()
     if args.plot:
-        draw(report, args.plot)
+        report.draw(args.plot)
     return 0
-
-
-def describe_machine(args: argparse.Namespace) -> dict[str, Any]:
-    """Return the device, library versions, and peak rates."""
-    info: dict[str, Any] = {
-        "device": torch.cuda.get_device_name(args.device) if _on_gpu(args.device) else _cpu_name(),
-        "threads": args.threads,
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
-    }
-    for dtype in args.dtypes:
-        info[f"{dtype} GFLOP/s"] = gemm_rate(args.device, getattr(torch, dtype)) / 1e9
-    info["read GB/s"] = read_rate(args.device) / 1e9
-    return info
-
-
-def _cpu_name() -> str:
-    file = Path("/proc/cpuinfo")
-    lines = file.read_text().splitlines() if file.exists() else []
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
 
 
 def describe_not_run(args: argparse.Namespace) -> list[str]:
@@ -161,225 +155,214 @@ def _on_gpu(device: str) -> bool:
     return device.startswith("cuda")
 
 
-def measure(
-    size: str, dtype: str, args: argparse.Namespace, folder: Path, machine: dict[str, Any]
-) -> list[Measurement]:
-    """Measure all stages and backends of one model size and dtype.
+class SizeBenchmark:
+    """The benchmark of one model size and dtype.
 
     Args:
         size: One of ``SIZES``.
         dtype: Name of the model's dtype.
         args: Options of the command.
-        folder: Empty folder for the model and the inputs.
-        machine: Return value of ``describe_machine``; the versions of the reference are added.
+        report: Where the measurements are added.
     """
-    write_model(size, folder / "model")
-    runner = ModelRunner.load(folder / "model", dtype=dtype, device=args.device, num_inputs=args.inputs)
-    backends = build_backends(runner, args.compile)
-    float32_tokens = None if dtype == "float32" else predict_in_float32(folder / "model", args)
-    worker = None
-    if args.reference:
-        worker = start_reference(args, runner, folder, dtype)
-        machine["versions"]["reference"] = worker.info
-        reference_stages: Benchmark = {stage: functools.partial(worker.request, stage) for stage in backends[PLAIN]}
-        backends = {REFERENCE: reference_stages, **backends}
-    stages = [STAGES[stage] for stage in args.stages if stage in STAGES]
-    if PREPROCESSING in args.stages:
-        stages += preprocessing_stages(runner.processor.image_processor)
-    measurements = []
-    try:
-        for stage in stages:
-            measurements += compare_backends(
-                {name: backend for name, backend in backends.items() if stage in backend},
-                size=size,
-                dtype=dtype,
-                stage=stage,
-                args=args,
-                float32_tokens=float32_tokens if stage == ACTION else None,
-            )
-    finally:
-        if worker:
-            worker.stop()
-    measurements += decode_step_measurements(measurements, runner.model.get_action_dim() - 1)
-    rooflines = stage_rooflines(
-        runner.model, backends[PLAIN], stages, gflops=machine[f"{dtype} GFLOP/s"], gbytes=machine["read GB/s"]
-    )
-    for measurement in measurements:
-        if measurement.stage in rooflines:
-            measurement.roofline_fraction = rooflines[measurement.stage] / measurement.seconds
-    return measurements
 
+    def __init__(self, size: str, dtype: str, args: argparse.Namespace, report: Report) -> None:
+        self.size, self.dtype, self.args, self.report = size, dtype, args, report
+        self.row = functools.partial(Measurement, size, dtype)
+        self.runner = ModelRunner.build(size, dtype=dtype, device=args.device, num_inputs=args.inputs)
+        self.num_steps = self.runner.model.get_action_dim() - 1
+        self.worker: WorkerProcess | None = None
 
-def predict_in_float32(folder: Path, args: argparse.Namespace) -> list[list[int]]:
-    """Return the tokens of every input in float32, which decide near ties correctly."""
-    runner = ModelRunner.load(folder, dtype="float32", device=args.device, num_inputs=args.inputs)
-    indices = tqdm(range(args.inputs), desc="in float32", unit="input", file=sys.stderr)
-    return [runner.action(index, fast=False) for index in indices]
-
-
-def start_reference(args: argparse.Namespace, runner: ModelRunner, folder: Path, dtype: str) -> WorkerProcess:
-    """Start the reference in a worker process with the model and inputs of a runner."""
-    inputs: dict[str, Any] = {f"ids_{i}": prompt[0].cpu().numpy() for i, prompt in enumerate(runner.prompts)}
-    np.savez(folder / "inputs.npz", images=runner.images, **inputs)
-    command = [args.reference_python, reference_script.__file__]
-    command += [args.reference, folder / "model", folder / "inputs.npz"]
-    return WorkerProcess([*command, "--dtype", dtype, "--device", args.device, "--threads", args.threads])
-
-
-def compare_backends(
-    backends: dict[str, Benchmark],
-    *,
-    size: str,
-    dtype: str,
-    stage: str,
-    args: argparse.Namespace,
-    float32_tokens: list[list[int]] | None = None,
-) -> list[Measurement]:
-    """Measure all backends in one stage, in turn; the first is the baseline.
-
-    Args:
-        backends: Backends that have the stage, by name.
-        size: Model size, for the report.
-        dtype: dtype, for the report.
-        stage: Stage to measure.
-        args: Options of the command.
-        float32_tokens: Tokens of every input in float32, if they are to be compared.
-    """
-    calls: dict[str, list[dict[str, Any]]] = {name: [] for name in backends}
-    iterations = max(args.repeats + WARMUP_CALLS, args.inputs if stage == ACTION else 0)
-    for iteration in tqdm(range(iterations), desc=stage, unit="iteration", file=sys.stderr):
-        index = iteration % args.inputs
-        for name, backend in backends.items():
-            if name == REFERENCE:
-                calls[name].append(backend[stage](index))
+    def run(self) -> None:
+        """Measure all stages and backends."""
+        if WARMUP in self.args.stages:  # in a new process, so first
+            self.report.add(self.warmup_measurements())
+        backends = build_backends(self.runner, self.args.compile)
+        if self.args.reference:
+            try:
+                self.worker = start_reference(self.args, self.runner, self.dtype)
+            except Exception as error:
+                self.report.add([self.row("all stages", REFERENCE, error=describe_error(error))])
             else:
-                calls[name].append(measure_call(backend[stage], index, args.device))
-    baseline = next(iter(backends))
-    expected = None
-    if float32_tokens is not None:
-        expected = [float32_tokens[iteration % args.inputs] for iteration in range(iterations)]
-    return [
-        _summarize(
-            backend_calls,
-            calls[baseline],
-            expected,
-            Measurement(size, dtype, stage, name, seconds=0.0, cpu_seconds=0.0, speedup=0.0, baseline=baseline),
+                self.report.machine["versions"][REFERENCE] = self.worker.info["versions"]
+                measure = functools.partial(self.worker.request, "measure")
+                backends = {REFERENCE: {s: functools.partial(measure, s) for s in backends[PLAIN]}, **backends}
+        try:
+            for stage in self.stage_names():
+                try:
+                    functions = self.stage_functions(stage, backends)
+                except Exception as error:  # out of memory, a missing package, or one too old
+                    functions = {}
+                    self.report.add([self.row(stage, FAST, error=describe_error(error))])
+                else:
+                    self.report.add(self.measure_stage(stage, functions))
+                functions.clear()  # they may hold a model
+                release_memory()
+                if stage == FIRST_TOKEN:
+                    self.report.add(self.decode_step_measurements())
+            if self.args.profile:
+                self.report.profiles += self.profiles(backends)
+                self.report.write()
+        finally:
+            if self.worker:
+                self.worker.stop()
+
+    def stage_names(self) -> list[str]:
+        """Return the names of the chosen stages."""
+        chosen = self.args.stages
+        names = [name for stage in STAGES if stage in chosen for name in STAGES[stage]]
+        processor = self.runner.processor.image_processor
+        return [*names, *(preprocessing_stages(processor) if PREPROCESSING in chosen else [])]
+
+    def stage_functions(self, stage: str, backends: Mapping[str, Benchmark]) -> Benchmark:
+        """Return the functions to measure in a stage by the name of their backend, the baseline first.
+
+        Chunks and quantised weights have a model of their own, built here, which lives as long as the functions.
+        """
+        if stage == CHUNK:
+            device, num_inputs = self.args.device, self.args.inputs
+            return chunk_backends(self.size, dtype=self.dtype, device=device, num_inputs=num_inputs)
+        if stage in QUANTIZED_STAGES:
+            unquantized = {name: backends[name][PIXELS] for name in (REFERENCE, FAST) if name in backends}
+            return {**unquantized, **quantized_backends(self.runner, QUANTIZED_STAGES[stage])}
+        if stage == PIXELS:
+            self.runner.predict_drafts()
+        return {name: backend[stage] for name, backend in backends.items() if stage in backend}
+
+    def measure_stage(self, stage: str, functions: Benchmark) -> list[Measurement]:
+        """Measure all backends in one stage, in turn; the first that does not fail is the baseline."""
+        calls = call_in_turn(
+            functions,
+            warmup=self.warmup_inputs(stage),
+            questions=[index for index in range(self.args.inputs) for _ in range(self.args.repeats_per_question)],
+            seconds=self.args.seconds_per_stage,
+            device=self.args.device,
+            stage=stage,
         )
-        for name, backend_calls in calls.items()
-    ]
+        baseline = next((name for name, of_backend in calls.items() if of_backend.error is None), "")
+        float32: dict[int, Any] = {}
+        if stage == ACTION and self.dtype != "float32" and baseline:
+            float32 = self.predict_in_float32(sorted({call["index"] for call in calls[baseline].timed}))
+            release_memory()
+        roofline = None
+        if PLAIN in calls and calls[PLAIN].error is None:
+            roofline = self.roofline_seconds(stage, functions[PLAIN])
+        measurements = []
+        for name, of_backend in calls.items():
+            row = self.row(stage, name, error=of_backend.error)
+            if of_backend.error is None:
+                row.baseline = baseline
+                summarize(row, of_backend, calls[baseline], float32)
+                row.actions_per_second = NUM_ACTIONS[stage] / row.seconds if stage in NUM_ACTIONS else None
+                row.roofline_fraction = None if roofline is None else roofline / row.seconds
+            measurements.append(row)
+        return measurements
+
+    def warmup_inputs(self, stage: str) -> list[int]:
+        """Return the inputs of the first calls; on a GPU one of each length of a prompt, as each has a CUDA graph."""
+        if not _on_gpu(self.args.device):
+            return [0]
+        lengths = [prompt.shape[1] for prompt in self.runner.prompts]
+        first_of_length = [0] if stage in BATCHES.values() else sorted(lengths.index(length) for length in set(lengths))
+        return [index for index in first_of_length for _ in range(WARMUP_CALLS)]
+
+    def predict_in_float32(self, indices: Sequence[int]) -> dict[int, Any]:
+        """Return the tokens of inputs in float32, which decide near ties correctly; nothing where memory is short."""
+        device, num_inputs = self.args.device, self.args.inputs
+        progress = tqdm(indices, desc="in float32", unit="input", leave=False, file=sys.stderr)
+        try:
+            runner = ModelRunner.build(self.size, dtype="float32", device=device, num_inputs=num_inputs)
+            return {index: runner.action(index, fast=False) for index in progress}
+        except RuntimeError as error:  # out of memory
+            self.report.not_run.append(f"{self.size} in float32, to compare with: {describe_error(error)}")
+            return {}
+
+    def roofline_seconds(self, stage: str, plain: Callable[[int], Any]) -> float | None:
+        """Return the roofline time of a stage: its arithmetic, and reading the weights for every decode step."""
+        if stage not in (*AUTOREGRESSIVE, FIRST_TOKEN, TOWERS, CHUNK):
+            return None
+        machine = self.report.machine
+        seconds = compute_seconds(functools.partial(plain, 0), machine[f"{self.dtype} GFLOP/s"])
+        num_steps = self.num_steps if stage in AUTOREGRESSIVE else 0
+        return seconds + num_steps * decode_step_seconds(self.runner.model.language_model, machine["read GB/s"])
+
+    def warmup_measurements(self) -> list[Measurement]:
+        """Measure the warm-up of a policy, and its first, second and later answers, whose median is the baseline."""
+        try:
+            warmup, answers = answers_after_warmup(self.runner)
+        except Exception as error:
+            return [self.row("warm-up", FAST, error=describe_error(error))]
+        low, later, high = (float(value) for value in np.quantile(answers[2:], [0.25, 0.5, 0.75]))
+        rows = [self.row("warm-up", FAST, seconds=warmup)]
+        for name, seconds in (("first answer", answers[0]), ("second answer", answers[1]), ("later answers", later)):
+            speedup, stage = later / seconds, f"{name} after warm-up"
+            rows.append(self.row(stage, FAST, seconds=seconds, speedup=speedup, baseline="later answers"))
+        rows[-1].quartiles = low, high
+        return rows
+
+    def decode_step_measurements(self) -> list[Measurement]:
+        """Return the mean time of a decode step per backend: (action from pixels - first token) / number of steps."""
+        measured = {
+            (entry.stage, entry.backend): entry
+            for entry in self.report.measurements
+            if (entry.size, entry.dtype, entry.error) == (self.size, self.dtype, None)
+        }
+        machine = self.report.machine
+        steps: list[Measurement] = []
+        read_seconds = decode_step_seconds(self.runner.model.language_model, machine["read GB/s"])
+        for (stage, backend), first_token in measured.items():
+            action = measured.get((PIXELS, backend))
+            if stage != FIRST_TOKEN or action is None:
+                continue
+            step = self.row(DECODE_STEP, backend, seconds=(action.seconds - first_token.seconds) / self.num_steps)
+            steps.append(step)
+            if step.seconds <= 0:
+                step.error = "the first token took longer than the action; the machine is busy with other work"
+                continue
+            first = next(other for other in steps if other.error is None)
+            step.baseline, step.speedup = first.backend, first.seconds / step.seconds
+            step.roofline_fraction = read_seconds / step.seconds
+        return steps
+
+    def profiles(self, backends: Mapping[str, Benchmark]) -> list[dict[str, Any]]:
+        """Return the kernels by time of one action of every backend that predicts from an image."""
+        entries = []
+        for name, backend in backends.items():
+            if ACTION not in backend:
+                continue
+            entry: dict[str, Any] = {"size": self.size, "dtype": self.dtype, "backend": name, "kernels": []}
+            try:
+                if name == REFERENCE and self.worker is not None:
+                    entry["kernels"] = self.worker.request("profile", ACTION, 0)
+                else:
+                    entry["kernels"] = profile_call(backend[ACTION], 0, self.args.device)
+            except Exception as error:
+                entry["error"] = describe_error(error)
+            entries.append(entry)
+        return entries
 
 
-def _summarize(
-    calls: list[dict[str, Any]],
-    baseline_calls: list[dict[str, Any]],
-    expected: list[list[int]] | None,
-    measurement: Measurement,
-) -> Measurement:
-    """Fill in the medians of a backend's calls, and the comparison of the results."""
-    seconds = np.array([call["seconds"] for call in calls[WARMUP_CALLS:]])
-    cpu_seconds = np.array([call["cpu_seconds"] for call in calls[WARMUP_CALLS:]])
-    baseline_seconds = np.array([call["seconds"] for call in baseline_calls[WARMUP_CALLS:]])
-    low, high = np.quantile(seconds, [0.25, 0.75])
-    equal = np.concatenate(
-        [
-            np.atleast_1d(np.array(call["result"]) == np.array(baseline_call["result"]))
-            for call, baseline_call in zip(calls, baseline_calls)
-        ]
-    )
-    measurement.seconds, measurement.cpu_seconds = float(np.median(seconds)), float(np.median(cpu_seconds))
-    measurement.speedup = float(np.median(baseline_seconds / seconds))
-    measurement.quartiles = float(low), float(high)
-    measurement.warmup_seconds = [call["seconds"] for call in calls[:WARMUP_CALLS]]
-    measurement.equal, measurement.compared = int(equal.sum()), int(equal.size)
-    if "gpu_bytes" in calls[0]:
-        measurement.gpu_bytes = max(call["gpu_bytes"] for call in calls)
-    if expected is not None:
-        tokens = np.array([call["result"] for call in calls])
-        measurement.equal_to_float32 = int((tokens == np.array(expected)).sum())
-    return measurement
+def start_reference(args: argparse.Namespace, runner: ModelRunner, dtype: str) -> WorkerProcess:
+    """Start the reference in a worker process, with the weights and inputs of a runner.
 
-
-def decode_step_measurements(measurements: Sequence[Measurement], num_steps: int) -> list[Measurement]:
-    """Return the mean time of a decode step per backend: (action from pixels - first token) / number of steps."""
-    by_stage = {(measurement.stage, measurement.backend): measurement for measurement in measurements}
-    steps: list[Measurement] = []
-    for (stage, backend), action in by_stage.items():
-        first_token = by_stage.get((FIRST_TOKEN, backend))
-        if stage != PIXELS or first_token is None:
-            continue
-        seconds = (action.seconds - first_token.seconds) / num_steps
-        steps.append(
-            Measurement(
-                size=action.size,
-                dtype=action.dtype,
-                stage=DECODE_STEP,
-                backend=backend,
-                seconds=seconds,
-                cpu_seconds=(action.cpu_seconds - first_token.cpu_seconds) / num_steps,
-                speedup=(steps[0].seconds if steps else seconds) / seconds,
-                baseline=action.baseline,
-            )
+    Raises:
+        ValueError: The worker drew other weights.
+        RuntimeError: The worker ended.
+    """
+    arrays: dict[str, Any] = {f"ids_{i}": prompt[0].cpu().numpy() for i, prompt in enumerate(runner.prompts)}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        runner.processor.save_pretrained(folder)
+        write_config_and_code(folder, runner.model.config)
+        inputs = folder / "inputs.npz"
+        np.savez(inputs, images=runner.images, action_tokens=action_token_range(runner.model), **arrays)
+        command = [args.reference_python, reference_script.__file__, args.reference, folder, inputs]
+        worker = WorkerProcess([*command, "--dtype", dtype, "--device", args.device, "--threads", args.threads])
+    drawn = worker.info["checksums"]
+    different = [name for name, checksum in checksums(runner.model).items() if drawn.get(name) != checksum]
+    if different:
+        worker.stop()
+        raise OpenVLAValueError(
+            f"{len(different)} tensors differ between both processes, {different[0]} first: torch {torch.__version__} "
+            f"here, torch {worker.info['versions']['torch']} there. Install the same torch in both."
         )
-    return steps
-
-
-def stage_rooflines(
-    model: Any, plain: Benchmark, stages: Sequence[str], *, gflops: float, gbytes: float
-) -> dict[str, float]:
-    """Return the roofline time in seconds of every stage: its arithmetic, and reading the weights per decode step."""
-    step = decode_step_seconds(model.language_model, gbytes)
-    rooflines = {DECODE_STEP: step}
-    for stage in set(stages) & set(STAGES.values()):
-        num_steps = model.get_action_dim() - 1 if stage in (ACTION, PIXELS, BATCH) else 0
-        rooflines[stage] = compute_seconds(functools.partial(plain[stage], 0), gflops) + num_steps * step
-    return rooflines
-
-
-def format_table(report: Mapping[str, Any]) -> list[str]:
-    """Return the report as lines of Markdown."""
-    lines = [", ".join(f"{name} {_format_value(value)}" for name, value in report["machine"].items()), ""]
-    columns = ["size", "dtype", "stage", "backend", "ms (quartiles)", "CPU ms", "speedup", "roofline fraction"]
-    columns += ["equal", "equal to float32"]
-    columns += ["GPU MB"] * any("gpu_bytes" in measurement for measurement in report["measurements"])
-    lines += [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
-    lines += [_format_line(measurement) for measurement in report["measurements"]]
-    return [*lines, "", *[f"Not run {reason}." for reason in report["not_run"]]]
-
-
-def _format_line(measurement: Mapping[str, Any]) -> str:
-    latency = f"{1e3 * measurement['seconds']:.1f}"
-    if "quartiles" in measurement:
-        low, high = measurement["quartiles"]
-        latency += f" ({1e3 * low:.1f}-{1e3 * high:.1f})"
-    cells = [measurement[name] for name in ("size", "dtype", "stage", "backend")]
-    cells += [latency, f"{1e3 * measurement['cpu_seconds']:.1f}", f"{measurement['speedup']:.2f}x"]
-    cells += [f"{measurement['roofline_fraction']:.2f}" if "roofline_fraction" in measurement else ""]
-    for name in ("equal", "equal_to_float32"):
-        cells += [f"{measurement[name]} of {measurement['compared']}" if name in measurement else ""]
-    cells += [f"{measurement['gpu_bytes'] / 1e6:.0f}"] if "gpu_bytes" in measurement else []
-    return f"| {' | '.join(cells)} |"
-
-
-def _format_value(value: Any) -> str:
-    return f"{value:.1f}" if isinstance(value, float) else json.dumps(value) if isinstance(value, dict) else str(value)
-
-
-def draw(report: Mapping[str, Any], file: Path) -> None:
-    """Draw the latencies of an action as bars, a panel per size and dtype, with the roofline time as a line."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise OpenVLAImportError('A picture needs matplotlib: pip install "openvla[plot]".') from error
-    actions = [measurement for measurement in report["measurements"] if measurement["stage"] == ACTION]
-    panels = list(dict.fromkeys((action["size"], action["dtype"]) for action in actions))
-    figure = Figure(figsize=(9, 2.6 * len(panels)), layout="constrained")
-    for axes, panel in zip(figure.subplots(len(panels), squeeze=False)[:, 0], panels):
-        shown = [action for action in actions if (action["size"], action["dtype"]) == panel]
-        milliseconds = [1e3 * action["seconds"] for action in shown]
-        spread = np.abs(1e3 * np.array([action["quartiles"] for action in shown]).T - milliseconds)
-        axes.barh([action["backend"] for action in shown], milliseconds, xerr=spread, color="tab:blue")
-        axes.axvline(milliseconds[0] * shown[0]["roofline_fraction"], color="tab:red", label="roofline")
-        axes.invert_yaxis()
-        axes.set(title=f"{ACTION}: {', '.join(panel)}", xlabel="ms")
-        axes.legend(loc="lower right")
-    figure.savefig(file)
+    return worker

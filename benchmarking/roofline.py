@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import platform
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -25,6 +28,26 @@ def read_rate(device: str) -> float:
     """Return the bytes per second of reading a large tensor from memory."""
     data = torch.ones(2**28 if device.startswith("cuda") else 2**27, device=device)
     return data.nbytes / min(measure_call(lambda _: data.sum(), 0, device)["seconds"] for _ in range(ATTEMPTS))
+
+
+def describe_machine(device: str, dtypes: Sequence[str], threads: int) -> dict[str, Any]:
+    """Return the device, library versions, and peak rates for some dtypes."""
+    info: dict[str, Any] = {
+        "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else _cpu_name(),
+        "threads": threads,
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+    }
+    for dtype in dtypes:
+        info[f"{dtype} GFLOP/s"] = gemm_rate(device, getattr(torch, dtype)) / 1e9
+    info["read GB/s"] = read_rate(device) / 1e9
+    return info
+
+
+def _cpu_name() -> str:
+    file = Path("/proc/cpuinfo")
+    lines = file.read_text().splitlines() if file.exists() else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
 
 
 def compute_seconds(run: Callable[[], Any], gflops: float) -> float:

@@ -9,21 +9,38 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from transformers import PreTrainedTokenizerFast
 
 from ..compatibility_openvla import DTYPE_FIELD
-from ..configuration_openvla import PROMPTS
+from ..configuration_openvla import PLATFORMS, PROMPTS, OpenVLAConfig
 from ..conversion.hub_folder import write_config_and_code
 from ..conversion.safetensors_io import write_shards
 from ..default_processor import default_processor
 from ..inference.predict import SAMPLE_IMAGE
 from ..modeling_openvla import OpenVLAForActionPrediction
-from ..tiny import PADDED_ROWS, build_config, build_tiny, build_tokenizer, seeded_weight
+from ..processing_openvla import OpenVLAProcessor
+from ..tiny import PADDED_ROWS, build_config, build_tokenizer
+from .reference import fill_weights, seeded_weight
 
 INSTRUCTIONS = ("pick up the alphabet soup", "open the drawer", "put the bowl on the plate", "close the microwave")
 CROP = 192  # pixels
 LLAMA_2_TOKENS = 32000
 SHARD_BYTES = 5 * 10**9
 SIZES = ("tiny", "tiny-deep", "eighth", "full")
+BOUNDS = {"q01": -1.0, "q99": 1.0, "min": -1.0, "max": 1.0}
+# OpenVLA-OFT's model for LIBERO: chunks of 8 actions, L1 head, two cameras, proprio.
+CHUNK_FIELDS: dict[str, Any] = {
+    **PLATFORMS["libero"],
+    "parallel_decoding": True,
+    "action_head": "l1",
+    "num_images_in_input": 2,
+    "norm_stats": {
+        "untrained": {
+            part: {name: [value] * PLATFORMS["libero"][f"{part}_dim"] for name, value in BOUNDS.items()}
+            for part in ("action", "proprio")
+        }
+    },
+}
 
 
 @dataclass(frozen=True)
@@ -62,11 +79,16 @@ WIDTHS = {
 def overrides(size: str) -> dict[str, Any]:
     """Return the configuration fields of a size.
 
-    "tiny" is that of ``openvla.tiny``; "eighth" has full depth at 1/8 of the width; "tiny-deep" has full depth and very
-    little arithmetic, so that launch overhead dominates.
+    "tiny" is that of ``openvla.tiny``; "full" is OpenVLA-7B's; "eighth" has full depth at 1/8 of the width; "tiny-deep"
+    has full depth and very little arithmetic, so that launch overhead dominates.
     """
     if size == "tiny":
         return {}
+    # The published code rejects unknown names of language models.
+    fields: dict[str, Any] = {"llm_backbone_id": "llama2-7b-pure"}
+    if size == "full":
+        vocabulary = {"vocab_size": LLAMA_2_TOKENS + PADDED_ROWS, "pad_token_id": LLAMA_2_TOKENS}
+        return {**fields, "text_config": {"model_type": "llama", **vocabulary}, "timm_model_kwargs": None}
     widths = WIDTHS[size]
     text_config = {
         "model_type": "llama",
@@ -78,47 +100,51 @@ def overrides(size: str) -> dict[str, Any]:
         "num_key_value_heads": widths.num_attention_heads,
         "rms_norm_eps": 1e-6,
     }
-    # The published code rejects unknown names of language models.
-    return {
-        "text_config": text_config,
-        "timm_model_kwargs": [dict(tower) for tower in widths.towers],
-        "llm_backbone_id": "llama2-7b-pure",
-    }
+    return {**fields, "text_config": text_config, "timm_model_kwargs": [dict(tower) for tower in widths.towers]}
 
 
-def write_model(size: str, folder: Path) -> None:
-    """Write a bfloat16 model folder with its processor. The model prefers action tokens, like trained ones."""
-    if size == "full":
-        write_full(folder, torch.bfloat16)
-        return
-    model: Any
-    model, processor = build_tiny(**overrides(size))
-    with torch.no_grad():
-        _zero_other_tokens(model.get_output_embeddings().weight, model.action_token_ids)
-    model.to(torch.bfloat16).save_pretrained(folder)
-    processor.save_pretrained(folder)
+def build_configuration(size: str, **fields: Any) -> tuple[OpenVLAConfig, PreTrainedTokenizerFast]:
+    """Return the configuration of a size and its tokenizer; ``fields`` replace fields of the configuration."""
+    tokenizer = build_tokenizer()
+    if size == "full":  # prompts are about as long as Llama-2's
+        words = {word for text in (PROMPTS["openvla"].format(instruction=""), *INSTRUCTIONS) for word in text.split()}
+        tokenizer = build_tokenizer(LLAMA_2_TOKENS, "<PAD>", sorted(words))
+    return build_config(tokenizer, **{**overrides(size), **fields}), tokenizer
 
 
-def write_full(folder: Path, dtype: torch.dtype) -> dict[str, str]:
-    """Write a model of OpenVLA-7B's size, one tensor in memory at a time; return the SHA-256 of every tensor."""
-    words = {word for text in (PROMPTS["openvla"].format(instruction=""), *INSTRUCTIONS) for word in text.split()}
-    tokenizer = build_tokenizer(LLAMA_2_TOKENS, "<PAD>", sorted(words))  # prompts are about as long as Llama-2's
-    config = build_config(
-        tokenizer,
-        timm_model_kwargs=None,
-        llm_backbone_id="llama2-7b-pure",
-        text_config={"model_type": "llama", "vocab_size": LLAMA_2_TOKENS + PADDED_ROWS, "pad_token_id": LLAMA_2_TOKENS},
-    )
+def build_model(
+    size: str, device: str, dtype: torch.dtype, **fields: Any
+) -> tuple[OpenVLAForActionPrediction, OpenVLAProcessor]:
+    """Build a model of a size with seeded weights on its device, in eval mode, and its processor.
+
+    Nothing is written, and the weights are those that ``reference.build_reference`` makes.
+
+    Args:
+        size: One of ``SIZES``.
+        device: Device of the model.
+        dtype: dtype of the model; the weights are rounded to bfloat16 in each.
+        **fields: Fields of the configuration.
+    """
+    config, tokenizer = build_configuration(size, **fields)
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            model = OpenVLAForActionPrediction(config)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    fill_weights(model, dtype, action_token_range(model))
+    return model.eval(), default_processor(config, tokenizer)
+
+
+def write_model(size: str, folder: Path, dtype: torch.dtype = torch.bfloat16) -> dict[str, str]:
+    """Write a model folder with its processor, one tensor in memory at a time; return the SHA-256 of every tensor."""
+    config, tokenizer = build_configuration(size)
     setattr(config, DTYPE_FIELD, dtype)
     with torch.device("meta"):
         model = OpenVLAForActionPrediction(config)
-    generator = torch.Generator().manual_seed(0)
 
     def weight(name: str, empty: torch.Tensor) -> torch.Tensor:
-        values = seeded_weight(name, empty.shape, generator)
-        if name.endswith("lm_head.weight"):
-            _zero_other_tokens(values, model.action_token_ids)
-        return values
+        return seeded_weight(name, empty.shape, "cpu", action_token_range(model))
 
     folder.mkdir()
     digests = write_shards(folder, model.state_dict(), dtype, SHARD_BYTES, weight)
@@ -127,10 +153,9 @@ def write_full(folder: Path, dtype: torch.dtype) -> dict[str, str]:
     return digests
 
 
-def _zero_other_tokens(head: torch.Tensor, action_token_ids: slice) -> None:
-    """Set the LM head's weights of all tokens except the action tokens to 0, in place."""
-    head[: action_token_ids.start] = 0
-    head[action_token_ids.stop :] = 0
+def action_token_range(model: OpenVLAForActionPrediction) -> tuple[int, int]:
+    """Return the first action token, and the token after the last."""
+    return model.action_token_ids.start, model.action_token_ids.stop
 
 
 def sample_inputs(count: int) -> tuple[list[str], np.ndarray]:

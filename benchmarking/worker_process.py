@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 from collections.abc import Mapping, Sequence
@@ -35,7 +36,7 @@ class WorkerProcess:
                 return json.loads(line[len(prefix) :])
         raise RuntimeError(f"{self.command[1]} ended with status {self.process.wait()}; its error is printed above.")
 
-    def request(self, *arguments: Any) -> dict[str, Any]:
+    def request(self, *arguments: Any) -> Any:
         """Send the arguments as a JSON list and return the JSON result."""
         self._stdin.write(json.dumps(arguments) + "\n")
         self._stdin.flush()
@@ -43,5 +44,6 @@ class WorkerProcess:
 
     def stop(self) -> None:
         """End the process."""
-        self._stdin.close()
+        with contextlib.suppress(BrokenPipeError):  # it ended already
+            self._stdin.close()
         self.process.wait()

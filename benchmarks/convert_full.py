@@ -25,7 +25,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from openvla.benchmarking.sizes import write_full
+from openvla.benchmarking.sizes import write_model
 from openvla.configuration_openvla import write_json
 from openvla.conversion.hub_folder import MANIFEST_FILE
 from openvla.conversion.options import DTYPES
@@ -86,7 +86,7 @@ def main() -> None:
     args.work.mkdir(parents=True)
     try:
         hub, native, again = args.work / "hub", args.work / "native", args.work / "again"
-        digests = write_full(hub, DTYPES[args.dtype])
+        digests = write_model("full", hub, DTYPES[args.dtype])
         write_json(hub / "native_config.json", {"vla": {"base_vlm": "prism-dinosiglip-224px+7b"}})
         openvla = [sys.executable, "-m", "openvla"]
         size = sum(file.stat().st_size for file in hub.glob("*.safetensors"))

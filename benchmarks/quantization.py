@@ -1,12 +1,13 @@
 """Memory and latency of 8- and 4-bit weights, and agreement with unquantised ones; also quantised as by transformers.
 
-    python benchmarks/quantization.py [--sizes tiny eighth full] [--inputs 200]
+    python benchmarks/quantization.py [--sizes tiny eighth full] [--inputs 200] [--rows whole torchao ...]
 
 Sizes: "tiny", `openvla.tiny`'s; "eighth", OpenVLA-7B's depth at an eighth of its width; "full", its size. Weights
 are random, so the agreement shows the numerical effect of quantisation, not the success of a trained policy; it is
 measured in free-running greedy decoding among action tokens, where one different token changes all that follow. Each
 configuration runs in a new process. Unquantised weights are bfloat16, computed as such where the hardware supports it,
-elsewhere in float32, as ``load_policy`` does. "everything, fp4" is BitsAndBytesConfig(load_in_4bit=True), the result of
+elsewhere in float32, as ``load_policy`` does. "int8" is LLM.int8 of bitsandbytes, "torchao" is torchao's int8, on a
+GPU with float8 products its float8. "everything, fp4" is BitsAndBytesConfig(load_in_4bit=True), the result of
 the reference's load_in_4bit.
 
 "full" needs a GPU with 24 GB and 20 GB of disk; without one it is reported as not run.
@@ -20,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -29,17 +31,19 @@ from openvla import OpenVLAForActionPrediction, OpenVLAProcessor, quantization_c
 from openvla.benchmarking.sizes import SIZES, sample_inputs, write_model
 from openvla.compatibility_openvla import DTYPE_FIELD
 from openvla.inference.quantization import fast_dtype
+from transformers.utils.quantization_config import QuantizationConfigMixin
 
 BATCH = 10
 TIMED = 10
-ROWS = ("whole", "int8", "nf4", "nf4 + towers", "everything, fp4")
+ROWS = ("whole", "int8", "torchao", "nf4", "nf4 + towers", "everything, fp4")
 
 
-def quantization(row: str) -> transformers.BitsAndBytesConfig | None:
-    """Return the keywords with which a configuration's model is loaded."""
+def quantization(row: str, device: str) -> QuantizationConfigMixin | None:
+    """Return the quantization with which a configuration's model is loaded."""
     if row == "everything, fp4":
         return transformers.BitsAndBytesConfig(load_in_4bit=True)
     settings = {"int8": {"bits": 8}, "nf4": {"bits": 4}, "nf4 + towers": {"bits": 4, "towers": True}}
+    settings["torchao"] = {"bits": 8, "backend": "torchao", "device": device}
     return quantization_config(**settings[row]) if row in settings else None
 
 
@@ -54,7 +58,10 @@ def inputs(processor: OpenVLAProcessor, count: int) -> list[dict]:
 
 def held_bytes(model: torch.nn.Module) -> int:
     """Return the bytes of weights and their scales, each storage once."""
-    tensors = list(model.parameters()) + list(model.buffers())
+    tensors = list(model.buffers())
+    for parameter in model.parameters():
+        inner = parameter.__tensor_flatten__()[0] if hasattr(parameter, "__tensor_flatten__") else None
+        tensors += [parameter] if inner is None else [getattr(parameter, name) for name in inner]
     for module in model.modules():
         state, scale = getattr(getattr(module, "weight", None), "quant_state", None), getattr(module, "state", None)
         if state is not None:
@@ -78,7 +85,9 @@ def measure(row: str, folder: str, count: int, device: str) -> dict:
     before = resident_bytes("VmRSS")
     started = time.perf_counter()
     keywords = {DTYPE_FIELD: fast_dtype(device), "device_map": {"": device}}
-    model = OpenVLAForActionPrediction.from_pretrained(folder, quantization_config=quantization(row), **keywords).eval()
+    model = OpenVLAForActionPrediction.from_pretrained(
+        folder, quantization_config=quantization(row, device), **keywords
+    ).eval()
     load_seconds, host_peak = time.perf_counter() - started, resident_bytes("VmHWM") - before
     tokens, seconds, cpu_seconds = [], [], []
     single = {name: value[:1] for name, value in batches[0].items()}
@@ -98,13 +107,13 @@ def measure(row: str, folder: str, count: int, device: str) -> dict:
     return result | {"load s": load_seconds, "host peak at load MB": host_peak / 1e6, "tokens": tokens}
 
 
-def table(size: str, count: int, device: str, threads: int) -> None:
-    """Measure all configurations of a size and print them."""
+def table(size: str, rows: Sequence[str], count: int, device: str, threads: int) -> None:
+    """Measure configurations of a size, the unquantised one first, and print them."""
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place) / "model"
         write_model(size, folder)
         results = {}
-        for row in ROWS:
+        for row in rows:
             command = [sys.executable, __file__, "--row", row, str(folder), "--inputs", str(count), "--device", device]
             command += ["--threads", str(threads)]
             done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -126,6 +135,9 @@ def main() -> None:
     """Measure all sizes, or one configuration for the parent process."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=SIZES)
+    parser.add_argument(
+        "--rows", nargs="+", choices=ROWS, default=ROWS, help="configurations besides the unquantised one"
+    )
     parser.add_argument("--inputs", type=int, default=200)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -135,13 +147,13 @@ def main() -> None:
         torch.set_num_threads(args.threads)
         print(json.dumps(measure(*args.row, args.inputs, args.device)))
         return
-    versions = {name: __import__(name).__version__ for name in ("torch", "transformers", "bitsandbytes")}
+    versions = {name: __import__(name).__version__ for name in ("torch", "transformers", "bitsandbytes", "torchao")}
     print(", ".join(f"{name} {version}" for name, version in versions.items()))
     for size in args.sizes:
         if size == "full" and not args.device.startswith("cuda"):
             print("\nfull: not run (no GPU here)")
         else:
-            table(size, args.inputs, args.device, args.threads)
+            table(size, list(dict.fromkeys(["whole", *args.rows])), args.inputs, args.device, args.threads)
 
 
 if __name__ == "__main__":

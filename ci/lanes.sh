@@ -4,7 +4,7 @@
 set -uo pipefail
 cd "$(dirname "$0")/.."
 lanes=${LANES:-4.40.1 4.49.0 4.57.6 lerobot 5.23.0 5.24.0 latest}
-other_lanes=${OTHER_LANES-timm-0.9.16 timm-1.0.31 prerelease}  # these write no folders
+other_lanes=${OTHER_LANES-timm-0.9.16 timm-1.0.31 triton prerelease}  # these write no folders
 root=$PWD/.lanes
 mkdir -p "$root/logs"
 # Two lanes share two cores; more threads would wait for each other.

@@ -15,8 +15,8 @@ from ..actions_openvla import NormalizationStatistics
 from ..decoding_openvla import Accelerator, require_finite
 from ..modeling_openvla import OpenVLAForActionPrediction, Prompt
 from ..vision_openvla import PrismaticVisionBackbone
-from .cuda_graphs import run_graphed, run_on_two_streams
-from .fast_decoder import bidirectional_hidden_states, decode_fast, encode_draft, unsupported_reason
+from .cuda_graphs import Stages, run_graphed, run_on_two_streams
+from .fast_decoder import bidirectional_hidden_states, decode_in_stages, encode_draft, unsupported_reason
 
 
 def predict_tokens(
@@ -26,7 +26,7 @@ def predict_tokens(
     allowed: slice | None,
     draft: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Predict action tokens with the fast decoder, without a draft by a CUDA graph where there is one.
+    """Predict action tokens with the fast decoder, by CUDA graphs where there are some.
 
     Args:
         model: The model.
@@ -46,17 +46,18 @@ def predict_tokens(
     draft_tokens = None if draft is None else encode_draft(draft, model.action_tokenizer, statistics)
 
     def compute(
-        input_ids: torch.Tensor, pixel_values: torch.Tensor, attention_mask: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        input_ids: torch.Tensor,
+        pixel_values: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        draft_tokens: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, ...] | Stages:
         embeds, mask, _, _ = model.embed_inputs(input_ids, pixel_values, attention_mask)
-        guess = None if draft_tokens is None else draft_tokens.to(embeds.device)
-        return decode_fast(model.language_model, embeds, mask, steps, allowed, guess)
+        if draft_tokens is not None:
+            draft_tokens = draft_tokens.to(embeds.device)
+        return decode_in_stages(model.language_model, embeds, mask, steps, allowed, draft_tokens)
 
-    if draft is not None:
-        tokens, logits = compute(*prompt)
-    else:
-        tokens, logits = run_graphed(model, compute, prompt, (steps, str(allowed)))
-    return tokens, require_finite(logits)
+    tokens, logits = run_graphed(model, compute, (*prompt, draft_tokens), (steps, str(allowed)))
+    return tokens, require_finite(logits.float())
 
 
 ACCELERATOR = Accelerator(

@@ -14,6 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..errors_openvla import OpenVLAValueError
+from ..quantization_openvla import is_quantized, quantization_name
 
 NUM_ROWS = 256  # rows of a product that the layout is chosen for: patches and prompt; it is fast for one row too
 DTYPES = (torch.bfloat16, torch.float32)
@@ -75,6 +76,8 @@ def prepack(model: PreTrainedModel) -> None:
     if not kinds <= {("cpu", dtype) for dtype in DTYPES}:
         got = ", ".join(sorted(f"{dtype} on {device}" for device, dtype in kinds))
         raise OpenVLAValueError(f"prepack is for whole weights on a CPU in bfloat16 or float32, not for {got}.")
+    if is_quantized(model):
+        raise OpenVLAValueError(f"prepack is for whole weights, not for {quantization_name(model)}.")
     if not all(has_matmul(dtype) for _, dtype in kinds):
         raise OpenVLAValueError("prepack needs AVX-512 for bfloat16, which this CPU has not; give dtype='float32'.")
     if any(hasattr(module, "base_layer") for module in model.modules()):

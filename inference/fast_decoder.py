@@ -1,19 +1,20 @@
 """Decoder with a preallocated KV cache for Llama, Mistral and Qwen2.
 
-It skips work that greedy action decoding does not need: the last layer computes queries, attention output and MLP, and
-the LM head logits, only for the positions that are read. Draft tokens are verified in the prefill. Results equal those
-of ``decode_greedily`` up to floating-point reordering: a product of one row may round differently from that of many.
+It skips work that greedy action decoding does not need: the last layer computes attention and MLP, and the LM head
+logits, only for the positions that are read. Draft tokens are verified in the prefill. Results equal those of
+``decode_greedily`` up to floating-point reordering: a product of one row may round differently from that of many.
 
-Layers are written out from the modules that transformers loaded: linear layers and norms as plain functions, adapters
-and quantised weights by calling their modules. Nothing of the model is cached between two calls, so that every change
-of its weights counts. ``unsupported_reason`` says when the language model's own forward has to run instead.
+Layers are written out from the modules that transformers loaded: linear layers as products (``merged_products``),
+norms, rotation and activation as kernels (``kernels``), adapters and quantised weights by calling their modules.
+Nothing of the model is cached between two calls, so that every change of its weights counts. ``unsupported_reason``
+says when the language model's own forward has to run instead.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,9 +24,11 @@ from transformers.utils import logging
 
 from ..actions_openvla import ActionTokenizer, NormalizationStatistics, as_numbers
 from ..compatibility_openvla import attention_implementation
-from ..decoding_openvla import mask_logits, positions_of
+from ..decoding_openvla import positions_of
 from ..errors_openvla import OpenVLAValueError
-from .cuda_graphs import drop_graphs
+from .cuda_graphs import Stages, drop_graphs, finish
+from .kernels import COMPILED, PLAIN, Kernels, kernels_for
+from .merged_products import Product, merged_groups, merged_product, product
 from .patch_detection import any_hooked, changed_number, head_dim, is_hooked, patched_function, rotary_of
 
 logger = logging.get_logger(__name__)
@@ -33,9 +36,9 @@ logger = logging.get_logger(__name__)
 # Language models of one architecture: rotary positions, a norm before attention and one before a gated MLP.
 FAMILIES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM")
 NORMS = tuple(f"{family.removesuffix('ForCausalLM')}RMSNorm" for family in FAMILIES)
+SILU = ("SiLU", "SiLUActivation")
 UNSCALED_ROTARY_FIELDS = {"rope_theta", "rope_type", "type"}
 COMPILED_FLAG = "_pointwise_operations_are_compiled"  # an attribute of the language model
-Function = Callable[[torch.Tensor], torch.Tensor]
 
 
 def unsupported_reason(language_model: nn.Module, length: int) -> str | None:
@@ -100,52 +103,12 @@ def compile_pointwise(model: Any) -> None:
     drop_graphs(model)  # they hold uncompiled operations
 
 
-class _CompiledOp:
-    """A pointwise function compiled to one kernel; the function itself where torch.compile does not work."""
-
-    def __init__(self, function: Callable[..., torch.Tensor]) -> None:
-        self.function = function
-        self.compiled: Callable[..., torch.Tensor] | None = None
-
-    def __call__(self, *tensors: torch.Tensor) -> torch.Tensor:
-        if self.compiled is None:
-            import torch._inductor.config as settings
-
-            # Round between the operations as they do when they run one by one.
-            options: dict[str, Any] = (
-                {"emulate_precision_casts": True} if hasattr(settings, "emulate_precision_casts") else {}
-            )
-            self.compiled = torch.compile(self.function, dynamic=True, options=options)
-        if self.compiled is not self.function:
-            try:
-                return self.compiled(*tensors)
-            except Exception as error:  # the compiler raises errors of many kinds
-                reason = str(error).strip().splitlines() or [type(error).__name__]
-                logger.warning_once(f"Running uncompiled: torch.compile failed with {reason[0]}.")
-                self.compiled = self.function
-        return self.function(*tensors)
-
-
-class Rope(NamedTuple):
-    """Rotary position embedding (Su et al. 2021), ``(batch or 1, length, 1, head_dim)`` each.
-
-    Attributes:
-        cos: Cosines.
-        sin: Sines, the first half negated, so that applying them needs no negation.
-    """
-
-    cos: torch.Tensor
-    sin: torch.Tensor
-
-    def select(self, positions: slice | torch.Tensor) -> Rope:
-        """Return the embedding of some positions, as ``_select`` takes them."""
-        return Rope(_select(self.cos, positions), _select(self.sin, positions))
-
-
-def _rope_tables(
+def rope_tables(
     frequencies: torch.Tensor, length: int, device: torch.device, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return cosines and sines ``(length, head_dim)`` of rotary positions, rounded as transformers does.
+    """Return cosines and sines ``(length, head_dim)`` of rotary positions (Su et al. 2021), rounded as by transformers.
+
+    The first half of the sines is negated, so that applying them needs no negation.
 
     Args:
         frequencies: ``(head_dim / 2,)``, read from the model at every call, so that a change of them counts.
@@ -158,11 +121,7 @@ def _rope_tables(
     return torch.cat([cosines, cosines], dim=-1), torch.cat([-sines, sines], dim=-1)
 
 
-def _apply_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    return (x * cos).add_(x.roll(x.shape[-1] // 2, -1) * sin)
-
-
-def _select(x: torch.Tensor, positions: slice | torch.Tensor) -> torch.Tensor:
+def select(x: torch.Tensor, positions: slice | torch.Tensor) -> torch.Tensor:
     """Return some positions of ``(batch or 1, length, ...)``: a slice for all, or int64 ``(batch, count)``."""
     if isinstance(positions, slice):
         return x[:, positions]
@@ -170,74 +129,46 @@ def _select(x: torch.Tensor, positions: slice | torch.Tensor) -> torch.Tensor:
     return x.expand(len(positions), *x.shape[1:]).gather(1, index)
 
 
-def _functional(module: Any, compiled: bool = False) -> Function:
-    """Return what a module computes on ``(tokens, size)`` as a plain function, or the module where it is not plain.
+def _is_plain(module: Any, names: Sequence[str]) -> bool:
+    """Return whether a module is one of transformers' or torch's classes with these names, with a plain weight or none.
 
-    It is made for every call, so that weights which were changed, moved, wrapped or quantised count.
-
-    Args:
-        module: A linear layer, a norm, an activation, or what replaced it.
-        compiled: Compile a norm to one kernel.
+    Its function may then run without it. It is asked at every call, so that a replaced or wrapped module counts.
     """
     kind = type(module)
-    weight: Any = getattr(module, "weight", None)
-    library_name = kind.__name__ if kind.__module__.startswith(("torch.", "transformers.")) else None
-    is_plain = weight is None or type(weight) is nn.Parameter
-    if is_plain:
-        if kind is nn.Linear:
-            bias = module.bias
-            return lambda x: F.linear(x, weight, bias)
-        if library_name in NORMS:
-            if compiled:
-                norm = _compiled_norm(module.variance_epsilon)
-                return lambda x: norm(x, weight)
-            epsilon = torch.tensor(module.variance_epsilon, dtype=torch.float32, device="cpu")  # faster than a float
-            return functools.partial(_rms_norm, weight=weight, epsilon=epsilon)
-        if library_name in ("SiLU", "SiLUActivation"):
-            return F.silu
-        if kind.__name__ == "PrepackedLinear":
-            return module.forward
-    return lambda x: module(x[None])[0]  # adapters and quantised weights expect a batch axis
-
-
-def _rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: torch.Tensor | float) -> torch.Tensor:
-    """Return RMSNorm (Zhang and Sennrich 2019), rounded where transformers rounds."""
-    exact = x if x.dtype is torch.float32 else x.float()
-    exact = exact * torch.rsqrt(exact.pow(2).mean(-1, keepdim=True).add_(epsilon))
-    return weight * (exact if x.dtype is torch.float32 else exact.to(x.dtype))
-
-
-def _gated_silu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    return F.silu(gate).mul_(up)
-
-
-@functools.cache
-def _compiled_norm(epsilon: float) -> _CompiledOp:
-    return _CompiledOp(lambda x, weight: _rms_norm(x, weight, epsilon))
-
-
-_compiled_rope, _compiled_gated_silu = _CompiledOp(_apply_rope), _CompiledOp(_gated_silu)
+    is_library_class = kind.__name__ in names and kind.__module__.startswith(("torch.", "transformers."))
+    return is_library_class and type(getattr(module, "weight", None)) in (nn.Parameter, type(None))
 
 
 class _Layer:
-    """The functions of one decoder layer."""
+    """The functions of one decoder layer between its norms."""
 
-    __slots__ = ("down", "gate", "gated_act", "input_norm", "key", "output", "post_attn_norm", "query", "up", "value")
+    __slots__ = ("down", "gate_up", "gated_act", "output", "qkv")
 
-    def __init__(self, layer: Any, compiled: bool) -> None:
+    def __init__(self, layer: Any, kernels: Kernels) -> None:
         attention, mlp = layer.self_attn, layer.mlp
-        self.input_norm = _functional(layer.input_layernorm, compiled)
-        self.post_attn_norm = _functional(layer.post_attention_layernorm, compiled)
-        self.query, self.key = _functional(attention.q_proj), _functional(attention.k_proj)
-        self.value, self.output = _functional(attention.v_proj), _functional(attention.o_proj)
-        self.gate, self.up, self.down = (_functional(part) for part in (mlp.gate_proj, mlp.up_proj, mlp.down_proj))
-        self.gated_act = _gated_activation(_functional(mlp.act_fn), compiled)
+        self.output, self.down = product(attention.o_proj), product(mlp.down_proj)
+        self.gated_act = kernels.gated_silu if _is_plain(mlp.act_fn, SILU) else _gated(mlp.act_fn)
+        qkv, gate_up = merged_groups(layer)
+        parts = [product(part) for part in qkv]
+        self.qkv = merged_product(qkv) or (lambda x: torch.cat([part(x) for part in parts], dim=-1))
+        both, gate, up = merged_product(gate_up), *(product(part) for part in gate_up)
+        self.gate_up = (lambda x: (gate(x), up(x))) if both is None else (lambda x: both(x).chunk(2, dim=-1))
 
 
-def _gated_activation(activation: Function, compiled: bool) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
-    if activation is F.silu:
-        return _compiled_gated_silu if compiled else _gated_silu
+def _gated(activation: Product) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
     return lambda gate, up: activation(gate) * up
+
+
+def _add_norm(norm: Any, kernels: Kernels) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
+    """Return a function that adds a block's output to the residual stream and applies the next norm to the sum."""
+    if _is_plain(norm, NORMS):
+        return functools.partial(kernels.add_rms_norm, weight=norm.weight, epsilon=norm.variance_epsilon)
+
+    def add_norm(x: torch.Tensor, delta: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        total = x if delta is None else x + delta
+        return total, norm(total[None])[0]
+
+    return add_norm
 
 
 class FastDecoder:
@@ -261,17 +192,24 @@ class FastDecoder:
     ) -> None:
         config: Any = language_model.config
         decoder = decoder_of(language_model)
-        compiled = getattr(language_model, COMPILED_FLAG, False)
-        self.layers = [_Layer(layer, compiled) for layer in decoder.layers]
-        self.norm = _functional(decoder.norm, compiled)
-        self.apply_rope: Callable[..., torch.Tensor] = _compiled_rope if compiled else _apply_rope
+        # The norm before each layer's attention, the one before its MLP, and the one after the last layer, in order.
+        norms = [norm for layer in decoder.layers for norm in (layer.input_layernorm, layer.post_attention_layernorm)]
+        norms.append(decoder.norm)
         self.num_heads, self.num_kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.head_dim = head_dim(config)
+        self.kernels = kernels_for(ref.device, ref.dtype)
+        has_one_dtype = all(getattr(norm, "weight", ref).dtype == ref.dtype for norm in norms)
+        if getattr(language_model, COMPILED_FLAG, False):
+            self.kernels = COMPILED
+        elif not has_one_dtype or self.head_dim & (self.head_dim - 1):  # Triton's blocks are powers of two
+            self.kernels = PLAIN
+        self.layers = [_Layer(layer, self.kernels) for layer in decoder.layers]
+        self.add_norms = [_add_norm(norm, self.kernels) for norm in norms]
         self.visible, self.causal = None if mask is None else mask.to(torch.bool), causal
         self.positions = torch.arange(length, device=ref.device)[None]
-        tables = _rope_tables(rotary_of(decoder).inv_freq, length, ref.device, ref.dtype)
+        tables = rope_tables(rotary_of(decoder).inv_freq, length, ref.device, ref.dtype)
         position_ids = self.positions if mask is None else positions_of(mask)
-        self.rope = Rope(*(table[position_ids][:, :, None] for table in tables))
+        self.rope = [table[position_ids][:, :, None].expand(len(ref), -1, -1, -1) for table in tables]
         # A bidirectional sequence cannot be continued, so that its layers share one cache.
         num_caches = len(self.layers) if causal else 1
         shape = (2, num_caches, len(ref), length, self.num_kv_heads, self.head_dim)
@@ -290,29 +228,24 @@ class FastDecoder:
         """
         batch, count, size = x.shape
         end = start + count
-        rope, positions = self.rope.select(slice(start, end)), self.positions[:, start:end]
+        positions = self.positions[:, start:end]
+        rope = [table[:, start:end] for table in self.rope]
         mask = self._mask(positions, end)
-        kv = [part.transpose(2, 3).unbind() for part in self.cache[:, :, :, :end]]
-        new_kv = [part.unbind() for part in self.cache[:, :, :, start:end]]
-        x, by_head = x.reshape(-1, size), (batch, count, -1, self.head_dim)
+        keys, values = (part.transpose(2, 3).unbind() for part in self.cache[:, :, :, :end])
+        new_keys, new_values = (part.unbind() for part in self.cache[:, :, :, start:end])
+        x, normed = self.add_norms[0](x.reshape(-1, size), None)
         for index, layer in enumerate(self.layers):
-            layer_idx = index % len(kv[0])
-            normed = layer.input_norm(x)
-            new_kv[1][layer_idx].copy_(layer.value(normed).view(by_head))
+            layer_idx = index % len(keys)
+            queries = self.kernels.rotate_and_cache(
+                layer.qkv(normed), *rope, new_keys[layer_idx], new_values[layer_idx]
+            )
             if read is not None and index == len(self.layers) - 1:
-                new_kv[0][layer_idx].copy_(self.apply_rope(layer.key(normed).view(by_head), *rope))
-                x, normed = (_select(y.view(batch, count, size), read).flatten(0, 1) for y in (x, normed))
-                rope, mask = rope.select(read), self._mask(_select(positions, read), end)
-                queries = self.apply_rope(layer.query(normed).view(batch, -1, self.num_heads, self.head_dim), *rope)
-            else:
-                both = torch.cat([layer.query(normed), layer.key(normed)], dim=-1).view(by_head)
-                both = self.apply_rope(both, *rope)
-                queries, keys = torch.split_with_sizes(both, (self.num_heads, self.num_kv_heads), 2)
-                new_kv[0][layer_idx].copy_(keys)
-            x = x + layer.output(self._attention(queries, kv[0][layer_idx], kv[1][layer_idx], *mask))
-            normed = layer.post_attn_norm(x)
-            x = x + layer.down(layer.gated_act(layer.gate(normed), layer.up(normed)))
-        return self.norm(x).view(batch, -1, size)
+                queries, x = select(queries, read), select(x.view(batch, count, size), read).flatten(0, 1)
+                mask = self._mask(select(positions, read), end)
+            attended = layer.output(self._attention(queries, keys[layer_idx], values[layer_idx], *mask))
+            x, normed = self.add_norms[2 * index + 1](x, attended)
+            x, normed = self.add_norms[2 * index + 2](x, layer.down(layer.gated_act(*layer.gate_up(normed))))
+        return normed.view(batch, -1, size)
 
     def _attention(
         self,
@@ -377,6 +310,73 @@ def encode_draft(draft: Any, tokenizer: ActionTokenizer, statistics: Sequence[No
     return torch.from_numpy(np.stack(tokens)[:, :-1])
 
 
+class _Decoding:
+    """Greedy decoding of one batch: tokens and logits of every step are written into one tensor each.
+
+    Args:
+        language_model: One that ``unsupported_reason`` has no reason against.
+        embeds: Embeddings of the prompts ``(batch, length, hidden)``, left-padded.
+        mask: int64 ``(batch, length)``; None if nothing is masked.
+        steps: Number of tokens.
+        allowed: Token ids to choose from; None for all.
+    """
+
+    def __init__(
+        self, language_model: Any, embeds: torch.Tensor, mask: torch.Tensor | None, steps: int, allowed: slice | None
+    ) -> None:
+        if mask is not None:
+            mask = torch.cat([mask, mask.new_ones(len(mask), steps - 1)], dim=1)
+        self.embeds, self.steps, self.allowed = embeds, steps, allowed
+        self.decoder = FastDecoder(language_model, embeds, embeds.shape[1] + steps - 1, mask)
+        self.embed, self.head = language_model.get_input_embeddings(), language_model.get_output_embeddings()
+        self.tokens = torch.empty(len(embeds), steps, dtype=torch.int64, device=embeds.device)
+        self.logits = embeds.new_empty(len(embeds), 0, 0)  # ``(batch, steps, vocabulary)`` from the prefill on
+
+    def prefill(self, draft: torch.Tensor | None) -> None:
+        """Run the prompt and choose the first token; with a draft choose the token after each of its tokens, too."""
+        x, count = self.embeds, 1
+        if draft is not None:
+            x, count = torch.cat([x, self.embed(draft).to(x.dtype)], dim=1), self.steps
+        logits = self.head(self.decoder.run(x, 0, slice(x.shape[1] - count, None)))
+        self.logits = logits.new_empty(len(logits), self.steps, logits.shape[2])
+        self._choose(logits, 0)
+
+    def step(self, step: int) -> None:
+        """Run the token before a step and choose the token of the step."""
+        x = self.embed(self.tokens[:, step - 1 : step]).to(self.embeds.dtype)
+        self._choose(self.head(self.decoder.run(x, self.embeds.shape[1] + step - 1)), step)
+
+    def _choose(self, logits: torch.Tensor, step: int) -> None:
+        batch, count, vocab_size = logits.shape
+        chosen = self.decoder.kernels.choose_tokens(logits.reshape(-1, vocab_size), self.allowed)
+        self.tokens[:, step : step + count] = chosen.view(batch, count)
+        self.logits[:, step : step + count] = logits
+
+
+def decode_in_stages(
+    language_model: nn.Module,
+    embeds: torch.Tensor,
+    mask: torch.Tensor | None,
+    steps: int,
+    allowed: slice | None = None,
+    draft: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor] | Stages:
+    """Return what ``decode_fast`` returns, logits in the model's dtype; with a draft, the stages that compute it.
+
+    The first stage verifies the draft in the prefill; each later one is a decode step. Only between the first and the
+    others is the device waited for: it says how many steps the draft saved.
+    """
+    decoding = _Decoding(language_model, embeds, mask, steps, allowed)
+    decoding.prefill(draft)
+    if draft is None:
+        for step in range(1, steps):
+            decoding.step(step)
+        return decoding.tokens, decoding.logits
+    num_accepted = (decoding.tokens[:, :-1] == draft).all(0).long().cumprod(0).sum()
+    later = [functools.partial(decoding.step, step) for step in range(1, steps)]
+    return Stages((decoding.tokens, decoding.logits), later, num_accepted)
+
+
 def decode_fast(
     language_model: nn.Module,
     embeds: torch.Tensor,
@@ -399,30 +399,8 @@ def decode_fast(
     Returns:
         int64 tokens ``(batch, steps)`` and the float32 logits ``(batch, steps, vocabulary)`` they were chosen from.
     """
-    length, num_later = embeds.shape[1], steps - 1
-    if mask is not None:
-        mask = torch.cat([mask, mask.new_ones(len(mask), num_later)], dim=1)
-    decoder = FastDecoder(language_model, embeds, length + num_later, mask)
-    model: Any = language_model
-    embed, head = model.get_input_embeddings(), model.get_output_embeddings()
-
-    def choose(x: torch.Tensor, start: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-        read = None if x.shape[1] == count else slice(x.shape[1] - count, None)
-        logits = head(decoder.run(x.to(embeds.dtype), start, read)).float()
-        return (logits if allowed is None else mask_logits(logits, allowed)).argmax(-1), logits
-
-    if draft is None:
-        tokens, logits = choose(embeds, 0, 1)
-    else:
-        tokens, logits = choose(torch.cat([embeds, embed(draft).to(embeds.dtype)], dim=1), 0, steps)
-        num_accepted = int((tokens[:, :num_later] == draft).all(0).long().cumprod(0).sum())
-        tokens, logits = tokens[:, : num_accepted + 1], logits[:, : num_accepted + 1]
-    all_tokens, all_logits = [tokens], [logits]
-    for step in range(tokens.shape[1], steps):
-        tokens, logits = choose(embed(all_tokens[-1][:, -1:]), length + step - 1, 1)
-        all_tokens.append(tokens)
-        all_logits.append(logits)
-    return torch.cat(all_tokens, dim=1), torch.cat(all_logits, dim=1)
+    tokens, logits = finish(decode_in_stages(language_model, embeds, mask, steps, allowed, draft))
+    return tokens, logits.float()
 
 
 def bidirectional_hidden_states(

@@ -29,7 +29,16 @@ from ..modeling_openvla import OpenVLAForActionPrediction
 from ..processing_openvla import OpenVLAImageProcessor, OpenVLAProcessor
 from .cpu_prepack import prepack as prepack_weights
 from .fast_decoder import compile_pointwise
-from .quantization import UNQUANTIZED_MODULES, VISION_TOWERS, fast_dtype, quantization_config
+from .merged_products import merge_products
+from .quantization import (
+    BACKENDS,
+    UNQUANTIZED_MODULES,
+    VISION_TOWERS,
+    default_backend,
+    fast_dtype,
+    has_float8,
+    quantization_config,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -132,6 +141,7 @@ def load_policy(
     model: str | os.PathLike | None = None,
     *,
     bits: int | None = None,
+    backend: str | None = None,
     device: str | torch.device | None = None,
     dtype: torch.dtype | str | None = None,
     unnorm_key: str | None = None,
@@ -146,6 +156,9 @@ def load_policy(
         model: Folder or Hub id; None is the demo policy, which needs no download.
         bits: 8 or 4 for quantised weights (see ``quantization_config``); None for the dtype, or the quantisation of a
             checkpoint that was saved quantised.
+        backend: Library of the quantised weights, "bitsandbytes" or "torchao" (8 bits only). None is for 8 bits torchao
+            where it is installed and expected to be faster (``default_backend``), else bitsandbytes; an adapter's base
+            is always quantised by bitsandbytes.
         device: None is the GPU if there is one, else the CPU.
         dtype: dtype of the weights and of the computation, also of 4-bit matrix products. None is bfloat16 on a GPU
             that supports it (else float16), and the checkpoint's dtype on a CPU (float32 for the demo policies,
@@ -162,7 +175,7 @@ def load_policy(
 
     Raises:
         ValueError: The model does not fit on the device (the message says which ``bits`` would), it is already
-            quantised with other bits, or it cannot be prepacked or compiled.
+            quantised with other bits or another back end, or it cannot be prepacked or compiled.
         KeyError: Unknown ``unnorm_key``.
         ImportError: A package for ``bits`` or an adapter is missing.
     """
@@ -177,17 +190,31 @@ def load_policy(
     config = OpenVLAConfig.from_pretrained(base, **base_kwargs)
     require_one_pass({}, None, constrain_actions, config.action_head)
     stored = stored_bits(config)
-    if bits is not None and stored not in (None, bits):
-        raise OpenVLAValueError(f"{model} is already quantised to {stored} bits; leave bits out, or load its base.")
+    _require_stored_format(model, config, bits, backend)
+    is_adapter = base is not model
+    if is_adapter and backend == "torchao":
+        raise OpenVLAValueError(f"{model} is an adapter, whose base torchao cannot hold; take backend='bitsandbytes'.")
     kwargs: dict[str, Any] = {"device_map": {"": str(device)}}
     if bits is not None and stored is None:
         compute_dtype = dtype if isinstance(dtype, torch.dtype) else fast_dtype(device)
-        kwargs["quantization_config"] = quantization_config(bits, compute_dtype=compute_dtype if bits == 4 else None)
+        backend = backend or ("bitsandbytes" if is_adapter else default_backend(bits, device))
+        if backend == "torchao" and has_float8(device) and compute_dtype is not torch.bfloat16:
+            raise OpenVLAValueError(
+                f"float8 weights compute in bfloat16, not in {dtype}; leave dtype out, or take backend='bitsandbytes'."
+            )
+        kwargs["quantization_config"] = quantization_config(
+            bits,
+            backend=backend,
+            device=device if backend == "torchao" else None,
+            compute_dtype=compute_dtype if bits == 4 else None,
+        )
     if dtype is None:
         dtype = "auto" if device.type == "cpu" else fast_dtype(device)
     kwargs[DTYPE_FIELD] = dtype
     _require_memory(model, config, stored or bits, device, dtype)
     loaded = OpenVLAForActionPrediction.from_pretrained(model, **kwargs).eval()
+    if device.type == "cuda":
+        merge_products(loaded.language_model)
     if prepack:
         prepack_weights(loaded)
     if compile:
@@ -254,7 +281,14 @@ def add_policy_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--unnorm-key", metavar="K", help="dataset whose statistics un-normalise actions to robot units"
     )
-    parser.add_argument("--bits", type=int, choices=(8, 4), help="quantise the weights (extra: openvla[quant])")
+    parser.add_argument(
+        "--bits", type=int, choices=(8, 4), help="quantise the weights (extras: openvla[quant], openvla[torchao])"
+    )
+    parser.add_argument(
+        "--backend",
+        choices=BACKENDS,
+        help="library for --bits; default: for 8 bits torchao where it is installed and expected to be faster",
+    )
     parser.add_argument("--device", help="cpu, cuda, cuda:1, mps; default cuda if available, else cpu")
     parser.add_argument(
         "--dtype", choices=DTYPES, help="dtype of the model; default bfloat16 on a GPU, the checkpoint's on a CPU"
@@ -279,6 +313,7 @@ def load_policy_from_args(args: argparse.Namespace) -> tuple[Policy, str]:
     policy = load_policy(
         args.model,
         bits=args.bits,
+        backend=args.backend,
         device=args.device,
         dtype=args.dtype,
         unnorm_key=args.unnorm_key,
@@ -297,7 +332,34 @@ def default_device() -> str:
 def stored_bits(config: PretrainedConfig) -> int | None:
     """Return 8 or 4 for the configuration of a checkpoint that was saved quantised, else None."""
     fields = _quantization_fields(config)
-    return None if fields is None else 8 if fields.get("load_in_8bit") else 4
+    if fields is None:
+        return None
+    return 8 if fields.get("load_in_8bit") or stored_backend(config) == "torchao" else 4
+
+
+def stored_backend(config: PretrainedConfig) -> str | None:
+    """Return the library of a checkpoint that was saved quantised, "bitsandbytes" or "torchao", else None."""
+    method = (_quantization_fields(config) or {}).get("quant_method")
+    return None if method is None else str(getattr(method, "value", method))
+
+
+def _require_stored_format(
+    model: str | os.PathLike, config: PretrainedConfig, bits: int | None, backend: str | None
+) -> None:
+    """Raise ValueError where ``bits`` and ``backend`` do not fit each other, or a checkpoint that is quantised."""
+    stored = stored_bits(config)
+    if bits is None and backend is not None:
+        raise OpenVLAValueError(
+            f"backend={backend!r} has no effect without bits; give bits=8 or bits=4, or leave it out."
+        )
+    if bits is None or stored is None:
+        return
+    if bits != stored:
+        raise OpenVLAValueError(f"{model} is already quantised to {stored} bits; leave bits out, or load its base.")
+    if backend not in (None, stored_backend(config)):
+        raise OpenVLAValueError(
+            f"{model} is already quantised by {stored_backend(config)}; leave backend out, or load its base."
+        )
 
 
 def _quantization_fields(config: PretrainedConfig) -> dict[str, Any] | None:
@@ -353,7 +415,8 @@ def _require_memory(
     if free is None:
         return
     empty = init_empty_model(config)
-    skip_modules = (_quantization_fields(config) or {}).get("llm_int8_skip_modules")
+    fields = _quantization_fields(config) or {}
+    skip_modules = fields.get("llm_int8_skip_modules") or fields.get("modules_to_not_convert")
     skip_modules = skip_modules or (VISION_TOWERS, *UNQUANTIZED_MODULES)
     needed = {choice: weight_bytes(empty, choice, dtype, skip_modules) * HEADROOM for choice in (None, 8, 4)}
     if needed[bits] <= free:

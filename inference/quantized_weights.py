@@ -16,8 +16,9 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from ..adapters.targets import forbid_torchao
 from ..errors_openvla import OpenVLAValueError
-from ..quantization_openvla import is_quantized
+from ..quantization_openvla import is_quantized, is_torchao
 
 logger = logging.get_logger(__name__)
 
@@ -34,11 +35,16 @@ CPU_PACKING_ROWS = 32  # rows of a weight matrix that bitsandbytes packs togethe
 def keep_quantized_weights(model: nn.Module) -> None:
     """Keep the scales of a loaded model; switch off repacking that would fail, and a log line at every product.
 
+    Weights of torchao are frozen with the rest of their model: no gradient passes through their products, so that what
+    is trained below them would get a wrong one.
+
     On a CPU with AVX512-BF16, bitsandbytes repacks 4-bit weights at the first prediction, rounds their scales to
     bfloat16 and computes in it, whatever the compute dtype; on sizes that it cannot divide, such as SigLIP's 4304, it
     crashes. The scales that it restores when the model is saved or trained are not the loaded ones, so those are kept
     (1.6 % of the weights, 6 % without double quantisation).
     """
+    if is_torchao(model):
+        model.requires_grad_(False)
     if getattr(model, "is_loaded_in_8bit", False):
         bitsandbytes_log = std_logging.getLogger("bitsandbytes.autograd._functions")
         if _drop_float16_line not in bitsandbytes_log.filters:
@@ -82,8 +88,13 @@ def state_dict(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
 
 
 def train(model: PreTrainedModel, mode: bool = True) -> PreTrainedModel:
-    """Set training mode, with quantised weights as they were loaded."""
+    """Set training mode, with quantised weights as they were loaded.
+
+    Raises:
+        ValueError: The weights are of torchao, through which no gradient passes.
+    """
     if mode:
+        forbid_torchao(model, "train")
         undo_cpu_packing(model)
     return PreTrainedModel.train(model, mode)
 

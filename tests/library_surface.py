@@ -456,6 +456,7 @@ SURFACE: tuple[Touch, ...] = (
         row("adapter_kwargs._adapter_model_path", mentions(AUTO_FACTORY, "_adapter_model_path")),
         *members("PeftAdapterMixin.", "transformers.integrations.peft:PeftAdapterMixin.", "_hf_peft_config_loaded"),
         *(row(f"is_loaded_in_{n}bit", mentions(f"{BNB_QUANTIZER}_{n}bit", f"is_loaded_in_{n}bit")) for n in (8, 4)),
+        row("quantization_method", mentions("transformers.quantizers.base", "quantization_method")),
         row("transformers_modules", mentions("transformers.utils.hub", "transformers_modules")),
     ),
     *layers(),

@@ -35,7 +35,7 @@ ADDED = {
     "finetune": shlex.split(
         "--max-steps 1 --per-device-train-batch-size 2 --num-train-eval-samples 2 --use-cpu --report-to tensorboard"
     ),
-    "bench": shlex.split("--sizes tiny --repeats 1 --inputs 2"),
+    "bench": shlex.split("--sizes tiny --repeats-per-question 1 --inputs 2"),
 }
 # Of these commands, of what torchrun launches and of what runs beside the published code, only arguments (and a run's
 # YAML file) are checked, since they take a simulator, downloads, many processes, or that code.

@@ -14,7 +14,7 @@ import pytest
 import torch
 from openvla import PLATFORMS
 from openvla.inference import accelerator, cuda_graphs
-from openvla.inference.cuda_graphs import MAX_GRAPHS, CapturedGraph, CudaGraphCache
+from openvla.inference.cuda_graphs import MAX_GRAPHS, CapturedGraph, CudaGraphCache, Stages, finish
 from openvla.tiny import build_tiny
 from predictions import add_adapter, compare_decoders, weight_changes
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
@@ -45,11 +45,12 @@ class EagerGraph:
         EagerGraph.captured += 1
         self.compute, self.inputs = compute, [tensor.clone() for tensor in inputs]
 
-    def replay(self, inputs):
+    def replay(self, inputs, every_stage=False):
         EagerGraph.replayed += 1
         for static_input, tensor in zip(self.inputs, inputs):
             static_input.copy_(tensor)
-        return self.compute(*self.inputs)
+        result = self.compute(*self.inputs)
+        return result.run_later(0) if every_stage and isinstance(result, Stages) else finish(result)
 
 
 @pytest.fixture
@@ -82,8 +83,6 @@ def test_second_call_of_a_shape_is_captured_and_third_replayed(graphed, frames):
     assert (EagerGraph.captured, EagerGraph.replayed) == (1, 3)
     compare(model, inputs_of(processor, frames["noise"], "open the drawers"))
     assert EagerGraph.captured == 1  # another length, for the first time
-    model.predict_action(**inputs_of(processor, frames["noise"]), draft=np.zeros(7))
-    assert (EagerGraph.captured, EagerGraph.replayed) == (1, 3)
     assert not warnings
 
 
@@ -154,7 +153,7 @@ def test_graph_that_fails_or_differs_is_not_used(graphed, frames, monkeypatch):
     before = [compare(model, inputs) for _ in range(4)][0]
     assert warnings == [f"Running without a CUDA graph: OutOfMemoryError: CUDA out of memory. {cuda_graphs.REMEDY}."]
     model._cuda_graphs = CudaGraphCache(model, EagerGraph)
-    monkeypatch.setattr(EagerGraph, "replay", lambda self, inputs: (torch.zeros(1, 7), torch.zeros(1, 7, 611)))
+    monkeypatch.setattr(EagerGraph, "replay", lambda self, *_, **__: (torch.zeros(1, 7), torch.zeros(1, 7, 611)))
     assert all(np.array_equal(compare(model, inputs), before) for _ in range(4))
     assert "its replay gives other numbers" in warnings[1]
 
@@ -177,6 +176,72 @@ def test_capture_that_fails_once_is_tried_again(graphed, frames):
     assert not warnings
 
 
+def test_drafts_are_captured(graphed, frames):
+    """In stages: towers, prompt and draft, then each decode step that the draft does not save."""
+    model, processor, warnings = graphed
+    inputs = inputs_of(processor, frames["noise"])
+    expected = model.predict_action(**inputs, fast=False)
+    half_right = np.where(np.arange(7) < 3, expected.actions, -expected.actions)
+    drafts = [expected.actions, half_right, -expected.actions, expected.actions]
+    for draft in drafts:
+        output = model.predict_action(**inputs, draft=draft)
+        assert np.array_equal(output.token_ids, expected.token_ids)
+        np.testing.assert_allclose(output.bin_probabilities, expected.bin_probabilities, rtol=0, atol=1e-5)
+    assert (EagerGraph.captured, EagerGraph.replayed) == (1, 1 + len(drafts) - 2)
+    other = inputs_of(processor, 255 - np.asarray(frames["noise"]))
+    plain = model.predict_action(**other, fast=False)
+    assert np.array_equal(model.predict_action(**other, draft=expected.actions).token_ids, plain.token_ids)
+    assert not np.array_equal(plain.token_ids, expected.token_ids)
+    assert EagerGraph.captured == 1
+    assert not warnings
+
+
+def test_graph_of_a_draft_is_verified_in_every_stage(graphed, frames, monkeypatch):
+    """Also in the decode steps that the first draft saves."""
+    model, processor, warnings = graphed
+    inputs = inputs_of(processor, frames["noise"])
+    expected = model.predict_action(**inputs, fast=False)
+    replay = EagerGraph.replay
+
+    def wrong_last_step(self, tensors, every_stage=False):
+        tokens, logits = replay(self, tensors, every_stage)
+        return (tokens, logits.index_fill(1, torch.tensor([6]), 0.0)) if every_stage else (tokens, logits)
+
+    monkeypatch.setattr(EagerGraph, "replay", wrong_last_step)
+    for _ in range(3):
+        output = model.predict_action(**inputs, draft=expected.actions)
+        assert np.array_equal(output.token_ids, expected.token_ids)
+    assert "its replay gives other numbers" in warnings[0]
+
+
+@pytest.fixture
+def no_cuda(monkeypatch):
+    """Replace the parts of torch.cuda that a capture needs; a replay then computes nothing."""
+    for name in ("CUDAGraph", "Event", "Stream", "current_stream"):
+        monkeypatch.setattr(torch.cuda, name, MagicMock())
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: MagicMock())
+    for name in ("device", "stream", "graph"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_, **__: contextlib.nullcontext())
+
+
+@pytest.mark.parametrize("num_skipped", [0, 2, 3])
+def test_only_the_stages_that_are_needed_are_replayed(no_cuda, num_skipped):
+    def compute(x):
+        total = x.sum()
+        stages = [functools.partial(total.add_, number) for number in (10, 100, 1000)]
+        return Stages((total,), stages, torch.tensor(num_skipped))
+
+    graph = CapturedGraph(compute, [torch.ones(3)])
+    assert len(graph.later) == 3
+    assert len({id(one) for one in (graph.graph, *graph.later)}) == 4
+    graph.replay([torch.ones(3)])
+    assert [one.replay.call_count for one in (graph.graph, *graph.later)] == [1] + [0] * num_skipped + [1] * (
+        3 - num_skipped
+    )
+    graph.replay([torch.ones(3)], every_stage=True)
+    assert all(one.replay.call_count > 0 for one in graph.later)
+
+
 def test_replaced_scales_of_a_4_bit_weight_drop_the_graphs(graphed, frames):
     """Bitsandbytes keeps the scales beside the parameter, where a graph reads them."""
     model, processor, _ = graphed
@@ -192,13 +257,9 @@ def test_replaced_scales_of_a_4_bit_weight_drop_the_graphs(graphed, frames):
         assert EagerGraph.replayed == replayed
 
 
-def test_graph_without_kernels_is_not_used(graphed, frames, monkeypatch):
+def test_graph_without_kernels_is_not_used(graphed, frames, no_cuda):
     """Kernels on another device's stream run during the capture, and no replay computes."""
     model, processor, warnings = graphed
-    for name in ("CUDAGraph", "Event", "Stream", "current_stream"):
-        monkeypatch.setattr(torch.cuda, name, MagicMock())
-    for name in ("device", "stream", "graph"):
-        monkeypatch.setattr(torch.cuda, name, lambda *_, **__: contextlib.nullcontext())
     model._cuda_graphs = CudaGraphCache(model, CapturedGraph)
     for frame in (frames["noise"], frames["noise"], 255 - np.asarray(frames["noise"])):
         inputs = inputs_of(processor, frame)
@@ -263,14 +324,18 @@ def test_copies_have_their_own_cache(graphed, frames):
 
 
 @pytest.mark.lane
-@pytest.mark.parametrize("fields", [{}, *CHUNKS.values()], ids=["tokens one by one", *CHUNKS])
-def test_graphed_computation_never_synchronizes(fields, frames, monkeypatch):
+@pytest.mark.parametrize(
+    ("fields", "draft"),
+    [({}, None), ({}, np.zeros(7)), *((fields, None) for fields in CHUNKS.values())],
+    ids=["tokens one by one", "draft", *CHUNKS],
+)
+def test_graphed_computation_never_synchronizes(fields, draft, frames, monkeypatch):
     model, processor = build_tiny(**fields)
     calls = []
 
     def run_graphed(model, compute, inputs, key):
         calls.append((compute, inputs))
-        return compute(*inputs)
+        return finish(compute(*inputs))
 
     monkeypatch.setattr(accelerator, "run_graphed", run_graphed)
     patched = replace(accelerator.ACCELERATOR, run_graphed=run_graphed)
@@ -278,11 +343,14 @@ def test_graphed_computation_never_synchronizes(fields, frames, monkeypatch):
     images = [frames["noise"]] * model.config.num_images_in_input
     inputs = processor(instruction="open the drawer", images=images)
     proprio = {} if model.config.proprio_dim is None else {"proprio": np.zeros(model.config.proprio_dim)}
-    model.predict_action(**inputs, **proprio, constrain_actions=model.config.action_head is None)
+    model.predict_action(**inputs, **proprio, draft=draft, constrain_actions=model.config.action_head is None)
     compute, tensors = calls[0]
     with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True) as mode:
         fake = [None if tensor is None else mode.from_tensor(tensor) for tensor in tensors]
         outputs = compute(*fake)
+        assert isinstance(outputs, Stages) == (draft is not None)
+        if draft is not None:
+            outputs = outputs.run_later(0)
         assert len(outputs) == 2
         with pytest.raises(DataDependentOutputException):
             bool(outputs[0].isfinite().all())  # a synchronization raises this

@@ -15,7 +15,7 @@ import torch
 from openvla import PLATFORMS, OpenVLAForActionPrediction, decoding_openvla, quantization_config
 from openvla.compatibility_openvla import QUANTIZES_ON_CPU
 from openvla.decoding_openvla import decode_greedily
-from openvla.inference import fast_decoder, patch_detection
+from openvla.inference import kernels, patch_detection
 from openvla.inference.fast_decoder import FastDecoder, compile_pointwise, decode_fast, unsupported_reason
 from openvla.inference.patch_detection import rotary_of
 from openvla.tiny import build_tiny
@@ -176,8 +176,8 @@ def test_inference_mode_leaves_no_inference_tensors_behind():
     model = language_model("llama")
     with torch.inference_mode():
         decode_fast(model, prompt(), None, 2)
-    rope = FastDecoder(model, prompt(), 9).rope
-    (torch.ones(8, requires_grad=True) * rope.cos).sum().backward()
+    decoder = FastDecoder(model, prompt(), 9)
+    (torch.ones(8, requires_grad=True) * decoder.rope[0]).sum().backward()
 
 
 def half(function):
@@ -446,7 +446,7 @@ def test_quantised_weights_take_drafts_except_llm_int8(bits, frames, tmp_path):
 @torch.no_grad()
 def test_compiled_operations_give_the_same_tokens(family, monkeypatch):
     warnings = []
-    monkeypatch.setattr(fast_decoder.logger, "warning_once", warnings.append)
+    monkeypatch.setattr(kernels.logger, "warning_once", warnings.append)
     model = language_model(family)
     plain = [decode_fast(model, prompt(), MASK, 7), decode_fast(model, prompt(1), None, 7)]
     compile_pointwise(SimpleNamespace(language_model=model))
@@ -454,8 +454,8 @@ def test_compiled_operations_give_the_same_tokens(family, monkeypatch):
     for (tokens, logits), (expected_tokens, expected_logits) in zip(compiled, plain):
         assert torch.equal(tokens, expected_tokens)
         torch.testing.assert_close(logits, expected_logits, rtol=0, atol=LOGIT_ATOL)
-    norm = fast_decoder._compiled_norm(model.config.rms_norm_eps)
-    for operation in (norm, fast_decoder._compiled_rope, fast_decoder._compiled_gated_silu):
+    rotate = kernels.COMPILED.rotate_and_cache.keywords["rotate"]
+    for operation in (kernels.COMPILED.add_rms_norm, rotate, kernels.COMPILED.gated_silu):
         assert operation.compiled not in (None, operation.function)
     assert not warnings
 
@@ -469,8 +469,8 @@ def test_without_a_compiler_operations_run_uncompiled(monkeypatch):
 
     warnings = []
     monkeypatch.setattr(torch, "compile", no_compiler)
-    monkeypatch.setattr(fast_decoder.logger, "warning_once", warnings.append)
-    double = fast_decoder._CompiledOp(lambda x: 2 * x)
+    monkeypatch.setattr(kernels.logger, "warning_once", warnings.append)
+    double = kernels.CompiledOp(lambda x: 2 * x)
     assert [double(torch.ones(1)).item() for _ in range(2)] == [2, 2]
     assert len(warnings) == 1
     assert warnings[0].endswith("torch.compile failed with No working C++ compiler found.")

@@ -7,7 +7,11 @@ from openvla import PLATFORMS
 from openvla.benchmarking.sizes import INSTRUCTIONS, overrides
 from openvla.inference import cuda_graphs
 from openvla.inference.cuda_graphs import CapturedGraph
+from openvla.inference.fast_decoder import compile_pointwise
+from openvla.inference.kernels import SWITCH
+from openvla.inference.merged_products import merge_products
 from openvla.tiny import build_tiny
+from predictions import add_adapter
 
 pytestmark = pytest.mark.gpu
 QUESTIONS, REPEATS, BATCH_SIZE = 40, 4, 8
@@ -36,7 +40,9 @@ def build(**fields):
     """Return a bfloat16 model of OpenVLA-7B's depth at an eighth of its width, on the GPU, and its processor."""
     torch.manual_seed(0)
     model, processor = build_tiny(**overrides("eighth"), **fields)
-    return model.to("cuda", torch.bfloat16), processor
+    model.to("cuda", torch.bfloat16)
+    merge_products(model.language_model)  # as load_policy does
+    return model, processor
 
 
 def questions(processor, count=QUESTIONS, cameras=1):
@@ -57,8 +63,11 @@ def require_one_answer(predict, inputs):
     return answers
 
 
-def graphs_of(model):
-    return [graph for graph in model._cuda_graphs.graphs.values() if graph is not None]
+def require_captured(model):
+    """Check that a model was captured, and that no capture failed."""
+    graphs = [graph for graph in model._cuda_graphs.graphs.values() if graph is not None]
+    assert graphs
+    assert all(isinstance(graph, CapturedGraph) for graph in graphs)
 
 
 @pytest.fixture(scope="module")
@@ -66,12 +75,19 @@ def single():
     return build()
 
 
-@pytest.mark.parametrize("way", ["plain", "fast", "captured", "draft"])
+@pytest.mark.parametrize("way", ["plain", "fast", "captured", "draft", "without Triton", "compiled", "adapter"])
 def test_single_actions_are_reproducible(single, way, monkeypatch):
-    model, processor = single
+    model, processor = single if way not in ("compiled", "adapter") else build()
     cuda_graphs.drop_graphs(model)
     if way == "fast":
         monkeypatch.setattr(cuda_graphs, "_is_supported", lambda model, inputs: False)
+    elif way == "without Triton":
+        monkeypatch.setenv(SWITCH, "0")
+    elif way == "compiled":
+        compile_pointwise(model)
+    elif way == "adapter":
+        pytest.importorskip("peft")
+        add_adapter(model)
     arguments = {"plain": {"fast": False}, "draft": {"draft": np.zeros(7)}}.get(way, {})
 
     def predict(inputs):
@@ -80,10 +96,11 @@ def test_single_actions_are_reproducible(single, way, monkeypatch):
     inputs = list(questions(processor))
     answers = require_one_answer(predict, inputs)
     assert len({answer.tobytes() for answer in answers}) > 1
-    if way == "captured":
-        graphs = graphs_of(model)
-        assert graphs
-        assert all(isinstance(graph, CapturedGraph) for graph in graphs)
+    if way not in ("plain", "fast"):
+        require_captured(model)
+    if way == "draft":  # a whole right draft, which one pass verifies; its products may round otherwise than steps
+        pairs = zip(inputs, answers)
+        require_one_answer(lambda pair: model.predict_action(**pair[0], constrain_actions=True, draft=pair[1]), pairs)
 
 
 def test_batches_are_reproducible(single):
@@ -98,6 +115,7 @@ def test_batches_are_reproducible(single):
         for _ in range(QUESTIONS // BATCH_SIZE)
     ]
     require_one_answer(lambda inputs: model.predict_action(**inputs, constrain_actions=True), batches)
+    require_captured(model)
 
 
 def test_4_bit_actions_are_captured_and_reproducible(single, tmp_path):
@@ -112,7 +130,7 @@ def test_4_bit_actions_are_captured_and_reproducible(single, tmp_path):
     require_one_answer(
         lambda inputs: quantized.predict_action(**inputs, constrain_actions=True), list(questions(processor))
     )
-    assert all(isinstance(graph, CapturedGraph) for graph in graphs_of(quantized))
+    require_captured(quantized)
 
 
 @pytest.mark.parametrize("head", HEADS)
@@ -127,9 +145,7 @@ def test_chunks_are_captured_and_reproducible(head):
         return model.predict_action(**one, proprio=np.zeros(model.config.proprio_dim), **noise)
 
     answers = require_one_answer(predict, inputs)
-    graphs = graphs_of(model)
-    assert graphs
-    assert all(isinstance(graph, CapturedGraph) for graph in graphs)
+    require_captured(model)
     cuda_graphs.drop_graphs(model)
     plain = [model.predict_action(**one, proprio=np.zeros(8), fast=False, **noise) for one in inputs[:4]]
     for captured, expected in zip(answers, plain):

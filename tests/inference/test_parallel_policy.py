@@ -85,7 +85,7 @@ def test_parallel_tokens_have_probabilities_and_entropy(frames):
 @pytest.mark.parametrize("bits", [8, 4])
 def test_action_head_is_not_quantized(folder, cameras, bits, tmp_path):
     pytest.importorskip("bitsandbytes")
-    policy = load_policy(folder, bits=bits)
+    policy = load_policy(folder, bits=bits, backend="bitsandbytes")
     layers = {type(m) for m in policy.model.action_head.modules() if m._parameters}
     assert layers == {torch.nn.Linear, torch.nn.LayerNorm}
     chunk = policy.act(cameras, INSTRUCTION, STATE)

@@ -117,7 +117,7 @@ def test_load_policy_warns_of_a_mismatched_processor(folder, tmp_path, caplog):
 @pytest.mark.parametrize("bits", [8, 4])
 def test_quantized_policy_saves_and_loads(bits, folder, frames, tmp_path, capsys):
     pytest.importorskip("bitsandbytes")
-    policy = load_policy(folder, bits=bits, **UNTRAINED)
+    policy = load_policy(folder, bits=bits, backend="bitsandbytes", **UNTRAINED)
     assert (abs(policy.act(frames["noise"], INSTRUCTION)) <= 1).all()
     policy.model.save_pretrained(tmp_path)
     policy.processor.save_pretrained(tmp_path)
@@ -128,7 +128,8 @@ def test_quantized_policy_saves_and_loads(bits, folder, frames, tmp_path, capsys
     Image.fromarray(frames["noise"]).save(tmp_path / "frame.png")
     arguments = ["--image", str(tmp_path / "frame.png"), "--instruction", INSTRUCTION, "--json"]
     arguments.append("--constrain-actions")
-    assert main(["predict", "--model", str(folder), "--bits", str(bits), *arguments]) == 0
+    arguments += ["--bits", str(bits), "--backend", "bitsandbytes"]
+    assert main(["predict", "--model", str(folder), *arguments]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["quantization"] == {8: "int8", 4: "nf4"}[bits]
     assert report["action"] == policy.act(frames["noise"], INSTRUCTION).tolist()
@@ -138,7 +139,8 @@ def test_quantized_policy_saves_and_loads(bits, folder, frames, tmp_path, capsys
 @pytest.mark.parametrize("bits", [None, 8, 4])
 def test_weight_bytes_equals_the_memory_of_the_weights(bits, folder):
     pytest.importorskip("bitsandbytes")
-    model = load_policy(folder, bits=bits, dtype="float32").model
+    backend = None if bits is None else "bitsandbytes"
+    model = load_policy(folder, bits=bits, backend=backend, dtype="float32").model
     num_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
     for module in model.modules():
         weight = getattr(module, "weight", None)
@@ -251,7 +253,7 @@ def test_warm_up_captures_before_the_first_frame(fields, monkeypatch):
 
     def capture(compute, inputs, shared=None):
         captured.append(inputs)
-        return SimpleNamespace(replay=lambda tensors: compute(*tensors))
+        return SimpleNamespace(replay=lambda tensors, **_: compute(*tensors))
 
     monkeypatch.setattr(cuda_graphs, "_is_supported", lambda model, inputs: True)
     model, processor = build_tiny(**fields)
