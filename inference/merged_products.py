@@ -37,6 +37,8 @@ def merge_products(language_model: Any) -> int:
                         for parameter, view in zip(parameters, together.split(list(map(len, parameters)))):
                             parameter.data = view
                 merged += 1
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()  # the allocator could not use the weights' old memory for the next group
     return merged
 
 

@@ -46,13 +46,13 @@ def _exp(x):
 def _add_rms_norm(
     x, delta, weight, total, normed, size, inverse_size, epsilon, has_delta: tl.constexpr, block: tl.constexpr
 ):
-    row, column = tl.program_id(0), tl.arange(0, block)
-    inside, index = column < size, tl.program_id(0) * size + column
+    row, column = tl.program_id(0).to(tl.int64), tl.arange(0, block)
+    inside, index = column < size, row * size + column
     dtype: tl.constexpr = x.dtype.element_ty
     value = tl.load(x + index, mask=inside, other=0.0).to(tl.float32)
     if has_delta:
         value = _rounded(value + tl.load(delta + index, mask=inside, other=0.0).to(tl.float32), dtype).to(tl.float32)
-        tl.store(total + row * size + column, _rounded(value, dtype), mask=inside)
+        tl.store(total + index, _rounded(value, dtype), mask=inside)
     scale = tl.rsqrt(tl.sum(value * value, 0) * inverse_size + epsilon)
     exact = _rounded(value * scale, dtype).to(tl.float32)
     weights = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
@@ -61,7 +61,7 @@ def _add_rms_norm(
 
 @triton.jit
 def _gated_silu(gate, up, out, size, gate_row, up_row, block: tl.constexpr):
-    row, column = tl.program_id(0), tl.program_id(1) * block + tl.arange(0, block)
+    row, column = tl.program_id(0).to(tl.int64), tl.program_id(1) * block + tl.arange(0, block)
     inside = column < size
     dtype: tl.constexpr = gate.dtype.element_ty
     gates = tl.load(gate + row * gate_row + column, mask=inside, other=0.0).to(tl.float32)
@@ -76,7 +76,7 @@ def _rotate_and_cache(
     num_heads: tl.constexpr, num_kv_heads: tl.constexpr, head_dim: tl.constexpr,
 ):  # fmt: skip
     """One program a token and head: queries first, then keys, then values."""
-    row, head, index = tl.program_id(0), tl.program_id(1), tl.arange(0, head_dim)
+    row, head, index = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.arange(0, head_dim)
     dtype: tl.constexpr = qkv.dtype.element_ty
     sample, position = row // count, row % count
     place = sample * sequence + position * token  # in the cache
@@ -100,7 +100,7 @@ def _rotate_and_cache(
 @triton.jit
 def _choose_tokens(logits, tokens, row_size, first, count, block: tl.constexpr):
     """One program a sample. Not a number counts as minus infinity, so that the token exists."""
-    row, column = tl.program_id(0), tl.arange(0, block)
+    row, column = tl.program_id(0).to(tl.int64), tl.arange(0, block)
     values = tl.load(logits + row * row_size + first + column, mask=column < count, other=float("-inf"))
     values = values.to(tl.float32)
     values = tl.where(values == values, values, float("-inf"))
@@ -167,6 +167,6 @@ def choose_tokens(logits: torch.Tensor, allowed: slice | None) -> torch.Tensor:
     first, end = (0, logits.shape[1]) if allowed is None else (allowed.start, allowed.stop)
     tokens = torch.empty(len(logits), dtype=torch.int64, device=logits.device)
     _choose_tokens[(len(logits),)](
-        logits, tokens, logits.stride(0), first, end - first, triton.next_power_of_2(end - first), num_warps=8
+        logits, tokens, logits.stride(0), first, end - first, triton.next_power_of_2(end - first), num_warps=8, **EXACT
     )
     return tokens
