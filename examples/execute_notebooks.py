@@ -27,8 +27,8 @@ KERNEL = {"kernelspec": {"display_name": "Python 3", "language": "python", "name
 LANGUAGE = {"language_info": {"name": "python"}}
 # nbval's name for cells whose output differs from machine to machine: it is shown, and not compared.
 VARIES = "nbval-ignore-output"
-# How streams begin that bitsandbytes writes on processors with bfloat16 arithmetic, and torchao when it is imported.
-OF_THE_PROCESSOR = "Failed to load "
+# What bitsandbytes says on processors with bfloat16 arithmetic alone.
+OF_THE_PROCESSOR = "Failed to load CPU gemm_4bit_forward"
 # Where a user's own settings would lead a notebook elsewhere: to a Hub, to a cache.
 PERSONAL = ("HF_ENDPOINT", "HF_TOKEN", "HF_HOME", "MPLBACKEND")
 
