@@ -30,10 +30,6 @@ from ..images_openvla import (
 
 ZERO, ONE, SIX = np.float32(0), np.float32(1), np.float32(6)
 
-# For red, green and blue: whether it is the highest (0), middle (1) or lowest (2) channel, by sixth of the colour
-# circle. The seventh column, for a hue just below 0 that was rounded up to the whole circle, is grey, as in TensorFlow.
-CHANNEL_ORDER = np.array([[0, 1, 2, 2, 1, 0, 2], [1, 0, 0, 1, 2, 2, 2], [2, 2, 1, 0, 0, 1, 2]])
-
 
 @dataclass(frozen=True)
 class AugmentationParameters:
@@ -217,7 +213,7 @@ def adjust_saturation(planes: np.ndarray, factor: float) -> np.ndarray:
     hue = hue * SIX
     folded = hue - np.float32(2) * np.floor(hue * np.float32(0.5))
     middle = chroma * (ONE - np.abs(folded - ONE))
-    return _by_sector(hue.astype(np.intp), chroma, middle, np.zeros_like(chroma)) + (value - chroma)
+    return _by_sector(hue.astype(np.int8), chroma, middle, np.zeros_like(chroma)) + (value - chroma)
 
 
 def adjust_hue(planes: np.ndarray, turns: float) -> np.ndarray:
@@ -250,16 +246,23 @@ def adjust_hue(planes: np.ndarray, turns: float) -> np.ndarray:
     while (above := hue >= SIX).any():
         hue[above] -= SIX
 
-    sector = hue.astype(np.intp)
+    sector = hue.astype(np.int8)
     share = hue - sector.astype(np.float32)
     middle = low + np.where(sector & 1, ONE - share, share) * spread
     return _by_sector(sector, high, middle, low)
 
 
 def _by_sector(sector: np.ndarray, high: np.ndarray, middle: np.ndarray, low: np.ndarray) -> np.ndarray:
-    """Return red, green and blue, ``(3, pixels)``, from the highest, middle and lowest channel and the hue's sixth."""
-    count = len(sector)
-    return np.concatenate([high, middle, low])[(CHANNEL_ORDER * count)[:, sector] + np.arange(count)]
+    """Return red, green and blue, ``(3, pixels)``, from the highest, middle and lowest channel and the hue's sixth.
+
+    A seventh sixth, of a hue just below 0 that was rounded up to the whole circle, is grey, as in TensorFlow.
+    """
+    at = [sector == sixth for sixth in range(6)]
+    planes = np.empty((3, len(sector)), dtype=np.float32)
+    for plane, is_high, is_middle in zip(planes, ((5, 0), (1, 2), (3, 4)), ((1, 4), (0, 3), (2, 5))):
+        others = np.where(at[is_middle[0]] | at[is_middle[1]], middle, low)
+        plane[:] = np.where(at[is_high[0]] | at[is_high[1]], high, others)
+    return planes
 
 
 def _six_uniform(generator: np.random.Generator | torch.Generator) -> list[float]:
