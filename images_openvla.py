@@ -266,13 +266,19 @@ def crop_and_resize(pixels: np.ndarray, box: Sequence[float], size: Sequence[int
     leaves the image the result, float32 ``(..., *size, channels)``, is 0.
     """
     top, left, bottom, right = np.asarray(box, dtype=np.float32)
-    before, after, weight, inside = _bilinear_samples(left, right, pixels.shape[-2], size[1])
-    first, second = pixels[..., before, :], pixels[..., after, :]
-    columns = np.where(inside[:, None], first + (second - first) * weight[:, None], np.float32(0))
-    before, after, weight, inside = _bilinear_samples(top, bottom, pixels.shape[-3], size[0])
-    first, second = columns[..., before, :, :], columns[..., after, :, :]
-    rows = first + (second - first) * weight[:, None, None]
-    return np.where(inside[:, None, None], rows, np.float32(0))
+    columns = _interpolated(np.ascontiguousarray(np.swapaxes(pixels, -2, -3)), left, right, size[1])
+    return _interpolated(np.ascontiguousarray(np.swapaxes(columns, -2, -3)), top, bottom, size[0])
+
+
+def _interpolated(pixels: np.ndarray, start: np.float32, end: np.float32, target: int) -> np.ndarray:
+    """Return ``target`` rows ``(..., target, width, channels)`` between the rows of an image; 0 outside of it."""
+    before, after, weight, inside = _bilinear_samples(start, end, pixels.shape[-3], target)
+    first, second = np.take(pixels, before, axis=-3), np.take(pixels, after, axis=-3)
+    second -= first
+    second *= weight[:, None, None]
+    first += second
+    first[..., ~inside, :, :] = 0
+    return first
 
 
 def _bilinear_samples(start: np.float32, end: np.float32, length: int, target: int) -> tuple[np.ndarray, ...]:

@@ -28,6 +28,7 @@ from ..images_openvla import (
     crop_and_resize,
 )
 
+BLOCK = 8192  # pixels whose colours are computed together: their intermediate results stay in the processor's cache
 ZERO, ONE, SIX = np.float32(0), np.float32(1), np.float32(6)
 
 
@@ -155,9 +156,13 @@ def augment_frames(frames: np.ndarray, parameters: AugmentationParameters) -> np
     planes = np.ascontiguousarray(pixels.reshape(-1, 3).T)  # (3, pixels): separate channels are several times faster
     planes = np.clip(planes + np.float32(parameters.brightness), 0, 1)
     planes = np.clip(adjust_contrast(planes, parameters.contrast), 0, 1)
-    planes = np.clip(adjust_saturation(planes, parameters.saturation), 0, 1)
-    planes = np.clip(adjust_hue(planes, parameters.hue), 0, 1)
-    return np.ascontiguousarray(as_rounded_bytes(planes).T).reshape(frames.shape)
+    augmented = np.empty(planes.T.shape, dtype=np.uint8)
+    for start in range(0, len(augmented), BLOCK):
+        block = planes[:, start : start + BLOCK]
+        block = np.clip(adjust_saturation(block, parameters.saturation), 0, 1)
+        block = np.clip(adjust_hue(block, parameters.hue), 0, 1)
+        augmented[start : start + BLOCK] = as_rounded_bytes(block).T
+    return augmented.reshape(frames.shape)
 
 
 def adjust_contrast(planes: np.ndarray, factor: float) -> np.ndarray:

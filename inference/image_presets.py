@@ -12,6 +12,7 @@ computed here; the lossless ones (Huffman codes) are left out. Tables and consta
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import numpy as np
@@ -94,10 +95,12 @@ def lanczos3_resized(pixels: np.ndarray, size: Sequence[int]) -> np.ndarray:
         uint8 ``(*size, channels)``.
     """
     resized = _weighted_sums(pixels, *_lanczos3_spans(pixels.shape[0], size[0]))
-    resized = _weighted_sums(resized.swapaxes(0, 1), *_lanczos3_spans(pixels.shape[1], size[1])).swapaxes(0, 1)
+    columns = np.ascontiguousarray(resized.swapaxes(0, 1))
+    resized = _weighted_sums(columns, *_lanczos3_spans(pixels.shape[1], size[1])).swapaxes(0, 1)
     return np.clip(np.round(resized), 0, 255).astype(np.uint8)
 
 
+@functools.lru_cache(maxsize=32)
 def _lanczos3_spans(length: int, target: int) -> tuple[np.ndarray, np.ndarray]:
     """Return the first input of each output, int64 ``(target,)``, and float32 weights ``(taps, target)``.
 
@@ -140,9 +143,12 @@ def _sine(x: np.ndarray) -> np.ndarray:
 def _weighted_sums(pixels: np.ndarray, starts: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """Return weighted sums along the first axis, added tap by tap: float32 ``(target, ...)``."""
     result = np.zeros((len(starts), *pixels.shape[1:]), np.float32)
+    term = np.empty_like(result)
     pixels = pixels.astype(np.float32)
     for tap, weight in enumerate(weights):
-        result += weight[:, None, None] * pixels[np.minimum(starts + tap, len(pixels) - 1)]
+        np.take(pixels, starts + tap, axis=0, out=term, mode="clip")
+        term *= weight[:, None, None]
+        result += term
     return result
 
 
