@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .inference.action_queue import ActionQueue
     from .inference.policy import Policy, load_policy
     from .inference.quantization import quantization_config
+    from .inference.token_actions import actions_from_tokens
     from .loading import AutoModelForVision2Seq, AutoProcessor
     from .modeling_openvla import OpenVLAForActionPrediction
     from .prismatic_openvla import PrismaticForConditionalGeneration
@@ -52,6 +53,7 @@ _MODULES = {
     "PrismaticForConditionalGeneration": "prismatic_openvla",
     "PrismaticImageProcessor": "processing_openvla",
     "PrismaticProcessor": "processing_openvla",
+    "actions_from_tokens": "inference.token_actions",
     "load_policy": "inference.policy",
     "quantization_config": "inference.quantization",
 }
@@ -76,6 +78,7 @@ __all__ = [
     "PrismaticForConditionalGeneration",
     "PrismaticImageProcessor",
     "PrismaticProcessor",
+    "actions_from_tokens",
     "load_policy",
     "quantization_config",
 ]
