@@ -64,7 +64,8 @@ LLM_BACKBONES: dict[str, tuple[str, str]] = {
 LLM_MODEL_TYPES = ("llama", "mistral", "phi", "qwen2")
 
 # The prompts that models were trained on: "openvla" is OpenVLA-7B's, "openvla-v01" the Vicuna chat prompt of OpenVLA
-# v0.1, "openvla-mini" MiniVLA's (Qwen has no BOS: the image follows <|im_start|>), "openvla-phi" Prismatic's for Phi-2.
+# v0.1, "openvla-mini" MiniVLA's (Qwen has no BOS: the image follows <|im_start|>), "openvla-phi" Prismatic's for Phi-2,
+# "tracevla" TraceVLA's for a frame and the frame with its trace (for a frame without a trace it is UNTRACED_PROMPT).
 # The empty token (below) is appended to the ids, not written here.
 PROMPTS = {
     "openvla": "In: What action should the robot take to {instruction}?\nOut:",
@@ -78,7 +79,13 @@ PROMPTS = {
         "<|im_start|>user\nWhat action should the robot take to {instruction}?<|im_end|>\n<|im_start|>assistant\n"
     ),
     "openvla-phi": "<|endoftext|>Input: What action should the robot take to {instruction}?\nOutput:",
+    "tracevla": (
+        "In: You are given two images: one with the original robot observation, and another one marked with historical "
+        "traces of the robot end effector and moving objects, separated by a special separator token. "
+        "What action should the robot take to {instruction}?\nOut:"
+    ),
 }
+TRACE_PROMPT, UNTRACED_PROMPT = "tracevla", "openvla"
 # Prompt style of registered language models, by the beginning of their ids; "openvla" for all others.
 PROMPT_STYLES = {"vicuna": "openvla-v01", "qwen25": "openvla-mini", "phi-2": "openvla-phi"}
 
@@ -145,6 +152,7 @@ class PrismaticConfig(PretrainedConfig):
     # The model class in a saved folder's code, for ``auto_map``.
     model_reference = "prismatic_openvla.PrismaticForConditionalGeneration"
     use_film = False
+    trace_prompting = False
 
     def __init__(
         self,
@@ -278,6 +286,8 @@ class OpenVLAConfig(PrismaticConfig):
         normalization: The statistics that become -1 and 1: "q99" (``q01``, ``q99``) or "bounds" (``min``, ``max``).
         num_diffusion_steps_train: Number of noise levels that the diffusion head was trained on.
         num_diffusion_steps: Number of denoising steps of one prediction, at most ``num_diffusion_steps_train``.
+        trace_prompting: TraceVLA: two images with a learned separator between them, and two prompts. Written to
+            config.json only where True.
         **kwargs: Fields of ``PrismaticConfig``.
 
     Raises:
@@ -302,8 +312,12 @@ class OpenVLAConfig(PrismaticConfig):
         normalization: str = "q99",
         num_diffusion_steps_train: int = 50,
         num_diffusion_steps: int = 50,
+        trace_prompting: bool = False,
         **kwargs: Any,
     ) -> None:
+        if trace_prompting:
+            self.trace_prompting = True
+            kwargs = {"num_images_in_input": 2, "prompt_style": TRACE_PROMPT, **kwargs}
         super().__init__(**kwargs)
         self.parallel_decoding = parallel_decoding
         self.action_head = action_head
@@ -342,6 +356,14 @@ class OpenVLAConfig(PrismaticConfig):
         if names and not self.parallel_decoding:
             raise OpenVLAValueError(
                 f"{', '.join(names)} need parallel_decoding=True; OpenVLA itself predicts one action in tokens."
+            )
+        if self.trace_prompting and (
+            self.parallel_decoding or self.num_images_in_input != 2 or not self.use_fused_vision_backbone
+        ):
+            raise OpenVLAValueError(
+                "trace_prompting (TraceVLA) needs two vision towers, num_images_in_input=2 (the frame, and the frame "
+                f"with its trace) and no parallel_decoding; got use_fused_vision_backbone={self.use_fused_vision_backbone}, "
+                f"num_images_in_input={self.num_images_in_input}, parallel_decoding={self.parallel_decoding}."
             )
         if self.num_diffusion_steps > self.num_diffusion_steps_train:
             raise OpenVLAValueError(
