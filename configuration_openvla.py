@@ -361,8 +361,8 @@ class OpenVLAConfig(PrismaticConfig):
             self.parallel_decoding or self.num_images_in_input != 2 or not self.use_fused_vision_backbone
         ):
             raise OpenVLAValueError(
-                "trace_prompting (TraceVLA) needs two vision towers, num_images_in_input=2 (the frame, and the frame "
-                f"with its trace) and no parallel_decoding; got use_fused_vision_backbone={self.use_fused_vision_backbone}, "
+                "trace_prompting (TraceVLA) needs two vision towers, num_images_in_input=2 (the frame, and with its "
+                f"trace) and no parallel_decoding; got use_fused_vision_backbone={self.use_fused_vision_backbone}, "
                 f"num_images_in_input={self.num_images_in_input}, parallel_decoding={self.parallel_decoding}."
             )
         if self.num_diffusion_steps > self.num_diffusion_steps_train:

@@ -164,6 +164,7 @@ def _model_type(name_or_path: str | os.PathLike, kwargs: dict[str, Any]) -> str:
     else:
         fields, _ = PretrainedConfig.get_config_dict(name_or_path, **hub_keywords(kwargs))
         model_type = fields.get("model_type")
+    refuse_model_type(name_or_path, model_type)
     if model_type not in MODEL_CLASSES:
         raise OpenVLAValueError(
             f"{name_or_path} holds a model of type {model_type!r}; this class loads {sorted(MODEL_CLASSES)}. For other "

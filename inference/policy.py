@@ -24,7 +24,7 @@ from ..configuration_openvla import ADAPTER_CONFIG_FILE, OpenVLAConfig, optional
 from ..decoding_openvla import NoActionError, require_one_pass
 from ..default_processor import default_image_processor
 from ..errors_openvla import OpenVLAValueError
-from ..loading import AutoProcessor
+from ..loading import AutoProcessor, refuse_model_type
 from ..modeling_openvla import OpenVLAForActionPrediction
 from ..processing_openvla import OpenVLAImageProcessor, OpenVLAProcessor
 from .cpu_prepack import prepack as prepack_weights
@@ -187,6 +187,7 @@ def load_policy(
     if dtype is None and device.type == "cpu" and Path(model).resolve() in (DEMO_POLICY, DEMO_OFT_POLICY):
         dtype = torch.float32
     base, base_kwargs = _base_checkpoint(model)
+    refuse_model_type(base, OpenVLAConfig.get_config_dict(base, **base_kwargs)[0].get("model_type"))
     config = OpenVLAConfig.from_pretrained(base, **base_kwargs)
     require_one_pass({}, None, constrain_actions, config.action_head)
     stored = stored_bits(config)
