@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .inference.action_queue import ActionQueue
     from .inference.policy import Policy, load_policy
     from .inference.quantization import quantization_config
+    from .inference.visual_trace import CoTracker3, VisualTrace
     from .loading import AutoModelForVision2Seq, AutoProcessor
     from .modeling_openvla import OpenVLAForActionPrediction
     from .prismatic_openvla import PrismaticForConditionalGeneration
@@ -39,6 +40,7 @@ _MODULES = {
     "ActionTokenizer": "actions_openvla",
     "AutoModelForVision2Seq": "loading",
     "AutoProcessor": "loading",
+    "CoTracker3": "inference.visual_trace",
     "NoActionError": "decoding_openvla",
     "NormalizationStatistics": "actions_openvla",
     "OpenVLAConfig": "configuration_openvla",
@@ -52,6 +54,7 @@ _MODULES = {
     "PrismaticForConditionalGeneration": "prismatic_openvla",
     "PrismaticImageProcessor": "processing_openvla",
     "PrismaticProcessor": "processing_openvla",
+    "VisualTrace": "inference.visual_trace",
     "load_policy": "inference.policy",
     "quantization_config": "inference.quantization",
 }
@@ -63,6 +66,7 @@ __all__ = [
     "ActionTokenizer",
     "AutoModelForVision2Seq",
     "AutoProcessor",
+    "CoTracker3",
     "NoActionError",
     "NormalizationStatistics",
     "OpenVLAConfig",
@@ -76,6 +80,7 @@ __all__ = [
     "PrismaticForConditionalGeneration",
     "PrismaticImageProcessor",
     "PrismaticProcessor",
+    "VisualTrace",
     "load_policy",
     "quantization_config",
 ]
