@@ -357,14 +357,15 @@ class OpenVLAConfig(PrismaticConfig):
             raise OpenVLAValueError(
                 f"{', '.join(names)} need parallel_decoding=True; OpenVLA itself predicts one action in tokens."
             )
-        if self.trace_prompting and (
-            self.parallel_decoding or self.num_images_in_input != 2 or not self.use_fused_vision_backbone
-        ):
+        is_plain = self.parallel_decoding or self.num_images_in_input != 2 or not self.use_fused_vision_backbone
+        if self.trace_prompting and is_plain:
             raise OpenVLAValueError(
                 "trace_prompting (TraceVLA) needs two vision towers, num_images_in_input=2 (the frame, and with its "
                 f"trace) and no parallel_decoding; got use_fused_vision_backbone={self.use_fused_vision_backbone}, "
                 f"num_images_in_input={self.num_images_in_input}, parallel_decoding={self.parallel_decoding}."
             )
+        if self.prompt_style == TRACE_PROMPT and not self.trace_prompting:
+            raise OpenVLAValueError(f"prompt_style {TRACE_PROMPT!r} is TraceVLA's, which needs trace_prompting=True.")
         if self.num_diffusion_steps > self.num_diffusion_steps_train:
             raise OpenVLAValueError(
                 f"num_diffusion_steps {self.num_diffusion_steps} is more than the {self.num_diffusion_steps_train} "

@@ -213,6 +213,13 @@ def test_fields_that_contradict_trace_prompting_are_refused(fields):
         OpenVLAConfig(**{"vision_backbone_id": "dinosiglip-vit-so-224px", "trace_prompting": True, **fields})
 
 
+def test_the_prompt_alone_and_a_keyword_alone_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="prompt_style 'tracevla' is TraceVLA's, which needs trace_prompting=True"):
+        OpenVLAConfig(prompt_style="tracevla")
+    with pytest.raises(ValueError, match="trace_prompting .TraceVLA. needs two vision towers, num_images_in_input=2"):
+        OpenVLAForActionPrediction.from_pretrained(published_tracevla(tmp_path), trace_prompting=True)
+
+
 BARE = """
 import sys
 sys.modules["openvla"] = None  # as if the package were not installed
