@@ -34,7 +34,7 @@ def predict(model, processor):
 
 
 def write(folder):
-    """Save a Llama with an untied head, also as OpenVLA-OFT and as TraceVLA, and a Qwen with a tied head and another rotary base."""
+    """Save a Llama with an untied head (also as OFT and as TraceVLA), and a Qwen with a tied head and another base."""
     from openvla import PLATFORMS
     from openvla.tiny import PADDED_ROWS, build_tiny, build_tokenizer
 

@@ -30,6 +30,7 @@ def converted(published):
 
 def require_golden_action(folder):
     """Assert that a folder says what it is and predicts a golden action."""
+    pytest.importorskip("accelerate")
     fields = json.loads((folder / "config.json").read_text())
     assert {name: fields[name] for name in FIELDS} == FIELDS
     policy = load_policy(folder, device="cpu", dtype="float32", unnorm_key="bridge_orig", constrain_actions=True)
