@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .inference.policy import Policy, load_policy
     from .inference.quantization import quantization_config
     from .inference.token_actions import actions_from_tokens
+    from .inference.visual_trace import CoTracker3, VisualTrace
     from .loading import AutoModelForVision2Seq, AutoProcessor
     from .modeling_openvla import OpenVLAForActionPrediction
     from .prismatic_openvla import PrismaticForConditionalGeneration
@@ -40,6 +41,7 @@ _MODULES = {
     "ActionTokenizer": "actions_openvla",
     "AutoModelForVision2Seq": "loading",
     "AutoProcessor": "loading",
+    "CoTracker3": "inference.visual_trace",
     "NoActionError": "decoding_openvla",
     "NormalizationStatistics": "actions_openvla",
     "OpenVLAConfig": "configuration_openvla",
@@ -54,6 +56,7 @@ _MODULES = {
     "PrismaticImageProcessor": "processing_openvla",
     "PrismaticProcessor": "processing_openvla",
     "actions_from_tokens": "inference.token_actions",
+    "VisualTrace": "inference.visual_trace",
     "load_policy": "inference.policy",
     "quantization_config": "inference.quantization",
 }
@@ -65,6 +68,7 @@ __all__ = [
     "ActionTokenizer",
     "AutoModelForVision2Seq",
     "AutoProcessor",
+    "CoTracker3",
     "NoActionError",
     "NormalizationStatistics",
     "OpenVLAConfig",
@@ -79,6 +83,7 @@ __all__ = [
     "PrismaticImageProcessor",
     "PrismaticProcessor",
     "actions_from_tokens",
+    "VisualTrace",
     "load_policy",
     "quantization_config",
 ]

@@ -42,6 +42,12 @@ MODEL_CLASSES = {
     OpenVLAConfig.model_type: OpenVLAForActionPrediction,
     PrismaticConfig.model_type: PrismaticForConditionalGeneration,
 }
+# Model types that are recognised and refused, and why.
+REFUSED_MODEL_TYPES = {
+    "phi3_v": "the Phi-3 variants of TraceVLA and OpenVLA (tracevla_phi3v, openvla_phi3v) are another model: its "
+    "code for actions exists only as remote code on the Hub, and nothing here could be compared with it. Take the 7B "
+    "checkpoint (furonghuang-lab/tracevla_7b), or that remote code"
+}
 # Functions that are methods of the model where the package is installed; their first argument is the model.
 MODEL_METHODS: tuple[Callable[..., Any], ...] = (
     enable_lora,
@@ -54,6 +60,12 @@ MODEL_METHODS: tuple[Callable[..., Any], ...] = (
     parallel_forward,
     score_actions,
 )
+
+
+def refuse_model_type(source: Any, model_type: Any) -> None:
+    """Raise ValueError for a model type of ``REFUSED_MODEL_TYPES``."""
+    if model_type in REFUSED_MODEL_TYPES:
+        raise OpenVLAValueError(f"{source} is of type {model_type!r}: {REFUSED_MODEL_TYPES[model_type]}.")
 
 
 def register_auto_classes() -> None:
@@ -152,6 +164,7 @@ def _model_type(name_or_path: str | os.PathLike, kwargs: dict[str, Any]) -> str:
     else:
         fields, _ = PretrainedConfig.get_config_dict(name_or_path, **hub_keywords(kwargs))
         model_type = fields.get("model_type")
+    refuse_model_type(name_or_path, model_type)
     if model_type not in MODEL_CLASSES:
         raise OpenVLAValueError(
             f"{name_or_path} holds a model of type {model_type!r}; this class loads {sorted(MODEL_CLASSES)}. For other "

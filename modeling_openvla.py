@@ -113,6 +113,7 @@ class OpenVLAForActionPrediction(NormStatsMixin, ParallelDecodingModel, Generati
     score_actions = _method_of_package("score_actions")
 
     def __init__(self, config: OpenVLAConfig) -> None:
+        config.validate_action_config()  # keywords of from_pretrained are set after it was built
         super().__init__(config)
         self.action_tokenizer = ActionTokenizer(config.vocab_size, config.n_action_bins)
         self.bins, self.bin_centers = self.action_tokenizer.bins, self.action_tokenizer.bin_centers

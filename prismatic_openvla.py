@@ -47,6 +47,7 @@ from .vision_openvla import PrismaticProjector, PrismaticVisionBackbone
 logger = logging.get_logger(__name__)
 
 IGNORE_INDEX = -100  # label of positions that do not count in the loss (torch's CrossEntropyLoss default)
+SEPARATOR = "vision_backbone.sep_tok.weight"  # the tensor that only a TraceVLA has
 DEFAULT_NEW_TOKENS = 20  # transformers' default length, counted in new tokens
 
 
@@ -422,6 +423,11 @@ def _left_empty(model: nn.Module) -> list[str]:
 
 def _require_complete(info: dict[str, Any], source: Any, ignore_mismatched_sizes: bool) -> None:
     """Raise ValueError if a checkpoint did not fill the model exactly."""
+    if SEPARATOR in (info.get("unexpected_keys") or ()):
+        raise OpenVLAValueError(
+            f"{source} is a TraceVLA: it holds {SEPARATOR}, but its config.json does not say so. As a plain OpenVLA "
+            "it would see one image and give wrong actions. Make a folder that says so: openvla convert SOURCE OUT."
+        )
     problems = [("missing", info.get("missing_keys")), ("unexpected", info.get("unexpected_keys"))]
     if not ignore_mismatched_sizes:
         problems.append(("of another shape", info.get("mismatched_keys")))

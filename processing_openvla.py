@@ -23,7 +23,15 @@ require_same_code(__name__)
 
 from .actions_openvla import nearest_name  # noqa: F401  transformers up to 5.8 copies direct imports only
 from .compatibility_openvla import TRANSFORMERS_4
-from .configuration_openvla import IMAGE_RESIZE_STRATEGIES, PROMPTS, OpenVLAConfig, hub_keywords, write_json
+from .configuration_openvla import (
+    IMAGE_RESIZE_STRATEGIES,
+    PROMPTS,
+    TRACE_PROMPT,
+    UNTRACED_PROMPT,
+    OpenVLAConfig,
+    hub_keywords,
+    write_json,
+)
 from .errors_openvla import OpenVLAImportError, OpenVLAValueError
 from .images_openvla import (
     SHIPPED_IMAGE_PRESETS,
@@ -247,7 +255,9 @@ class OpenVLAProcessor(PushToHub, ProcessorMixin):
             text: Complete prompts, unchanged, as the published processor takes them. ``predict_action`` appends the
                 empty token. A warning is logged for an instruction alone, or a prompt of another style.
             images: One image a prompt, in any form that the image processor takes. For a model of several cameras the
-                list of one prompt's images (``[main, wrist]``), or for several prompts a list of such lists.
+                list of one prompt's images (``[main, wrist]``), or for several prompts a list of such lists. For a
+                TraceVLA with an instruction: ``[frame, frame with its trace]``, or the frame alone where there is no
+                trace (the same object twice is the same), which the model then sees twice, with the other prompt.
             instruction: What the robot should do ("pick up the red block"). The prompt is written around it in lower
                 case, as trained, and ends in the empty token. Special tokens in it (``</s>``) are text.
             padding: As tokenizers take it. None pads instructions of different lengths, and does not pad ``text``.
@@ -273,7 +283,11 @@ class OpenVLAProcessor(PushToHub, ProcessorMixin):
         if instruction is not None:
             if images is None:
                 raise OpenVLAValueError("An instruction needs an image: processor(instruction=..., images=...).")
-            inputs = self._tokenize_instructions(instruction, padding, max_length)
+            instructions = as_list(instruction)
+            styles = [self._known_prompt_style()] * len(instructions)
+            if self.prompt_style == TRACE_PROMPT:
+                images, styles = _pair_with_traces(images, len(instructions), isinstance(instruction, str))
+            inputs = self._tokenize_instructions(instructions, styles, padding, max_length)
         else:
             inputs = self._tokenize_text(text, padding, truncation, max_length, return_tensors)
         data = dict(BatchFeature(data=inputs, tensor_type=return_tensors))
@@ -327,7 +341,10 @@ class OpenVLAProcessor(PushToHub, ProcessorMixin):
         raise OpenVLAValueError(f"Unknown image_preset {name!r}. Allowed: None, or one of {list(presets)}.")
 
     def prompt(self, instruction: str) -> str:
-        """Return the complete prompt for an instruction, in this checkpoint's style, without the empty token."""
+        """Return the complete prompt for an instruction, in this checkpoint's style, without the empty token.
+
+        TraceVLA's is the one for a frame with a trace.
+        """
         instruction = self._clean_instruction(instruction)
         return PROMPTS[self._known_prompt_style()].format(instruction=instruction)
 
@@ -378,14 +395,15 @@ class OpenVLAProcessor(PushToHub, ProcessorMixin):
         return self.prompt_style
 
     def _tokenize_instructions(
-        self, instruction: str | Sequence[str], padding: bool | str | None, max_length: int | None
+        self, instructions: list[Any], styles: list[str], padding: bool | str | None, max_length: int | None
     ) -> dict[str, list[list[int]]]:
-        """Return ids and mask of padded prompts, each with the empty token after its last word."""
-        instructions = as_list(instruction)
+        """Return ids and mask of padded prompts, each in its style with the empty token after its last word."""
         if not instructions:
             raise OpenVLAValueError("Got an empty list of instructions.")
         instructions = [self._clean_instruction(text) for text in instructions]
-        prompts = tokenize_prompts(self.tokenizer, self._known_prompt_style(), instructions)
+        prompts = [
+            ids for style, text in zip(styles, instructions) for ids in tokenize_prompts(self.tokenizer, style, [text])
+        ]
         if self.empty_token_id is not None:
             prompts = [ids if ids[-1] == self.empty_token_id else [*ids, self.empty_token_id] for ids in prompts]
         longest = max(map(len, prompts))
@@ -451,6 +469,23 @@ def _require_used(
         raise OpenVLAValueError("padding='max_length' needs max_length.")
     if images is None and device is not None:
         raise OpenVLAValueError("device is where pixel_values are made, and there are no images; leave it out.")
+
+
+def _pair_with_traces(images: Any, count: int, is_single: bool) -> tuple[list[list[Any]], list[str]]:
+    """Return ``[frame, frame with its trace]`` and the prompt style of each of ``count`` prompts (TraceVLA).
+
+    A prompt with one image has no trace, and gets it twice; ``is_single``: ``images`` are those of one prompt.
+    """
+    nested = isinstance(images, (list, tuple)) and isinstance(next(iter(images), None), (list, tuple))
+    samples = [images] if is_single and not nested else list(images)
+    pairs = [list(sample) if isinstance(sample, (list, tuple)) else [sample] for sample in samples]
+    if len(pairs) != count:
+        raise OpenVLAValueError(
+            f"{count} instructions but {len(pairs)} images; give for each one frame, or [frame, frame with its trace]."
+        )
+    pairs = [pair * 2 if len(pair) == 1 else pair for pair in pairs]
+    traced = [len(pair) != 2 or pair[0] is not pair[1] for pair in pairs]  # other numbers raise with the pixels
+    return pairs, [TRACE_PROMPT if is_traced else UNTRACED_PROMPT for is_traced in traced]
 
 
 def _as_float32(values: Sequence[float]) -> list[float]:

@@ -245,6 +245,7 @@ class PrismaticVisionBackbone(nn.Module):
         self.featurizer = towers[0]
         self.fused_featurizer = towers[1] if len(towers) == 2 else None
         self.embed_dim = sum(tower.embed_dim for tower in towers)
+        self.sep_tok = nn.Embedding(1, self.embed_dim) if config.trace_prompting else None  # TraceVLA's separator
         self.configure(config)
         if len({tower.num_patches for tower in towers}) > 1:
             raise OpenVLAValueError(
@@ -261,8 +262,9 @@ class PrismaticVisionBackbone(nn.Module):
 
     @property
     def patches_per_prompt(self) -> int:
-        """Return the number of patches of all images of a prompt."""
-        return self.num_images * self.featurizer.num_patches
+        """Return the number of patches of all images of a prompt, with TraceVLA's separators between images."""
+        separators = 0 if self.sep_tok is None else self.num_images - 1
+        return self.num_images * self.featurizer.num_patches + separators
 
     @property
     def num_channels(self) -> int:
@@ -270,7 +272,7 @@ class PrismaticVisionBackbone(nn.Module):
         return 3 if self.fused_featurizer is None else 6
 
     def forward(self, pixel_values: torch.Tensor, condition: torch.Tensor | None = None) -> torch.Tensor:
-        """Return patch features ``(batch, images * num_patches, embed_dim)``, one image after the other.
+        """Return patch features ``(batch, patches_per_prompt, embed_dim)``, one image after the other.
 
         Args:
             pixel_values: Normalised images ``(batch, images * (3 or 6), height, width)``; with two towers an image's
@@ -300,7 +302,11 @@ class PrismaticVisionBackbone(nn.Module):
             else:
                 both = self.run_on_two_streams(*run, pixel_values.device)
             features = torch.cat(both, dim=2)
-        return features.unflatten(0, (-1, images)).flatten(1, 2) if images > 1 else features
+        if self.sep_tok is not None:  # behind every image but the last, before the projector
+            separator = self.sep_tok(torch.zeros(len(features), 1, dtype=torch.long, device=features.device))
+            features = torch.cat([features, separator.to(features)], dim=1)
+        features = features.unflatten(0, (-1, images)).flatten(1, 2) if images > 1 else features
+        return features if self.sep_tok is None else features[:, :-1]
 
 
 class PrismaticProjector(nn.Module):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..errors_openvla import OpenVLAValueError
-from ..loading import MODEL_CLASSES
+from ..loading import MODEL_CLASSES, refuse_model_type
 from ..saved_folder import refuse_two_kinds
 from .files import read_json
 from .oft_format import part_files, read_unmerged_adapter
@@ -29,6 +29,7 @@ def detect_layout(source: Path) -> str:
     if fields.get("model_type") in MODEL_CLASSES:
         parts = ", ".join(path.name for path in part_files(source).values())
         return f"Hub folder with {parts}" if parts else "Hub folder"
+    refuse_model_type(source, fields.get("model_type"))
     raise OpenVLAValueError(
         f'{source}/config.json is neither a native Prismatic run\'s ("vla" or "model") nor that of a model of type '
         f"{sorted(MODEL_CLASSES)}."

@@ -25,6 +25,7 @@ from .oft_format import ADAPTER_FOLDER, part_files, read_action_config, read_par
 from .options import DTYPES, ConvertedModel, ConvertOptions
 from .processor_files import write_processor
 from .safetensors_io import read_tensors, write_shards
+from .tracevla_format import with_trace_prompting
 
 logger = logging.getLogger(__name__)
 
@@ -51,9 +52,9 @@ def convert_hub_folder(source: Path, folder: Path, options: ConvertOptions) -> C
     parts = {} if fields.get("parallel_decoding") else part_files(source, options.oft.step)
     if parts:
         fields = {name: value for name, value in fields.items() if name not in ACTION_CONFIG_FIELDS}
-    config = current_config(source, fields)
     files = weight_files(base_folder) if has_safetensors(base_folder) else {}
     tensors = dict(read_tensors(files)) if files else read_pickled_weights(base_folder)
+    config = current_config(source, with_trace_prompting(fields, tensors))
     if adapter is not None:
         require_not_merged(adapter, tensors, source)
     tensors.update(read_parts(parts, next(iter(tensors.values())).dtype))

@@ -256,6 +256,12 @@ def model_card(config: dict[str, Any], name: str) -> str:
     ]
     if config.get("parallel_decoding"):
         lines += ["", _chunk_description(config)]
+    if config.get("trace_prompting"):
+        lines += [
+            "",
+            "TraceVLA: takes the camera's frame and the frame with traces of moving points drawn on it, or the frame",
+            "alone where there is no trace.",
+        ]
     low, high = NORMALIZATIONS[config.get("normalization", "q99")]
     for key, statistics in (config.get("norm_stats") or {}).items():
         action = statistics["action"]

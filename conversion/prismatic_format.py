@@ -12,6 +12,7 @@ import torch
 from ..configuration_openvla import LLM_BACKBONES, PROMPTS, OpenVLAConfig, PrismaticConfig
 from ..errors_openvla import OpenVLAFileNotFoundError, OpenVLAValueError
 from ..modeling_openvla import STATISTICS_FILE
+from ..prismatic_openvla import SEPARATOR
 from .files import read_json
 from .minivla_format import ACTION_TOKENIZERS, bins_are_extra_tokens, require_single_image
 from .prismatic_registry import (
@@ -24,6 +25,7 @@ from .prismatic_registry import (
     VOCABULARY_MULTIPLE,
 )
 from .torch_archive import load_torch_file
+from .tracevla_format import with_trace_prompting
 
 CHECKPOINT_FOLDER = "checkpoints"
 CHECKPOINT_FILE = "latest-checkpoint.pt"
@@ -46,6 +48,7 @@ def name_prefixes(config: PrismaticConfig) -> list[tuple[str, str]]:
             for number, native in enumerate(layers, start=1)
         ),
         ("llm_backbone.llm.", "language_model."),
+        *([(SEPARATOR, SEPARATOR)] if config.trace_prompting else []),
     ]
 
 
@@ -144,6 +147,8 @@ def native_config(source: Path, tensors: Mapping[str, torch.Tensor], overrides: 
     fields |= _language_model_fields(fields["llm_backbone_id"], tensors, overrides)
     if not is_vla:
         return PrismaticConfig(**fields)
+    fields = with_trace_prompting({"model_type": OpenVLAConfig.model_type, **fields}, tensors)
+    del fields["model_type"]
     return OpenVLAConfig(norm_stats=read_json(source / STATISTICS_FILE), **fields)
 
 

@@ -52,6 +52,7 @@ from .oft_format import part_files
 from .processor_files import has_tokenizer, write_processor
 from .publish import publish
 from .safetensors_io import require_digests, tensor_shapes
+from .tracevla_format import with_trace_prompting
 
 logger = logging.getLogger(__name__)
 
@@ -252,7 +253,8 @@ def _write_upgraded(source: Path, folder: Path, name: str) -> None:
         name: The model's name, for a new model card.
     """
     fields = read_json(source / "config.json")
-    config = current_config(source, fields)
+    files = {} if _is_adapter(source) else weight_files(source)
+    config = current_config(source, with_trace_prompting(fields, files))
     if (source / "preprocessor_config.json").is_file() and has_tokenizer(source):
         write_processor(source, folder, config)
     if _is_adapter(source):
@@ -262,7 +264,6 @@ def _write_upgraded(source: Path, folder: Path, name: str) -> None:
         if not (source / GENERATION_FILE).is_file():
             (folder / GENERATION_FILE).unlink()  # an adapter uses its base's
         return
-    files = weight_files(source)
     if "quantization_config" not in fields:  # packed weights have shapes of their own
         require_matching_shapes(tensor_shapes(files), config, source)
     digests = link_weights(source, folder, files)

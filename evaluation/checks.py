@@ -45,6 +45,15 @@ def resolve_image_preset(policy: Policy, image_preset: str | None) -> str:
     return preset
 
 
+def refuse_tracevla(policy: Policy) -> None:
+    """Raise ValueError for a TraceVLA, for which a second camera's frame would be the first one's trace."""
+    if policy.model.config.trace_prompting:
+        raise OpenVLAValueError(
+            "A TraceVLA takes the frame of one camera and the traces on it, but this evaluation gives frames of two "
+            "cameras; call load_policy(..., tracker=...).act in a loop of your own."
+        )
+
+
 def require_libero_policy(policy: Policy) -> None:
     """Raise ValueError for a policy of another robot, or of another gripper convention."""
     model, key = policy.model, policy.unnorm_key
@@ -54,6 +63,7 @@ def require_libero_policy(policy: Policy) -> None:
             f"LIBERO's arm takes {LIBERO_ACTION_DIM} numbers per action, but those of {key!r} have {action_dim}: a "
             "policy of another robot. Pass the unnorm_key of a dataset of an arm like LIBERO's, or another model."
         )
+    refuse_tracevla(policy)
     if config.num_images_in_input > 2 or config.proprio_dim not in (None, LIBERO_PROPRIO_DIM):
         raise OpenVLAValueError(
             f"LIBERO has 2 cameras (third-person and wrist) and a state of {LIBERO_PROPRIO_DIM} numbers, but this "

@@ -32,6 +32,7 @@ from vla_eval.specs import (
 from ..inference.action_queue import ActionQueue
 from ..inference.policy import Policy
 from ..inference.robot_conventions import convert_action
+from .checks import refuse_tracevla
 from .simulator import make_environment, open_suite
 
 CAMERAS = {"agentview": "agentview", "wrist": "robot0_eye_in_hand"}  # the harness's name: the simulator's name
@@ -65,6 +66,7 @@ class PolicyServer(PredictModelServer):
         report_episode_result: Callable[[Mapping[str, Any]], None] = lambda result: None,
     ) -> None:
         super().__init__()
+        refuse_tracevla(policy)
         self.policy = policy
         self.n_action_steps = n_action_steps
         self.temporal_ensemble_coeff = temporal_ensemble_coeff

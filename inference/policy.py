@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import logging
 import os
 from collections.abc import Sequence
@@ -24,7 +25,7 @@ from ..configuration_openvla import ADAPTER_CONFIG_FILE, OpenVLAConfig, optional
 from ..decoding_openvla import NoActionError, require_one_pass
 from ..default_processor import default_image_processor
 from ..errors_openvla import OpenVLAValueError
-from ..loading import AutoProcessor
+from ..loading import AutoProcessor, refuse_model_type
 from ..modeling_openvla import OpenVLAForActionPrediction
 from ..processing_openvla import OpenVLAImageProcessor, OpenVLAProcessor
 from .cpu_prepack import prepack as prepack_weights
@@ -39,6 +40,7 @@ from .quantization import (
     has_float8,
     quantization_config,
 )
+from .visual_trace import WINDOW_SIZE, WINDOW_SIZES, Tracker, VisualTrace, evaluation_frame
 
 logger = logging.getLogger(__name__)
 
@@ -66,6 +68,7 @@ class Policy:
         processor: Processor of the checkpoint.
         unnorm_key: Dataset whose statistics un-normalise the actions to robot units.
         constrain_actions: Decode action tokens only, see ``predict_action``; needed for untrained weights.
+        visual_trace: For a TraceVLA, what draws the traces of one camera's episode; None gives frames without.
 
     A prediction with a token that is not an action token raises, because it would move a joint at full speed.
     """
@@ -74,21 +77,28 @@ class Policy:
     processor: OpenVLAProcessor
     unnorm_key: str
     constrain_actions: bool = False
+    visual_trace: VisualTrace | None = None
 
     def __post_init__(self) -> None:
-        """Validate ``constrain_actions``.
+        """Validate ``constrain_actions`` and ``visual_trace``.
 
         Raises:
-            ValueError: The model has a continuous action head, which would ignore ``constrain_actions``.
+            ValueError: The model has a continuous action head, which would ignore ``constrain_actions``, or it is no
+                TraceVLA and would ignore ``visual_trace``.
         """
         require_one_pass({}, None, self.constrain_actions, self.model.config.action_head)
+        if self.visual_trace is not None and not self.model.config.trace_prompting:
+            raise OpenVLAValueError(
+                "The model is no TraceVLA (trace_prompting in config.json); leave visual_trace out."
+            )
 
     def act(self, image: Any, instruction: str, proprio: Any = None) -> np.ndarray:
         """Predict the next action or action chunk; ``ActionQueue`` returns the actions of a chunk one by one.
 
         Args:
             image: Camera image, as the processor takes it: PIL, numpy ``(H, W, 3)`` uint8 or float, torch, a path; for
-                a model of several cameras the list of their images, in the order of training.
+                a model of several cameras the list of their images, in the order of training; for a TraceVLA what
+                ``observe`` takes.
             instruction: Instruction for the robot.
             proprio: Robot state in its own units, ``(proprio_dim,)``, for models trained with it.
 
@@ -99,8 +109,36 @@ class Policy:
             NoActionError: The prediction is not an action.
             ValueError: Image, instruction or proprio do not fit the model.
         """
+        return self._predict(self.observe(image), instruction, proprio)
+
+    def observe(self, image: Any) -> Any:
+        """Return what the processor gets for the next step of an episode; only for a TraceVLA other images.
+
+        Args:
+            image: Camera image or images, as ``act`` takes them. For a TraceVLA the frame of its camera, which is
+                prepared as in evaluation (``evaluation_frame``); or, with ``visual_trace=None``, the list
+                ``[frame, frame with its trace]``, which is not changed.
+
+        Returns:
+            ``image``; for a TraceVLA ``[frame, frame with its trace]``, or the frame alone where there is no trace.
+
+        Raises:
+            ValueError: Several images for a TraceVLA that draws the trace itself, or an image that is not usable.
+        """
+        if not self.model.config.trace_prompting:
+            return image
+        frames = list(image) if isinstance(image, (list, tuple)) else [image]
+        if len(frames) > 1 and self.visual_trace is not None:
+            raise OpenVLAValueError("This policy draws the trace itself; give the frame of its camera alone.")
+        if len(frames) != 1:
+            return image
+        frame = evaluation_frame(frames[0])
+        traced = None if self.visual_trace is None else self.visual_trace.update(frame)
+        return frame if traced is None else [frame, traced]
+
+    def _predict(self, images: Any, instruction: str, proprio: Any) -> np.ndarray:
         device = self.model.device if self.model.device.type == "cuda" else None
-        inputs = self.processor(instruction=instruction, images=image, device=device)
+        inputs = self.processor(instruction=instruction, images=images, device=device)
         action = self.model.predict_action(
             **inputs,
             unnorm_key=self.unnorm_key,
@@ -128,13 +166,18 @@ class Policy:
         if config.proprio_dim is not None:
             statistics = self.model.proprio_statistics(self.unnorm_key)
             proprio = (statistics.low + statistics.high) / 2
-        for instruction in instructions:
+        moments = [[frame] * config.num_images_in_input]
+        if config.trace_prompting:  # the same object twice has no trace: its prompt is another
+            moments.append([frame, frame.copy()])
+        for instruction, images in itertools.product(instructions, moments):
             for _ in range(WARMUP_CALLS):
                 with contextlib.suppress(NoActionError):  # of a black image
-                    self.act([frame] * config.num_images_in_input, instruction, proprio)
+                    self._predict(images, instruction, proprio)
 
     def reset(self) -> None:
-        """Begin an episode. The model keeps no state between calls."""
+        """Begin an episode: forget the trace of a TraceVLA. The model keeps no state between calls."""
+        if self.visual_trace is not None:
+            self.visual_trace.reset()
 
 
 def load_policy(
@@ -149,6 +192,7 @@ def load_policy(
     compile: bool = False,
     constrain_actions: bool | None = None,
     warmup: Sequence[str] = (),
+    tracker: Tracker | VisualTrace | None = None,
 ) -> Policy:
     """Load a checkpoint, or an adapter with its base model, directly onto a device.
 
@@ -172,10 +216,14 @@ def load_policy(
             give an action, too. None is True for the demo policy, which knows two tasks only, else False.
         warmup: Instructions to predict for before returning (``Policy.warm_up``), so that the first frames do not wait
             for CUDA graphs or the compiler.
+        tracker: For a TraceVLA: the point tracker, such as ``CoTracker3``, or a ``VisualTrace`` with settings of your
+            own; the default ones are those of the authors' evaluation for ``unnorm_key``. None gives the model every
+            frame without a trace, which it was trained for, too.
 
     Raises:
         ValueError: The model does not fit on the device (the message says which ``bits`` would), it is already
-            quantised with other bits or another back end, or it cannot be prepacked or compiled.
+            quantised with other bits or another back end, or it cannot be prepacked or compiled. Or there is a
+            ``tracker`` for a model that is no TraceVLA.
         KeyError: Unknown ``unnorm_key``.
         ImportError: A package for ``bits`` or an adapter is missing.
     """
@@ -187,8 +235,11 @@ def load_policy(
     if dtype is None and device.type == "cpu" and Path(model).resolve() in (DEMO_POLICY, DEMO_OFT_POLICY):
         dtype = torch.float32
     base, base_kwargs = _base_checkpoint(model)
+    refuse_model_type(base, OpenVLAConfig.get_config_dict(base, **base_kwargs)[0].get("model_type"))
     config = OpenVLAConfig.from_pretrained(base, **base_kwargs)
     require_one_pass({}, None, constrain_actions, config.action_head)
+    if tracker is not None and not config.trace_prompting:
+        raise OpenVLAValueError(f"{model} is no TraceVLA (trace_prompting in config.json); leave tracker out.")
     stored = stored_bits(config)
     _require_stored_format(model, config, bits, backend)
     is_adapter = base is not model
@@ -230,7 +281,10 @@ def load_policy(
             model,
             mismatch,
         )
-    policy = Policy(loaded, processor, loaded.resolve_unnorm_key(unnorm_key), constrain_actions)
+    key = loaded.resolve_unnorm_key(unnorm_key)
+    if tracker is not None and not isinstance(tracker, VisualTrace):
+        tracker = VisualTrace(tracker, window_size=WINDOW_SIZES.get(key, WINDOW_SIZE))
+    policy = Policy(loaded, processor, key, constrain_actions, tracker)
     policy.warm_up([warmup] if isinstance(warmup, str) else warmup)
     return policy
 

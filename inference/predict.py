@@ -77,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _predict(policy: Policy, images: list[Image.Image], instruction: str, proprio: list[float] | None) -> ActionOutput:
-    inputs = policy.processor(instruction=instruction, images=images)
+    inputs = policy.processor(instruction=instruction, images=policy.observe(images))
     output = policy.model.predict_action(
         **inputs,
         unnorm_key=policy.unnorm_key,

@@ -7,7 +7,7 @@ import re
 
 from transformers.utils import logging
 
-from ..configuration_openvla import PROMPTS
+from ..configuration_openvla import PROMPTS, TRACE_PROMPT, UNTRACED_PROMPT
 from ..errors_openvla import OpenVLAValueError
 from ..processing_openvla import PLACEHOLDER
 
@@ -28,7 +28,7 @@ def _normalize_text(text: str) -> str:
 def _prompt_parts(prompt: str) -> tuple[str, str, str]:
     """Return a prompt's opening, the question before its instruction, and what follows the question mark."""
     before, after = prompt.split(PLACEHOLDER)
-    question = re.split(r"[\n:]", before)[-1]
+    question = re.split(r"[\n:.]", before)[-1]
     opening = before.removesuffix(question)
     return _normalize_text(opening), _normalize_text(question), _normalize_text(after.removeprefix("?"))
 
@@ -80,10 +80,16 @@ def check_prompt(prompt: str, style: str | None) -> None:
             "written around it. If it is what the robot should do, give it as instruction=."
         )
     elif style is not None and any(question in normalized for question in QUESTIONS):
-        before, after = PROMPTS[style].split(PLACEHOLDER)
-        instruction = prompt.rstrip().removeprefix(before).removesuffix(after.rstrip())
-        if before + instruction + after.rstrip() != prompt.rstrip() or instruction != instruction.lower():
+        styles = (style, UNTRACED_PROMPT) if style == TRACE_PROMPT else (style,)
+        if not any(_is_prompt(prompt, PROMPTS[known]) for known in styles):
             logger.warning(
                 f"text={prompt[-SHOWN_CHARACTERS:]!r} differs from the prompt that this checkpoint was trained on: "
                 f"{PROMPTS[style]!r}, the instruction in lower case. Give the instruction alone as instruction=."
             )
+
+
+def _is_prompt(prompt: str, template: str) -> bool:
+    """Return whether a prompt is a template around an instruction in lower case."""
+    before, after = template.split(PLACEHOLDER)
+    instruction = prompt.rstrip().removeprefix(before).removesuffix(after.rstrip())
+    return before + instruction + after.rstrip() == prompt.rstrip() and instruction == instruction.lower()

@@ -16,7 +16,7 @@ import torch
 from ..configuration_openvla import OpenVLAConfig
 from ..decoding_openvla import ActionOutput
 from ..dimension_labels import END_EFFECTOR_DIMENSIONS, dimension_labels
-from ..errors_openvla import OpenVLAError
+from ..errors_openvla import OpenVLAError, OpenVLAValueError
 from ..inference.policy import Policy, stored_bits
 from ..quantization_openvla import quantization_name
 from .cli import Limits
@@ -115,6 +115,11 @@ class BatchedPolicy:
     """
 
     def __init__(self, policy: Policy, name: str, limits: Limits) -> None:
+        if policy.visual_trace is not None:
+            raise OpenVLAValueError(
+                "A policy with a tracker follows one camera's episode, and a server has several clients. Serve it "
+                "without a tracker; clients send one frame, or the frame and what openvla.VisualTrace drew on it."
+            )
         self.policy, self.name, self.limits = policy, name, limits
         self._tokenizer_lock = threading.Lock()  # fast tokenizers raise when two threads use them at once
         self.max_batch_size = limits.max_batch_size if policy.model.config.action_head is None else 1
@@ -131,7 +136,8 @@ class BatchedPolicy:
             action_dim = model.get_action_dim(unnorm_key)
         except OpenVLAError as error:
             raise RequestError(str(error), "unnorm_key") from error
-        if len(request.images) != config.num_images_in_input:
+        is_untraced = config.trace_prompting and len(request.images) == 1
+        if len(request.images) != config.num_images_in_input and not is_untraced:
             raise RequestError(
                 f"The model takes {config.num_images_in_input} camera images a moment, got {len(request.images)}; send "
                 "as many, the main camera first, in the order of training.",
@@ -158,7 +164,7 @@ class BatchedPolicy:
         images = request.images if len(request.images) > 1 else request.images[0]
         try:
             with self._tokenizer_lock:
-                return dict(self.policy.processor(instruction=request.instruction, images=images))
+                return dict(self.policy.processor(instruction=request.instruction, images=self.policy.observe(images)))
         except OpenVLAError as error:
             raise RequestError(str(error), request.field_names["instruction"]) from error
 

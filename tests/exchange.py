@@ -34,7 +34,7 @@ def predict(model, processor):
 
 
 def write(folder):
-    """Save a Llama with an untied head, also as OpenVLA-OFT, and a Qwen with a tied head and another rotary base."""
+    """Save a Llama with an untied head (also as OFT and as TraceVLA), and a Qwen with a tied head and another base."""
     from openvla import PLATFORMS
     from openvla.tiny import PADDED_ROWS, build_tiny, build_tokenizer
 
@@ -43,7 +43,12 @@ def write(folder):
     qwen |= {"intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
     qwen |= {"tie_word_embeddings": True, "bos_token_id": 1, "eos_token_id": 2}
     oft = {**PLATFORMS["libero"], "parallel_decoding": True, "action_head": "l1", "proprio_dim": None}
-    models = {"llama": {}, "oft": oft, "qwen2": {"text_config": qwen, "empty_token_id": None}}
+    models = {
+        "llama": {},
+        "oft": oft,
+        "tracevla": {"trace_prompting": True},
+        "qwen2": {"text_config": qwen, "empty_token_id": None},
+    }
     for name, overrides in models.items():
         model, processor = build_tiny(**overrides)
         model.save_pretrained(folder / name)

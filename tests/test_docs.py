@@ -19,6 +19,7 @@ from openvla.tiny import build_tokenizer
 from openvla.training import config as finetune_config
 from PIL import Image
 from reference import FIXTURES, REPOSITORY, native_run, oft_folder, published_folder, write_json
+from tracevla import published_tracevla
 
 PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
@@ -28,6 +29,7 @@ BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 REPLACED = {
     'device_map="cuda"': 'device_map="cpu"',
     'load_policy("openvla/openvla-7b", ': 'load_policy("openvla/openvla-7b", constrain_actions=True, ',
+    'load_policy("my-tracevla", ': 'load_policy("my-tracevla", constrain_actions=True, ',
 }
 ADDED = {
     "predict --model openvla/openvla-7b": ["--constrain-actions"],
@@ -43,7 +45,7 @@ ARGUMENTS_ONLY = {"evaluate", "assemble"}
 NEW_NAMES = tuple(map(int, transformers.__version__.split(".")[:2])) >= (4, 56)
 # What begins so is compiled, not run; how often each page may do that.
 NOT_RUN = "# Not run in CI:"
-MARKED = {"migration.md": 4, "quantising.md": 1, "serving.md": 6}
+MARKED = {"migration.md": 4, "quantising.md": 1, "serving.md": 6, "tracevla.md": 1}
 
 
 def blocks(page):
@@ -61,6 +63,7 @@ def given(hub, tokenizer, overrides, tmp_path_factory):
     upload_folder(hub, "openvla/openvla-7b", plain)
     upload_folder(hub, "someone/openvla-7b-finetuned", plain)
     upload_folder(hub, "moojink/openvla-7b-oft-finetuned-libero-spatial", oft_folder("libero", "l1", models / "oft"))
+    upload_folder(hub, "furonghuang-lab/tracevla_7b", published_tracevla(models / "tracevla"))
     native_run("fused", folder / "runs" / "my-run")
     shutil.copytree(plain, folder / "old-finetune")
     shutil.copytree(tokenizer, folder / "llama-2-tokenizer")

@@ -162,6 +162,11 @@ def load_model_and_processor(
     if config.method == "qlora":
         kwargs["quantization_config"] = quantization_config(4, compute_dtype=kwargs[DTYPE_FIELD])
     model = OpenVLAForActionPrediction.from_pretrained(config.model, **kwargs)
+    if model.config.trace_prompting:
+        raise OpenVLAValueError(
+            f"{config.model} is a TraceVLA, whose training needs the traces of every frame; openvla finetune has none. "
+            "Fine-tune an OpenVLA."
+        )
     processor = AutoProcessor.from_pretrained(config.model)
     processor.image_preset = None  # none while training; finetune() sets the one for evaluation at the end
     if config.action_config is not None:

@@ -16,7 +16,7 @@ from openvla import PLATFORMS
 from openvla.inference import accelerator, cuda_graphs
 from openvla.inference.cuda_graphs import MAX_GRAPHS, CapturedGraph, CudaGraphCache, Stages, finish
 from openvla.tiny import build_tiny
-from predictions import add_adapter, compare_decoders, weight_changes
+from predictions import EagerGraph, add_adapter, compare_decoders, weight_changes
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 BOUNDS = {"q01": -1.0, "q99": 1.0, "min": -1.0, "max": 1.0}
@@ -33,24 +33,6 @@ TOKENS = {**L1, "action_head": None, "proprio_dim": None, "num_images_in_input":
 DIFFUSION = {**L1, "action_head": "diffusion", "num_diffusion_steps_train": 10, "num_diffusion_steps": 3}
 FILM = {**L1, "use_film": True}
 CHUNKS = {"l1 chunk": L1, "token chunk": TOKENS, "diffusion chunk": DIFFUSION, "chunk with FiLM": FILM}
-
-
-class EagerGraph:
-    """A graph without a GPU: it holds copies of its inputs and computes from them again."""
-
-    captured, replayed = 0, 0
-
-    def __init__(self, compute, inputs, shared=None):
-        assert shared is None or type(shared) is EagerGraph
-        EagerGraph.captured += 1
-        self.compute, self.inputs = compute, [tensor.clone() for tensor in inputs]
-
-    def replay(self, inputs, every_stage=False):
-        EagerGraph.replayed += 1
-        for static_input, tensor in zip(self.inputs, inputs):
-            static_input.copy_(tensor)
-        result = self.compute(*self.inputs)
-        return result.run_later(0) if every_stage and isinstance(result, Stages) else finish(result)
 
 
 @pytest.fixture

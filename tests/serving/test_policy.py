@@ -5,13 +5,15 @@ import json
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 for package in ("fastapi", "uvicorn", "msgpack", "websockets", "prometheus_client"):
     pytest.importorskip(package)
 
-from openvla import NoActionError  # noqa: E402
+from openvla import NoActionError, Policy, VisualTrace  # noqa: E402
 from openvla.serving import policy as served_policy  # noqa: E402
 from openvla.serving.requests import parse_json_request  # noqa: E402
+from openvla.tiny import build_tiny  # noqa: E402
 from predictions import prefer_end_token  # noqa: E402
 from servers import INSTRUCTION, LIMITS, STATE, build_policy, encode_picture, send_request  # noqa: E402
 
@@ -123,3 +125,23 @@ def test_info(server, chunks):
     assert send_request(chunks, body={**body, "constrain_actions": None}).status == 200
     assert info["unnorm_keys"]["lab"]["high"][0] == pytest.approx(0.5)
     assert info["limits"]["max_batch_size"] == 1  # rounding would reach a continuous head's numbers
+
+
+def test_clients_of_a_tracevla_send_one_frame_or_a_frame_and_its_trace(frame):
+    model, processor = build_tiny(trace_prompting=True)
+    alone = Policy(model, processor, "untrained", constrain_actions=True)
+    served = served_policy.BatchedPolicy(alone, "tiny", LIMITS)
+    traced = np.roll(frame, 5)
+    requests = []
+    for images in (frame.tolist(), [frame.tolist(), traced.tolist()]):
+        body = json.dumps({"image": images, "instruction": "go"})
+        requests.append(served.prepare(parse_json_request(body.encode(), LIMITS)))
+    expected = [alone.act(frame, "go"), alone.act([Image.fromarray(frame), Image.fromarray(traced)], "go")]
+    assert not np.array_equal(*expected)
+    assert [served.predict_batch([request])[0].actions.tolist() for request in requests] == [
+        action.tolist() for action in expected
+    ]
+    assert not requests[0].can_batch_with(requests[1])
+    tracked = Policy(model, processor, "untrained", True, VisualTrace(lambda video, **points: None))
+    with pytest.raises(ValueError, match="follows one camera's episode, and a server has several clients"):
+        served_policy.BatchedPolicy(tracked, "tiny", LIMITS)
