@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Collection
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 from transformers import CONFIG_MAPPING, PretrainedConfig
 from transformers.utils import cached_file
@@ -21,51 +21,45 @@ from .errors_openvla import OpenVLAValueError
 
 
 class VisionTowerId(NamedTuple):
-    """One vision tower: timm's architecture, image size in pixels, and an override of its activation (GELU)."""
+    """A vision tower: timm's architecture, input size in pixels, activation (None keeps timm's GELU)."""
 
     timm_id: str
     image_size: int
-    activation: str | None
+    activation: str | None = None
 
 
-class LanguageModelId(NamedTuple):
-    """A language model's Hub id and transformers model type."""
+CLIP_224, CLIP_336 = "vit_large_patch14_clip_224.openai", "vit_large_patch14_clip_336.openai"
+DINOV2 = "vit_large_patch14_reg4_dinov2.lvd142m"
+SIGLIP_224, SIGLIP_384 = "vit_so400m_patch14_siglip_224", "vit_so400m_patch14_siglip_384"
 
-    hub_id: str
-    model_type: str
-
-
-DINOV2, SIGLIP = "vit_large_patch14_reg4_dinov2.lvd142m", "vit_so400m_patch14_siglip"
-CLIP_336 = VisionTowerId("vit_large_patch14_clip_336.openai", 336, "quick_gelu")
-SIGLIP_224, SIGLIP_384 = VisionTowerId(f"{SIGLIP}_224", 224, None), VisionTowerId(f"{SIGLIP}_384", 384, None)
 # The vision backbones of the reference's registry, by their towers.
 VISION_BACKBONES: dict[str, list[VisionTowerId]] = {
-    "clip-vit-l": [VisionTowerId("vit_large_patch14_clip_224.openai", 224, "quick_gelu")],
-    "clip-vit-l-336px": [CLIP_336],
-    "dinov2-vit-l": [VisionTowerId(DINOV2, 224, None)],
-    "in1k-vit-l": [VisionTowerId("vit_large_patch16_224.augreg_in21k_ft_in1k", 224, None)],
-    "siglip-vit-so400m": [SIGLIP_224],
-    "siglip-vit-so400m-384px": [SIGLIP_384],
-    "dinoclip-vit-l-336px": [VisionTowerId(DINOV2, 336, None), CLIP_336],
-    "dinosiglip-vit-so-224px": [VisionTowerId(DINOV2, 224, None), SIGLIP_224],
-    "dinosiglip-vit-so-384px": [VisionTowerId(DINOV2, 384, None), SIGLIP_384],
+    "clip-vit-l": [VisionTowerId(CLIP_224, 224, "quick_gelu")],
+    "clip-vit-l-336px": [VisionTowerId(CLIP_336, 336, "quick_gelu")],
+    "dinov2-vit-l": [VisionTowerId(DINOV2, 224)],
+    "in1k-vit-l": [VisionTowerId("vit_large_patch16_224.augreg_in21k_ft_in1k", 224)],
+    "siglip-vit-so400m": [VisionTowerId(SIGLIP_224, 224)],
+    "siglip-vit-so400m-384px": [VisionTowerId(SIGLIP_384, 384)],
+    "dinoclip-vit-l-336px": [VisionTowerId(DINOV2, 336), VisionTowerId(CLIP_336, 336, "quick_gelu")],
+    "dinosiglip-vit-so-224px": [VisionTowerId(DINOV2, 224), VisionTowerId(SIGLIP_224, 224)],
+    "dinosiglip-vit-so-384px": [VisionTowerId(DINOV2, 384), VisionTowerId(SIGLIP_384, 384)],
 }
 
-# The language models of the reference's registry, and of openvla-mini.
-LLM_BACKBONES: dict[str, LanguageModelId] = {
-    "llama2-7b-pure": LanguageModelId("meta-llama/Llama-2-7b-hf", "llama"),
-    "llama2-13b-pure": LanguageModelId("meta-llama/Llama-2-13b-hf", "llama"),
-    "llama2-7b-chat": LanguageModelId("meta-llama/Llama-2-7b-chat-hf", "llama"),
-    "llama2-13b-chat": LanguageModelId("meta-llama/Llama-2-13b-chat-hf", "llama"),
-    "vicuna-v15-7b": LanguageModelId("lmsys/vicuna-7b-v1.5", "llama"),
-    "vicuna-v15-13b": LanguageModelId("lmsys/vicuna-13b-v1.5", "llama"),
-    "mistral-v0.1-7b-pure": LanguageModelId("mistralai/Mistral-7B-v0.1", "mistral"),
-    "mistral-v0.1-7b-instruct": LanguageModelId("mistralai/Mistral-7B-Instruct-v0.1", "mistral"),
-    "phi-2-3b": LanguageModelId("microsoft/phi-2", "phi"),
-    "qwen25-0_5b-pure": LanguageModelId("Qwen/Qwen2.5-0.5B", "qwen2"),
-    "qwen25-0_5b-extra": LanguageModelId("Qwen/Qwen2.5-0.5B", "qwen2"),
-    "qwen25-1_5b-pure": LanguageModelId("Qwen/Qwen2.5-1.5B", "qwen2"),
-    "qwen25-3b-pure": LanguageModelId("Qwen/Qwen2.5-3B", "qwen2"),
+# Hub id and transformers' model type of the language models in the reference's registry, and of openvla-mini's.
+LLM_BACKBONES: dict[str, tuple[str, str]] = {
+    "llama2-7b-pure": ("meta-llama/Llama-2-7b-hf", "llama"),
+    "llama2-13b-pure": ("meta-llama/Llama-2-13b-hf", "llama"),
+    "llama2-7b-chat": ("meta-llama/Llama-2-7b-chat-hf", "llama"),
+    "llama2-13b-chat": ("meta-llama/Llama-2-13b-chat-hf", "llama"),
+    "vicuna-v15-7b": ("lmsys/vicuna-7b-v1.5", "llama"),
+    "vicuna-v15-13b": ("lmsys/vicuna-13b-v1.5", "llama"),
+    "mistral-v0.1-7b-pure": ("mistralai/Mistral-7B-v0.1", "mistral"),
+    "mistral-v0.1-7b-instruct": ("mistralai/Mistral-7B-Instruct-v0.1", "mistral"),
+    "phi-2-3b": ("microsoft/phi-2", "phi"),
+    "qwen25-0_5b-pure": ("Qwen/Qwen2.5-0.5B", "qwen2"),
+    "qwen25-0_5b-extra": ("Qwen/Qwen2.5-0.5B", "qwen2"),
+    "qwen25-1_5b-pure": ("Qwen/Qwen2.5-1.5B", "qwen2"),
+    "qwen25-3b-pure": ("Qwen/Qwen2.5-3B", "qwen2"),
 }
 LLM_MODEL_TYPES = ("llama", "mistral", "phi", "qwen2")
 
@@ -94,22 +88,12 @@ LLAMA_EMPTY_TOKEN_ID = 29871
 
 # The fields of the action decoding and head; ``enable_parallel_decoding`` sets them on a loaded model.
 ACTION_CONFIG_FIELDS = (
-    "parallel_decoding",
-    "action_head",
-    "chunk_length",
-    "action_dim",
-    "proprio_dim",
-    "use_film",
-    "num_images_in_input",
-    "normalization",
-    "num_diffusion_steps_train",
-    "num_diffusion_steps",
+    *("parallel_decoding", "action_head", "chunk_length", "action_dim", "proprio_dim", "use_film"),
+    *("num_images_in_input", "normalization", "num_diffusion_steps_train", "num_diffusion_steps"),
 )
-
+ACTION_HEADS = (None, "l1", "diffusion")  # None predicts tokens, the others are OpenVLA-OFT's continuous heads
 IMAGE_RESIZE_STRATEGIES = ("resize-naive", "resize-crop", "letterbox")
 
-# How actions are predicted: None is as tokens, "l1" and "diffusion" are OpenVLA-OFT's continuous heads.
-ACTION_HEADS = (None, "l1", "diffusion")
 # OpenVLA-OFT's constants by robot platform (its constants.py).
 PLATFORMS: dict[str, dict[str, Any]] = {
     "libero": {"chunk_length": 8, "action_dim": 7, "proprio_dim": 8, "normalization": "q99"},
@@ -118,47 +102,49 @@ PLATFORMS: dict[str, dict[str, Any]] = {
 }
 
 AUTO = "auto"
-ADAPTER_CONFIG_FILE = "adapter_config.json"
-
 # Keywords of from_pretrained that determine where files come from.
 HUB_KEYWORDS = ("cache_dir", "force_download", "proxies", "token", "revision", "local_files_only", "subfolder")
+ADAPTER_CONFIG_FILE = "adapter_config.json"
+StrPath: TypeAlias = str | os.PathLike[str]
 
 
 class PrismaticConfig(PretrainedConfig):
     """Configuration of a Prismatic vision-language model: one or two vision towers, a projector, a language model.
 
     Every field of published ``config.json`` files is read. Fields that are None follow from ``vision_backbone_id`` and
-    ``llm_backbone_id``. A field that is unknown, contradicts another or has the wrong number of entries raises
-    ValueError.
+    ``llm_backbone_id``.
 
     Args:
-        vision_backbone_id: A key of ``VISION_BACKBONES``, or any name when ``timm_model_ids`` and ``image_sizes`` are
-            given.
-        llm_backbone_id: A key of ``LLM_BACKBONES``, or any name when ``text_config`` has a ``model_type``.
-        arch_specifier: Kept as published, as ``output_projector_states``.
+        vision_backbone_id: A key of ``VISION_BACKBONES``, or any name with ``timm_model_ids`` and ``image_sizes``.
+        llm_backbone_id: A key of ``LLM_BACKBONES``, or any name where ``text_config`` has a ``model_type``.
+        arch_specifier: Kept as published; the projector's shape follows ``use_fused_vision_backbone``.
         use_fused_vision_backbone: Two towers whose features are concatenated. None: as the backbone has them.
         image_resize_strategy: "resize-naive", "resize-crop" or "letterbox".
         text_config: Configuration of the language model (Llama, Mistral, Phi or Qwen2), as dict or config.
         llm_max_length: Longest sequence trained on, in tokens.
-        pad_token_id: Padding id; also the one that ``image_token_index`` defaults to.
-        pad_to_multiple_of: Number of padding ids at the end of the vocabulary: bins count from
-            ``text_config.vocab_size - pad_to_multiple_of``.
-        timm_model_ids: Per tower, the timm architecture; likewise ``image_sizes`` (pixels),
-            ``timm_override_act_layers`` (None or "quick_gelu") and ``timm_model_kwargs`` (overrides of
-            ``timm.create_model``'s arguments).
+        pad_token_id: Padding id; also the default of ``image_token_index``.
+        pad_to_multiple_of: Number of padding ids at the end of the vocabulary, behind the action tokens.
+        output_projector_states: Kept as published.
+        timm_model_ids: Per tower, the timm architecture.
+        timm_override_act_layers: Per tower, None or "quick_gelu".
+        image_sizes: Per tower, the input size in pixels.
+        timm_model_kwargs: Per tower, keywords of ``timm.create_model`` that change its size (depth, embed_dim, ...).
         hf_llm_id: Hub id of the language model.
         image_token_index: Placeholder id that other engines (vLLM) expand; this model inserts patches by itself.
-        prompt_style: A key of ``PROMPTS``; "auto" is the one for ``llm_backbone_id``.
-        empty_token_id: Id appended to every prompt, or None for none; "auto" is Llama-2's 29871 for Llama models whose
-            vocabulary has it, else None.
+        prompt_style: A key of ``PROMPTS``; "auto" follows from ``llm_backbone_id`` (``PROMPT_STYLES``).
+        empty_token_id: Id appended to every prompt, or None for none; "auto" is Llama-2's 29871 for Llama models
+            whose vocabulary has it, else None.
         num_images_in_input: Number of images (cameras), stacked on the channel axis of ``pixel_values``.
         **kwargs: Fields of ``PretrainedConfig``.
+
+    Raises:
+        ValueError: A field is unknown, contradicts another, or has the wrong number of entries.
     """
 
     model_type = "prismatic"
-    is_composition = False
     # The model class in a saved folder's code, for ``auto_map``.
     model_reference = "prismatic_openvla.PrismaticForConditionalGeneration"
+    use_film = False
 
     def __init__(
         self,
@@ -183,24 +169,29 @@ class PrismaticConfig(PretrainedConfig):
         num_images_in_input: int = 1,
         **kwargs: Any,
     ) -> None:
-        towers = VISION_BACKBONES.get(vision_backbone_id)
-        if towers is None and (timm_model_ids is None or image_sizes is None):
-            raise OpenVLAValueError(unlisted("vision_backbone_id", vision_backbone_id, list(VISION_BACKBONES)))
-        if image_resize_strategy not in IMAGE_RESIZE_STRATEGIES:
-            raise OpenVLAValueError(unlisted("image_resize_strategy", image_resize_strategy, IMAGE_RESIZE_STRATEGIES))
+        towers = VISION_BACKBONES.get(vision_backbone_id, [])
+        if timm_model_ids is None or image_sizes is None:
+            require_known("vision_backbone_id", vision_backbone_id, VISION_BACKBONES)
+        require_known("image_resize_strategy", image_resize_strategy, IMAGE_RESIZE_STRATEGIES)
         self.vision_backbone_id = vision_backbone_id
         self.llm_backbone_id = llm_backbone_id
         self.arch_specifier = arch_specifier
         self.output_projector_states = output_projector_states
-        self.timm_model_ids = timm_model_ids or [tower.timm_id for tower in towers or []]
-        self.image_sizes = image_sizes or [tower.image_size for tower in towers or []]
-        self.timm_override_act_layers = timm_override_act_layers or (
-            [tower.activation for tower in towers] if towers else [None] * len(self.timm_model_ids)
-        )
+        self.timm_model_ids = timm_model_ids or [tower.timm_id for tower in towers]
+        self.image_sizes = image_sizes or [tower.image_size for tower in towers]
+        activations = [tower.activation for tower in towers] or [None] * len(self.timm_model_ids)
+        self.timm_override_act_layers = timm_override_act_layers or activations
         self.timm_model_kwargs = timm_model_kwargs or [{} for _ in self.timm_model_ids]
         fused = len(self.timm_model_ids) == 2
         self.use_fused_vision_backbone = fused if use_fused_vision_backbone is None else use_fused_vision_backbone
-        self._validate_towers()
+        count = 2 if self.use_fused_vision_backbone else 1
+        for field in ("timm_model_ids", "image_sizes", "timm_override_act_layers", "timm_model_kwargs"):
+            values = getattr(self, field)
+            if not isinstance(values, (list, tuple)) or len(values) != count:
+                raise OpenVLAValueError(
+                    f"{field} needs one entry for each of the {count} vision towers "
+                    f"(use_fused_vision_backbone={self.use_fused_vision_backbone}), got {values!r}."
+                )
         self.image_sizes = [kw.get("img_size", size) for kw, size in zip(self.timm_model_kwargs, self.image_sizes)]
         if len(set(self.image_sizes)) > 1:
             raise OpenVLAValueError(
@@ -211,14 +202,24 @@ class PrismaticConfig(PretrainedConfig):
         self.num_images_in_input = num_images_in_input
 
         self.text_config = _build_text_config(text_config, llm_backbone_id)
-        backbone = LLM_BACKBONES.get(llm_backbone_id)
-        self.hf_llm_id = hf_llm_id or (backbone.hub_id if backbone else None)
+        self.hf_llm_id = hf_llm_id or LLM_BACKBONES.get(llm_backbone_id, (None,))[0]
         self.llm_max_length = llm_max_length
         self.pad_to_multiple_of = pad_to_multiple_of
         self.image_token_index = pad_token_id if image_token_index is None else image_token_index
 
-        self.prompt_style = self._checked_prompt_style(prompt_style)
-        self.empty_token_id = self._checked_empty_token_id(empty_token_id)
+        if prompt_style == AUTO:
+            registered = (style for prefix, style in PROMPT_STYLES.items() if llm_backbone_id.startswith(prefix))
+            prompt_style = next(registered, "openvla")
+        require_known("prompt_style", prompt_style, PROMPTS)
+        self.prompt_style = prompt_style
+        if empty_token_id == AUTO:
+            has_empty_token = self.text_config.model_type == "llama" and self.vocab_size > LLAMA_EMPTY_TOKEN_ID
+            empty_token_id = LLAMA_EMPTY_TOKEN_ID if has_empty_token else None
+        if not (empty_token_id is None or (isinstance(empty_token_id, int) and 0 <= empty_token_id < self.vocab_size)):
+            raise OpenVLAValueError(
+                f"empty_token_id {empty_token_id} is outside the vocabulary of {self.vocab_size} ids."
+            )
+        self.empty_token_id = empty_token_id
 
         # A published file names its old code here, which must not be saved again.
         kwargs.pop("auto_map", None)
@@ -241,53 +242,19 @@ class PrismaticConfig(PretrainedConfig):
     @property
     def film_dim(self) -> int | None:
         """Return the size of the language feature that modulates the vision towers (FiLM); None without FiLM."""
-        return self.text_config.hidden_size if getattr(self, "use_film", False) else None
-
-    def _checked_prompt_style(self, style: str) -> str:
-        """Return a prompt style, with "auto" resolved."""
-        if style == AUTO:
-            registered = (style for prefix, style in PROMPT_STYLES.items() if self.llm_backbone_id.startswith(prefix))
-            return next(registered, "openvla")
-        if style not in PROMPTS:
-            raise OpenVLAValueError(unlisted("prompt_style", style, list(PROMPTS)))
-        return style
-
-    def _checked_empty_token_id(self, token_id: int | str | None) -> int | None:
-        """Return an empty token's id, with "auto" resolved."""
-        if token_id == AUTO:
-            has_empty_token = self.text_config.model_type == "llama" and self.vocab_size > LLAMA_EMPTY_TOKEN_ID
-            return LLAMA_EMPTY_TOKEN_ID if has_empty_token else None
-        if token_id is None:
-            return None
-        if not isinstance(token_id, int) or not 0 <= token_id < self.vocab_size:
-            raise OpenVLAValueError(f"empty_token_id {token_id} is outside the vocabulary of {self.vocab_size} ids.")
-        return token_id
-
-    def _validate_towers(self) -> None:
-        """Raise ValueError unless every field of the towers has one entry a tower."""
-        count = 2 if self.use_fused_vision_backbone else 1
-        for field in ("timm_model_ids", "image_sizes", "timm_override_act_layers", "timm_model_kwargs"):
-            values = getattr(self, field)
-            if not isinstance(values, (list, tuple)) or len(values) != count:
-                raise OpenVLAValueError(
-                    f"{field} needs one entry for each of the {count} vision towers "
-                    f"(use_fused_vision_backbone={self.use_fused_vision_backbone}), got {values!r}."
-                )
+        return self.text_config.hidden_size if self.use_film else None
 
     def to_diff_dict(self) -> dict[str, Any]:
         """Return what is written to config.json, under the names of transformers 4.40 and of 5.x.
 
-        transformers would compare the language model's fields with *our* default one (a Llama), and drop some of
-        Qwen's.
+        The language model's fields are compared with the defaults of its class: transformers compares them with *our*
+        default language model (a Llama), and would drop a field of Qwen that equals Llama's default.
         """
-        output = super().to_diff_dict()
-        output["text_config"] = _for_every_version(
-            {**self.text_config.to_diff_dict(), "model_type": self.text_config.model_type}
-        )
+        text_fields = {**self.text_config.to_diff_dict(), "model_type": self.text_config.model_type}
         for name in ("transformers_version", "_pre_quantization_dtype"):  # the latter left by 4.x, no JSON
-            output["text_config"].pop(name, None)
-        output["tie_word_embeddings"] = self.tie_word_embeddings
-        return _for_every_version(output)
+            text_fields.pop(name, None)
+        output = {**super().to_diff_dict(), "text_config": _for_every_version(text_fields)}
+        return _for_every_version({**output, "tie_word_embeddings": self.tie_word_embeddings})
 
 
 class OpenVLAConfig(PrismaticConfig):
@@ -296,7 +263,6 @@ class OpenVLAConfig(PrismaticConfig):
     OpenVLA predicts one action, token by token. OpenVLA-OFT predicts a chunk of actions in one bidirectional pass
     (``parallel_decoding``), as tokens or through a continuous head; ``PLATFORMS`` holds its constants by platform:
     ``OpenVLAConfig(**PLATFORMS["libero"], parallel_decoding=True, action_head="l1", num_images_in_input=2, ...)``.
-    Fields that contradict each other, and unusable statistics, raise ValueError.
 
     Args:
         norm_stats: Statistics of every dataset, ``{key: {"action": {"q01": [...], "q99": [...], ...}}}``; for a model
@@ -306,13 +272,17 @@ class OpenVLAConfig(PrismaticConfig):
         parallel_decoding: Predict all tokens of a chunk in one pass with bidirectional attention.
         action_head: None (tokens), "l1" or "diffusion"; the heads need ``parallel_decoding``.
         chunk_length: Number of actions in a chunk.
-        action_dim: Number of dimensions of an action; None takes the dataset's, but not with ``parallel_decoding``.
-        proprio_dim: Number of dimensions of the robot's state that the model takes; None for none.
+        action_dim: Length of an action; None takes the dataset's, but not with ``parallel_decoding``.
+        proprio_dim: Length of the robot's state that the model takes; None for none.
         use_film: The instruction modulates every block of the vision towers (FiLM).
         normalization: The statistics that become -1 and 1: "q99" (``q01``, ``q99``) or "bounds" (``min``, ``max``).
         num_diffusion_steps_train: Number of noise levels that the diffusion head was trained on.
         num_diffusion_steps: Number of denoising steps of one prediction, at most ``num_diffusion_steps_train``.
         **kwargs: Fields of ``PrismaticConfig``.
+
+    Raises:
+        ValueError: Statistics would un-normalise wrongly (the message names dataset and field), or two fields
+            contradict each other.
     """
 
     model_type = "openvla"
@@ -334,6 +304,7 @@ class OpenVLAConfig(PrismaticConfig):
         num_diffusion_steps: int = 50,
         **kwargs: Any,
     ) -> None:
+        super().__init__(**kwargs)
         self.parallel_decoding = parallel_decoding
         self.action_head = action_head
         self.chunk_length = chunk_length
@@ -343,25 +314,21 @@ class OpenVLAConfig(PrismaticConfig):
         self.normalization = normalization
         self.num_diffusion_steps_train = num_diffusion_steps_train
         self.num_diffusion_steps = num_diffusion_steps
-        self.num_images_in_input = kwargs.get("num_images_in_input", 1)
         self.validate_action_config()
         if norm_stats is not None:
             validate_norm_stats(norm_stats, normalization)
-        if default_unnorm_key is not None and default_unnorm_key not in (norm_stats or {}):
-            raise OpenVLAValueError(unlisted("default_unnorm_key", default_unnorm_key, list(norm_stats or {})))
+        if default_unnorm_key is not None:
+            require_known("default_unnorm_key", default_unnorm_key, norm_stats or {})
+        if not 2 <= n_action_bins <= self.vocab_size:
+            raise OpenVLAValueError(f"n_action_bins must be between 2 and {self.vocab_size}, got {n_action_bins}.")
         self.norm_stats = norm_stats
         self.n_action_bins = n_action_bins
         self.default_unnorm_key = default_unnorm_key
-        super().__init__(**kwargs)
-        if not 2 <= n_action_bins <= self.vocab_size:
-            raise OpenVLAValueError(f"n_action_bins must be between 2 and {self.vocab_size}, got {n_action_bins}.")
 
     def validate_action_config(self) -> None:
         """Raise ValueError where a field of ``action_config`` is not allowed, or contradicts another."""
-        if self.action_head not in ACTION_HEADS:
-            raise OpenVLAValueError(unlisted("action_head", self.action_head, ACTION_HEADS))
-        if self.normalization not in NORMALIZATIONS:
-            raise OpenVLAValueError(unlisted("normalization", self.normalization, list(NORMALIZATIONS)))
+        require_known("action_head", self.action_head, ACTION_HEADS)
+        require_known("normalization", self.normalization, NORMALIZATIONS)
         for name in ("chunk_length", "num_images_in_input", "num_diffusion_steps_train", "num_diffusion_steps"):
             _require_positive_int(name, getattr(self, name))
         for name in ("action_dim", "proprio_dim"):
@@ -369,13 +336,9 @@ class OpenVLAConfig(PrismaticConfig):
                 _require_positive_int(name, getattr(self, name))
         if self.parallel_decoding and self.action_dim is None:
             raise OpenVLAValueError(f"parallel_decoding needs action_dim; those of known platforms: {PLATFORMS}.")
-        needs_parallel = {
-            "action_head": self.action_head,
-            "chunk_length": self.chunk_length > 1,
-            "proprio_dim": self.proprio_dim,
-            "use_film": self.use_film,
-        }
-        names = [name for name, value in needs_parallel.items() if value]
+        is_set = {"action_head": self.action_head is not None, "chunk_length": self.chunk_length > 1}
+        is_set |= {"proprio_dim": self.proprio_dim is not None, "use_film": bool(self.use_film)}
+        names = [name for name, value in is_set.items() if value]
         if names and not self.parallel_decoding:
             raise OpenVLAValueError(
                 f"{', '.join(names)} need parallel_decoding=True; OpenVLA itself predicts one action in tokens."
@@ -407,14 +370,12 @@ class OpenVLAConfig(PrismaticConfig):
 def _build_text_config(text_config: dict[str, Any] | PretrainedConfig | None, llm_backbone_id: str) -> PretrainedConfig:
     """Return the language model's configuration; without a model type it is the backbone's."""
     fields = text_config.to_dict() if isinstance(text_config, PretrainedConfig) else dict(text_config or {})
-    backbone = LLM_BACKBONES.get(llm_backbone_id)
-    registered_type = backbone.model_type if backbone else None
-    model_type = fields.pop("model_type", None) or registered_type
-    if model_type is None:
-        raise OpenVLAValueError(unlisted("llm_backbone_id", llm_backbone_id, list(LLM_BACKBONES)))
-    if model_type not in LLM_MODEL_TYPES:
-        raise OpenVLAValueError(unlisted("text_config.model_type", model_type, LLM_MODEL_TYPES))
-    if registered_type is not None and model_type != registered_type:
+    _, registered_type = LLM_BACKBONES.get(llm_backbone_id, (None, None))
+    model_type: str = fields.pop("model_type", None) or registered_type or ""
+    if not model_type:
+        require_known("llm_backbone_id", llm_backbone_id, LLM_BACKBONES)
+    require_known("text_config.model_type", model_type, LLM_MODEL_TYPES)
+    if registered_type not in (None, model_type):
         raise OpenVLAValueError(
             f"llm_backbone_id {llm_backbone_id!r} is a {registered_type} model but text_config.model_type is "
             f"{model_type!r}; change one of them (any other name is allowed as llm_backbone_id)."
@@ -432,7 +393,10 @@ def _with_one_dtype(fields: dict[str, Any]) -> dict[str, Any]:
 
 
 def _for_every_version(fields: dict[str, Any]) -> dict[str, Any]:
-    """Add dtype and rotary fields under the names of transformers 4 and of 5; either would silently take defaults."""
+    """Add dtype and rotary fields under the names of transformers 4 and of 5, which renamed them.
+
+    Without this a Qwen model saved on 5.x (``rope_parameters``) would run on 4.x with Llama's rotary base.
+    """
     if fields.get(DTYPE_FIELD) is not None:
         fields["dtype"] = fields["torch_dtype"] = fields[DTYPE_FIELD]
     rope = fields.get("rope_parameters")
@@ -449,11 +413,12 @@ def _require_positive_int(field: str, value: Any) -> None:
         raise OpenVLAValueError(f"{field} must be a whole number, 1 or more, got {value!r}.")
 
 
-def unlisted(field: str, value: Any, known: Sequence[Any]) -> str:
-    """Return the message for a value that is not among the known ones."""
-    nearest = nearest_name(str(value), [str(name) for name in known])
-    hint = f" Did you mean {nearest!r}?" if nearest else ""
-    return f"Unknown {field} {value!r}.{hint} Allowed: {list(known)}."
+def require_known(field: str, value: Any, known: Collection[Any]) -> None:
+    """Raise ValueError for a value that is not among the known ones."""
+    if value not in known:
+        nearest = nearest_name(str(value), [str(name) for name in known])
+        hint = f" Did you mean {nearest!r}?" if nearest else ""
+        raise OpenVLAValueError(f"Unknown {field} {value!r}.{hint} Allowed: {list(known)}.")
 
 
 def hub_keywords(kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -461,9 +426,7 @@ def hub_keywords(kwargs: dict[str, Any]) -> dict[str, Any]:
     return {key: kwargs[key] for key in HUB_KEYWORDS if kwargs.get(key) is not None}
 
 
-def optional_file(
-    name_or_path: str | os.PathLike[str], name: str, hub_kwargs: dict[str, Any] | None = None
-) -> str | None:
+def optional_file(name_or_path: StrPath, name: str, hub_kwargs: dict[str, Any] | None = None) -> str | None:
     """Return the path of a file of a folder or Hub repository; None where it does not exist."""
     path: str | None = cached_file(
         name_or_path,
@@ -475,10 +438,8 @@ def optional_file(
     return path
 
 
-def find_adapter(
-    name_or_path: str | os.PathLike[str] | None, kwargs: dict[str, Any]
-) -> tuple[str | os.PathLike[str] | None, dict[str, Any]]:
-    """Return the adapter that a call of ``from_pretrained`` is for, or None, and its keywords of the Hub."""
+def find_adapter(name_or_path: StrPath | None, kwargs: dict[str, Any]) -> tuple[StrPath | None, dict[str, Any]]:
+    """Return the adapter that ``from_pretrained`` is to load, or None, and the call's keywords of the Hub."""
     hub_kwargs = hub_keywords(kwargs)
     adapter_kwargs = kwargs.pop("adapter_kwargs", None) or {}
     adapter = adapter_kwargs.get("_adapter_model_path")

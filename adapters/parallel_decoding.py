@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from ..actions_openvla import validate_norm_stats
-from ..configuration_openvla import ACTION_CONFIG_FIELDS, OpenVLAConfig, unlisted
+from ..configuration_openvla import ACTION_CONFIG_FIELDS, OpenVLAConfig, require_known
 from ..errors_openvla import OpenVLAValueError
 from ..heads_openvla import is_action_head_param
 
@@ -55,9 +55,8 @@ def set_action_config(config: OpenVLAConfig, **fields: Any) -> None:
     Raises:
         ValueError: A field is unknown, has a value that is not allowed, or contradicts another.
     """
-    unknown = next((name for name in fields if name not in ACTION_CONFIG_FIELDS), None)
-    if unknown:
-        raise OpenVLAValueError(unlisted("field", unknown, ACTION_CONFIG_FIELDS))
+    for name in fields:
+        require_known("field", name, ACTION_CONFIG_FIELDS)
     before = config.action_config
     vars(config).update(fields)
     try:
