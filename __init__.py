@@ -29,6 +29,7 @@ if TYPE_CHECKING:
         PrismaticProcessor,
     )
     from .serving.client import PolicyClient
+    from .vq_openvla import VQActionTokenizer
 
 __version__ = "0.1.0"
 
@@ -52,6 +53,7 @@ _MODULES = {
     "PrismaticForConditionalGeneration": "prismatic_openvla",
     "PrismaticImageProcessor": "processing_openvla",
     "PrismaticProcessor": "processing_openvla",
+    "VQActionTokenizer": "vq_openvla",
     "load_policy": "inference.policy",
     "quantization_config": "inference.quantization",
 }
@@ -76,6 +78,7 @@ __all__ = [
     "PrismaticForConditionalGeneration",
     "PrismaticImageProcessor",
     "PrismaticProcessor",
+    "VQActionTokenizer",
     "load_policy",
     "quantization_config",
 ]

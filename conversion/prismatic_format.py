@@ -13,7 +13,7 @@ from ..configuration_openvla import LLM_BACKBONES, PROMPTS, OpenVLAConfig, Prism
 from ..errors_openvla import OpenVLAFileNotFoundError, OpenVLAValueError
 from ..modeling_openvla import STATISTICS_FILE
 from .files import read_json
-from .minivla_format import ACTION_TOKENIZERS, bins_are_extra_tokens, require_single_image
+from .minivla_format import ACTION_TOKENIZERS, actions_are_extra_tokens, image_fields
 from .prismatic_registry import (
     ATTENTION_HEADS,
     BASE_VLMS,
@@ -24,6 +24,7 @@ from .prismatic_registry import (
     VOCABULARY_MULTIPLE,
 )
 from .torch_archive import load_torch_file
+from .vq_format import vq_tokenizer_name
 
 CHECKPOINT_FOLDER = "checkpoints"
 CHECKPOINT_FILE = "latest-checkpoint.pt"
@@ -123,13 +124,19 @@ def native_tensors(file: Path) -> dict[str, torch.Tensor]:
     }
 
 
-def native_config(source: Path, tensors: Mapping[str, torch.Tensor], overrides: Mapping[str, Any]) -> PrismaticConfig:
+def native_config(
+    source: Path,
+    tensors: Mapping[str, torch.Tensor],
+    overrides: Mapping[str, Any],
+    vq_fields: Mapping[str, Any] | None = None,
+) -> PrismaticConfig:
     """Return the configuration of a native run.
 
     Args:
         source: The run; its config.json names an entry of the registry, or holds the fields.
         tensors: Its tensors, which show the language model's sizes.
         overrides: Fields of the configuration that replace those of the run.
+        vq_fields: Fields of its VQ autoencoder.
 
     Raises:
         ValueError: The run is unknown or cannot be represented, or its padding token does not fit its embedding.
@@ -138,7 +145,7 @@ def native_config(source: Path, tensors: Mapping[str, torch.Tensor], overrides: 
     native = read_json(source / "config.json")
     is_vla = "vla" in native
     fields = _vla_fields(source, native["vla"], overrides) if is_vla else _vlm_fields(source, native["model"])
-    require_single_image(source, native.get("vla") or native["model"])
+    fields |= {**image_fields(native.get("vla") or native["model"]), **(vq_fields or {})}
     if fields["arch_specifier"].endswith("linear"):
         raise OpenVLAValueError(f"A projector of kind {fields['arch_specifier']!r} does not exist in the Hub's model.")
     fields |= _language_model_fields(fields["llm_backbone_id"], tensors, overrides)
@@ -151,7 +158,7 @@ def _vla_fields(source: Path, vla: Any, overrides: Mapping[str, Any]) -> dict[st
     """Return the registry's fields of the base VLM of a native run with actions."""
     vla = vla if isinstance(vla, dict) else {}
     fields = {**COMMON, **BASE_VLMS[_base_vlm(source, vla.get("base_vlm"))]}
-    bins_are_extra_tokens(source, vla, fields["llm_backbone_id"])  # raises where the run's actions are not bins
+    actions_are_extra_tokens(source, vla, fields["llm_backbone_id"])  # raises where its actions cannot be decoded
     if fields["llm_backbone_id"].endswith(CHAT_ENDINGS) and "prompt_style" not in overrides:
         raise OpenVLAValueError(
             f"{source}: {fields['llm_backbone_id']} was prompted through its chat template, which is none of the "
@@ -269,12 +276,15 @@ def native_run_config(config: PrismaticConfig) -> dict[str, Any]:
     if config.text_config.model_type != "qwen2":
         return {"vla": {"base_vlm": base_vlm}}
     is_extra = config.llm_backbone_id.endswith("-extra") and config.pad_to_multiple_of < VOCABULARY_MULTIPLE
-    action_tokenizer = next(name for name, uses_extra in ACTION_TOKENIZERS.items() if uses_extra == is_extra)
+    if config.action_vq is not None:
+        action_tokenizer = vq_tokenizer_name(config, is_extra)
+    else:
+        action_tokenizer = next(name for name, uses_extra in ACTION_TOKENIZERS.items() if uses_extra == is_extra)
     return {
         "vla": {
             "base_vlm": base_vlm,
             "action_tokenizer": action_tokenizer,
-            "image_sequence_len": 1,
-            "use_wrist_image": False,
+            "image_sequence_len": config.image_sequence_len or 1,
+            "use_wrist_image": config.use_wrist_image,
         }
     }
