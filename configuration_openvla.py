@@ -258,7 +258,12 @@ class PrismaticConfig(PretrainedConfig):
     @property
     def history_length(self) -> int:
         """Return the number of moments that the images of a prompt are of."""
-        return (self.image_sequence_len or 1) // (2 if self.use_wrist_image and self.image_sequence_len else 1)
+        return 1 if self.image_sequence_len is None else self.image_sequence_len // (1 + bool(self.use_wrist_image))
+
+    @property
+    def images_per_moment(self) -> int:
+        """Return the number of images (cameras) of one moment."""
+        return self.num_images_in_input // self.history_length
 
     @property
     def film_dim(self) -> int | None:

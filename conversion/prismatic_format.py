@@ -268,7 +268,7 @@ def native_run_config(config: PrismaticConfig) -> dict[str, Any]:
         ValueError: The reference's registry has no such model.
     """
     fields = {name: getattr(config, name) for name in COMMON}
-    if config.model_type != OpenVLAConfig.model_type:
+    if not isinstance(config, OpenVLAConfig):
         return {"model": fields}
     base_vlm = next((name for name in sorted(BASE_VLMS) if {**COMMON, **BASE_VLMS[name]} == fields), None)
     if base_vlm is None:

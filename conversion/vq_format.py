@@ -88,14 +88,18 @@ def read_vq(folder: Path) -> VQAutoencoder:
         trained = [bool(embedding.pop(f"layers.{index}._codebook.initted")) for index in range(rounds)]
         surplus = sorted(name for part in ("encoder", "decoder", "vq_embedding") for name in state[part])
     except (KeyError, TypeError, AttributeError) as error:
-        raise OpenVLAValueError(f"{folder} is no VQ autoencoder of openvla-mini: {error!r} is missing.") from error
+        raise OpenVLAValueError(f"{folder} is no VQ autoencoder of openvla-mini: it lacks {error}.") from error
     if surplus or not all(trained) or any(tensor.dtype != torch.float32 for tensor in tensors.values()):
         raise OpenVLAValueError(
             f"{file} is no trained float32 VQ autoencoder of openvla-mini; tensors that it does not have: {surplus}."
         )
     hidden = len(tensors[f"{VQ_MODULE}.decoder_bias_0"])
-    vq = {"num_codes": sizes["vqvae_n_embed"], "num_rounds": rounds, "latent_dim": sizes["n_latent_dims"]}
-    fields = {"action_vq": {**vq, "hidden_dim": hidden, "act_scale": scale}}
+    vq: dict[str, float] = {
+        "num_codes": sizes["vqvae_n_embed"],
+        "num_rounds": rounds,
+        "latent_dim": sizes["n_latent_dims"],
+    }
+    fields: dict[str, Any] = {"action_vq": {**vq, "hidden_dim": hidden, "act_scale": scale}}
     fields |= {"chunk_length": sizes["input_dim_h"], "action_dim": sizes["input_dim_w"]}
     return VQAutoencoder(native, fields, tensors)
 

@@ -29,6 +29,7 @@ from ..modeling_openvla import OpenVLAForActionPrediction
 from ..processing_openvla import OpenVLAImageProcessor, OpenVLAProcessor
 from .cpu_prepack import prepack as prepack_weights
 from .fast_decoder import compile_pointwise
+from .image_history import ImageHistory
 from .merged_products import merge_products
 from .quantization import (
     BACKENDS,
@@ -66,6 +67,9 @@ class Policy:
         processor: Processor of the checkpoint.
         unnorm_key: Dataset whose statistics un-normalise the actions to robot units.
         constrain_actions: Decode action tokens only, see ``predict_action``; needed for untrained weights.
+        actions: "all" actions of a chunk, or the "first" one alone; see ``predict_action``.
+        history_padding: For a model of several moments, what fills the first steps of an episode: "start" or "end", see
+            ``ImageHistory``.
 
     A prediction with a token that is not an action token raises, because it would move a joint at full speed.
     """
@@ -74,6 +78,8 @@ class Policy:
     processor: OpenVLAProcessor
     unnorm_key: str
     constrain_actions: bool = False
+    actions: str = "all"
+    history_padding: str = "start"
 
     def __post_init__(self) -> None:
         """Validate ``constrain_actions``.
@@ -82,13 +88,20 @@ class Policy:
             ValueError: The model has a continuous action head, which would ignore ``constrain_actions``.
         """
         require_one_pass({}, None, self.constrain_actions, self.model.config.action_head)
+        self.history = self.new_history()
+
+    def new_history(self) -> ImageHistory:
+        """Return an empty history of images; every robot that uses this policy at the same time needs its own."""
+        return ImageHistory(self.model.config, self.history_padding)
 
     def act(self, image: Any, instruction: str, proprio: Any = None) -> np.ndarray:
         """Predict the next action or action chunk; ``ActionQueue`` returns the actions of a chunk one by one.
 
         Args:
             image: Camera image, as the processor takes it: PIL, numpy ``(H, W, 3)`` uint8 or float, torch, a path; for
-                a model of several cameras the list of their images, in the order of training.
+                a model of several cameras the list of their images, in the order of training. For a model of several
+                moments the images of this one, whose history is kept from the last ``reset`` on (then every control
+                step needs a call); or all images, the oldest moment first, which leave the kept history unused.
             instruction: Instruction for the robot.
             proprio: Robot state in its own units, ``(proprio_dim,)``, for models trained with it.
 
@@ -100,13 +113,15 @@ class Policy:
             ValueError: Image, instruction or proprio do not fit the model.
         """
         device = self.model.device if self.model.device.type == "cuda" else None
-        inputs = self.processor(instruction=instruction, images=image, device=device)
+        images = self.history.append(image)
+        inputs = self.processor(instruction=instruction, images=images, device=device)
         action = self.model.predict_action(
             **inputs,
             unnorm_key=self.unnorm_key,
             proprio=proprio,
             constrain_actions=self.constrain_actions,
             strict=True,
+            actions=self.actions,
         )
         assert isinstance(action, np.ndarray)  # an ActionOutput with return_dict=True only
         return action
@@ -134,7 +149,8 @@ class Policy:
                     self.act([frame] * config.num_images_in_input, instruction, proprio)
 
     def reset(self) -> None:
-        """Begin an episode. The model keeps no state between calls."""
+        """Begin an episode: drop the images of the previous one. The model itself keeps no state between calls."""
+        self.history.clear()
 
 
 def load_policy(
@@ -148,6 +164,8 @@ def load_policy(
     prepack: bool = False,
     compile: bool = False,
     constrain_actions: bool | None = None,
+    actions: str = "all",
+    history_padding: str = "start",
     warmup: Sequence[str] = (),
 ) -> Policy:
     """Load a checkpoint, or an adapter with its base model, directly onto a device.
@@ -170,6 +188,8 @@ def load_policy(
             the compilation.
         constrain_actions: Decode action tokens only (see ``predict_action``), so that images unlike the training data
             give an action, too. None is True for the demo policy, which knows two tasks only, else False.
+        actions: See ``Policy``.
+        history_padding: See ``Policy``.
         warmup: Instructions to predict for before returning (``Policy.warm_up``), so that the first frames do not wait
             for CUDA graphs or the compiler.
 
@@ -230,7 +250,8 @@ def load_policy(
             model,
             mismatch,
         )
-    policy = Policy(loaded, processor, loaded.resolve_unnorm_key(unnorm_key), constrain_actions)
+    key = loaded.resolve_unnorm_key(unnorm_key)
+    policy = Policy(loaded, processor, key, constrain_actions, actions, history_padding)
     policy.warm_up([warmup] if isinstance(warmup, str) else warmup)
     return policy
 

@@ -1,7 +1,6 @@
 """MiniVLA equals openvla-mini: prompts, pixels, patches, tokens, codes and actions of every golden case."""
 
 import hashlib
-import json
 
 import numpy as np
 import pytest
