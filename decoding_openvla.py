@@ -310,7 +310,7 @@ def output_from_tokens(
     """
     token_ids = tokens.cpu().numpy()
     _require_action_tokens(tokenizer, token_ids, strict)
-    normalized = tokenizer.decode(token_ids)
+    normalized = np.stack([tokenizer.decode(ids) for ids in token_ids])  # so that a batch rounds as its samples do
     probabilities = entropy = None
     if logits is not None:
         # Ids count down as bins count up; the token of the top edge shares the last bin.

@@ -55,7 +55,7 @@ from .parallel_openvla import (
 from .prismatic_openvla import IGNORE_INDEX  # noqa: F401
 from .quantization_openvla import is_quantized
 from .vision_openvla import PrismaticVisionBackbone  # noqa: F401
-from .vq_openvla import VQ_MODULE, ActionVQ, VQActionTokenizer, restore_float32
+from .vq_openvla import ActionVQ, VQActionTokenizer, restore_float32
 
 logger = logging.get_logger(__name__)
 
@@ -99,7 +99,6 @@ class OpenVLAForActionPrediction(NormStatsMixin, ParallelDecodingModel, Generati
 
     config_class = OpenVLAConfig  # type: ignore[assignment]  # a subclass of the base's
     config: OpenVLAConfig
-    _keep_in_fp32_modules_strict = [VQ_MODULE]  # transformers 4.51; restore_float32 does it before
     lora_adapter: Any = None  # settings of the adapter in use: openvla.adapters.files.LoraAdapter without tensors
 
     # Implemented in openvla/adapters and openvla/inference; saved folders do not carry them.
@@ -120,7 +119,7 @@ class OpenVLAForActionPrediction(NormStatsMixin, ParallelDecodingModel, Generati
             self.action_tokenizer: Any = ActionTokenizer(config.vocab_size, config.n_action_bins)
             self.bins, self.bin_centers = self.action_tokenizer.bins, self.action_tokenizer.bin_centers
         else:
-            self.action_vq = ActionVQ(config)
+            self.action_vq, self.bins, self.bin_centers = ActionVQ(config), None, None
             self.action_tokenizer = VQActionTokenizer(config.vocab_size, self.action_vq)
         self.vocab_size = config.vocab_size
         self.build_heads(config)
@@ -144,7 +143,7 @@ class OpenVLAForActionPrediction(NormStatsMixin, ParallelDecodingModel, Generati
         if model.config.parallel_decoding:
             model.require_bidirectional()
         if pretrained_model_name_or_path is not None:
-            if model.config.action_vq is not None:
+            if model.config.action_vq is not None and model.dtype != torch.float32:
                 restore_float32(model.action_vq, pretrained_model_name_or_path, hub_kwargs)
             file = optional_file(pretrained_model_name_or_path, STATISTICS_FILE, hub_kwargs)
             if file is not None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -135,14 +136,18 @@ class VQActionTokenizer:
 
 
 def restore_float32(vq: ActionVQ, name_or_path: str | os.PathLike[str], hub: dict[str, Any]) -> None:
-    """Read the autoencoder's weights again where loading cast them (transformers before 4.51, to bfloat16)."""
-    if all(buffer.dtype == torch.float32 for buffer in vq.buffers()):
-        return
+    """Read the autoencoder's weights again, which transformers casts to the model's dtype when it loads them."""
     index = optional_file(name_or_path, SAFE_WEIGHTS_INDEX_NAME, hub)
-    for name, buffer in list(vq.named_buffers()):
-        file = SAFE_WEIGHTS_NAME
-        if index is not None:
-            with open(index, encoding="utf-8") as opened:
-                file = json.load(opened)["weight_map"][f"{VQ_MODULE}.{name}"]
-        with safe_open(optional_file(name_or_path, file, hub), framework="pt") as tensors:
-            vq.register_buffer(name, tensors.get_tensor(f"{VQ_MODULE}.{name}").float().to(buffer.device))
+    weight_map = {} if index is None else json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"]
+    keys = {f"{VQ_MODULE}.{name}": name for name, _ in vq.named_buffers()}
+    for file in sorted({weight_map.get(key, SAFE_WEIGHTS_NAME) for key in keys}):
+        path = optional_file(name_or_path, file, hub)
+        if path is None:
+            raise OpenVLAValueError(
+                f"{name_or_path} holds no {file}, from which the VQ autoencoder's float32 weights are read; load it "
+                "with dtype=torch.float32, save it as safetensors, and load that."
+            )
+        with safe_open(path, framework="pt") as tensors:
+            for key in keys.keys() & tensors.keys():
+                device = vq.get_buffer(keys[key]).device
+                vq.register_buffer(keys[key], tensors.get_tensor(key).to(device=device, dtype=torch.float32))

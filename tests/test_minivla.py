@@ -1,8 +1,10 @@
 """MiniVLA equals openvla-mini: prompts, pixels, patches, tokens, codes and actions of every golden case."""
 
 import hashlib
+import importlib.util
 
 import numpy as np
+import PIL
 import pytest
 import torch
 from minivla import LIBERO_VQ, MINIVLA, RUNS, SIZES, convert_run, read_json, write_vq
@@ -12,6 +14,7 @@ from reference import FEATURE_ATOL, LOGIT_ATOL
 pytestmark = pytest.mark.lane
 # The authors' own code differs by that much between CPUs.
 VQ_ATOL = 1e-6
+TALL_IMAGE = 6
 CASES = read_json("predict.json")["cases"]
 GOLDEN_ARRAYS = np.load(MINIVLA / "predict.npz")
 IMAGES = np.load(MINIVLA / "images.npz")
@@ -73,8 +76,15 @@ def towers(case, pixel_values):
     return {name: part if len(case["images"]) > 1 else part[:, 0] for name, part in parts.items()}
 
 
+def require_golden_pixels(case):
+    """Skip where Pillow resizes a tall image in another order of passes than Pillow 13, with which these were made."""
+    if TALL_IMAGE in case["images"] and int(PIL.__version__.split(".")[0]) < 13:
+        pytest.skip("pixels of Pillow 13")
+
+
 @pytest.mark.parametrize("case", CASES, ids=[case["name"] for case in CASES])
 def test_a_golden_case_has_the_reference_s_ids_tokens_and_action(case, loaded):
+    require_golden_pixels(case)
     model, processor = loaded(case["run"])
     inputs = inputs_of(case, processor)
     assert inputs["input_ids"].tolist() == [case["input_ids"]]
@@ -112,6 +122,7 @@ KEPT = [case for case in CASES if f"{case['name']}/features" in GOLDEN_ARRAYS.fi
 
 @pytest.mark.parametrize("case", KEPT, ids=[case["name"] for case in KEPT])
 def test_a_kept_case_has_the_reference_s_patches_and_logits(case, loaded):
+    require_golden_pixels(case)
     model, processor = loaded(case["run"])
     inputs = inputs_of(case, processor)
     for name, pixels in towers(case, inputs["pixel_values"]).items():
@@ -268,6 +279,8 @@ def test_the_configuration_says_what_the_run_was(loaded):
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 @pytest.mark.parametrize("kwargs", [{}, {"device_map": {"": "cpu"}}], ids=["plain", "device_map"])
 def test_the_autoencoder_stays_float32(dtype, kwargs, folders, loaded, tmp_path):
+    if kwargs and importlib.util.find_spec("accelerate") is None:
+        pytest.skip("device_map needs accelerate")
     _, hub = folders("vq_libero")
     exact = loaded("vq_libero")[0].action_vq.state_dict()
     model = AutoModelForVision2Seq.from_pretrained(hub, torch_dtype=getattr(torch, dtype), **kwargs)
