@@ -206,14 +206,15 @@ class PrismaticConfig(PretrainedConfig):
             )
         self.image_resize_strategy = image_resize_strategy
         _require_positive_int("num_images_in_input", num_images_in_input)
-        if image_sequence_len is not None:
+        if image_sequence_len is not None or use_wrist_image:
             _require_positive_int("image_sequence_len", image_sequence_len)
-            if num_images_in_input not in (1, image_sequence_len) or (use_wrist_image and image_sequence_len % 2):
+            count = image_sequence_len or 1
+            if num_images_in_input not in (1, count) or count % (1 + use_wrist_image):
                 raise OpenVLAValueError(
                     f"image_sequence_len {image_sequence_len} does not fit num_images_in_input {num_images_in_input} "
                     f"and use_wrist_image {use_wrist_image}; it counts all images of a prompt."
                 )
-            num_images_in_input = image_sequence_len
+            num_images_in_input = count
         self.num_images_in_input = num_images_in_input
         self.image_sequence_len, self.use_wrist_image = image_sequence_len, use_wrist_image
 
@@ -258,7 +259,7 @@ class PrismaticConfig(PretrainedConfig):
     @property
     def history_length(self) -> int:
         """Return the number of moments that the images of a prompt are of."""
-        return 1 if self.image_sequence_len is None else self.image_sequence_len // (1 + bool(self.use_wrist_image))
+        return 1 if self.image_sequence_len is None else self.image_sequence_len // (1 + self.use_wrist_image)
 
     @property
     def images_per_moment(self) -> int:

@@ -115,12 +115,11 @@ class OpenVLAForActionPrediction(NormStatsMixin, ParallelDecodingModel, Generati
 
     def __init__(self, config: OpenVLAConfig) -> None:
         super().__init__(config)
-        if config.action_vq is None:
-            self.action_tokenizer: Any = ActionTokenizer(config.vocab_size, config.n_action_bins)
-            self.bins, self.bin_centers = self.action_tokenizer.bins, self.action_tokenizer.bin_centers
-        else:
-            self.action_vq, self.bins, self.bin_centers = ActionVQ(config), None, None
+        self.action_tokenizer: Any = ActionTokenizer(config.vocab_size, config.n_action_bins)
+        if config.action_vq is not None:
+            self.action_vq = ActionVQ(config)
             self.action_tokenizer = VQActionTokenizer(config.vocab_size, self.action_vq)
+        self.bins, self.bin_centers = (getattr(self.action_tokenizer, name, None) for name in ("bins", "bin_centers"))
         self.vocab_size = config.vocab_size
         self.build_heads(config)
         self.post_init()

@@ -45,10 +45,8 @@ class ActionVQ(nn.Module):
         codes = (fields["num_rounds"], fields["num_codes"])
         shapes: dict[str, tuple[int, ...]] = {"codebooks": (*codes, latent), "code_sums": (*codes, latent)}
         shapes["code_counts"] = codes
-        for part, sizes in {
-            "encoder": (size, hidden, hidden, latent),
-            "decoder": (latent, hidden, hidden, size),
-        }.items():
+        encoder = (size, hidden, hidden, latent)
+        for part, sizes in (("encoder", encoder), ("decoder", encoder[::-1])):
             for layer in range(3):
                 shapes[f"{part}_weight_{layer}"] = (sizes[layer + 1], sizes[layer])
                 shapes[f"{part}_bias_{layer}"] = (sizes[layer + 1],)

@@ -258,7 +258,7 @@ class BatchedPolicy:
             chunk_length=config.chunk_length,
             cameras=config.num_images_in_input,
             proprio_dim=config.proprio_dim,
-            bin_centers=model.bin_centers.tolist() if has_tokens and config.action_vq is None else None,
+            bin_centers=None if model.bin_centers is None or not has_tokens else model.bin_centers.tolist(),
             image_size=list(self.policy.processor.image_processor.tvf_crop_params[0]["output_size"]),
             image_preset=self.policy.processor.image_preset,
             bits=stored_bits(config),
