@@ -31,6 +31,7 @@ if TYPE_CHECKING:
         PrismaticProcessor,
     )
     from .serving.client import PolicyClient
+    from .vq_openvla import VQActionTokenizer
 
 __version__ = "0.1.0"
 
@@ -57,6 +58,7 @@ _MODULES = {
     "PrismaticProcessor": "processing_openvla",
     "actions_from_tokens": "inference.token_actions",
     "VisualTrace": "inference.visual_trace",
+    "VQActionTokenizer": "vq_openvla",
     "load_policy": "inference.policy",
     "quantization_config": "inference.quantization",
 }
@@ -84,6 +86,7 @@ __all__ = [
     "PrismaticProcessor",
     "actions_from_tokens",
     "VisualTrace",
+    "VQActionTokenizer",
     "load_policy",
     "quantization_config",
 ]

@@ -99,6 +99,8 @@ ACTION_CONFIG_FIELDS = (
     *("num_images_in_input", "normalization", "num_diffusion_steps_train", "num_diffusion_steps"),
 )
 ACTION_HEADS = (None, "l1", "diffusion")  # None predicts tokens, the others are OpenVLA-OFT's continuous heads
+# Sizes of MiniVLA's VQ autoencoders: their default is LIBERO-90's; Bridge's has 256 codes.
+ACTION_VQ = {"num_codes": 128, "num_rounds": 7, "latent_dim": 512, "hidden_dim": 128, "act_scale": 1.0}
 IMAGE_RESIZE_STRATEGIES = ("resize-naive", "resize-crop", "letterbox")
 
 # OpenVLA-OFT's constants by robot platform (its constants.py).
@@ -142,6 +144,9 @@ class PrismaticConfig(PretrainedConfig):
         empty_token_id: Id appended to every prompt, or None for none; "auto" is Llama-2's 29871 for Llama models
             whose vocabulary has it, else None.
         num_images_in_input: Number of images (cameras), stacked on the channel axis of ``pixel_values``.
+        image_sequence_len: MiniVLA's number of images of several moments, which sets ``num_images_in_input``: the
+            oldest moment first, of each moment the main camera and then, with ``use_wrist_image``, the wrist camera.
+        use_wrist_image: Whether every moment of ``image_sequence_len`` has two images.
         **kwargs: Fields of ``PretrainedConfig``.
 
     Raises:
@@ -175,6 +180,8 @@ class PrismaticConfig(PretrainedConfig):
         prompt_style: str = AUTO,
         empty_token_id: int | str | None = AUTO,
         num_images_in_input: int = 1,
+        image_sequence_len: int | None = None,
+        use_wrist_image: bool = False,
         **kwargs: Any,
     ) -> None:
         towers = VISION_BACKBONES.get(vision_backbone_id, [])
@@ -207,7 +214,17 @@ class PrismaticConfig(PretrainedConfig):
             )
         self.image_resize_strategy = image_resize_strategy
         _require_positive_int("num_images_in_input", num_images_in_input)
+        if image_sequence_len is not None or use_wrist_image:
+            _require_positive_int("image_sequence_len", image_sequence_len)
+            count = image_sequence_len or 1
+            if num_images_in_input not in (1, count) or count % (1 + use_wrist_image):
+                raise OpenVLAValueError(
+                    f"image_sequence_len {image_sequence_len} does not fit num_images_in_input {num_images_in_input} "
+                    f"and use_wrist_image {use_wrist_image}; it counts all images of a prompt."
+                )
+            num_images_in_input = count
         self.num_images_in_input = num_images_in_input
+        self.image_sequence_len, self.use_wrist_image = image_sequence_len, use_wrist_image
 
         self.text_config = _build_text_config(text_config, llm_backbone_id)
         self.hf_llm_id = hf_llm_id or LLM_BACKBONES.get(llm_backbone_id, (None,))[0]
@@ -248,6 +265,16 @@ class PrismaticConfig(PretrainedConfig):
         return self.text_config.vocab_size - self.pad_to_multiple_of
 
     @property
+    def history_length(self) -> int:
+        """Return the number of moments that the images of a prompt are of."""
+        return 1 if self.image_sequence_len is None else self.image_sequence_len // (1 + self.use_wrist_image)
+
+    @property
+    def images_per_moment(self) -> int:
+        """Return the number of images (cameras) of one moment."""
+        return self.num_images_in_input // self.history_length
+
+    @property
     def film_dim(self) -> int | None:
         """Return the size of the language feature that modulates the vision towers (FiLM); None without FiLM."""
         return self.text_config.hidden_size if self.use_film else None
@@ -279,6 +306,8 @@ class OpenVLAConfig(PrismaticConfig):
         default_unnorm_key: The dataset whose statistics ``predict_action`` uses without ``unnorm_key``.
         parallel_decoding: Predict all tokens of a chunk in one pass with bidirectional attention.
         action_head: None (tokens), "l1" or "diffusion"; the heads need ``parallel_decoding``.
+        action_vq: MiniVLA: sizes of the VQ autoencoder whose codes the action tokens are (``ACTION_VQ``); each
+            ``chunk_length`` actions are ``num_rounds`` tokens. None for bins.
         chunk_length: Number of actions in a chunk.
         action_dim: Length of an action; None takes the dataset's, but not with ``parallel_decoding``.
         proprio_dim: Length of the robot's state that the model takes; None for none.
@@ -305,6 +334,7 @@ class OpenVLAConfig(PrismaticConfig):
         default_unnorm_key: str | None = None,
         parallel_decoding: bool = False,
         action_head: str | None = None,
+        action_vq: dict[str, Any] | None = None,
         chunk_length: int = 1,
         action_dim: int | None = None,
         proprio_dim: int | None = None,
@@ -321,6 +351,7 @@ class OpenVLAConfig(PrismaticConfig):
         super().__init__(**kwargs)
         self.parallel_decoding = parallel_decoding
         self.action_head = action_head
+        self.action_vq = None if action_vq is None else {**ACTION_VQ, **action_vq}
         self.chunk_length = chunk_length
         self.action_dim = action_dim
         self.proprio_dim = proprio_dim
@@ -350,7 +381,9 @@ class OpenVLAConfig(PrismaticConfig):
                 _require_positive_int(name, getattr(self, name))
         if self.parallel_decoding and self.action_dim is None:
             raise OpenVLAValueError(f"parallel_decoding needs action_dim; those of known platforms: {PLATFORMS}.")
-        is_set = {"action_head": self.action_head is not None, "chunk_length": self.chunk_length > 1}
+        self._validate_action_vq()
+        is_set = {"action_head": self.action_head is not None}
+        is_set |= {"chunk_length": self.chunk_length > 1 and self.action_vq is None}
         is_set |= {"proprio_dim": self.proprio_dim is not None, "use_film": bool(self.use_film)}
         names = [name for name, value in is_set.items() if value]
         if names and not self.parallel_decoding:
@@ -371,6 +404,20 @@ class OpenVLAConfig(PrismaticConfig):
                 f"num_diffusion_steps {self.num_diffusion_steps} is more than the {self.num_diffusion_steps_train} "
                 "noise levels that the head was trained on (num_diffusion_steps_train)."
             )
+
+    def _validate_action_vq(self) -> None:
+        """Raise ValueError for sizes of a VQ autoencoder that this model cannot have."""
+        if self.action_vq is None:
+            return
+        if self.parallel_decoding or self.action_dim is None or set(self.action_vq) != set(ACTION_VQ):
+            raise OpenVLAValueError(
+                f"action_vq takes the fields {list(ACTION_VQ)}, and needs action_dim and no parallel_decoding; got "
+                f"{self.action_vq}, action_dim={self.action_dim}, parallel_decoding={self.parallel_decoding}."
+            )
+        for name in ("num_codes", "num_rounds", "latent_dim", "hidden_dim"):
+            _require_positive_int(f"action_vq.{name}", self.action_vq[name])
+        if self.action_vq["num_codes"] > self.vocab_size:
+            raise OpenVLAValueError(f"A vocabulary of {self.vocab_size} ids cannot hold {self.action_vq}.")
 
     @property
     def normalization_epsilon(self) -> float:

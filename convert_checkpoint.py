@@ -5,7 +5,7 @@ The target appears under its name only when it is complete.
 
 Sources, told apart by their content, from a folder or by Hub id (organization/name, or organization/name/folder):
   a native run         config.json with "vla" or "model", dataset_statistics.json, checkpoints/*.pt; openvla-mini's too
-                       (one image, no VQ codes)
+                       (MiniVLA; --vq names the VQ autoencoder of runs whose actions are its codes)
   a Hub folder         config.json of type openvla or prismatic and safetensors: code, configuration, statistics and
                        processor are made current, weights are linked or copied untouched. pytorch_model.bin files
                        become safetensors.
@@ -21,6 +21,7 @@ Examples:
   openvla convert old-finetune/ my-openvla
   openvla convert someone/openvla-7b-finetuned my-openvla --revision v1.0 --verify
   openvla convert someone/openvla-oft-libero my-oft --preset libero --num-images 2 --image-preset libero
+  openvla convert runs/my-minivla my-minivla --tokenizer Qwen/Qwen2.5-0.5B --vq vq/
   openvla convert my-openvla back-to-native --reverse
 """
 
@@ -46,6 +47,7 @@ from .conversion.options import DEFAULT_SHARD_SIZE, DTYPES, ConvertOptions, OftO
 from .conversion.prismatic_format import native_file
 from .conversion.reverse import reverse_convert
 from .conversion.safetensors_io import parse_size
+from .conversion.vq_format import VQ_FILE
 from .errors_openvla import OpenVLAValueError
 from .inference.image_presets import IMAGE_PRESETS
 
@@ -84,6 +86,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="preprocessing that evaluation applies to frames, saved in the processor; OFT's checkpoints were "
         "evaluated with libero, as were OpenVLA's fine-tunes on it (default none)",
     )
+    parser.add_argument(
+        "--vq", metavar="DIR_OR_ID", help="for MiniVLA: folder of the VQ autoencoder, or one that holds it by its name"
+    )
     parser.add_argument("--preset", choices=PLATFORMS, help="for OFT: chunk length, normalisation, dimensions")
     parser.add_argument("--num-images", type=int, metavar="N", help="for OFT: number of cameras in training")
     parser.add_argument(
@@ -113,6 +118,7 @@ def run(args: argparse.Namespace) -> int:
             max_shard_size=args.max_shard_size,
             config_overrides=read_json(args.config_overrides) if args.config_overrides else None,
             image_preset=args.image_preset,
+            vq=args.vq,
             preset=args.preset,
             num_images=args.num_images,
             parallel_decoding=args.parallel_decoding,
@@ -136,6 +142,7 @@ def convert(
     max_shard_size: str = DEFAULT_SHARD_SIZE,
     config_overrides: Mapping[str, Any] | None = None,
     image_preset: str | None = None,
+    vq: str | os.PathLike | None = None,
     preset: str | None = None,
     num_images: int | None = None,
     parallel_decoding: bool = False,
@@ -158,6 +165,7 @@ def convert(
         max_shard_size: Size of a weight file, such as "5GB".
         config_overrides: Fields merged into the target's config.json.
         image_preset: Preprocessing that evaluation applies to frames, a key of ``IMAGE_PRESETS``.
+        vq: For MiniVLA: folder or Hub id of the VQ autoencoder whose codes the action tokens are.
         preset: For OpenVLA-OFT: robot platform, a key of ``PLATFORMS``.
         num_images: For OpenVLA-OFT: number of cameras.
         parallel_decoding: For OpenVLA-OFT without an action head: predict a chunk of tokens in parallel.
@@ -182,6 +190,8 @@ def convert(
         raise OpenVLAValueError(
             f"{folder} is a native run; --preset, --num-images and --parallel-decoding are for OFT."
         )
+    if vq is not None and (layout != NATIVE_RUN or reverse):
+        raise OpenVLAValueError(f"{folder} is no native run; --vq is for MiniVLA's runs.")
     oft = OftOptions(
         preset=preset, num_images=num_images, parallel_decoding=parallel_decoding, step=checkpoint, base=base
     )
@@ -196,6 +206,7 @@ def convert(
                 config_overrides=config_overrides or {},
                 image_preset=image_preset,
                 oft=oft,
+                vq=None if vq is None else local_folder(vq, checkpoint=VQ_FILE.name, token=token),
             )
             if layout == NATIVE_RUN:
                 tensors, config = convert_native_run(folder, native_file(folder, checkpoint), written, options)

@@ -310,14 +310,15 @@ def output_from_tokens(
     """
     token_ids = tokens.cpu().numpy()
     _require_action_tokens(tokenizer, token_ids, strict)
-    normalized = tokenizer.decode(token_ids)
+    normalized = np.stack([tokenizer.decode(ids) for ids in token_ids])  # so that a batch rounds as its samples do
     probabilities = entropy = None
     if logits is not None:
         # Ids count down as bins count up; the token of the top edge shares the last bin.
         action_logits = logits[..., tokenizer.first_token_id : tokenizer.vocab_size]
-        by_bin = action_logits.cpu().double().softmax(-1).flip(-1).numpy()
-        probabilities = by_bin[..., :-1].copy()
-        probabilities[..., -1] += by_bin[..., -1]
+        probabilities = action_logits.cpu().double().softmax(-1).flip(-1).numpy()
+        if hasattr(tokenizer, "bins"):  # not VQ codes, each of which has its own token
+            probabilities, top_edge = probabilities[..., :-1].copy(), probabilities[..., -1]
+            probabilities[..., -1] += top_edge
         entropy = -(probabilities * np.log(np.where(probabilities > 0, probabilities, 1.0))).sum(-1)
     return build_output(
         normalized, statistics, hidden_states, token_ids=token_ids, bin_probabilities=probabilities, entropy=entropy

@@ -55,6 +55,7 @@ from .parallel_openvla import (
 from .prismatic_openvla import IGNORE_INDEX  # noqa: F401
 from .quantization_openvla import is_quantized
 from .vision_openvla import PrismaticVisionBackbone  # noqa: F401
+from .vq_openvla import ActionVQ, VQActionTokenizer, restore_float32
 
 logger = logging.get_logger(__name__)
 
@@ -115,8 +116,11 @@ class OpenVLAForActionPrediction(NormStatsMixin, ParallelDecodingModel, Generati
     def __init__(self, config: OpenVLAConfig) -> None:
         config.validate_action_config()  # keywords of from_pretrained are set after it was built
         super().__init__(config)
-        self.action_tokenizer = ActionTokenizer(config.vocab_size, config.n_action_bins)
-        self.bins, self.bin_centers = self.action_tokenizer.bins, self.action_tokenizer.bin_centers
+        self.action_tokenizer: Any = ActionTokenizer(config.vocab_size, config.n_action_bins)
+        if config.action_vq is not None:
+            self.action_vq = ActionVQ(config)
+            self.action_tokenizer = VQActionTokenizer(config.vocab_size, self.action_vq)
+        self.bins, self.bin_centers = (getattr(self.action_tokenizer, name, None) for name in ("bins", "bin_centers"))
         self.vocab_size = config.vocab_size
         self.build_heads(config)
         self.post_init()
@@ -139,6 +143,8 @@ class OpenVLAForActionPrediction(NormStatsMixin, ParallelDecodingModel, Generati
         if model.config.parallel_decoding:
             model.require_bidirectional()
         if pretrained_model_name_or_path is not None:
+            if model.config.action_vq is not None and model.dtype != torch.float32:
+                restore_float32(model.action_vq, pretrained_model_name_or_path, hub_kwargs)
             file = optional_file(pretrained_model_name_or_path, STATISTICS_FILE, hub_kwargs)
             if file is not None:
                 model._read_statistics(file, pretrained_model_name_or_path)
@@ -303,6 +309,7 @@ class OpenVLAForActionPrediction(NormStatsMixin, ParallelDecodingModel, Generati
         strict: bool = False,
         fast: bool | None = None,
         draft: np.ndarray | Sequence[Any] | None = None,
+        actions: str = "all",
         **generate_kwargs: Any,
     ) -> np.ndarray | ActionOutput:
         """Predict the robot action, or with parallel decoding the chunk of actions, for images and a prompt.
@@ -325,12 +332,13 @@ class OpenVLAForActionPrediction(NormStatsMixin, ParallelDecodingModel, Generati
                 None where the language model allows it, True with a warning where it does not, False never.
             draft: A guess of the action in robot units, ``(action_dim,)`` or ``(batch, action_dim)``, such as the
                 previous one: leading tokens that it has right need no decode step. Needs the fast decoder.
+            actions: "all" actions of a chunk, or its "first" one, which is what openvla-mini executes.
             **generate_kwargs: Keywords of ``generate`` (sampling, beams, ...); greedy without. With
                 ``num_return_sequences=n`` each sample gives n consecutive actions.
 
         Returns:
             float64 ``(action_dim,)`` for one sample, ``(batch, action_dim)`` for several, in the units of the dataset
-            (OpenVLA's robots: metres, radians, gripper 0 closed to 1 open). With parallel decoding
+            (OpenVLA's robots: metres, radians, gripper 0 closed to 1 open). With parallel decoding, or VQ actions,
             ``(chunk, action_dim)`` and ``(batch, chunk, action_dim)``.
 
         Raises:
@@ -344,8 +352,13 @@ class OpenVLAForActionPrediction(NormStatsMixin, ParallelDecodingModel, Generati
             )
         if "max_new_tokens" in generate_kwargs or "max_length" in generate_kwargs:
             raise OpenVLAValueError(
-                "predict_action generates one token a dimension; leave out max_new_tokens and max_length."
+                "predict_action knows how many tokens an action has; leave out max_new_tokens and max_length."
             )
+        has_chunk = self.config.parallel_decoding or self.config.action_vq is not None
+        if actions not in ("all", "first") or (actions == "first" and not has_chunk):
+            raise OpenVLAValueError(f"actions is 'all', or of a chunk the 'first' one, got {actions!r}.")
+        if draft is not None and self.config.action_vq is not None:
+            raise OpenVLAValueError("draft is for a model whose tokens are bins; leave it out.")
         diffusion = {"noise": noise, "generator": generator, "num_inference_steps": num_inference_steps}
         self._require_diffusion(diffusion)
         prompt = self._prepare_prompt(input_ids, pixel_values, attention_mask)
@@ -364,6 +377,9 @@ class OpenVLAForActionPrediction(NormStatsMixin, ParallelDecodingModel, Generati
             )
             statistics = [entry for entry in statistics for _ in range(len(tokens) // len(statistics))]
             output = output_from_tokens(tokens, self.action_tokenizer, statistics, logits=logits, strict=strict)
+        if actions == "first" and output.actions is not None and output.normalized_actions is not None:
+            output.actions = output.actions[..., 0, :]
+            output.normalized_actions = output.normalized_actions[..., 0, :]
         return output if return_dict else np.asarray(output.actions)
 
     def _prepare_prompt(
@@ -383,6 +399,11 @@ class OpenVLAForActionPrediction(NormStatsMixin, ParallelDecodingModel, Generati
         if arguments["noise"] is not None and arguments["generator"] is not None:
             raise OpenVLAValueError("noise is given, so nothing is drawn from the generator; leave one of them out.")
 
+    def num_action_tokens(self, statistics: Sequence[NormalizationStatistics]) -> int:
+        """Return the number of tokens of a prediction: one a dimension, or one a round of the VQ autoencoder."""
+        vq = self.config.action_vq
+        return statistics[0].dimension if vq is None else int(vq["num_rounds"])
+
     def _predict_tokens(
         self,
         prompt: Prompt,
@@ -393,8 +414,8 @@ class OpenVLAForActionPrediction(NormStatsMixin, ParallelDecodingModel, Generati
         draft: Any,
         return_logits: bool,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Return the action tokens ``(batch, action_dim)``, and with ``return_logits`` the logits behind them."""
-        steps = statistics[0].dimension
+        """Return the action tokens ``(batch, steps)``, and with ``return_logits`` the logits behind them."""
+        steps = self.num_action_tokens(statistics)
         end_ids = generate_kwargs.pop("eos_token_id", self.generation_config.eos_token_id)
         allowed = self.action_token_ids if constrain_actions else None
         samples = generate_kwargs.get("do_sample") or (generate_kwargs.get("num_beams") or 1) > 1

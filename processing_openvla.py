@@ -349,7 +349,7 @@ class OpenVLAProcessor(PushToHub, ProcessorMixin):
         return PROMPTS[self._known_prompt_style()].format(instruction=instruction)
 
     def _clean_instruction(self, instruction: Any) -> str:
-        """Return an instruction as it stands in a prompt, stripped and in lower case; ValueError if it says nothing."""
+        """Return an instruction as it stands in a prompt, in lower case; ValueError if it says nothing."""
         if isinstance(instruction, bytes):
             raise OpenVLAValueError(
                 f"The instruction must be text, got bytes: {instruction!r}; decode them: .decode('utf-8')."
@@ -359,6 +359,8 @@ class OpenVLAProcessor(PushToHub, ProcessorMixin):
         require_characters(instruction)
         if self.package is not None:
             self.package.check_instruction(instruction)
+        if self.prompt_style == "openvla-mini":  # openvla-mini keeps spaces at both ends
+            return instruction.lower().replace("<image>", "")
         return instruction.strip().lower()
 
     def _tokenize_text(

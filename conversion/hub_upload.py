@@ -20,6 +20,10 @@ from ..errors_openvla import OpenVLATypeError, OpenVLAValueError
 from ..saved_folder import INDEX_FILE, LAYOUTS, SHARD_NUMBER, SINGLE_FILE
 
 CARD_FILE = "README.md"
+VQ_LICENSE_NOTE = (
+    "The weights `action_vq.*` are a VQ autoencoder of openvla-mini. It was published (Stanford-ILIAD/pretrain_vq) "
+    "**without a declared licence**; ask its authors before you share or use it."
+)
 SHARD = re.compile("model" + SHARD_NUMBER)
 # Formats that can run code when they are read; nobody should have to trust one, so none is uploaded.
 UNSAFE_SUFFIXES = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth")
@@ -254,6 +258,16 @@ def model_card(config: dict[str, Any], name: str) -> str:
         f"{config['architectures'][0]}: {config['vision_backbone_id']}, {language_model}. Loads with",
         "`trust_remote_code=True`, or after `import openvla`.",
     ]
+    if config.get("action_vq"):
+        chunk, vq = f"{config['chunk_length']} x {config['action_dim']}", config["action_vq"]
+        lines += [
+            "",
+            f"MiniVLA: {vq['num_rounds']} tokens, each one of {vq['num_codes']} codes, are a chunk of {chunk} numbers.",
+        ]
+        lines += ["", VQ_LICENSE_NOTE]
+    if config.get("image_sequence_len"):
+        wrist = ", each moment's main and wrist image" if config.get("use_wrist_image") else ""
+        lines += ["", f"Takes {config['image_sequence_len']} images, the oldest moment first{wrist}."]
     if config.get("parallel_decoding"):
         lines += ["", _chunk_description(config)]
     if config.get("trace_prompting"):

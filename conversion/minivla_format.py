@@ -12,31 +12,42 @@ from ..configuration_openvla import PrismaticConfig
 from ..errors_openvla import OpenVLAValueError
 from .files import read_json
 from .prismatic_registry import VOCABULARY_MULTIPLE
+from .vq_format import VQ_TOKENIZERS
 
-EXTRA_TOKENS = [f"<|extra_{index}|>" for index in range(256)]  # added to the vocabulary, one token per action bin
-# The action tokenizers whose tokens are bins, and whether the bins are <|extra_i|> tokens. The tokens of the others are
-# codes of a vector-quantised autoencoder (VQ), which is stored in files of its own.
+EXTRA_TOKENS = [f"<|extra_{index}|>" for index in range(256)]  # added to the vocabulary, for action bins or codes
+# The action tokenizers whose tokens are bins, and whether the bins are <|extra_i|> tokens; ``VQ_TOKENIZERS`` has those
+# whose tokens are codes of a VQ autoencoder, which is stored in a folder of its own.
 ACTION_TOKENIZERS = {"action_tokenizer": False, "extra_action_tokenizer": True}
+# Preprocessing of evaluation's frames, by the beginning of ``vla.data_mix``.
+IMAGE_PRESETS_BY_DATA = {"libero": "minivla-libero-raw", "bridge": "minivla-simpler"}
 
 
-def require_single_image(source: Path, vla: Mapping[str, Any]) -> None:
-    """Raise ValueError if a run was trained on several images at a time.
+def image_fields(vla: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the configuration's fields of a run that was trained on several images at a time.
 
     Args:
-        source: The run, for the message.
-        vla: The "vla" or "model" fields of its config.json.
+        vla: The "vla" or "model" fields of the run's config.json.
     """
     count, wrist = vla.get("image_sequence_len", 1), vla.get("use_wrist_image", False)
-    if count != 1 or wrist:
-        raise OpenVLAValueError(
-            f"{source} was trained on {count} images at a time (image_sequence_len={count}, use_wrist_image={wrist}); "
-            "this package gives such a model one image so far, which is not what it was trained on. Convert a run with "
-            "image_sequence_len=1."
-        )
+    return {"image_sequence_len": count, "use_wrist_image": wrist} if count != 1 or wrist else {}
 
 
-def bins_are_extra_tokens(source: Path, vla: Mapping[str, Any], llm_backbone_id: str) -> bool:
-    """Return whether action bins are the ``<|extra_i|>`` tokens instead of the last tokens of the vocabulary.
+def vq_tokenizer(source: Path) -> str | None:
+    """Return the name of a native run's action tokenizer if its tokens are codes of a VQ autoencoder."""
+    name = (read_json(source / "config.json").get("vla") or {}).get("action_tokenizer")
+    return name if name in VQ_TOKENIZERS else None
+
+
+def image_preset_of(source: Path) -> str | None:
+    """Return the preset by which openvla-mini prepared evaluation's frames for a run; None for other runs."""
+    vla = read_json(source / "config.json").get("vla") or {}
+    data = str(vla.get("data_mix", ""))
+    presets = (preset for start, preset in IMAGE_PRESETS_BY_DATA.items() if data.startswith(start))
+    return next(presets, None) if "action_tokenizer" in vla else None
+
+
+def actions_are_extra_tokens(source: Path, vla: Mapping[str, Any], llm_backbone_id: str) -> bool:
+    """Return whether action tokens are the ``<|extra_i|>`` tokens instead of the last tokens of the vocabulary.
 
     Args:
         source: The run, for messages.
@@ -44,16 +55,16 @@ def bins_are_extra_tokens(source: Path, vla: Mapping[str, Any], llm_backbone_id:
         llm_backbone_id: The reference's id of the language model.
 
     Raises:
-        ValueError: The run's actions are not bins, or its vocabulary has no such tokens.
+        ValueError: The run's action tokenizer is unknown, or its vocabulary has no such tokens.
     """
     name = vla.get("action_tokenizer", "action_tokenizer")
-    if name not in ACTION_TOKENIZERS:
+    known = {**ACTION_TOKENIZERS, **{name: is_extra for name, (is_extra, _) in VQ_TOKENIZERS.items()}}
+    if name not in known:
         raise OpenVLAValueError(
-            f"{source} was trained with the action tokenizer {name!r}; this package decodes {list(ACTION_TOKENIZERS)} "
-            "so far. Tokens of a VQ tokenizer are codes of a vector-quantised autoencoder: read as bins they would be "
-            "wrong actions."
+            f"{source} was trained with the action tokenizer {name!r}; this package decodes {list(known)}. Tokens of "
+            "another one would be wrong actions."
         )
-    is_extra = ACTION_TOKENIZERS[name]
+    is_extra = known[name]
     if is_extra and not llm_backbone_id.endswith("-extra"):
         raise OpenVLAValueError(
             f"{source}: {name!r} needs the <|extra_i|> tokens, which {llm_backbone_id} does not have."
@@ -64,10 +75,10 @@ def bins_are_extra_tokens(source: Path, vla: Mapping[str, Any], llm_backbone_id:
 def set_vocabulary(source: Path, config: PrismaticConfig, tokenizer: PreTrainedTokenizerBase) -> None:
     """Add a native run's ``<|extra_i|>`` tokens to the tokenizer, and set ``config.pad_to_multiple_of``.
 
-    ``config.text_config.vocab_size - config.pad_to_multiple_of`` is the id at which the action bins end. For Llama-2
+    ``config.text_config.vocab_size - config.pad_to_multiple_of`` is the id at which the action tokens end. For Llama-2
     and Mistral that is 32000 and nothing changes. For the others it follows from the language model's tokenizer, as in
-    openvla-mini: the number of all tokens with ``extra_action_tokenizer``, else the size of the vocabulary proper,
-    without special and added tokens.
+    openvla-mini: the number of all tokens where actions are ``<|extra_i|>`` tokens, else the size of the vocabulary
+    proper, without special and added tokens.
 
     Args:
         source: The run.
@@ -93,13 +104,13 @@ def set_vocabulary(source: Path, config: PrismaticConfig, tokenizer: PreTrainedT
         )
     native = read_json(source / "config.json")
     if "vla" in native:
-        is_extra = bins_are_extra_tokens(source, native["vla"], config.llm_backbone_id)
-    rows_after_bins = embedding_rows - (size if is_extra else tokenizer.vocab_size)
-    if config.pad_to_multiple_of not in (rows_after_bins, VOCABULARY_MULTIPLE):  # the latter is the default
+        is_extra = actions_are_extra_tokens(source, native["vla"], config.llm_backbone_id)
+    rows_behind = embedding_rows - (size if is_extra else tokenizer.vocab_size)
+    if config.pad_to_multiple_of not in (rows_behind, VOCABULARY_MULTIPLE):  # the latter is the default
         raise OpenVLAValueError(
-            f"pad_to_multiple_of is overridden as {config.pad_to_multiple_of}, but was {rows_after_bins} in training."
+            f"pad_to_multiple_of is overridden as {config.pad_to_multiple_of}, but was {rows_behind} in training."
         )
-    config.pad_to_multiple_of = rows_after_bins
+    config.pad_to_multiple_of = rows_behind
 
 
 def padded_vocab_size(vocab_size: int) -> int:

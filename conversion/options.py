@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -45,6 +46,7 @@ class ConvertOptions:
         config_overrides: Fields of config.json.
         image_preset: Preprocessing that evaluation applies to frames; None keeps the source's.
         oft: Options of OpenVLA-OFT.
+        vq: For openvla-mini: folder of the VQ autoencoder whose codes the action tokens are.
     """
 
     max_shard_bytes: int
@@ -53,6 +55,7 @@ class ConvertOptions:
     config_overrides: Mapping[str, Any] = field(default_factory=dict)
     image_preset: str | None = None
     oft: OftOptions = OftOptions()
+    vq: Path | None = None
 
 
 class ConvertedModel(NamedTuple):

@@ -14,7 +14,7 @@ from ..errors_openvla import OpenVLAFileNotFoundError, OpenVLAValueError
 from ..modeling_openvla import STATISTICS_FILE
 from ..prismatic_openvla import SEPARATOR
 from .files import read_json
-from .minivla_format import ACTION_TOKENIZERS, bins_are_extra_tokens, require_single_image
+from .minivla_format import ACTION_TOKENIZERS, actions_are_extra_tokens, image_fields
 from .prismatic_registry import (
     ATTENTION_HEADS,
     BASE_VLMS,
@@ -26,6 +26,7 @@ from .prismatic_registry import (
 )
 from .torch_archive import load_torch_file
 from .tracevla_format import with_trace_prompting
+from .vq_format import vq_tokenizer_name
 
 CHECKPOINT_FOLDER = "checkpoints"
 CHECKPOINT_FILE = "latest-checkpoint.pt"
@@ -126,13 +127,19 @@ def native_tensors(file: Path) -> dict[str, torch.Tensor]:
     }
 
 
-def native_config(source: Path, tensors: Mapping[str, torch.Tensor], overrides: Mapping[str, Any]) -> PrismaticConfig:
+def native_config(
+    source: Path,
+    tensors: Mapping[str, torch.Tensor],
+    overrides: Mapping[str, Any],
+    vq_fields: Mapping[str, Any] | None = None,
+) -> PrismaticConfig:
     """Return the configuration of a native run.
 
     Args:
         source: The run; its config.json names an entry of the registry, or holds the fields.
         tensors: Its tensors, which show the language model's sizes.
         overrides: Fields of the configuration that replace those of the run.
+        vq_fields: Fields of its VQ autoencoder.
 
     Raises:
         ValueError: The run is unknown or cannot be represented, or its padding token does not fit its embedding.
@@ -141,7 +148,7 @@ def native_config(source: Path, tensors: Mapping[str, torch.Tensor], overrides: 
     native = read_json(source / "config.json")
     is_vla = "vla" in native
     fields = _vla_fields(source, native["vla"], overrides) if is_vla else _vlm_fields(source, native["model"])
-    require_single_image(source, native.get("vla") or native["model"])
+    fields |= {**image_fields(native.get("vla") or native["model"]), **(vq_fields or {})}
     if fields["arch_specifier"].endswith("linear"):
         raise OpenVLAValueError(f"A projector of kind {fields['arch_specifier']!r} does not exist in the Hub's model.")
     fields |= _language_model_fields(fields["llm_backbone_id"], tensors, overrides)
@@ -156,7 +163,7 @@ def _vla_fields(source: Path, vla: Any, overrides: Mapping[str, Any]) -> dict[st
     """Return the registry's fields of the base VLM of a native run with actions."""
     vla = vla if isinstance(vla, dict) else {}
     fields = {**COMMON, **BASE_VLMS[_base_vlm(source, vla.get("base_vlm"))]}
-    bins_are_extra_tokens(source, vla, fields["llm_backbone_id"])  # raises where the run's actions are not bins
+    actions_are_extra_tokens(source, vla, fields["llm_backbone_id"])  # raises where its actions cannot be decoded
     if fields["llm_backbone_id"].endswith(CHAT_ENDINGS) and "prompt_style" not in overrides:
         raise OpenVLAValueError(
             f"{source}: {fields['llm_backbone_id']} was prompted through its chat template, which is none of the "
@@ -266,7 +273,7 @@ def native_run_config(config: PrismaticConfig) -> dict[str, Any]:
         ValueError: The reference's registry has no such model.
     """
     fields = {name: getattr(config, name) for name in COMMON}
-    if config.model_type != OpenVLAConfig.model_type:
+    if not isinstance(config, OpenVLAConfig):
         return {"model": fields}
     base_vlm = next((name for name in sorted(BASE_VLMS) if {**COMMON, **BASE_VLMS[name]} == fields), None)
     if base_vlm is None:
@@ -274,12 +281,15 @@ def native_run_config(config: PrismaticConfig) -> dict[str, Any]:
     if config.text_config.model_type != "qwen2":
         return {"vla": {"base_vlm": base_vlm}}
     is_extra = config.llm_backbone_id.endswith("-extra") and config.pad_to_multiple_of < VOCABULARY_MULTIPLE
-    action_tokenizer = next(name for name, uses_extra in ACTION_TOKENIZERS.items() if uses_extra == is_extra)
+    if config.action_vq is not None:
+        action_tokenizer = vq_tokenizer_name(config, is_extra)
+    else:
+        action_tokenizer = next(name for name, uses_extra in ACTION_TOKENIZERS.items() if uses_extra == is_extra)
     return {
         "vla": {
             "base_vlm": base_vlm,
             "action_tokenizer": action_tokenizer,
-            "image_sequence_len": 1,
-            "use_wrist_image": False,
+            "image_sequence_len": config.image_sequence_len or 1,
+            "use_wrist_image": config.use_wrist_image,
         }
     }

@@ -13,6 +13,7 @@ from ..heads_openvla import is_action_head_param
 from ..loading import MODEL_CLASSES
 from ..modeling_openvla import STATISTICS_FILE
 from ..processing_openvla import OpenVLAProcessor
+from ..vq_openvla import VQ_MODULE
 from .direct_io import DirectWriter
 from .files import read_json
 from .from_native import NATIVE_CONFIG_FILE
@@ -30,6 +31,7 @@ from .prismatic_format import (
     to_native_name,
 )
 from .safetensors_io import find_mismatches, parse_size, read_tensors, tensor_shapes, write_shards
+from .vq_format import write_vq
 
 
 def reverse_convert(source: Path, folder: Path) -> ConvertedModel:
@@ -62,9 +64,13 @@ def _write_native_run(source: Path, folder: Path) -> ConvertedModel:
         write_json(folder / STATISTICS_FILE, config.norm_stats or {})
     (folder / CHECKPOINT_FOLDER).mkdir()
     checkpoint = folder / CHECKPOINT_FOLDER / CHECKPOINT_FILE
+    vq_tensors = {name: tensor for name, tensor in read_tensors(files) if name.startswith(f"{VQ_MODULE}.")}
     with DirectWriter(checkpoint) as file:  # torch.save calls only its write and flush
-        torch.save(native_state(read_tensors(files), config), cast(IO[bytes], file))
-    tensors = {to_hub_name(name, config): tensor for name, tensor in native_tensors(checkpoint).items()}
+        others = ((name, tensor) for name, tensor in read_tensors(files) if name not in vq_tensors)
+        torch.save(native_state(others, config), cast(IO[bytes], file))
+    if vq_tensors:
+        write_vq(folder, read_json(folder / "config.json")["vla"]["action_tokenizer"], source, vq_tensors)
+    tensors = vq_tensors | {to_hub_name(name, config): tensor for name, tensor in native_tensors(checkpoint).items()}
     wrong = find_mismatches(read_tensors(files), tensors)
     if wrong:
         native_names = [to_native_name(name, config) for name in wrong]

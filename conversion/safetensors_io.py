@@ -18,6 +18,7 @@ from tqdm import tqdm
 from ..configuration_openvla import write_json
 from ..errors_openvla import OpenVLAValueError
 from ..saved_folder import INDEX_FILE
+from ..vq_openvla import VQ_MODULE
 from .direct_io import PIECE, DirectWriter, Span, read_spans
 
 SIZE_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
@@ -133,7 +134,7 @@ def write_shards(
     Args:
         folder: Where to write.
         tensors: Tensors by name, in the order in which they are written.
-        dtype: Floating-point tensors are cast to it; None keeps each tensor's own.
+        dtype: Floating-point tensors are cast to it, but not those of a VQ autoencoder; None keeps each tensor's own.
         max_shard_bytes: Size above which a new shard is begun. A larger tensor gets a shard of its own.
         transform: Called with name and tensor, one at a time; its result, of the same shape and dtype, is written.
 
@@ -143,9 +144,10 @@ def write_shards(
     Raises:
         ValueError: A tensor read back does not equal what was written.
     """
+    sizes = {id(t): t.numel() * _written_dtype(name, t, dtype).itemsize for name, t in tensors.items()}
     shards = split_state_dict_into_shards_factory(
         dict(tensors),
-        get_storage_size=lambda tensor: tensor.numel() * _written_dtype(tensor, dtype).itemsize,
+        get_storage_size=lambda tensor: sizes[id(tensor)],
         filename_pattern=FILENAME_PATTERN,
         max_shard_size=max_shard_bytes,
     )
@@ -193,7 +195,7 @@ def _make_header(tensors: Mapping[str, torch.Tensor], dtype: torch.dtype | None)
     header: Header = {}
     offset = 0
     for name, tensor in tensors.items():
-        written_dtype = _written_dtype(tensor, dtype)
+        written_dtype = _written_dtype(name, tensor, dtype)
         end = offset + tensor.numel() * written_dtype.itemsize
         header[name] = {
             "dtype": DTYPE_NAMES[written_dtype],
@@ -211,7 +213,7 @@ def _pieces(
     for name, tensor in tensors.items():
         flat = _flat(tensor if transform is None else transform(name, tensor))
         for piece in flat.split(PIECE // flat.itemsize):
-            yield name, _bytes(piece.to(_written_dtype(tensor, dtype)))
+            yield name, _bytes(piece.to(_written_dtype(name, tensor, dtype)))
 
 
 def _write_file(
@@ -277,8 +279,10 @@ def _is_identical(first: torch.Tensor, second: torch.Tensor) -> bool:
     return torch.equal(_flat(first).view(bits), _flat(second).view(bits))
 
 
-def _written_dtype(tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.dtype:
-    return dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
+def _written_dtype(name: str, tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.dtype:
+    """Return the dtype in which a tensor is written; a VQ autoencoder keeps its own."""
+    is_cast = dtype is not None and tensor.is_floating_point() and not name.startswith(f"{VQ_MODULE}.")
+    return dtype if is_cast and dtype is not None else tensor.dtype
 
 
 def _flat(tensor: torch.Tensor) -> torch.Tensor:

@@ -33,13 +33,13 @@ def weights_digest(model: torch.nn.Module) -> str:
 def resolve_image_preset(policy: Policy, image_preset: str | None) -> str:
     """Return the preset of the frames: the argument, else the processor's, else LIBERO's.
 
-    The harness rotates the frames before it sends them, so "libero-raw" becomes "libero".
+    The harness rotates the frames before it sends them, so "libero-raw" becomes "libero". MiniVLA's default is its own.
 
     Raises:
         ValueError: The preset is unknown.
     """
-    preset = image_preset or policy.processor.image_preset or LIBERO_PRESET
-    preset = LIBERO_PRESET if preset == "libero-raw" else preset
+    default = "minivla-libero" if policy.model.config.prompt_style == "openvla-mini" else LIBERO_PRESET
+    preset = (image_preset or policy.processor.image_preset or default).removesuffix("-raw")
     if preset not in IMAGE_PRESETS:
         raise OpenVLAValueError(f"Unknown image_preset {preset!r}. Allowed: {list(IMAGE_PRESETS)}.")
     return preset
@@ -64,10 +64,10 @@ def require_libero_policy(policy: Policy) -> None:
             "policy of another robot. Pass the unnorm_key of a dataset of an arm like LIBERO's, or another model."
         )
     refuse_tracevla(policy)
-    if config.num_images_in_input > 2 or config.proprio_dim not in (None, LIBERO_PROPRIO_DIM):
+    if config.images_per_moment > 2 or config.proprio_dim not in (None, LIBERO_PROPRIO_DIM):
         raise OpenVLAValueError(
             f"LIBERO has 2 cameras (third-person and wrist) and a state of {LIBERO_PROPRIO_DIM} numbers, but this "
-            f"model takes {config.num_images_in_input} images and {config.proprio_dim or 'no'} numbers of proprio."
+            f"model takes {config.images_per_moment} images and {config.proprio_dim or 'no'} numbers of proprio."
         )
     minimum = model.get_action_stats(key).get("min")
     if minimum is not None and minimum[-1] < -0.5:

@@ -31,6 +31,8 @@ from .simulator import INSTALL, INSTRUCTION_SOURCES, choose_renderer, instructio
 logger = logging.getLogger(__name__)
 
 DEFAULT_SUITE = "libero_object"
+# openvla-mini renders frames of the model's size; the harness's default is 256.
+CAMERAS_OF_PRESETS: dict[str, dict[str, int]] = {"minivla-libero": {"camera_size": 224}}
 ACTION_TIMEOUT_S = 1800.0  # a 7B model on a CPU takes minutes per action
 
 
@@ -279,6 +281,7 @@ def _harness_config(settings: EvaluationSettings, output: Path, server_url: str)
             "seed": settings.seed,
             "env_seed": settings.seed,
             "max_steps": settings.max_steps,
+            **CAMERAS_OF_PRESETS.get(settings.image_preset, {}),
         },
         "recording": {
             "record_video": True,

@@ -30,6 +30,7 @@ from vla_eval.specs import (
 )
 
 from ..inference.action_queue import ActionQueue
+from ..inference.image_history import ImageHistory
 from ..inference.policy import Policy
 from ..inference.robot_conventions import convert_action
 from .checks import refuse_tracevla
@@ -72,10 +73,11 @@ class PolicyServer(PredictModelServer):
         self.temporal_ensemble_coeff = temporal_ensemble_coeff
         self.report_episode_result = report_episode_result
         config = policy.model.config
-        self.cameras = list(CAMERAS)[: config.num_images_in_input]
+        self.cameras = list(CAMERAS)[: config.images_per_moment]
         self.takes_proprio = config.proprio_dim is not None
         self.predicts_chunks = config.chunk_length > 1
-        self.queues: dict[str, ActionQueue] = {}  # by session
+        self.queues: dict[str, ActionQueue] = {}  # by session, as the histories
+        self.histories: dict[str, ImageHistory] = {}
 
     def get_observation_params(self) -> dict[str, Any]:
         """Return the observations that the benchmark must send."""
@@ -93,7 +95,7 @@ class PolicyServer(PredictModelServer):
     async def on_episode_start(self, config: dict[str, Any], ctx: SessionContext) -> None:
         """Reset the policy and drop the session's chunks."""
         await super().on_episode_start(config, ctx)
-        self.policy.reset()
+        self.histories[ctx.session_id] = self.policy.new_history()
         if self.predicts_chunks:
             self.queues[ctx.session_id] = ActionQueue(
                 self.policy,
@@ -105,6 +107,7 @@ class PolicyServer(PredictModelServer):
         """Report the result of the episode."""
         await super().on_episode_end(result, ctx)
         self.queues.pop(ctx.session_id, None)
+        self.histories.pop(ctx.session_id, None)
         if result:  # empty after a broken connection
             self.report_episode_result(result)
 
@@ -113,7 +116,8 @@ class PolicyServer(PredictModelServer):
         images = [np.asarray(obs["images"][camera]) for camera in self.cameras]
         state = np.asarray(obs["states"], np.float64) if self.takes_proprio else None
         policy = self.queues[ctx.session_id] if self.predicts_chunks else self.policy
-        action = policy.act(images if len(images) > 1 else images[0], obs["task_description"], state)
+        images = self.histories[ctx.session_id].append(images if len(images) > 1 else images[0])
+        action = policy.act(images, obs["task_description"], state)
         return {"actions": convert_action(action, "libero").astype(np.float32)}
 
 
@@ -123,6 +127,7 @@ class LiberoSuite(LIBEROBenchmark):
     Args:
         task_ids: Tasks of the suite to run.
         first_initial_state: Initial state of a task's first episode; later episodes use the following ones.
+        camera_size: Height and width of the rendered frames.
 
     The other arguments are those of ``LIBEROBenchmark``.
     """
@@ -143,6 +148,7 @@ class LiberoSuite(LIBEROBenchmark):
         send_wrist_image: bool = False,
         send_state: bool = False,
         quat_no_antipodal: bool = True,
+        camera_size: int = LIBERO_ENV_RESOLUTION,
     ) -> None:
         super().__init__(
             suite=suite,
@@ -155,6 +161,7 @@ class LiberoSuite(LIBEROBenchmark):
             quat_no_antipodal=quat_no_antipodal,
         )
         self.task_ids, self.first_initial_state = list(task_ids), first_initial_state
+        self.camera_size = camera_size
 
     def _init_libero(self) -> None:
         """Open the suite with the instructions of ``open_suite``.
@@ -180,8 +187,8 @@ class LiberoSuite(LIBEROBenchmark):
                 task["task_id"],
                 seed=self.env_seed,
                 camera_names=cameras,
-                camera_heights=LIBERO_ENV_RESOLUTION,
-                camera_widths=LIBERO_ENV_RESOLUTION,
+                camera_heights=self.camera_size,
+                camera_widths=self.camera_size,
             )
             self._current_task_id = task["task_id"]
         return super().reset({**task, "episode_idx": task["episode_idx"] + self.first_initial_state})

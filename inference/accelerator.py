@@ -42,7 +42,7 @@ def predict_tokens(
     Raises:
         NoActionError: Logits are not finite.
     """
-    steps = statistics[0].dimension
+    steps = model.num_action_tokens(statistics)
     draft_tokens = None if draft is None else encode_draft(draft, model.action_tokenizer, statistics)
 
     def compute(

@@ -6,12 +6,13 @@ import math
 import threading
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
 from ..actions_openvla import as_numbers
 from ..errors_openvla import OpenVLAValueError
+from .image_history import ImageHistory
 
 
 class ActingPolicy(Protocol):
@@ -19,6 +20,15 @@ class ActingPolicy(Protocol):
 
     def act(self, image: Any, instruction: str, proprio: Any = None) -> np.ndarray:
         """Return an action ``(action_dim,)`` or a chunk ``(chunk, action_dim)``."""
+        ...
+
+
+@runtime_checkable
+class KeepsHistory(Protocol):
+    """A policy whose model may take images of several moments: ``Policy``."""
+
+    def new_history(self) -> ImageHistory:
+        """Return an empty history of images."""
         ...
 
 
@@ -42,6 +52,9 @@ class ActionQueue:
     of past steps are skipped. A chunk is dropped if all its steps are past, if it was requested before the newest one,
     or if it belongs to an earlier episode. Thread-safe: one thread may request and push chunks while another takes
     actions.
+
+    For a model that takes images of several moments the queue keeps its own history, from the images of every ``act``
+    and ``request_async``; call one of them in every control step.
 
     A loop that waits for the policy needs only ``act``:
 
@@ -93,6 +106,7 @@ class ActionQueue:
         self._episode = self._step = 0
         self._pending: RequestId | None = None
         self._chunks: dict[int, np.ndarray] = {}  # key: the step at which the chunk was requested
+        self._history = policy.new_history() if isinstance(policy, KeepsHistory) else None
         self._async_error: Exception | None = None  # raised by the policy in the last asynchronous request
 
     def reset(self) -> None:
@@ -101,6 +115,8 @@ class ActionQueue:
             self._episode += 1
             self._step, self._pending, self._async_error = 0, None, None
             self._chunks.clear()
+        if self._history is not None:
+            self._history.clear()
 
     @property
     def needs_chunk(self) -> bool:
@@ -192,6 +208,7 @@ class ActionQueue:
         Raises:
             ValueError: The queue has no policy, or ``push`` rejects the chunk. Errors of the policy pass through.
         """
+        image = self._with_history(image)
         if self.needs_chunk:
             request_id = self.request()
             try:
@@ -214,6 +231,7 @@ class ActionQueue:
         Returns:
             A future with the return value of ``push``, or the policy's exception; None if no chunk is needed.
         """
+        image = self._with_history(image)
         if not self.needs_chunk:
             return None
         request_id = self.request()
@@ -232,6 +250,10 @@ class ActionQueue:
             return added
 
         return executor.submit(predict_and_push)
+
+    def _with_history(self, image: Any) -> Any:
+        """Return the images that the policy takes: with those of earlier steps, where its model takes several."""
+        return image if self._history is None else self._history.append(image)
 
     def _predict(self, image: Any, instruction: str, proprio: Any) -> np.ndarray:
         if self.policy is None:

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 
-from ..images_openvla import SHIPPED_IMAGE_PRESETS, ImagePreset, center_cropped
+from ..images_openvla import CENTER_CROP_AREA, SHIPPED_IMAGE_PRESETS, ImagePreset, center_cropped
 
 # glibc's polynomials of sinf, close to the Taylor series.
 _SINE = [float.fromhex(c) for c in ("-0x1.555545995a603p-3", "0x1.1107605230bc4p-7", "-0x1.994eb3774cf24p-13")]
@@ -74,6 +74,33 @@ def libero_raw_preset(image: Image.Image, size: Sequence[int]) -> Image.Image:
     return Image.fromarray(center_cropped(lanczos3_resized(jpeg_round_trip(pixels), size), size))
 
 
+def minivla_libero_preset(image: Image.Image, size: Sequence[int]) -> Image.Image:
+    """Mirror an upright frame left to right, then as "minivla-libero-raw": openvla-mini saw LIBERO mirrored."""
+    return _minivla_prepared(image.transpose(Image.Transpose.FLIP_LEFT_RIGHT), size)
+
+
+def minivla_libero_raw_preset(image: Image.Image, size: Sequence[int]) -> Image.Image:
+    """Flip the simulator's own frame upside down, without mirroring it; resize by Lanczos, crop, all by Pillow."""
+    return _minivla_prepared(image.transpose(Image.Transpose.FLIP_TOP_BOTTOM), size)
+
+
+def _minivla_prepared(image: Image.Image, size: Sequence[int]) -> Image.Image:
+    """Resize and crop as openvla-mini's evaluation: in Pillow, the crop's side and corner rounded down to pixels."""
+    height, width = size
+    image = image.resize((width, height), Image.Resampling.LANCZOS)
+    side = np.sqrt(CENTER_CROP_AREA)
+    crop_width, crop_height = int(width * side), int(height * side)
+    left, top = int((width - crop_width) / 2), int((height - crop_height) / 2)
+    cropped = image.crop((left, top, left + crop_width, top + crop_height))
+    return cropped.resize((width, height), Image.Resampling.BILINEAR)
+
+
+def minivla_simpler_preset(image: Image.Image, size: Sequence[int]) -> Image.Image:
+    """Apply JPEG, then Lanczos to 128 pixels and from there, unrounded, to the model's size, without a crop."""
+    small = lanczos3(jpeg_round_trip(np.array(image)), (128, 128))
+    return Image.fromarray(_as_rounded_uint8(lanczos3(small, size)))
+
+
 # Values of ``OpenVLAProcessor.image_preset``: each takes an RGB frame and (height, width) of the model's input, and
 # returns RGB of that size ("none": of the frame's size).
 IMAGE_PRESETS: dict[str, ImagePreset] = {
@@ -81,6 +108,9 @@ IMAGE_PRESETS: dict[str, ImagePreset] = {
     **SHIPPED_IMAGE_PRESETS,
     "libero": libero_preset,
     "libero-raw": libero_raw_preset,
+    "minivla-libero": minivla_libero_preset,
+    "minivla-libero-raw": minivla_libero_raw_preset,
+    "minivla-simpler": minivla_simpler_preset,
 }
 
 
@@ -94,10 +124,18 @@ def lanczos3_resized(pixels: np.ndarray, size: Sequence[int]) -> np.ndarray:
     Returns:
         uint8 ``(*size, channels)``.
     """
+    return _as_rounded_uint8(lanczos3(pixels, size))
+
+
+def lanczos3(pixels: np.ndarray, size: Sequence[int]) -> np.ndarray:
+    """Resize as ``lanczos3_resized``, unrounded: float32 ``(*size, channels)``, which may leave 0 to 255."""
     resized = _weighted_sums(pixels, *_lanczos3_spans(pixels.shape[0], size[0]))
     columns = np.ascontiguousarray(resized.swapaxes(0, 1))
-    resized = _weighted_sums(columns, *_lanczos3_spans(pixels.shape[1], size[1])).swapaxes(0, 1)
-    return np.clip(np.round(resized), 0, 255).astype(np.uint8)
+    return _weighted_sums(columns, *_lanczos3_spans(pixels.shape[1], size[1])).swapaxes(0, 1)
+
+
+def _as_rounded_uint8(values: np.ndarray) -> np.ndarray:
+    return np.clip(np.round(values), 0, 255).astype(np.uint8)
 
 
 @functools.lru_cache(maxsize=32)

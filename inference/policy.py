@@ -30,6 +30,7 @@ from ..modeling_openvla import OpenVLAForActionPrediction
 from ..processing_openvla import OpenVLAImageProcessor, OpenVLAProcessor
 from .cpu_prepack import prepack as prepack_weights
 from .fast_decoder import compile_pointwise
+from .image_history import ImageHistory
 from .merged_products import merge_products
 from .quantization import (
     BACKENDS,
@@ -69,6 +70,9 @@ class Policy:
         unnorm_key: Dataset whose statistics un-normalise the actions to robot units.
         constrain_actions: Decode action tokens only, see ``predict_action``; needed for untrained weights.
         visual_trace: For a TraceVLA, what draws the traces of one camera's episode; None gives frames without.
+        actions: "all" actions of a chunk, or the "first" one alone; see ``predict_action``.
+        history_padding: For a model of several moments, what fills the first steps of an episode: "start" or "end", see
+            ``ImageHistory``.
 
     A prediction with a token that is not an action token raises, because it would move a joint at full speed.
     """
@@ -78,6 +82,8 @@ class Policy:
     unnorm_key: str
     constrain_actions: bool = False
     visual_trace: VisualTrace | None = None
+    actions: str = "all"
+    history_padding: str = "start"
 
     def __post_init__(self) -> None:
         """Validate ``constrain_actions`` and ``visual_trace``.
@@ -91,6 +97,11 @@ class Policy:
             raise OpenVLAValueError(
                 "The model is no TraceVLA (trace_prompting in config.json); leave visual_trace out."
             )
+        self.history = self.new_history()
+
+    def new_history(self) -> ImageHistory:
+        """Return an empty history of images; every robot that uses this policy at the same time needs its own."""
+        return ImageHistory(self.model.config, self.history_padding)
 
     def act(self, image: Any, instruction: str, proprio: Any = None) -> np.ndarray:
         """Predict the next action or action chunk; ``ActionQueue`` returns the actions of a chunk one by one.
@@ -98,7 +109,9 @@ class Policy:
         Args:
             image: Camera image, as the processor takes it: PIL, numpy ``(H, W, 3)`` uint8 or float, torch, a path; for
                 a model of several cameras the list of their images, in the order of training; for a TraceVLA what
-                ``observe`` takes.
+                ``observe`` takes. For a model of several moments the images of this one, whose history is kept from the
+                last ``reset`` on (then every control step needs a call); or all images, the oldest moment first, which
+                leave the kept history unused.
             instruction: Instruction for the robot.
             proprio: Robot state in its own units, ``(proprio_dim,)``, for models trained with it.
 
@@ -109,7 +122,7 @@ class Policy:
             NoActionError: The prediction is not an action.
             ValueError: Image, instruction or proprio do not fit the model.
         """
-        return self._predict(self.observe(image), instruction, proprio)
+        return self._predict(self.history.append(self.observe(image)), instruction, proprio)
 
     def observe(self, image: Any) -> Any:
         """Return what the processor gets for the next step of an episode; only for a TraceVLA other images.
@@ -145,6 +158,7 @@ class Policy:
             proprio=proprio,
             constrain_actions=self.constrain_actions,
             strict=True,
+            actions=self.actions,
         )
         assert isinstance(action, np.ndarray)  # an ActionOutput with return_dict=True only
         return action
@@ -175,7 +189,8 @@ class Policy:
                     self._predict(images, instruction, proprio)
 
     def reset(self) -> None:
-        """Begin an episode: forget the trace of a TraceVLA. The model keeps no state between calls."""
+        """Begin an episode: forget images and trace of the previous one. The model itself keeps no state."""
+        self.history.clear()
         if self.visual_trace is not None:
             self.visual_trace.reset()
 
@@ -191,6 +206,8 @@ def load_policy(
     prepack: bool = False,
     compile: bool = False,
     constrain_actions: bool | None = None,
+    actions: str = "all",
+    history_padding: str = "start",
     warmup: Sequence[str] = (),
     tracker: Tracker | VisualTrace | None = None,
 ) -> Policy:
@@ -214,6 +231,8 @@ def load_policy(
             the compilation.
         constrain_actions: Decode action tokens only (see ``predict_action``), so that images unlike the training data
             give an action, too. None is True for the demo policy, which knows two tasks only, else False.
+        actions: See ``Policy``.
+        history_padding: See ``Policy``.
         warmup: Instructions to predict for before returning (``Policy.warm_up``), so that the first frames do not wait
             for CUDA graphs or the compiler.
         tracker: For a TraceVLA: the point tracker, such as ``CoTracker3``, or a ``VisualTrace`` with settings of your
@@ -284,7 +303,7 @@ def load_policy(
     key = loaded.resolve_unnorm_key(unnorm_key)
     if tracker is not None and not isinstance(tracker, VisualTrace):
         tracker = VisualTrace(tracker, window_size=WINDOW_SIZES.get(key, WINDOW_SIZE))
-    policy = Policy(loaded, processor, key, constrain_actions, tracker)
+    policy = Policy(loaded, processor, key, constrain_actions, tracker, actions, history_padding)
     policy.warm_up([warmup] if isinstance(warmup, str) else warmup)
     return policy
 

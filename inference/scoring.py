@@ -48,10 +48,9 @@ def score_actions(
     """
     if input_ids is None or pixel_values is None or actions is None:
         raise OpenVLAValueError("score_actions needs input_ids, pixel_values and actions.")
-    if model.config.parallel_decoding:
-        raise OpenVLAValueError(
-            "score_actions is for models that predict token by token; this one has parallel decoding."
-        )
+    if model.config.parallel_decoding or model.config.action_vq is not None:
+        kind = "VQ actions" if model.config.action_vq is not None else "parallel decoding"
+        raise OpenVLAValueError(f"score_actions is for models that predict bins token by token; this one has {kind}.")
     prompt = model._prepare_prompt(input_ids, pixel_values, attention_mask)
     batch_size = len(prompt.input_ids)
     statistics = model.batch_statistics(model.batch_keys(unnorm_key, batch_size))

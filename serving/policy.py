@@ -228,6 +228,7 @@ class BatchedPolicy:
             proprio=np.stack(states) if states else None,
             return_dict=batch_size > 1 or first.details,
             constrain_actions=first.constrain_actions,
+            actions=self.policy.actions,
             strict=batch_size == 1,  # in a batch, requests with other tokens are recomputed: see _is_unambiguous
         )
         if not isinstance(output, ActionOutput):
@@ -263,7 +264,7 @@ class BatchedPolicy:
             chunk_length=config.chunk_length,
             cameras=config.num_images_in_input,
             proprio_dim=config.proprio_dim,
-            bin_centers=model.bin_centers.tolist() if has_tokens else None,
+            bin_centers=None if model.bin_centers is None or not has_tokens else model.bin_centers.tolist(),
             image_size=list(self.policy.processor.image_processor.tvf_crop_params[0]["output_size"]),
             image_preset=self.policy.processor.image_preset,
             bits=stored_bits(config),

@@ -488,10 +488,10 @@ SURFACE: tuple[Touch, ...] = (
     ),
     *touches(
         "inference/cuda_graphs training/memory inference/patch_detection parallel_openvla inference/cpu_prepack "
-        "inference/quantized_weights inference/quantization conversion/torch_archive",
+        "inference/quantized_weights inference/quantization conversion/torch_archive vq_openvla",
         "Use the replacement of {name} in {files}, and the old one where torch still has it.",
         *parts("nn.Module.", lambda: SimpleNamespace(**nn.Linear(1, 1).__dict__), *MODULE_DICTS),
-        *members("nn.Module.", "torch.nn:Module.", "_save_to_state_dict", "_load_from_state_dict"),
+        *members("nn.Module.", "torch.nn:Module.", "_save_to_state_dict", "_load_from_state_dict", "_apply"),
         *members("torch.", "torch:", "Tensor._version", "_C._nn._parse_to"),
         *(row(f"torch.ops.mkldnn.{name}", functools.partial(check_onednn, name)) for name in ONEDNN),
         *members("torch._inductor.config.", "torch._inductor.config:", "emulate_precision_casts"),

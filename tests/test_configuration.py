@@ -121,3 +121,32 @@ def test_contradictions_are_refused(fields, message):
 def test_the_default_configuration_is_buildable():
     assert json.loads(OpenVLAConfig().to_json_string())["model_type"] == "openvla"
     assert json.loads(PrismaticConfig().to_json_string())["model_type"] == "prismatic"
+
+
+def test_image_sequence_len_counts_the_images_of_all_moments():
+    config = OpenVLAConfig(image_sequence_len=4, use_wrist_image=True)
+    assert (config.num_images_in_input, config.history_length, config.images_per_moment) == (4, 2, 2)
+    again = OpenVLAConfig.from_dict(config.to_dict())
+    assert (again.num_images_in_input, again.history_length, again.images_per_moment) == (4, 2, 2)
+    oft = OpenVLAConfig(num_images_in_input=2)
+    assert (oft.history_length, oft.images_per_moment) == (1, 2)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"image_sequence_len": 3, "use_wrist_image": True}, "does not fit"),
+        ({"image_sequence_len": 2, "num_images_in_input": 3}, "does not fit num_images_in_input 3"),
+        ({"image_sequence_len": 0}, "image_sequence_len must be a whole number"),
+        ({"use_wrist_image": True}, "image_sequence_len must be a whole number, 1 or more, got None"),
+        ({"action_vq": {}}, "needs action_dim"),
+        ({"action_vq": {}, "action_dim": 7, "parallel_decoding": True}, "no parallel_decoding"),
+        ({"action_vq": {"codes": 3}, "action_dim": 7}, "action_vq takes the fields"),
+        ({"action_vq": {"num_codes": 0}, "action_dim": 7}, "action_vq.num_codes must be a whole number"),
+        ({"action_vq": {"num_codes": 10**6}, "action_dim": 7}, "cannot hold"),
+        ({"chunk_length": 8}, "need parallel_decoding=True"),
+    ],
+)
+def test_contradicting_fields_of_minivla_are_refused(fields, message):
+    with pytest.raises(ValueError, match=message):
+        OpenVLAConfig(**fields)

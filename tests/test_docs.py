@@ -10,6 +10,7 @@ import runpy
 import shlex
 import shutil
 
+import minivla
 import numpy as np
 import pytest
 import transformers
@@ -28,12 +29,14 @@ BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 # tokens than an action's.
 REPLACED = {
     'device_map="cuda"': 'device_map="cpu"',
+    'load_policy("my-minivla", ': 'load_policy("my-minivla", constrain_actions=True, ',
     'load_policy("openvla/openvla-7b", ': 'load_policy("openvla/openvla-7b", constrain_actions=True, ',
     'load_policy("my-tracevla", ': 'load_policy("my-tracevla", constrain_actions=True, ',
 }
 ADDED = {
     "predict --model openvla/openvla-7b": ["--constrain-actions"],
     "convert runs/my-run my-openvla": ["--config-overrides", "sizes.json"],
+    "convert runs/minivla my-minivla": ["--config-overrides", "minivla.json"],
     "finetune": shlex.split(
         "--max-steps 1 --per-device-train-batch-size 2 --num-train-eval-samples 2 --use-cpu --report-to tensorboard"
     ),
@@ -65,6 +68,10 @@ def given(hub, tokenizer, overrides, tmp_path_factory):
     upload_folder(hub, "moojink/openvla-7b-oft-finetuned-libero-spatial", oft_folder("libero", "l1", models / "oft"))
     upload_folder(hub, "furonghuang-lab/tracevla_7b", published_tracevla(models / "tracevla"))
     native_run("fused", folder / "runs" / "my-run")
+    minivla.write_run("vq_libero", folder / "runs" / "minivla")
+    minivla.write_vq(folder / "vq")
+    shutil.copytree(minivla.MINIVLA / "llm", folder / "qwen-tokenizer")
+    write_json(folder / "minivla.json", minivla.OVERRIDES)
     shutil.copytree(plain, folder / "old-finetune")
     shutil.copytree(tokenizer, folder / "llama-2-tokenizer")
     shutil.copytree(REPOSITORY / "examples", folder / "examples")

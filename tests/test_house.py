@@ -13,8 +13,8 @@ SHIPPED = sorted(REPOSITORY.glob("*_openvla.py"))
 ENTRIES = ("configuration_openvla", "modeling_openvla", "prismatic_openvla", "processing_openvla")
 ALLOWED = {"torch", "numpy", "PIL", "transformers", "safetensors", "huggingface_hub"}
 INSTALLED_ONLY = [path for path in MODULES if path not in SHIPPED]
-MAX_SHIPPED_FILES = 14
-MAX_SHIPPED_LINES = 4310
+MAX_SHIPPED_FILES = 15
+MAX_SHIPPED_LINES = 4540
 
 
 def imports(path):

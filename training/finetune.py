@@ -189,6 +189,8 @@ def set_action_config(model: OpenVLAForActionPrediction, action_config: Mapping[
         OpenVLAValueError: Fields are unknown or contradict each other, or the model is an OpenVLA-OFT model already and
             is configured otherwise.
     """
+    if model.config.action_vq is not None:
+        raise OpenVLAValueError("Fine-tuning is for bins and for OpenVLA-OFT; this model has VQ actions (MiniVLA).")
     requested = dict(action_config)
     platform = requested.pop("platform", None)
     if platform is not None and platform not in PLATFORMS:

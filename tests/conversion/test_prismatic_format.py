@@ -224,9 +224,9 @@ def refused(tmp_path, tokenizer, error, match, vla=None, overrides=OVERRIDES, da
 @pytest.mark.parametrize(
     ("vla", "message"),
     [
-        ({"action_tokenizer": "libero_vq_extra_action_tokenizer"}, "codes of a vector-quantised autoencoder"),
-        ({"image_sequence_len": 2}, "2 images at a time"),
-        ({"image_sequence_len": 2, "use_wrist_image": True}, "use_wrist_image=True"),
+        ({"action_tokenizer": "libero_vq_extra_action_tokenizer"}, "codes of a vector-quantised .* by --vq"),
+        ({"action_tokenizer": "fast_action_tokenizer"}, "action tokenizer 'fast_action_tokenizer'; this package"),
+        ({"image_sequence_len": 3, "use_wrist_image": True}, "image_sequence_len 3 does not fit"),
         ({"base_vlm": "prism-qwen25-dinosiglip-224px+0_5b"}, "needs the <.extra_i.> tokens, which qwen25-0_5b-pure"),
         ({"base_vlm": "prism-qwen25-dinosiglip-224px+7b"}, "unknown base_vlm"),
     ],

@@ -352,3 +352,29 @@ def test_cuda_graph_equals_eager(dtype, frames):
     graphs = [graph for graph in model._cuda_graphs.graphs.values() if graph]
     assert graphs
     assert all(type(graph) is CapturedGraph for graph in graphs)
+
+
+MINIVLA = {
+    "action_vq": {"num_codes": 64, "num_rounds": 5, "latent_dim": 6, "hidden_dim": 8},
+    "chunk_length": 4,
+    "action_dim": 7,
+    "image_sequence_len": 4,
+    "use_wrist_image": True,
+    "norm_stats": {"made up": {"action": STATISTICS["action"]}},
+}
+
+
+def test_codes_of_several_images_are_captured(graphed, frames):
+    """MiniVLA: five tokens are a chunk of four actions; codes are decoded outside the graph."""
+    model, processor = build_tiny(**MINIVLA)
+    with torch.no_grad():
+        for buffer in model.action_vq.buffers():
+            buffer.copy_(torch.randn(buffer.shape, generator=torch.Generator().manual_seed(buffer.numel())))
+    model._cuda_graphs = CudaGraphCache(model, EagerGraph)
+    images = [frames["noise"], frames["black"], frames["white"], frames["noise"]]
+    seen = [compare(model, inputs_of(processor, images)) for _ in range(3)]
+    assert seen[0].shape == (5, 64)
+    assert (EagerGraph.captured, EagerGraph.replayed) == (1, 2)
+    assert all(np.array_equal(seen[0], other) for other in seen)
+    assert not np.array_equal(seen[0], compare(model, inputs_of(processor, images[::-1])))
+    assert not np.array_equal(seen[0], compare(model, inputs_of(processor, [frames["white"]] + images[1:])))

@@ -145,3 +145,30 @@ def test_clients_of_a_tracevla_send_one_frame_or_a_frame_and_its_trace(frame):
     tracked = Policy(model, processor, "untrained", True, VisualTrace(lambda video, **points: None))
     with pytest.raises(ValueError, match="follows one camera's episode, and a server has several clients"):
         served_policy.BatchedPolicy(tracked, "tiny", LIMITS)
+
+
+MINIVLA = {
+    "action_vq": {"num_codes": 64, "num_rounds": 5, "latent_dim": 6, "hidden_dim": 8},
+    "chunk_length": 4,
+    "action_dim": 7,
+    "norm_stats": {"made up": {"action": {"q01": [-1.0] * 7, "q99": [1.0] * 7}}},
+}
+
+
+def test_vq_actions_are_served_as_chunks(frame):
+    policy = build_policy(**MINIVLA)
+    with torch.no_grad():
+        for buffer in policy.policy.model.action_vq.buffers():
+            buffer.copy_(torch.randn(buffer.shape, generator=torch.Generator().manual_seed(buffer.numel())))
+    info = policy.info()
+    assert (info.action_dim, info.chunk_length, info.cameras, info.bin_centers) == (7, 4, 1, None)
+    requests = [prepare(policy, frame, f"go {index}") for index in range(3)]
+    batched = policy.predict_batch(requests)
+    alone = [policy.predict_batch([request])[0] for request in requests]
+    for one, other in zip(batched, alone):
+        assert one.output.actions.shape == (4, 7)
+        assert one.output.bin_probabilities.shape == (5, 64)
+        assert np.array_equal(one.output.actions, other.output.actions)
+    policy.policy.actions = "first"
+    first = policy.predict_batch(requests[:1])[0].output.actions
+    assert np.array_equal(first, alone[0].output.actions[0])

@@ -1,0 +1,74 @@
+"""The golden runs of openvla-mini, laid out as its training writes them, and their conversion."""
+
+import bz2
+import io
+import json
+import shutil
+from functools import lru_cache
+
+import numpy as np
+import torch
+from openvla.convert_checkpoint import convert
+from reference import GOLDEN, write_json
+
+MINIVLA = GOLDEN / "minivla"
+SIZES = json.loads((MINIVLA / "sizes.json").read_text())
+RUNS = list(SIZES["runs"])
+LIBERO_VQ = SIZES["runs"]["vq_libero"]["vq"]
+STEP_FILE = "step-150000-epoch-67-loss=0.0934.pt"  # FSDP runs have no latest-checkpoint.pt
+END = SIZES["vocabulary_proper"]  # <|endoftext|>
+# The golden language model's tokenizer and towers are tiny; the published ones need no overrides.
+OVERRIDES = {
+    "timm_model_kwargs": list(SIZES["timm_overrides"].values()),
+    "pad_token_id": END,
+    "text_config": {"bos_token_id": END, "eos_token_id": END},
+}
+
+
+def read_json(name):
+    return json.loads((MINIVLA / name).read_text())
+
+
+@lru_cache
+def weights():
+    """The tensors of the golden checkpoint."""
+    return torch.load(io.BytesIO(bz2.decompress((MINIVLA / "weights/latest-checkpoint.pt.bz2").read_bytes())))
+
+
+def write_run(name, folder):
+    """Write a golden run: config.json, statistics, checkpoints/step-*.pt."""
+    (folder / "checkpoints").mkdir(parents=True)
+    for file in ("config.json", "dataset_statistics.json"):
+        shutil.copy(MINIVLA / "runs" / name / file, folder)
+    model = {component: dict(part) for component, part in weights()["model"].items()}
+    if SIZES["runs"][name]["weights"] == "embedding_last.npz":
+        array = np.load(MINIVLA / "weights/embedding_last.npz")["embedding"]
+        model["llm_backbone"]["llm.model.embed_tokens.weight"] = torch.from_numpy(array)
+    head, embedding = "llm.lm_head.weight", "llm.model.embed_tokens.weight"
+    model["llm_backbone"][head] = model["llm_backbone"][embedding]
+    torch.save({"model": model}, folder / "checkpoints" / STEP_FILE)
+    return folder
+
+
+def write_vq(folder):
+    """Write the VQ folders of openvla-mini's registry; the given folder stands for its vq/."""
+    for source in (MINIVLA / "vq").iterdir():
+        target = folder / source.name
+        (target / "checkpoints").mkdir(parents=True)
+        shutil.copy(source / "config.json", target)
+        packed = (source / "checkpoints/model.pt.bz2").read_bytes()
+        (target / "checkpoints/model.pt").write_bytes(bz2.decompress(packed))
+    return folder
+
+
+def convert_run(name, folder, vq, **kwargs):
+    """Convert a golden run in float32; return the native run and the Hub folder."""
+    run = write_run(name, folder / "run")
+    kwargs = {"dtype": "fp32", "config_overrides": OVERRIDES, "tokenizer": MINIVLA / "llm", **kwargs}
+    convert(run, folder / name, vq=vq if SIZES["runs"][name]["vq"] else None, **kwargs)
+    return run, folder / name
+
+
+def tiny_json(path, content):
+    write_json(path, content)
+    return path
