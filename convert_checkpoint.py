@@ -8,7 +8,7 @@ Sources, told apart by their content, from a folder or by Hub id (organization/n
                        (MiniVLA; --vq names the VQ autoencoder of runs whose actions are its codes)
   a Hub folder         config.json of type openvla or prismatic and safetensors: code, configuration, statistics and
                        processor are made current, weights are linked or copied untouched. pytorch_model.bin files
-                       become safetensors.
+                       become safetensors. A TraceVLA is recognised by its separator's tensor, here and in native runs.
   an OpenVLA-OFT folder  the same with part files (action_head--150000_checkpoint.pt, proprio_projector,
                        noisy_action_projector, vision_backbone for FiLM), which become part of the weights, or with
                        lora_adapter/ alone, which is merged into its base. Head and dimensions are read from the parts;

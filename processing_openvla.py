@@ -478,8 +478,9 @@ def _pair_with_traces(images: Any, count: int, is_single: bool) -> tuple[list[li
 
     A prompt with one image has no trace, and gets it twice; ``is_single``: ``images`` are those of one prompt.
     """
-    nested = isinstance(images, (list, tuple)) and isinstance(next(iter(images), None), (list, tuple))
-    samples = [images] if is_single and not nested else list(images)
+    images = list(images) if getattr(images, "ndim", 0) == 4 or isinstance(images, tuple) else images
+    nested = isinstance(images, list) and isinstance(next(iter(images), None), (list, tuple))
+    samples = images if isinstance(images, list) and (nested or not is_single) else [images]
     pairs = [list(sample) if isinstance(sample, (list, tuple)) else [sample] for sample in samples]
     if len(pairs) != count:
         raise OpenVLAValueError(

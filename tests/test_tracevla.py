@@ -125,6 +125,19 @@ def test_other_numbers_of_images_are_refused(processor, instruction, images, mes
         processor(instruction=instruction, images=[golden_image("r0")] * images)
 
 
+def test_arrays_tuples_and_nested_lists_are_the_same_images(processor):
+    pair = [np.array(golden_image(name)) for name in ("r0", "o0")]
+    expected = processor(instruction="go", images=pair)
+    for images in (tuple(pair), [pair], np.stack(pair), torch.from_numpy(np.stack(pair))):
+        inputs = processor(instruction="go", images=images)
+        assert all(torch.equal(inputs[name], tensor) for name, tensor in expected.items())
+    two = processor(instruction=["go", "go"], images=np.stack(pair))  # two frames without a trace
+    assert torch.equal(two["pixel_values"][1], processor(instruction="go", images=pair[1])["pixel_values"][0])
+    for images in (golden_image("r0"), pair[0]):
+        with pytest.raises(ValueError, match="2 instructions but 1 images"):
+            processor(instruction=["go", "stop"], images=images)
+
+
 def test_whole_prompts_of_either_kind_give_no_warning(processor, monkeypatch):
     warnings = []
     monkeypatch.setattr("openvla.inference.prompt_checks.logger.warning", warnings.append)
