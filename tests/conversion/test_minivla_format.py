@@ -9,14 +9,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hub import upload_folder
 from minivla import LIBERO_VQ, MINIVLA, OVERRIDES, RUNS, SIZES, STEP_FILE, convert_run, read_json, write_run, write_vq
 from openvla import AutoModelForVision2Seq
+from openvla.conversion.merge import merge
 from openvla.conversion.torch_archive import load_torch_file
 from openvla.conversion.upgrade import upgrade
 from openvla.conversion.verify import verify
 from openvla.conversion.vq_format import VQ_TOKENIZERS
 from openvla.convert_checkpoint import convert
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 pytestmark = pytest.mark.lane
 
@@ -179,6 +181,33 @@ def test_vq_is_for_native_runs_only(vq_folder, tmp_path):
     _, hub = convert_run("vq_libero", tmp_path, vq_folder)
     with pytest.raises(ValueError, match="is no native run; --vq is for MiniVLA's runs"):
         convert(hub, tmp_path / "other", vq=vq_folder)
+
+
+def test_an_adapter_of_a_model_with_vq_actions_is_merged(vq_folder, tmp_path):
+    pytest.importorskip("peft")
+    _, hub = convert_run("vq_libero", tmp_path, vq_folder)
+    model = AutoModelForVision2Seq.from_pretrained(hub, torch_dtype=torch.float32)
+    model.enable_lora(r=2)
+    assert not [name for name, parameter in model.named_parameters() if "action_vq" in name]
+    model.save_pretrained(tmp_path / "adapter")
+    merge(tmp_path / "adapter", tmp_path / "merged")
+    before, after = (load_file(folder / "model.safetensors") for folder in (hub, tmp_path / "merged"))
+    equal_states({n: t for n, t in before.items() if "vq" in n}, {n: t for n, t in after.items() if "vq" in n})
+    # An adapter was trained on the codes of its base's autoencoder, and fits no other one.
+    before["action_vq.codebooks"] += 1
+    save_file(before, hub / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="has other weights"):
+        merge(tmp_path / "adapter", tmp_path / "other")
+
+
+def test_run_and_autoencoder_may_lie_on_the_hub(hub, here, vq_folder, tmp_path):
+    upload_folder(hub, "Stanford-ILIAD/minivla", write_run("vq_libero", tmp_path / "run"))
+    upload_folder(hub, "Stanford-ILIAD/pretrain_vq", vq_folder)
+    vq = f"Stanford-ILIAD/pretrain_vq/{LIBERO_VQ}"
+    kwargs = {"tokenizer": MINIVLA / "llm", "config_overrides": OVERRIDES, "dtype": "fp32"}
+    convert("Stanford-ILIAD/minivla", tmp_path / "hub", vq=vq, **kwargs)
+    convert(tmp_path / "run", tmp_path / "local", vq=vq_folder, **kwargs)
+    equal_states(*(load_file(tmp_path / name / "model.safetensors") for name in ("hub", "local")))
 
 
 BARE = """
