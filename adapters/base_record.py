@@ -61,7 +61,7 @@ def record_base(model: OpenVLAForActionPrediction) -> BaseRecord:
     if stored and is_quantized(model):
         return stored.copy()
     source = model.config._name_or_path
-    parameters = list(model.named_parameters())
+    parameters: list[tuple[str, torch.Tensor]] = list(model.named_parameters())
     parameters += [(name, buffer) for name, buffer in model.named_buffers() if name.startswith(f"{VQ_MODULE}.")]
     in_memory = not is_quantized(model) and not any(p.is_meta or p.dtype == torch.float16 for _, p in parameters)
     weights: str | None

@@ -8,7 +8,7 @@ import PIL
 import pytest
 import torch
 from minivla import LIBERO_VQ, MINIVLA, RUNS, SIZES, convert_run, read_json, write_vq
-from openvla import ActionTokenizer, AutoModelForVision2Seq, AutoProcessor, VQActionTokenizer
+from openvla import ActionTokenizer, AutoModelForVision2Seq, AutoProcessor, Policy, VQActionTokenizer
 from openvla.inference.robot_conventions import convert_action
 from reference import FEATURE_ATOL, LOGIT_ATOL
 
@@ -319,3 +319,10 @@ def test_actions_reach_libero_as_openvla_mini_s(name):
             expected[-1] = 1.0  # half open: np.sign gives 0 there, which is no command; here the gripper closes
         action[-1] = np.clip(action[-1], 0, 1)  # as openvla evaluate does; convert_action refuses 1.3
         assert convert_action(np.array(action), "libero").tolist() == expected
+
+
+def test_a_policy_executes_the_first_action_where_asked(loaded):
+    case = next(case for case in CASES if case["run"] == "vq_wrist" and case["codes_clipped"] == 0)
+    policy = Policy(*loaded("vq_wrist"), "libero_90", actions="first")
+    action = policy.act([image(index) for index in case["images"]], case["instruction"])
+    np.testing.assert_allclose(action, case["action"], rtol=0, atol=VQ_ATOL)
