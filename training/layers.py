@@ -86,10 +86,10 @@ def prepared_layers(
             layer.forward = forward if compiler is None else compiler.wrap(forward)
         yield
     finally:
-        for layer, forward in before:
+        for layer, previous in before:
             del layer.forward
-            if forward is not None:
-                layer.forward = forward
+            if previous is not None:
+                layer.forward = previous
         if compiler is not None:
             torch.compiler.reset()  # dynamo compiles a function 8 times at most: the next run begins anew
 

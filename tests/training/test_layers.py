@@ -120,6 +120,27 @@ def test_compiled_run_has_the_losses_of_a_plain_one_when_resumed_too(base, tmp_p
     np.testing.assert_allclose(losses(tmp_path / "compiled"), losses(tmp_path / "plain")[12:], rtol=LOSS_RTOL)
 
 
+# torch's, where it traces the autograd functions of bitsandbytes.
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.parametrize("kind", ["qlora", "tokens", "l1", "diffusion"])
+def test_every_kind_of_run_has_the_losses_of_uncompiled_layers(base, kind, tmp_path, monkeypatch):
+    """Layers are traced and run as traced: inductor compiles the same graphs in the runs above."""
+    if kind == "qlora":
+        pytest.importorskip("bitsandbytes")
+    monkeypatch.setattr("torch._dynamo.lookup_backend", lambda name: lambda graph, inputs: graph.forward)
+    changes = {"method": "qlora" if kind == "qlora" else "lora", "lora_rank": 4, "num_train_eval_samples": 1}
+    if kind != "qlora":
+        head = None if kind == "tokens" else kind
+        film = {"num_images_in_input": 2, "use_film": kind == "l1"}
+        changes["action_config"] = {"platform": "libero", "action_head": head, **film}
+    data = InMemoryData(chunk=1 if kind == "qlora" else 8)
+    finetune(settings(base, tmp_path / "plain", **changes), data)
+    finetune(settings(base, tmp_path / "traced", **changes, compile="layers"), data)
+    np.testing.assert_allclose(losses(tmp_path / "traced"), losses(tmp_path / "plain"), rtol=LOSS_RTOL)
+    lines = [json.loads(line) for line in (tmp_path / "traced" / "metrics.jsonl").read_text().splitlines()]
+    assert len({line["compiled_graphs"] for line in lines}) == 1
+
+
 @needs_compiler
 @pytest.mark.slow
 @pytest.mark.parametrize("distributed", ["ddp", "fsdp"])
