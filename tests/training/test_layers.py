@@ -13,7 +13,7 @@ pytest.importorskip("accelerate")
 from openvla.tiny import build_tiny
 from openvla.training.checkpointing import checkpoints
 from openvla.training.collator import ActionCollator
-from openvla.training.finetune import LENGTH_MULTIPLE, finetune
+from openvla.training.finetune import LENGTH_MULTIPLE, finetune, set_adapter_dtype
 from openvla.training.layers import LayerCompiler, prepared_layers, repeated_layers
 from predictions import needs_compiler
 from reference import REPOSITORY
@@ -58,6 +58,16 @@ def test_prepared_layers_have_the_gradients_of_plain_ones(checkpointing):
     assert actual.keys() == expected.keys()
     for name, gradient in expected.items():
         assert (actual[name] - gradient).norm() <= GRADIENT_RTOL * gradient.norm(), name
+
+
+def test_adapters_in_bfloat16_need_a_base_in_bfloat16():
+    model, _ = lora_model()
+    with pytest.raises(ValueError, match=r"needs a base in bfloat16, this one is loaded in torch.float32"):
+        set_adapter_dtype(model)
+    model, _ = build_tiny()
+    model.to(torch.bfloat16).enable_lora(r=4)
+    set_adapter_dtype(model)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
 
 
 def test_layers_are_restored_after_the_context():
