@@ -308,7 +308,9 @@ class PrismaticForConditionalGeneration(PrismaticPreTrainedModel, GenerationMixi
                 position_ids = positions_of(mask)
             if labels is not None:
                 ignored = labels.new_full(patches.shape[:2], IGNORE_INDEX)
-                labels = insert_after_bos(labels, ignored, bos.to(labels.device))
+                # Labels on the host, as in training, must not wait for the device.
+                start = labels.new_zeros(len(labels)) if mask is None else bos.to(labels.device)
+                labels = insert_after_bos(labels, ignored, start)
         returns_tuple = self._returns_tuple(return_dict)
         projector_features = patches if output_projector_features or not returns_tuple else None
         if logits_at_labels:

@@ -1,130 +1,163 @@
-"""Samples per second and peak memory of a LoRA step, compared with the reference's code on the same weights.
+"""Samples per second and peak memory of a LoRA step, compared with the published code's on the same weights.
 
-    python benchmarks/training.py --reference DIR --reference-python PY [--batch 4] [--rounds 5]
+    python benchmarks/training.py --reference DIR --reference-python PY                            # a CPU, 1/8 width
+    python benchmarks/training.py --device cuda --size full --batch 8 16 --reference DIR --reference-python PY
 
 DIR is a folder with the published remote code (configuration_prismatic.py, modeling_prismatic.py), PY a Python in whose
 environment it runs (transformers 4.40.1, timm 0.9, peft 0.11.1); without them only this package is measured. The model
-has OpenVLA-7B's depth at an eighth of its width; --vocabulary 32000 gives it Llama-2's head too, whose share of the
-work is then eight times that in OpenVLA-7B. Float32, rank 32 on all linear layers, AdamW. Each side runs in its own
-process; they alternate, and medians are reported. Memory is the peak resident memory in training (VmHWM, reset after
-loading), interpreter and libraries included, reported with the memory before the first step. The losses of all steps
-are compared: the sides train the same adapters on the same batch.
+has OpenVLA-7B's depth at an eighth of its width, or its size. Each process builds the same weights on its device. Rank
+32 on all linear layers, AdamW; float32 on a CPU, bfloat16 on a GPU, under autocast as published. The processes
+alternate on a CPU and follow each other on a GPU, whose memory holds one of them; medians are reported. Memory is the
+device's peak, on a CPU the peak resident memory in training (VmHWM, reset after building). The losses of all steps are
+compared: the sides train the same adapters on the same batch. The loader alone prepares samples of noise frames, with
+augmentation, in --workers processes.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import sys
 import tempfile
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
-from openvla import OpenVLAForActionPrediction
 from openvla.adapters.targets import lora_targets
-from openvla.benchmarking.sizes import overrides
+from openvla.benchmarking.sizes import action_token_range, build_configuration
 from openvla.benchmarking.worker_process import WorkerProcess
+from openvla.data.augmentation import ImageAugmentation
 from openvla.data.episodes import Step
 from openvla.default_processor import default_processor
-from openvla.tiny import UNTRAINED_KEY, build_config, build_model, build_tokenizer
+from openvla.modeling_openvla import OpenVLAForActionPrediction
 from openvla.training.collator import ActionCollator
+from openvla.training.finetune import LENGTH_MULTIPLE
+from torch.utils.data import DataLoader, IterableDataset
 
-WARM = 1
+WARM = 2
 WORKER = Path(__file__).with_name("training_worker.py")
 INSTRUCTIONS = ("pick up the red block", "open the middle drawer of the cabinet")
+LOADED_BATCHES = 20
 
 
-def write_sides(folder: Path, size: str, vocabulary: int, batch: int) -> None:
-    """Write the base with seeded weights in the published layout, and a batch of noise."""
-    tokenizer = build_tokenizer(vocabulary)
-    fields = overrides(size)
-    if fields and vocabulary:
-        fields["text_config"]["vocab_size"] = tokenizer.pad_token_id + 64
-    fields |= {"llm_backbone_id": "llama2-7b-pure"}
-    model = build_model(build_config(tokenizer, **fields))
-    processor = default_processor(model.config, tokenizer)
-    model.save_pretrained(folder / "base")
-    (folder / "targets.json").write_text(json.dumps(lora_targets(model, "all-linear")))
-    random = np.random.RandomState(0)
-    steps = [
-        Step(
-            images=(random.randint(0, 256, (224, 224, 3), dtype=np.uint8),),
-            instruction=INSTRUCTIONS[index % 2],
-            actions=random.uniform(-1, 1, (1, 7)),
-            is_padding=np.zeros(1, dtype=bool),
-            proprio=None,
-            dataset=UNTRAINED_KEY,
-            episode_id=str(index),
-            index=0,
-        )
-        for index in range(batch)
-    ]
-    torch.save(ActionCollator(processor, model)(steps), folder / "batch.pt")
+class NoiseSteps(IterableDataset):
+    """An endless stream of steps with noise frames."""
+
+    def __init__(self, dataset: str) -> None:
+        self.dataset = dataset
+
+    def __iter__(self) -> Iterator[Step]:
+        random = np.random.RandomState(0)
+        for index in itertools.count():
+            yield Step(
+                images=(random.randint(0, 256, (224, 224, 3), dtype=np.uint8),),
+                instruction=INSTRUCTIONS[index % 2],
+                actions=random.uniform(-1, 1, (1, 7)),
+                is_padding=np.zeros(1, dtype=bool),
+                proprio=None,
+                dataset=self.dataset,
+                episode_id=str(index),
+                index=0,
+            )
+
+
+def write_inputs(folder: Path, size: str, batch: int, workers: int) -> float:
+    """Write the configuration, what is adapted and a batch of noise; return the samples per second of the loader."""
+    config, tokenizer = build_configuration(size, llm_backbone_id="llama2-7b-pure")  # the published code knows it
+    with torch.device("meta"):
+        model = OpenVLAForActionPrediction(config)
+    processor = default_processor(config, tokenizer)
+    config.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    about = {"targets": lora_targets(model, "all-linear"), "action_tokens": action_token_range(model)}
+    (folder / "about.json").write_text(json.dumps(about))
+    steps = NoiseSteps(next(iter(model.norm_stats)))
+    for name, multiple in (("reference", 1), ("ours", LENGTH_MULTIPLE)):
+        collator = ActionCollator(processor, model, pad_to_multiple_of=multiple)
+        torch.save(collator(list(itertools.islice(steps, batch))), folder / f"{name}.pt")
+    augmenting = ActionCollator(processor, model, ImageAugmentation(), pad_to_multiple_of=LENGTH_MULTIPLE)
+    batches = iter(DataLoader(steps, batch, collate_fn=augmenting, num_workers=workers))
+    for _ in range(2 * workers + 1):  # those that were prepared while the workers started
+        next(batches)
+    start = time.perf_counter()
+    for _ in range(LOADED_BATCHES):
+        next(batches)
+    return LOADED_BATCHES * batch / (time.perf_counter() - start)
 
 
 def side(name: str, folder: Path, args: argparse.Namespace, **environment: str) -> WorkerProcess:
     """Start a process that takes a training step on request."""
     python = args.reference_python if name == "reference" else sys.executable
-    command = [python, WORKER, name, folder, args.threads]
+    command = [python, WORKER, name, folder, args.size, args.device, args.threads]
     command += ["--code", args.reference] if name == "reference" else []
     return WorkerProcess(command, {**os.environ, "OMP_NUM_THREADS": str(args.threads), **environment})
 
 
-def peak(name: str, folder: Path, args: argparse.Namespace) -> tuple[int, int]:
-    """Return the peak resident bytes of two steps, and the bytes before them."""
+def peak(name: str, folder: Path, args: argparse.Namespace) -> int:
+    """Return the peak resident bytes of two steps on a CPU, in a process of its own."""
     worker = side(name, folder, args, MALLOC_MMAP_THRESHOLD_=str(2**16))
     worker.request()
     last = worker.request()
     worker.stop()
-    return last["peak"], worker.info["before"]
+    return last["peak"]
 
 
-def compare(folder: Path, args: argparse.Namespace) -> None:
-    """Alternate between the sides, and print a line for each."""
-    names = [*(["reference"] if args.reference else []), "ours", "checkpointing"]
-    sides = {name: side(name, folder, args) for name in names}
+def measure(names: list[str], folder: Path, args: argparse.Namespace) -> dict[str, list[dict]]:
+    """Return the steps of every side: in alternation on a CPU, one side after the other on a GPU."""
     steps: dict[str, list[dict]] = {name: [] for name in names}
-    for _ in range(WARM + args.rounds):
-        for name, worker in sides.items():
-            steps[name].append(worker.request())
-    for worker in sides.values():
-        worker.stop()
-    memory = {name: peak(name, folder, args) for name in names}
-    first = steps[names[0]]
-    rate = args.batch / np.median([step["seconds"] for step in first[WARM:]])
-    print("| step | s | samples/s | ratio | peak MB | ratio | before MB | trained | largest difference of losses |")
+    for group in [names] if args.device == "cpu" else [[name] for name in names]:
+        workers = {name: side(name, folder, args) for name in group}
+        for _ in range(WARM + args.rounds):
+            for name, worker in workers.items():
+                steps[name].append(worker.request())
+        for worker in workers.values():
+            worker.stop()
+    return steps
+
+
+def compare(folder: Path, batch: int, args: argparse.Namespace) -> None:
+    """Print a line for each side."""
+    names = [*(["reference"] if args.reference else []), *args.sides]
+    steps = measure(names, folder, args)
+    peaks = {name: peak(name, folder, args) if args.device == "cpu" else steps[name][-1]["peak"] for name in names}
+    first, losses = names[0], {name: [step["loss"] for step in steps[name]] for name in names}
+    seconds = {name: float(np.median([step["seconds"] for step in steps[name][WARM:]])) for name in names}
+    print("| step | s | samples/s | ratio | peak MB | ratio | trained | first step s | largest difference of losses |")
     print("|---|---|---|---|---|---|---|---|---|")
-    for name, worker in sides.items():
-        seconds = float(np.median([step["seconds"] for step in steps[name][WARM:]]))
-        most, before = memory[name]
-        off = max(abs(a["loss"] - b["loss"]) for a, b in zip(steps[name], first))
-        row = [name, f"{seconds:.2f}", f"{args.batch / seconds:.3f}", f"{args.batch / seconds / rate:.2f}x"]
-        row += [f"{most / 1e6:.0f}", f"{most / memory[names[0]][0]:.2f}x", f"{before / 1e6:.0f}"]
-        row += [f"{worker.info['trained'] / 1e6:.2f} M", f"{off:.1e}"]
-        print("| " + " | ".join(row) + " |", flush=True)
-    losses = [step["loss"] for step in first]
-    print(f"losses of {names[0]}: {', '.join(f'{loss:.4f}' for loss in losses)}\n", flush=True)
+    for name in names:
+        off = max(abs(a - b) for a, b in zip(losses[name], losses[first]))
+        row = [name, f"{seconds[name]:.3f}", f"{batch / seconds[name]:.2f}", f"{seconds[first] / seconds[name]:.2f}x"]
+        row += [f"{peaks[name] / 1e6:.0f}", f"{peaks[name] / peaks[first]:.2f}x"]
+        row += [f"{steps[name][0]['trained'] / 1e6:.2f} M"]
+        print("| " + " | ".join([*row, f"{steps[name][0]['seconds']:.1f}", f"{off:.1e}"]) + " |", flush=True)
+    print(f"losses of {first}: {', '.join(f'{loss:.4f}' for loss in losses[first])}\n", flush=True)
 
 
 def main() -> None:
-    """Measure with each vocabulary."""
+    """Measure with each batch size."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--reference", type=Path, help="folder of the published remote code")
     parser.add_argument("--reference-python", default=sys.executable)
-    parser.add_argument("--size", choices=("tiny", "eighth"), default="eighth")
-    parser.add_argument("--vocabulary", type=int, nargs="+", default=[0], help="0: no larger than needed (675)")
-    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--size", choices=("tiny", "eighth", "full"), default="eighth")
+    parser.add_argument("--sides", nargs="+", help="of plain, compiled, selective, bf16, checkpointing")
+    parser.add_argument("--batch", type=int, nargs="+", default=[4])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--workers", type=int, default=1, help="processes of the loader")
     args = parser.parse_args()
-    print(f"torch {torch.__version__}, {args.threads} CPU threads, float32, {args.size} size, batch {args.batch}\n")
-    for vocabulary in args.vocabulary:
+    args.sides = args.sides or ["plain", "compiled", "selective", *(["bf16"] if args.device == "cuda" else [])]
+    device = torch.cuda.get_device_name() if args.device == "cuda" else f"CPU, {args.threads} threads"
+    for batch in args.batch:
+        print(f"torch {torch.__version__}, {device}, {args.size} size, batch {batch}\n")
         with tempfile.TemporaryDirectory() as folder:
-            write_sides(Path(folder), args.size, vocabulary, args.batch)
-            print(f"vocabulary {OpenVLAForActionPrediction.config_class.from_pretrained(f'{folder}/base').vocab_size}")
-            compare(Path(folder), args)
+            rate = write_inputs(Path(folder), args.size, batch, args.workers)
+            compare(Path(folder), batch, args)
+        print(f"the loader alone, {args.workers} workers: {rate:.1f} samples/s\n", flush=True)
 
 
 if __name__ == "__main__":

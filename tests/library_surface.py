@@ -54,8 +54,6 @@ EVERYWHERE = "**/*.py"
 OUTPUTS, LLAMA = "modeling_outputs.py", "models/llama/modeling_llama.py"
 CACHE = "cache" if VERSION >= (5, 24) else "past_key_values"
 CACHE_SEEN = "past_key_values 4.40.1 to 5.23.0, cache 5.24.0"
-CHECKPOINTING = "activation_checkpointing_" if VERSION >= (5, 24) else "gradient_checkpointing_"
-SWITCH_SEEN = "gradient_checkpointing 4.40.1 to 5.23.0, activation_checkpointing 5.24.0"
 FLASH = "_supports_flash_attn" if VERSION >= (4, 54) else "_supports_flash_attn_2"
 REGISTER = "image_processor_classes" if V5 else "slow_image_processor_class"
 REGISTER = "image_processor_class" if VERSION < (4, 42) else REGISTER
@@ -342,7 +340,7 @@ def layers() -> tuple[Touch, ...]:
     change = (
         "Write the layers out with the new name of {name}, or drop the family: _Layer in inference/fast_decoder.py."
     )
-    return touches("inference/fast_decoder training/memory parallel_openvla", change, *rows)
+    return touches("inference/fast_decoder parallel_openvla", change, *rows)
 
 
 def forwards() -> tuple[Touch, ...]:
@@ -393,11 +391,6 @@ SURFACE: tuple[Touch, ...] = (
         row("PretrainedConfig.dtype", check_dtype, None, "torch_dtype 4.40.1 and 4.49.0, dtype 4.57.6 to 5.24.0"),
     ),
     *touches(
-        "training/activation_checkpointing",
-        "Use the new name of {name} in {files}.",
-        *members(f"PreTrainedModel.{CHECKPOINTING}", MODEL + CHECKPOINTING, "enable", "disable", seen=SWITCH_SEEN),
-    ),
-    *touches(
         "inference/fast_decoder configuration_openvla",
         "Read {name} from its new place, in {files}: _rotary_fields, unsupported_reason, _for_every_version.",
         row(f"PretrainedConfig.{ROPE}", holds(config_of, ROPE), seen=ROPE_SEEN),
@@ -405,8 +398,8 @@ SURFACE: tuple[Touch, ...] = (
         row("rope_parameters.rope_type", functools.partial(check_rope_key, "rope_type"), ROPE_TYPE, "5.5.4 to 5.24.0"),
     ),
     *touches(
-        "compatibility_openvla training/memory vision_openvla",
-        "Set and ask for the new name of {name} in {files}: VisionTower, is_checkpointing, _memory_efficient_forwards.",
+        "compatibility_openvla vision_openvla",
+        "Set and ask for the new name of {name} in {files}: VisionTower, is_checkpointing.",
         row("LlamaModel.gradient_checkpointing", holds(lambda: part_of("Llama", "Model"), "gradient_checkpointing")),
     ),
     *touches(
@@ -461,7 +454,7 @@ SURFACE: tuple[Touch, ...] = (
     ),
     *layers(),
     *touches(
-        "adapters/lora adapters/peft_methods training/memory conversion/merge inference/cpu_prepack",
+        "adapters/lora adapters/peft_methods conversion/merge inference/cpu_prepack",
         "Look at peft's layers under the new name of {name}, and under the old one for older peft, in {files}.",
         *members("peft.", "peft:", "inject_adapter_in_model"),
         *members("peft.", "peft.tuners.tuners_utils:", "BaseTunerLayer"),
@@ -487,7 +480,7 @@ SURFACE: tuple[Touch, ...] = (
         library="bitsandbytes",
     ),
     *touches(
-        "inference/cuda_graphs training/memory inference/patch_detection parallel_openvla inference/cpu_prepack "
+        "inference/cuda_graphs training/layers inference/patch_detection parallel_openvla inference/cpu_prepack "
         "inference/quantized_weights inference/quantization conversion/torch_archive vq_openvla",
         "Use the replacement of {name} in {files}, and the old one where torch still has it.",
         *parts("nn.Module.", lambda: SimpleNamespace(**nn.Linear(1, 1).__dict__), *MODULE_DICTS),
@@ -495,6 +488,7 @@ SURFACE: tuple[Touch, ...] = (
         *members("torch.", "torch:", "Tensor._version", "_C._nn._parse_to"),
         *(row(f"torch.ops.mkldnn.{name}", functools.partial(check_onednn, name)) for name in ONEDNN),
         *members("torch._inductor.config.", "torch._inductor.config:", "emulate_precision_casts"),
+        *members("torch._dynamo.", "torch._dynamo:", "lookup_backend"),
         *members("torch._subclasses.fake_tensor.", "torch._subclasses.fake_tensor:", "FakeTensorMode"),
         *members("torch.", "torch.nn.modules.module:", "_global_forward_hooks", "_global_forward_pre_hooks"),
         row("UntypedStorage._checkpoint_offset", holds(mapped_storage, "_checkpoint_offset")),

@@ -74,3 +74,17 @@ def add_adapter(model):
             if "lora_B" in name:
                 parameter.normal_(std=0.5)
     model.eval()
+
+
+def enable_checkpointing(model):
+    """Enable transformers' gradient checkpointing, under its name in this version."""
+    # 5.24 renamed gradient checkpointing to activation checkpointing; the old methods warn, and go in 6.0.
+    old = not hasattr(model, "activation_checkpointing_enable")
+    enable = model.gradient_checkpointing_enable if old else model.activation_checkpointing_enable
+    enable({"use_reentrant": False})
+
+
+def disable_checkpointing(model):
+    """Disable transformers' gradient checkpointing."""
+    old = not hasattr(model, "activation_checkpointing_disable")
+    (model.gradient_checkpointing_disable if old else model.activation_checkpointing_disable)()

@@ -138,7 +138,7 @@ def check_arguments(args):
     """In the place of a command: its YAML file and flags make a run."""
     if args.command == "finetune":
         given = {key: value for key, value in vars(args).items() if value is not None}
-        given.pop("command")
+        del given["command"], given["dry_run"]
         file = given.pop("config", None)
         finetune_config.config_from_dict({**(finetune_config.read_yaml(file) if file else {}), **given})
     return 0

@@ -14,8 +14,8 @@ from openvla import (
 )
 from openvla.decoding_openvla import output_from_tokens
 from openvla.tiny import UNTRAINED_STATISTICS, build_tiny
-from openvla.training.activation_checkpointing import disable_checkpointing, enable_checkpointing
 from PIL import Image
+from predictions import disable_checkpointing, enable_checkpointing
 from transformers.utils import logging
 
 pytestmark = pytest.mark.lane

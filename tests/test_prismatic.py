@@ -11,7 +11,7 @@ from openvla.compatibility_openvla import (
     is_checkpointing,
 )
 from openvla.tiny import build_tiny, build_tokenizer
-from openvla.training.activation_checkpointing import disable_checkpointing, enable_checkpointing
+from predictions import disable_checkpointing, enable_checkpointing
 from reference import GRADIENT_ATOL, LOGIT_ATOL, LOSS_ATOL
 
 pytestmark = pytest.mark.lane

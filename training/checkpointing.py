@@ -178,10 +178,11 @@ class TrainingState:
                 parts = [shard["state"][index][name] for shard in shards]
                 local = _read_range(parts, *local_range(parameters[index])).clone()  # no longer a view of the file
                 state[index][name] = as_dtensor(local, parameters[index])
-        weight_decays = [group["weight_decay"] for group in self.optimizer.param_groups]
-        self.optimizer.load_state_dict({"state": state, "param_groups": shards[0]["param_groups"]})
-        for group, weight_decay in zip(self.optimizer.param_groups, weight_decays):
-            group["weight_decay"] = weight_decay
+        groups = [
+            {**saved, **{name: group[name] for name in ("weight_decay", "fused", "foreach")}}
+            for saved, group in zip(shards[0]["param_groups"], self.optimizer.param_groups)
+        ]
+        self.optimizer.load_state_dict({"state": state, "param_groups": groups})
 
     def _restore_scheduler(self, saved: Mapping[str, Any]) -> None:
         """Continue the schedule at its step, with the learning rate of today's configuration."""

@@ -17,6 +17,7 @@ from ..inference.image_presets import lanczos3_resized
 from ..modeling_openvla import OpenVLAForActionPrediction
 from ..prismatic_openvla import IGNORE_INDEX
 from ..processing_openvla import OpenVLAProcessor
+from .token_loss import to_device
 
 
 class ActionCollator:
@@ -34,6 +35,7 @@ class ActionCollator:
         position: Position in the data of the first batch; a resumed run then draws the same augmentations.
         rank: Index of this process.
         world_size: Number of processes.
+        pad_to_multiple_of: Sequences are padded to a multiple of this length, so that few lengths occur.
     """
 
     def __init__(
@@ -46,8 +48,9 @@ class ActionCollator:
         position: StreamPosition | None = None,
         rank: int = 0,
         world_size: int = 1,
+        pad_to_multiple_of: int = 1,
     ) -> None:
-        config = model.config
+        config, self.pad_to_multiple_of = model.config, pad_to_multiple_of
         self.processor, self.augment, self.seed = processor, augment, seed
         self.position = position or StreamPosition(world_size=world_size)
         self.rank, self.world_size, self._num_collated = rank, world_size, 0
@@ -92,12 +95,12 @@ class ActionCollator:
             actions.append(torch.from_numpy(normalized).float())
             if self.proprio_statistics:
                 proprio.append(torch.from_numpy(self._normalized_proprio(step)).float())
-        pad = torch.nn.utils.rnn.pad_sequence
         lengths = torch.tensor([len(ids) for ids in input_ids])
+        width = -(-int(lengths.max()) // self.pad_to_multiple_of) * self.pad_to_multiple_of
         batch = {
-            "input_ids": pad(input_ids, batch_first=True, padding_value=self.pad_id),
-            "attention_mask": (torch.arange(int(lengths.max())) < lengths[:, None]).long(),
-            "labels": pad(labels, batch_first=True, padding_value=IGNORE_INDEX),
+            "input_ids": _padded(input_ids, width, self.pad_id),
+            "attention_mask": (torch.arange(width) < lengths[:, None]).long(),
+            "labels": _padded(labels, width, IGNORE_INDEX),
             "pixel_values": torch.cat(pixel_values),
         }
         if self.has_head:
@@ -141,6 +144,11 @@ class ActionCollator:
         if step.proprio is None:
             raise OpenVLAValueError(f"The model takes proprio, and a step of {step.dataset!r} has none.")
         return self.proprio_statistics[step.dataset].normalize_proprio(step.proprio)
+
+
+def _padded(sequences: Sequence[torch.Tensor], width: int, value: int) -> torch.Tensor:
+    """Stack sequences, padded on the right."""
+    return torch.stack([torch.nn.functional.pad(ids, (0, width - len(ids)), value=value) for ids in sequences])
 
 
 def _is_trainable(model: OpenVLAForActionPrediction, key: str) -> bool:
@@ -190,14 +198,15 @@ def compute_metrics(
             metrics["next_actions_l1_loss"] = error[:, 1:].mean()
         return metrics
     action_ids = model.action_token_ids
-    targets = batch["labels"][batch["labels"] != IGNORE_INDEX]
-    is_action = (targets >= action_ids.start) & (targets < action_ids.stop)
-    predicted, targets = output.logits.detach().argmax(-1)[is_action], targets[is_action]
+    targets, device = batch["labels"][batch["labels"] != IGNORE_INDEX], output.logits.device
+    is_action = ((targets >= action_ids.start) & (targets < action_ids.stop)).nonzero()[:, 0]
+    predicted = output.logits.detach().argmax(-1)[to_device(is_action, device)]
+    targets = to_device(targets[is_action], device)
     num_bins = model.config.n_action_bins
     predicted_bins, target_bins = (
         (action_ids.stop - 1 - tokens).clamp(0, num_bins - 2) for tokens in (predicted, targets)
     )
-    centers = torch.from_numpy(model.bin_centers).to(device=predicted.device, dtype=torch.float32)
+    centers = to_device(torch.from_numpy(model.bin_centers).float(), device)
     return {
         "action_accuracy": (predicted == targets).float().mean(),
         "l1_loss": (centers[predicted_bins] - centers[target_bins]).abs().mean(),

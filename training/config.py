@@ -27,6 +27,9 @@ LORA_METHODS = ("lora", "qlora")
 SCHEDULER_TYPES = ("constant", "constant_with_warmup", "linear", "cosine", "step")
 STEP_DECAY_FACTOR = 0.1
 DISTRIBUTED = ("ddp", "fsdp")
+COMPILE = ("auto", "layers", "none")
+CHECKPOINTING_POLICIES = ("full", "selective")
+ADAPTER_DTYPES = ("fp32", "bf16")
 TRACKERS = ("tensorboard", "wandb", "trackio")
 POSITIVE_INTEGERS = (
     "per_device_train_batch_size",
@@ -103,7 +106,13 @@ class FinetuneConfig:
             prepares images as the reference's evaluation does (``image_preset``).
         distributed: Strategy for several processes: "ddp" replicates the model, "fsdp" (FSDP2) shards parameters,
             gradients and optimizer state.
+        compile: What ``torch.compile`` compiles: "layers" (each kind of layer of the language model and the towers
+            once), "none", or "auto": layers on a GPU, nothing on a CPU.
+        adapter_dtype: Dtype of LoRA matrices in training: "fp32" under autocast, or "bf16" without it: faster, but an
+            update smaller than 1/256 of a weight is lost. "bf16" needs a base in bfloat16, so a GPU.
         gradient_checkpointing: Recompute activations in the backward pass: less memory, slower steps.
+        gradient_checkpointing_policy: What is recomputed: "full" layers, or "selective": all but matrix products and
+            attention.
         dataloader_num_workers: DataLoader worker processes of each training process.
         save_steps: Optimizer steps between two checkpoints.
         save_total_limit: Number of newest checkpoints to keep.
@@ -142,7 +151,10 @@ class FinetuneConfig:
     pad_last_chunk: bool = False
     augment: bool = True
     distributed: str = "ddp"
+    compile: str = "auto"
+    adapter_dtype: str = "fp32"
     gradient_checkpointing: bool = False
+    gradient_checkpointing_policy: str = "full"
     dataloader_num_workers: int = 0
     save_steps: int = 1000
     save_total_limit: int = 2
@@ -175,6 +187,9 @@ class FinetuneConfig:
             "method": METHODS,
             "lr_scheduler_type": SCHEDULER_TYPES,
             "distributed": DISTRIBUTED,
+            "compile": COMPILE,
+            "adapter_dtype": ADAPTER_DTYPES,
+            "gradient_checkpointing_policy": CHECKPOINTING_POLICIES,
             "report_to": ("none", *TRACKERS),
         }
         for name, allowed in choices.items():
@@ -199,7 +214,11 @@ class FinetuneConfig:
                 f"warmup_steps is {self.warmup_steps}, which lr_scheduler_type: constant does not use; remove it, or "
                 "use lr_scheduler_type: constant_with_warmup."
             )
-        used_by: dict[str, tuple[str, tuple[str, ...]]] = {"num_steps_before_decay": ("lr_scheduler_type", ("step",))}
+        used_by: dict[str, tuple[str, tuple[Any, ...]]] = {
+            "num_steps_before_decay": ("lr_scheduler_type", ("step",)),
+            "gradient_checkpointing_policy": ("gradient_checkpointing", (True,)),
+            "adapter_dtype": ("method", LORA_METHODS),
+        }
         used_by |= {field.name: ("method", LORA_METHODS) for field in fields(self) if field.name.startswith("lora_")}
         for field in fields(self):
             if field.name not in used_by or getattr(self, field.name) == field.default:
@@ -224,6 +243,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument(
         "config", nargs="?", type=Path, metavar="CONFIG.yaml", help="fields by name; options take precedence"
+    )
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="print the first samples, what is trained, and memory and time to expect; train nothing",
     )
     hints = typing.get_type_hints(FinetuneConfig)
     types: dict[Any, Any] = {int: int, float: float, int | None: int}

@@ -17,7 +17,10 @@ Examples:
 from __future__ import annotations
 
 import argparse
+import contextlib
+import itertools
 import json
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -44,20 +47,25 @@ from ..errors_openvla import OpenVLAValueError
 from ..inference.quantization import fast_dtype, quantization_config
 from ..loading import AutoProcessor
 from ..modeling_openvla import OpenVLAForActionPrediction
+from ..prismatic_openvla import IGNORE_INDEX
 from ..processing_openvla import OpenVLAProcessor
-from .activation_checkpointing import enable_checkpointing
 from .checkpointing import TrainingState, newest_checkpoint
 from .collator import ActionCollator, compute_metrics, model_inputs
 from .config import LORA_METHODS, FinetuneConfig, add_arguments, config_from_dict, lr_lambda, read_yaml  # noqa: F401
 from .datasets import Demonstrations, TrainingData, report_data
+from .estimate import Estimate, compiles_layers, device_memory, estimate, product_rate
 from .export import evaluate_on_train, export
 from .fsdp import full_tensor, gather_trained, shard_model
-from .memory import memory_efficient_training
+from .layers import LayerCompiler, prepared_layers
 from .run_fingerprint import require_same_run, run_record
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+# What decides shapes stays on the host, so that no step waits for the device.
+HOST_TENSORS = ("labels", "attention_mask")
+# Tokens. Batches of few lengths, so that compiled layers are not compiled anew.
+LENGTH_MULTIPLE = 16
 EVALUATION_PRESET = "libero"  # image preset of the reference's evaluation of models trained with augmentation
 
 
@@ -66,7 +74,11 @@ def run(args: argparse.Namespace) -> int:
     values = read_yaml(args.config) if args.config else {}
     options = {field.name: getattr(args, field.name) for field in fields(FinetuneConfig)}
     values |= {name: value for name, value in options.items() if value is not None}
-    finetune(config_from_dict(values, args.config))
+    config = config_from_dict(values, args.config)
+    if args.dry_run:
+        dry_run(config)
+    else:
+        finetune(config)
     return 0
 
 
@@ -87,9 +99,7 @@ def finetune(config: FinetuneConfig, data: TrainingData | None = None) -> Path:
     """
     accelerator = create_accelerator(config)
     output_dir = Path(config.output_dir)
-    data = Demonstrations(config) if data is None else data
-    findings = {**check_statistics(data.statistics), **getattr(data, "findings", {})}
-    raise_for_findings(findings, config.accept, quiet=not accelerator.is_main_process)
+    data = checked_data(config, data, accelerator)
     require("accelerate", "openvla finetune").utils.set_seed(config.seed, device_specific=True)
     model, processor = load_model_and_processor(config, data, accelerator.device)
     record = run_record(config, data, model, processor)
@@ -102,8 +112,7 @@ def finetune(config: FinetuneConfig, data: TrainingData | None = None) -> Path:
     if config.distributed == "fsdp":
         dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else None
         shard_model(model, accelerator.device, dtype)
-    with memory_efficient_training(model):
-        train(config, data, model, processor, accelerator, record)
+    train(config, data, model, processor, accelerator, record)
     weights = gather_trained(model, keep=accelerator.is_main_process) if config.distributed == "fsdp" else None
     # The other processes end here: exporting may take longer than a collective operation may wait.
     accelerator.wait_for_everyone()
@@ -121,6 +130,65 @@ def finetune(config: FinetuneConfig, data: TrainingData | None = None) -> Path:
     return output_dir / "model"
 
 
+def dry_run(config: FinetuneConfig, data: TrainingData | None = None) -> Estimate:
+    """Print what a run would train, its first batch, and the memory and time to expect; no weights are loaded.
+
+    Returns:
+        The estimate.
+
+    Raises:
+        OpenVLAValueError: As :func:`finetune`; or the run cannot fit into the memory of the device.
+    """
+    accelerator = create_accelerator(config)
+    data = checked_data(config, data, accelerator)
+    device = accelerator.device
+    torch.set_default_dtype(base_dtype(config, device))
+    try:
+        with torch.device("meta"):
+            model = OpenVLAForActionPrediction(OpenVLAForActionPrediction.config_class.from_pretrained(config.model))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    model.config._name_or_path = config.model
+    processor = prepare_training(model, config, data)
+    collator = ActionCollator(processor, model, pad_to_multiple_of=LENGTH_MULTIPLE)
+    steps = list(itertools.islice(data.stream(model.config.chunk_length), config.per_device_train_batch_size))
+    start = time.perf_counter()
+    batch = collator(steps)
+    loader_rate = len(steps) / (time.perf_counter() - start)
+    for step, ids, labels, mask in zip(steps, batch["input_ids"], batch["labels"], batch["attention_mask"]):
+        prompt = processor.tokenizer.decode(ids[(labels == IGNORE_INDEX) & mask.bool()])
+        tokens = labels[(labels >= model.action_token_ids.start) & (labels < model.action_token_ids.stop)]
+        normalized = model.action_tokenizer.decode(tokens.numpy()).reshape(step.actions.shape)
+        actions = model.action_statistics(step.dataset).unnormalize(normalized)
+        accelerator.print(
+            f"{step.dataset}: {prompt!r}\n  first of {len(actions)} actions: {actions[0].round(3).tolist()}"
+        )
+    rate = product_rate(device, model.dtype)
+    expected = estimate(model, config, batch["input_ids"].shape[1], accelerator.num_processes, rate)
+    accelerator.print(expected.describe(device, loader_rate))
+    available = device_memory(device)
+    if expected.total > available:
+        raise OpenVLAValueError(
+            f"The run needs about {expected.total / 1e9:.1f} GB, {device} has {available / 1e9:.1f} GB. Use "
+            "gradient_checkpointing: true, a smaller per_device_train_batch_size (with gradient_accumulation_steps), "
+            "method: lora or qlora, or distributed: fsdp over several GPUs."
+        )
+    return expected
+
+
+def checked_data(config: FinetuneConfig, data: TrainingData | None, accelerator: Accelerator) -> TrainingData:
+    """Return the training data, by default that of the configuration; raise if a check is certain that it is wrong."""
+    data = Demonstrations(config) if data is None else data
+    findings = {**check_statistics(data.statistics), **getattr(data, "findings", {})}
+    raise_for_findings(findings, config.accept, quiet=not accelerator.is_main_process)
+    return data
+
+
+def base_dtype(config: FinetuneConfig, device: torch.device) -> torch.dtype:
+    """Return the dtype in which a run loads its base."""
+    return fast_dtype(device) if config.method in LORA_METHODS and device.type != "cpu" else torch.float32
+
+
 def create_accelerator(config: FinetuneConfig) -> Accelerator:
     """Create the Accelerator of a run.
 
@@ -134,7 +202,7 @@ def create_accelerator(config: FinetuneConfig) -> Accelerator:
     accelerator = require("accelerate", "openvla finetune").Accelerator(
         cpu=config.use_cpu,
         gradient_accumulation_steps=config.gradient_accumulation_steps,
-        mixed_precision="bf16" if not config.use_cpu and fast_dtype() == torch.bfloat16 else "no",
+        mixed_precision="bf16" if uses_autocast(config) else "no",
         log_with=tracker,
         project_dir=config.output_dir,
     )
@@ -152,13 +220,17 @@ def create_accelerator(config: FinetuneConfig) -> Accelerator:
     return accelerator
 
 
+def uses_autocast(config: FinetuneConfig) -> bool:
+    """Return whether a run computes under autocast to bfloat16."""
+    return config.adapter_dtype == "fp32" and not config.use_cpu and fast_dtype() == torch.bfloat16
+
+
 def load_model_and_processor(
     config: FinetuneConfig, data: TrainingData, device: torch.device
 ) -> tuple[OpenVLAForActionPrediction, OpenVLAProcessor]:
     """Load the base model on a device, ready to train, with the statistics of the data; and its processor."""
     kwargs: dict[str, Any] = {"device_map": {"": str(device)}}
-    is_base_frozen = config.method in LORA_METHODS
-    kwargs[DTYPE_FIELD] = fast_dtype(device) if is_base_frozen and device.type != "cpu" else torch.float32
+    kwargs[DTYPE_FIELD] = base_dtype(config, device)
     if config.method == "qlora":
         kwargs["quantization_config"] = quantization_config(4, compute_dtype=kwargs[DTYPE_FIELD])
     model = OpenVLAForActionPrediction.from_pretrained(config.model, **kwargs)
@@ -167,6 +239,11 @@ def load_model_and_processor(
             f"{config.model} is a TraceVLA, whose training needs the traces of every frame; openvla finetune has none. "
             "Fine-tune an OpenVLA."
         )
+    return model.train(), prepare_training(model, config, data)
+
+
+def prepare_training(model: OpenVLAForActionPrediction, config: FinetuneConfig, data: TrainingData) -> OpenVLAProcessor:
+    """Give a loaded model its action configuration, statistics and adapters, in place; return its processor."""
     processor = AutoProcessor.from_pretrained(config.model)
     processor.image_preset = None  # none while training; finetune() sets the one for evaluation at the end
     if config.action_config is not None:
@@ -176,10 +253,25 @@ def load_model_and_processor(
     if len(data.statistics) == 1:
         model.config.default_unnorm_key = next(iter(data.statistics))
     set_trainable(model, config)
-    if config.gradient_checkpointing:
-        enable_checkpointing(model)
-        model.enable_input_require_grads()
-    return model.train(), processor
+    if config.adapter_dtype == "bf16":
+        set_adapter_dtype(model)
+    return processor
+
+
+def set_adapter_dtype(model: OpenVLAForActionPrediction) -> None:
+    """Convert what is trained to bfloat16, the dtype of a frozen base.
+
+    Raises:
+        OpenVLAValueError: The base has another dtype, in which it computes.
+    """
+    if model.dtype != torch.bfloat16:
+        raise OpenVLAValueError(
+            f"adapter_dtype: bf16 needs a base in bfloat16, this one is loaded in {model.dtype}; use adapter_dtype: "
+            "fp32."
+        )
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(torch.bfloat16)
 
 
 def set_action_config(model: OpenVLAForActionPrediction, action_config: Mapping[str, Any]) -> None:
@@ -266,16 +358,29 @@ def load_batches(
     stream = data.stream(model.config.chunk_length, rank, world_size, position)
     augment = ImageAugmentation() if config.augment else None
     collator = ActionCollator(
-        processor, model, augment, seed=config.seed, position=position, rank=rank, world_size=world_size
+        processor,
+        model,
+        augment,
+        seed=config.seed,
+        position=position,
+        rank=rank,
+        world_size=world_size,
+        pad_to_multiple_of=LENGTH_MULTIPLE,
     )
     loader = DataLoader(
         stream,
         config.per_device_train_batch_size,
         collate_fn=collator,
         num_workers=config.dataloader_num_workers,
+        pin_memory=accelerator.device.type == "cuda",
     )
+    dtype = torch.bfloat16 if config.adapter_dtype == "bf16" else None
     for batch in loader:
-        yield {name: tensor.to(accelerator.device, non_blocking=True) for name, tensor in batch.items()}
+        host = {name: batch.pop(name) for name in HOST_TENSORS}
+        moved = {name: tensor.to(accelerator.device, non_blocking=True) for name, tensor in batch.items()}
+        if dtype is not None:
+            moved = {name: t.to(dtype) if t.is_floating_point() else t for name, t in moved.items()}
+        yield {**host, **moved}
 
 
 def train(
@@ -309,29 +414,75 @@ def train(
     progress = tqdm(
         total=config.max_steps, initial=state.step, desc="fine-tuning", disable=not accelerator.is_main_process
     )
+    compiler = LayerCompiler() if compiles_layers(config) else None
+    policy = config.gradient_checkpointing_policy if config.gradient_checkpointing else None
     metrics: list[dict[str, torch.Tensor]] = []
-    while state.step < config.max_steps:
-        batch = next(batches)
-        state.batches += 1
-        with accelerator.accumulate(wrapped):
-            output = wrapped(**model_inputs(batch, model), logits_at_labels=True)
-            accelerator.backward(output.loss)
-            metrics.append({"train_loss": output.loss.detach(), **compute_metrics(output, batch, model)})
-            if not accelerator.sync_gradients:
-                continue
-            grad_norm = full_tensor(accelerator.clip_grad_norm_(wrapped.parameters(), config.max_grad_norm))
-            optimizer.step()
-            optimizer.zero_grad()
-        state.scheduler.step()
-        state.step += 1
-        progress.update()
-        is_last = state.step == config.max_steps
-        if state.step % config.logging_steps == 0 or is_last:
-            log(config, state, metrics, grad_norm, progress, accelerator)
-            metrics = []
-        if state.step % config.save_steps == 0 or is_last:
-            state.save(output_dir, config.save_total_limit, accelerator)
+    rates = Rates(config.per_device_train_batch_size * accelerator.num_processes, compiler)
+    with prepared_layers(model, compiler, policy):
+        while state.step < config.max_steps:
+            with rates.waiting():
+                batch = next(batches)
+            state.batches += 1
+            with accelerator.accumulate(wrapped):
+                output = wrapped(**model_inputs(batch, model), logits_at_labels=True)
+                accelerator.backward(output.loss)
+                metrics.append({"train_loss": output.loss.detach(), **compute_metrics(output, batch, model)})
+                if not accelerator.sync_gradients:
+                    continue
+                grad_norm = full_tensor(accelerator.clip_grad_norm_(wrapped.parameters(), config.max_grad_norm))
+                optimizer.step()
+                optimizer.zero_grad()
+            state.scheduler.step()
+            state.step += 1
+            progress.update()
+            is_last = state.step == config.max_steps
+            if state.step % config.logging_steps == 0 or is_last:
+                log(config, state, metrics, grad_norm, rates, progress, accelerator)
+                metrics = []
+            if state.step % config.save_steps == 0 or is_last:
+                state.save(output_dir, config.save_total_limit, accelerator)
+                rates.restart()
     progress.close()
+
+
+class Rates:
+    """Speed of the run since its last line of metrics.
+
+    Args:
+        samples_per_batch: Samples in a micro-batch of all processes.
+        compiler: Compiler of the layers; None if they are not compiled.
+    """
+
+    def __init__(self, samples_per_batch: int, compiler: LayerCompiler | None) -> None:
+        self.samples_per_batch, self.compiler = samples_per_batch, compiler
+        self.restart()
+
+    def restart(self) -> None:
+        """Begin a new interval."""
+        self.start, self.waited, self.batches = time.perf_counter(), 0.0, 0
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Count the time inside this context as waiting for the loader of a batch."""
+        start = time.perf_counter()
+        yield
+        self.waited += time.perf_counter() - start
+        self.batches += 1
+
+    def read(self) -> dict[str, float]:
+        """Return the metrics of the interval; call it when the device has finished its last step.
+
+        Returns:
+            ``train_samples_per_second`` of all processes; ``data_wait``, the fraction of the time in which this process
+            waited for the loader; and ``compiled_graphs``, the number so far, if layers are compiled.
+        """
+        seconds = max(time.perf_counter() - self.start, 1e-9)
+        rates = {
+            "train_samples_per_second": self.batches * self.samples_per_batch / seconds,
+            "data_wait": self.waited / seconds,
+        }
+        self.restart()
+        return rates if self.compiler is None else {**rates, "compiled_graphs": self.compiler.num_graphs}
 
 
 def create_training_state(
@@ -343,7 +494,8 @@ def create_training_state(
         OpenVLAValueError: The checkpoint does not fit the run, or is beyond ``max_steps``.
     """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=config.learning_rate, weight_decay=config.weight_decay)
+    fused = True if accelerator.device.type == "cuda" else None
+    optimizer = torch.optim.AdamW(trained, lr=config.learning_rate, weight_decay=config.weight_decay, fused=fused)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: lr_lambda(config, step))
     start = StreamPosition(
         batch_size=config.per_device_train_batch_size,
@@ -374,6 +526,7 @@ def log(
     state: TrainingState,
     metrics: Sequence[Mapping[str, torch.Tensor]],
     grad_norm: torch.Tensor,
+    rates: Rates,
     progress: tqdm,
     accelerator: Accelerator,
 ) -> None:
@@ -384,6 +537,7 @@ def log(
         state: State of the run.
         metrics: Metrics of every micro-batch since the last call.
         grad_norm: Gradient norm of the last optimizer step.
+        rates: Speed since the last call.
         progress: Progress bar, which shows the means.
         accelerator: Accelerator of the run.
 
@@ -399,7 +553,7 @@ def log(
             f"The loss at step {state.step} is {values['train_loss']}; lower learning_rate. The newest checkpoint is "
             f"{newest_checkpoint(Path(config.output_dir))}."
         )
-    values |= {"gradient_norm": float(grad_norm), "learning_rate": state.scheduler.get_last_lr()[0]}
+    values |= {"gradient_norm": float(grad_norm), "learning_rate": state.scheduler.get_last_lr()[0], **rates.read()}
     accelerator.log(values, step=state.step)
     if accelerator.is_main_process:
         with open(Path(config.output_dir) / "metrics.jsonl", "a", encoding="utf-8") as file:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, TypeGuard, cast
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 from torch import distributed as dist
 from torch import nn
-from transformers import PreTrainedModel
 
 from ..adapters.targets import unused_modules
 from ..errors_openvla import OpenVLAImportError
 from ..heads_openvla import HEAD_MODULES
 from ..modeling_openvla import OpenVLAForActionPrediction
+from .layers import repeated_layers
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
@@ -56,12 +56,10 @@ def shard_model(model: OpenVLAForActionPrediction, device: torch.device, dtype: 
 
 def _units(model: OpenVLAForActionPrediction) -> list[nn.Module]:
     """Return the modules to gather one at a time; modules that never run are units too, so they stay sharded."""
-    backbone = model.vision_backbone
+    layers = repeated_layers(model)
+    backbone, unused = model.vision_backbone, unused_modules(model)
     towers = [tower for tower in (backbone.featurizer, backbone.fused_featurizer) if tower is not None]
-    decoder = cast(PreTrainedModel, model.language_model).get_decoder()
-    units = [*decoder.layers, *(block for tower in towers for block in tower.blocks)]
-    unused = unused_modules(model)
-    units += [module for tower in towers for module in tower.children() if module in unused]
+    units = [*layers, *(module for tower in towers for module in tower.children() if module in unused)]
     heads = [getattr(model, name) for name in HEAD_MODULES if hasattr(model, name)]
     return [*units, model.projector, *heads]
 

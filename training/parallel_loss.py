@@ -16,7 +16,7 @@ from ..errors_openvla import OpenVLAValueError
 from ..heads_openvla import alphas_cumprod
 from ..modeling_openvla import OpenVLAForActionPrediction
 from ..parallel_openvla import Observation
-from .token_loss import compute_token_loss
+from .token_loss import compute_token_loss, to_device
 
 
 @dataclass
@@ -64,8 +64,11 @@ def parallel_forward(
         raise OpenVLAValueError(f"{unused}: not used by a model whose action_head is {head!r}; leave it out.")
     if None not in sampling.values():
         raise OpenVLAValueError("Noise and timesteps are given, so nothing is drawn from the generator; leave it out.")
-    mask = None if attention_mask is None or bool(attention_mask.all()) else attention_mask.to(torch.long)
-    obs = model.embed_observation(input_ids, mask, _labelled_positions(model, labels), pixel_values, proprio)
+    mask = None
+    if attention_mask is not None and not bool(attention_mask.all()):
+        mask = to_device(attention_mask.to(torch.long), input_ids.device)
+    positions = to_device(_labelled_positions(model, labels), input_ids.device)
+    obs = model.embed_observation(input_ids, mask, positions, pixel_values, proprio)
     if head is None:
         return _token_loss(model, obs, labels)
     shape = (len(input_ids), *model.chunk_shape)
@@ -96,7 +99,7 @@ def _labelled_positions(model: OpenVLAForActionPrediction, labels: torch.Tensor)
 
 def _token_loss(model: OpenVLAForActionPrediction, obs: Observation, labels: torch.Tensor) -> ChunkOutput:
     """Return the next-token loss over every labelled position, as in the reference."""
-    every_position = torch.arange(labels.shape[1], device=labels.device).expand(len(labels), -1)
+    every_position = torch.arange(labels.shape[1], device=obs.text.device).expand(len(labels), -1)
     hidden = model.action_hidden_states(obs, every_position)  # position 0, BOS, is never labelled
     logits, loss = compute_token_loss(labels, hidden[:, 1:], model.get_output_embeddings())
     index = obs.action_positions[..., None].expand(-1, -1, hidden.shape[-1])

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, asdict, fields
 from pathlib import Path
@@ -20,7 +19,7 @@ from ..data.columns import ColumnSpec
 from ..data.episodes import DatasetError, EpisodeReader
 from ..data.utils import read_json
 from ..errors_openvla import OpenVLAValueError
-from ..modeling_openvla import STATISTICS_FILE, OpenVLAForActionPrediction
+from ..modeling_openvla import OpenVLAForActionPrediction
 from ..processing_openvla import OpenVLAProcessor
 from .config import FinetuneConfig, with_current_names
 from .datasets import TrainingData
@@ -40,7 +39,10 @@ FREE_FIELDS = (
     "skip_bad",
     "accept",
     "distributed",
+    "compile",
+    "adapter_dtype",
     "gradient_checkpointing",
+    "gradient_checkpointing_policy",
     "dataloader_num_workers",
     "use_cpu",
     "save_steps",
@@ -165,7 +167,11 @@ def require_same_run(
     if checkpoint is None:
         return record
     if not (checkpoint / RECORD_FILE).is_file():
-        return _require_same_without_record(output_dir, checkpoint, record)
+        raise OpenVLAValueError(
+            f"{checkpoint} is of a development version that did not record what its weights mean, so it cannot be "
+            f"continued. Use another output_dir; with model: {output_dir / 'model'}, if that exists, the new run "
+            "starts from its weights."
+        )
     before = read_json(checkpoint / RECORD_FILE)
     before["config"] = with_current_names(before["config"])
     _refuse_differences(list(_run_differences(before, record)), output_dir, checkpoint)
@@ -175,33 +181,6 @@ def require_same_run(
     if changed:
         report(f"{checkpoint}: continues with these settings changed, which is allowed: {_listed(changed)}")
     return {**record, "norm_stats": before["norm_stats"]}
-
-
-def _require_same_without_record(output_dir: Path, checkpoint: Path, record: dict[str, Any]) -> dict[str, Any]:
-    """Compare with the files in the run's folder, for checkpoints of development versions that had no record."""
-    config_file = output_dir / "finetune.json"
-    differences: list[Difference] = []
-    compared = []
-    if config_file.is_file():
-        compared.append(str(config_file))
-        before = with_current_names(read_json(config_file))
-        names = [*FIELDS_BY_CONTENT, *_strict_fields(record["config"])]
-        differences += _config_differences(before, record["config"], names)
-    files = [output_dir / folder / STATISTICS_FILE for folder in ("model", "adapter")]
-    file = next((file for file in files if file.is_file()), None)
-    if file is not None:
-        compared.append(str(file))
-        statistics = read_json(file)  # an adapter's folder may hold those of other datasets too
-        known = {key: statistics[key] for key in record["norm_stats"] if key in statistics}
-        differences += _statistics_differences(known, record["norm_stats"])
-    _refuse_differences(differences, output_dir, checkpoint)
-    warnings.warn(
-        f"{checkpoint} was written before checkpoints recorded what their weights mean. Compared with "
-        f"{' and '.join(compared) or 'nothing'}; not with its base's weights, its columns and its episodes"
-        f"{'' if file else ', nor its statistics'}. Make sure that they are as they were, or use another output_dir.",
-        stacklevel=2,
-    )
-    return record
 
 
 def _refuse_differences(differences: Sequence[Difference], output_dir: Path, checkpoint: Path) -> None:

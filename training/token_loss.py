@@ -25,7 +25,7 @@ def loss_at_labels(
 
     Args:
         model: The model; ``loading.attach_package`` makes this its method.
-        labels: int64 ``(batch, length)``, -100 on positions without loss.
+        labels: int64 ``(batch, length)``, -100 on positions without loss. On the host they make no step wait.
         input_ids: As the language model takes them, like the next three; patches are embedded already.
         attention_mask: ``(batch, length)``, or None.
         position_ids: int64 ``(batch, length)``, or None.
@@ -60,6 +60,13 @@ def compute_token_loss(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return float32 logits ``(labelled positions, vocabulary)`` that predict the labels, and their cross entropy."""
     samples, positions = (labels[:, 1:] != IGNORE_INDEX).nonzero(as_tuple=True)
-    samples, positions = samples.to(hidden.device), positions.to(hidden.device)
-    logits = head(hidden[samples, positions]).float()
-    return logits, nn.functional.cross_entropy(logits, labels.to(logits.device)[samples, positions + 1])
+    targets = to_device(labels[samples, positions + 1], hidden.device)
+    logits = head(hidden[to_device(samples, hidden.device), to_device(positions, hidden.device)]).float()
+    return logits, nn.functional.cross_entropy(logits, targets.to(logits.device))
+
+
+def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Copy a tensor to a device; a copy from the host to a GPU waits for nothing."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)

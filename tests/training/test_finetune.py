@@ -12,7 +12,7 @@ import struct
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -20,6 +20,7 @@ import torch
 from reference import FIXTURES, GOLDEN, LOSS_ATOL, REPOSITORY, oft_model
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader
+from training_runs import STATISTICS, InMemoryData, Sample, launch, losses, settings, with_statistics
 
 pytest.importorskip("accelerate")
 
@@ -29,7 +30,6 @@ from openvla.compatibility_openvla import QUANTIZES_ON_CPU
 from openvla.conversion.merge import merge
 from openvla.data.stream import StreamPosition
 from openvla.tiny import build_tiny
-from openvla.training.activation_checkpointing import enable_checkpointing
 from openvla.training.checkpointing import checkpoints
 from openvla.training.collator import ActionCollator, compute_metrics, model_inputs
 from openvla.training.config import (
@@ -44,84 +44,12 @@ from openvla.training.config import (
 )
 from openvla.training.datasets import Demonstrations
 from openvla.training.finetune import finetune, load_model_and_processor, set_trainable
-from openvla.training.memory import memory_efficient_training
+from openvla.training.layers import prepared_layers
 
 # Gradients of a batch in two halves are summed in another order, in float32; after four steps of AdamW on a tiny model,
 # losses differ by less than a relative 1e-4.
 SPLIT_BATCH_RTOL = 1e-4
 SPLIT_BATCH_ACTION_ATOL = 1e-3  # of an L1 head's actions after those steps; decoded tokens are equal or a bin apart
-
-STATISTICS = {
-    "action": {"q01": [-0.5] * 7, "q99": [0.5] * 7, "mask": [True] * 6 + [False]},
-    "proprio": {"q01": [-1.0] * 8, "q99": [1.0] * 8},
-}
-
-
-@dataclass(frozen=True)
-class Sample:
-    """A training sample, as the streams of ``openvla.data`` yield it."""
-
-    images: list
-    instruction: str
-    actions: np.ndarray
-    proprio: np.ndarray | None
-    dataset: str
-
-
-class InMemoryData:
-    """A few steps of demonstrations in memory: noise images, each with its own action."""
-
-    def __init__(self, count=4, chunk=1):
-        random = np.random.RandomState(0)
-        self.statistics, self.readers = {"lab": STATISTICS}, ()
-        self.steps = [
-            Sample(
-                images=list(random.randint(0, 256, (2 if chunk > 1 else 1, 64, 64, 3), dtype=np.uint8)),
-                instruction=("open the drawer", "close it")[index % 2],
-                actions=random.uniform(-0.5, 0.5, (chunk, 7)),
-                proprio=random.uniform(-1, 1, 8),
-                dataset="lab",
-            )
-            for index in range(count)
-        ]
-
-    def stream(self, chunk_length, rank=0, world_size=1, position=None):
-        skipped = position.batches // world_size * position.batch_size if position else 0
-        return ShuffledSteps(self.steps, rank, world_size, skipped)
-
-
-class ShuffledSteps(torch.utils.data.IterableDataset):
-    """An endless stream of shuffled steps, dealt to the processes one by one, after a number of skipped ones."""
-
-    def __init__(self, steps, rank, world_size, skipped):
-        self.steps, self.rank, self.world_size, self.skipped = steps, rank, world_size, skipped
-
-    def __iter__(self):
-        random, drawn = np.random.RandomState(0), 0
-        while True:
-            for index in random.permutation(len(self.steps)):
-                if drawn % self.world_size == self.rank and drawn // self.world_size >= self.skipped:
-                    yield self.steps[index]
-                drawn += 1
-
-
-def settings(base, output_dir, **changes):
-    values = {
-        "model": str(base),
-        "output_dir": str(output_dir),
-        "per_device_train_batch_size": 4,
-        "max_steps": 4,
-        "learning_rate": 3e-3,
-        "logging_steps": 1,
-        "augment": False,
-        "num_train_eval_samples": 4,
-        "use_cpu": True,
-    }
-    return FinetuneConfig(**{**values, **changes})
-
-
-def losses(output_dir):
-    return [json.loads(line)["train_loss"] for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.mark.parametrize("name", ["fused", "siglip"])
@@ -137,7 +65,7 @@ def test_training_step_has_the_golden_loss(name, tmp_path):
     variants = [
         (False, contextlib.nullcontext(), batch),
         (True, contextlib.nullcontext(), batch),
-        (True, memory_efficient_training(model), model_inputs(batch, model)),
+        (True, prepared_layers(model, checkpointing="selective"), model_inputs(batch, model)),
     ]
     for logits_at_labels, context, inputs in variants:
         model.zero_grad()
@@ -239,7 +167,7 @@ def test_each_method_trains_its_parameters(method, tmp_path):
     assert any("projector" in name for name in trained) == (method != "last-layer")
     assert any("layers.0." in name for name in trained) == (method in ("full", "frozen-vision"))
     assert any("layers.1." in name for name in trained)
-    batch = ActionCollator(build_tiny()[1], _with_statistics(model))(InMemoryData().steps[:2])
+    batch = ActionCollator(build_tiny()[1], with_statistics(model))(InMemoryData().steps[:2])
     model.train()(**batch, logits_at_labels=True).loss.backward()
     unused = [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
     assert not unused, unused  # DDP would wait for their gradients
@@ -248,19 +176,19 @@ def test_each_method_trains_its_parameters(method, tmp_path):
 def test_gradient_checkpointing_saves_memory_in_towers_and_changes_no_gradient():
     """The towers have adapters, and their input needs no gradient."""
     model, processor = build_tiny()
-    batch = ActionCollator(processor, _with_statistics(model))(InMemoryData().steps[:2])
+    batch = ActionCollator(processor, with_statistics(model))(InMemoryData().steps[:2])
     model.enable_lora(r=4, alpha=8)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 parameter.normal_(generator=torch.Generator().manual_seed(len(name)), std=0.02)
     saved, gradients = [], []
-    for checkpointing in (False, True):
-        if checkpointing:
-            enable_checkpointing(model)
-        features, num_bytes = _run_counting_saved_bytes(lambda: model.train().vision_backbone(batch["pixel_values"]))
-        saved.append(num_bytes)
-        features.sum().backward()
+    for checkpointing in (None, "full"):
+        with prepared_layers(model, checkpointing=checkpointing):
+            run = functools.partial(model.train().vision_backbone, batch["pixel_values"])
+            features, num_bytes = _run_counting_saved_bytes(run)
+            saved.append(num_bytes)
+            features.sum().backward()
         gradients.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
         model.zero_grad()
     assert saved[1] < 0.3 * saved[0]
@@ -275,11 +203,6 @@ def _run_counting_saved_bytes(function):
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor.nbytes) or tensor, lambda t: t):
         result = function()
     return result, sum(saved)
-
-
-def _with_statistics(model):
-    model.add_norm_stats("lab", STATISTICS)
-    return model
 
 
 def test_interrupted_run_resumes_with_the_same_losses(base, tmp_path):
@@ -301,17 +224,9 @@ def test_interrupted_run_resumes_with_the_same_losses(base, tmp_path):
     np.testing.assert_allclose(losses(tmp_path / "interrupted"), losses(tmp_path / "uninterrupted")[4:], rtol=1e-6)
 
 
-def launch(script, processes, *arguments):
-    """Run a script in several processes, which communicate over gloo."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run([*command, str(script), *map(str, arguments)], check=True, env=environment, timeout=300)
-
-
 def write_script(file, text):
     """Write a script that can import this module."""
-    folders = [str(REPOSITORY / "tests"), str(REPOSITORY / "tests" / "training")]
-    file.write_text(f"import sys\nsys.path[:0] = {folders!r}\n{text}")
+    file.write_text(f"import sys\nsys.path.insert(0, {str(REPOSITORY / 'tests')!r})\n{text}")
     return file
 
 
@@ -328,7 +243,7 @@ def test_two_processes_train_as_one(base, method, distributed, tmp_path):
     common |= {"num_train_eval_samples": 2, "gradient_checkpointing": method == "full"}
     script = write_script(
         tmp_path / "run.py",
-        "from test_finetune import InMemoryData, settings\nfrom openvla.training.finetune import finetune\n"
+        "from training_runs import InMemoryData, settings\nfrom openvla.training.finetune import finetune\n"
         "steps, distributed, data = int(sys.argv[1]), sys.argv[2], InMemoryData(8, chunk=int(sys.argv[3]))\n"
         f"common = {{**{common!r}, 'max_steps': steps, 'per_device_train_batch_size': 2, 'distributed': distributed}}\n"
         f"finetune(settings({str(base)!r}, {str(tmp_path / 'two')!r}, **common), data)\n",
@@ -423,7 +338,7 @@ def test_run_resumes_on_another_number_of_processes(base, distributed, workers, 
     common |= {"per_device_train_batch_size": 2, "learning_rate": 1e-3, "dataloader_num_workers": workers}
     script = write_script(
         tmp_path / "run.py",
-        "from test_finetune import settings\nfrom openvla.training.finetune import finetune\n"
+        "from training_runs import settings\nfrom openvla.training.finetune import finetune\n"
         f"finetune(settings({str(base)!r}, sys.argv[1], **{common!r}, distributed={distributed!r}))\n",
     )
 
@@ -467,7 +382,7 @@ def adamw_state(folder):
 def test_run_killed_at_random_moments_keeps_its_last_checkpoint(base, tmp_path):
     script = write_script(
         tmp_path / "run.py",
-        "from test_finetune import InMemoryData, settings\nfrom openvla.training.finetune import finetune\n"
+        "from training_runs import InMemoryData, settings\nfrom openvla.training.finetune import finetune\n"
         f"finetune(settings({str(base)!r}, {str(tmp_path / 'run')!r}, max_steps=400, save_steps=1), InMemoryData())\n",
     )
     last_step, random = 0, np.random.RandomState(0)
@@ -516,6 +431,9 @@ def test_learning_rate_schedules(base, tmp_path, changes, factors):
         ({"warmup_steps": 5}, "warmup_steps is 5, which .* use lr_scheduler_type: constant_with_warmup"),
         ({"method": "full", "lora_alpha": 64}, "lora_alpha is 64, which method: full .*; remove it, or use method"),
         ({"distributed": "tp"}, "Unknown distributed 'tp'; allowed"),
+        ({"compile": "model"}, "Unknown compile 'model'; allowed"),
+        ({"method": "full", "adapter_dtype": "bf16"}, "adapter_dtype is 'bf16', which method: full does not use"),
+        ({"gradient_checkpointing_policy": "selective"}, "which gradient_checkpointing: False does not use"),
         ({"distributed": "fsdp", "method": "qlora"}, "4-bit weights cannot be sharded"),
         ({"pad_last_chunk": "repeat"}, "pad_last_chunk must be true or false, got 'repeat'"),
         ({"report_to": "mlflow"}, "Unknown report_to 'mlflow'; allowed"),
@@ -554,7 +472,7 @@ def test_recorded_configurations_with_old_names_keep_their_meaning():
 
 def test_invalid_samples_and_configurations_of_the_model_are_refused(base, tmp_path):
     model, processor = build_tiny()
-    collator, step = ActionCollator(processor, _with_statistics(model)), InMemoryData().steps[0]
+    collator, step = ActionCollator(processor, with_statistics(model)), InMemoryData().steps[0]
     with pytest.raises(KeyError, match="No statistics of 'kitchen'"):
         collator([replace(step, dataset="kitchen")])
     with pytest.raises(ValueError, match="Expected actions of 7 dimensions"):
