@@ -234,6 +234,10 @@ def load_model_and_processor(
     if config.method == "qlora":
         kwargs["quantization_config"] = quantization_config(4, compute_dtype=kwargs[DTYPE_FIELD])
     model = OpenVLAForActionPrediction.from_pretrained(config.model, **kwargs)
+    if model.config.action_vq is not None:
+        raise OpenVLAValueError(
+            f"{config.model} has VQ actions (MiniVLA); openvla finetune is for bins and for OpenVLA-OFT."
+        )
     if model.config.trace_prompting:
         raise OpenVLAValueError(
             f"{config.model} is a TraceVLA, whose training needs the traces of every frame; openvla finetune has none. "
@@ -281,8 +285,6 @@ def set_action_config(model: OpenVLAForActionPrediction, action_config: Mapping[
         OpenVLAValueError: Fields are unknown or contradict each other, or the model is an OpenVLA-OFT model already and
             is configured otherwise.
     """
-    if model.config.action_vq is not None:
-        raise OpenVLAValueError("Fine-tuning is for bins and for OpenVLA-OFT; this model has VQ actions (MiniVLA).")
     requested = dict(action_config)
     platform = requested.pop("platform", None)
     if platform is not None and platform not in PLATFORMS:
