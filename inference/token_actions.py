@@ -48,6 +48,11 @@ def actions_from_tokens(
     config = OpenVLAConfig.from_pretrained(checkpoint)
     if config.parallel_decoding:
         raise OpenVLAValueError(f"{checkpoint} predicts action chunks, not the tokens of one action.")
+    if config.action_vq is not None:
+        raise OpenVLAValueError(
+            f"The tokens of {checkpoint} are VQ codes (MiniVLA), which its weights decode: load it, and use "
+            "model.action_tokenizer.decode."
+        )
     file = optional_file(checkpoint, STATISTICS_FILE)
     if file is not None:
         config.merge_statistics(json.loads(Path(file).read_text(encoding="utf-8")))

@@ -32,7 +32,8 @@ def read_json(name):
 @lru_cache
 def weights():
     """The tensors of the golden checkpoint."""
-    return torch.load(io.BytesIO(bz2.decompress((MINIVLA / "weights/latest-checkpoint.pt.bz2").read_bytes())))
+    packed = (MINIVLA / "weights/latest-checkpoint.pt.bz2").read_bytes()
+    return torch.load(io.BytesIO(bz2.decompress(packed)), weights_only=True)
 
 
 def write_run(name, folder):

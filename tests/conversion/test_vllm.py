@@ -111,6 +111,14 @@ def test_actions_from_tokens_equal_predict_action(frames, tmp_path):
     end = model.generation_config.eos_token_id
     assert np.array_equal(actions_from_tokens([*tokens[0], end], tmp_path), actions[0])
     assert actions_from_tokens(tokens[:1], tmp_path).shape == (1, 7)
+    for fields, reason in (
+        ({"action_vq": {}, "action_dim": 7, "chunk_length": 8}, "tokens of .* are VQ codes"),
+        ({"parallel_decoding": True, "action_dim": 7, "chunk_length": 8}, "predicts action chunks"),
+    ):
+        other = tmp_path / reason.split()[-1]
+        build_config(build_tokenizer(), **fields).save_pretrained(other)
+        with pytest.raises(ValueError, match=reason):
+            actions_from_tokens(tokens, other)
     with pytest.raises(NoActionError, match=r"7 tokens, got 3; .*ignore_eos"):
         actions_from_tokens(tokens[0, :3], tmp_path)
     with pytest.raises(NoActionError, match="not action tokens"):

@@ -3,8 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from openvla import PLATFORMS
-from openvla.benchmarking.sizes import INSTRUCTIONS, overrides
+from openvla.benchmarking.sizes import CHUNK_FIELDS, INSTRUCTIONS, overrides
 from openvla.inference import cuda_graphs
 from openvla.inference.cuda_graphs import CapturedGraph
 from openvla.inference.fast_decoder import compile_pointwise
@@ -17,18 +16,6 @@ pytestmark = pytest.mark.gpu
 QUESTIONS, REPEATS, BATCH_SIZE = 40, 4, 8
 # Continuous actions in [-1, 1] of 32 bfloat16 layers (8 bits of mantissa): products of other shapes round otherwise.
 BF16_TOLERANCE = 0.1
-BOUNDS = {"q01": -1.0, "q99": 1.0, "min": -1.0, "max": 1.0}
-CHUNK = {
-    **PLATFORMS["libero"],
-    "parallel_decoding": True,
-    "num_images_in_input": 2,
-    "norm_stats": {
-        "untrained": {
-            part: {name: [value] * PLATFORMS["libero"][f"{part}_dim"] for name, value in BOUNDS.items()}
-            for part in ("action", "proprio")
-        }
-    },
-}
 HEADS = {
     "l1": {"action_head": "l1"},
     "l1 with FiLM": {"action_head": "l1", "use_film": True},
@@ -135,7 +122,7 @@ def test_4_bit_actions_are_captured_and_reproducible(single, tmp_path):
 
 @pytest.mark.parametrize("head", HEADS)
 def test_chunks_are_captured_and_reproducible(head):
-    model, processor = build(**CHUNK, **HEADS[head])
+    model, processor = build(**{**CHUNK_FIELDS, **HEADS[head]})
     noise = {}
     if head == "diffusion":
         noise["noise"] = torch.randn(model.chunk_shape, generator=torch.Generator().manual_seed(0))

@@ -8,8 +8,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from openvla import PLATFORMS, NoActionError, OpenVLAForActionPrediction, Policy, load_policy
+from openvla import NoActionError, OpenVLAForActionPrediction, Policy, load_policy
 from openvla.__main__ import main
+from openvla.benchmarking.sizes import CHUNK_FIELDS
 from openvla.compatibility_openvla import QUANTIZES_ON_CPU
 from openvla.default_processor import default_image_processor
 from openvla.inference import cuda_graphs
@@ -33,19 +34,6 @@ pytest.importorskip("accelerate")
 pytestmark = pytest.mark.lane
 needs_cpu_quantization = pytest.mark.skipif(not QUANTIZES_ON_CPU, reason="needs a GPU before transformers 4.53")
 INSTRUCTION = "pick up the red block"
-BOUNDS = {"q01": -1.0, "q99": 1.0, "min": -1.0, "max": 1.0}
-LIBERO_L1 = {
-    **PLATFORMS["libero"],
-    "parallel_decoding": True,
-    "action_head": "l1",
-    "num_images_in_input": 2,
-    "norm_stats": {
-        "untrained": {
-            part: {name: [value] * PLATFORMS["libero"][f"{part}_dim"] for name, value in BOUNDS.items()}
-            for part in ("action", "proprio")
-        }
-    },
-}
 UNTRAINED = {"constrain_actions": True}  # random weights give other tokens, which a policy rejects
 
 
@@ -247,7 +235,7 @@ def test_adapter_loads_with_its_base(folder, tmp_path, frames):
     assert load_policy(tmp_path, **UNTRAINED).act(frames["noise"], INSTRUCTION).tolist() == action.tolist()
 
 
-@pytest.mark.parametrize("fields", [{}, LIBERO_L1], ids=["tokens", "chunk with two cameras and proprio"])
+@pytest.mark.parametrize("fields", [{}, CHUNK_FIELDS], ids=["tokens", "chunk with two cameras and proprio"])
 def test_warm_up_captures_before_the_first_frame(fields, monkeypatch):
     captured = []
 
