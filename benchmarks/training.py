@@ -7,10 +7,11 @@ DIR is a folder with the published remote code (configuration_prismatic.py, mode
 environment it runs (transformers 4.40.1, timm 0.9, peft 0.11.1); without them only this package is measured. The model
 has OpenVLA-7B's depth at an eighth of its width, or its size. Each process builds the same weights on its device. Rank
 32 on all linear layers, AdamW; float32 on a CPU, bfloat16 on a GPU, under autocast as published. The processes
-alternate on a CPU and follow each other on a GPU, whose memory holds one of them; medians are reported. Memory is the
-device's peak, on a CPU the peak resident memory in training (VmHWM, reset after building). The losses of all steps are
-compared: the sides train the same adapters on the same batch. The loader alone prepares samples of noise frames, with
-augmentation, in --workers processes.
+alternate on a CPU and follow each other on a GPU, whose memory holds one of them; medians are reported. With one CPU
+thread the time is that of the processor, which other work on the machine changes little. Memory is the device's peak, on
+a CPU the peak resident memory in training (VmHWM, reset after building). The losses of all steps are compared: the sides
+train the same adapters on the same batch. The loader alone prepares samples of noise frames, with augmentation, in
+--workers processes.
 """
 
 from __future__ import annotations
@@ -38,6 +39,9 @@ from openvla.training.collator import ActionCollator
 from openvla.training.finetune import LENGTH_MULTIPLE
 from torch.utils.data import DataLoader, IterableDataset
 
+# plain: compile: none; the others compile: layers, by itself or with one more field: the policy of gradient
+# checkpointing, adapter_dtype: bf16, or gradient_checkpointing: true (full layers).
+SIDES = ("plain", "compiled", "selective", "bf16", "checkpointing")
 WARM = 2
 WORKER = Path(__file__).with_name("training_worker.py")
 INSTRUCTIONS = ("pick up the red block", "open the middle drawer of the cabinet")
@@ -144,13 +148,13 @@ def main() -> None:
     parser.add_argument("--reference-python", default=sys.executable)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--size", choices=("tiny", "eighth", "full"), default="eighth")
-    parser.add_argument("--sides", nargs="+", help="of plain, compiled, selective, bf16, checkpointing")
+    parser.add_argument("--sides", nargs="+", choices=SIDES, help="default all, bf16 on a GPU only")
     parser.add_argument("--batch", type=int, nargs="+", default=[4])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--workers", type=int, default=1, help="processes of the loader")
     args = parser.parse_args()
-    args.sides = args.sides or ["plain", "compiled", "selective", *(["bf16"] if args.device == "cuda" else [])]
+    args.sides = args.sides or [name for name in SIDES if name != "bf16" or args.device == "cuda"]
     device = torch.cuda.get_device_name() if args.device == "cuda" else f"CPU, {args.threads} threads"
     for batch in args.batch:
         print(f"torch {torch.__version__}, {device}, {args.size} size, batch {batch}\n")
