@@ -8,10 +8,10 @@ environment it runs (transformers 4.40.1, timm 0.9, peft 0.11.1); without them o
 has OpenVLA-7B's depth at an eighth of its width, or its size. Each process builds the same weights on its device. Rank
 32 on all linear layers, AdamW; float32 on a CPU, bfloat16 on a GPU, under autocast as published. The processes
 alternate on a CPU and follow each other on a GPU, whose memory holds one of them; medians are reported. With one CPU
-thread the time is that of the processor, which other work on the machine changes little. Memory is the device's peak, on
-a CPU the peak resident memory in training (VmHWM, reset after building). The losses of all steps are compared: the sides
-train the same adapters on the same batch. The loader alone prepares samples of noise frames, with augmentation, in
---workers processes.
+thread the time is that of the processor, which other work on the machine changes little. Memory is the device's peak,
+on a CPU the peak resident memory in training (VmHWM, reset after building). The losses of all steps are compared: the
+sides train the same adapters on the same batch. The loader alone prepares samples of noise frames, with augmentation,
+in --workers processes.
 """
 
 from __future__ import annotations
