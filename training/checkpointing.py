@@ -2,7 +2,8 @@
 
 A checkpoint holds only what can be read without unpickling objects: safetensors, JSON, and ``.pt`` files that load with
 ``weights_only=True``. (The metadata of ``torch.distributed.checkpoint`` and the files of accelerate's ``save_state``
-are pickles.) A model sharded by FSDP2 is written as one file per process, and each process reads only its part back.
+are pickles.) Tensors are stored full, however many processes share the model; from the mapped files each process reads
+only its part.
 """
 
 from __future__ import annotations
@@ -11,8 +12,7 @@ import os
 import random
 import re
 import shutil
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,13 +25,14 @@ from torch import nn
 from ..configuration_openvla import write_json
 from ..data.stream import StreamPosition
 from ..errors_openvla import OpenVLAValueError
-from .fsdp import as_dtensor, is_dtensor, local_range, to_local
+from .fsdp import distribute_like, gather
 from .run_fingerprint import RECORD_FILE
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
 CHECKPOINT = re.compile(r"step-(\d+)")
+WEIGHTS_FILE, STATE_FILE = "trained.safetensors", "state.pt"
 
 
 class TrainingState:
@@ -62,11 +63,6 @@ class TrainingState:
         self.start = start
         self.step = self.batches = 0
 
-    @property
-    def trained(self) -> dict[str, nn.Parameter]:
-        """Return the trainable parameters by name."""
-        return {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
-
     def save(self, output_dir: Path, save_total_limit: int, accelerator: Accelerator) -> None:
         """Write checkpoints/step-N atomically, and remove all but the newest checkpoints; every process calls this."""
         folder, rank = output_dir / "checkpoints" / f"step-{self.step:07d}", accelerator.process_index
@@ -77,15 +73,11 @@ class TrainingState:
             write_json(partial / RECORD_FILE, self.record)
         accelerator.wait_for_everyone()
         torch.save(_random_states(), partial / f"random-{rank}.pt")
-        is_sharded = any(map(is_dtensor, self.trained.values()))
-        if accelerator.is_main_process or is_sharded:
-            suffix = f"-{rank}" if is_sharded else ""
-            local = to_local({name: parameter.detach() for name, parameter in self.trained.items()})
-            save_file(
-                {name: tensor.cpu().contiguous() for name, tensor in local.items()},
-                partial / f"trained{suffix}.safetensors",
-            )
-            torch.save(self._state(accelerator), partial / f"state{suffix}.pt")
+        weights = gather(trained_parameters(self.model), keep=accelerator.is_main_process)
+        optimizer = gather(self.optimizer.state_dict(), keep=accelerator.is_main_process)
+        if accelerator.is_main_process:
+            save_file(weights, partial / WEIGHTS_FILE)
+            torch.save({"optimizer": optimizer, **self._state(accelerator)}, partial / STATE_FILE)
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             shutil.rmtree(folder, ignore_errors=True)
@@ -95,7 +87,6 @@ class TrainingState:
 
     def _state(self, accelerator: Accelerator) -> dict[str, Any]:
         return {
-            "optimizer": to_local(self.optimizer.state_dict()),
             "scheduler": self.scheduler.state_dict(),
             "step": self.step,
             "processes": accelerator.num_processes,
@@ -119,68 +110,48 @@ class TrainingState:
         """
         if folder is None:
             return
-        files = map(str, _shard_files(folder, "state*.pt"))
-        # mmap: a process reads only its part of the optimizer state
-        states = [torch.load(file, map_location="cpu", weights_only=True, mmap=True) for file in files]
-        saved = states[0]
-        if len(states) not in (1, saved["processes"]):
+        missing = [name for name in (WEIGHTS_FILE, STATE_FILE) if not (folder / name).is_file()]
+        if missing:
             raise OpenVLAValueError(
-                f"{folder} is incomplete: {saved['processes']} processes wrote it, and the files of {len(states)} are "
-                "there. Remove it to continue from the checkpoint before, or restore its files."
+                f"{folder} is incomplete: it has no {' and no '.join(missing)}. Remove it to continue from the "
+                "checkpoint before, or restore its files."
             )
-        self._restore_weights(folder, len(states))
-        self._restore_optimizer([state["optimizer"] for state in states])
+        self._restore_weights(folder / WEIGHTS_FILE)
+        # mmap: a process reads only its part of the optimizer state
+        saved = torch.load(folder / STATE_FILE, map_location="cpu", weights_only=True, mmap=True)
+        self._restore_optimizer(saved["optimizer"])
         self._restore_scheduler(saved["scheduler"])
         self._restore_position(saved)
         _restore_random_states(folder / f"random-{accelerator.process_index}.pt")
         accelerator.print(f"continues from {folder}")
         if saved["processes"] != accelerator.num_processes:
-            before, now = saved.get("samples_per_step"), self._samples_per_step(accelerator)
-            differs = before is not None and before != now
-            hint = "; gradient_accumulation_steps can compensate for that" if differs else ""
+            before, now = saved["samples_per_step"], self._samples_per_step(accelerator)
+            hint = "; gradient_accumulation_steps can compensate for that" if before != now else ""
             accelerator.print(
                 f"  with {accelerator.num_processes} processes, {saved['processes']} before; samples per optimizer "
-                f"step: {now} now, {before or 'not recorded'} before{hint}"
+                f"step: {now} now, {before} before{hint}"
             )
 
-    def _restore_weights(self, folder: Path, num_shards: int) -> None:
-        trained = self.trained
-        with ExitStack() as stack:
-            shards = [
-                stack.enter_context(safe_open(file, framework="pt"))
-                for file in _shard_files(folder, "trained*.safetensors")
-            ]
-            if len(shards) != num_shards:
-                raise OpenVLAValueError(
-                    f"{folder} is incomplete: {num_shards} files of optimizer state, {len(shards)} of weights."
-                )
-            if set(shards[0].keys()) != set(trained):
-                raise OpenVLAValueError(f"{folder} trained other weights than this run would; use another output_dir.")
-            with torch.no_grad():
-                for name, parameter in trained.items():
-                    if parameter.ndim == 0:
-                        parameter.copy_(shards[0].get_tensor(name))
-                        continue
-                    local = _read_range([shard.get_slice(name) for shard in shards], *local_range(parameter))
-                    to_local(parameter).copy_(local)
+    def _restore_weights(self, file: Path) -> None:
+        with safe_open(file, framework="pt") as weights, torch.no_grad():
+            trained = trained_parameters(self.model)
+            if set(weights.keys()) != set(trained):
+                raise OpenVLAValueError(f"{file} trained other weights than this run would; use another output_dir.")
+            for name, parameter in trained.items():
+                parameter.copy_(distribute_like(weights.get_tensor(name), parameter))
 
-    def _restore_optimizer(self, shards: Sequence[Mapping[str, Any]]) -> None:
+    def _restore_optimizer(self, saved: Mapping[str, Any]) -> None:
         parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
-        state = {}
-        for index, values in shards[0]["state"].items():
-            state[index] = dict(values)
-            for name, value in values.items():
-                if not torch.is_tensor(value):
-                    continue
-                if value.ndim == 0:  # AdamW's step count
-                    state[index][name] = value.clone()
-                    continue
-                parts = [shard["state"][index][name] for shard in shards]
-                local = _read_range(parts, *local_range(parameters[index])).clone()  # no longer a view of the file
-                state[index][name] = as_dtensor(local, parameters[index])
+        state = {  # the step count is a scalar; copies, because the file may go
+            index: {
+                name: (distribute_like(tensor, parameters[index]) if tensor.ndim else tensor).clone()
+                for name, tensor in values.items()
+            }
+            for index, values in saved["state"].items()
+        }
         groups = [
-            {**saved, **{name: group[name] for name in ("weight_decay", "fused", "foreach")}}
-            for saved, group in zip(shards[0]["param_groups"], self.optimizer.param_groups)
+            {**before, **{name: group[name] for name in ("weight_decay", "fused", "foreach")}}
+            for before, group in zip(saved["param_groups"], self.optimizer.param_groups)
         ]
         self.optimizer.load_state_dict({"state": state, "param_groups": groups})
 
@@ -194,39 +165,14 @@ class TrainingState:
 
     def _restore_position(self, saved: Mapping[str, Any]) -> None:
         self.step = saved["step"]
-        if "batches" in saved:
-            batches, world_size, workers = saved["batches"], saved["first_processes"], saved["first_workers"]
-        else:  # of an earlier development version: batches per process
-            batches, world_size = saved["passes"] * saved["processes"], saved["processes"]
-            workers = self.start.workers
-        self.start = StreamPosition(batches, self.start.batch_size, world_size, workers)
-
-
-def _read_range(shards: Sequence[Any], start: int, stop: int) -> torch.Tensor:
-    """Return a range of the first dimension of a tensor that is stored in consecutive shards.
-
-    Args:
-        shards: Tensors, or slices of open safetensors files, of which only the range is read.
-        start: First index.
-        stop: Index behind the last one.
-
-    Raises:
-        OpenVLAValueError: The shards together are too short.
-    """
-    lengths = [shard.shape[0] if torch.is_tensor(shard) else shard.get_shape()[0] for shard in shards]
-    if stop > sum(lengths):
-        raise OpenVLAValueError(
-            f"A tensor of the checkpoint has {sum(lengths)} rows, this run needs {start} to {stop}."
+        self.start = StreamPosition(
+            saved["batches"], self.start.batch_size, saved["first_processes"], saved["first_workers"]
         )
-    parts, offset = [], 0
-    for shard, length in zip(shards, lengths):
-        low, high = max(start - offset, 0), min(stop - offset, length)
-        if low < high:
-            parts.append(shard[low:high])
-        offset += length
-    if not parts:  # this process holds nothing of the tensor
-        return next(shard for shard, length in zip(shards, lengths) if length)[0:1][:0]
-    return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+
+def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the trainable parameters by name."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 def _random_states() -> dict[str, Any]:
@@ -248,21 +194,6 @@ def _restore_random_states(file: Path) -> None:
     random.setstate((version, tuple(numbers), gauss))
     for device, state in enumerate(states["cuda"][: torch.cuda.device_count()]):
         torch.cuda.set_rng_state(state, device)
-
-
-def _shard_files(folder: Path, pattern: str) -> list[Path]:
-    """Return the files of a kind, one per process in order of ranks, or the single one of a replicated model.
-
-    Raises:
-        OpenVLAValueError: There is none, or a rank's is missing.
-    """
-    prefix = pattern.partition("*")[0]
-    ranks = {file.stem.removeprefix(prefix).removeprefix("-"): file for file in folder.glob(pattern)}
-    if set(ranks) != {""} and set(ranks) != set(map(str, range(len(ranks)))) or not ranks:
-        raise OpenVLAValueError(
-            f"{folder} is incomplete: of {pattern} it has {sorted(f.name for f in ranks.values())}."
-        )
-    return [ranks[rank] for rank in sorted(ranks, key=lambda rank: int(rank or 0))]
 
 
 def checkpoints(output_dir: Path) -> list[Path]:

@@ -26,10 +26,6 @@ LORA_METHODS = ("lora", "qlora")
 # transformers' names, and OpenVLA-OFT's "step".
 SCHEDULER_TYPES = ("constant", "constant_with_warmup", "linear", "cosine", "step")
 STEP_DECAY_FACTOR = 0.1
-DISTRIBUTED = ("ddp", "fsdp")
-COMPILE = ("auto", "layers", "none")
-CHECKPOINTING_POLICIES = ("full", "selective")
-ADAPTER_DTYPES = ("fp32", "bf16")
 TRACKERS = ("tensorboard", "wandb", "trackio")
 POSITIVE_INTEGERS = (
     "per_device_train_batch_size",
@@ -39,29 +35,6 @@ POSITIVE_INTEGERS = (
     "save_total_limit",
     "logging_steps",
 )
-# Fields under other names in configurations and checkpoints of earlier development versions.
-RENAMED_FIELDS = {
-    "output": "output_dir",
-    "answer": "action_config",
-    "batch_size": "per_device_train_batch_size",
-    "accumulation": "gradient_accumulation_steps",
-    "decay": "lr_scheduler_type",
-    "decay_step": "num_steps_before_decay",
-    "ends": "pad_last_chunk",
-    "parallelism": "distributed",
-    "workers": "dataloader_num_workers",
-    "keep": "save_total_limit",
-    "log_steps": "logging_steps",
-    "tracker": "report_to",
-    "feed_back": "num_train_eval_samples",
-    "device": "use_cpu",
-}
-# Values of those fields that were written otherwise.
-RENAMED_VALUES: dict[str, dict[Any, Any]] = {
-    "pad_last_chunk": {"drop": False, "repeat": True},
-    "report_to": {None: "none"},
-    "use_cpu": {None: False, "cpu": True},
-}
 
 
 @dataclass
@@ -166,30 +139,31 @@ class FinetuneConfig:
 
     def __post_init__(self) -> None:
         """Check everything that can be checked before files are read."""
-        self._parse_floats()
+        self._check_types()
         self._check_choices()
         self._check_combinations()
         self._check_ranges()
 
-    def _parse_floats(self) -> None:
-        """Convert numbers that YAML reads as text, such as ``5e-4`` (YAML 1.1 wants a decimal point)."""
+    def _check_types(self) -> None:
+        """Check booleans, and convert numbers that YAML 1.1 reads as text, such as ``5e-4``."""
         hints = typing.get_type_hints(type(self))
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if hints[field.name] is float and isinstance(value, str):
+        for name, value in vars(self).items():
+            if hints[name] is bool and not isinstance(value, bool):
+                raise OpenVLAValueError(f"{name} must be true or false, got {value!r}.")
+            if hints[name] is float and isinstance(value, str):
                 try:
-                    setattr(self, field.name, float(value))
+                    setattr(self, name, float(value))
                 except ValueError:
-                    raise OpenVLAValueError(f"{field.name} must be a number, got {value!r}.") from None
+                    raise OpenVLAValueError(f"{name} must be a number, got {value!r}.") from None
 
     def _check_choices(self) -> None:
         choices = {
             "method": METHODS,
             "lr_scheduler_type": SCHEDULER_TYPES,
-            "distributed": DISTRIBUTED,
-            "compile": COMPILE,
-            "adapter_dtype": ADAPTER_DTYPES,
-            "gradient_checkpointing_policy": CHECKPOINTING_POLICIES,
+            "distributed": ("ddp", "fsdp"),
+            "compile": ("auto", "layers", "none"),
+            "adapter_dtype": ("fp32", "bf16"),
+            "gradient_checkpointing_policy": ("full", "selective"),
             "report_to": ("none", *TRACKERS),
         }
         for name, allowed in choices.items():
@@ -199,23 +173,15 @@ class FinetuneConfig:
             raise OpenVLAValueError(f"accept must be a list of names, got {self.accept!r}.")
         self.accept = list(self.accept or ())
         validate_check_names(self.accept)
-        hints = typing.get_type_hints(type(self))
-        for field in fields(self):
-            if hints[field.name] is bool and not isinstance(getattr(self, field.name), bool):
-                raise OpenVLAValueError(f"{field.name} must be true or false, got {getattr(self, field.name)!r}.")
 
     def _check_combinations(self) -> None:
         if self.method == "qlora" and self.distributed == "fsdp":
             raise OpenVLAValueError("4-bit weights cannot be sharded; use method: lora, or distributed: ddp.")
         if self.lr_scheduler_type == "step" and self.num_steps_before_decay is None:
             raise OpenVLAValueError("lr_scheduler_type: step needs num_steps_before_decay.")
-        if self.lr_scheduler_type == "constant" and self.warmup_steps:
-            raise OpenVLAValueError(
-                f"warmup_steps is {self.warmup_steps}, which lr_scheduler_type: constant does not use; remove it, or "
-                "use lr_scheduler_type: constant_with_warmup."
-            )
         used_by: dict[str, tuple[str, tuple[Any, ...]]] = {
             "num_steps_before_decay": ("lr_scheduler_type", ("step",)),
+            "warmup_steps": ("lr_scheduler_type", SCHEDULER_TYPES[1:]),
             "gradient_checkpointing_policy": ("gradient_checkpointing", (True,)),
             "adapter_dtype": ("method", LORA_METHODS),
         }
@@ -301,27 +267,11 @@ def config_from_dict(values: Mapping[str, Any], source: Any = None) -> FinetuneC
     unknown = sorted(set(values) - set(known))
     missing = [name for name in ("model", "output_dir") if values.get(name) is None]
     if unknown or missing:
-        hints = "".join(_hint(name, known) for name in unknown)
+        nearest = {name: nearest_name(name, known) for name in unknown}
+        hints = "".join(f" Did you mean {field} by {name}?" for name, field in nearest.items() if field)
         location = f" in {source}" if source else ""
         raise OpenVLAValueError(f"Unknown fields{location}: {unknown}, missing: {missing}.{hints} Known: {known}.")
     return FinetuneConfig(**values)
-
-
-def _hint(unknown: str, known: Sequence[str]) -> str:
-    if unknown in RENAMED_FIELDS:
-        return f" {unknown} is now {RENAMED_FIELDS[unknown]}."
-    nearest = nearest_name(unknown, list(known))
-    return f" Did you mean {nearest} by {unknown}?" if nearest else ""
-
-
-def with_current_names(recorded: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the fields of a recorded configuration under today's names, with today's values."""
-    current = {}
-    for name, value in recorded.items():
-        new_name = RENAMED_FIELDS.get(name, name)
-        values = RENAMED_VALUES.get(new_name, {}) if new_name != name else {}
-        current[new_name] = values.get(value, value) if values else value
-    return current
 
 
 def lr_lambda(config: FinetuneConfig, step: int) -> float:

@@ -96,7 +96,7 @@ def estimate(
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     frozen = sum(parameter.nbytes for parameter in model.parameters() if not parameter.requires_grad)
     if config.method == "qlora":
-        layers = repeated_layers(model)[: _num_decoder_layers(model)]
+        layers = repeated_layers(model)[: model.config.text_config.num_hidden_layers]
         quantized = [p for layer in layers for p in layer.parameters() if p.ndim == 2 and not p.requires_grad]
         frozen -= int(sum(p.numel() * (p.element_size() - NF4_BYTES) for p in quantized))
     trained_bytes = sum(parameter.nbytes for parameter in trained)
@@ -118,13 +118,9 @@ def estimate(
 def _tokens(model: OpenVLAForActionPrediction, length: int) -> list[int]:
     """Return the number of tokens of a sample in each of the repeated layers."""
     backbone = model.vision_backbone
-    text = [length + backbone.patches_per_prompt] * _num_decoder_layers(model)
+    text = [length + backbone.patches_per_prompt] * model.config.text_config.num_hidden_layers
     image = backbone.num_images * (backbone.featurizer.num_patches + backbone.featurizer.num_prefix_tokens)
     return text + [image] * (len(repeated_layers(model)) - len(text))
-
-
-def _num_decoder_layers(model: OpenVLAForActionPrediction) -> int:
-    return int(model.config.text_config.num_hidden_layers)
 
 
 def product_rate(device: torch.device, dtype: torch.dtype) -> float:

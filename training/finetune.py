@@ -23,6 +23,7 @@ import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, fields
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -49,13 +50,13 @@ from ..loading import AutoProcessor
 from ..modeling_openvla import OpenVLAForActionPrediction
 from ..prismatic_openvla import IGNORE_INDEX
 from ..processing_openvla import OpenVLAProcessor
-from .checkpointing import TrainingState, newest_checkpoint
+from .checkpointing import TrainingState, newest_checkpoint, trained_parameters
 from .collator import ActionCollator, compute_metrics, model_inputs
 from .config import LORA_METHODS, FinetuneConfig, add_arguments, config_from_dict, lr_lambda, read_yaml  # noqa: F401
 from .datasets import Demonstrations, TrainingData, report_data
 from .estimate import Estimate, compiles_layers, device_memory, estimate, product_rate
 from .export import evaluate_on_train, export
-from .fsdp import full_tensor, gather_trained, shard_model
+from .fsdp import full_tensor, gather, shard_model
 from .layers import LayerCompiler, prepared_layers
 from .run_fingerprint import require_same_run, run_record
 
@@ -66,6 +67,8 @@ if TYPE_CHECKING:
 HOST_TENSORS = ("labels", "attention_mask")
 # Tokens. Batches of few lengths, so that compiled layers are not compiled anew.
 LENGTH_MULTIPLE = 16
+# For which the other processes wait while the first one writes a checkpoint.
+WRITING_TIMEOUT = timedelta(hours=1)
 EVALUATION_PRESET = "libero"  # image preset of the reference's evaluation of models trained with augmentation
 
 
@@ -113,16 +116,18 @@ def finetune(config: FinetuneConfig, data: TrainingData | None = None) -> Path:
         dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else None
         shard_model(model, accelerator.device, dtype)
     train(config, data, model, processor, accelerator, record)
-    weights = gather_trained(model, keep=accelerator.is_main_process) if config.distributed == "fsdp" else None
+    is_sharded = config.distributed == "fsdp"
+    weights = gather(trained_parameters(model), keep=accelerator.is_main_process) if is_sharded else {}
     # The other processes end here: exporting may take longer than a collective operation may wait.
     accelerator.wait_for_everyone()
     accelerator.end_training()
     if accelerator.is_main_process:
-        if weights is not None:
+        if is_sharded:
             del model  # the sharded one, to free its memory before the complete one is loaded
             accelerator.free_memory()
             model, _ = load_model_and_processor(config, data, accelerator.device)
-            load_trained(model, weights)
+            for name, parameter in trained_parameters(model).items():
+                parameter.data.copy_(weights[name])
             model.norm_stats = record["norm_stats"]
         processor.image_preset = EVALUATION_PRESET if config.augment else "none"
         evaluate_on_train(config, model, processor, data, output_dir)
@@ -199,12 +204,14 @@ def create_accelerator(config: FinetuneConfig) -> Accelerator:
     tracker = None if config.report_to == "none" else config.report_to
     if tracker:  # accelerate silently ignores a tracker that is not installed
         require(tracker, f"report_to: {tracker}", install=tracker)
-    accelerator = require("accelerate", "openvla finetune").Accelerator(
+    accelerate = require("accelerate", "openvla finetune")
+    accelerator = accelerate.Accelerator(
         cpu=config.use_cpu,
         gradient_accumulation_steps=config.gradient_accumulation_steps,
         mixed_precision="bf16" if uses_autocast(config) else "no",
         log_with=tracker,
         project_dir=config.output_dir,
+        kwargs_handlers=[accelerate.InitProcessGroupKwargs(timeout=WRITING_TIMEOUT)],
     )
     kind = str(accelerator.distributed_type.value)
     if kind not in ("NO", "MULTI_CPU", "MULTI_GPU"):
@@ -273,9 +280,8 @@ def set_adapter_dtype(model: OpenVLAForActionPrediction) -> None:
             f"adapter_dtype: bf16 needs a base in bfloat16, this one is loaded in {model.dtype}; use adapter_dtype: "
             "fp32."
         )
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.to(torch.bfloat16)
+    for parameter in trained_parameters(model).values():
+        parameter.data = parameter.data.to(torch.bfloat16)
 
 
 def set_action_config(model: OpenVLAForActionPrediction, action_config: Mapping[str, Any]) -> None:
@@ -315,14 +321,6 @@ def set_norm_stats(model: OpenVLAForActionPrediction, data: TrainingData) -> Non
     for key, statistics in data.statistics.items():
         model.add_norm_stats(key, statistics)
         model.action_statistics(key)  # raises if the dimensions do not fit
-
-
-def load_trained(model: OpenVLAForActionPrediction, weights: Mapping[str, torch.Tensor]) -> None:
-    """Copy trained weights into a model that was loaded for the same run."""
-    parameters = dict(model.named_parameters())
-    with torch.no_grad():
-        for name, tensor in weights.items():
-            parameters[name].copy_(tensor)
 
 
 def set_trainable(model: OpenVLAForActionPrediction, config: FinetuneConfig) -> None:
@@ -409,7 +407,8 @@ def train(
     output_dir = Path(config.output_dir)
     state = create_training_state(config, model, accelerator, record)
     if config.report_to != "none":
-        init_tracker(config, accelerator)
+        settings = {k: v if isinstance(v, (int, float, str)) else json.dumps(v) for k, v in asdict(config).items()}
+        accelerator.init_trackers("openvla", config=settings)
     batches = load_batches(config, data, model, processor, accelerator, state.start)
     optimizer = accelerator.prepare(state.optimizer)
     wrapped = accelerator.prepare(model) if config.distributed == "ddp" else model
@@ -495,7 +494,7 @@ def create_training_state(
     Raises:
         OpenVLAValueError: The checkpoint does not fit the run, or is beyond ``max_steps``.
     """
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    trained = list(trained_parameters(model).values())
     fused = True if accelerator.device.type == "cuda" else None
     optimizer = torch.optim.AdamW(trained, lr=config.learning_rate, weight_decay=config.weight_decay, fused=fused)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: lr_lambda(config, step))
@@ -512,15 +511,6 @@ def create_training_state(
             f"{state.step} or more, or use another output_dir."
         )
     return state
-
-
-def init_tracker(config: FinetuneConfig, accelerator: Accelerator) -> None:
-    """Start the experiment tracker with the configuration as its hyperparameters."""
-    hyperparameters = {
-        name: value if isinstance(value, (int, float, str)) else json.dumps(value)
-        for name, value in asdict(config).items()
-    }
-    accelerator.init_trackers("openvla", config=hyperparameters)
 
 
 def log(

@@ -17,8 +17,8 @@ from .layers import repeated_layers
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
-# The first version in which fully_shard and DTensor are public.
-FIRST_TORCH = (2, 6)
+# The first version in which fully_shard is public and distribute_tensor can leave out communication.
+FIRST_TORCH = (2, 7)
 
 
 def shard_model(model: OpenVLAForActionPrediction, device: torch.device, dtype: torch.dtype | None = None) -> None:
@@ -74,57 +74,27 @@ def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.full_tensor() if is_dtensor(tensor) else tensor
 
 
-def to_local(content: Any) -> Any:
-    """Return nested dicts and lists with each sharded tensor replaced by this process's shard."""
-    if isinstance(content, dict):
-        return {key: to_local(value) for key, value in content.items()}
-    if isinstance(content, list):
-        return [to_local(value) for value in content]
-    return content.to_local() if torch.is_tensor(content) and is_dtensor(content) else content
-
-
-def local_range(tensor: torch.Tensor) -> tuple[int, int]:
-    """Return start and stop of the part of a tensor's first dimension that this process holds.
-
-    FSDP2 splits the first dimension as ``torch.chunk`` does: all shards have the same length, except for the last ones.
-    """
-    if not is_dtensor(tensor):
-        return 0, len(tensor)
-    mesh = tensor.device_mesh
-    length = -(-len(tensor) // mesh.size())
-    start = min(mesh.get_local_rank() * length, len(tensor))
-    stop = min(start + length, len(tensor))
-    if stop - start != len(tensor.to_local()):
-        raise AssertionError(f"FSDP2 split {len(tensor)} rows otherwise: {len(tensor.to_local())} are local.")
-    return start, stop
-
-
-def as_dtensor(local: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
-    """Return a DTensor with this local shard and the layout of ``reference``, or ``local`` if that is not sharded."""
+def distribute_like(tensor: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
+    """Return a full tensor sharded as ``reference`` is, without communication, or as it is if that is not sharded."""
     if not is_dtensor(reference):
-        return local
-    from torch.distributed.tensor import DTensor
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
 
-    return DTensor.from_local(
-        local.to(reference.device),
-        reference.device_mesh,
-        reference.placements,
-        shape=reference.shape,
-        stride=reference.stride(),
-    )
+    return distribute_tensor(tensor, reference.device_mesh, reference.placements, src_data_rank=None)
 
 
-def gather_trained(model: nn.Module, *, keep: bool) -> dict[str, torch.Tensor] | None:
-    """Gather the trained parameters on the CPU, one at a time; every process must call this.
+def gather(content: Any, *, keep: bool) -> Any:
+    """Copy nested dicts and lists, with every tensor full and on the CPU; every process must call this.
 
     Args:
-        model: Sharded model.
-        keep: Return the parameters in this process. Elsewhere the result is None.
+        content: The dicts and lists; sharded tensors are gathered one at a time.
+        keep: Keep the tensors in this process; elsewhere they are replaced by None.
     """
-    gathered = {}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            tensor = full_tensor(parameter.detach())
-            if keep:
-                gathered[name] = tensor.cpu()
-    return gathered if keep else None
+    if isinstance(content, dict):
+        return {key: gather(value, keep=keep) for key, value in content.items()}
+    if isinstance(content, list):
+        return [gather(value, keep=keep) for value in content]
+    if not torch.is_tensor(content):
+        return content
+    tensor = full_tensor(content.detach())
+    return tensor.cpu().contiguous() if keep else None

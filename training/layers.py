@@ -22,6 +22,9 @@ from ..modeling_openvla import OpenVLAForActionPrediction
 
 logger = logging.get_logger(__name__)
 
+# Of a function that serves all kinds of layers: one graph for each kind and length of a batch.
+MAX_GRAPHS = 128
+
 Forward = Callable[..., Any]
 
 
@@ -78,20 +81,24 @@ def prepared_layers(
         checkpointing: What the backward pass computes anew: "full" whole layers, "selective" all but matrix products
             and attention, None nothing.
     """
+    from torch._dynamo import config as dynamo
+
     before = []
+    limit = contextlib.nullcontext() if compiler is None else dynamo.patch(cache_size_limit=MAX_GRAPHS)
     try:
         for layer in repeated_layers(model):
             before.append((layer, vars(layer).get("forward")))  # set where another library replaced it
             forward = layer.forward if checkpointing is None else _checkpointed(layer.forward, checkpointing)
             layer.forward = forward if compiler is None else compiler.wrap(forward)
-        yield
+        with limit:
+            yield
     finally:
         for layer, previous in before:
             del layer.forward
             if previous is not None:
                 layer.forward = previous
         if compiler is not None:
-            torch.compiler.reset()  # dynamo compiles a function 8 times at most: the next run begins anew
+            torch.compiler.reset()  # the graphs of this run count towards the limit of the next one
 
 
 def repeated_layers(model: OpenVLAForActionPrediction) -> list[nn.Module]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,7 +21,7 @@ from ..data.utils import read_json
 from ..errors_openvla import OpenVLAValueError
 from ..modeling_openvla import OpenVLAForActionPrediction
 from ..processing_openvla import OpenVLAProcessor
-from .config import FinetuneConfig, with_current_names
+from .config import FinetuneConfig
 from .datasets import TrainingData
 
 RECORD_FILE = "run.json"
@@ -82,14 +82,15 @@ def run_record(
         processor: Processor of the base model.
     """
     image_processor = processor.image_processor
+    weights = getattr(data, "weights", [])
     record = {
         "config": asdict(config),
         "base": record_base(model) if model.lora_adapter is None else model.lora_adapter.base,
         "images": _digest([getattr(image_processor, f"tvf_{name}") for name in IMAGE_FIELDS]),
-        "answer": model.config.action_config,
+        "action_config": model.config.action_config,
         "default_unnorm_key": model.config.default_unnorm_key,
         "datasets": [_dataset_record(reader) for reader in data.readers],
-        "weights": _fractions(getattr(data, "weights", [])),
+        "weights": [weight / sum(weights) for weight in weights],
         "norm_stats": model.norm_stats,
         "precision": str(model.dtype).removeprefix("torch."),
     }
@@ -138,10 +139,6 @@ def _episode_digest(reader: EpisodeReader, index: int) -> str:
     return hashlib.sha256(b"".join([*arrays, json.dumps(list(episode.instructions)).encode()])).hexdigest()
 
 
-def _fractions(weights: Sequence[float]) -> list[float]:
-    return [weight / sum(weights) for weight in weights]
-
-
 def _digest(content: Any) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
 
@@ -166,15 +163,22 @@ def require_same_run(
     """
     if checkpoint is None:
         return record
-    if not (checkpoint / RECORD_FILE).is_file():
+    file = checkpoint / RECORD_FILE
+    before = read_json(file) if file.is_file() else {"config": {}}
+    if set(before) != set(record) or set(before["config"]) - set(record["config"]):
         raise OpenVLAValueError(
-            f"{checkpoint} is of a development version that did not record what its weights mean, so it cannot be "
-            f"continued. Use another output_dir; with model: {output_dir / 'model'}, if that exists, the new run "
-            "starts from its weights."
+            f"{checkpoint} is of a development version that recorded other fields of its run than this one, so it "
+            f"cannot be continued. Use another output_dir; with model: {output_dir / 'model'}, if that exists, the new "
+            "run starts from its weights."
         )
-    before = read_json(checkpoint / RECORD_FILE)
-    before["config"] = with_current_names(before["config"])
-    _refuse_differences(list(_run_differences(before, record)), output_dir, checkpoint)
+    differences = list(_run_differences(before, record))
+    if differences:
+        result = output_dir / "model"
+        hint = f" (with model: {result} it starts from the weights trained here)" if result.is_dir() else ""
+        raise OpenVLAValueError(
+            f"{checkpoint} is of another run than the one given: {_listed(differences)}. To continue it, give the "
+            f"values as they were. For the new ones, new episodes too, use another output_dir{hint}."
+        )
     allowed = [name for name in FREE_FIELDS if name != "output_dir"]
     changed = [*_config_differences(before["config"], record["config"], allowed)]
     changed += _differences(before["precision"], record["precision"], "precision")
@@ -183,24 +187,13 @@ def require_same_run(
     return {**record, "norm_stats": before["norm_stats"]}
 
 
-def _refuse_differences(differences: Sequence[Difference], output_dir: Path, checkpoint: Path) -> None:
-    if not differences:
-        return
-    result = output_dir / "model"
-    hint = f" (with model: {result} it starts from the weights trained here)" if result.is_dir() else ""
-    raise OpenVLAValueError(
-        f"{checkpoint} is of another run than the one given: {_listed(differences)}. To continue it, give the values "
-        f"as they were. For the new ones, new episodes too, use another output_dir{hint}."
-    )
-
-
 def _run_differences(before: dict[str, Any], now: dict[str, Any]) -> Iterator[Difference]:
     """Yield every difference between two records that is not allowed."""
-    yield from _config_differences(before["config"], now["config"], _strict_fields(now["config"]))
+    strict = [name for name in now["config"] if name not in (*FREE_FIELDS, *FIELDS_BY_CONTENT)]
+    yield from _config_differences(before["config"], now["config"], strict)
     yield from _base_differences(before["base"], now["base"])
-    yield from _differences(before["images"], now["images"], "images")
-    yield from _differences(before["answer"], now["answer"], "action_config")
-    yield from _differences(before["default_unnorm_key"], now["default_unnorm_key"], "default_unnorm_key")
+    for name in ("images", "action_config", "default_unnorm_key"):
+        yield from _differences(before[name], now[name], name)
     names_before, names_now = ([dataset["name"] for dataset in record["datasets"]] for record in (before, now))
     yield from _differences(names_before, names_now, "datasets")
     if names_before == names_now:
@@ -231,10 +224,6 @@ def _image_differences(before: Any, now: Any, name: str) -> Iterator[Difference]
                 location = f"{name}[{episode}][{camera}] (height, width, colours of four quarters)"
                 yield Difference(location, old, new)
                 return
-
-
-def _strict_fields(config: Mapping[str, Any]) -> list[str]:
-    return [name for name in config if name not in (*FREE_FIELDS, *FIELDS_BY_CONTENT)]
 
 
 def _config_differences(

@@ -2,6 +2,7 @@
 
 import json
 import logging
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ pytest.importorskip("accelerate")
 
 from openvla.tiny import build_tiny
 from openvla.training.checkpointing import checkpoints
-from openvla.training.collator import ActionCollator
+from openvla.training.collator import ActionCollator, model_inputs
 from openvla.training.finetune import LENGTH_MULTIPLE, finetune, set_adapter_dtype
 from openvla.training.layers import LayerCompiler, prepared_layers, repeated_layers
 from predictions import needs_compiler
@@ -80,6 +81,22 @@ def test_layers_are_restored_after_the_context():
     assert not any("forward" in vars(layer) for layer in layers)
 
 
+def test_every_length_is_compiled_beside_checkpointing():
+    """Three kinds of layers and five lengths: more graphs of one function than the eight that torch compiles."""
+    model, processor = lora_model()
+    step, compiler = InMemoryData().steps[0], Eager()
+    graphs = []
+    with prepared_layers(model, compiler, "full"):
+        for words in range(0, 80, 16):
+            instruction = step.instruction + " now" * words
+            batch = ActionCollator(processor, with_statistics(model), pad_to_multiple_of=LENGTH_MULTIPLE)(
+                [replace(step, instruction=instruction)]
+            )
+            model(**model_inputs(batch, model), logits_at_labels=True).loss.backward()
+            graphs.append(compiler.num_graphs)
+    assert graphs == [GRAPHS + index for index in range(5)]  # a length is one graph of the decoder's layers
+
+
 @pytest.mark.parametrize("checkpointing", ["selective", "full"])
 def test_checkpointing_saves_fewer_bytes(checkpointing):
     model, processor = lora_model()
@@ -112,6 +129,7 @@ def test_without_a_working_compiler_layers_run_plain_with_one_warning(monkeypatc
 
 
 @needs_compiler
+@pytest.mark.slow
 def test_compiled_run_has_the_losses_of_a_plain_one_when_resumed_too(base, tmp_path):
     """Compiled, then interrupted after 12 of 20 steps and resumed; prompts of two lengths are padded to one."""
     data = InMemoryData(count=7)
