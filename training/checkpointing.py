@@ -2,8 +2,7 @@
 
 A checkpoint holds only what can be read without unpickling objects: safetensors, JSON, and ``.pt`` files that load with
 ``weights_only=True``. (The metadata of ``torch.distributed.checkpoint`` and the files of accelerate's ``save_state``
-are pickles.) Tensors are stored full, however many processes share the model; from the mapped files each process reads
-only its part.
+are pickles.) Tensors are stored full, however many processes share the model.
 """
 
 from __future__ import annotations
@@ -117,11 +116,13 @@ class TrainingState:
                 "checkpoint before, or restore its files."
             )
         self._restore_weights(folder / WEIGHTS_FILE)
-        # mmap: a process reads only its part of the optimizer state
         saved = torch.load(folder / STATE_FILE, map_location="cpu", weights_only=True, mmap=True)
         self._restore_optimizer(saved["optimizer"])
         self._restore_scheduler(saved["scheduler"])
-        self._restore_position(saved)
+        self.step = saved["step"]
+        self.start = StreamPosition(
+            saved["batches"], self.start.batch_size, saved["first_processes"], saved["first_workers"]
+        )
         _restore_random_states(folder / f"random-{accelerator.process_index}.pt")
         accelerator.print(f"continues from {folder}")
         if saved["processes"] != accelerator.num_processes:
@@ -162,12 +163,6 @@ class TrainingState:
         factors = [factor(self.scheduler.last_epoch) for factor in self.scheduler.lr_lambdas]
         for group, learning_rate, factor in zip(self.optimizer.param_groups, learning_rates, factors):
             group["initial_lr"], group["lr"] = learning_rate, learning_rate * factor
-
-    def _restore_position(self, saved: Mapping[str, Any]) -> None:
-        self.step = saved["step"]
-        self.start = StreamPosition(
-            saved["batches"], self.start.batch_size, saved["first_processes"], saved["first_workers"]
-        )
 
 
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
