@@ -136,18 +136,17 @@ def test_losses_gradients_and_metrics_are_the_reference_s(name, loaded):
 def test_answers_are_concatenated_from_ids_not_tokenized_from_text(loaded):
     """Qwen's own last tokens, as text, read back as other ids: the reference trains answers that nothing decodes."""
     model, processor = loaded(RETOKENIZED)
-    steps = [golden_step(model, example) for example in GOLDEN[RETOKENIZED]["examples"]]
-    batch = ActionCollator(processor, model)(steps)
-    reference = GOLDEN[RETOKENIZED]
-    ends = reference["examples"][0]["labels"][-2:]
-    for step, labels, example in zip(steps, batch["labels"], reference["examples"]):
-        collator = ActionCollator(processor, model)
+    collator = ActionCollator(processor, model)
+    turn_end = processor.tokenizer.convert_tokens_to_ids("<|im_end|>")
+    for example in GOLDEN[RETOKENIZED]["examples"]:
+        step = golden_step(model, example)
+        batch = collator([step])
+        is_answer = batch["labels"][0] != -100
         codes = collator.action_tokenizer.encode(collator.normalized_actions(step)).tolist()
-        assert labels[labels != -100].tolist() == [*codes, *ends]
-        prompt = [token for token, label in zip(example["input_ids"], example["labels"]) if label == -100]
-        single = ActionCollator(processor, model)([step])
-        assert single["input_ids"][0, : len(prompt)].tolist() == prompt
-    assert reference["examples"][0]["answer_tokens"] == 13
+        assert batch["labels"][0, is_answer].tolist() == [*codes, turn_end, model.pad_token_id]
+        prompt = batch["input_ids"][0, ~is_answer].tolist()
+        assert example["input_ids"][: len(prompt)] == prompt
+        assert example["input_ids"][len(prompt) :] != [*codes, turn_end, model.pad_token_id]
 
 
 @pytest.mark.parametrize("name", sorted({key.partition("/")[0] for key in WINDOWS.files} - {"action"}))
