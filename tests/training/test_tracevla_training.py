@@ -1,0 +1,155 @@
+"""Training of TraceVLA: prompts, losses and frames without a trace, as the authors train."""
+
+import hashlib
+
+import numpy as np
+import pytest
+import torch
+from openvla import OpenVLAForActionPrediction
+from openvla.conversion.upgrade import upgrade
+from openvla.data.episodes import Step
+from openvla.default_processor import default_processor
+from openvla.tiny import build_tiny, build_tokenizer
+from openvla.training.collator import ActionCollator, has_trace, model_inputs
+from openvla.training.token_loss import action_token_loss
+from reference import GRADIENT_ATOL, LOSS_ATOL
+from tracevla import SOURCE, golden_image, published_tracevla, read
+
+GOLDEN = read("train.json")
+KEY = "bridge_orig"
+
+
+class GoldenProcessor:
+    """Returns the prompt's ids of a golden example, made with Llama-2's tokenizer, and the native processor's pixels.
+
+    The number of images decides which prompt is written; the instruction is the example's index.
+    """
+
+    def __init__(self, model):
+        self.native = default_processor(model.config, build_tokenizer(32000))
+        self.styles = []
+
+    def __call__(self, instruction, images):
+        example = GOLDEN["examples"][instruction]
+        self.styles.append("tracevla" if len(images) == 2 else "openvla")
+        prompt = [token for token, label in zip(example["input_ids"], example["labels"]) if label == -100]
+        pixel_values = self.native(instruction="go", images=images if len(images) == 2 else images[0])["pixel_values"]
+        return {"input_ids": torch.tensor([prompt]), "pixel_values": pixel_values}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    target = tmp_path_factory.mktemp("tracevla")
+    upgrade(published_tracevla(target / "published"), target / "upgraded")
+    return OpenVLAForActionPrediction.from_pretrained(target / "upgraded")
+
+
+def golden_step(model, index, traced):
+    example = GOLDEN["examples"][index]
+    frame, overlaid = (np.asarray(golden_image(f"{kind}{example['image']}")) for kind in "ro")
+    return Step(
+        images=(frame, overlaid if traced else frame.copy()),
+        instruction=index,
+        actions=model.action_statistics(KEY).unnormalize(np.array([example["action"]])),
+        is_padding=np.zeros(1, bool),
+        proprio=None,
+        dataset=KEY,
+        episode_id="0",
+        index=0,
+    )
+
+
+def test_the_golden_batch_has_the_authors_ids_and_losses(model):
+    """A frame with a trace, one without, and one whose trace is dropped."""
+    processor, rows = GoldenProcessor(model), []
+    for index, example in enumerate(GOLDEN["examples"]):
+        dropout = float(example["traced"] and not example["used_trace"])
+        collator = ActionCollator(processor, model, trace_dropout=dropout)
+        rows.append(collator([golden_step(model, index, example["traced"])]))
+        assert rows[-1]["input_ids"].tolist() == [example["input_ids"]]
+        assert rows[-1]["labels"].tolist() == [example["labels"]]
+        towers = rows[-1]["pixel_values"][0].unflatten(0, (2, 2, 3)).transpose(0, 1).contiguous()
+        digests = [hashlib.sha256(tower.numpy().tobytes()).hexdigest() for tower in towers]
+        assert digests == [example["pixel_values_sha256"][tower] for tower in ("dino", "siglip")]
+    assert processor.styles == ["tracevla", "openvla", "openvla"]
+    batch = {field: torch.tensor(GOLDEN[field]) for field in ("input_ids", "attention_mask", "labels")}
+    batch["pixel_values"] = torch.cat([row["pixel_values"] for row in rows])
+    kept = ActionCollator(GoldenProcessor(model), model)
+    steps = [golden_step(model, index, example["used_trace"]) for index, example in enumerate(GOLDEN["examples"])]
+    for field, tensor in kept(steps).items():
+        assert torch.equal(tensor, batch[field])
+    output = model.train()(**model_inputs(batch, model), logits_at_labels=True)
+    assert float(output.loss.detach()) == pytest.approx(GOLDEN["loss_full"], abs=LOSS_ATOL)
+    low, high = GOLDEN["action_token_range"]
+    assert model.action_token_ids == slice(low, high + 1)
+    loss = action_token_loss(output.logits, batch["labels"], model.action_token_ids)
+    assert float(loss.detach()) == pytest.approx(GOLDEN["loss_action_token_only"], abs=LOSS_ATOL)
+    arrays = np.load(SOURCE / "train.npz")
+    is_action = (batch["labels"] != -100) & (batch["labels"] >= low) & (batch["labels"] <= high)
+    flat = is_action[batch["labels"] != -100]
+    logits = output.logits.detach()[flat, low : high + 1].numpy()
+    np.testing.assert_allclose(logits, arrays["action_logits"], atol=GRADIENT_ATOL, rtol=0)
+    output.loss.backward()
+    separator = model.vision_backbone.sep_tok.weight.grad.numpy()
+    np.testing.assert_allclose(separator, arrays["grad_sep_tok"], atol=GRADIENT_ATOL, rtol=0)
+
+
+def test_the_end_token_and_other_logits_have_no_gradient_from_the_action_token_loss(model):
+    batch = ActionCollator(GoldenProcessor(model), model)([golden_step(model, 0, True)])
+    logits = torch.randn(8, 32064, requires_grad=True)
+    action_token_loss(logits, batch["labels"], model.action_token_ids).backward()
+    touched = logits.grad != 0
+    assert touched[:7, 31744:32000].all()
+    assert not touched[7].any()
+    assert not touched[:, :31744].any()
+    assert not touched[:, 32000:].any()
+
+
+def traced_steps(count, traced=True):
+    random = np.random.RandomState(0)
+    images = random.randint(32, 256, (count, 2, 32, 32, 3), dtype=np.uint8)
+    return [
+        Step((pair[0], pair[1] if traced else pair[0]), "go", np.zeros((1, 7)), np.zeros(1, bool), None, "lab", "0", 0)
+        for pair in images
+    ]
+
+
+def trace_collator(**kwargs):
+    from training_runs import with_statistics
+
+    model, processor = build_tiny(trace_prompting=True)
+    return ActionCollator(processor, with_statistics(model), **kwargs)
+
+
+def lengths(batch):
+    """Return the number of tokens of every row: the prompt for two images is the longer one."""
+    return batch["attention_mask"].sum(1).tolist()
+
+
+def test_a_fifth_of_the_traces_is_dropped_the_same_ones_after_a_restart():
+    steps = traced_steps(100)
+    rows = lengths(trace_collator(trace_dropout=0.2, seed=3)(steps))
+    assert len(set(rows)) == 2
+    assert 10 <= sum(length == min(rows) for length in rows) <= 30
+    assert rows == lengths(trace_collator(trace_dropout=0.2, seed=3)(steps))
+    assert rows != lengths(trace_collator(trace_dropout=0.2, seed=4)(steps))
+    assert len(set(lengths(trace_collator()(steps)))) == 1
+    assert lengths(trace_collator(trace_dropout=0.2)(traced_steps(3, traced=False))) == [min(rows)] * 3
+
+
+def test_a_black_image_and_the_frame_itself_are_no_trace():
+    frame = np.full((4, 4, 3), 100, np.uint8)
+    traced = frame.copy()
+    traced[0, 0] = 255, 0, 0
+    assert has_trace(frame, traced)
+    assert not has_trace(frame, frame.copy())
+    assert not has_trace(frame, np.full_like(frame, 5))  # black of a video
+    assert has_trace(frame, traced[:2])
+
+
+def test_one_camera_alone_is_refused():
+    step = traced_steps(1)[0]
+    import dataclasses
+
+    with pytest.raises(ValueError, match="takes 2 images, the frame and with its trace, 'lab' gives 1: name the 2 cam"):
+        trace_collator()([dataclasses.replace(step, images=step.images[:1])])
