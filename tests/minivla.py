@@ -73,3 +73,23 @@ def convert_run(name, folder, vq, **kwargs):
 def tiny_json(path, content):
     write_json(path, content)
     return path
+
+
+def trainable_folder(name, folder, vq):
+    """Write an untrained model with a golden run's tokenizer, images and autoencoder, quick to train: 4 patches."""
+    from openvla import AutoProcessor, OpenVLAConfig, OpenVLAForActionPrediction
+    from openvla.default_processor import default_processor
+    from openvla.tiny import TINY_TOWERS, build_model
+
+    _, converted = convert_run(name, folder, vq)
+    golden = OpenVLAForActionPrediction.from_pretrained(converted)
+    fields = {k: v for k, v in golden.config.to_dict().items() if k not in ("image_sizes", "norm_stats")}
+    fields["timm_model_kwargs"] = [{**sizes, "img_size": 28} for sizes in TINY_TOWERS.values()]
+    fields["text_config"] = {**fields["text_config"], "hidden_size": 112, "intermediate_size": 256}
+    config = OpenVLAConfig.from_dict({**fields, "default_unnorm_key": None})
+    model = build_model(config)
+    if config.action_vq is not None:
+        model.action_vq.load_state_dict(golden.action_vq.state_dict())
+    model.save_pretrained(folder / "base")
+    default_processor(config, AutoProcessor.from_pretrained(converted).tokenizer).save_pretrained(folder / "base")
+    return folder / "base"

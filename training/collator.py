@@ -72,7 +72,7 @@ class ActionCollator:
         self.proprio_statistics = {key: model.proprio_statistics(key) for key in self.statistics if takes_proprio}
         end_ids, self.pad_id = [config.text_config.eos_token_id], model.pad_token_id
         if config.prompt_style in TURN_ENDS and not config.parallel_decoding:
-            end_ids.insert(0, processor.tokenizer.convert_tokens_to_ids(TURN_ENDS[config.prompt_style]))
+            end_ids.insert(0, processor.tokenizer.get_added_vocab()[TURN_ENDS[config.prompt_style]])
         self.end_ids = torch.tensor(end_ids)
         self.num_hidden = int(end_ids[-1] == self.pad_id and not config.parallel_decoding)
         self.num_images, self.images_per_moment = config.num_images_in_input, config.images_per_moment

@@ -1,17 +1,28 @@
 """Training of MiniVLA: batches, losses, gradients and metrics equal openvla-mini's; VQ codes are learnt."""
 
 import hashlib
+import json
+import shutil
+from dataclasses import replace
 from functools import lru_cache
 
 import numpy as np
 import pytest
 import torch
-from minivla import MINIVLA, convert_run, read_json, write_vq
-from openvla import AutoModelForVision2Seq, AutoProcessor
+from minivla import MINIVLA, convert_run, read_json, trainable_folder, write_vq
+from openvla import ActionQueue, AutoModelForVision2Seq, AutoProcessor, load_policy
+from openvla.data.augmentation import ImageAugmentation
 from openvla.data.episodes import Episode, Step, neutral_past_end
+from openvla.data.open import open_dataset
+from openvla.inference.robot_conventions import convert_action
+from openvla.training.checkpointing import checkpoints
 from openvla.training.collator import ActionCollator, compute_metrics, model_inputs
+from openvla.training.finetune import dry_run, finetune, load_model_and_processor
 from PIL import Image
 from reference import GRADIENT_ATOL, LOGIT_ATOL, LOSS_ATOL
+from training_runs import InMemoryData, losses, settings
+
+pytest.importorskip("accelerate")
 
 GOLDEN, ARRAYS = read_json("train.json"), np.load(MINIVLA / "train.npz")
 WINDOWS = np.load(MINIVLA / "windows.npz")
@@ -29,13 +40,17 @@ NATIVE_NAMES = {
 
 
 @pytest.fixture(scope="module")
-def loaded(tmp_path_factory):
+def vq_folder(tmp_path_factory):
+    return write_vq(tmp_path_factory.mktemp("vq"))
+
+
+@pytest.fixture(scope="module")
+def loaded(tmp_path_factory, vq_folder):
     """Return a function that converts and loads a golden run once."""
-    vq = write_vq(tmp_path_factory.mktemp("vq"))
 
     @lru_cache
     def load(name):
-        _, folder = convert_run(name, tmp_path_factory.mktemp("minivla"), vq)
+        _, folder = convert_run(name, tmp_path_factory.mktemp("minivla"), vq_folder)
         model = AutoModelForVision2Seq.from_pretrained(folder, torch_dtype=torch.float32)
         processor = AutoProcessor.from_pretrained(folder)
         processor.image_preset = None
@@ -171,3 +186,122 @@ def test_windows_are_the_reference_s(name):
         assert frames == [frame for step in expected for frame in (step, 100 + step)]  # interleaved, the oldest first
         chunk = neutral_past_end(step.actions, step.is_padding, is_relative)
         np.testing.assert_array_equal(chunk, WINDOWS[f"{name}/action"][index][window - 1 :])
+
+
+@pytest.fixture(scope="module")
+def trainable(tmp_path_factory, vq_folder):
+    """Return a function that writes an untrained model like a golden run once."""
+    return lru_cache(lambda name: trainable_folder(name, tmp_path_factory.mktemp(name), vq_folder))
+
+
+def in_memory(name, count=4):
+    sizes = {"vq_libero": (8, 1), "vq_wrist_history2": (8, 4), "bins_extra": (1, 1)}
+    chunk, images = sizes[name]
+    return InMemoryData(count, chunk=chunk, images=images)
+
+
+@pytest.mark.parametrize("name", ["vq_libero", "vq_wrist_history2", "bins_extra"])
+def test_a_dry_run_prints_the_first_batch_decoded(name, trainable, tmp_path, capsys):
+    data = in_memory(name)
+    dry_run(settings(trainable(name), tmp_path), data)
+    printed = capsys.readouterr().out
+    assert "What action should the robot take to open the drawer?<|im_end|>" in printed
+    shown = [float(value) for value in printed.partition("actions: [")[2].partition("]")[0].split(", ")]
+    model, processor = load_model_and_processor(settings(trainable(name), tmp_path), data, torch.device("cpu"))
+    step, collator = next(iter(data.stream(1))), ActionCollator(processor, model)
+    tokens = collator.action_tokenizer.encode(collator.normalized_actions(step))
+    decoded = model.action_tokenizer.decode(tokens).reshape(step.actions.shape)
+    assert shown == pytest.approx(model.action_statistics("lab").unnormalize(decoded)[0].tolist(), abs=0.001)
+
+
+@pytest.mark.parametrize(("name", "method"), [("vq_wrist_history2", "full"), ("vq_libero", "lora")])
+def test_an_interrupted_run_of_codes_resumes_and_keeps_its_autoencoder(name, method, trainable, tmp_path):
+    base, data = trainable(name), in_memory(name, count=7)
+    changes = {"method": method, "save_steps": 2, "per_device_train_batch_size": 2, "save_total_limit": 9}
+    changes |= {"augment": True, "num_train_eval_samples": 2, "lora_rank": 8} if method == "lora" else {"augment": True}
+    for run in ("whole", "interrupted"):
+        finetune(settings(base, tmp_path / run, **changes), data)
+    shutil.rmtree(checkpoints(tmp_path / "interrupted")[-1])
+    (tmp_path / "interrupted/metrics.jsonl").unlink()
+    finetune(settings(base, tmp_path / "interrupted", **changes), data)
+    np.testing.assert_allclose(losses(tmp_path / "interrupted"), losses(tmp_path / "whole")[2:], rtol=1e-6)
+    before, after = (AutoModelForVision2Seq.from_pretrained(f).state_dict() for f in (base, tmp_path / "whole/model"))
+    assert before.keys() == after.keys()
+    changed = {key for key, tensor in before.items() if not torch.equal(tensor, after[key])}
+    assert changed
+    assert not [key for key in changed if key.startswith("action_vq.")]
+    policy = load_policy(tmp_path / "whole/model", constrain_actions=True)
+    step = data.steps[0]
+    assert policy.act(step.images, step.instruction).shape == (8, 7)
+
+
+def test_a_few_samples_are_learnt(trainable, tmp_path):
+    data = in_memory("vq_libero")
+    config = settings(trainable("vq_libero"), tmp_path, method="full", max_steps=40, num_train_eval_samples=4)
+    finetune(config, data)
+    assert json.loads((tmp_path / "feed_back.json").read_text())["token_accuracy"] == 1
+
+
+def test_what_does_not_fit_the_model_is_refused(trainable, tmp_path):
+    base, data, device = trainable("vq_libero"), in_memory("vq_libero"), torch.device("cpu")
+    for changes, message in (
+        ({"action_config": {"platform": "libero"}}, "a MiniVLA with VQ actions, which cannot become an OpenVLA-OFT"),
+        ({"trace_dropout": 0.5}, "trace_dropout is for a TraceVLA"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            load_model_and_processor(settings(base, tmp_path, **changes), data, device)
+    model, processor = load_model_and_processor(settings(base, tmp_path), data, device)
+    with pytest.raises(ValueError, match="The model predicts 8 actions; 'lab' gives 1"):
+        ActionCollator(processor, model)(InMemoryData().steps[:1])
+    history, processor = load_model_and_processor(settings(trainable("vq_wrist_history2"), tmp_path), data, device)
+    with pytest.raises(ValueError, match="takes 4 images of 2 moments, 'lab' gives 1: name the 2 cameras"):
+        ActionCollator(processor, history)(data.steps[:1])
+
+
+def test_all_moments_of_a_camera_are_augmented_alike(trainable, tmp_path):
+    data = in_memory("vq_wrist_history2")
+    config = settings(trainable("vq_wrist_history2"), tmp_path)
+    model, processor = load_model_and_processor(config, data, torch.device("cpu"))
+    collator = ActionCollator(processor, model, ImageAugmentation())
+    frame = np.random.RandomState(0).randint(0, 256, (28, 28, 3), dtype=np.uint8)
+    step = replace(data.steps[0], images=[frame] * 4)
+    old_main, old_wrist, main, wrist = collator.images(step, np.random.default_rng(0))
+    assert np.array_equal(old_main, main)
+    assert np.array_equal(old_wrist, wrist)
+    assert not np.array_equal(main, wrist)
+
+
+@pytest.mark.slow
+def test_the_command_teaches_codes_and_a_queue_plays_the_chunks(trainable, tmp_path, monkeypatch):
+    """20 toy episodes, one chunk for every step; chunks rest beyond the end."""
+    for package in ("h5py", "yaml"):
+        pytest.importorskip(package)
+    from openvla.__main__ import main
+    from toy import demonstrations
+
+    monkeypatch.setenv("OPENVLA_CACHE", str(tmp_path / "cache"))
+    demonstrations(tmp_path / "data")
+    options = {"model": trainable("vq_libero"), "data": tmp_path / "data", "output-dir": tmp_path / "run"}
+    options |= {"method": "full", "max-steps": 400, "learning-rate": 3e-3, "warmup-steps": 20}
+    options |= {"lr-scheduler-type": "cosine", "num-train-eval-samples": 120}
+    command = [part for name, value in options.items() for part in (f"--{name}", str(value))]
+    assert main(["finetune", *command, "--pad-last-chunk", "--no-augment", "--use-cpu"]) == 0
+    metrics = json.loads((tmp_path / "run/feed_back.json").read_text())
+    assert metrics["steps"] == 120
+    assert metrics["token_accuracy"] >= 0.95
+
+    policy = load_policy(tmp_path / "run/model")
+    tokenizer, statistics = policy.model.action_tokenizer, policy.model.action_statistics("data")
+    equal = 0
+    for episode in open_dataset(tmp_path / "data"):
+        step = episode.step(0, chunk_length=8)
+        chunk = neutral_past_end(statistics.normalize(step.actions), step.is_padding, statistics.mask)
+        expected = statistics.unnormalize(tokenizer.decode(tokenizer.encode(chunk)))
+        queue, played = ActionQueue(policy), []
+        for _ in range(8):  # the control loop: the frame is of the current step, the chunk of the first
+            action = queue.act(step.images[0], step.instruction)
+            action[-1] = np.clip(action[-1], 0, 1)
+            played.append(convert_action(action, "libero"))
+        expected[:, -1] = expected[:, -1].clip(0, 1)
+        equal += np.allclose(played, [convert_action(action, "libero") for action in expected], rtol=0, atol=1e-5)
+    assert equal >= 16  # of 20; a chunk is equal where all of its codes are right

@@ -1,22 +1,32 @@
 """Training of TraceVLA: prompts, losses and frames without a trace, as the authors train."""
 
 import hashlib
+import json
+import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from openvla import OpenVLAForActionPrediction
+from openvla import OpenVLAForActionPrediction, load_policy
 from openvla.conversion.upgrade import upgrade
 from openvla.data.episodes import Step
 from openvla.default_processor import default_processor
-from openvla.tiny import build_tiny, build_tokenizer
+from openvla.tiny import TINY_TOWERS, build_tiny, build_tokenizer
+from openvla.training.checkpointing import checkpoints
 from openvla.training.collator import ActionCollator, has_trace, model_inputs
+from openvla.training.config import config_from_dict
+from openvla.training.finetune import dry_run, finetune, load_model_and_processor
 from openvla.training.token_loss import action_token_loss
 from reference import GRADIENT_ATOL, LOSS_ATOL
 from tracevla import SOURCE, golden_image, published_tracevla, read
+from training_runs import InMemoryData, losses, settings, with_statistics
+
+pytest.importorskip("accelerate")
 
 GOLDEN = read("train.json")
 KEY = "bridge_orig"
+SMALL_TOWERS = [{**sizes, "img_size": 28} for sizes in TINY_TOWERS.values()]  # four patches
 
 
 class GoldenProcessor:
@@ -115,9 +125,7 @@ def traced_steps(count, traced=True):
 
 
 def trace_collator(**kwargs):
-    from training_runs import with_statistics
-
-    model, processor = build_tiny(trace_prompting=True)
+    model, processor = build_tiny(trace_prompting=True, timm_model_kwargs=SMALL_TOWERS)
     return ActionCollator(processor, with_statistics(model), **kwargs)
 
 
@@ -149,7 +157,72 @@ def test_a_black_image_and_the_frame_itself_are_no_trace():
 
 def test_one_camera_alone_is_refused():
     step = traced_steps(1)[0]
-    import dataclasses
-
     with pytest.raises(ValueError, match="takes 2 images, the frame and with its trace, 'lab' gives 1: name the 2 cam"):
-        trace_collator()([dataclasses.replace(step, images=step.images[:1])])
+        trace_collator()([replace(step, images=step.images[:1])])
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """Save a small untrained TraceVLA."""
+    folder = tmp_path_factory.mktemp("base")
+    for part in build_tiny(trace_prompting=True, timm_model_kwargs=SMALL_TOWERS):
+        part.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_an_interrupted_run_resumes_and_its_result_takes_frame_and_trace(base, method, tmp_path, capsys):
+    data = InMemoryData(count=7, images=2)
+    changes = {"method": method, "save_steps": 2, "per_device_train_batch_size": 2, "save_total_limit": 9}
+    changes |= {"augment": True, "trace_dropout": 0.5}
+    changes |= {"lora_rank": 8} if method == "lora" else {}
+    dry_run(settings(base, tmp_path / "dry", **changes), data)
+    assert "You are given two images" in capsys.readouterr().out
+    for run in ("whole", "interrupted"):
+        finetune(settings(base, tmp_path / run, **changes), data)
+    shutil.rmtree(checkpoints(tmp_path / "interrupted")[-1])
+    (tmp_path / "interrupted/metrics.jsonl").unlink()
+    finetune(settings(base, tmp_path / "interrupted", **changes), data)
+    np.testing.assert_allclose(losses(tmp_path / "interrupted"), losses(tmp_path / "whole")[2:], rtol=1e-6)
+    policy = load_policy(tmp_path / "whole/model", constrain_actions=True)
+    assert policy.processor.image_preset == "none"  # its augmentation has no crop
+    step = data.steps[0]
+    assert policy.act(step.images, step.instruction).shape == (7,)
+    separators = [
+        OpenVLAForActionPrediction.from_pretrained(folder).vision_backbone.sep_tok.weight
+        for folder in (base, tmp_path / "whole/model")
+    ]
+    assert torch.equal(*separators) == (method == "lora")  # LoRA trains no embedding
+
+
+def test_the_loss_is_of_action_tokens_alone_unless_set_otherwise(base, tmp_path):
+    data = InMemoryData(images=2)
+    changes = {"method": "full", "max_steps": 1, "trace_dropout": 0.0}
+    for loss in ("auto", "action_token_only", "full"):
+        finetune(settings(base, tmp_path / loss, token_loss=loss, **changes), data)
+    automatic, action_tokens, full = (losses(tmp_path / loss) for loss in ("auto", "action_token_only", "full"))
+    assert automatic == action_tokens
+    assert abs(automatic[0] - full[0]) > 0.1
+
+
+def test_a_tracevla_learns(base, tmp_path):
+    config = settings(base, tmp_path, method="full", max_steps=40, trace_dropout=0.0)
+    finetune(config, InMemoryData(images=2))
+    assert json.loads((tmp_path / "feed_back.json").read_text())["token_accuracy"] > 0.9
+
+
+def test_what_does_not_fit_the_model_is_refused(base, tmp_path):
+    data, device = InMemoryData(images=2), torch.device("cpu")
+    with pytest.raises(ValueError, match="is a TraceVLA, which cannot become an OpenVLA-OFT"):
+        load_model_and_processor(settings(base, tmp_path, action_config={"platform": "libero"}), data, device)
+    with pytest.raises(ValueError, match="trace_dropout must be from 0 to 1, got 1.5"):
+        config_from_dict({"model": "m", "output_dir": "o", "trace_dropout": 1.5})
+    with pytest.raises(ValueError, match="Unknown token_loss 'actions'"):
+        config_from_dict({"model": "m", "output_dir": "o", "token_loss": "actions"})
+    for part in build_tiny(timm_model_kwargs=SMALL_TOWERS):
+        part.save_pretrained(tmp_path / "plain")
+    oft = {"action_config": {"platform": "libero", "action_head": "l1"}, "token_loss": "full"}
+    with pytest.raises(ValueError, match="token_loss is for models that predict tokens one by one"):
+        load_model_and_processor(settings(tmp_path / "plain", tmp_path, **oft), data, device)
+    with pytest.raises(ValueError, match="trace_dropout is for a TraceVLA, which .* is not"):
+        load_model_and_processor(settings(tmp_path / "plain", tmp_path, trace_dropout=0.1), data, device)
