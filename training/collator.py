@@ -192,7 +192,10 @@ class ActionCollator:
 
 
 def has_trace(frame: np.ndarray, traced: np.ndarray) -> bool:
-    """Return whether the second image of a TraceVLA's sample shows a trace: it is not black and not the frame itself."""
+    """Return whether the second image of a TraceVLA's sample shows a trace: not black, and not the frame itself.
+
+    Both images are uint8 ``(height, width, 3)``.
+    """
     return bool(traced.max() > BLACK) and not np.array_equal(frame, traced)
 
 

@@ -44,8 +44,8 @@ from ..data.statistics import require_matching
 from ..data.stream import StreamPosition
 from ..data.utils import require
 from ..errors_openvla import OpenVLAValueError
-from ..inference.quantization import fast_dtype, quantization_config
 from ..images_openvla import CENTER_CROP_AREA
+from ..inference.quantization import fast_dtype, quantization_config
 from ..loading import AutoProcessor
 from ..modeling_openvla import OpenVLAForActionPrediction
 from ..prismatic_openvla import IGNORE_INDEX

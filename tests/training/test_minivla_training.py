@@ -17,6 +17,7 @@ from openvla.data.open import open_dataset
 from openvla.inference.robot_conventions import convert_action
 from openvla.training.checkpointing import checkpoints
 from openvla.training.collator import ActionCollator, compute_metrics, model_inputs
+from openvla.training.datasets import Demonstrations
 from openvla.training.finetune import dry_run, finetune, load_model_and_processor
 from PIL import Image
 from reference import GRADIENT_ATOL, LOGIT_ATOL, LOSS_ATOL
@@ -271,6 +272,30 @@ def test_all_moments_of_a_camera_are_augmented_alike(trainable, tmp_path):
     assert not np.array_equal(main, wrist)
 
 
+def test_windows_of_stored_episodes_reach_the_model(trainable, tmp_path, monkeypatch):
+    """Two cameras of two moments; pixels tell camera and step."""
+    h5py = pytest.importorskip("h5py")
+    monkeypatch.setenv("OPENVLA_CACHE", str(tmp_path / "cache"))
+    with h5py.File(tmp_path / "data.hdf5", "w") as file:
+        for number in range(2):
+            group, steps = file.create_group(f"data/demo_{number}"), np.arange(4, dtype=np.uint8)
+            group.attrs["instruction"] = "go"
+            group["actions"] = np.random.RandomState(number).uniform(0, 1, (4, 7))
+            for camera, first in (("main", 10), ("wrist", 100)):
+                group[camera] = np.tile((first + steps)[:, None, None, None], (1, 8, 8, 3))
+    data = [{"path": str(tmp_path / "data.hdf5"), "fields": {"cameras": ["main", "wrist"]}}]
+    config = settings(trainable("vq_wrist_history2"), tmp_path / "run", data=data, max_steps=1, method="full")
+    config = replace(config, pad_last_chunk=True, num_train_eval_samples=2)
+    stream = Demonstrations(config).stream(8, history_length=2)
+    for step, _ in zip(stream, range(8)):
+        before = max(step.index - 1, 0)
+        expected = [10 + before, 100 + before, 10 + step.index, 100 + step.index]
+        assert [int(image[0, 0, 0]) for image in step.images] == expected
+        assert step.is_padding.tolist() == [step.index + future >= 4 for future in range(8)]
+    finetune(config)
+    assert json.loads((tmp_path / "run/feed_back.json").read_text())["steps"] == 2
+
+
 @pytest.mark.slow
 def test_the_command_teaches_codes_and_a_queue_plays_the_chunks(trainable, tmp_path, monkeypatch):
     """20 toy episodes, one chunk for every step; chunks rest beyond the end."""
@@ -282,7 +307,7 @@ def test_the_command_teaches_codes_and_a_queue_plays_the_chunks(trainable, tmp_p
     monkeypatch.setenv("OPENVLA_CACHE", str(tmp_path / "cache"))
     demonstrations(tmp_path / "data")
     options = {"model": trainable("vq_libero"), "data": tmp_path / "data", "output-dir": tmp_path / "run"}
-    options |= {"method": "full", "max-steps": 400, "learning-rate": 3e-3, "warmup-steps": 20}
+    options |= {"method": "full", "max-steps": 600, "learning-rate": 3e-3, "warmup-steps": 20}
     options |= {"lr-scheduler-type": "cosine", "num-train-eval-samples": 120}
     command = [part for name, value in options.items() for part in (f"--{name}", str(value))]
     assert main(["finetune", *command, "--pad-last-chunk", "--no-augment", "--use-cpu"]) == 0
