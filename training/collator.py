@@ -22,7 +22,8 @@ from .token_loss import action_labels, to_device
 
 # Special token that ends a turn of the chat, between actions and EOS, by prompt.
 TURN_ENDS = {"openvla-mini": "<|im_end|>"}
-BLACK = 16  # grey levels; video codecs change black by less
+# Grey levels; what an image loses in a video is less. A trace covers a few percent of a frame.
+CODEC_LEVELS = 16
 
 
 class ActionCollator:
@@ -194,9 +195,16 @@ class ActionCollator:
 def has_trace(frame: np.ndarray, traced: np.ndarray) -> bool:
     """Return whether the second image of a TraceVLA's sample shows a trace: not black, and not the frame itself.
 
-    Both images are uint8 ``(height, width, 3)``.
+    Both images are uint8 ``(height, width, 3)``; OpenVLAValueError where the second one is of another camera.
     """
-    return bool(traced.max() > BLACK) and not np.array_equal(frame, traced)
+    if traced.max() <= CODEC_LEVELS:
+        return False
+    if frame.shape != traced.shape or (np.abs(frame.astype(np.int16) - traced) > CODEC_LEVELS).mean() > 0.5:
+        raise OpenVLAValueError(
+            "The second image of a TraceVLA is the frame with its trace, or black; this one differs from the frame in "
+            "size, or in most of its pixels. Name the camera and its traced frames in the data's fields (cameras)."
+        )
+    return not np.array_equal(frame, traced)
 
 
 def _padded(sequences: Sequence[torch.Tensor], width: int, value: int) -> torch.Tensor:

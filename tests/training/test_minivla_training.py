@@ -30,6 +30,7 @@ WINDOWS = np.load(MINIVLA / "windows.npz")
 # Its answer is text, which another tokenization turns into other ids than the codes (test_answers_are_concatenated).
 RETOKENIZED = "vq_last"
 METRIC_ATOL = 1e-5
+VQ_ATOL = 1e-5  # chunks of the exported autoencoder, decoded in batches or alone
 NATIVE_NAMES = {
     "vision_backbone.dino_featurizer.": "vision_backbone.featurizer.",
     "vision_backbone.siglip_featurizer.": "vision_backbone.fused_featurizer.",
@@ -315,18 +316,32 @@ def test_the_command_teaches_codes_and_a_queue_plays_the_chunks(trainable, tmp_p
     assert metrics["steps"] == 120
     assert metrics["token_accuracy"] >= 0.95
 
-    policy = load_policy(tmp_path / "run/model")
+    policy = load_policy(tmp_path / "run/model", constrain_actions=True)
     tokenizer, statistics = policy.model.action_tokenizer, policy.model.action_statistics("data")
     equal = 0
     for episode in open_dataset(tmp_path / "data"):
         step = episode.step(0, chunk_length=8)
         chunk = neutral_past_end(statistics.normalize(step.actions), step.is_padding, statistics.mask)
         expected = statistics.unnormalize(tokenizer.decode(tokenizer.encode(chunk)))
-        queue, played = ActionQueue(policy), []
-        for _ in range(8):  # the control loop: the frame is of the current step, the chunk of the first
-            action = queue.act(step.images[0], step.instruction)
-            action[-1] = np.clip(action[-1], 0, 1)
-            played.append(convert_action(action, "libero"))
-        expected[:, -1] = expected[:, -1].clip(0, 1)
-        equal += np.allclose(played, [convert_action(action, "libero") for action in expected], rtol=0, atol=1e-5)
+        played = play(ActionQueue(policy), [step.images[0]] * 8, step.instruction)
+        equal += np.allclose(played, libero_actions(expected), rtol=0, atol=VQ_ATOL)
     assert equal >= 16  # of 20; a chunk is equal where all of its codes are right
+
+    images = np.load(MINIVLA / "images.npz")
+    for episode in read_json("libero_eval.json")["episodes"].values():
+        if episode["config"]["obs_history"] == 1 and not episode["config"]["use_wrist_image"]:
+            frames = [images[sorted(images.files)[call["images"][0]["frame"]]] for call in episode["calls"]]
+            instruction = episode["calls"][0]["instruction"]
+            played = play(ActionQueue(policy), frames, instruction)
+            assert np.array_equal(played, libero_actions(policy.act(frames[0], instruction))[: len(frames)])
+
+
+def libero_actions(actions):
+    """Return actions as openvla evaluate sends them to LIBERO."""
+    clipped = np.concatenate([actions[:, :-1], actions[:, -1:].clip(0, 1)], axis=1)
+    return np.array([convert_action(action, "libero") for action in clipped])
+
+
+def play(queue, frames, instruction):
+    """Return what a control loop of one action a frame sends to LIBERO."""
+    return libero_actions(np.array([queue.act(frame, instruction) for frame in frames]))

@@ -10,6 +10,7 @@ import pytest
 import torch
 from openvla import OpenVLAForActionPrediction, load_policy
 from openvla.conversion.upgrade import upgrade
+from openvla.data.augmentation import ImageAugmentation, augment_frames
 from openvla.data.episodes import Step
 from openvla.default_processor import default_processor
 from openvla.tiny import TINY_TOWERS, build_tiny, build_tokenizer
@@ -115,13 +116,24 @@ def test_the_end_token_and_other_logits_have_no_gradient_from_the_action_token_l
     assert not touched[:, 32000:].any()
 
 
+def with_trace(frame):
+    """Return a copy of a frame with a line on it."""
+    traced = frame.copy()
+    traced[len(frame) // 2] = 255 - traced[len(frame) // 2]
+    return traced
+
+
+def traced_data(count=4):
+    """Return samples in memory whose second image is the first one with a trace."""
+    data = InMemoryData(count)
+    data.steps = [replace(step, images=[*step.images, with_trace(step.images[0])]) for step in data.steps]
+    return data
+
+
 def traced_steps(count, traced=True):
-    random = np.random.RandomState(0)
-    images = random.randint(32, 256, (count, 2, 32, 32, 3), dtype=np.uint8)
-    return [
-        Step((pair[0], pair[1] if traced else pair[0]), "go", np.zeros((1, 7)), np.zeros(1, bool), None, "lab", "0", 0)
-        for pair in images
-    ]
+    frames = np.random.RandomState(0).randint(32, 256, (count, 32, 32, 3), dtype=np.uint8)
+    rest = ("go", np.zeros((1, 7)), np.zeros(1, bool), None, "lab", "0", 0)
+    return [Step((frame, with_trace(frame) if traced else frame), *rest) for frame in frames]
 
 
 def trace_collator(**kwargs):
@@ -152,7 +164,17 @@ def test_a_black_image_and_the_frame_itself_are_no_trace():
     assert has_trace(frame, traced)
     assert not has_trace(frame, frame.copy())
     assert not has_trace(frame, np.full_like(frame, 5))  # black of a video
-    assert has_trace(frame, traced[:2])
+    for other in (traced[:2], np.full_like(frame, 200)):  # of a wrist camera
+        with pytest.raises(ValueError, match="this one differs from the frame in size, or in most of its pixels"):
+            has_trace(frame, other)
+
+
+def test_the_augmentation_of_the_authors_has_no_crop():
+    frame = np.random.RandomState(0).randint(0, 256, (28, 28, 3), dtype=np.uint8)
+    parameters = ImageAugmentation(area=1.0).draw(np.random.default_rng(0))
+    uncropped = augment_frames(frame, replace(parameters, box=None))
+    assert np.array_equal(augment_frames(frame, parameters), uncropped)
+    assert not np.array_equal(uncropped, frame)
 
 
 def test_one_camera_alone_is_refused():
@@ -172,7 +194,7 @@ def base(tmp_path_factory):
 
 @pytest.mark.parametrize("method", ["full", "lora"])
 def test_an_interrupted_run_resumes_and_its_result_takes_frame_and_trace(base, method, tmp_path, capsys):
-    data = InMemoryData(count=7, images=2)
+    data = traced_data(count=7)
     changes = {"method": method, "save_steps": 2, "per_device_train_batch_size": 2, "save_total_limit": 9}
     changes |= {"augment": True, "trace_dropout": 0.5}
     changes |= {"lora_rank": 8} if method == "lora" else {}
@@ -196,7 +218,7 @@ def test_an_interrupted_run_resumes_and_its_result_takes_frame_and_trace(base, m
 
 
 def test_the_loss_is_of_action_tokens_alone_unless_set_otherwise(base, tmp_path):
-    data = InMemoryData(images=2)
+    data = traced_data()
     changes = {"method": "full", "max_steps": 1, "trace_dropout": 0.0}
     for loss in ("auto", "action_token_only", "full"):
         finetune(settings(base, tmp_path / loss, token_loss=loss, **changes), data)
@@ -207,12 +229,12 @@ def test_the_loss_is_of_action_tokens_alone_unless_set_otherwise(base, tmp_path)
 
 def test_a_tracevla_learns(base, tmp_path):
     config = settings(base, tmp_path, method="full", max_steps=40, trace_dropout=0.0)
-    finetune(config, InMemoryData(images=2))
+    finetune(config, traced_data())
     assert json.loads((tmp_path / "feed_back.json").read_text())["token_accuracy"] > 0.9
 
 
 def test_what_does_not_fit_the_model_is_refused(base, tmp_path):
-    data, device = InMemoryData(images=2), torch.device("cpu")
+    data, device = traced_data(), torch.device("cpu")
     with pytest.raises(ValueError, match="is a TraceVLA, which cannot become an OpenVLA-OFT"):
         load_model_and_processor(settings(base, tmp_path, action_config={"platform": "libero"}), data, device)
     with pytest.raises(ValueError, match="trace_dropout must be from 0 to 1, got 1.5"):
