@@ -146,11 +146,11 @@ class ActionCollator:
         """
         if len(step.images) != self.num_images:
             moments = self.num_images // self.images_per_moment
-            kind = f" of {moments} moments" if moments > 1 else ", the frame and with its trace" * self.trace_prompting
+            kind = ", the frame and with its trace" if self.trace_prompting else ""
+            kind = f" ({self.images_per_moment} of each of {moments} moments)" if moments > 1 else kind
             raise OpenVLAValueError(
                 f"The model takes {self.num_images} images{kind}, {step.dataset!r} gives {len(step.images)}: name the "
-                f"{self.images_per_moment} cameras that it should see, in order, in the data's fields "
-                "({path: ..., fields: {cameras: []}})."
+                "cameras that it should see, in order, in the data's fields ({path: ..., fields: {cameras: []}})."
             )
         frames = list(step.images)
         if self.trace_prompting:

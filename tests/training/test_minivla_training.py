@@ -256,7 +256,7 @@ def test_what_does_not_fit_the_model_is_refused(trainable, tmp_path):
     with pytest.raises(ValueError, match="The model predicts 8 actions; 'lab' gives 1"):
         ActionCollator(processor, model)(InMemoryData().steps[:1])
     history, processor = load_model_and_processor(settings(trainable("vq_wrist_history2"), tmp_path), data, device)
-    with pytest.raises(ValueError, match="takes 4 images of 2 moments, 'lab' gives 1: name the 2 cameras"):
+    with pytest.raises(ValueError, match=r"takes 4 images \(2 of each of 2 moments\), 'lab' gives 1: name the cam"):
         ActionCollator(processor, history)(data.steps[:1])
 
 

@@ -179,7 +179,7 @@ def test_the_augmentation_of_the_authors_has_no_crop():
 
 def test_one_camera_alone_is_refused():
     step = traced_steps(1)[0]
-    with pytest.raises(ValueError, match="takes 2 images, the frame and with its trace, 'lab' gives 1: name the 2 cam"):
+    with pytest.raises(ValueError, match="takes 2 images, the frame and with its trace, 'lab' gives 1: name the cam"):
         trace_collator()([replace(step, images=step.images[:1])])
 
 
