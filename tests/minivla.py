@@ -7,6 +7,8 @@ import shutil
 from functools import lru_cache
 
 import numpy as np
+import PIL
+import pytest
 import torch
 from openvla.convert_checkpoint import convert
 from reference import GOLDEN, write_json
@@ -25,8 +27,17 @@ OVERRIDES = {
 }
 
 
+TALL_IMAGE = 6
+
+
 def read_json(name):
     return json.loads((MINIVLA / name).read_text())
+
+
+def require_golden_pixels(images):
+    """Skip where Pillow resizes a tall image in another order of passes than Pillow 13, with which these were made."""
+    if TALL_IMAGE in images and int(PIL.__version__.split(".")[0]) < 13:
+        pytest.skip("pixels of Pillow 13")
 
 
 @lru_cache

@@ -9,7 +9,7 @@ from functools import lru_cache
 import numpy as np
 import pytest
 import torch
-from minivla import MINIVLA, convert_run, read_json, trainable_folder, write_vq
+from minivla import MINIVLA, convert_run, read_json, require_golden_pixels, trainable_folder, write_vq
 from openvla import ActionQueue, AutoModelForVision2Seq, AutoProcessor, load_policy
 from openvla.data.augmentation import ImageAugmentation
 from openvla.data.episodes import Episode, Step, neutral_past_end
@@ -63,6 +63,7 @@ def loaded(tmp_path_factory, vq_folder):
 
 def golden_step(model, example):
     """Return an example of the reference as a sample of this package, in robot units."""
+    require_golden_pixels([*example["image_primary"], *(example["image_wrist"] or [])])
     images = np.load(MINIVLA / "images.npz")
     names, key = sorted(images.files), next(key for key in model.norm_stats if "dims" not in key)
     frames = []
