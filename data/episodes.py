@@ -35,7 +35,8 @@ class Step:
     """One training sample: images, instruction, action chunk and proprio of one time step.
 
     Attributes:
-        images: uint8 ``(height, width, 3)`` RGB, one per camera in the configured order.
+        images: uint8 ``(height, width, 3)`` RGB, one per camera in the configured order; of several moments the oldest
+            first, with all cameras of each.
         instruction: The stored instruction without surrounding whitespace.
         actions: float64 ``(chunk_length, action_dim)``, from this step on, in the dataset's units.
         is_padding: bool ``(chunk_length,)``: True for actions beyond the episode's end, which repeat its last action.
@@ -58,6 +59,19 @@ class Step:
     def action(self) -> np.ndarray:
         """Return the action of this step alone, float64 ``(action_dim,)``."""
         return self.actions[0]
+
+
+def neutral_past_end(actions: np.ndarray, is_padding: np.ndarray, is_relative: np.ndarray) -> np.ndarray:
+    """Return a chunk whose padding rests: relative dimensions are 0, the others keep the last action's value.
+
+    openvla-mini's ``chunk_act_obs``, which pads normalised actions.
+
+    Args:
+        actions: ``(chunk, action_dim)``, with the last action repeated as padding.
+        is_padding: bool ``(chunk,)``.
+        is_relative: bool ``(action_dim,)``.
+    """
+    return np.where(is_padding[:, None] & is_relative, 0.0, actions)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -98,8 +112,14 @@ class Episode:
         except Exception as error:  # Pillow, h5py, FFmpeg and os raise different errors for damaged files
             raise DatasetError(f"{self.source}, episode {self.id}: no image at step {index}: {error}") from error
 
-    def step(self, index: int, chunk_length: int = 1) -> Step:
+    def step(self, index: int, chunk_length: int = 1, history_length: int = 1) -> Step:
         """Return the sample that starts at a step; actions beyond the end repeat the last one.
+
+        Args:
+            index: The step.
+            chunk_length: Actions, from this step on.
+            history_length: Moments whose images the sample has, up to this step; before the start the first one
+                repeats.
 
         Raises:
             IndexError: The episode has no such step.
@@ -109,7 +129,9 @@ class Episode:
             raise OpenVLAIndexError(f"Episode {self.id} has steps 0 to {len(self) - 1}, got {index}.")
         steps = np.arange(index, index + chunk_length)
         return Step(
-            images=self.images(index),
+            images=tuple(
+                image for step in range(index - history_length + 1, index + 1) for image in self.images(max(0, step))
+            ),
             instruction=self.instructions[index].strip(),
             actions=self.actions[np.minimum(steps, len(self) - 1)],
             is_padding=steps >= len(self),

@@ -78,6 +78,7 @@ class StepStream(IterableDataset):
         world_size: Number of processes that train together.
         balance: Multiply weights by the datasets' numbers of steps, as the reference does.
         skip_bad: Skip, count and warn about episodes and images that cannot be used; otherwise they raise.
+        history_length: Number of moments whose images a sample has (``Episode.step``).
 
     Raises:
         ValueError: An option is out of range, names collide, datasets differ in action or proprio dimensions or in
@@ -102,10 +103,12 @@ class StepStream(IterableDataset):
         world_size: int = 1,
         balance: bool = True,
         skip_bad: bool = False,
+        history_length: int = 1,
     ) -> None:
         self.readers = [readers] if isinstance(readers, EpisodeReader) else list(readers)
         self.weights = [1.0] * len(self.readers) if weights is None else [float(weight) for weight in weights]
         self.chunk_length, self.pad_last_chunk = chunk_length, pad_last_chunk
+        self.history_length = history_length
         self.shuffle_buffer, self.seed = shuffle_buffer, seed
         self.repeat, self.rank, self.world_size, self.skip_bad = repeat, rank, world_size, skip_bad
         self._errors: set[str] = set()
@@ -124,10 +127,10 @@ class StepStream(IterableDataset):
             raise OpenVLAValueError(f"Got {len(self.weights)} weights for {len(self.readers)} datasets; give each one.")
         if any(not weight > 0 or weight == float("inf") for weight in self.weights):
             raise OpenVLAValueError(f"Weights must be positive and finite, got {self.weights}.")
-        if self.chunk_length < 1 or self.shuffle_buffer < 0:
+        if min(self.chunk_length, self.history_length) < 1 or self.shuffle_buffer < 0:
             raise OpenVLAValueError(
-                f"chunk_length must be at least 1 and shuffle_buffer at least 0, got {self.chunk_length} and "
-                f"{self.shuffle_buffer}."
+                f"chunk_length and history_length must be at least 1 and shuffle_buffer at least 0, got "
+                f"{self.chunk_length}, {self.history_length} and {self.shuffle_buffer}."
             )
         if not 0 <= self.rank < self.world_size:
             raise OpenVLAValueError(f"rank must be in [0, {self.world_size}), got {self.rank}.")
@@ -445,7 +448,7 @@ class _DatasetShard:
                 return None
             if opened.episode is None:
                 opened.episode = self.reader[position.episode]
-            return opened.episode.step(position.step, self.stream.chunk_length)
+            return opened.episode.step(position.step, self.stream.chunk_length, self.stream.history_length)
         finally:
             if not opened.num_left:
                 del self.open_episodes[key]

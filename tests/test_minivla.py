@@ -4,10 +4,9 @@ import hashlib
 import importlib.util
 
 import numpy as np
-import PIL
 import pytest
 import torch
-from minivla import LIBERO_VQ, MINIVLA, RUNS, SIZES, convert_run, read_json, write_vq
+from minivla import LIBERO_VQ, MINIVLA, RUNS, SIZES, convert_run, read_json, require_golden_pixels, write_vq
 from openvla import ActionTokenizer, AutoModelForVision2Seq, AutoProcessor, Policy, VQActionTokenizer
 from openvla.inference.robot_conventions import convert_action
 from reference import FEATURE_ATOL, LOGIT_ATOL
@@ -15,7 +14,6 @@ from reference import FEATURE_ATOL, LOGIT_ATOL
 pytestmark = pytest.mark.lane
 # The authors' own code differs by that much between CPUs.
 VQ_ATOL = 1e-6
-TALL_IMAGE = 6
 CASES = read_json("predict.json")["cases"]
 GOLDEN_ARRAYS = np.load(MINIVLA / "predict.npz")
 IMAGES = np.load(MINIVLA / "images.npz")
@@ -77,15 +75,9 @@ def towers(case, pixel_values):
     return {name: part if len(case["images"]) > 1 else part[:, 0] for name, part in parts.items()}
 
 
-def require_golden_pixels(case):
-    """Skip where Pillow resizes a tall image in another order of passes than Pillow 13, with which these were made."""
-    if TALL_IMAGE in case["images"] and int(PIL.__version__.split(".")[0]) < 13:
-        pytest.skip("pixels of Pillow 13")
-
-
 @pytest.mark.parametrize("case", CASES, ids=[case["name"] for case in CASES])
 def test_a_golden_case_has_the_reference_s_ids_tokens_and_action(case, loaded):
-    require_golden_pixels(case)
+    require_golden_pixels(case["images"])
     model, processor = loaded(case["run"])
     inputs = inputs_of(case, processor)
     assert inputs["input_ids"].tolist() == [case["input_ids"]]
@@ -123,7 +115,7 @@ KEPT = [case for case in CASES if f"{case['name']}/features" in GOLDEN_ARRAYS.fi
 
 @pytest.mark.parametrize("case", KEPT, ids=[case["name"] for case in KEPT])
 def test_a_kept_case_has_the_reference_s_patches_and_logits(case, loaded):
-    require_golden_pixels(case)
+    require_golden_pixels(case["images"])
     model, processor = loaded(case["run"])
     inputs = inputs_of(case, processor)
     for name, pixels in towers(case, inputs["pixel_values"]).items():

@@ -165,7 +165,7 @@ def test_expected_errors(model, processor):
 
 
 def test_golden_loss_and_gradient_of_the_separator(folder, processor):
-    """The loss is the one over all answer tokens; training on action tokens alone is not part of this package."""
+    """The gradients are of the loss over all answer tokens."""
     train, arrays = read("train.json"), np.load(SOURCE / "train.npz")
     model = OpenVLAForActionPrediction.from_pretrained(folder)
     native = default_processor(model.config, processor.tokenizer)  # means and deviations are not rounded to bfloat16

@@ -26,26 +26,35 @@ class Sample:
     actions: np.ndarray
     proprio: np.ndarray | None
     dataset: str
+    is_padding: np.ndarray | None = None
 
 
 class InMemoryData:
-    """A few steps of demonstrations in memory: noise images, each with its own action."""
+    """A few steps of demonstrations in memory: noise images, each with its own action.
 
-    def __init__(self, count=4, chunk=1):
+    Args:
+        count: Number of steps.
+        chunk: Actions of each.
+        images: Images of each; None: two for a chunk, else one.
+    """
+
+    def __init__(self, count=4, chunk=1, images=None):
         random = np.random.RandomState(0)
+        images = images or (2 if chunk > 1 else 1)
         self.statistics, self.readers = {"lab": STATISTICS}, ()
         self.steps = [
             Sample(
-                images=list(random.randint(0, 256, (2 if chunk > 1 else 1, 64, 64, 3), dtype=np.uint8)),
+                images=list(random.randint(0, 256, (images, 64, 64, 3), dtype=np.uint8)),
                 instruction=("open the drawer", "close it")[index % 2],
                 actions=random.uniform(-0.5, 0.5, (chunk, 7)),
                 proprio=random.uniform(-1, 1, 8),
                 dataset="lab",
+                is_padding=np.zeros(chunk, bool),
             )
             for index in range(count)
         ]
 
-    def stream(self, chunk_length, rank=0, world_size=1, position=None):
+    def stream(self, chunk_length, rank=0, world_size=1, position=None, history_length=1):
         skipped = position.batches // world_size * position.batch_size if position else 0
         return ShuffledSteps(self.steps, rank, world_size, skipped)
 

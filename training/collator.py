@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,21 +11,28 @@ import torch
 
 from ..actions_openvla import NORMALIZATIONS
 from ..data.augmentation import ImageAugmentation
-from ..data.episodes import Step
+from ..data.episodes import Step, neutral_past_end
 from ..data.stream import StreamPosition
 from ..errors_openvla import OpenVLAKeyError, OpenVLAValueError
 from ..inference.image_presets import lanczos3_resized
 from ..modeling_openvla import OpenVLAForActionPrediction
 from ..prismatic_openvla import IGNORE_INDEX
 from ..processing_openvla import OpenVLAProcessor
-from .token_loss import to_device
+from .token_loss import action_labels, to_device
+
+# Special token that ends a turn of the chat, between actions and EOS, by prompt.
+TURN_ENDS = {"openvla-mini": "<|im_end|>"}
+# Grey levels; what an image loses in a video is less. A trace covers a few percent of a frame.
+CODEC_LEVELS = 16
 
 
 class ActionCollator:
-    """Collate function for demonstration steps; holds no weights, so DataLoader workers can copy it.
+    """Collate function for demonstration steps; holds no weights but a VQ autoencoder's, so workers can copy it.
 
-    A sequence is the prompt with its empty token, the tokens of the normalized actions, and EOS. It is concatenated
-    from token ids, not tokenized from text. Labels cover actions and EOS; padding is on the right.
+    A sequence is the prompt with its empty token, the tokens of the normalized actions (bins or VQ codes), the end of
+    the chat's turn where the prompt is one, and EOS. It is concatenated from token ids, not tokenized from text. Labels
+    cover everything behind the prompt; padding is on the right. Where the padding id is EOS (MiniVLA), the mask hides
+    the last token, as in the reference, whose mask is made from the ids.
 
     Args:
         processor: Processor of the checkpoint.
@@ -36,6 +44,7 @@ class ActionCollator:
         rank: Index of this process.
         world_size: Number of processes.
         pad_to_multiple_of: Sequences are padded to a multiple of this length, so that few lengths occur.
+        trace_dropout: TraceVLA: probability that a frame with a trace is shown without it.
     """
 
     def __init__(
@@ -49,27 +58,38 @@ class ActionCollator:
         rank: int = 0,
         world_size: int = 1,
         pad_to_multiple_of: int = 1,
+        trace_dropout: float = 0.0,
     ) -> None:
         config, self.pad_to_multiple_of = model.config, pad_to_multiple_of
         self.processor, self.augment, self.seed = processor, augment, seed
         self.position = position or StreamPosition(world_size=world_size)
         self.rank, self.world_size, self._num_collated = rank, world_size, 0
         self.image_size = config.image_sizes[0]
-        self.action_tokenizer = model.action_tokenizer
+        self.action_tokenizer: Any = copy.deepcopy(model.action_tokenizer)
+        if config.action_vq is not None:
+            self.action_tokenizer.vq.to("cpu")  # workers have no GPU
         self.statistics = {key: model.action_statistics(key) for key in model.norm_stats if _is_trainable(model, key)}
         takes_proprio = config.proprio_dim is not None
         self.proprio_statistics = {key: model.proprio_statistics(key) for key in self.statistics if takes_proprio}
-        self.end_id, self.pad_id = config.text_config.eos_token_id, model.pad_token_id
-        self.num_cameras = config.num_images_in_input
+        end_ids, self.pad_id = [config.text_config.eos_token_id], model.pad_token_id
+        if config.prompt_style in TURN_ENDS and not config.parallel_decoding:
+            end_ids.insert(0, processor.tokenizer.get_added_vocab()[TURN_ENDS[config.prompt_style]])
+        self.end_ids = torch.tensor(end_ids)
+        self.num_hidden = int(end_ids[-1] == self.pad_id and not config.parallel_decoding)
+        self.num_images, self.images_per_moment = config.num_images_in_input, config.images_per_moment
+        self.trace_prompting, self.trace_dropout = config.trace_prompting, trace_dropout
+        self.rests_past_end = config.action_vq is not None
         self.has_head, self.chunk_length = config.action_head is not None, config.chunk_length
 
     def __call__(self, steps: Sequence[Step]) -> dict[str, torch.Tensor]:
         """Collate one batch.
 
         Args:
-            steps: Samples with ``images`` (uint8 ``(height, width, 3)`` each, in the order of the cameras),
-                ``instruction``, ``actions`` ``(chunk, action_dim)`` in robot units, ``dataset`` (its key in the
-                statistics) and, for models that take it, ``proprio`` ``(proprio_dim,)`` in the robot's units.
+            steps: Samples with ``images`` (uint8 ``(height, width, 3)`` each, in the order of the cameras, the oldest
+                moment first; TraceVLA: the frame, and with its trace), ``instruction``, ``actions``
+                ``(chunk, action_dim)`` in robot units, ``dataset`` (its key in the statistics), for VQ actions
+                ``is_padding`` ``(chunk,)`` and, for models that take it, ``proprio`` ``(proprio_dim,)`` in the robot's
+                units.
 
         Returns:
             ``input_ids``, ``attention_mask``, ``labels`` int64 ``(batch, length)``; ``pixel_values`` float32
@@ -84,10 +104,10 @@ class ActionCollator:
         input_ids, labels, pixel_values, actions, proprio = [], [], [], [], []
         generator = np.random.default_rng([self.seed, *self.position.source(self._next_batch())])
         for step in steps:
-            inputs = self.processor(instruction=step.instruction, images=self._images(step, generator))
+            inputs = self.processor(instruction=step.instruction, images=self.images(step, generator))
             normalized = self.normalized_actions(step)
             action_ids = torch.from_numpy(self.action_tokenizer.encode(normalized).reshape(-1))
-            targets = torch.cat([action_ids, torch.tensor([self.end_id])])
+            targets = torch.cat([action_ids, self.end_ids])
             prompt = inputs["input_ids"][0]
             input_ids.append(torch.cat([prompt, targets]))
             labels.append(torch.cat([torch.full_like(prompt, IGNORE_INDEX), targets]))
@@ -99,7 +119,7 @@ class ActionCollator:
         width = -(-int(lengths.max()) // self.pad_to_multiple_of) * self.pad_to_multiple_of
         batch = {
             "input_ids": _padded(input_ids, width, self.pad_id),
-            "attention_mask": (torch.arange(width) < lengths[:, None]).long(),
+            "attention_mask": (torch.arange(width) < lengths[:, None] - self.num_hidden).long(),
             "labels": _padded(labels, width, IGNORE_INDEX),
             "pixel_values": torch.cat(pixel_values),
         }
@@ -117,20 +137,43 @@ class ActionCollator:
         self._num_collated += 1
         return self.position.batches + batch_of_process * self.world_size + self.rank
 
-    def _images(self, step: Step, generator: np.random.Generator) -> list[np.ndarray]:
-        if len(step.images) != self.num_cameras:
+    def images(self, step: Step, generator: np.random.Generator | None = None) -> list[np.ndarray]:
+        """Return the images of a step as the processor takes them: of a TraceVLA one, where it has no trace.
+
+        Args:
+            step: The sample.
+            generator: Draws the augmentation and which traces are not shown; None: neither happens.
+        """
+        if len(step.images) != self.num_images:
+            moments = self.num_images // self.images_per_moment
+            kind = ", the frame and with its trace" if self.trace_prompting else ""
+            kind = f" ({self.images_per_moment} of each of {moments} moments)" if moments > 1 else kind
             raise OpenVLAValueError(
-                f"The model takes {self.num_cameras} images, {step.dataset!r} gives {len(step.images)}: name the "
+                f"The model takes {self.num_images} images{kind}, {step.dataset!r} gives {len(step.images)}: name the "
                 "cameras that it should see, in order, in the data's fields ({path: ..., fields: {cameras: []}})."
             )
-        if self.augment is None:
-            return list(step.images)
+        frames = list(step.images)
+        if self.trace_prompting:
+            is_traced = has_trace(*frames)
+            if is_traced and generator is not None and self.trace_dropout:
+                is_traced = generator.random() >= self.trace_dropout
+            frames = frames if is_traced else frames[:1]
+        if self.augment is None or generator is None:
+            return frames
         size = (self.image_size, self.image_size)
-        frames = [image if image.shape[:2] == size else lanczos3_resized(image, size) for image in step.images]
-        return [self.augment(frame, generator) for frame in frames]
+        frames = [image if image.shape[:2] == size else lanczos3_resized(image, size) for image in frames]
+        # All moments of a camera get the same augmentation.
+        state, augmented = generator.bit_generator.state, []
+        for start in range(0, len(frames), self.images_per_moment):
+            generator.bit_generator.state = state
+            augmented += [self.augment(frame, generator) for frame in frames[start : start + self.images_per_moment]]
+        return augmented
 
     def normalized_actions(self, step: Step) -> np.ndarray:
-        """Return the actions of a step as training targets: float64 ``(chunk, action_dim)`` in [-1, 1]."""
+        """Return the actions of a step as training targets: float64 ``(chunk, action_dim)`` in [-1, 1].
+
+        VQ chunks rest beyond the episode's end, as in openvla-mini.
+        """
         key, actions = step.dataset, np.asarray(step.actions, dtype=np.float64)
         if key not in self.statistics:
             raise OpenVLAKeyError(
@@ -138,12 +181,30 @@ class ActionCollator:
             )
         if len(actions) != self.chunk_length:
             raise OpenVLAValueError(f"The model predicts {self.chunk_length} actions; {key!r} gives {len(actions)}.")
-        return self.statistics[key].normalize(actions)
+        normalized = self.statistics[key].normalize(actions)
+        if self.rests_past_end:
+            normalized = neutral_past_end(normalized, step.is_padding, self.statistics[key].mask)
+        return normalized
 
     def _normalized_proprio(self, step: Step) -> np.ndarray:
         if step.proprio is None:
             raise OpenVLAValueError(f"The model takes proprio, and a step of {step.dataset!r} has none.")
         return self.proprio_statistics[step.dataset].normalize_proprio(step.proprio)
+
+
+def has_trace(frame: np.ndarray, traced: np.ndarray) -> bool:
+    """Return whether the second image of a TraceVLA's sample shows a trace: not black, and not the frame itself.
+
+    Both images are uint8 ``(height, width, 3)``; OpenVLAValueError where the second one is of another camera.
+    """
+    if traced.max() <= CODEC_LEVELS:
+        return False
+    if frame.shape != traced.shape or (np.abs(frame.astype(np.int16) - traced) > CODEC_LEVELS).mean() > 0.5:
+        raise OpenVLAValueError(
+            "The second image of a TraceVLA is the frame with its trace, or black; this one differs from the frame in "
+            "size, or in most of its pixels. Name the camera and its traced frames in the data's fields (cameras)."
+        )
+    return not np.array_equal(frame, traced)
 
 
 def _padded(sequences: Sequence[torch.Tensor], width: int, value: int) -> torch.Tensor:
@@ -186,7 +247,8 @@ def compute_metrics(
 
     Returns:
         Scalars on the device. Tokens: ``action_accuracy`` (fraction of action tokens predicted correctly), ``l1_loss``
-        (mean absolute error of the decoded actions, in [-1, 1] units) and ``l1_bins`` (the same in bins). L1 head:
+        (mean absolute error of the decoded actions, in [-1, 1] units; of VQ chunks that of the first action) and, for
+        bins, ``l1_bins`` (the same in bins). L1 head:
         ``curr_action_l1_loss`` and, for chunks, ``next_actions_l1_loss``. Diffusion head: none.
     """
     if model.config.action_head == "diffusion":
@@ -197,18 +259,23 @@ def compute_metrics(
         if error.shape[1] > 1:
             metrics["next_actions_l1_loss"] = error[:, 1:].mean()
         return metrics
-    action_ids = model.action_token_ids
-    targets, device = batch["labels"][batch["labels"] != IGNORE_INDEX], output.logits.device
-    is_action = ((targets >= action_ids.start) & (targets < action_ids.stop)).nonzero()[:, 0]
-    predicted = output.logits.detach().argmax(-1)[to_device(is_action, device)]
-    targets = to_device(targets[is_action], device)
+    action_ids, device = model.action_token_ids, output.logits.device
+    positions, targets = action_labels(batch["labels"], action_ids)
+    predicted = output.logits.detach().argmax(-1)[to_device(positions, device)]
+    targets = to_device(targets, device)
+    accuracy = (predicted == targets).float().mean()
+    if model.config.action_vq is not None:
+        num_codes, num_rounds = model.config.action_vq["num_codes"], model.config.action_vq["num_rounds"]
+        codes = [(action_ids.stop - 1 - tokens).clamp(0, num_codes - 1) for tokens in (predicted, targets)]
+        first, expected = (model.action_vq(code.reshape(-1, num_rounds))[:, 0] for code in codes)
+        return {"action_accuracy": accuracy, "l1_loss": (first - expected).abs().mean()}
     num_bins = model.config.n_action_bins
     predicted_bins, target_bins = (
         (action_ids.stop - 1 - tokens).clamp(0, num_bins - 2) for tokens in (predicted, targets)
     )
     centers = to_device(torch.from_numpy(model.bin_centers).float(), device)
     return {
-        "action_accuracy": (predicted == targets).float().mean(),
+        "action_accuracy": accuracy,
         "l1_loss": (centers[predicted_bins] - centers[target_bins]).abs().mean(),
         "l1_bins": (predicted_bins - target_bins).abs().float().mean(),
     }

@@ -74,9 +74,15 @@ class FinetuneConfig:
         shuffle_buffer: Number of samples in the shuffle buffer.
         pad_last_chunk: Start action chunks at every step and pad them at the end of an episode with its last action.
             False, as in OpenVLA-OFT, starts chunks only where the episode has all of their actions; episodes shorter
-            than a chunk are left out.
-        augment: Apply the reference's image augmentation (random crop and colour jitter). The saved processor then
+            than a chunk are left out. VQ chunks are padded with rest, as in openvla-mini, which trains with True: 0 in
+            the normalised dimensions, the last value in the others (the gripper).
+        augment: Apply the reference's image augmentation (random crop and colour jitter; for a TraceVLA no crop), alike
+            to all moments of a history. The saved processor then
             prepares images as the reference's evaluation does (``image_preset``).
+        token_loss: Loss of a model that predicts tokens one by one: "full" (cross entropy of action and end tokens over
+            the vocabulary), "action_token_only" (of action tokens, over the action tokens), or "auto": as the authors
+            train, "action_token_only" for a TraceVLA and "full" for all others.
+        trace_dropout: For a TraceVLA, the fraction of frames with a trace that are shown without it.
         distributed: Strategy for several processes: "ddp" replicates the model, "fsdp" (FSDP2) shards parameters,
             gradients and optimizer state.
         compile: What ``torch.compile`` compiles: "layers" (each kind of layer of the language model and the towers
@@ -123,6 +129,8 @@ class FinetuneConfig:
     shuffle_buffer: int = 10_000
     pad_last_chunk: bool = False
     augment: bool = True
+    token_loss: str = "auto"
+    trace_dropout: float = 0.2
     distributed: str = "ddp"
     compile: str = "auto"
     adapter_dtype: str = "fp32"
@@ -164,6 +172,7 @@ class FinetuneConfig:
             "compile": ("auto", "layers", "none"),
             "adapter_dtype": ("fp32", "bf16"),
             "gradient_checkpointing_policy": ("full", "selective"),
+            "token_loss": ("auto", "full", "action_token_only"),
             "report_to": ("none", *TRACKERS),
         }
         for name, allowed in choices.items():
@@ -202,6 +211,8 @@ class FinetuneConfig:
                 raise OpenVLAValueError(f"{name} must be an integer of at least 1, got {getattr(self, name)!r}.")
         if not self.learning_rate > 0 or not self.max_grad_norm > 0:
             raise OpenVLAValueError("learning_rate and max_grad_norm must be positive.")
+        if not 0 <= self.trace_dropout <= 1:
+            raise OpenVLAValueError(f"trace_dropout must be from 0 to 1, got {self.trace_dropout}.")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

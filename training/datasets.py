@@ -35,7 +35,12 @@ class TrainingData(Protocol):
 
     @abstractmethod
     def stream(
-        self, chunk_length: int, rank: int = 0, world_size: int = 1, position: StreamPosition | None = None
+        self,
+        chunk_length: int,
+        rank: int = 0,
+        world_size: int = 1,
+        position: StreamPosition | None = None,
+        history_length: int = 1,
     ) -> IterableDataset[Step]:
         """Return an endless stream of the samples of one process, from ``position`` on."""
 
@@ -70,7 +75,12 @@ class Demonstrations:
         self.findings = {name: findings for name, (_, findings) in examined.items()}
 
     def stream(
-        self, chunk_length: int, rank: int = 0, world_size: int = 1, position: StreamPosition | None = None
+        self,
+        chunk_length: int,
+        rank: int = 0,
+        world_size: int = 1,
+        position: StreamPosition | None = None,
+        history_length: int = 1,
     ) -> StepStream:
         """Return an endless stream of the samples of one process.
 
@@ -79,6 +89,7 @@ class Demonstrations:
             rank: Index of the process.
             world_size: Number of processes.
             position: Position in the data to start from; None: the beginning.
+            history_length: Number of moments whose images a sample has.
         """
         stream = StepStream(
             self.readers,
@@ -90,6 +101,7 @@ class Demonstrations:
             rank=rank,
             world_size=world_size,
             skip_bad=self.config.skip_bad,
+            history_length=history_length,
         )
         if position is not None:
             stream.resume_at(position)

@@ -44,9 +44,9 @@ def evaluate_on_train(
     errors, robot_errors, token_accuracies, predictions = [], [], [], set()
     # Restricted to action tokens, a model that has not learnt them yet can be measured too.
     constrain_actions = model.config.action_head is None
-    samples = zip(data.stream(model.config.chunk_length), range(config.num_train_eval_samples))
-    for step, _ in samples:
-        inputs = processor(instruction=step.instruction, images=list(step.images))
+    stream = data.stream(model.config.chunk_length, history_length=model.config.history_length)
+    for step, _ in zip(stream, range(config.num_train_eval_samples)):
+        inputs = processor(instruction=step.instruction, images=collator.images(step))
         output = model.predict_action(
             **inputs,
             unnorm_key=step.dataset,
@@ -58,7 +58,9 @@ def evaluate_on_train(
         predicted, actions = cast(np.ndarray, output.normalized_actions), cast(np.ndarray, output.actions)
         targets = collator.normalized_actions(step).reshape(predicted.shape)
         errors.append(np.abs(predicted - targets).mean())
-        robot_errors.append(np.abs(np.atleast_2d(actions) - step.actions).mean(0))
+        robot_error = np.abs(np.atleast_2d(actions) - step.actions)
+        # Padding of VQ chunks is not what the episode did.
+        robot_errors.append((robot_error if model.config.action_vq is None else robot_error[~step.is_padding]).mean(0))
         if output.token_ids is not None:
             token_accuracies.append((output.token_ids == model.action_tokenizer.encode(targets)).mean())
         predictions.add(predicted.tobytes())

@@ -45,11 +45,13 @@ from ..data.statistics import require_matching
 from ..data.stream import StreamPosition
 from ..data.utils import require
 from ..errors_openvla import OpenVLAValueError
+from ..images_openvla import CENTER_CROP_AREA
 from ..inference.quantization import fast_dtype, quantization_config
 from ..loading import AutoProcessor
 from ..modeling_openvla import OpenVLAForActionPrediction
 from ..prismatic_openvla import IGNORE_INDEX
 from ..processing_openvla import OpenVLAProcessor
+from ..vq_openvla import restore_float32
 from .checkpointing import TrainingState, newest_checkpoint, trained_parameters
 from .collator import ActionCollator, compute_metrics, model_inputs
 from .config import LORA_METHODS, FinetuneConfig, add_arguments, config_from_dict, lr_lambda, read_yaml  # noqa: F401
@@ -59,6 +61,7 @@ from .export import evaluate_on_train, export
 from .fsdp import full_tensor, gather, shard_model
 from .layers import LayerCompiler, prepared_layers
 from .run_fingerprint import require_same_run, run_record
+from .token_loss import action_token_loss
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -129,7 +132,8 @@ def finetune(config: FinetuneConfig, data: TrainingData | None = None) -> Path:
             for name, parameter in trained_parameters(model).items():
                 parameter.data.copy_(weights[name])
             model.norm_stats = record["norm_stats"]
-        processor.image_preset = EVALUATION_PRESET if config.augment else "none"
+        crops = config.augment and not model.config.trace_prompting
+        processor.image_preset = EVALUATION_PRESET if crops else "none"
         evaluate_on_train(config, model, processor, data, output_dir)
         export(model, processor, output_dir)
     return output_dir / "model"
@@ -155,8 +159,12 @@ def dry_run(config: FinetuneConfig, data: TrainingData | None = None) -> Estimat
         torch.set_default_dtype(torch.float32)
     model.config._name_or_path = config.model
     processor = prepare_training(model, config, data)
+    if model.config.action_vq is not None:
+        model.action_vq.to_empty(device="cpu")
+        restore_float32(model.action_vq, config.model, {})
     collator = ActionCollator(processor, model, pad_to_multiple_of=LENGTH_MULTIPLE)
-    steps = list(itertools.islice(data.stream(model.config.chunk_length), config.per_device_train_batch_size))
+    stream = data.stream(model.config.chunk_length, history_length=model.config.history_length)
+    steps = list(itertools.islice(stream, config.per_device_train_batch_size))
     start = time.perf_counter()
     batch = collator(steps)
     loader_rate = len(steps) / (time.perf_counter() - start)
@@ -241,15 +249,6 @@ def load_model_and_processor(
     if config.method == "qlora":
         kwargs["quantization_config"] = quantization_config(4, compute_dtype=kwargs[DTYPE_FIELD])
     model = OpenVLAForActionPrediction.from_pretrained(config.model, **kwargs)
-    if model.config.action_vq is not None:
-        raise OpenVLAValueError(
-            f"{config.model} has VQ actions (MiniVLA); openvla finetune is for bins and for OpenVLA-OFT."
-        )
-    if model.config.trace_prompting:
-        raise OpenVLAValueError(
-            f"{config.model} is a TraceVLA, whose training needs the traces of every frame; openvla finetune has none. "
-            "Fine-tune an OpenVLA."
-        )
     return model.train(), prepare_training(model, config, data)
 
 
@@ -257,6 +256,7 @@ def prepare_training(model: OpenVLAForActionPrediction, config: FinetuneConfig, 
     """Give a loaded model its action configuration, statistics and adapters, in place; return its processor."""
     processor = AutoProcessor.from_pretrained(config.model)
     processor.image_preset = None  # none while training; finetune() sets the one for evaluation at the end
+    require_fitting_fields(config, model)
     if config.action_config is not None:
         set_action_config(model, config.action_config)
     processor.num_images_in_input = model.config.num_images_in_input
@@ -267,6 +267,25 @@ def prepare_training(model: OpenVLAForActionPrediction, config: FinetuneConfig, 
     if config.adapter_dtype == "bf16":
         set_adapter_dtype(model)
     return processor
+
+
+def require_fitting_fields(config: FinetuneConfig, model: OpenVLAForActionPrediction) -> None:
+    """Raise OpenVLAValueError for fields that are set although this kind of model does not use them."""
+    kind = "a TraceVLA" if model.config.trace_prompting else "a MiniVLA with VQ actions"
+    if config.action_config is not None and (model.config.trace_prompting or model.config.action_vq is not None):
+        raise OpenVLAValueError(
+            f"{config.model} is {kind}, which cannot become an OpenVLA-OFT; leave action_config out."
+        )
+    if config.trace_dropout != FinetuneConfig.trace_dropout and not model.config.trace_prompting:
+        raise OpenVLAValueError(f"trace_dropout is for a TraceVLA, which {config.model} is not; leave it out.")
+    if config.token_loss != "auto" and (config.action_config is not None or model.config.parallel_decoding):
+        raise OpenVLAValueError("token_loss is for models that predict tokens one by one; leave it out.")
+
+
+def uses_action_token_loss(config: FinetuneConfig, model: OpenVLAForActionPrediction) -> bool:
+    """Return whether the loss is that of action tokens alone."""
+    automatic = "action_token_only" if model.config.trace_prompting else "full"
+    return (automatic if config.token_loss == "auto" else config.token_loss) == "action_token_only"
 
 
 def set_adapter_dtype(model: OpenVLAForActionPrediction) -> None:
@@ -355,8 +374,11 @@ def load_batches(
 ) -> Iterator[dict[str, torch.Tensor]]:
     """Yield this process's batches on its device, from a position in the data on."""
     rank, world_size = accelerator.process_index, accelerator.num_processes
-    stream = data.stream(model.config.chunk_length, rank, world_size, position)
-    augment = ImageAugmentation() if config.augment else None
+    stream = data.stream(
+        model.config.chunk_length, rank, world_size, position, history_length=model.config.history_length
+    )
+    area = 1.0 if model.config.trace_prompting else CENTER_CROP_AREA
+    augment = ImageAugmentation(area=area) if config.augment else None
     collator = ActionCollator(
         processor,
         model,
@@ -366,6 +388,7 @@ def load_batches(
         rank=rank,
         world_size=world_size,
         pad_to_multiple_of=LENGTH_MULTIPLE,
+        trace_dropout=config.trace_dropout if model.config.trace_prompting else 0.0,
     )
     loader = DataLoader(
         stream,
@@ -426,6 +449,8 @@ def train(
             state.batches += 1
             with accelerator.accumulate(wrapped):
                 output = wrapped(**model_inputs(batch, model), logits_at_labels=True)
+                if uses_action_token_loss(config, model):
+                    output.loss = action_token_loss(output.logits, batch["labels"], model.action_token_ids)
                 accelerator.backward(output.loss)
                 metrics.append({"train_loss": output.loss.detach(), **compute_metrics(output, batch, model)})
                 if not accelerator.sync_gradients:

@@ -65,6 +65,33 @@ def compute_token_loss(
     return logits, nn.functional.cross_entropy(logits, targets.to(logits.device))
 
 
+def action_labels(labels: torch.Tensor, action_ids: slice) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return where among all labels, in their order, the action tokens are, and those tokens; both int64, on the host.
+
+    Args:
+        labels: int64 ``(batch, length)``, -100 on positions without loss.
+        action_ids: Ids of the action tokens.
+    """
+    targets = labels[labels != IGNORE_INDEX]
+    positions = ((targets >= action_ids.start) & (targets < action_ids.stop)).nonzero()[:, 0]
+    return positions, targets[positions]
+
+
+def action_token_loss(logits: torch.Tensor, labels: torch.Tensor, action_ids: slice) -> torch.Tensor:
+    """Return the cross entropy of action tokens among action tokens alone, as TraceVLA's training computes it.
+
+    The end token has no loss, and logits of other tokens are not seen.
+
+    Args:
+        logits: float32 ``(labelled positions, vocabulary)``, of :func:`loss_at_labels`.
+        labels: As for :func:`action_labels`.
+        action_ids: As for :func:`action_labels`.
+    """
+    positions, targets = action_labels(labels, action_ids)
+    action_logits = logits[to_device(positions, logits.device), action_ids]
+    return nn.functional.cross_entropy(action_logits, to_device(targets - action_ids.start, logits.device))
+
+
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     """Copy a tensor to a device; a copy from the host to a GPU waits for nothing."""
     if device.type == "cuda" and tensor.device.type == "cpu":

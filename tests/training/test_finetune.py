@@ -463,13 +463,6 @@ def test_invalid_samples_and_configurations_of_the_model_are_refused(base, tmp_p
         finetune(settings(base, tmp_path, distributed="fsdp"), InMemoryData())
 
 
-def test_a_tracevla_is_not_trained_without_traces(tmp_path):
-    for part in build_tiny(trace_prompting=True):
-        part.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="is a TraceVLA, whose training needs the traces of every frame"):
-        load_model_and_processor(settings(tmp_path, tmp_path), InMemoryData(), torch.device("cpu"))
-
-
 def test_action_config_of_an_oft_model_cannot_be_changed(tmp_path):
     l1 = {**PLATFORMS["libero"], "parallel_decoding": True, "action_head": "l1", "num_images_in_input": 2}
     for part in build_tiny(**l1, norm_stats={"lab": STATISTICS}):
