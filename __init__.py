@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .inference.action_queue import ActionQueue
     from .inference.policy import Policy, load_policy
     from .inference.quantization import quantization_config
+    from .inference.sampling import ValueHead, observation_batch
     from .inference.token_actions import actions_from_tokens
     from .inference.visual_trace import CoTracker3, VisualTrace
     from .loading import AutoModelForVision2Seq, AutoProcessor
@@ -59,7 +60,9 @@ _MODULES = {
     "actions_from_tokens": "inference.token_actions",
     "VisualTrace": "inference.visual_trace",
     "VQActionTokenizer": "vq_openvla",
+    "ValueHead": "inference.sampling",
     "load_policy": "inference.policy",
+    "observation_batch": "inference.sampling",
     "quantization_config": "inference.quantization",
 }
 
@@ -87,7 +90,9 @@ __all__ = [
     "actions_from_tokens",
     "VisualTrace",
     "VQActionTokenizer",
+    "ValueHead",
     "load_policy",
+    "observation_batch",
     "quantization_config",
 ]
 

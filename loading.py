@@ -25,6 +25,7 @@ from .errors_openvla import OpenVLAValueError
 from .inference import processor_extras, quantized_weights
 from .inference.accelerator import attach_accelerator
 from .inference.device_images import pixels_on_device
+from .inference.sampling import action_log_probs, sample_actions
 from .inference.scoring import score_actions
 from .modeling_openvla import OpenVLAForActionPrediction
 from .prismatic_openvla import PrismaticForConditionalGeneration, PrismaticPreTrainedModel
@@ -59,6 +60,8 @@ MODEL_METHODS: tuple[Callable[..., Any], ...] = (
     loss_at_labels,
     parallel_forward,
     score_actions,
+    sample_actions,
+    action_log_probs,
 )
 
 

@@ -112,6 +112,8 @@ class OpenVLAForActionPrediction(NormStatsMixin, ParallelDecodingModel, Generati
     loss_at_labels = _method_of_package("loss_at_labels")
     parallel_forward = _method_of_package("parallel_forward")
     score_actions = _method_of_package("score_actions")
+    sample_actions = _method_of_package("sample_actions")
+    action_log_probs = _method_of_package("action_log_probs")
 
     def __init__(self, config: OpenVLAConfig) -> None:
         config.validate_action_config()  # keywords of from_pretrained are set after it was built

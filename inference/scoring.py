@@ -9,9 +9,9 @@ import numpy as np
 import torch
 
 from ..actions_openvla import as_numbers
-from ..decoding_openvla import positions_of, require_finite
 from ..errors_openvla import OpenVLAValueError
 from .fast_decoder import encode_decoded
+from .sampling import token_logits
 
 if TYPE_CHECKING:
     from ..modeling_openvla import OpenVLAForActionPrediction
@@ -67,22 +67,12 @@ def score_actions(
         [encode_decoded(tokenizer, entry.normalize(group)) for entry, group in zip(statistics, candidates)]
     )
     embeds, mask, _, _ = model.embed_inputs(*prompt)
-    _, num_candidates, action_dim = token_ids.shape
+    num_candidates = token_ids.shape[1]
     tokens = torch.from_numpy(token_ids).to(embeds.device).flatten(0, 1)
     embeds = embeds.repeat_interleave(num_candidates, dim=0)
-    embeds = torch.cat([embeds, model.get_input_embeddings()(tokens[:, :-1]).to(embeds.dtype)], dim=1)
     if mask is not None:
         mask = mask.repeat_interleave(num_candidates, dim=0)
-        mask = torch.cat([mask, mask.new_ones(len(mask), action_dim - 1)], dim=1)
-    output = model.language_model(
-        inputs_embeds=embeds,
-        attention_mask=mask,
-        position_ids=None if mask is None else positions_of(mask),
-        use_cache=False,
-        return_dict=True,
-    )
-    # The logits at the prompt's last position and at all action tokens but the last one.
-    log_probs = require_finite(output.logits[:, -action_dim:].float()).log_softmax(-1)
+    log_probs = token_logits(model, embeds, mask, tokens)[0].log_softmax(-1)
     tokens = tokens.to(log_probs.device)
     chosen = log_probs.gather(-1, tokens[..., None]).squeeze(-1)
     chosen = torch.where(tokens == top_edge, torch.logaddexp(chosen, log_probs[..., top_edge + 1]), chosen)
