@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test test-slow fuzz test-surface test-browser notebooks convert-full train-tiny lanes lint docs clean
+.PHONY: demo test test-slow fuzz test-surface test-browser notebooks convert-full train-tiny lanes lint docs release clean
 
 demo: $(INSTALLED)  ## one action from a real LIBERO frame, as a table and as demo.png; with the simulator an episode too
 	$(VENV)/bin/openvla predict --plot demo.png
@@ -51,8 +51,11 @@ docs: $(INSTALLED)  ## the pages as a site, in site/; a broken link stops it
 	# As a module: beside the script lies the command openvla, which the reader of the API would take for the package.
 	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs build
 
+release:  ## wheels and sources for PyPI in dist/, checked and tried in a fresh environment, and the SBOM
+	PYTHON=$(PYTHON) bash ci/release.sh
+
 clean:  ## remove what the other verbs made
-	rm -rf $(VENV) .lanes demo demo.png openvla.egg-info build site
+	rm -rf $(VENV) .lanes demo demo.png openvla.egg-info build dist site
 
 $(INSTALLED): pyproject.toml ci/constraints.txt
 	$(PYTHON) -m venv $(VENV)

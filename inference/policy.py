@@ -29,6 +29,7 @@ from ..loading import AutoProcessor, refuse_model_type
 from ..modeling_openvla import OpenVLAForActionPrediction
 from ..processing_openvla import OpenVLAImageProcessor, OpenVLAProcessor
 from .cpu_prepack import prepack as prepack_weights
+from .demo_policies import DEMO_NAME, DEMO_OFT_POLICY, DEMO_POLICY, require_demo_policy
 from .fast_decoder import compile_pointwise
 from .image_history import ImageHistory
 from .merged_products import merge_products
@@ -51,10 +52,6 @@ HEADROOM = 1.1
 BYTES_OF_BITS = {8: 1.0, 4: 0.5 + 1 / 64 + 4 / (64 * 256)}
 # Tolerance when pixel means and standard deviations are compared: published ones are rounded to bfloat16.
 PIXEL_STATISTICS_TOLERANCE = 0.01
-# Checkpoints in the package; their README.md describe training and success rates.
-DEMO_POLICY = Path(__file__).resolve().parents[1] / "assets" / "libero"
-DEMO_OFT_POLICY = DEMO_POLICY.with_name("libero_oft")  # predicts action chunks; evaluated in float32
-DEMO_NAME = "demo policy (4 M parameters, trained on two tasks of LIBERO-Object)"
 DTYPES = ("float32", "bfloat16", "float16")
 WARMUP_CALLS = 3  # the first runs eagerly, the second captures a CUDA graph, the third replays it
 PREPROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
@@ -244,11 +241,11 @@ def load_policy(
             quantised with other bits or another back end, or it cannot be prepacked or compiled. Or there is a
             ``tracker`` for a model that is no TraceVLA.
         KeyError: Unknown ``unnorm_key``.
-        ImportError: A package for ``bits`` or an adapter is missing.
+        ImportError: A package for ``bits`` or an adapter is missing, or the demo policy.
     """
     device = torch.device(device or default_device())
     dtype = getattr(torch, dtype) if isinstance(dtype, str) and dtype != "auto" else dtype
-    model = DEMO_POLICY if model is None else model
+    model = require_demo_policy() if model is None else model
     if constrain_actions is None:
         constrain_actions = Path(model).resolve() == DEMO_POLICY
     if dtype is None and device.type == "cpu" and Path(model).resolve() in (DEMO_POLICY, DEMO_OFT_POLICY):

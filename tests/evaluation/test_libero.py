@@ -27,7 +27,7 @@ from openvla.evaluation.checks import (
 )
 from openvla.evaluation.harness_database import EVAL_ID, database_path, read_episodes, requeue_unfinished
 from openvla.evaluation.report import draw_contact_sheet, success_rate, video_frames, wilson_interval
-from openvla.inference.policy import DEMO_OFT_POLICY, DEMO_POLICY
+from openvla.inference.demo_policies import DEMO_OFT_POLICY, DEMO_POLICY
 from openvla.inference.robot_conventions import convert_action
 from openvla.tiny import build_tiny
 from PIL import Image

@@ -8,7 +8,7 @@ import torch
 from openvla import load_policy
 from openvla.__main__ import main
 from openvla.inference.cpu_prepack import PrepackedLinear, has_matmul, prepack
-from openvla.inference.policy import DEMO_POLICY
+from openvla.inference.demo_policies import DEMO_POLICY
 from openvla.inference.predict import SAMPLE_IMAGE
 from openvla.tiny import build_tiny
 from safetensors.torch import load_file

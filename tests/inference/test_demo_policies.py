@@ -7,7 +7,7 @@ import pytest
 import torch
 from openvla import load_policy
 from openvla.inference.fast_decoder import FastDecoder
-from openvla.inference.policy import DEMO_OFT_POLICY, DEMO_POLICY
+from openvla.inference.demo_policies import DEMO_OFT_POLICY, DEMO_POLICY
 from PIL import Image
 from reference import FIXTURES
 

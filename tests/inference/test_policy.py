@@ -15,9 +15,8 @@ from openvla.compatibility_openvla import QUANTIZES_ON_CPU
 from openvla.default_processor import default_image_processor
 from openvla.inference import cuda_graphs
 from openvla.inference.cuda_graphs import CudaGraphCache
+from openvla.inference.demo_policies import DEMO_OFT_POLICY, DEMO_POLICY
 from openvla.inference.policy import (
-    DEMO_OFT_POLICY,
-    DEMO_POLICY,
     HEADROOM,
     PREPROCESSOR_FILES,
     free_bytes,

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from openvla import __version__
 from openvla.__main__ import main
-from openvla.inference.policy import DEMO_NAME
+from openvla.inference.demo_policies import DEMO_NAME
 from openvla.inference.predict import draw_chunk
 from PIL import Image
 

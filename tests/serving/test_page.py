@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from openvla import PLATFORMS, Policy, load_policy
-from openvla.inference.policy import DEMO_NAME
+from openvla.inference.demo_policies import DEMO_NAME
 from openvla.inference.predict import SAMPLE_IMAGE
 from openvla.tiny import build_tiny
 from PIL import Image, ImageOps

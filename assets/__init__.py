@@ -1,0 +1,1 @@
+"""Data of the demonstration policies; ``openvla.inference.demo_policies`` finds them."""
