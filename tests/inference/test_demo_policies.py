@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 from openvla import load_policy
-from openvla.inference.fast_decoder import FastDecoder
+from openvla.inference import demo_policies
 from openvla.inference.demo_policies import DEMO_OFT_POLICY, DEMO_POLICY
+from openvla.inference.fast_decoder import FastDecoder
 from PIL import Image
 from reference import FIXTURES
 
@@ -94,3 +95,18 @@ def test_predicted_action_scores_highest_and_is_an_accepted_draft(policy, steps,
     drafted = policy.model.predict_action(**inputs, draft=output.actions, return_dict=True)
     assert np.array_equal(drafted.token_ids, output.token_ids)
     assert len(passes) == 1
+
+
+def test_without_the_demo_policy_the_error_says_how_to_install_it(monkeypatch, tmp_path):
+    monkeypatch.setattr(demo_policies, "DEMO_POLICY", tmp_path / "libero")
+    with pytest.raises(ImportError, match=r"not installed: pip install 'openvla\[demo\]'.*--model DIR_OR_ID"):
+        load_policy()
+
+
+def test_outside_a_clone_the_demo_policy_is_that_of_its_distribution(monkeypatch, tmp_path):
+    (tmp_path / "openvla_demo" / "libero").mkdir(parents=True)
+    (tmp_path / "openvla_demo" / "__init__.py").touch()
+    (tmp_path / "openvla" / "inference").mkdir(parents=True)
+    monkeypatch.setattr(demo_policies, "__file__", str(tmp_path / "openvla" / "inference" / "demo_policies.py"))
+    monkeypatch.syspath_prepend(tmp_path)
+    assert demo_policies._find("libero") == tmp_path / "openvla_demo" / "libero"
