@@ -1,1 +1,0 @@
-"""Data of the demonstration policies; ``openvla.inference.demo_policies`` finds them."""
