@@ -17,6 +17,7 @@ COMMANDS = {
     "assemble": ("conversion.assemble", "assemble an untrained model from vision towers and a language model"),
     "merge": ("conversion.merge", "merge an adapter into its base"),
     "finetune": ("training.finetune", "fine-tune a model on a dataset"),
+    "train-vq": ("training.train_vq", "train a VQ autoencoder of action chunks (MiniVLA)"),
     "evaluate": ("evaluation.cli", "evaluate a policy in the LIBERO simulator"),
     "serve": ("serving.cli", "serve a policy over HTTP and WebSocket"),
     "verify": ("conversion.verify", "check every file and tensor of a converted folder"),

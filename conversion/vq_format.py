@@ -117,6 +117,28 @@ def vq_tokenizer_name(config: OpenVLAConfig, is_extra: bool) -> str:
     )
 
 
+def native_vq_config(
+    *,
+    action_dim: int,
+    chunk_length: int,
+    latent_dim: int,
+    num_codes: int,
+    num_rounds: int,
+    act_scale: float,
+    encoder_loss_multiplier: float = 1.0,
+) -> dict[str, Any]:
+    """Return the config.json of an autoencoder's folder, as openvla-mini writes it."""
+    return {
+        "input_dim_w": action_dim,
+        "input_dim_h": chunk_length,
+        "n_latent_dims": latent_dim,
+        "vqvae_n_embed": num_codes,
+        "vqvae_groups": num_rounds,
+        **{"eval": False, "device": "cuda", "load_dir": None, "encoder_loss_multiplier": encoder_loss_multiplier},
+        "act_scale": act_scale,
+    }
+
+
 def write_vq(folder: Path, action_tokenizer: str, hub: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     """Write the folder of a VQ autoencoder, with the optimizer's state as at the start of a training.
 
@@ -131,15 +153,14 @@ def write_vq(folder: Path, action_tokenizer: str, hub: Path, tensors: Mapping[st
     """
     config = OpenVLAConfig.from_dict(read_json(hub / "config.json"))
     vq, native_file = config.action_vq or {}, hub / NATIVE_VQ_CONFIG_FILE
-    native = {
-        "input_dim_w": config.action_dim,
-        "input_dim_h": config.chunk_length,
-        "n_latent_dims": vq["latent_dim"],
-        "vqvae_n_embed": vq["num_codes"],
-        "vqvae_groups": vq["num_rounds"],
-        **{"eval": False, "device": "cuda", "load_dir": None, "encoder_loss_multiplier": 1.0},
-        "act_scale": vq["act_scale"],
-    }
+    native = native_vq_config(
+        action_dim=config.action_dim or 0,
+        chunk_length=config.chunk_length,
+        latent_dim=vq["latent_dim"],
+        num_codes=vq["num_codes"],
+        num_rounds=vq["num_rounds"],
+        act_scale=vq["act_scale"],
+    )
     state: dict[str, Any] = {
         part: {
             f"{layer}.{kind}": tensors[f"{VQ_MODULE}.{part}_{kind}_{index}"]

@@ -28,7 +28,7 @@ from .simulator import open_suite, parse_tasks
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``openvla evaluate``."""
-    add_policy_arguments(parser)
+    add_policy_arguments(parser, has_episodes=True)
     parser.add_argument("--suite", default=DEFAULT_SUITE, help=f"LIBERO task suite; default {DEFAULT_SUITE}")
     parser.add_argument(
         "--tasks", nargs="+", metavar="TASK", help="task numbers, instructions, or parts of them; default all"

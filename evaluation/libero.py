@@ -46,6 +46,8 @@ class EvaluationSettings:
         unnorm_key: Dataset whose statistics un-normalise its actions.
         image_preset: Preprocessing of the frames, a key of ``IMAGE_PRESETS``.
         constrain_actions: Whether only action tokens are decoded.
+        actions: "all" actions of a chunk, or the "first" one alone.
+        history_padding: What fills the first steps of an episode, see ``ImageHistory``.
         suite: LIBERO task suite.
         instruction_source: Source of the instructions, one of ``INSTRUCTION_SOURCES``.
         tasks: Task numbers.
@@ -61,6 +63,8 @@ class EvaluationSettings:
     unnorm_key: str
     image_preset: str
     constrain_actions: bool
+    actions: str
+    history_padding: str
     suite: str
     instruction_source: str
     tasks: list[int]
@@ -129,7 +133,7 @@ def evaluate_libero(
         max_steps=max_steps,
         workers=workers,
         n_action_steps=n_action_steps,
-        chunk_length=policy.model.config.chunk_length,
+        chunk_length=1 if policy.actions == "first" else policy.model.config.chunk_length,
     )
     require_libero_policy(policy)
     warnings = statistics_warnings(policy)
@@ -141,6 +145,8 @@ def evaluate_libero(
         unnorm_key=policy.unnorm_key,
         image_preset=resolve_image_preset(policy, image_preset),
         constrain_actions=policy.constrain_actions,
+        actions=policy.actions,
+        history_padding=policy.history_padding,
         suite=suite,
         instruction_source=instruction_source(suite),
         tasks=task_ids,
@@ -192,7 +198,7 @@ def _validate_settings(
         )
     if n_action_steps is not None and not 1 <= n_action_steps <= chunk_length:
         raise OpenVLAValueError(
-            f"--n-action-steps must be 1 to {chunk_length}, the model's chunk length, got {n_action_steps}."
+            f"--n-action-steps must be 1 to {chunk_length}, the number of predicted actions, got {n_action_steps}."
         )
 
 
@@ -204,7 +210,9 @@ def _prepare_output(output: Path, settings: EvaluationSettings) -> None:
         output.mkdir(parents=True, exist_ok=True)
         write_json(file, current)
         return
-    previous = {"instruction_source": INSTRUCTION_SOURCES[0], **read_json(file)}
+    # The values of evaluations that were begun before these settings existed.
+    former = {"instruction_source": INSTRUCTION_SOURCES[0], "actions": "all", "history_padding": "start"}
+    previous = {**former, **read_json(file)}
     changed = [
         f"{key} {previous.get(key)!r} -> {value!r}" for key, value in current.items() if previous.get(key) != value
     ]

@@ -75,7 +75,8 @@ class PolicyServer(PredictModelServer):
         config = policy.model.config
         self.cameras = list(CAMERAS)[: config.images_per_moment]
         self.takes_proprio = config.proprio_dim is not None
-        self.predicts_chunks, self.takes_history = config.chunk_length > 1, config.history_length > 1
+        self.predicts_chunks = config.chunk_length > 1 and policy.actions == "all"
+        self.takes_history = config.history_length > 1
         self.queues: dict[str, ActionQueue] = {}  # by session, as the histories
         self.histories: dict[str, ImageHistory] = {}
 

@@ -12,7 +12,6 @@ import numpy as np
 
 from ..actions_openvla import as_numbers
 from ..errors_openvla import OpenVLAValueError
-from .image_history import ImageHistory
 
 
 class ActingPolicy(Protocol):
@@ -23,11 +22,21 @@ class ActingPolicy(Protocol):
         ...
 
 
+class History(Protocol):
+    """Images of the last moments: ``ImageHistory``, or that of a ``PolicyClient``."""
+
+    def clear(self) -> None:
+        """Begin an episode."""
+
+    def append(self, image: Any) -> Any:
+        """Add the images of this moment; return all images that the model takes."""
+
+
 @runtime_checkable
 class KeepsHistory(Protocol):
-    """A policy whose model may take images of several moments: ``Policy``."""
+    """A policy whose model may take images of several moments: ``Policy``, ``PolicyClient``."""
 
-    def new_history(self) -> ImageHistory:
+    def new_history(self) -> History:
         """Return an empty history of images."""
         ...
 
@@ -106,7 +115,7 @@ class ActionQueue:
         self._episode = self._step = 0
         self._pending: RequestId | None = None
         self._chunks: dict[int, np.ndarray] = {}  # key: the step at which the chunk was requested
-        self._history = policy.new_history() if isinstance(policy, KeepsHistory) else None
+        self._history: History | None = policy.new_history() if isinstance(policy, KeepsHistory) else None
         self._async_error: Exception | None = None  # raised by the policy in the last asynchronous request
 
     def reset(self) -> None:

@@ -21,7 +21,7 @@ from transformers import PretrainedConfig
 
 from ..adapters.files import locate_base
 from ..compatibility_openvla import DTYPE_FIELD
-from ..configuration_openvla import ADAPTER_CONFIG_FILE, OpenVLAConfig, optional_file
+from ..configuration_openvla import ADAPTER_CONFIG_FILE, OpenVLAConfig, optional_file, require_known
 from ..decoding_openvla import NoActionError, require_one_pass
 from ..default_processor import default_image_processor
 from ..errors_openvla import OpenVLAValueError
@@ -31,7 +31,7 @@ from ..processing_openvla import OpenVLAImageProcessor, OpenVLAProcessor
 from .cpu_prepack import prepack as prepack_weights
 from .demo_policies import DEMO_NAME, DEMO_OFT_POLICY, DEMO_POLICY, require_demo_policy
 from .fast_decoder import compile_pointwise
-from .image_history import ImageHistory
+from .image_history import PADDINGS, ImageHistory
 from .merged_products import merge_products
 from .quantization import (
     BACKENDS,
@@ -52,6 +52,7 @@ HEADROOM = 1.1
 BYTES_OF_BITS = {8: 1.0, 4: 0.5 + 1 / 64 + 4 / (64 * 256)}
 # Tolerance when pixel means and standard deviations are compared: published ones are rounded to bfloat16.
 PIXEL_STATISTICS_TOLERANCE = 0.01
+ACTIONS = ("all", "first")  # of a chunk
 DTYPES = ("float32", "bfloat16", "float16")
 WARMUP_CALLS = 3  # the first runs eagerly, the second captures a CUDA graph, the third replays it
 PREPROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
@@ -83,18 +84,31 @@ class Policy:
     history_padding: str = "start"
 
     def __post_init__(self) -> None:
-        """Validate ``constrain_actions`` and ``visual_trace``.
+        """Validate what not every model uses.
 
         Raises:
-            ValueError: The model has a continuous action head, which would ignore ``constrain_actions``, or it is no
-                TraceVLA and would ignore ``visual_trace``.
+            ValueError: The model would ignore ``constrain_actions`` (it has a continuous action head), ``visual_trace``
+                (it is no TraceVLA), ``actions`` (it predicts single ones) or ``history_padding`` (it takes one moment).
         """
-        require_one_pass({}, None, self.constrain_actions, self.model.config.action_head)
-        if self.visual_trace is not None and not self.model.config.trace_prompting:
+        config = self.model.config
+        require_one_pass({}, None, self.constrain_actions, config.action_head)
+        if self.visual_trace is not None and not config.trace_prompting:
             raise OpenVLAValueError(
                 "The model is no TraceVLA (trace_prompting in config.json); leave visual_trace out."
             )
+        require_known("actions", self.actions, ACTIONS)
+        if self.actions == "first" and not self.predicts_chunks:
+            raise OpenVLAValueError("The model predicts single actions, not chunks; leave actions='first' out.")
+        if self.history_padding != PADDINGS[0] and config.history_length == 1:
+            raise OpenVLAValueError(
+                f"The model takes images of one moment; leave history_padding={self.history_padding!r} out."
+            )
         self.history = self.new_history()
+
+    @property
+    def predicts_chunks(self) -> bool:
+        """Return whether the model predicts several actions at a time."""
+        return self.model.config.parallel_decoding or self.model.config.action_vq is not None
 
     def new_history(self) -> ImageHistory:
         """Return an empty history of images; every robot that uses this policy at the same time needs its own."""
@@ -345,8 +359,13 @@ def processor_mismatches(config: OpenVLAConfig, processor: OpenVLAImageProcessor
     return mismatches
 
 
-def add_policy_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options of every command that loads a policy."""
+def add_policy_arguments(parser: argparse.ArgumentParser, *, has_episodes: bool = False) -> None:
+    """Add the options of every command that loads a policy.
+
+    Args:
+        parser: The command's parser.
+        has_episodes: Whether the command keeps images of an episode's earlier steps.
+    """
     parser.add_argument("--model", metavar="DIR_OR_ID", help="checkpoint folder or Hub id; without it the demo policy")
     parser.add_argument(
         "--unnorm-key", metavar="K", help="dataset whose statistics un-normalise actions to robot units"
@@ -376,9 +395,20 @@ def add_policy_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--prepack", action="store_true", help="repack the weights once for this CPU's matrix products: faster"
     )
+    parser.add_argument(
+        "--actions", choices=ACTIONS, default="all", help="of a chunk: all, or the first alone, as openvla-mini does"
+    )
+    if has_episodes:
+        parser.add_argument(
+            "--history-padding",
+            choices=PADDINGS,
+            default=PADDINGS[0],
+            help="for a model of several moments: where an episode's first steps repeat a moment; default start, as in "
+            "training (end: as in openvla-mini's evaluation)",
+        )
 
 
-def load_policy_from_args(args: argparse.Namespace) -> tuple[Policy, str]:
+def load_policy_from_args(args: argparse.Namespace, tracker: Tracker | None = None) -> tuple[Policy, str]:
     """Load the policy of the options of ``add_policy_arguments``; return it and its name. Raises as ``load_policy``."""
     policy = load_policy(
         args.model,
@@ -390,6 +420,9 @@ def load_policy_from_args(args: argparse.Namespace) -> tuple[Policy, str]:
         prepack=args.prepack,
         compile=args.compile,
         constrain_actions=args.constrain_actions,
+        actions=args.actions,
+        history_padding=getattr(args, "history_padding", PADDINGS[0]),
+        tracker=tracker,
     )
     return policy, str(args.model or DEMO_NAME)
 

@@ -30,7 +30,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         nargs="+",
         metavar="FILE",
-        help="camera image; required with --model. Several for a model of several cameras, in the order of training",
+        help="camera image; required with --model. Several for a model of several cameras, in the order of training; "
+        "for a model of several moments those of an episode's first one, or all, the oldest moment first",
     )
     parser.add_argument("--instruction", metavar="TEXT", help="instruction for the robot; required with --model")
     parser.add_argument("--proprio", type=float, nargs="+", metavar="X", help="robot state, for models that take one")
@@ -77,7 +78,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _predict(policy: Policy, images: list[Image.Image], instruction: str, proprio: list[float] | None) -> ActionOutput:
-    inputs = policy.processor(instruction=instruction, images=policy.observe(images))
+    observed = policy.observe(images if len(images) > 1 else images[0])
+    inputs = policy.processor(instruction=instruction, images=policy.history.append(observed))
     output = policy.model.predict_action(
         **inputs,
         unnorm_key=policy.unnorm_key,
@@ -85,6 +87,7 @@ def _predict(policy: Policy, images: list[Image.Image], instruction: str, propri
         return_dict=True,
         constrain_actions=policy.constrain_actions,
         strict=True,
+        actions=policy.actions,
     )
     assert isinstance(output, ActionOutput)  # return_dict=True
     return output

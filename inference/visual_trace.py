@@ -116,8 +116,13 @@ class VisualTrace:
         if not callable(tracker):
             raise OpenVLAValueError(f"tracker must be a function (see Tracker), got {tracker!r}.")
         self.tracker, self.window_size, self.num_points = tracker, window_size, num_points
+        self.seed = seed
         self.generator = np.random.RandomState(seed)  # numpy keeps its numbers the same in every version
         self.reset()
+
+    def new(self) -> VisualTrace:
+        """Return one with the same settings, for another camera; it begins with the seed."""
+        return VisualTrace(self.tracker, window_size=self.window_size, num_points=self.num_points, seed=self.seed)
 
     def reset(self) -> None:
         """Begin an episode: forget all frames and points."""

@@ -130,7 +130,7 @@ class PolicyApp:
             self.queue.release(entry)
         latency_s = time.monotonic() - entry.arrived
         self.metrics.observe_latency(latency_s)
-        details = action_details(prediction, prepared.unnorm_key, latency_s) if request.details else None
+        details = action_details(prediction, prepared, latency_s) if request.details else None
         return ActResult(request, prediction, details)
 
     def finish_request(self, route: str) -> None:

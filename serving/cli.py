@@ -26,6 +26,7 @@ from types import ModuleType
 
 from ..errors_openvla import OpenVLAImportError, OpenVLAValueError
 from ..inference.policy import add_policy_arguments, load_policy_from_args
+from ..inference.visual_trace import CoTracker3
 
 TOKEN_VARIABLE = "OPENVLA_SERVE_TOKEN"
 MIN_TOKEN_LENGTH = 16
@@ -48,6 +49,7 @@ class Limits:
         body_seconds: Seconds for a request's body to arrive.
         max_inflight_bytes: Maximum size of all bodies that are being received.
         connections: Maximum number of open connections.
+        max_sessions: Maximum number of sessions, each with the images of an episode's last steps.
     """
 
     body_bytes: int = 16 * 2**20
@@ -60,11 +62,12 @@ class Limits:
     body_seconds: float = 10.0
     max_inflight_bytes: int = 256 * 2**20
     connections: int = 512
+    max_sessions: int = 16
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``openvla serve``."""
-    add_policy_arguments(parser)
+    add_policy_arguments(parser, has_episodes=True)
     parser.add_argument(
         "--host", default="127.0.0.1", help="address to listen on; default 127.0.0.1, this machine only"
     )
@@ -97,6 +100,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="seconds from a request's arrival to its action; later is a 504",
     )
     parser.add_argument(
+        "--max-sessions",
+        type=int,
+        default=Limits.max_sessions,
+        metavar="N",
+        help="maximum number of episodes of which the server keeps images; more are forgotten, the oldest first",
+    )
+    parser.add_argument(
+        "--cotracker",
+        type=Path,
+        metavar="FILE",
+        help="CoTracker3's scaled_offline.pth: draw a TraceVLA's traces, in sessions (its licence: no commercial use)",
+    )
+    parser.add_argument(
         "--warmup",
         metavar="INSTRUCTION",
         nargs="+",
@@ -111,7 +127,8 @@ def run(args: argparse.Namespace) -> int:
     token = read_token(args.token_file)
     app = import_server_module("app")
     require_free_port(args.host, args.port)  # before a large model is loaded
-    policy, name = load_policy_from_args(args)
+    tracker = None if args.cotracker is None else CoTracker3(args.cotracker, args.device)
+    policy, name = load_policy_from_args(args, tracker=tracker)
     policy.warm_up(args.warmup)
     batched_policy = import_server_module("policy").BatchedPolicy(policy, name, limits)
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
@@ -125,12 +142,17 @@ def limits_from(args: argparse.Namespace) -> Limits:
     Raises:
         OpenVLAValueError: An option is out of range.
     """
-    for name in ("max_batch_size", "max_queue_size", "timeout_s"):
+    for name in ("max_batch_size", "max_queue_size", "max_sessions", "timeout_s"):
         if not getattr(args, name) > 0:
             raise OpenVLAValueError(f"--{name.replace('_', '-')} must be above 0, got {getattr(args, name)}.")
     if not 0 <= args.port < 65536:
         raise OpenVLAValueError(f"--port must be 0 to 65535, got {args.port}.")
-    return Limits(max_batch_size=args.max_batch_size, max_queue_size=args.max_queue_size, timeout_s=args.timeout_s)
+    return Limits(
+        max_batch_size=args.max_batch_size,
+        max_queue_size=args.max_queue_size,
+        max_sessions=args.max_sessions,
+        timeout_s=args.timeout_s,
+    )
 
 
 def require_free_port(host: str, port: int) -> None:

@@ -37,6 +37,7 @@ EXIF_TRANSPOSES = {
 }
 MIN_BACKOFF_SECONDS, MAX_BACKOFF_SECONDS = 0.05, 2.0  # doubled at every retry, with jitter
 MAX_REPLY_BYTES = 64 * 2**20
+MAX_MOMENTS = 16  # no model takes images of more
 
 
 class PolicyServerError(RuntimeError):
@@ -99,7 +100,7 @@ class PolicyClient:
         timeout: Seconds until a result, all retries together; the server drops a request that it cannot complete by
             then.
         retries: How often a request is sent again after a connection error or a 503. This is safe: the server keeps no
-            state between requests.
+            state between requests, or (for traces) numbers the frames.
         unnorm_key: Dataset whose statistics un-normalise the action; None for the server's default.
         constrain_actions: Choose among action tokens only; None for the server's default.
         latest_only: Let the server drop this client's frames for newer ones; a dropped one is a
@@ -131,6 +132,10 @@ class PolicyClient:
         self._is_https, self._hostname, self._port = parts.scheme == "https", parts.hostname, parts.port
         self._base_path = parts.path.rstrip("/")
         self._thread_local = threading.local()
+        self._model: dict[str, Any] | None = None  # the server's /info, asked for once
+        self._history = _History(self)
+        self._session, self._step = uuid.uuid4().hex, 0  # the episode of which the server draws traces
+        self._lock = threading.Lock()
         self._headers = {"Content-Type": "application/json"}
         if token:
             self._headers["Authorization"] = f"Bearer {token}"
@@ -144,7 +149,9 @@ class PolicyClient:
         Args:
             image: Camera image: PIL, numpy ``(H, W, 3)`` uint8 or float in [0, 1], torch, or a path on *this* machine
                 (rotated by its EXIF orientation; a PIL image is not rotated); for a model of several cameras the list
-                of their images, in the order of training.
+                of their images, in the order of training. For a model of several moments the images of this one, whose
+                history this client keeps from the last ``reset`` on; or all images, the oldest moment first. For a
+                TraceVLA whose traces the server draws the frame of its camera.
             instruction: What the robot should do.
             proprio: The robot's state in its own units, ``(proprio_dim,)``, for models that were trained with it.
 
@@ -161,25 +168,51 @@ class PolicyClient:
         """
         if not isinstance(instruction, str):
             raise ValueError(f"The instruction must be text, got {type(instruction).__name__}: {instruction!r}.")
-        has_cameras = isinstance(image, (list, tuple)) or getattr(image, "ndim", 0) == 4
+        deadline = time.monotonic() + self.timeout
+        model = self._describe_model(deadline)
+        if not isinstance(image, _Moments):  # of an ActionQueue, which keeps a history of its own
+            image = self._history.append(image)
+        if isinstance(image, _Moments):
+            image = _images_of_model(image, model)
+        has_cameras = _is_several(image)
         fields: dict[str, Any] = {
             "image": [_encode_image(camera) for camera in image] if has_cameras else _encode_image(image),
             "instruction": instruction,
             **self._options,
         }
+        if model.get("draws_traces") and not (has_cameras and len(image) > 1):
+            with self._lock:
+                fields |= {"session": self._session, "step": self._step}
+                self._step += 1
         if proprio is not None:
             state = proprio.detach().cpu() if hasattr(proprio, "detach") else proprio
             fields["proprio"] = encode_array(np.asarray(state, np.float64))
         if self.unnorm_key is not None:
             fields["unnorm_key"] = self.unnorm_key
-        return _decode_action(self._request("POST", "/act", fields))
+        return _decode_action(self._request("POST", "/act", fields, deadline))
 
     def reset(self) -> None:
-        """Begin an episode. Client and server keep no state between images."""
+        """Begin an episode: forget the images and the trace of the previous one."""
+        self._history.clear()
+        with self._lock:
+            self._session, self._step = uuid.uuid4().hex, 0
+
+    def new_history(self) -> _History:
+        """Return an empty history of images, which ``ActionQueue`` keeps."""
+        return _History(self)
+
+    def _describe_model(self, deadline: float) -> dict[str, Any]:
+        """Return ``/info``, which the server is asked for once."""
+        if self._model is None:
+            self._model = self._info(deadline)
+        return self._model
 
     def info(self) -> dict[str, Any]:
         """Return the server's ``/info``: model, datasets, units, cameras, limits; raises as ``act``."""
-        info = self._request("GET", "/info", None)
+        return self._info(time.monotonic() + self.timeout)
+
+    def _info(self, deadline: float) -> dict[str, Any]:
+        info = self._request("GET", "/info", None, deadline)
         if not isinstance(info, dict):
             raise PolicyServerError(f"The server's /info must be an object, got {str(info)[:200]}")
         return info
@@ -191,9 +224,8 @@ class PolicyClient:
             connection.close()
             self._thread_local.connection = None
 
-    def _request(self, method: str, path: str, fields: dict[str, Any] | None) -> Any:
+    def _request(self, method: str, path: str, fields: dict[str, Any] | None, deadline: float) -> Any:
         """Return the JSON of the reply; retry while retries and time are left."""
-        deadline = time.monotonic() + self.timeout
         text = None if fields is None else json.dumps(fields)[1:]
         backoff, tries = MIN_BACKOFF_SECONDS, 0
         while True:
@@ -259,6 +291,68 @@ class PolicyClient:
             connection.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         connection.sock.settimeout(_remaining(deadline))
         return connection
+
+
+class _Moments(list[list[Any]]):
+    """The images of the last moments, oldest first, from which ``act`` takes those that the model needs."""
+
+
+class _History:
+    """The images of an episode's last moments, as ``ImageHistory`` keeps them, which this file must not import.
+
+    It never waits: until the client knows the server's model, it keeps ``MAX_MOMENTS``.
+
+    Args:
+        client: The client.
+    """
+
+    def __init__(self, client: PolicyClient) -> None:
+        self._client, self._lock = client, threading.Lock()
+        self._moments = _Moments()
+
+    def clear(self) -> None:
+        """Begin an episode."""
+        with self._lock:
+            self._moments.clear()
+
+    def append(self, image: Any) -> Any:
+        """Add the images of this moment; return what ``PolicyClient.act`` takes."""
+        length = MAX_MOMENTS if self._client._model is None else self._client._model.get("history_length", 1)
+        if length == 1:
+            return image
+        # A camera may write every frame into one array.
+        images = [one.copy() if isinstance(one, np.ndarray) else one for one in _as_list(image)]
+        with self._lock:
+            self._moments = _Moments([*self._moments, images][-length:])
+            return self._moments
+
+
+def _images_of_model(moments: _Moments, model: dict[str, Any]) -> Any:
+    """Return the images that a model takes, with the first steps of an episode padded as its server says.
+
+    Args:
+        moments: Images of the last moments; all images of all moments stand in the last one alone.
+        model: The server's ``/info``; one of an earlier version says nothing of moments: its models take one.
+    """
+    length, num_cameras = model.get("history_length", 1), model.get("images_per_moment", 1)
+    newest = moments[-1]
+    if length == 1 or len(newest) != num_cameras:  # the server refuses other numbers
+        return newest if len(newest) > 1 else newest[0]
+    kept = [moment for moment in moments if len(moment) == num_cameras][-length:]
+    missing = length - len(kept)
+    pads_end = model.get("history_padding") == "end"
+    padded = kept + [kept[-1]] * missing if pads_end else [kept[0]] * missing + kept
+    return [image for moment in padded for image in moment]
+
+
+def _as_list(image: Any) -> list[Any]:
+    """Return the images of a list, or stacked ones, or a single image as a list."""
+    return list(image) if _is_several(image) else [image]
+
+
+def _is_several(image: Any) -> bool:
+    """Return whether images are a list, or stacked."""
+    return isinstance(image, (list, tuple)) or getattr(image, "ndim", 0) == 4
 
 
 def encode_array(array: np.ndarray) -> dict[str, Any]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import logging
 import threading
 import time
@@ -12,16 +14,18 @@ from typing import Any, cast
 
 import numpy as np
 import torch
+from PIL import Image
 
 from ..configuration_openvla import OpenVLAConfig
 from ..decoding_openvla import ActionOutput
 from ..dimension_labels import END_EFFECTOR_DIMENSIONS, dimension_labels
-from ..errors_openvla import OpenVLAError, OpenVLAValueError
+from ..errors_openvla import OpenVLAError
 from ..inference.policy import Policy, stored_bits
 from ..quantization_openvla import quantization_name
 from .cli import Limits
 from .requests import ActRequest, RequestError
 from .schemas import ActionDetails, DatasetInfo, PolicyInfo
+from .sessions import Sessions
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +60,7 @@ class PreparedRequest:
         action_dim: Length of an action.
         details: Compute bin probabilities too.
         constrain_actions: Choose among action tokens only.
+        traced_image: The frame with its trace, if the request asked for it and there is one.
     """
 
     inputs: dict[str, torch.Tensor]
@@ -64,6 +69,7 @@ class PreparedRequest:
     action_dim: int
     details: bool
     constrain_actions: bool
+    traced_image: Image.Image | None = None
 
     def can_batch_with(self, other: PreparedRequest) -> bool:
         """Return True if both requests may share a forward pass."""
@@ -115,12 +121,9 @@ class BatchedPolicy:
     """
 
     def __init__(self, policy: Policy, name: str, limits: Limits) -> None:
-        if policy.visual_trace is not None:
-            raise OpenVLAValueError(
-                "A policy with a tracker follows one camera's episode, and a server has several clients. Serve it "
-                "without a tracker; clients send one frame, or the frame and what openvla.VisualTrace drew on it."
-            )
         self.policy, self.name, self.limits = policy, name, limits
+        self.sessions = Sessions(policy, limits.max_sessions)
+        self._without_session = replace(policy, visual_trace=None)  # prepares images that need no earlier ones
         self._tokenizer_lock = threading.Lock()  # fast tokenizers raise when two threads use them at once
         self.max_batch_size = limits.max_batch_size if policy.model.config.action_head is None else 1
 
@@ -136,13 +139,7 @@ class BatchedPolicy:
             action_dim = model.get_action_dim(unnorm_key)
         except OpenVLAError as error:
             raise RequestError(str(error), "unnorm_key") from error
-        is_untraced = config.trace_prompting and len(request.images) == 1
-        if len(request.images) != config.num_images_in_input and not is_untraced:
-            raise RequestError(
-                f"The model takes {config.num_images_in_input} camera images a moment, got {len(request.images)}; send "
-                "as many, the main camera first, in the order of training.",
-                request.field_names["image"],
-            )
+        self._require_images(request)
         self._require_proprio(request, unnorm_key)
         constrain_actions = request.constrain_actions
         if constrain_actions is None:
@@ -151,20 +148,59 @@ class BatchedPolicy:
             raise RequestError(
                 "The model predicts numbers, not tokens; leave constrain_actions out.", "constrain_actions"
             )
+        images = self._observe(request)
+        is_traced = config.trace_prompting and isinstance(images, list)
         return PreparedRequest(
-            inputs=self._process(request),
+            inputs=self._process(request, images),
             unnorm_key=unnorm_key,
             proprio=request.proprio,
             action_dim=action_dim,
             details=request.details,
             constrain_actions=constrain_actions,
+            traced_image=images[1] if is_traced and request.traced_image else None,
         )
 
-    def _process(self, request: ActRequest) -> dict[str, torch.Tensor]:
-        images = request.images if len(request.images) > 1 else request.images[0]
+    def _require_images(self, request: ActRequest) -> None:
+        """Raise RequestError for a number of images that the model does not take, or a missing or useless session."""
+        config, count = self.policy.model.config, len(request.images)
+        draws_traces, field = self.policy.visual_trace is not None, request.field_names["image"]
+        needed = 1 if config.trace_prompting else config.images_per_moment
+        if request.traced_image and not config.trace_prompting:
+            raise RequestError("The model is no TraceVLA; leave traced_image out.", "traced_image")
+        if request.session is not None:
+            if config.history_length == 1 and not draws_traces:
+                raise RequestError("The model needs nothing of earlier steps; leave session and step out.", "session")
+            if count != needed:
+                raise RequestError(
+                    f"In a session the model takes {needed} image(s) a step, got {count}; the server has the earlier "
+                    "ones. To send all images yourself, leave session and step out.",
+                    field,
+                )
+            return
+        if count == config.num_images_in_input or (config.trace_prompting and count == 1 and not draws_traces):
+            return
+        if count == needed:
+            raise RequestError(
+                "The model needs images of earlier steps, too: name the session to which this step belongs (session, "
+                f"step), or send {config.num_images_in_input} images.",
+                "session",
+            )
+        raise RequestError(
+            f"The model takes {config.num_images_in_input} camera images a moment, got {count}; send as many, the main "
+            "camera first, in the order of training.",
+            field,
+        )
+
+    def _observe(self, request: ActRequest) -> Any:
+        """Return the images that the processor gets, with those of the session's earlier steps or with the trace."""
+        if request.session is not None:
+            return self.sessions.observe(request.session, request.step, request.images)
+        return self._without_session.observe(request.images if len(request.images) > 1 else request.images[0])
+
+    def _process(self, request: ActRequest, images: Any) -> dict[str, torch.Tensor]:
         try:
             with self._tokenizer_lock:
-                return dict(self.policy.processor(instruction=request.instruction, images=self.policy.observe(images)))
+                return dict(self.policy.processor(instruction=request.instruction, images=images))
         except OpenVLAError as error:
             raise RequestError(str(error), request.field_names["instruction"]) from error
 
@@ -263,6 +299,11 @@ class BatchedPolicy:
             action_dim=model.get_action_dim(self.policy.unnorm_key),
             chunk_length=config.chunk_length,
             cameras=config.num_images_in_input,
+            images_per_moment=1 if config.trace_prompting else config.images_per_moment,
+            history_length=config.history_length,
+            history_padding=self.policy.history_padding,
+            trace_prompting=config.trace_prompting,
+            draws_traces=self.policy.visual_trace is not None,
             proprio_dim=config.proprio_dim,
             bin_centers=None if model.bin_centers is None or not has_tokens else model.bin_centers.tolist(),
             image_size=list(self.policy.processor.image_processor.tvf_crop_params[0]["output_size"]),
@@ -288,12 +329,12 @@ class BatchedPolicy:
         )
 
 
-def action_details(prediction: Prediction, unnorm_key: str, latency_s: float) -> ActionDetails:
+def action_details(prediction: Prediction, request: PreparedRequest, latency_s: float) -> ActionDetails:
     """Return the reply to a request with ``details``.
 
     Args:
         prediction: The prediction.
-        unnorm_key: Dataset whose statistics un-normalised the action.
+        request: The request.
         latency_s: Seconds from the request's arrival to its prediction.
     """
     output, actions = prediction.output, prediction.actions
@@ -309,13 +350,21 @@ def action_details(prediction: Prediction, unnorm_key: str, latency_s: float) ->
         bin_probabilities=_to_list(output.bin_probabilities),
         entropy=_to_list(output.entropy),
         gripper=actions[..., -1].tolist() if has_gripper else None,
-        unnorm_key=unnorm_key,
+        unnorm_key=request.unnorm_key,
         latency_ms=latency_s * 1000,
         model_ms=prediction.model_ms,
         batch=prediction.batch_size,
         recomputed=prediction.recomputed,
         constrain_actions=prediction.constrain_actions if output.token_ids is not None else None,
+        traced_image=None if request.traced_image is None else _encode_png(request.traced_image),
     )
+
+
+def _encode_png(image: Image.Image) -> str:
+    """Return an image as a PNG in base64."""
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return base64.b64encode(buffer.getvalue()).decode()
 
 
 def _to_list(array: np.ndarray | None) -> Any:

@@ -31,8 +31,9 @@ WRIST = "wrist"
 PROPRIO_FIELDS = ("state", "proprio")
 INSTRUCTION_FIELDS = ("instruction", "prompt")
 OPENPI_PREFIX = "observation/"
+SESSION_FIELDS = ("session", "step")
 OPTION_FIELDS = ("unnorm_key", "details", "client_id", "latest_only", "deadline_ms", "constrain_actions")
-KNOWN_FIELDS = (*IMAGE_FIELDS, *PROPRIO_FIELDS, *INSTRUCTION_FIELDS, *OPTION_FIELDS)
+KNOWN_FIELDS = (*IMAGE_FIELDS, *PROPRIO_FIELDS, *INSTRUCTION_FIELDS, *OPTION_FIELDS, *SESSION_FIELDS, "traced_image")
 
 NUMERIC_DTYPE = r"[<>|=]?([ui][1248]|f[248])"  # no objects, strings, structures or times
 PICTURE_FORMATS = ("PNG", "JPEG")
@@ -43,7 +44,8 @@ IMAGE_FORMATS = (
 MAX_ASPECT_RATIO = 16  # a processor that pads to a square or resizes the shorter side would make a strip huge
 MAX_CAMERAS = 16
 MAX_ARRAY_DIMENSIONS = 4
-MAX_TEXT_CHARACTERS = 200  # of unnorm_key and client_id
+MAX_TEXT_CHARACTERS = 200  # of unnorm_key, client_id and session
+MAX_STEP = 10**9
 MAX_DEADLINE_MS = 1e9
 
 
@@ -81,6 +83,9 @@ class ActRequest:
         encoding: Encoding of the reply; "double" is json_numpy in a JSON string.
         as_list: Reply with a list of actions also for a single one, as OpenVLA-OFT's server does.
         constrain_actions: Choose among action tokens only; None for the server's default.
+        session: Name of the session whose next step this is; None for a request by itself.
+        step: Number of the step in the session's episode; 0 begins an episode.
+        traced_image: Reply with the image that the trace is drawn on, too.
         field_names: Names that the client used for "image", "proprio" and "instruction".
     """
 
@@ -95,6 +100,9 @@ class ActRequest:
     encoding: Literal["plain", "json_numpy", "double"] = "plain"
     as_list: bool = False
     constrain_actions: bool | None = None
+    session: str | None = None
+    step: int = 0
+    traced_image: bool = False
     field_names: dict[str, str] = field(default_factory=dict)
 
 
@@ -210,6 +218,9 @@ def _parse_fields(fields: dict[str, Any], limits: Limits) -> ActRequest:
         client_id=_parse_optional_text(fields, "client_id"),
         latest_only=_parse_bool(fields, "latest_only"),
         timeout_s=_parse_timeout(fields.get("deadline_ms")),
+        session=_parse_optional_text(fields, "session"),
+        step=_parse_step(fields),
+        traced_image=_parse_bool(fields, "traced_image"),
         as_list="full_image" in names or any(name.startswith(OPENPI_PREFIX) for name in fields),
         field_names={
             "image": image_name,
@@ -221,6 +232,8 @@ def _parse_fields(fields: dict[str, Any], limits: Limits) -> ActRequest:
         request.images += parse_images(fields[name], name, limits)
     if request.latest_only and request.client_id is None:
         raise RequestError("latest_only needs client_id: whose older frames are to be dropped?", "client_id")
+    if request.traced_image and not request.details:
+        raise RequestError("traced_image needs details: true, whose reply has a field for it.", "details")
     return request
 
 
@@ -284,6 +297,19 @@ def _parse_bool(fields: dict[str, Any], name: str) -> bool:
     if not isinstance(value, bool):
         raise RequestError(f"{name} must be true or false, got {_preview(value)}.", name)
     return value
+
+
+def _parse_step(fields: dict[str, Any]) -> int:
+    """Return the number of a session's step; 0 without a session."""
+    step = fields.get("step")
+    if (step is None) != (fields.get("session") is None):
+        missing = "step" if step is None else "session"
+        raise RequestError("session and step go together: send both, or none.", missing)
+    if step is None:
+        return 0
+    if isinstance(step, bool) or not isinstance(step, int) or not 0 <= step <= MAX_STEP:
+        raise RequestError(f"step must be a whole number from 0 to {MAX_STEP}, got {_preview(step)}.", "step")
+    return step
 
 
 def _parse_timeout(value: Any) -> float | None:

@@ -13,7 +13,7 @@ from pydantic.config import JsonDict
 from pydantic.json_schema import JsonSchemaMode, SkipJsonSchema, models_json_schema
 
 from .cli import Limits
-from .requests import MAX_ARRAY_DIMENSIONS, MAX_CAMERAS, MAX_DEADLINE_MS, MAX_TEXT_CHARACTERS, NUMERIC_DTYPE
+from .requests import MAX_ARRAY_DIMENSIONS, MAX_CAMERAS, MAX_DEADLINE_MS, MAX_STEP, MAX_TEXT_CHARACTERS, NUMERIC_DTYPE
 
 EXAMPLE_PNG = (  # one grey pixel
     "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGOoBwAAgQCAsiZnOwAAAABJRU5ErkJggg=="
@@ -90,6 +90,18 @@ class RequestOptions(Schema):
         default=False,
         description="Drop this request (409) when a newer one of the same client_id arrives before it is started.",
     )
+    session: ShortText | None = Field(
+        default=None,
+        description="Name of a session, whose earlier images the server keeps, for models that need them; with `step`.",
+    )
+    step: Annotated[int, Field(ge=0, le=MAX_STEP)] | None = Field(
+        default=None,
+        description="Number of this frame in the session's episode; 0 begins an episode. A frame that is sent again "
+        "has its old number.",
+    )
+    traced_image: bool = Field(
+        default=False, description="With `details`: reply with the image that a TraceVLA was given with its trace, too."
+    )
     deadline_ms: Annotated[float, Field(gt=0, lt=MAX_DEADLINE_MS)] | None = Field(
         default=None, description="Milliseconds from arrival to reply, at most the server's timeout_s; later is a 504."
     )
@@ -151,6 +163,9 @@ class ActionDetails(Schema):
         description="True if a token of the batch led by less than rounding, so that the request was predicted alone."
     )
     constrain_actions: bool | None = Field(description="True if the model chose among action tokens only.")
+    traced_image: str | None = Field(
+        description="PNG in base64 of the frame with its trace; null if it has none, or was not asked for."
+    )
 
 
 ActReply = Annotated[
@@ -207,7 +222,14 @@ class PolicyInfo(Schema):
     unnorm_keys: dict[str, DatasetInfo] = Field(description="Datasets whose statistics the model has.")
     action_dim: int = Field(description="Length of an action with the default unnorm_key.")
     chunk_length: int = Field(description="Number of actions in a reply.")
-    cameras: int = Field(description="Number of images that a request must have.")
+    cameras: int = Field(description="Number of images that a request must have, unless it belongs to a session.")
+    images_per_moment: int = Field(description="Number of images of one step: what a request of a session must have.")
+    history_length: int = Field(description="Number of steps whose images the model takes.")
+    history_padding: str = Field(
+        description='What fills an episode\'s first steps: the moment at its "start" or "end".'
+    )
+    trace_prompting: bool = Field(description="True for a TraceVLA, which takes a frame and the same with its trace.")
+    draws_traces: bool = Field(description="True if the server draws traces, for requests of a session.")
     proprio_dim: int | None = Field(description="Length of state; null if the model takes none.")
     bin_centers: list[float] | None = Field(description="Values of the action tokens in [-1, 1].")
     image_size: list[int] = Field(description="Height and width to which images are resized.")
@@ -238,7 +260,7 @@ ERRORS = {
     403: "A host name or origin that may not use this server.",
     404: "This installation has no page.",
     408: "The body arrived too slowly.",
-    409: "Dropped for a newer frame of the same client.",
+    409: "Dropped for a newer frame of the same client; or it does not continue its session.",
     413: "The body or an image is too large.",
     422: "A field is invalid, and the error names it; or the model's output is no action (code no_action).",
     500: "The server failed; its log has the reason under the id.",

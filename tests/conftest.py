@@ -92,6 +92,18 @@ def tiny():
 
 
 @pytest.fixture(scope="session")
+def bfloat16_folder(tiny, tmp_path_factory):
+    """Save the tiny model in bfloat16, as published ones are; no test writes into the folder."""
+    from openvla import OpenVLAForActionPrediction
+
+    folder = tmp_path_factory.mktemp("bfloat16")
+    tiny.model.save_pretrained(folder)
+    OpenVLAForActionPrediction.from_pretrained(folder, torch_dtype=torch.bfloat16).save_pretrained(folder)
+    tiny.processor.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def frames():
     """Return noise, a black and a white image, uint8 (240, 320, 3)."""
     noise = np.random.RandomState(0).randint(0, 256, (240, 320, 3), dtype=np.uint8)

@@ -26,6 +26,22 @@ OVERRIDES = {
     "text_config": {"bos_token_id": END, "eos_token_id": END},
 }
 
+# A tiny model with VQ actions, for tests of how they are predicted and served.
+TINY_VQ = {
+    "action_vq": {"num_codes": 64, "num_rounds": 5, "latent_dim": 6, "hidden_dim": 8},
+    "chunk_length": 4,
+    "action_dim": 7,
+    "norm_stats": {"made up": {"action": {"q01": [-1.0] * 7, "q99": [1.0] * 7}}},
+}
+
+
+def set_random_vq(model):
+    """Give the autoencoder of a tiny model random weights, so that codes decode to different chunks."""
+    with torch.no_grad():
+        for buffer in model.action_vq.buffers():
+            buffer.copy_(torch.randn(buffer.shape, generator=torch.Generator().manual_seed(buffer.numel())))
+    return model
+
 
 TALL_IMAGE = 6
 

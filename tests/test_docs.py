@@ -40,6 +40,7 @@ ADDED = {
     "finetune": shlex.split(
         "--max-steps 1 --per-device-train-batch-size 2 --num-train-eval-samples 2 --use-cpu --report-to tensorboard"
     ),
+    "train-vq": shlex.split("--batch-size 4 --epochs 1 --latent-dim 16"),
     "bench": shlex.split("--sizes tiny --repeats-per-question 1 --inputs 2"),
 }
 # Of these commands, of what torchrun launches and of what runs beside the published code, only arguments (and a run's

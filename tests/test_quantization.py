@@ -28,16 +28,6 @@ PROJECTOR = ("projector.fc1", "projector.fc2", "projector.fc3")
 AUTO_MODEL = getattr(transformers, "AutoModelForImageTextToText", AutoModelForVision2Seq)
 
 
-@pytest.fixture(scope="module")
-def folder(tiny, tmp_path_factory):
-    """The tiny model as a plain folder, in bfloat16 as published ones are."""
-    path = tmp_path_factory.mktemp("plain")
-    tiny.model.save_pretrained(path)
-    OpenVLAForActionPrediction.from_pretrained(path, torch_dtype=torch.bfloat16).save_pretrained(path)
-    tiny.processor.save_pretrained(path)
-    return path
-
-
 def load(folder, **kwargs):
     return OpenVLAForActionPrediction.from_pretrained(folder, **kwargs).eval()
 
@@ -63,9 +53,9 @@ def predicted(model, tiny, frames):
 @here_it_works
 @pytest.mark.parametrize("towers", [False, True])
 @pytest.mark.parametrize("bits", [8, 4])
-def test_quantised_modules(folder, bits, towers):
+def test_quantised_modules(bfloat16_folder, bits, towers):
     kind = {8: bitsandbytes.nn.Linear8bitLt, 4: bitsandbytes.nn.Linear4bit}[bits]
-    model = load(folder, quantization_config=quantization_config(bits, towers=towers))
+    model = load(bfloat16_folder, quantization_config=quantization_config(bits, towers=towers))
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Linear):
             layer = name.startswith("language_model.model.layers.")
@@ -80,8 +70,8 @@ def test_quantised_modules(folder, bits, towers):
 
 @here_it_works
 @pytest.mark.parametrize("kind", KINDS)
-def test_save_and_reload_bit_for_bit(kind, folder, tiny, frames, tmp_path):
-    model = load(folder, quantization_config=quantization_config(**KINDS[kind]))
+def test_save_and_reload_bit_for_bit(kind, bfloat16_folder, tiny, frames, tmp_path):
+    model = load(bfloat16_folder, quantization_config=quantization_config(**KINDS[kind]))
     before = predicted(model, tiny, frames)
     assert (abs(before.actions) <= 1).all()
     model.save_pretrained(tmp_path)
@@ -115,15 +105,17 @@ assert tokens[0] == tokens[1]
 @here_it_works
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
-def test_remote_code_quantises_saves_and_reloads(kind, folder, tmp_path):
+def test_remote_code_quantises_saves_and_reloads(kind, bfloat16_folder, tmp_path):
     """Package not importable: from a plain folder, and from the quantised one that this saved."""
     fields = quantization_config(**KINDS[kind]).to_dict()
     fields = {name: value for name, value in fields.items() if name.startswith(("load_", "bnb_", "llm_int8_skip"))}
-    command = [sys.executable, "-c", REMOTE, folder, tmp_path / "saved", json.dumps(fields)]
+    command = [sys.executable, "-c", REMOTE, bfloat16_folder, tmp_path / "saved", json.dumps(fields)]
     environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    require_equal(load(tmp_path / "saved"), load(folder, quantization_config=quantization_config(**KINDS[kind])))
+    require_equal(
+        load(tmp_path / "saved"), load(bfloat16_folder, quantization_config=quantization_config(**KINDS[kind]))
+    )
 
 
 def pack_for_cpu(model):
@@ -142,8 +134,8 @@ def pack_for_cpu(model):
 @here_it_works
 @pytest.mark.parametrize("reader", ["save", "train"])
 @pytest.mark.parametrize("kind", ["nf4", "nf4 double", "fp4"])
-def test_repacking_for_the_cpu_never_reaches_a_checkpoint(kind, reader, folder, tmp_path):
-    model, untouched = (load(folder, quantization_config=quantization_config(**KINDS[kind])) for _ in range(2))
+def test_repacking_for_the_cpu_never_reaches_a_checkpoint(kind, reader, bfloat16_folder, tmp_path):
+    model, untouched = (load(bfloat16_folder, quantization_config=quantization_config(**KINDS[kind])) for _ in range(2))
     pack_for_cpu(model)
     if reader == "save":
         model.save_pretrained(tmp_path)
@@ -154,9 +146,9 @@ def test_repacking_for_the_cpu_never_reaches_a_checkpoint(kind, reader, folder, 
 
 
 @here_it_works
-def test_layers_that_cannot_be_repacked_are_left_alone(folder):
+def test_layers_that_cannot_be_repacked_are_left_alone(bfloat16_folder):
     """On AVX512-BF16 their forward would crash."""
-    model = load(folder, quantization_config=quantization_config(4, towers=True))
+    model = load(bfloat16_folder, quantization_config=quantization_config(4, towers=True))
     for module in model.modules():
         if isinstance(module, bitsandbytes.nn.Linear4bit):
             rows, columns = module.weight.quant_state.shape
@@ -167,12 +159,12 @@ def test_layers_that_cannot_be_repacked_are_left_alone(folder):
 @here_it_works
 @pytest.mark.parametrize("kind", ["nf4", "nf4 double", "fp4"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_products_are_computed_in_the_compute_dtype(dtype, kind, folder):
+def test_products_are_computed_in_the_compute_dtype(dtype, kind, bfloat16_folder):
     """Not in bfloat16 where float32 is asked for, which is what a CPU with AVX512-BF16 would do by itself."""
     from bitsandbytes.functional import dequantize_4bit, has_avx512bf16
 
     quantization = quantization_config(**KINDS[kind], compute_dtype=dtype)
-    model = load(folder, quantization_config=quantization, torch_dtype=torch.float32)
+    model = load(bfloat16_folder, quantization_config=quantization, torch_dtype=torch.float32)
     layer = model.language_model.get_decoder().layers[0].self_attn.q_proj
     assert layer.support_avx512bf16_for_cpu == (dtype is torch.bfloat16 and has_avx512bf16())
     weight = dequantize_4bit(layer.weight.data, layer.weight.quant_state).float()
@@ -186,36 +178,38 @@ def test_products_are_computed_in_the_compute_dtype(dtype, kind, folder):
 
 
 @here_it_works
-def test_load_policy_computes_4_bits_in_the_dtype_that_is_given(folder):
+def test_load_policy_computes_4_bits_in_the_dtype_that_is_given(bfloat16_folder):
     from openvla import load_policy
 
     for dtype in ("float32", torch.float32):
-        layers = load_policy(folder, bits=4, device="cpu", dtype=dtype).model.modules()
+        layers = load_policy(bfloat16_folder, bits=4, device="cpu", dtype=dtype).model.modules()
         dtypes = {layer.compute_dtype for layer in layers if isinstance(layer, bitsandbytes.nn.Linear4bit)}
         assert dtypes == {torch.float32}
 
 
 @here_it_works
-def test_8_bits_on_a_cpu_warn_once_of_their_speed(folder, monkeypatch):
+def test_8_bits_on_a_cpu_warn_once_of_their_speed(bfloat16_folder, monkeypatch):
     from transformers.utils import logging
 
     messages = []
     logger = logging.get_logger("openvla.inference.quantized_weights")
     logger.warning_once.cache_clear()
     monkeypatch.setattr(logger, "warning", lambda message, *args, **kwargs: messages.append(message))
-    load(folder, quantization_config=quantization_config(4))
+    load(bfloat16_folder, quantization_config=quantization_config(4))
     assert messages == []
     for _ in range(2):
-        load(folder, quantization_config=quantization_config(8))
+        load(bfloat16_folder, quantization_config=quantization_config(8))
     assert len(messages) == 1
     assert "slow on a CPU" in messages[0]
     assert "Take bits=4" in messages[0]
 
 
 @here_it_works
-def test_without_the_guard_a_checkpoint_would_be_wrong(folder):
+def test_without_the_guard_a_checkpoint_would_be_wrong(bfloat16_folder):
     """The bug itself: bitsandbytes' own way back does not give the scales back. When this fails, the guard can go."""
-    model, untouched = (load(folder, quantization_config=quantization_config(4, double_quant=False)) for _ in range(2))
+    model, untouched = (
+        load(bfloat16_folder, quantization_config=quantization_config(4, double_quant=False)) for _ in range(2)
+    )
     pack_for_cpu(model)
     name = "language_model.model.layers.0.self_attn.q_proj"
     unguarded = model.get_submodule(name).state_dict()["weight.absmax"]
@@ -225,8 +219,8 @@ def test_without_the_guard_a_checkpoint_would_be_wrong(folder):
 
 @here_it_works
 @pytest.mark.parametrize("kind", ["int8", "nf4 double", "nf4"])
-def test_a_quantised_folder_that_lacks_a_tensor_is_an_error(kind, folder, tmp_path):
-    load(folder, quantization_config=quantization_config(**KINDS[kind])).save_pretrained(tmp_path)
+def test_a_quantised_folder_that_lacks_a_tensor_is_an_error(kind, bfloat16_folder, tmp_path):
+    load(bfloat16_folder, quantization_config=quantization_config(**KINDS[kind])).save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
     weight = "language_model.model.layers.1.mlp.up_proj."
     parts = [name for name in tensors if name.startswith(weight) and not name.endswith("weight_format")]
@@ -239,8 +233,8 @@ def test_a_quantised_folder_that_lacks_a_tensor_is_an_error(kind, folder, tmp_pa
 
 
 @here_it_works
-def test_quantising_a_quantised_folder_is_refused(folder, tmp_path):
-    load(folder, quantization_config=quantization_config(4)).save_pretrained(tmp_path)
+def test_quantising_a_quantised_folder_is_refused(bfloat16_folder, tmp_path):
+    load(bfloat16_folder, quantization_config=quantization_config(4)).save_pretrained(tmp_path)
     shutil.move(tmp_path / "model.safetensors", tmp_path / "unread")  # the error comes before any weight is read
     for model_class in (OpenVLAForActionPrediction, AUTO_MODEL):
         with pytest.raises(ValueError, match="is already quantised"):
@@ -249,8 +243,8 @@ def test_quantising_a_quantised_folder_is_refused(folder, tmp_path):
 
 @here_it_works
 @pytest.mark.parametrize("bits", [8, 4])
-def test_a_quantised_model_stays_where_it_is(bits, folder):
-    model = load(folder, quantization_config=quantization_config(bits))
+def test_a_quantised_model_stays_where_it_is(bits, bfloat16_folder):
+    model = load(bfloat16_folder, quantization_config=quantization_config(bits))
     for move in (lambda: model.to("cuda"), lambda: model.to(torch.float16), lambda: model.cuda()):
         with pytest.raises(ValueError, match="stays on the device and in the dtype"):
             move()
@@ -274,8 +268,8 @@ def test_bad_settings_are_refused(arguments, message):
 
 
 @pytest.mark.skipif(QUANTIZES_ON_CPU or torch.cuda.is_available(), reason="can quantise here")
-def test_versions_that_cannot_quantise_raise_before_reading_weights(folder, tmp_path):
-    shutil.copy(folder / "config.json", tmp_path)  # no weights at all
+def test_versions_that_cannot_quantise_raise_before_reading_weights(bfloat16_folder, tmp_path):
+    shutil.copy(bfloat16_folder / "config.json", tmp_path)  # no weights at all
     with pytest.raises(ImportError, match="4.53"):
         quantization_config(4)
     from transformers import BitsAndBytesConfig

@@ -36,20 +36,10 @@ KINDS = {"language": {}, "towers": {"towers": True}}
 
 
 @pytest.fixture(scope="module")
-def folder(tiny, tmp_path_factory):
-    """The tiny model as a plain folder, in bfloat16 as published ones are."""
-    path = tmp_path_factory.mktemp("plain")
-    tiny.model.save_pretrained(path)
-    OpenVLAForActionPrediction.from_pretrained(path, torch_dtype=torch.bfloat16).save_pretrained(path)
-    tiny.processor.save_pretrained(path)
-    return path
-
-
-@pytest.fixture(scope="module")
-def saved(folder, tiny, tmp_path_factory):
+def saved(bfloat16_folder, tiny, tmp_path_factory):
     """The tiny model as a quantised folder."""
     path = tmp_path_factory.mktemp("quantised")
-    load(folder, quantization_config=settings()).save_pretrained(path)
+    load(bfloat16_folder, quantization_config=settings()).save_pretrained(path)
     tiny.processor.save_pretrained(path)
     return path
 
@@ -97,8 +87,8 @@ def logits(model, tiny, frames):
 
 @needs_torchao
 @pytest.mark.parametrize("towers", [False, True])
-def test_quantised_modules_are_those_of_bitsandbytes(folder, towers):
-    model = load(folder, quantization_config=settings(towers=towers))
+def test_quantised_modules_are_those_of_bitsandbytes(bfloat16_folder, towers):
+    model = load(bfloat16_folder, quantization_config=settings(towers=towers))
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Linear):
             layer = name.startswith("language_model.model.layers.")
@@ -111,8 +101,8 @@ def test_quantised_modules_are_those_of_bitsandbytes(folder, towers):
 
 @needs_torchao
 @pytest.mark.parametrize("kind", KINDS)
-def test_save_and_reload_bit_for_bit(kind, folder, tiny, frames, tmp_path):
-    model = load(folder, quantization_config=settings(**KINDS[kind]))
+def test_save_and_reload_bit_for_bit(kind, bfloat16_folder, tiny, frames, tmp_path):
+    model = load(bfloat16_folder, quantization_config=settings(**KINDS[kind]))
     before = logits(model, tiny, frames)
     model.save_pretrained(tmp_path)
     assert not list(tmp_path.glob("*.bin"))  # nothing is pickled
@@ -122,8 +112,8 @@ def test_save_and_reload_bit_for_bit(kind, folder, tiny, frames, tmp_path):
 
 
 @needs_torchao
-def test_reload_from_several_files(folder, tiny, frames, tmp_path):
-    model = load(folder, quantization_config=settings())
+def test_reload_from_several_files(bfloat16_folder, tiny, frames, tmp_path):
+    model = load(bfloat16_folder, quantization_config=settings())
     model.save_pretrained(tmp_path, max_shard_size="100KB")
     assert len(list(tmp_path.glob("model-*.safetensors"))) > 2
     require_equal(load(tmp_path), model)
@@ -158,8 +148,8 @@ def test_remote_code_reloads_with_the_same_logits(saved, tiny, frames, tmp_path)
 
 
 @needs_torchao
-def test_load_policy_saves_and_loads(folder, frames, tmp_path, capsys):
-    policy = load_policy(folder, bits=8, device="cpu", constrain_actions=True)
+def test_load_policy_saves_and_loads(bfloat16_folder, frames, tmp_path, capsys):
+    policy = load_policy(bfloat16_folder, bits=8, device="cpu", constrain_actions=True)
     assert quantization_name(policy.model) == "torchao int8"  # the default where it is installed
     policy.model.save_pretrained(tmp_path)
     policy.processor.save_pretrained(tmp_path)
@@ -178,7 +168,7 @@ def test_load_policy_saves_and_loads(folder, frames, tmp_path, capsys):
     Image.fromarray(frames["noise"]).save(tmp_path / "frame.png")
     arguments = ["--image", str(tmp_path / "frame.png"), "--instruction", INSTRUCTION, "--json", "--constrain-actions"]
     arguments += ["--bits", "8", "--backend", "torchao", "--device", "cpu"]
-    assert main(["predict", "--model", str(folder), *arguments]) == 0
+    assert main(["predict", "--model", str(bfloat16_folder), *arguments]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["quantization"] == "torchao int8"
     assert report["action"] == actions
@@ -186,9 +176,9 @@ def test_load_policy_saves_and_loads(folder, frames, tmp_path, capsys):
 
 @needs_torchao
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_products_are_close_to_those_of_the_weights(dtype, folder):
-    plain = load(folder, torch_dtype=dtype)
-    model = load(folder, quantization_config=settings(), torch_dtype=dtype)
+def test_products_are_close_to_those_of_the_weights(dtype, bfloat16_folder):
+    plain = load(bfloat16_folder, torch_dtype=dtype)
+    model = load(bfloat16_folder, quantization_config=settings(), torch_dtype=dtype)
     x = torch.randn(3, 5, 64, generator=torch.Generator().manual_seed(0)).to(dtype)
     with torch.no_grad():
         result, expected = model.get_submodule(LAYER)(x), plain.get_submodule(LAYER)(x)
@@ -198,8 +188,8 @@ def test_products_are_close_to_those_of_the_weights(dtype, folder):
 
 @needs_torchao
 @torch.no_grad()
-def test_a_row_does_not_depend_on_the_others(folder):
-    layer = product(load(folder, quantization_config=settings()).get_submodule(LAYER))
+def test_a_row_does_not_depend_on_the_others(bfloat16_folder):
+    layer = product(load(bfloat16_folder, quantization_config=settings()).get_submodule(LAYER))
     rows = torch.randn(300, 64, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
     rows[1] *= 1000  # an outlier
     together = layer(rows)
@@ -209,8 +199,8 @@ def test_a_row_does_not_depend_on_the_others(folder):
 
 
 @needs_torchao
-def test_fast_decoder_gives_the_same_tokens_and_takes_drafts(folder, tiny, frames):
-    model = load(folder, quantization_config=settings(), torch_dtype=torch.float32)
+def test_fast_decoder_gives_the_same_tokens_and_takes_drafts(bfloat16_folder, tiny, frames):
+    model = load(bfloat16_folder, quantization_config=settings(), torch_dtype=torch.float32)
     assert unsupported_reason(model.language_model, 20) is None
     expected = predicted(model, tiny, frames, fast=False)
     for kwargs in ({}, {"draft": expected.actions}, {"draft": -expected.actions}):
@@ -219,8 +209,8 @@ def test_fast_decoder_gives_the_same_tokens_and_takes_drafts(folder, tiny, frame
 
 @needs_torchao
 @pytest.mark.parametrize("change", ["weight", "qdata", "scale", "memory of scale"])
-def test_changed_weights_drop_the_graphs(change, folder):
-    model = load(folder, quantization_config=settings())
+def test_changed_weights_drop_the_graphs(change, bfloat16_folder):
+    model = load(bfloat16_folder, quantization_config=settings())
     snapshot = ModelSnapshot(model)
     layer = model.get_submodule(LAYER)
     with torch.no_grad():
@@ -237,11 +227,11 @@ def test_changed_weights_drop_the_graphs(change, folder):
 
 @needs_torchao
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_weight_bytes_equals_the_memory_of_the_weights(dtype, folder):
-    model = load_policy(folder, bits=8, backend="torchao", device="cpu", dtype=dtype).model
+def test_weight_bytes_equals_the_memory_of_the_weights(dtype, bfloat16_folder):
+    model = load_policy(bfloat16_folder, bits=8, backend="torchao", device="cpu", dtype=dtype).model
     tensors = [tensor for name, tensor in plain_tensors(model).items() if not name.endswith("inv_freq")]
     num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor is not None)
-    expected = weight_bytes(init_empty_model(load_policy(folder).model.config), 8, getattr(torch, dtype))
+    expected = weight_bytes(init_empty_model(load_policy(bfloat16_folder).model.config), 8, getattr(torch, dtype))
     assert expected == pytest.approx(num_bytes, rel=0.02)  # scales of 64 columns; of 4096 they are negligible
 
 
@@ -265,8 +255,8 @@ def test_a_folder_that_lacks_a_tensor_is_an_error(part, saved, tmp_path):
 
 
 @needs_torchao
-def test_models_can_only_predict(folder):
-    model = load(folder, quantization_config=settings())
+def test_models_can_only_predict(bfloat16_folder):
+    model = load(bfloat16_folder, quantization_config=settings())
     with pytest.raises(ValueError, match="can only predict; to train, load it with quantization_config"):
         model.train()
     with pytest.raises(ValueError, match="can only predict; to use an adapter"):
@@ -276,7 +266,7 @@ def test_models_can_only_predict(folder):
             move()
     assert model.to("cpu") is model
     with pytest.raises(ValueError, match="prepack is for whole weights, not for torchao int8"):
-        load_policy(folder, bits=8, backend="torchao", device="cpu", prepack=True)
+        load_policy(bfloat16_folder, bits=8, backend="torchao", device="cpu", prepack=True)
 
 
 @pytest.mark.parametrize(
@@ -303,15 +293,15 @@ def test_float8_is_refused_on_a_cpu():
 
 
 @needs_torchao
-def test_load_policy_refuses_float8_in_another_dtype(folder, monkeypatch):
+def test_load_policy_refuses_float8_in_another_dtype(bfloat16_folder, monkeypatch):
     monkeypatch.setattr(policy_module, "has_float8", lambda device: True)
     with pytest.raises(ValueError, match=r"compute in bfloat16, not in torch\.float32"):
-        load_policy(folder, bits=8, backend="torchao", device="cpu", dtype="float32")
+        load_policy(bfloat16_folder, bits=8, backend="torchao", device="cpu", dtype="float32")
 
 
-def test_load_policy_refuses_a_back_end_without_bits(folder):
+def test_load_policy_refuses_a_back_end_without_bits(bfloat16_folder):
     with pytest.raises(ValueError, match="backend='torchao' has no effect without bits"):
-        load_policy(folder, backend="torchao")
+        load_policy(bfloat16_folder, backend="torchao")
 
 
 def test_without_torchao_the_error_names_the_extra_and_bitsandbytes_is_the_default(monkeypatch):
@@ -345,8 +335,8 @@ def test_default_back_end():
 
 
 @pytest.mark.skipif(LOADS_TORCHAO, reason="this transformers loads weights of torchao")
-def test_old_transformers_raise_before_reading_weights(folder, tmp_path):
-    fields = json.loads((folder / "config.json").read_text())
+def test_old_transformers_raise_before_reading_weights(bfloat16_folder, tmp_path):
+    fields = json.loads((bfloat16_folder / "config.json").read_text())
     fields["quantization_config"] = {"quant_method": "torchao", "quant_type": {"default": {}}}
     (tmp_path / "config.json").write_text(json.dumps(fields))
     with pytest.raises(ImportError, match=r"install transformers 5.0 or later, .* No weight was read"):

@@ -53,3 +53,13 @@ def pixels(processor, case):
 def ids(case):
     """Return the prompt's ids of a golden case, without the empty token."""
     return torch.tensor([case["input_ids"]])
+
+
+def moving_points(video, *, grid_size=0, queries=None):
+    """Return the tracks of points that move by two pixels a frame; a tracker."""
+    steps = 2.0 * torch.arange(video.shape[1])[:, None, None]
+    if queries is not None:
+        return queries[:, None, :, 1:] + (steps - steps[8])[None]
+    side = torch.linspace(5, 200, grid_size)
+    grid = torch.stack(torch.meshgrid(side, side, indexing="xy"), dim=-1).reshape(1, 1, -1, 2)
+    return grid + steps[None]

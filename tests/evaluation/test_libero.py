@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import torch
+from minivla import TINY_VQ, set_random_vq
 from openvla import PLATFORMS, Policy, load_policy
 from openvla.__main__ import main
 from openvla.data.episodes import decode_image
@@ -248,23 +248,16 @@ def test_chunks_are_queued_and_dropped_at_the_end_of_an_episode(n_action_steps):
     assert (info["send_wrist_image"], info["send_state"]) == (True, True)
 
 
-MINIVLA = {
-    "action_vq": {"num_codes": 64, "num_rounds": 5, "latent_dim": 6, "hidden_dim": 8},
-    "chunk_length": 3,
-    "action_dim": 7,
-    "image_sequence_len": 4,
-    "use_wrist_image": True,
-}
+MINIVLA = {**TINY_VQ, "chunk_length": 3, "image_sequence_len": 4, "use_wrist_image": True}
 
 
 @pytest.mark.parametrize("fields", [MINIVLA, {"image_sequence_len": 4, "use_wrist_image": True}], ids=["vq", "bins"])
 def test_images_of_two_moments_are_those_of_the_episode(fields):
     """Also where an action of a queued chunk is taken, and from the first moment of every episode."""
     pytest.importorskip("openvla.evaluation.vla_eval", reason="needs vla-eval", exc_type=ImportError)
-    policy, frames = build_policy(norm_stats={"mine": STATISTICS}, **fields), random_observations(4, CAMERAS)
+    policy, frames = build_policy(**{**fields, "norm_stats": {"mine": STATISTICS}}), random_observations(4, CAMERAS)
     if policy.model.config.action_vq:
-        for buffer in policy.model.action_vq.buffers():
-            buffer.copy_(torch.randn(buffer.shape, generator=torch.Generator().manual_seed(buffer.numel())))
+        set_random_vq(policy.model)
     (first, second), info = play_episodes(policy, frames)
     expected = []
     for step in range(0, 4, policy.model.config.chunk_length):

@@ -12,6 +12,7 @@ from unittest.mock import MagicMock
 import numpy as np
 import pytest
 import torch
+from minivla import TINY_VQ, set_random_vq
 from openvla import PLATFORMS
 from openvla.inference import accelerator, cuda_graphs
 from openvla.inference.cuda_graphs import MAX_GRAPHS, CapturedGraph, CudaGraphCache, Stages, finish
@@ -354,22 +355,13 @@ def test_cuda_graph_equals_eager(dtype, frames):
     assert all(type(graph) is CapturedGraph for graph in graphs)
 
 
-MINIVLA = {
-    "action_vq": {"num_codes": 64, "num_rounds": 5, "latent_dim": 6, "hidden_dim": 8},
-    "chunk_length": 4,
-    "action_dim": 7,
-    "image_sequence_len": 4,
-    "use_wrist_image": True,
-    "norm_stats": {"made up": {"action": STATISTICS["action"]}},
-}
+MINIVLA = {**TINY_VQ, "image_sequence_len": 4, "use_wrist_image": True}
 
 
 def test_codes_of_several_images_are_captured(graphed, frames):
     """MiniVLA: five tokens are a chunk of four actions; codes are decoded outside the graph."""
     model, processor = build_tiny(**MINIVLA)
-    with torch.no_grad():
-        for buffer in model.action_vq.buffers():
-            buffer.copy_(torch.randn(buffer.shape, generator=torch.Generator().manual_seed(buffer.numel())))
+    set_random_vq(model)
     model._cuda_graphs = CudaGraphCache(model, EagerGraph)
     images = [frames["noise"], frames["black"], frames["white"], frames["noise"]]
     seen = [compare(model, inputs_of(processor, images)) for _ in range(3)]

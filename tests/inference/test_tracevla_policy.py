@@ -14,7 +14,7 @@ from openvla.inference.visual_trace import evaluation_frame
 from openvla.tiny import build_tiny
 from PIL import Image
 from predictions import EagerGraph, add_adapter, compare_decoders
-from tracevla import SOURCE, read
+from tracevla import SOURCE, moving_points, read
 
 pytest.importorskip("accelerate")
 pytestmark = pytest.mark.lane
@@ -25,16 +25,6 @@ TRACEVLA = {
 }
 FRAMES = np.random.RandomState(0).randint(0, 256, (12, 120, 160, 3), dtype=np.uint8)
 UNTRAINED = {"constrain_actions": True, "device": "cpu"}
-
-
-def moving(video, *, grid_size=0, queries=None):
-    """A tracker of points that move by two pixels a frame."""
-    steps = 2.0 * torch.arange(video.shape[1])[:, None, None]
-    if queries is not None:
-        return queries[:, None, :, 1:] + (steps - steps[8])[None]
-    side = torch.linspace(5, 200, grid_size)
-    grid = torch.stack(torch.meshgrid(side, side, indexing="xy"), dim=-1).reshape(1, 1, -1, 2)
-    return grid + steps[None]
 
 
 @pytest.fixture(scope="module")
@@ -65,8 +55,8 @@ def test_frames_are_prepared_as_in_evaluation(index):
 
 
 def test_a_policy_with_a_tracker_draws_the_trace(folder):
-    policy = load_policy(folder, unnorm_key="fractal20220817_data", tracker=moving, **UNTRAINED)
-    expected = VisualTrace(moving, window_size=15)
+    policy = load_policy(folder, unnorm_key="fractal20220817_data", tracker=moving_points, **UNTRAINED)
+    expected = VisualTrace(moving_points, window_size=15)
     for _ in range(2):
         for step, array in enumerate(FRAMES, start=1):
             frame = evaluation_frame(array)
@@ -82,10 +72,12 @@ def test_a_policy_with_a_tracker_draws_the_trace(folder):
 
 
 def test_the_window_is_that_of_the_robot_or_one_s_own(folder):
-    assert load_policy(folder, unnorm_key="bridge_orig", tracker=moving, **UNTRAINED).visual_trace.window_size == 10
+    assert (
+        load_policy(folder, unnorm_key="bridge_orig", tracker=moving_points, **UNTRAINED).visual_trace.window_size == 10
+    )
     key = "fractal20220817_data"
-    assert load_policy(folder, unnorm_key=key, tracker=moving, **UNTRAINED).visual_trace.window_size == 15
-    own = VisualTrace(moving, window_size=3)
+    assert load_policy(folder, unnorm_key=key, tracker=moving_points, **UNTRAINED).visual_trace.window_size == 15
+    own = VisualTrace(moving_points, window_size=3)
     assert load_policy(folder, unnorm_key=key, tracker=own, **UNTRAINED).visual_trace is own
 
 
@@ -101,7 +93,7 @@ def test_a_policy_without_a_tracker_sees_the_frame_twice(folder):
 def test_both_prompts_are_warmed_up(folder, monkeypatch):
     seen = []
     monkeypatch.setattr(Policy, "_predict", lambda self, images, *_: seen.append(images[0] is images[1]))
-    policy = load_policy(folder, unnorm_key="bridge_orig", tracker=moving, warmup=["go"], **UNTRAINED)
+    policy = load_policy(folder, unnorm_key="bridge_orig", tracker=moving_points, warmup=["go"], **UNTRAINED)
     assert sorted(seen) == [False] * 3 + [True] * 3
     assert policy.visual_trace.step == 0
 
@@ -110,9 +102,9 @@ def test_a_tracker_is_refused_where_it_has_no_effect(tiny, tmp_path):
     tiny.model.save_pretrained(tmp_path)
     tiny.processor.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="is no TraceVLA .*; leave tracker out"):
-        load_policy(tmp_path, tracker=moving, **UNTRAINED)
+        load_policy(tmp_path, tracker=moving_points, **UNTRAINED)
     with pytest.raises(ValueError, match="no TraceVLA .*leave visual_trace out"):
-        Policy(tiny.model, tiny.processor, "untrained", True, VisualTrace(moving))
+        Policy(tiny.model, tiny.processor, "untrained", True, VisualTrace(moving_points))
 
 
 def test_evaluations_with_two_cameras_refuse_a_tracevla(tracevla):
@@ -148,7 +140,7 @@ def test_an_adapter_changes_the_action_and_is_merged(folder, tmp_path):
     adapted = predict(policy, pair)
     assert not np.array_equal(adapted, plain)
     policy.model.save_lora(tmp_path / "adapter")
-    again = load_policy(tmp_path / "adapter", unnorm_key="bridge_orig", tracker=moving, **UNTRAINED)
+    again = load_policy(tmp_path / "adapter", unnorm_key="bridge_orig", tracker=moving_points, **UNTRAINED)
     assert again.model.config.trace_prompting
     assert np.array_equal(predict(again, pair), adapted)
     again.model.merge_lora()
@@ -167,5 +159,5 @@ def test_a_quantised_model_keeps_its_separator(folder, bits, tracevla, tmp_path)
     action = predict(policy, pair)
     for part in (policy.model, policy.processor):
         part.save_pretrained(tmp_path)
-    again = load_policy(tmp_path, unnorm_key="bridge_orig", tracker=moving, **UNTRAINED)
+    again = load_policy(tmp_path, unnorm_key="bridge_orig", tracker=moving_points, **UNTRAINED)
     assert np.array_equal(predict(again, pair), action)

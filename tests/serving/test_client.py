@@ -162,8 +162,8 @@ def test_malformed_replies_raise(reply, error, message, frame):
             except OSError:
                 return
             with connection:
-                connection.recv(65536)
-                connection.sendall(reply)
+                is_info = connection.recv(65536).startswith(b"GET /info")
+                connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}" if is_info else reply)
                 connection.shutdown(socket.SHUT_WR)
                 while connection.recv(65536):
                     pass

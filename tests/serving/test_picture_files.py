@@ -96,7 +96,8 @@ def test_array_of_several_cameras_is_sent_as_images(kind, monkeypatch):
     cameras = images if kind == "numpy" else torch.from_numpy(images).permute(0, 3, 1, 2)
     client, sent = policy_client.PolicyClient("http://127.0.0.1:1"), []
     reply = json.loads(json.dumps(policy_client.encode_array(np.zeros(7))))
-    monkeypatch.setattr(client, "_request", lambda method, path, fields: sent.append(fields) or reply)
+    monkeypatch.setattr(client, "_request", lambda method, path, fields, deadline: sent.append(fields) or reply)
+    monkeypatch.setattr(client, "_info", lambda deadline: {})
     client.act(cameras, "go")
     received = serve_requests.parse_images(sent[0]["image"], "image", Limits())
     assert all(np.array_equal(actual, expected) for actual, expected in zip(received, images, strict=True))

@@ -10,7 +10,8 @@ from PIL import Image
 for package in ("fastapi", "uvicorn", "msgpack", "websockets", "prometheus_client"):
     pytest.importorskip(package)
 
-from openvla import NoActionError, Policy, VisualTrace  # noqa: E402
+from minivla import TINY_VQ, set_random_vq  # noqa: E402
+from openvla import NoActionError, Policy  # noqa: E402
 from openvla.serving import policy as served_policy  # noqa: E402
 from openvla.serving.requests import parse_json_request  # noqa: E402
 from openvla.tiny import build_tiny  # noqa: E402
@@ -142,24 +143,11 @@ def test_clients_of_a_tracevla_send_one_frame_or_a_frame_and_its_trace(frame):
         action.tolist() for action in expected
     ]
     assert not requests[0].can_batch_with(requests[1])
-    tracked = Policy(model, processor, "untrained", True, VisualTrace(lambda video, **points: None))
-    with pytest.raises(ValueError, match="follows one camera's episode, and a server has several clients"):
-        served_policy.BatchedPolicy(tracked, "tiny", LIMITS)
-
-
-MINIVLA = {
-    "action_vq": {"num_codes": 64, "num_rounds": 5, "latent_dim": 6, "hidden_dim": 8},
-    "chunk_length": 4,
-    "action_dim": 7,
-    "norm_stats": {"made up": {"action": {"q01": [-1.0] * 7, "q99": [1.0] * 7}}},
-}
 
 
 def test_vq_actions_are_served_as_chunks(frame):
-    policy = build_policy(**MINIVLA)
-    with torch.no_grad():
-        for buffer in policy.policy.model.action_vq.buffers():
-            buffer.copy_(torch.randn(buffer.shape, generator=torch.Generator().manual_seed(buffer.numel())))
+    policy = build_policy(**TINY_VQ)
+    set_random_vq(policy.policy.model)
     info = policy.info()
     assert (info.action_dim, info.chunk_length, info.cameras, info.bin_centers) == (7, 4, 1, None)
     requests = [prepare(policy, frame, f"go {index}") for index in range(3)]
