@@ -7,8 +7,8 @@ import contextlib
 import itertools
 import logging
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +24,11 @@ from ..compatibility_openvla import DTYPE_FIELD
 from ..configuration_openvla import ADAPTER_CONFIG_FILE, OpenVLAConfig, optional_file, require_known
 from ..decoding_openvla import NoActionError, require_one_pass
 from ..default_processor import default_image_processor
-from ..errors_openvla import OpenVLAValueError
+from ..errors_openvla import OpenVLAError, OpenVLAValueError
 from ..loading import AutoProcessor, refuse_model_type
 from ..modeling_openvla import OpenVLAForActionPrediction
 from ..processing_openvla import OpenVLAImageProcessor, OpenVLAProcessor
+from .batches import Prediction, PreparedObservation, max_batch_size, predict_all
 from .cpu_prepack import prepack as prepack_weights
 from .demo_policies import DEMO_NAME, DEMO_OFT_POLICY, DEMO_POLICY, require_demo_policy
 from .fast_decoder import compile_pointwise
@@ -53,6 +54,7 @@ BYTES_OF_BITS = {8: 1.0, 4: 0.5 + 1 / 64 + 4 / (64 * 256)}
 # Tolerance when pixel means and standard deviations are compared: published ones are rounded to bfloat16.
 PIXEL_STATISTICS_TOLERANCE = 0.01
 ACTIONS = ("all", "first")  # of a chunk
+OBSERVATION_FIELDS = ("image", "instruction", "proprio", "unnorm_key")  # of Policy.act_batch
 DTYPES = ("float32", "bfloat16", "float16")
 WARMUP_CALLS = 3  # the first runs eagerly, the second captures a CUDA graph, the third replays it
 PREPROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
@@ -173,6 +175,68 @@ class Policy:
         )
         assert isinstance(action, np.ndarray)  # an ActionOutput with return_dict=True only
         return action
+
+    def act_batch(
+        self, observations: Sequence[Mapping[str, Any]], *, batch_size: int = 16, return_errors: bool = False
+    ) -> list[Any]:
+        """Predict the next action or chunk of several robots, each equal to that of ``act``.
+
+        Nothing is kept between calls: a model of several moments needs all images of each observation, and a TraceVLA
+        the frame or ``[frame, frame with its trace]``.
+
+        Args:
+            observations: For each robot a mapping with ``image`` and ``instruction``, and where needed ``proprio`` and
+                ``unnorm_key``, as of ``act`` and ``load_policy``.
+            batch_size: Maximum number of observations in a forward pass; only prompts of one length share one, and none
+                with a continuous action head, whose actions would be rounded otherwise.
+            return_errors: Return the error of an observation in its place; False raises the first one.
+
+        Returns:
+            For each observation float64 ``(action_dim,)`` or ``(chunk, action_dim)`` in robot units, or its error.
+
+        Raises:
+            OpenVLAError: An observation does not fit the model, or its prediction is not an action (``NoActionError``).
+        """
+        outcomes: list[Any] = []
+        for observation in observations:
+            try:
+                outcomes.append(self._prepare(observation))
+            except OpenVLAError as error:
+                if not return_errors:
+                    raise
+                outcomes.append(error)
+        prepared = [outcome for outcome in outcomes if not isinstance(outcome, OpenVLAError)]
+        predictions = iter(predict_all(self.model, prepared, self.actions, max_batch_size(self.model, batch_size)))
+        outcomes = [outcome if isinstance(outcome, OpenVLAError) else next(predictions) for outcome in outcomes]
+        for outcome in outcomes:
+            if isinstance(outcome, Exception) and not (return_errors and isinstance(outcome, OpenVLAError)):
+                raise outcome
+        return [outcome.actions if isinstance(outcome, Prediction) else outcome for outcome in outcomes]
+
+    def _prepare(self, observation: Mapping[str, Any]) -> PreparedObservation:
+        """Return an observation of ``act_batch`` as the model takes it; raise OpenVLAError where it does not fit."""
+        if not {"image", "instruction"} <= set(observation) <= set(OBSERVATION_FIELDS):
+            raise OpenVLAValueError(
+                f"An observation has image and instruction, and may have {OBSERVATION_FIELDS[2:]}; got "
+                f"{list(observation)}."
+            )
+        model, images = self.model, observation["image"]
+        key = model.resolve_unnorm_key(observation.get("unnorm_key") or self.unnorm_key)
+        state = model.normalize_proprio(observation.get("proprio"), [key])  # raises where it does not fit
+        device = model.device if model.device.type == "cuda" else None
+        images = self.without_trace().observe(images)
+        return PreparedObservation(
+            inputs=dict(self.processor(instruction=observation["instruction"], images=images, device=device)),
+            unnorm_key=key,
+            proprio=None if state is None else np.asarray(observation["proprio"], dtype=np.float64),
+            action_dim=model.get_action_dim(key),
+            details=False,
+            constrain_actions=self.constrain_actions,
+        )
+
+    def without_trace(self) -> Policy:
+        """Return this policy without what draws traces, for images that belong to no episode."""
+        return replace(self, visual_trace=None)
 
     def warm_up(self, instructions: Sequence[str]) -> None:
         """Predict for black images until nothing more is compiled or captured, so that the first frame does not wait.

@@ -22,11 +22,12 @@ from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse
 from starlette.exceptions import HTTPException
 
 from ..errors_openvla import OpenVLAError
+from ..inference.batches import Prediction
 from .batching import BatchQueue, OverloadedError, QueueError
 from .cli import Limits
 from .metrics import Metrics
 from .middleware import Guard, create_server, is_loopback, retry_after
-from .policy import BatchedPolicy, Outcome, Prediction, PredictionError, PreparedRequest, action_details
+from .policy import BatchedPolicy, Outcome, PredictionError, PreparedRequest, action_details
 from .requests import (
     ActRequest,
     RequestError,

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
+from ..inference.batches import Prediction
 from .batching import BatchQueue
-from .policy import Outcome, Prediction, PreparedRequest
+from .policy import Outcome, PreparedRequest
 
 SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64)

@@ -6,7 +6,6 @@ import base64
 import io
 import logging
 import threading
-import time
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -17,9 +16,9 @@ import torch
 from PIL import Image
 
 from ..configuration_openvla import OpenVLAConfig
-from ..decoding_openvla import ActionOutput
 from ..dimension_labels import END_EFFECTOR_DIMENSIONS, dimension_labels
 from ..errors_openvla import OpenVLAError
+from ..inference.batches import Prediction, PreparedObservation, max_batch_size, predict_batch
 from ..inference.policy import Policy, stored_bits
 from ..quantization_openvla import quantization_name
 from .cli import Limits
@@ -28,13 +27,6 @@ from .schemas import ActionDetails, DatasetInfo, PolicyInfo
 from .sessions import Sessions
 
 logger = logging.getLogger(__name__)
-
-# Only prompts of one length share a batch: padding makes attention use another kernel, which at OpenVLA-7B's depth and
-# 1/8 of its width changed logits by 0.14 in bfloat16 (CPU). Without padding they were equal in bfloat16 and differed by
-# 1e-6 in float32, where a larger matrix product is summed in another order. If the log-probability of a chosen token
-# exceeds that of the second one by less than this margin (nats; for 16 bits two roundings of a logit up to 32), the
-# request is predicted again in a batch of one.
-MIN_LOG_PROB_MARGIN = {torch.float32: 1e-3, torch.bfloat16: 0.25, torch.float16: 0.03125}
 
 
 class PredictionError(RuntimeError):
@@ -50,59 +42,14 @@ class PredictionError(RuntimeError):
 
 
 @dataclass
-class PreparedRequest:
+class PreparedRequest(PreparedObservation):
     """A request as the model takes it.
 
     Attributes:
-        inputs: Output of the processor for one prompt, on the CPU.
-        unnorm_key: Dataset whose statistics un-normalise the action.
-        proprio: float64 ``(proprio_dim,)``, or None.
-        action_dim: Length of an action.
-        details: Compute bin probabilities too.
-        constrain_actions: Choose among action tokens only.
         traced_image: The frame with its trace, if the request asked for it and there is one.
     """
 
-    inputs: dict[str, torch.Tensor]
-    unnorm_key: str
-    proprio: np.ndarray | None
-    action_dim: int
-    details: bool
-    constrain_actions: bool
     traced_image: Image.Image | None = None
-
-    def can_batch_with(self, other: PreparedRequest) -> bool:
-        """Return True if both requests may share a forward pass."""
-        return (
-            self.inputs["input_ids"].shape == other.inputs["input_ids"].shape
-            and self.action_dim == other.action_dim
-            and self.constrain_actions == other.constrain_actions
-        )
-
-
-@dataclass
-class Prediction:
-    """Result for one request.
-
-    Attributes:
-        output: Output of the model, without a batch axis.
-        batch_size: Number of requests in the forward pass.
-        model_ms: Time of the forward pass in ms.
-        constrain_actions: True if the model chose among action tokens only.
-        recomputed: True if the request was predicted again in a batch of one.
-    """
-
-    output: ActionOutput
-    batch_size: int
-    model_ms: float
-    constrain_actions: bool
-    recomputed: bool = False
-
-    @property
-    def actions(self) -> np.ndarray:
-        """Return the actions: float64 ``(action_dim,)`` or ``(chunk, action_dim)`` in robot units."""
-        assert self.output.actions is not None
-        return self.output.actions
 
 
 Outcome = Prediction | PredictionError | OpenVLAError
@@ -123,9 +70,9 @@ class BatchedPolicy:
     def __init__(self, policy: Policy, name: str, limits: Limits) -> None:
         self.policy, self.name, self.limits = policy, name, limits
         self.sessions = Sessions(policy, limits.max_sessions)
-        self._without_session = replace(policy, visual_trace=None)  # prepares images that need no earlier ones
+        self._without_session = policy.without_trace()  # prepares images that need no earlier ones
         self._tokenizer_lock = threading.Lock()  # fast tokenizers raise when two threads use them at once
-        self.max_batch_size = limits.max_batch_size if policy.model.config.action_head is None else 1
+        self.max_batch_size = max_batch_size(policy.model, limits.max_batch_size)
 
     def prepare(self, request: ActRequest) -> PreparedRequest:
         """Check a request against the model and run the processor; may be called from several threads.
@@ -222,69 +169,9 @@ class BatchedPolicy:
 
     def predict_batch(self, requests: Sequence[PreparedRequest]) -> list[Outcome]:
         """Return a prediction, or an exception instance, for each request; tokens equal those of batches of one."""
-        if len(requests) == 1:
-            return [self._predict_one(requests[0])]
-        try:
-            predictions = self._predict(requests)
-        except OpenVLAError as error:  # caused by one request, which must not fail the others
-            logger.info("a batch of %d is predicted one by one: %s", len(requests), error)
-            return [self._predict_one(request) for request in requests]
-        except Exception:
-            logger.exception("a batch of %d failed; it is predicted one by one", len(requests))
-            return [self._predict_one(request) for request in requests]
         return [
-            prediction if self._is_unambiguous(prediction.output) else self._predict_one(request, recomputed=True)
-            for request, prediction in zip(requests, predictions)
+            _expected_outcome(outcome) for outcome in predict_batch(self.policy.model, requests, self.policy.actions)
         ]
-
-    def _predict_one(self, request: PreparedRequest, recomputed: bool = False) -> Outcome:
-        try:
-            prediction = self._predict([request])[0]
-        except OpenVLAError as error:
-            error.__traceback__ = error.__context__ = error.__cause__ = None  # their frames hold the request's tensors
-            return error
-        except Exception:
-            failure = PredictionError()
-            logger.exception("the model failed, id %s", failure.id)
-            return failure
-        prediction.recomputed = recomputed
-        return prediction
-
-    def _predict(self, requests: Sequence[PreparedRequest]) -> list[Prediction]:
-        """Run one forward pass."""
-        started = time.perf_counter()
-        first, batch_size = requests[0], len(requests)
-        states = [request.proprio for request in requests if request.proprio is not None]
-        inputs: dict[str, Any] = {
-            name: torch.cat([request.inputs[name] for request in requests]) for name in first.inputs
-        }
-        output = self.policy.model.predict_action(
-            **inputs,
-            unnorm_key=[request.unnorm_key for request in requests],
-            proprio=np.stack(states) if states else None,
-            return_dict=batch_size > 1 or first.details,
-            constrain_actions=first.constrain_actions,
-            actions=self.policy.actions,
-            strict=batch_size == 1,  # in a batch, requests with other tokens are recomputed: see _is_unambiguous
-        )
-        if not isinstance(output, ActionOutput):
-            output = ActionOutput(actions=output)
-        model_ms = (time.perf_counter() - started) * 1000
-        outputs = [output] if batch_size == 1 else [_select(output, index) for index in range(batch_size)]
-        return [Prediction(output, batch_size, model_ms, first.constrain_actions) for output in outputs]
-
-    def _is_unambiguous(self, output: ActionOutput) -> bool:
-        """Return True if every token is an action token and was chosen by a margin that rounding cannot change."""
-        assert output.token_ids is not None
-        assert output.bin_probabilities is not None
-        action_token_ids = self.policy.model.action_token_ids
-        if (output.token_ids < action_token_ids.start).any() or (output.token_ids >= action_token_ids.stop).any():
-            return False
-        second, first = np.moveaxis(np.sort(output.bin_probabilities, axis=-1)[..., -2:], -1, 0)
-        with np.errstate(divide="ignore"):
-            margin = np.log(first) - np.log(second)
-        required = MIN_LOG_PROB_MARGIN.get(self.policy.model.dtype, max(MIN_LOG_PROB_MARGIN.values()))
-        return bool((margin > required).all())
 
     def info(self) -> PolicyInfo:
         """Return the content of ``/info``."""
@@ -329,6 +216,15 @@ class BatchedPolicy:
         )
 
 
+def _expected_outcome(outcome: Prediction | Exception) -> Outcome:
+    """Return an outcome for the client: an error that is not its own is logged, and replaced by one with its id."""
+    if isinstance(outcome, (Prediction, OpenVLAError)):
+        return outcome
+    failure = PredictionError()
+    logger.error("the model failed, id %s", failure.id, exc_info=outcome)
+    return failure
+
+
 def action_details(prediction: Prediction, request: PreparedRequest, latency_s: float) -> ActionDetails:
     """Return the reply to a request with ``details``.
 
@@ -369,8 +265,3 @@ def _encode_png(image: Image.Image) -> str:
 
 def _to_list(array: np.ndarray | None) -> Any:
     return None if array is None else array.tolist()
-
-
-def _select(output: ActionOutput, index: int) -> ActionOutput:
-    """Return the output of one request of a batch; ``names`` are common to all."""
-    return ActionOutput(**{name: value if name == "names" else value[index] for name, value in output.items()})

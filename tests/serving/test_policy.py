@@ -12,7 +12,8 @@ for package in ("fastapi", "uvicorn", "msgpack", "websockets", "prometheus_clien
 
 from minivla import TINY_VQ, set_random_vq  # noqa: E402
 from openvla import NoActionError, Policy  # noqa: E402
-from openvla.serving import policy as served_policy  # noqa: E402
+from openvla.inference.batches import MIN_LOG_PROB_MARGIN  # noqa: E402
+from openvla.serving.policy import BatchedPolicy  # noqa: E402
 from openvla.serving.requests import parse_json_request  # noqa: E402
 from openvla.tiny import build_tiny  # noqa: E402
 from predictions import prefer_end_token  # noqa: E402
@@ -52,7 +53,7 @@ def test_ambiguous_prediction_is_recomputed_alone(frame, monkeypatch):
     second, first = np.sort(output.bin_probabilities, axis=-1)[:, -2:].T
     smallest_margin = np.log(first / second).min()
     for limit, recomputed in ((smallest_margin * 0.99, False), (smallest_margin * 1.01, True)):
-        monkeypatch.setitem(served_policy.MIN_LOG_PROB_MARGIN, torch.float32, limit)
+        monkeypatch.setitem(MIN_LOG_PROB_MARGIN, torch.float32, limit)
         assert policy.predict_batch(requests)[0].recomputed is recomputed
 
 
@@ -131,7 +132,7 @@ def test_info(server, chunks):
 def test_clients_of_a_tracevla_send_one_frame_or_a_frame_and_its_trace(frame):
     model, processor = build_tiny(trace_prompting=True)
     alone = Policy(model, processor, "untrained", constrain_actions=True)
-    served = served_policy.BatchedPolicy(alone, "tiny", LIMITS)
+    served = BatchedPolicy(alone, "tiny", LIMITS)
     traced = np.roll(frame, 5)
     requests = []
     for images in (frame.tolist(), [frame.tolist(), traced.tolist()]):
