@@ -110,7 +110,7 @@ def run_shell(code, where, monkeypatch, capsys):
                     pass
                 case ["make", verb]:
                     assert re.search(rf"^{verb}:", (REPOSITORY / "Makefile").read_text(), re.MULTILINE), where
-                case ["pip", "install", what]:
+                case ["pip", "install", what] | ["pip", "install", what, "./assets"]:
                     for extra in re.findall(r"\[(.*)\]", what):
                         assert re.search(rf"^{extra} = \[", (REPOSITORY / "pyproject.toml").read_text(), re.MULTILINE)
                 case ["apt-get", "install", *_]:
