@@ -84,7 +84,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--image-preset",
         choices=IMAGE_PRESETS,
         help="preprocessing that evaluation applies to frames, saved in the processor; OFT's checkpoints were "
-        "evaluated with libero, as were OpenVLA's fine-tunes on it (default none)",
+        "evaluated with libero, as were OpenVLA's fine-tunes on it (default none; for MiniVLA's runs on LIBERO "
+        "and Bridge that of its evaluation)",
     )
     parser.add_argument(
         "--vq", metavar="DIR_OR_ID", help="for MiniVLA: folder of the VQ autoencoder, or one that holds it by its name"
@@ -164,7 +165,8 @@ def convert(
         dtype: "bf16", "fp16" or "fp32"; None is bf16 for native runs, unchanged for Hub folders.
         max_shard_size: Size of a weight file, such as "5GB".
         config_overrides: Fields merged into the target's config.json.
-        image_preset: Preprocessing that evaluation applies to frames, a key of ``IMAGE_PRESETS``.
+        image_preset: Preprocessing that evaluation applies to frames, a key of ``IMAGE_PRESETS``. None is "none"; for
+            MiniVLA's runs on LIBERO and Bridge, that of its evaluation.
         vq: For MiniVLA: folder or Hub id of the VQ autoencoder whose codes the action tokens are.
         preset: For OpenVLA-OFT: robot platform, a key of ``PLATFORMS``.
         num_images: For OpenVLA-OFT: number of cameras.

@@ -56,10 +56,12 @@ def convert_native_run(source: Path, checkpoint: Path, folder: Path, options: Co
     shutil.copy(source / "config.json", folder / NATIVE_CONFIG_FILE)
     if vq is not None:
         write_json(folder / NATIVE_VQ_CONFIG_FILE, vq.native_config)
-    processor.image_preset = options.image_preset
-    preset = image_preset_of(source)
-    if preset is not None and options.image_preset is None:
-        logger.info(f"note: openvla-mini evaluated such a run on frames prepared as --image-preset {preset} does")
+    processor.image_preset = options.image_preset or image_preset_of(source)
+    if processor.image_preset is not None and options.image_preset is None:
+        logger.info(
+            f"note: the folder prepares frames as openvla-mini's evaluation of such a run did, --image-preset "
+            f"{processor.image_preset}; give another one (or none) where frames are prepared otherwise"
+        )
     processor.save_pretrained(folder)
     write_config_and_code(folder, config)
     write_manifest(folder, digests)

@@ -18,7 +18,7 @@ EXTRA_TOKENS = [f"<|extra_{index}|>" for index in range(256)]  # added to the vo
 # The action tokenizers whose tokens are bins, and whether the bins are <|extra_i|> tokens; ``VQ_TOKENIZERS`` has those
 # whose tokens are codes of a VQ autoencoder, which is stored in a folder of its own.
 ACTION_TOKENIZERS = {"action_tokenizer": False, "extra_action_tokenizer": True}
-# Preprocessing of evaluation's frames, by the beginning of ``vla.data_mix``.
+# Preprocessing of evaluation's frames, by the beginning of a dataset's or a mixture's name.
 IMAGE_PRESETS_BY_DATA = {"libero": "minivla-libero-raw", "bridge": "minivla-simpler"}
 
 
@@ -39,11 +39,20 @@ def vq_tokenizer(source: Path) -> str | None:
 
 
 def image_preset_of(source: Path) -> str | None:
-    """Return the preset by which openvla-mini prepared evaluation's frames for a run; None for other runs."""
+    """Return the preset by which openvla-mini prepares evaluation's frames for a run; None for other runs.
+
+    It follows from the run's mixture of datasets, or where that is not named from the keys of its statistics.
+    """
     vla = read_json(source / "config.json").get("vla") or {}
-    data = str(vla.get("data_mix", ""))
-    presets = (preset for start, preset in IMAGE_PRESETS_BY_DATA.items() if data.startswith(start))
-    return next(presets, None) if "action_tokenizer" in vla else None
+    if "action_tokenizer" not in vla:
+        return None
+    statistics = source / "dataset_statistics.json"
+    names = [vla["data_mix"]] if vla.get("data_mix") else [*read_json(statistics)] if statistics.is_file() else []
+    presets = {
+        next((preset for start, preset in IMAGE_PRESETS_BY_DATA.items() if name.startswith(start)), None)
+        for name in names
+    }
+    return presets.pop() if len(presets) == 1 else None
 
 
 def actions_are_extra_tokens(source: Path, vla: Mapping[str, Any], llm_backbone_id: str) -> bool:

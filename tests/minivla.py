@@ -90,9 +90,15 @@ def write_vq(folder):
 
 
 def convert_run(name, folder, vq, **kwargs):
-    """Convert a golden run in float32; return the native run and the Hub folder."""
+    """Convert a golden run in float32, for frames as they are; return the native run and the Hub folder."""
     run = write_run(name, folder / "run")
-    kwargs = {"dtype": "fp32", "config_overrides": OVERRIDES, "tokenizer": MINIVLA / "llm", **kwargs}
+    kwargs = {
+        "dtype": "fp32",
+        "image_preset": "none",
+        "config_overrides": OVERRIDES,
+        "tokenizer": MINIVLA / "llm",
+        **kwargs,
+    }
     convert(run, folder / name, vq=vq if SIZES["runs"][name]["vq"] else None, **kwargs)
     return run, folder / name
 

@@ -11,13 +11,14 @@ import pytest
 import torch
 from hub import upload_folder
 from minivla import LIBERO_VQ, MINIVLA, OVERRIDES, RUNS, SIZES, STEP_FILE, convert_run, read_json, write_run, write_vq
-from openvla import AutoModelForVision2Seq
+from openvla import AutoModelForVision2Seq, OpenVLAProcessor
 from openvla.conversion.merge import merge
 from openvla.conversion.torch_archive import load_torch_file
 from openvla.conversion.upgrade import upgrade
 from openvla.conversion.verify import verify
 from openvla.conversion.vq_format import VQ_TOKENIZERS
 from openvla.convert_checkpoint import convert
+from reference import write_json
 from safetensors.torch import load_file, save_file
 
 pytestmark = pytest.mark.lane
@@ -254,3 +255,24 @@ def test_converted_folders_give_the_same_actions_in_a_process_without_the_packag
             np.testing.assert_allclose(actions, expected[f"{case['name']}/chunk"], rtol=0, atol=1e-6)
         else:
             assert actions.tolist() == case["action"]
+
+
+@pytest.mark.parametrize(
+    ("name", "vla", "kwargs", "expected"),
+    [
+        ("vq_libero", {}, {}, "minivla-libero-raw"),
+        ("vq_bridge", {}, {}, "minivla-simpler"),
+        ("vq_libero", {}, {"image_preset": "minivla-libero"}, "minivla-libero"),
+        ("vq_libero", {}, {"image_preset": "none"}, "none"),
+        ("bins_extra", {"data_mix": None}, {}, "minivla-libero-raw"),  # by the keys of its statistics
+        ("bins_extra", {"data_mix": "my_robot"}, {}, None),
+    ],
+)
+def test_the_image_preset_of_the_authors_evaluation_is_saved(name, vla, kwargs, expected, vq_folder, tmp_path):
+    run = write_run(name, tmp_path / "run")
+    fields = json.loads((run / "config.json").read_text())
+    fields["vla"].update(vla)
+    write_json(run / "config.json", fields)
+    vq = vq_folder if SIZES["runs"][name]["vq"] else None
+    convert(run, tmp_path / "hub", tokenizer=MINIVLA / "llm", config_overrides=OVERRIDES, vq=vq, **kwargs)
+    assert OpenVLAProcessor.from_pretrained(tmp_path / "hub").image_preset == expected

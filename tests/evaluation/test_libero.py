@@ -274,6 +274,20 @@ def test_images_of_two_moments_are_those_of_the_episode(fields):
 CAMERAS = ["agentview", "wrist"]
 
 
+def test_the_first_action_of_every_chunk_is_executed():
+    pytest.importorskip("openvla.evaluation.vla_eval", reason="needs vla-eval", exc_type=ImportError)
+    policy, frames = build_policy(**{**MINIVLA, "norm_stats": {"mine": STATISTICS}}), random_observations(3, CAMERAS)
+    set_random_vq(policy.model)
+    policy.actions = "first"
+    (first, _), _ = play_episodes(policy, frames)
+    expected = []
+    for o in frames:
+        action = policy.act([o["images"][camera] for camera in CAMERAS], o["task_description"])
+        action[-1] = action[-1].clip(0, 1)
+        expected.append(convert_action(action, "libero"))
+    np.testing.assert_array_equal(first, np.float32(expected))
+
+
 def test_minivla_s_frames_are_rendered_and_prepared_as_its_own_evaluation_does():
     policy = build_policy(prompt_style="openvla-mini")
     assert resolve_image_preset(policy, None) == "minivla-libero"
@@ -383,6 +397,8 @@ def test_output_of_another_evaluation_is_rejected(tmp_path):
         unnorm_key="mine",
         image_preset="libero",
         constrain_actions=False,
+        actions="all",
+        history_padding="start",
         suite="libero_object",
         instruction_source="file name",
         tasks=[0],
@@ -401,11 +417,13 @@ def test_output_of_another_evaluation_is_rejected(tmp_path):
     # Without the field, instructions were the file names: plain suites continue, perturbed ones do not.
     file = tmp_path / "settings.json"
     stored = json.loads(file.read_text())
-    del stored["instruction_source"]
+    del stored["instruction_source"], stored["actions"], stored["history_padding"]  # of an earlier version
     file.write_text(json.dumps(stored))
     libero._prepare_output(tmp_path, settings)
     with pytest.raises(ValueError, match=r"another evaluation \(instruction_source 'file name' -> 'BDDL'\)"):
         libero._prepare_output(tmp_path, dataclasses.replace(settings, instruction_source="BDDL"))
+    with pytest.raises(ValueError, match=r"another evaluation \(actions 'all' -> 'first'\)"):
+        libero._prepare_output(tmp_path, dataclasses.replace(settings, actions="first"))
 
 
 def test_contact_sheet_shows_every_episode(tmp_path):

@@ -149,10 +149,10 @@ def test_an_adapter_changes_the_action_and_is_merged(folder, tmp_path):
 
 
 @pytest.mark.skipif(not QUANTIZES_ON_CPU, reason="needs a GPU before transformers 4.53")
-@pytest.mark.parametrize("bits", [8, 4])
-def test_a_quantised_model_keeps_its_separator(folder, bits, tracevla, tmp_path):
-    pytest.importorskip("bitsandbytes")
-    policy = load_policy(folder, bits=bits, backend="bitsandbytes", unnorm_key="bridge_orig", **UNTRAINED)
+@pytest.mark.parametrize(("bits", "backend"), [(8, "bitsandbytes"), (4, "bitsandbytes"), (8, "torchao")])
+def test_a_quantised_model_keeps_its_separator(folder, bits, backend, tracevla, tmp_path):
+    pytest.importorskip(backend)
+    policy = load_policy(folder, bits=bits, backend=backend, unnorm_key="bridge_orig", **UNTRAINED)
     separator = policy.model.vision_backbone.sep_tok.weight
     assert torch.equal(separator.float(), tracevla[0].vision_backbone.sep_tok.weight)
     pair = [evaluation_frame(FRAMES[0]), evaluation_frame(FRAMES[1])]

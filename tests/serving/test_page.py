@@ -12,12 +12,15 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from openvla import PLATFORMS, Policy, load_policy
+from minivla import TINY_VQ, set_random_vq
+from openvla import PLATFORMS, Policy, VisualTrace, load_policy
 from openvla.inference.demo_policies import DEMO_NAME
 from openvla.inference.predict import SAMPLE_IMAGE
+from openvla.inference.visual_trace import evaluation_frame
 from openvla.tiny import build_tiny
 from PIL import Image, ImageOps
 from predictions import prefer_end_token
+from tracevla import moving_points
 
 pytestmark = pytest.mark.browser
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -59,7 +62,8 @@ def serving(token=None, policy=None, **overrides):
             assert thread.is_alive()
             time.sleep(0.01)
         port = running.servers[0].sockets[0].getsockname()[1]
-        yield SimpleNamespace(url=f"http://127.0.0.1:{port}/", policy=policy, server=running)
+        url = f"http://127.0.0.1:{port}/"
+        yield SimpleNamespace(url=url, policy=policy, server=running, sessions=batched.sessions)
     finally:
         running.should_exit = True
         thread.join()
@@ -493,3 +497,112 @@ def test_live_mode_with_a_camera(untrained, opened):
     assert len(frames) == requested
     page.get_by_role("button", name="Image: use the camera").click()
     assert not page.get_by_role("checkbox", name="Live").is_visible()
+
+
+def upload(page, index, size, colour):
+    """Choose a picture of one colour; return the colour that is sent for it."""
+    page.set_input_files(
+        f"#camera-{index}", {"name": "frame.png", "mimeType": "image/png", "buffer": png(size, colour)}
+    )
+    page.locator(f"#camera-{index}-note", has_text=f"{size[0]} x {size[1]} pixels").wait_for()
+    return colour
+
+
+def colours(images):
+    """Return the colours of sent pictures of one colour."""
+    pictures = [Image.open(io.BytesIO(base64.b64decode(image.partition(",")[2]))) for image in images]
+    return [picture.convert("RGB").getpixel((0, 0)) for picture in pictures]
+
+
+def test_history_and_wrist_images_are_uploaded_or_kept_by_the_server(opened):
+    model, processor = build_tiny(**{**TINY_VQ, "image_sequence_len": 4, "use_wrist_image": True})
+    policy = Policy(set_random_vq(model), processor, "made up", constrain_actions=True)
+    with serving(policy=policy) as server:
+        page = opened(server)
+        legends = page.locator("legend").all_inner_texts()
+        cameras = ["Main camera", "Wrist camera"]
+        assert legends == [f"{camera}, {when}" for when in ("1 step before", "now") for camera in cameras]
+        page.get_by_label("Instruction", exact=True).fill(INSTRUCTION)
+        sent = [upload(page, index, (40, 40 + index), (60 * index, 200 - 60 * index, 9)) for index in range(3)]
+        page.get_by_role("button", name="Act", exact=True).click()
+        assert page.locator("#camera-3-error").inner_text() == "Choose an image first."
+        sent.append(upload(page, 3, (40, 40), (1, 2, 3)))
+        body, response = act(page)
+        assert colours(body["image"]) == sent
+        assert "session" not in body
+        images = [Image.new("RGB", (40, 40 + index % 3), colour) for index, colour in enumerate(sent)]
+        expected = policy.act(images, INSTRUCTION)
+        assert response.json()["actions"] == expected.tolist()
+        assert page.locator("#codes .value").all_inner_texts() == [
+            f"code {code}" for code in model.action_tokenizer.codes(response.json()["token_ids"])
+        ]
+        assert page.locator("#dims .bins").count() == 0
+        assert page.locator("#codes .bins").count() == 5
+        page.get_by_label("Episode: give the images of each step").check()
+        assert page.locator("legend").all_inner_texts() == cameras
+        policy.reset()
+        for step in range(3):
+            assert page.get_by_text(f"The next image is step {step + 1} of the episode.").is_visible()
+            for index in range(2):
+                upload(page, index, (40, 40 + step), (90 * step, 99 * index, 20))
+            body, response = act(page)
+            assert body["step"] == step
+            moment = [Image.new("RGB", (40, 40 + step), (90 * step, 99 * index, 20)) for index in range(2)]
+            assert response.json()["actions"] == policy.act(moment, INSTRUCTION).tolist()
+        page.get_by_role("button", name="New episode").click()
+        assert act(page)[0]["step"] == 0
+
+
+@pytest.mark.parametrize("draws_traces", [True, False])
+def test_the_trace_that_the_model_was_given_is_shown(draws_traces, opened):
+    model, processor = build_tiny(trace_prompting=True)
+    policy = Policy(model, processor, "untrained", True, VisualTrace(moving_points, seed=0) if draws_traces else None)
+    with serving(policy=policy) as server:
+        page = opened(server)
+        page.get_by_label("Instruction", exact=True).fill(INSTRUCTION)
+        upload(page, 0, (60, 50), (90, 120, 30))
+        if not draws_traces:
+            assert page.locator("legend").all_inner_texts() == ["Frame", "Frame with its trace (optional)"]
+            act(page)
+            assert page.get_by_text("This frame has no trace; the model saw it twice.").is_visible()
+            upload(page, 1, (60, 50), (4, 5, 6))
+            assert colours(act(page)[0]["image"]) == [(90, 120, 30), (4, 5, 6)]
+            assert shown_pixels(page)[0, 0].tolist() == [4, 5, 6]
+            return
+        assert page.locator("legend").all_inner_texts() == ["Frame"]
+        expected = VisualTrace(moving_points, seed=0)
+        for step in range(11):
+            act(page)
+            traced = expected.update(evaluation_frame(Image.new("RGB", (60, 50), (90, 120, 30))))
+            assert page.locator("#traced").is_visible() == (traced is not None) == (step >= 9)
+            assert page.locator("#untraced").is_visible() == (traced is None)
+        assert np.array_equal(shown_pixels(page), np.array(traced))
+
+
+def shown_pixels(page):
+    """Return the pixels of the image with the trace, as the browser shows it: uint8 (height, width, 3)."""
+    page.wait_for_function("document.querySelector('#traced').complete")
+    size, data = page.evaluate(
+        """() => {
+          const image = document.querySelector("#traced"), canvas = document.createElement("canvas");
+          [canvas.width, canvas.height] = [image.naturalWidth, image.naturalHeight];
+          const context = canvas.getContext("2d");
+          context.drawImage(image, 0, 0);
+          return [[canvas.height, canvas.width], [...context.getImageData(0, 0, canvas.width, canvas.height).data]];
+        }"""
+    )
+    return np.array(data, np.uint8).reshape(*size, 4)[..., :3]
+
+
+def test_a_forgotten_session_begins_anew(opened):
+    model, processor = build_tiny(trace_prompting=True)
+    with serving(policy=Policy(model, processor, "untrained", True, VisualTrace(moving_points))) as server:
+        page = opened(server)
+        page.get_by_label("Instruction", exact=True).fill(INSTRUCTION)
+        upload(page, 0, (60, 50), (90, 120, 30))
+        act(page)
+        server.sessions._sessions.clear()  # as a restart would
+        assert act(page)[1].status == 409
+        assert "Begin an episode" in page.locator("#episode-error").inner_text()
+        body, response = act(page)
+        assert (body["step"], response.status) == (0, 200)
