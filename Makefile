@@ -13,8 +13,8 @@ demo: $(INSTALLED)  ## one action from a real LIBERO frame, as a table and as de
 	  echo "To see it act, install the simulator, then again: $(VENV)/bin/pip install -c ci/constraints.txt -e '.[libero]'"; \
 	fi
 
-test: $(INSTALLED)  ## the default tests
-	$(VENV)/bin/python -m pytest
+test: $(INSTALLED)  ## the default tests, in two processes of one thread
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist loadfile
 
 test-slow: $(INSTALLED)  ## what takes a minute or more: kills, full disks
 	$(VENV)/bin/python -m pytest -m slow
