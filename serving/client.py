@@ -313,7 +313,7 @@ class _History:
     def clear(self) -> None:
         """Begin an episode."""
         with self._lock:
-            self._moments.clear()
+            self._moments = _Moments()  # the old ones may be of a prediction that runs
 
     def append(self, image: Any) -> Any:
         """Add the images of this moment; return what ``PolicyClient.act`` takes."""

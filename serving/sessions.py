@@ -14,6 +14,7 @@ from ..inference.policy import Policy
 from .requests import RequestError
 
 SESSION_STATUS = 409  # of a frame that does not continue its session
+MAX_BYTES = 2**30  # of the images that all sessions keep; sessions of small frames need some megabytes
 
 
 @dataclasses.dataclass
@@ -31,6 +32,12 @@ class Session:
     step: int = -1
     received: Sequence[Image.Image] = ()
     observed: Any = None
+
+    @property
+    def num_bytes(self) -> int:
+        """Return the size of the images that are kept, at most: those of every step as large as the newest ones."""
+        pixels = sum(image.width * image.height for image in self.received)
+        return 3 * pixels * self.policy.model.config.history_length
 
 
 class Sessions:
@@ -72,8 +79,8 @@ class Sessions:
                 session.policy.reset()
             elif name not in self._sessions:
                 raise RequestError(
-                    f"No session {name!r:.60} is known: the server was restarted, or {self.max_sessions} other ones "
-                    "were used since. Begin an episode: step 0.",
+                    f"No session {name!r:.60} is known: the server was restarted, {self.max_sessions} other ones were "
+                    "used since, or its last frame could not be used. Begin an episode: step 0.",
                     "session",
                     SESSION_STATUS,
                 )
@@ -85,13 +92,18 @@ class Sessions:
                     SESSION_STATUS,
                 )
             image = images[0] if len(images) == 1 else list(images)
+            self._sessions.pop(name, None)  # a session whose frame cannot be used ends, as if it were forgotten
             session.observed = session.policy.history.append(session.policy.observe(image))
             session.step, session.received = step, list(images)
             self._sessions[name] = session
-            self._sessions.move_to_end(name)
-            while len(self._sessions) > self.max_sessions:
+            while len(self._sessions) > self.max_sessions or (
+                len(self._sessions) > 1 and self._num_bytes() > MAX_BYTES
+            ):
                 self._sessions.popitem(last=False)
             return session.observed
+
+    def _num_bytes(self) -> int:
+        return sum(session.num_bytes for session in self._sessions.values())
 
     def _new_policy(self) -> Policy:
         trace = self.policy.visual_trace

@@ -67,7 +67,7 @@ class VQTrainingConfig:
         batch_size: Chunks per optimizer step.
         epochs: Passes over the data; chunks that do not fill a batch are left out of an epoch.
         save_epochs: Epochs between two checkpoints.
-        logging_steps: Optimizer steps between two lines of metrics.
+        logging_steps: Optimizer steps between two lines of metrics; the last step of an epoch is always logged.
         seed: Seed of initial weights and of the order of the chunks.
 
     Raises:
@@ -172,7 +172,10 @@ def train_vq(
     )
     record = {
         "config": asdict(config),
-        "datasets": dict(zip(chunks.names, data.weights)),
+        "datasets": {
+            name: {"weight": weight, "chunks": count}
+            for name, weight, count in zip(chunks.names, data.weights, np.bincount(chunks.dataset_index).tolist())
+        },
         "statistics": {name: data.statistics[name] for name in chunks.names},
     }
     require_same_run(out, record)
@@ -428,29 +431,35 @@ def _train(trainer: VQTrainer, chunks: ActionChunks, out: Path, config: VQTraini
     steps_per_epoch = len(chunks) // config.batch_size
     epoch, step = divmod(trainer.step, steps_per_epoch)
     assert not step, "checkpoints are written at the end of an epoch"
+    if epoch > config.epochs:
+        raise OpenVLAValueError(f"{out} holds a run of {epoch} epochs, more than {config.epochs}; set as many or more.")
     progress = tqdm(total=config.epochs * steps_per_epoch, initial=trainer.step, desc="training", unit="step")
     step = trainer.step
     while epoch < config.epochs:
         for batch in chunks.batches(epoch, config.batch_size, config.seed):
             metrics = trainer.update(batch)
-            codes = metrics.pop("codes")
             step += 1
             progress.update()
-            if step % config.logging_steps and step != config.epochs * steps_per_epoch:
-                continue
-            values = {name: float(value) for name, value in metrics.items()}
-            if not np.isfinite(list(values.values())).all():
-                raise OpenVLAValueError(f"The losses at step {step} are {values}; the data or act_scale is wrong.")
-            values["codes_used"] = sum(len(codes[:, i].unique()) for i in range(codes.shape[1])) / codes.shape[1]
-            progress.set_postfix({name: f"{value:.3g}" for name, value in values.items()})
-            with open(out / "metrics.jsonl", "a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": step, "epoch": epoch, **values}) + "\n")
+            if step % config.logging_steps == 0 or step % steps_per_epoch == 0:
+                _log(metrics, step, epoch, out, progress)
         epoch += 1
         if epoch % config.save_epochs == 0 or epoch == config.epochs:
             temporary = (out / VQ_FILE).with_name(".model.pt.partial")
             torch.save(trainer.state_dict(), temporary)
             os.replace(temporary, out / VQ_FILE)
     progress.close()
+
+
+def _log(metrics: dict[str, torch.Tensor], step: int, epoch: int, out: Path, progress: tqdm) -> None:
+    """Write a line of metrics; raise OpenVLAValueError if a loss is not finite."""
+    codes = metrics.pop("codes")
+    values = {name: float(value) for name, value in metrics.items()}
+    if not np.isfinite(list(values.values())).all():
+        raise OpenVLAValueError(f"The losses at step {step} are {values}; the data or act_scale is wrong.")
+    values["codes_used"] = float(np.mean([len(column.unique()) for column in codes.T]))
+    progress.set_postfix({name: f"{value:.3g}" for name, value in values.items()})
+    with open(out / "metrics.jsonl", "a", encoding="utf-8") as file:
+        file.write(json.dumps({"step": step, "epoch": epoch, **values}) + "\n")
 
 
 @torch.no_grad()

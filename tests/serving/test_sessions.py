@@ -18,6 +18,7 @@ from minivla import TINY_VQ, set_random_vq  # noqa: E402
 from openvla import ActionQueue, Policy, PolicyClient, VisualTrace  # noqa: E402
 from openvla.__main__ import main  # noqa: E402
 from openvla.inference.visual_trace import evaluation_frame  # noqa: E402
+from openvla.serving import sessions  # noqa: E402
 from openvla.serving.client import RequestRejectedError  # noqa: E402
 from openvla.serving.policy import BatchedPolicy  # noqa: E402
 from openvla.serving.requests import RequestError, parse_json_request  # noqa: E402
@@ -129,7 +130,7 @@ def test_a_session_that_the_model_needs_not_is_refused(server, frame):
     assert "needs nothing of earlier steps; leave session and step out" in error["message"]
 
 
-def test_the_session_that_was_used_longest_ago_is_forgotten():
+def test_the_session_that_was_used_longest_ago_is_forgotten(monkeypatch):
     served = policy_of(**HISTORY)
     served = BatchedPolicy(served.policy, "tiny", dataclasses.replace(LIMITS, max_sessions=2))
 
@@ -142,6 +143,24 @@ def test_the_session_that_was_used_longest_ago_is_forgotten():
     with pytest.raises(RequestError, match="2 other ones were used since"):
         prepare(1, "b")
     prepare(3, "a")
+    monkeypatch.setattr(sessions, "MAX_BYTES", 3 * 2 * 3 * 40 * 56)  # of one session's images
+    prepare(4, "a")
+    assert len(served.sessions) == 1
+
+
+def test_a_session_ends_where_its_frame_cannot_be_used():
+    def broken_tracker(video, **points):
+        return torch.full((1, 10, 900, 2), torch.nan)
+
+    model, processor = build_tiny(trace_prompting=True)
+    served = BatchedPolicy(Policy(model, processor, "untrained", True, VisualTrace(broken_tracker)), "tiny", LIMITS)
+    for step in range(11):
+        request = parse_json_request(json.dumps(body(step, cameras=1)).encode(), LIMITS)
+        if step < 9:
+            served.prepare(request)
+            continue
+        with pytest.raises(ValueError, match="must return finite positions" if step == 9 else "could not be used"):
+            served.prepare(request)
 
 
 def test_the_server_draws_traces_and_returns_the_image(tracevla):

@@ -167,6 +167,15 @@ def test_an_interrupted_run_continues_to_the_same_result(data, tmp_path):
     assert not list((tmp_path / "whole/checkpoints").glob(".*"))
 
 
+def test_a_loss_that_is_not_finite_is_not_saved(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        VQTrainer, "update", lambda *_: {"l1_loss": torch.tensor(torch.nan), "codes": torch.zeros(2, 3)}
+    )
+    with pytest.raises(ValueError, match="The losses at step 3 are {'l1_loss': nan}"):
+        train_vq(data, tmp_path / "vq", SMALL)
+    assert not (tmp_path / "vq/checkpoints/model.pt").exists()
+
+
 def test_what_cannot_be_right_is_refused(data, tmp_path):
     with pytest.raises(ValueError, match="54 chunks, fewer than a batch of 1028; set a smaller batch_size"):
         train_vq(data, tmp_path / "vq", VQTrainingConfig())
@@ -177,6 +186,8 @@ def test_what_cannot_be_right_is_refused(data, tmp_path):
         train_vq(data, tmp_path / "vq", VQTrainingConfig(**{**vars(SMALL), "num_codes": 9}))
     with pytest.raises(ValueError, match=r"another datasets: \['arm', 'lab'\] differ"):
         train_vq(Data(arm_reader("lab")), tmp_path / "vq", SMALL)
+    with pytest.raises(ValueError, match="holds a run of 4 epochs, more than 2; set as many or more"):
+        train_vq(data, tmp_path / "vq", VQTrainingConfig(**{**vars(SMALL), "epochs": 2}))
     (tmp_path / "vq/training.json").unlink()
     with pytest.raises(ValueError, match="is not empty and holds no run of openvla train-vq"):
         train_vq(data, tmp_path / "vq", SMALL)
