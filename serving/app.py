@@ -22,6 +22,7 @@ from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse
 from starlette.exceptions import HTTPException
 
 from ..errors_openvla import OpenVLAError
+from ..inference.openpi_messages import pack_msgpack
 from .batching import BatchQueue, OverloadedError, QueueError
 from .cli import Limits
 from .metrics import Metrics
@@ -31,7 +32,6 @@ from .requests import (
     ActRequest,
     RequestError,
     encode_reply,
-    pack_msgpack,
     parse_json_request,
     parse_msgpack_request,
 )
