@@ -316,7 +316,7 @@ def _harness_config(settings: EvaluationSettings, output: Path, server_url: str)
             "seed": settings.seed,
             "env_seed": settings.seed,
             "max_steps": settings.max_steps,
-            **CAMERAS_OF_PRESETS.get(settings.image_preset, {}),
+            **CAMERAS_OF_PRESETS.get(settings.image_preset or "", {}),
         },
         "recording": {
             "record_video": True,
