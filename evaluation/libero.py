@@ -133,18 +133,20 @@ def evaluate_libero(
     require_harness()
     opened_suite = open_suite(suite)
     task_ids = parse_tasks(tasks, opened_suite)
+    if not isinstance(policy, Policy) and (image_preset is not None or n_action_steps is not None):
+        raise OpenVLAValueError("image_preset and n_action_steps belong to the convention of a policy on a server.")
     _validate_settings(
         episodes=episodes,
         first_initial_state=first_initial_state,
         num_initial_states=min(len(opened_suite.get_task_init_states(task_id)) for task_id in task_ids),
         max_steps=max_steps,
         workers=workers,
+        n_action_steps=n_action_steps,
+        chunk_length=policy.model.config.chunk_length if isinstance(policy, Policy) else 1,
     )
     if isinstance(policy, Policy):
         description = _describe_policy(policy, name, image_preset, n_action_steps)
     else:
-        if image_preset is not None or n_action_steps is not None:
-            raise OpenVLAValueError("image_preset and n_action_steps belong to the convention of a policy on a server.")
         description = policy.describe()
     warnings = description.pop("warnings")
     for warning in warnings:
@@ -187,6 +189,8 @@ def _validate_settings(
     num_initial_states: int,
     max_steps: int | None,
     workers: int,
+    n_action_steps: int | None,
+    chunk_length: int,
 ) -> None:
     for option, value in (("episodes", episodes), ("workers", workers), ("max-steps", max_steps)):
         if value is not None and value < 1:
@@ -197,19 +201,18 @@ def _validate_settings(
             f"A task has the initial states 0 to {num_initial_states - 1}; {episodes} episodes from "
             f"{first_initial_state} on would need up to {last_initial_state}."
         )
+    if n_action_steps is not None and not 1 <= n_action_steps <= chunk_length:
+        raise OpenVLAValueError(
+            f"--n-action-steps must be 1 to {chunk_length}, the model's chunk length, got {n_action_steps}."
+        )
 
 
 def _describe_policy(policy: Policy, name: str, image_preset: str | None, n_action_steps: int | None) -> dict[str, Any]:
     """Return the fields of ``EvaluationSettings`` that a policy in this process has, and warnings.
 
     Raises:
-        ValueError: The policy is one of another robot, or ``n_action_steps`` is longer than its chunks.
+        ValueError: The policy is one of another robot.
     """
-    chunk_length = policy.model.config.chunk_length
-    if n_action_steps is not None and not 1 <= n_action_steps <= chunk_length:
-        raise OpenVLAValueError(
-            f"--n-action-steps must be 1 to {chunk_length}, the model's chunk length, got {n_action_steps}."
-        )
     require_libero_policy(policy)
     return {
         "model": name,

@@ -1,4 +1,4 @@
-"""Messages of openpi's WebSocket protocol: msgpack, with arrays in msgpack_numpy's encoding and without pickle."""
+"""Messages of openpi's WebSocket protocol: msgpack, with arrays in msgpack_numpy's encoding (no pickled objects)."""
 
 from __future__ import annotations
 

@@ -389,7 +389,7 @@ def test_openpi_client_gets_the_same_chunk_from_openvla_serve():
 @pytest.mark.libero
 @pytest.mark.parametrize("model", [DEMO_POLICY, DEMO_OFT_POLICY], ids=lambda path: path.name)
 def test_demo_policies_behind_openvla_serve_have_the_same_episodes(model, tmp_path):
-    arguments = ["--tasks", "0", "--episodes", "2", "--first-initial-state", "25", "--max-steps", "110", "--json"]
+    arguments = ["--tasks", "0", "--episodes", "1", "--first-initial-state", "1", "--max-steps", "110", "--json"]
 
     def evaluate(name, *options):
         command = [sys.executable, "-m", "openvla", "evaluate", *options, *arguments, "--output", str(tmp_path / name)]
