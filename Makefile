@@ -41,8 +41,8 @@ train-tiny: $(INSTALLED)  ## the tiny LIBERO policies from nothing: demonstratio
 lanes:  ## parity, remote code and processors on every supported transformers, and the towers against timm
 	PYTHON=$(PYTHON) bash ci/lanes.sh
 
-integrations:  ## the package inside other projects' own commands, each in an environment of its own (ci/integration_*.sh)
-	@for script in ci/integration_*.sh; do echo "== $$script"; PYTHON=$(PYTHON) bash $$script || exit 1; done
+integrations:  ## adapters to other frameworks against the real packages, each in an environment of its own
+	for script in ci/integration_*.sh; do PYTHON=$(PYTHON) bash $$script || exit 1; done
 
 lint: $(INSTALLED)  ## style and types
 	$(VENV)/bin/pip install --quiet -c ci/constraints.txt mypy ruff

@@ -163,7 +163,7 @@ def evaluate_libero(
     )
     output = Path(output)
     _prepare_output(output, settings)
-    _run_episodes(policy, settings, output, workers, progress)
+    warnings += _run_episodes(policy, settings, output, workers, progress)
     return _write_results(output, settings, opened_suite, warnings)
 
 
@@ -245,12 +245,12 @@ def _prepare_output(output: Path, settings: EvaluationSettings) -> None:
 
 def _run_episodes(
     policy: Policy | RemotePolicy, settings: EvaluationSettings, output: Path, workers: int, progress: bool
-) -> None:
-    """Run the episodes that are not done yet, with the image preset of the settings."""
+) -> list[str]:
+    """Run the episodes that are not done yet, with the image preset of the settings; return warnings."""
     total, done = settings.num_episodes, requeue_unfinished(output)
     torch.manual_seed(settings.seed)
     if done >= total:
-        return
+        return []
     harness, successes = require_harness(), []
     with contextlib.ExitStack() as stack:
         bar = stack.enter_context(
@@ -271,6 +271,9 @@ def _run_episodes(
         else:
             server = harness.RemotePolicyServer(policy, report_episode_result=update_progress)
         _run_workers(server, settings, output, min(workers, total - done))
+    for warning in (warnings := server.warnings()):
+        logger.warning(warning)
+    return warnings
 
 
 def _run_workers(server: Any, settings: EvaluationSettings, output: Path, workers: int) -> None:
@@ -303,6 +306,7 @@ def _run_workers(server: Any, settings: EvaluationSettings, output: Path, worker
                 if process.is_alive():
                     process.terminate()
     if server.failure is not None:
+        logger.error("Finished episodes are kept in %s; the same command runs the others.", output)
         raise server.failure
 
 

@@ -74,6 +74,10 @@ class LiberoServer(PredictModelServer):
         self.report_episode_result = report_episode_result
         self.failure: Exception | None = None
 
+    def warnings(self) -> list[str]:
+        """Return what is doubtful about the actions of all episodes so far."""
+        return []
+
     def get_observation_params(self) -> dict[str, Any]:
         """Return the observations that the benchmark must send."""
         return {"send_wrist_image": len(self.cameras) > 1, "send_state": self.takes_proprio, "quat_no_antipodal": True}
@@ -174,6 +178,16 @@ class RemotePolicyServer(LiberoServer):
         self.policy = policy
         self.queues: dict[str, ActionQueue] = {}  # by session, as the connections
         self.connections: dict[str, RemotePolicy] = {}
+        self.lowest_gripper = np.inf
+
+    def warnings(self) -> list[str]:
+        """Return a warning if the gripper was never opened."""
+        if self.policy.convention.gripper != "libero" or not 0 <= self.lowest_gripper < np.inf:
+            return []
+        return [
+            f"The gripper never went below {self.lowest_gripper:g}, and LIBERO's opens below 0: if the server's is 0 "
+            "closed to 1 open, give --server-gripper openvla."
+        ]
 
     async def on_episode_start(self, config: dict[str, Any], ctx: SessionContext) -> None:
         """Connect, so that a server that keeps a state per connection begins anew."""
@@ -197,6 +211,7 @@ class RemotePolicyServer(LiberoServer):
         state = obs["states"] if self.takes_proprio else None
         queue = self.queues[ctx.session_id]
         action = self._or_failure(lambda: queue.act(images, obs["task_description"], state))
+        self.lowest_gripper = min(self.lowest_gripper, float(action[-1]))
         if self.policy.convention.gripper == "openvla":
             action = convert_action(action, "libero")
         return {"actions": action.astype(np.float32)}

@@ -25,11 +25,11 @@ from pathlib import Path
 import anyio
 import numpy as np
 from openvla import load_policy
-from openvla.inference.policy import DEMO_OFT_POLICY, DEMO_POLICY
 from PIL import Image
 from vla_eval.connection import Connection
 
 REPOSITORY = Path(__file__).resolve().parents[2]
+DEMO_POLICIES = (REPOSITORY / "assets" / "libero", REPOSITORY / "assets" / "libero_oft")
 FRAMES = sorted((REPOSITORY / "tests" / "fixtures" / "libero_episode").glob("*.jpg"))
 INSTRUCTION = "pick up the alphabet soup and place it in the basket"
 EPISODES = 2  # of LIBERO-Object's first task, for each policy
@@ -88,7 +88,7 @@ def check_actions(script: Path, their_python: Path, folder: Path) -> None:
     """Compare the actions of the token policy with those of vla-eval's own server."""
     # At the model's size that server's resize changes nothing; else it approximates the reference's preprocessing.
     frames = [np.asarray(Image.open(frame).resize((224, 224))) for frame in FRAMES]
-    policy = load_policy()
+    policy = load_policy(DEMO_POLICIES[0])
     model = folder / "model"
     policy.model.save_pretrained(model)  # with its code, which their server runs
     policy.processor.save_pretrained(model)
@@ -112,7 +112,9 @@ def check_episodes(script: Path, model: Path, folder: Path) -> None:
         "max_tasks": 1,
         "params": {"suite": "libero_object", "seed": 0},
     }
-    with vla_eval_serve(script, folder, model_path=model) as url:
+    predicts_tokens = model == DEMO_POLICIES[0]
+    constrained = {"constrain_actions": "true"} if predicts_tokens else {}
+    with vla_eval_serve(script, folder, model_path=model, **constrained) as url:
         config = folder / "run.yaml"
         config.write_text(
             json.dumps({"server": {"url": url}, "output_dir": str(folder / "theirs"), "benchmarks": [benchmark]})
@@ -122,7 +124,7 @@ def check_episodes(script: Path, model: Path, folder: Path) -> None:
     (task,) = json.loads(result.read_text())["tasks"]
     theirs = [(bool(episode["metrics"]["success"]), episode["steps"]) for episode in task["episodes"]]
     command = [sys.executable, "-m", "openvla", "evaluate", "--model", model, "--tasks", "0", "--episodes", EPISODES]
-    command += ["--output", folder / "ours", "--json"]
+    command += ["--output", folder / "ours", "--json", *(["--constrain-actions"] if predicts_tokens else [])]
     report = json.loads(subprocess.run(map(str, command), check=True, stdout=subprocess.PIPE).stdout)
     ours = [(run["success"], run["steps"]) for run in report["results"][0]["runs"]]
     assert ours == theirs, f"{model.name}: openvla evaluate {ours}, vla-eval run {theirs}"
@@ -136,6 +138,6 @@ if __name__ == "__main__":
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         check_actions(options.script, options.their_python, Path(name))
-    for demo_policy in (DEMO_POLICY, DEMO_OFT_POLICY):
+    for demo_policy in DEMO_POLICIES:
         with tempfile.TemporaryDirectory() as name:
             check_episodes(options.script, demo_policy, Path(name))

@@ -14,8 +14,8 @@ from openvla.__main__ import main
 from openvla.decoding_openvla import NoActionError
 from openvla.errors_openvla import OpenVLAError
 from openvla.evaluation import cli
-from openvla.inference.policy import DEMO_OFT_POLICY, DEMO_POLICY
 from openvla.inference.robot_conventions import convert_action
+from reference import REPOSITORY
 from servers import OFT_CONFIG, ServerThread, build_policy, predict_directly
 
 pytest.importorskip("msgpack")
@@ -294,6 +294,7 @@ def test_five_actions_of_a_chunk_are_executed_in_liberos_convention(gripper):
     assert params == {"send_wrist_image": True, "send_state": True, "quat_no_antipodal": True}
     assert len(requests) == 2
     assert server.failure is None
+    assert len(server.warnings()) == (gripper == "libero")  # none of these grippers is below 0, LIBERO's open
 
 
 def test_every_episode_begins_with_a_chunk_of_its_own():
@@ -387,18 +388,27 @@ def test_openpi_client_gets_the_same_chunk_from_openvla_serve():
 
 
 @pytest.mark.libero
-@pytest.mark.parametrize("model", [DEMO_POLICY, DEMO_OFT_POLICY], ids=lambda path: path.name)
-def test_demo_policies_behind_openvla_serve_have_the_same_episodes(model, tmp_path):
+@pytest.mark.parametrize("name", ["libero", "libero_oft"])
+def test_demo_policies_behind_openvla_serve_have_the_same_episodes(name, tmp_path):
+    model = str(REPOSITORY / "assets" / name)
+    constrained = ["--constrain-actions"] if name == "libero" else []
     arguments = ["--tasks", "0", "--episodes", "1", "--first-initial-state", "1", "--max-steps", "110", "--json"]
 
-    def evaluate(name, *options):
-        command = [sys.executable, "-m", "openvla", "evaluate", *options, *arguments, "--output", str(tmp_path / name)]
+    def evaluate(folder, *options):
+        command = [
+            sys.executable,
+            "-m",
+            "openvla",
+            "evaluate",
+            *options,
+            *arguments,
+            "--output",
+            str(tmp_path / folder),
+        ]
         return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
-    local = evaluate("local", "--model", str(model))
-    command = [sys.executable, "-m", "openvla", "serve", "--model", str(model), "--port", "0"]
-    if model == DEMO_POLICY:
-        command.append("--constrain-actions")
+    local = evaluate("local", "--model", model, *constrained)
+    command = [sys.executable, "-m", "openvla", "serve", "--model", model, "--port", "0", *constrained]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as server:
         for line in server.stderr:
             if port := re.search(r"http://127.0.0.1:(\d+)", line):

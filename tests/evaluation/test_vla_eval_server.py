@@ -157,8 +157,7 @@ def test_arguments_that_do_not_fit_are_rejected(build_server, fields, arguments,
 
 
 def test_demo_policies_are_loaded_by_path(script):
-    from openvla.inference.policy import DEMO_OFT_POLICY
-
-    server = script.OpenVLAModelServer(str(DEMO_OFT_POLICY))
-    assert server.chunk_size == load_policy(DEMO_OFT_POLICY).model.config.chunk_length
+    folder = REPOSITORY / "assets" / "libero_oft"
+    server = script.OpenVLAModelServer(str(folder))
+    assert server.chunk_size == load_policy(folder).model.config.chunk_length
     assert server.policy.processor.image_preset == "none"
