@@ -10,24 +10,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 lane=$1
 root=$PWD/.lanes
-export PIP_DISABLE_PIP_VERSION_CHECK=1
-mkdir -p "$root"
-
-install() {  # requirements...: into this lane's environment
-  local links=() key link
-  for key in :env:.find-links global.find-links user.find-links; do  # uv does not read pip's configuration
-    for link in $("$root/uv/bin/pip" config get "$key" 2>/dev/null || true); do links+=(--find-links "$link"); done
-  done
-  "$root/uv/bin/uv" pip install --quiet --compile-bytecode --python "$root/$lane/bin/python" "${links[@]}" \
-    -c "${CONSTRAINTS:-ci/constraints.txt}" "$@"
-}
-
-make_environment() {  # requirements...
-  [ -x "$root/uv/bin/uv" ] || { "${PYTHON:-python3}" -m venv "$root/uv" && "$root/uv/bin/pip" install --quiet uv; }
-  [ -x "$root/$lane/bin/python" ] || "$root/uv/bin/uv" venv --quiet --python "${PYTHON:-python3}" "$root/$lane"
-  install torch psutil pytest safetensors "$@"
-  install --no-deps --reinstall -e .
-}
+. ci/environment.sh
 
 # Optional packages: the newest peft needs transformers 4.46, bitsandbytes on a CPU 4.53. 4.49 goes without accelerate,
 # which both need: that lane tests the package without any of them. torchao's weights are saved from transformers 5.0 on.
@@ -46,9 +29,12 @@ case $lane in
   *) packages=("transformers==$lane" pillow "${optional[@]}") ;;
 esac
 # One installation at a time: every environment builds from the same source folder.
+mkdir -p "$root"
 exec 9>"$root/.environments.lock"
 flock 9
-make_environment numpy "${packages[@]}"
+make_environment "$lane"
+install "$lane" torch psutil pytest safetensors numpy "${packages[@]}"
+install "$lane" --no-deps --reinstall -e .
 flock -u 9
 python=$root/$lane/bin/python
 "$python" -c 'import PIL, torch, transformers as t; print(f"transformers {t.__version__}, torch {torch.__version__}, Pillow {PIL.__version__}")'

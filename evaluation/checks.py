@@ -14,6 +14,7 @@ from ..inference.policy import Policy
 
 LIBERO_ACTION_DIM = 7
 LIBERO_PROPRIO_DIM = 8
+GRIPPERS = ("libero", "openvla")  # -1 open to +1 closed; 0 closed to 1 open
 LIBERO_PRESET = "libero"  # every published LIBERO checkpoint was evaluated with it
 # LIBERO's demonstrations command up to 0.94 of the controller's range in each of dx, dy, dz.
 MIN_TRANSLATION = 0.1

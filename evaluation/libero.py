@@ -6,15 +6,17 @@ keeps its work queue and results in a database, so that an interrupted evaluatio
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib
 import importlib.util
 import logging
 import multiprocessing
+import multiprocessing.connection
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from tqdm import tqdm
@@ -28,11 +30,15 @@ from .harness_database import EVAL_ID, database_path, read_episodes, requeue_unf
 from .report import draw_contact_sheet, package_versions, success_rate
 from .simulator import INSTALL, INSTRUCTION_SOURCES, choose_renderer, instruction_source, open_suite, parse_tasks
 
+if TYPE_CHECKING:
+    from .remote_policy import RemotePolicy  # which needs packages of the extra
+
 logger = logging.getLogger(__name__)
 
 DEFAULT_SUITE = "libero_object"
 # openvla-mini renders frames of the model's size; the harness's default is 256.
 CAMERAS_OF_PRESETS: dict[str, dict[str, int]] = {"minivla-libero": {"camera_size": 224}}
+FAILURE_POLL_S = 0.5
 ACTION_TIMEOUT_S = 1800.0  # a 7B model on a CPU takes minutes per action
 
 
@@ -41,8 +47,9 @@ class EvaluationSettings:
     """Everything that an evaluation's results depend on; the fields of settings.json.
 
     Attributes:
-        model: Name of the policy.
-        weights_digest: Digest of its weights.
+        model: Name of the policy; the URL of a server.
+        weights_digest: Digest of its weights; None for a server of another kind than ``openvla serve``, which says
+            nothing of its model, as in the next three.
         unnorm_key: Dataset whose statistics un-normalise its actions.
         image_preset: Preprocessing of the frames, a key of ``IMAGE_PRESETS``.
         constrain_actions: Whether only action tokens are decoded.
@@ -56,15 +63,16 @@ class EvaluationSettings:
         max_steps: Control steps after which an episode fails; None is the suite's limit.
         n_action_steps: Actions of a chunk to execute before the next chunk is predicted; None is all.
         seed: Seed of the simulator and of the policy.
+        server: For a policy on a server: digest of its metadata, and what it takes and answers; None for a ``Policy``.
     """
 
     model: str
-    weights_digest: str
-    unnorm_key: str
-    image_preset: str
-    constrain_actions: bool
-    actions: str
-    history_padding: str
+    weights_digest: str | None
+    unnorm_key: str | None
+    image_preset: str | None
+    constrain_actions: bool | None
+    actions: str | None
+    history_padding: str | None
     suite: str
     instruction_source: str
     tasks: list[int]
@@ -73,6 +81,7 @@ class EvaluationSettings:
     max_steps: int | None
     n_action_steps: int | None
     seed: int
+    server: dict[str, Any] | None = None
 
     @property
     def num_episodes(self) -> int:
@@ -81,7 +90,7 @@ class EvaluationSettings:
 
 
 def evaluate_libero(
-    policy: Policy,
+    policy: Policy | RemotePolicy,
     *,
     output: Path,
     name: str = "policy",
@@ -99,7 +108,7 @@ def evaluate_libero(
     """Evaluate a policy in closed loop, or continue an evaluation with the same settings.
 
     Args:
-        policy: Policy with OpenVLA's gripper convention, 0 closed to 1 open.
+        policy: Policy with OpenVLA's gripper convention, 0 closed to 1 open; or one on a server of openpi's protocol.
         output: Folder to write.
         name: Name of the policy in the report.
         suite: A suite of LIBERO, or of LIBERO-PRO, whose instructions are those of its BDDL files
@@ -110,9 +119,10 @@ def evaluate_libero(
         max_steps: Control steps (20 Hz) after which an episode fails; None is the suite's limit.
         workers: Number of simulator processes. They share the policy, which predicts one action at a time. With more
             than one, the random draws of a diffusion head depend on the order of requests.
-        seed: Seed of the simulator and of the policy's random draws.
-        image_preset: A key of ``IMAGE_PRESETS``; None is the processor's, or "libero".
-        n_action_steps: Actions of a chunk to execute before the next chunk is predicted; None is all.
+        seed: Seed of the simulator and of the random draws of a ``Policy``.
+        image_preset: A key of ``IMAGE_PRESETS``; None is the processor's, or "libero". Not for a ``RemotePolicy``.
+        n_action_steps: Actions of a chunk to execute before the next chunk is predicted; None is all. Not for a
+            ``RemotePolicy``, whose convention has it.
         progress: Show a progress bar.
 
     Returns:
@@ -120,12 +130,15 @@ def evaluate_libero(
 
     Raises:
         ImportError: The simulator, its renderer or the harness is not installed.
+        ConnectionError: The server of a ``RemotePolicy`` died; its finished episodes are kept.
         ValueError: A setting is out of range, the policy does not fit the robot, ``output`` holds another evaluation,
             or episodes failed to run.
     """
     require_harness()
     opened_suite = open_suite(suite)
     task_ids = parse_tasks(tasks, opened_suite)
+    if not isinstance(policy, Policy) and (image_preset is not None or n_action_steps is not None):
+        raise OpenVLAValueError("image_preset and n_action_steps belong to the convention of a policy on a server.")
     _validate_settings(
         episodes=episodes,
         first_initial_state=first_initial_state,
@@ -133,32 +146,28 @@ def evaluate_libero(
         max_steps=max_steps,
         workers=workers,
         n_action_steps=n_action_steps,
-        chunk_length=1 if policy.actions == "first" else policy.model.config.chunk_length,
+        chunk_length=policy.model.config.chunk_length if isinstance(policy, Policy) and policy.actions == "all" else 1,
     )
-    require_libero_policy(policy)
-    warnings = statistics_warnings(policy)
+    if isinstance(policy, Policy):
+        description = _describe_policy(policy, name, image_preset, n_action_steps)
+    else:
+        description = policy.describe()
+    warnings = description.pop("warnings")
     for warning in warnings:
         logger.warning(warning)
     settings = EvaluationSettings(
-        model=name,
-        weights_digest=weights_digest(policy.model),
-        unnorm_key=policy.unnorm_key,
-        image_preset=resolve_image_preset(policy, image_preset),
-        constrain_actions=policy.constrain_actions,
-        actions=policy.actions,
-        history_padding=policy.history_padding,
+        **description,
         suite=suite,
         instruction_source=instruction_source(suite),
         tasks=task_ids,
         episodes=episodes,
         first_initial_state=first_initial_state,
         max_steps=max_steps,
-        n_action_steps=n_action_steps,
         seed=seed,
     )
     output = Path(output)
     _prepare_output(output, settings)
-    _run_episodes(policy, settings, output, workers, progress)
+    warnings += _run_episodes(policy, settings, output, workers, progress)
     return _write_results(output, settings, opened_suite, warnings)
 
 
@@ -202,6 +211,26 @@ def _validate_settings(
         )
 
 
+def _describe_policy(policy: Policy, name: str, image_preset: str | None, n_action_steps: int | None) -> dict[str, Any]:
+    """Return the fields of ``EvaluationSettings`` that a policy in this process has, and warnings.
+
+    Raises:
+        ValueError: The policy is one of another robot.
+    """
+    require_libero_policy(policy)
+    return {
+        "model": name,
+        "weights_digest": weights_digest(policy.model),
+        "unnorm_key": policy.unnorm_key,
+        "image_preset": resolve_image_preset(policy, image_preset),
+        "constrain_actions": policy.constrain_actions,
+        "actions": policy.actions,
+        "history_padding": policy.history_padding,
+        "n_action_steps": n_action_steps,
+        "warnings": statistics_warnings(policy),
+    }
+
+
 def _prepare_output(output: Path, settings: EvaluationSettings) -> None:
     """Write settings.json, or compare it with the settings of an evaluation that was begun in this folder."""
     file = output / "settings.json"
@@ -222,32 +251,42 @@ def _prepare_output(output: Path, settings: EvaluationSettings) -> None:
         )
 
 
-def _run_episodes(policy: Policy, settings: EvaluationSettings, output: Path, workers: int, progress: bool) -> None:
-    """Run the episodes that are not done yet, with the image preset of the settings."""
+def _run_episodes(
+    policy: Policy | RemotePolicy, settings: EvaluationSettings, output: Path, workers: int, progress: bool
+) -> list[str]:
+    """Run the episodes that are not done yet, with the image preset of the settings; return warnings."""
     total, done = settings.num_episodes, requeue_unfinished(output)
     torch.manual_seed(settings.seed)
     if done >= total:
-        return
-    processor_preset = policy.processor.image_preset
-    policy.processor.image_preset = settings.image_preset
-    try:
-        with tqdm(total=total, initial=done, desc=settings.suite, unit="episode", disable=not progress) as bar:
-            _run_workers(policy, settings, output, min(workers, total - done), bar)
-    finally:
-        policy.processor.image_preset = processor_preset
+        return []
+    harness, successes = require_harness(), []
+    with contextlib.ExitStack() as stack:
+        bar = stack.enter_context(
+            tqdm(total=total, initial=done, desc=settings.suite, unit="episode", disable=not progress)
+        )
+
+        def update_progress(result: Mapping[str, Any]) -> None:
+            successes.append(bool(result["metrics"]["success"]))
+            bar.update()
+            bar.set_postfix_str(f"{sum(successes)} of {len(successes)} succeeded")
+
+        if isinstance(policy, Policy):
+            stack.callback(setattr, policy.processor, "image_preset", policy.processor.image_preset)
+            policy.processor.image_preset = settings.image_preset
+            server = harness.PolicyServer(
+                policy, n_action_steps=settings.n_action_steps, report_episode_result=update_progress
+            )
+        else:
+            server = harness.RemotePolicyServer(policy, report_episode_result=update_progress)
+        _run_workers(server, settings, output, min(workers, total - done))
+    for warning in (warnings := server.warnings()):
+        logger.warning(warning)
+    return warnings
 
 
-def _run_workers(policy: Policy, settings: EvaluationSettings, output: Path, workers: int, bar: tqdm) -> None:
-    """Serve the policy over loopback while the harness runs simulators in worker processes."""
+def _run_workers(server: Any, settings: EvaluationSettings, output: Path, workers: int) -> None:
+    """Serve the policy over loopback while the harness runs simulators in worker processes; raise its failure."""
     api, harness = importlib.import_module("vla_eval.api"), require_harness()
-    successes: list[bool] = []
-
-    def update_progress(result: Mapping[str, Any]) -> None:
-        successes.append(bool(result["metrics"]["success"]))
-        bar.update()
-        bar.set_postfix_str(f"{sum(successes)} of {len(successes)} succeeded")
-
-    server = harness.PolicyServer(policy, n_action_steps=settings.n_action_steps, report_episode_result=update_progress)
     context = multiprocessing.get_context("spawn")  # a renderer does not survive a fork
     with api.serve_background(server) as handle:
         config = _harness_config(settings, output, handle.url)
@@ -268,12 +307,15 @@ def _run_workers(policy: Policy, settings: EvaluationSettings, output: Path, wor
         try:
             for process in processes:
                 process.start()
-            for process in processes:
-                process.join()
+            while server.failure is None and (running := [process for process in processes if process.is_alive()]):
+                multiprocessing.connection.wait([process.sentinel for process in running], FAILURE_POLL_S)
         finally:
             for process in processes:
                 if process.is_alive():
                     process.terminate()
+    if server.failure is not None:
+        logger.error("Finished episodes are kept in %s; the same command runs the others.", output)
+        raise server.failure
 
 
 def _harness_config(settings: EvaluationSettings, output: Path, server_url: str) -> dict[str, Any]:
@@ -289,7 +331,7 @@ def _harness_config(settings: EvaluationSettings, output: Path, server_url: str)
             "seed": settings.seed,
             "env_seed": settings.seed,
             "max_steps": settings.max_steps,
-            **CAMERAS_OF_PRESETS.get(settings.image_preset, {}),
+            **CAMERAS_OF_PRESETS.get(settings.image_preset or "", {}),
         },
         "recording": {
             "record_video": True,

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import anyio
+import anyio.to_thread
 import numpy as np
 from vla_eval.benchmarks.libero.benchmark import LIBERO_ENV_RESOLUTION, MAX_STEP_MAPPING, LIBEROBenchmark
 from vla_eval.model_servers.base import SessionContext
@@ -29,11 +30,13 @@ from vla_eval.specs import (
     DimSpec,
 )
 
+from ..decoding_openvla import NoActionError
 from ..inference.action_queue import ActionQueue
 from ..inference.image_history import ImageHistory
 from ..inference.policy import Policy
 from ..inference.robot_conventions import convert_action
 from .checks import refuse_tracevla
+from .remote_policy import RemotePolicy
 from .simulator import make_environment, open_suite
 
 CAMERAS = {"agentview": "agentview", "wrist": "robot0_eye_in_hand"}  # the harness's name: the simulator's name
@@ -48,8 +51,55 @@ def episode_steps(suite: str) -> int | None:
     return MAX_STEP_MAPPING[bases[0]] if bases else None
 
 
-class PolicyServer(PredictModelServer):
-    """vla-eval model server for a policy; each connection has its own ``ActionQueue`` for chunks.
+class LiberoServer(PredictModelServer):
+    """vla-eval model server for policies of LIBERO's robot; a subclass predicts.
+
+    Args:
+        cameras: The harness's names of the cameras whose frames are needed.
+        takes_proprio: Whether the state is needed.
+        report_episode_result: Called with the harness's result at the end of every episode.
+
+    Attributes:
+        failure: An error after which no later episode could run; None if there was none.
+    """
+
+    def __init__(
+        self,
+        cameras: list[str],
+        takes_proprio: bool,
+        report_episode_result: Callable[[Mapping[str, Any]], None],
+    ) -> None:
+        super().__init__()
+        self.cameras, self.takes_proprio = cameras, takes_proprio
+        self.report_episode_result = report_episode_result
+        self.failure: Exception | None = None
+
+    def warnings(self) -> list[str]:
+        """Return what is doubtful about the actions of all episodes so far."""
+        return []
+
+    def get_observation_params(self) -> dict[str, Any]:
+        """Return the observations that the benchmark must send."""
+        return {"send_wrist_image": len(self.cameras) > 1, "send_state": self.takes_proprio, "quat_no_antipodal": True}
+
+    def get_action_spec(self) -> dict[str, DimSpec]:
+        """Return the convention of the actions that are sent to the simulator."""
+        return {"position": POSITION_DELTA, "rotation": ROTATION_AA, "gripper": GRIPPER_CLOSE_POS}
+
+    def get_observation_spec(self) -> dict[str, DimSpec]:
+        """Return the convention of the observations that the policy takes."""
+        spec = {**dict.fromkeys(self.cameras, IMAGE_RGB), "language": LANGUAGE}
+        return {**spec, "state": STATE_EEF_POS_AA_GRIP} if self.takes_proprio else spec
+
+    async def on_episode_end(self, result: dict[str, Any], ctx: SessionContext) -> None:
+        """Report the result of the episode."""
+        await super().on_episode_end(result, ctx)
+        if result:  # empty after a broken connection
+            self.report_episode_result(result)
+
+
+class PolicyServer(LiberoServer):
+    """Model server for a policy in this process; each connection has its own ``ActionQueue`` for chunks.
 
     Args:
         policy: Policy whose processor's image preset is for upright frames, which the harness sends.
@@ -66,32 +116,18 @@ class PolicyServer(PredictModelServer):
         temporal_ensemble_coeff: float | None = None,
         report_episode_result: Callable[[Mapping[str, Any]], None] = lambda result: None,
     ) -> None:
-        super().__init__()
         refuse_tracevla(policy)
+        config = policy.model.config
+        super().__init__(
+            list(CAMERAS)[: config.images_per_moment], config.proprio_dim is not None, report_episode_result
+        )
         self.policy = policy
         self.n_action_steps = n_action_steps
         self.temporal_ensemble_coeff = temporal_ensemble_coeff
-        self.report_episode_result = report_episode_result
-        config = policy.model.config
-        self.cameras = list(CAMERAS)[: config.images_per_moment]
-        self.takes_proprio = config.proprio_dim is not None
         self.predicts_chunks = config.chunk_length > 1 and policy.actions == "all"
         self.takes_history = config.history_length > 1
         self.queues: dict[str, ActionQueue] = {}  # by session, as the histories
         self.histories: dict[str, ImageHistory] = {}
-
-    def get_observation_params(self) -> dict[str, Any]:
-        """Return the observations that the benchmark must send."""
-        return {"send_wrist_image": len(self.cameras) > 1, "send_state": self.takes_proprio, "quat_no_antipodal": True}
-
-    def get_action_spec(self) -> dict[str, DimSpec]:
-        """Return the convention of the actions that are sent to the simulator."""
-        return {"position": POSITION_DELTA, "rotation": ROTATION_AA, "gripper": GRIPPER_CLOSE_POS}
-
-    def get_observation_spec(self) -> dict[str, DimSpec]:
-        """Return the convention of the observations that the policy takes."""
-        spec = {**dict.fromkeys(self.cameras, IMAGE_RGB), "language": LANGUAGE}
-        return {**spec, "state": STATE_EEF_POS_AA_GRIP} if self.takes_proprio else spec
 
     async def on_episode_start(self, config: dict[str, Any], ctx: SessionContext) -> None:
         """Reset the policy and drop the session's chunks."""
@@ -106,11 +142,9 @@ class PolicyServer(PredictModelServer):
 
     async def on_episode_end(self, result: dict[str, Any], ctx: SessionContext) -> None:
         """Report the result of the episode."""
-        await super().on_episode_end(result, ctx)
         self.queues.pop(ctx.session_id, None)
         self.histories.pop(ctx.session_id, None)
-        if result:  # empty after a broken connection
-            self.report_episode_result(result)
+        await super().on_episode_end(result, ctx)
 
     def predict(self, obs: dict[str, Any], ctx: SessionContext) -> dict[str, Any]:
         """Return one action in LIBERO's convention, ``{"actions": float32 (7,)}``."""
@@ -123,6 +157,75 @@ class PolicyServer(PredictModelServer):
         if self.policy.model.config.action_vq is not None:  # a VQ autoencoder's gripper may leave [0, 1]
             action[..., -1] = action[..., -1].clip(0, 1)
         return {"actions": convert_action(action, "libero").astype(np.float32)}
+
+
+class RemotePolicyServer(LiberoServer):
+    """Model server that passes observations on to a server of openpi's protocol; each episode has its own connection.
+
+    Args:
+        policy: The policy on that server.
+        report_episode_result: Called with the harness's result at the end of every episode.
+    """
+
+    def __init__(
+        self,
+        policy: RemotePolicy,
+        *,
+        report_episode_result: Callable[[Mapping[str, Any]], None] = lambda result: None,
+    ) -> None:
+        convention = policy.convention
+        cameras = list(CAMERAS)[: 1 + (convention.wrist_image is not None)]
+        super().__init__(cameras, convention.state is not None, report_episode_result)
+        self.policy = policy
+        self.queues: dict[str, ActionQueue] = {}  # by session, as the connections
+        self.connections: dict[str, RemotePolicy] = {}
+        self.lowest_gripper = np.inf
+
+    def warnings(self) -> list[str]:
+        """Return a warning if the gripper was never opened."""
+        if self.policy.convention.gripper != "libero" or not 0 <= self.lowest_gripper < np.inf:
+            return []
+        return [
+            f"The gripper never went below {self.lowest_gripper:g}, and LIBERO's opens below 0: if the server's is 0 "
+            "closed to 1 open, give --server-gripper openvla."
+        ]
+
+    async def on_episode_start(self, config: dict[str, Any], ctx: SessionContext) -> None:
+        """Connect, so that a server that keeps a state per connection begins anew."""
+        await super().on_episode_start(config, ctx)
+        connection = await anyio.to_thread.run_sync(self._or_failure, self.policy.clone)
+        self.connections[ctx.session_id] = connection
+        steps = self.policy.convention.n_action_steps
+        self.queues[ctx.session_id] = ActionQueue(connection, n_action_steps=steps)
+
+    async def on_episode_end(self, result: dict[str, Any], ctx: SessionContext) -> None:
+        """Disconnect, and report the result of the episode."""
+        self.queues.pop(ctx.session_id, None)
+        connection = self.connections.pop(ctx.session_id, None)
+        if connection is not None:
+            await anyio.to_thread.run_sync(connection.close)
+        await super().on_episode_end(result, ctx)
+
+    def predict(self, obs: dict[str, Any], ctx: SessionContext) -> dict[str, Any]:
+        """Return one action in LIBERO's convention, ``{"actions": float32 (7,)}``."""
+        images = [np.asarray(obs["images"][camera]) for camera in self.cameras]
+        state = obs["states"] if self.takes_proprio else None
+        queue = self.queues[ctx.session_id]
+        action = self._or_failure(lambda: queue.act(images, obs["task_description"], state))
+        self.lowest_gripper = min(self.lowest_gripper, float(action[-1]))
+        if self.policy.convention.gripper == "openvla":
+            action = convert_action(action, "libero")
+        return {"actions": action.astype(np.float32)}
+
+    def _or_failure(self, function: Callable[[], Any]) -> Any:
+        """Return a function's result; keep its error, unless the model merely predicted no action."""
+        try:
+            return function()
+        except NoActionError:
+            raise
+        except Exception as error:
+            self.failure = error
+            raise
 
 
 class LiberoSuite(LIBEROBenchmark):

@@ -23,6 +23,7 @@ from starlette.exceptions import HTTPException
 
 from ..errors_openvla import OpenVLAError
 from ..inference.batches import Prediction
+from ..inference.openpi_messages import pack_msgpack
 from .batching import BatchQueue, OverloadedError, QueueError
 from .cli import Limits
 from .metrics import Metrics
@@ -32,7 +33,6 @@ from .requests import (
     ActRequest,
     RequestError,
     encode_reply,
-    pack_msgpack,
     parse_json_request,
     parse_msgpack_request,
 )

@@ -20,8 +20,9 @@ import numpy as np
 from PIL import Image
 
 from ..actions_openvla import nearest_name
-from ..errors_openvla import OpenVLAError, OpenVLATypeError, OpenVLAValueError
+from ..errors_openvla import OpenVLAError, OpenVLAValueError
 from ..images_openvla import as_images, require_eight_bits, require_one_frame, upright_rgb
+from ..inference.openpi_messages import NUMERIC_DTYPE
 from .cli import Limits
 
 # Field names of the clients of OpenVLA's server, of OpenVLA-OFT's (every field with "wrist" in its name is a camera, in
@@ -35,7 +36,6 @@ SESSION_FIELDS = ("session", "step")
 OPTION_FIELDS = ("unnorm_key", "details", "client_id", "latest_only", "deadline_ms", "constrain_actions")
 KNOWN_FIELDS = (*IMAGE_FIELDS, *PROPRIO_FIELDS, *INSTRUCTION_FIELDS, *OPTION_FIELDS, *SESSION_FIELDS, "traced_image")
 
-NUMERIC_DTYPE = r"[<>|=]?([ui][1248]|f[248])"  # no objects, strings, structures or times
 PICTURE_FORMATS = ("PNG", "JPEG")
 IMAGE_FORMATS = (
     "base64 of a PNG or JPEG (with or without data:image/png;base64,), rows of pixels of whole numbers 0 to 255, or an "
@@ -165,18 +165,6 @@ def encode_array(array: np.ndarray) -> dict[str, Any]:
     """Return an array in json_numpy's encoding."""
     data = base64.b64encode(np.ascontiguousarray(array).tobytes()).decode()
     return {"__numpy__": data, "dtype": array.dtype.str, "shape": list(array.shape)}
-
-
-def pack_msgpack(fields: dict[str, Any]) -> bytes:
-    """Return a message of openpi's WebSocket protocol: msgpack with arrays in msgpack_numpy's encoding."""
-
-    def pack_array(value: Any) -> dict[bytes, Any]:
-        if isinstance(value, np.ndarray):
-            array = {b"__ndarray__": True, b"data": value.tobytes()}
-            return {**array, b"dtype": value.dtype.str, b"shape": value.shape}
-        raise OpenVLATypeError(f"Cannot pack {type(value).__name__}.")
-
-    return msgpack.packb(fields, default=pack_array)
 
 
 def _load_json_object(text: bytes | str, name: str | None) -> dict[str, Any]:

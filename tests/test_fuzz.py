@@ -49,8 +49,9 @@ from fuzzing import (  # noqa: E402
 )
 from hypothesis import given  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
+from openvla.inference.openpi_messages import pack_msgpack  # noqa: E402
 from openvla.serving.cli import Limits  # noqa: E402
-from openvla.serving.requests import encode_reply, pack_msgpack, parse_json_request, parse_msgpack_request  # noqa: E402
+from openvla.serving.requests import encode_reply, parse_json_request, parse_msgpack_request  # noqa: E402
 from pyarrow import parquet  # noqa: E402
 
 
