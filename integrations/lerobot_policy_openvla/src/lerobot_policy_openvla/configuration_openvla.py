@@ -12,6 +12,7 @@ from lerobot.configs import NormalizationMode, PreTrainedConfig
 from lerobot.optim import AdamWConfig
 from lerobot.utils.constants import ACTION, OBS_STATE
 from openvla.errors_openvla import OpenVLAValueError
+from openvla.inference.robot_conventions import robot_convention
 
 if TYPE_CHECKING:
     from openvla.configuration_openvla import OpenVLAConfig as ModelConfig
@@ -106,6 +107,8 @@ class OpenVLAConfig(PreTrainedConfig):
                 "normalization_mapping must stay at IDENTITY: the model normalises by its own statistics "
                 f"(unnorm_key), got {self.normalization_mapping}."
             )
+        if self.robot_convention is not None:
+            robot_convention(self.robot_convention)
         if self.n_obs_steps != 1:
             raise OpenVLAValueError(
                 f"n_obs_steps must be 1, got {self.n_obs_steps}; a model of several moments keeps its history itself."
@@ -197,7 +200,7 @@ class OpenVLAConfig(PreTrainedConfig):
         return
 
     def validate_features(self) -> None:
-        """Check the features against the model, and set ``cameras`` to the full names of those that it takes.
+        """Check the features against the model, and keep those that it takes: cameras, in its order, and state.
 
         Raises:
             OpenVLAValueError: Cameras, state or action do not fit the model.
@@ -216,6 +219,8 @@ class OpenVLAConfig(PreTrainedConfig):
                 f"The model takes {OBS_STATE} of shape ({config.proprio_dim},), there is {got} among the features "
                 f"{list(self.input_features or {})}."
             )
+        taken = [*self.cameras, *([OBS_STATE] if config.proprio_dim is not None else [])]
+        self.input_features = {name: (self.input_features or {})[name] for name in taken}
         action = self.action_feature
         if action is None:
             raise OpenVLAValueError(f"There must be a feature {ACTION!r}, got {list(self.output_features or {})}.")
