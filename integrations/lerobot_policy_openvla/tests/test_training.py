@@ -80,16 +80,24 @@ def test_a_mask_is_that_of_the_configuration(trainee, tokens_folder):
     assert policy.model.norm_stats[REPO_ID]["action"]["mask"] == mask
 
 
-def test_augmentations_are_drawn_from_torch_s_generator(trainee, tokens_folder, training_batch):
+def test_augmentations_depend_on_the_seed_and_the_batches_before(trainee, tokens_folder, training_batch):
     policy = trainee(tokens_folder, cameras=["front"])
     batch = training_batch(policy, INDICES)
-    losses = []
-    for seed in (1, 1, 2):
+
+    def loss(seed, batches):
         torch.manual_seed(seed)
-        losses.append(policy.forward(batch)[0].item())
-    assert losses[0] == losses[1] != losses[2]
+        policy.config.trained_batches = batches
+        return policy.forward(batch)[0].item()
+
+    first = loss(1, 0)
+    assert policy.config.trained_batches == 1
+    torch.rand(1)  # as LeRobot's loader draws a number wherever it begins
+    second = policy.forward(batch)[0].item()
+    assert len({first, second, loss(2, 0)}) == 3
+    assert (loss(1, 0), loss(1, 1)) == (first, second)
     policy.eval()
-    assert policy.forward(batch)[0].item() == policy.forward(batch)[0].item() not in losses
+    assert policy.forward(batch)[0].item() == policy.forward(batch)[0].item() not in (first, second)
+    assert policy.config.trained_batches == 2
 
 
 def test_chunks_end_with_the_episode_unless_they_are_padded(make_config, oft_folder):
@@ -119,7 +127,9 @@ def trained(policy, batch):
 def test_a_checkpoint_acts_and_holds_a_folder_of_the_package(
     settings, is_adapter, trainee, tokens_folder, training_batch, tmp_path
 ):
-    policy = trainee(tokens_folder, **{"cameras": ["front"], "constrain_actions": "action_config" not in settings, **settings})
+    policy = trainee(
+        tokens_folder, **{"cameras": ["front"], "constrain_actions": "action_config" not in settings, **settings}
+    )
     policy = trained(policy, training_batch(policy, INDICES)).eval()
     policy.save_pretrained(tmp_path)
     assert (tmp_path / "openvla/adapter_config.json").is_file() == is_adapter

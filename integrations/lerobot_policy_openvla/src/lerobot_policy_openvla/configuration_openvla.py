@@ -57,6 +57,7 @@ class OpenVLAConfig(PreTrainedConfig):
             gripper of seven.
         augment: Augment images in training as OpenVLA's training does; the saved processor then prepares images as its
             evaluation does.
+        trained_batches: Batches whose images were augmented so far; a resumed run continues from there.
         pad_last_chunk: Train on chunks that begin at the last steps of an episode, padded with its last action.
         gradient_checkpointing: Recompute layers in the backward pass: less memory, slower steps.
         dtype: "float32", "bfloat16" or "float16": dtype of the weights for acting, and of autocast in training. None is
@@ -83,6 +84,7 @@ class OpenVLAConfig(PreTrainedConfig):
     action_config: dict[str, Any] | None = None
     action_mask: list[bool] | None = None
     augment: bool = True
+    trained_batches: int = 0
     pad_last_chunk: bool = False
     gradient_checkpointing: bool = False
     dtype: str | None = None

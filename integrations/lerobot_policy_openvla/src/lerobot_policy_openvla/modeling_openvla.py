@@ -12,7 +12,9 @@ import torch
 from lerobot.configs import PreTrainedConfig
 from lerobot.policies.pretrained import PreTrainedPolicy
 from lerobot.utils.constants import ACTION, OBS_STATE
+from openvla.data.augmentation import ImageAugmentation
 from openvla.data.episodes import Step
+from openvla.data.stream import StreamPosition
 from openvla.errors_openvla import OpenVLAKeyError, OpenVLATypeError, OpenVLAValueError
 from openvla.images_openvla import as_images
 from openvla.inference.action_queue import ActionQueue
@@ -30,7 +32,6 @@ from .training import load_for_training
 if TYPE_CHECKING:
     from lerobot.datasets.dataset_metadata import LeRobotDatasetMetadata
 
-MAX_SEED = 2**31
 Batch = Mapping[str, Any]
 
 
@@ -82,7 +83,8 @@ class OpenVLAPolicy(PreTrainedPolicy):
         self.model = self._policy.model
         self._require_action_dimension()
         self._is_trainable = dataset_meta is not None
-        self._collators: dict[bool, ActionCollator] = {}
+        self._training_processor = copy.deepcopy(self._policy.processor)
+        self._training_processor.image_preset = None  # none in training
         self.reset()
 
     def _require_action_dimension(self) -> None:
@@ -179,18 +181,18 @@ class OpenVLAPolicy(PreTrainedPolicy):
         return output.loss, {name: float(value) for name, value in metrics.items()}
 
     def _collator(self, augments: bool) -> ActionCollator:
-        """Return the collator; augmentations are drawn from torch's generator, which LeRobot saves and restores."""
-        if augments not in self._collators:
-            from openvla.data.augmentation import ImageAugmentation
-
-            processor = copy.deepcopy(self._policy.processor)
-            processor.image_preset = None  # none in training
-            augmentation = ImageAugmentation() if augments else None
-            self._collators[augments] = ActionCollator(processor, self.model, augmentation)
-        collator = self._collators[augments]
-        if augments:
-            collator.seed = int(torch.randint(MAX_SEED, ()))
-        return collator
+        """Return the collator of the next batch; augmentations depend on the run's seed and the batches before."""
+        if not augments:
+            return ActionCollator(self._training_processor, self.model)
+        position = StreamPosition(batches=self.config.trained_batches)
+        self.config.trained_batches += 1
+        return ActionCollator(
+            self._training_processor,
+            self.model,
+            ImageAugmentation(),
+            seed=torch.initial_seed(),
+            position=position,
+        )
 
     def _steps(self, batch: Batch) -> list[Step]:
         """Return the samples of a training batch as the collator takes them."""
@@ -277,13 +279,12 @@ class OpenVLAPolicy(PreTrainedPolicy):
             self._queues = [(self._new_queue(), self._new_converter()) for _ in rows]
         if len(rows) != len(self._queues):
             raise OpenVLAValueError(
-                f"The batch has {len(rows)} rows, the one before had {len(self._queues)}; call reset() between episodes."
+                f"The batch has {len(rows)} rows, the one before had {len(self._queues)}; call reset() between "
+                "episodes."
             )
         actions = [queue.act(*row) for row, (queue, _) in zip(rows, self._queues, strict=True)]
         if self.config.robot_convention is not None:
-            actions = [
-                converter.convert(action) for action, (_, converter) in zip(actions, self._queues, strict=True)
-            ]
+            actions = [converter.convert(action) for action, (_, converter) in zip(actions, self._queues, strict=True)]
         return torch.from_numpy(np.stack(actions))
 
     def _new_queue(self) -> ActionQueue:

@@ -102,16 +102,16 @@ class ReachEnvConfig(EnvConfig):
         default_factory=lambda: {
             "action": PolicyFeature(type=FeatureType.ACTION, shape=(7,)),
             "agent_pos": PolicyFeature(type=FeatureType.STATE, shape=(8,)),
-            "pixels/front": image_feature(),
-            "pixels/wrist": image_feature(),
+            "observation.images.front": image_feature(),
+            "observation.images.wrist": image_feature(),
         }
     )
     features_map: dict[str, str] = field(
         default_factory=lambda: {
             "action": "action",
             "agent_pos": "observation.state",
-            "pixels/front": "observation.images.front",
-            "pixels/wrist": "observation.images.wrist",
+            "observation.images.front": "observation.images.front",
+            "observation.images.wrist": "observation.images.wrist",
         }
     )
 
@@ -175,7 +175,7 @@ class ReachArm(Robot):
         self.connected = False
 
 
-def write_dataset(root, repo_id, *, episodes=4, length=10):
+def write_dataset(root, repo_id, *, episodes=6, length=10):
     """Write demonstrations with LeRobot's own library."""
     from lerobot.datasets import LeRobotDataset
 
