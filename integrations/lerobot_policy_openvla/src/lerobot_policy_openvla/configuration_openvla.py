@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import snapshot_download
-from lerobot.configs import NormalizationMode, PreTrainedConfig
+from lerobot.configs import NormalizationMode, PolicyFeature, PreTrainedConfig
 from lerobot.optim import AdamWConfig
 from lerobot.utils.constants import ACTION, OBS_STATE
 from openvla.errors_openvla import OpenVLAValueError
@@ -217,15 +217,14 @@ class OpenVLAConfig(PreTrainedConfig):
         state = self.robot_state_feature
         if config.proprio_dim is not None and (state is None or state.shape != (config.proprio_dim,)):
             got = "none" if state is None else f"one of shape {tuple(state.shape)}"
-            raise OpenVLAValueError(
-                f"The model takes {OBS_STATE} of shape ({config.proprio_dim},), there is {got} among the features "
-                f"{list(self.input_features or {})}."
-            )
-        taken = [*self.cameras, *([OBS_STATE] if config.proprio_dim is not None else [])]
-        self.input_features = {name: (self.input_features or {})[name] for name in taken}
+            raise OpenVLAValueError(f"The model takes {OBS_STATE} of shape ({config.proprio_dim},), there is {got}.")
+        inputs: dict[str, PolicyFeature] = {name: self.image_features[name] for name in self.cameras}
+        if config.proprio_dim is not None:
+            inputs[OBS_STATE] = state
+        self.input_features = inputs
         action = self.action_feature
         if action is None:
-            raise OpenVLAValueError(f"There must be a feature {ACTION!r}, got {list(self.output_features or {})}.")
+            raise OpenVLAValueError(f"There is no output feature {ACTION!r}; name the dataset's column of actions so.")
         if config.action_dim not in (None, action.shape[0]):
             raise OpenVLAValueError(f"The model predicts {config.action_dim} numbers, {ACTION} has {action.shape[0]}.")
         if self.n_action_steps is not None and not 1 <= self.n_action_steps <= config.chunk_length:

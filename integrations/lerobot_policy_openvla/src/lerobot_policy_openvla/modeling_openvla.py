@@ -99,7 +99,7 @@ class OpenVLAPolicy(PreTrainedPolicy):
             )
 
     @classmethod
-    def from_pretrained(  # type: ignore[override]  # the base's further keywords concern a file that is not written
+    def from_pretrained(
         cls,
         pretrained_name_or_path: str | Path,
         *,
@@ -132,7 +132,7 @@ class OpenVLAPolicy(PreTrainedPolicy):
         self.model.save_pretrained(folder, **weights)
         self._policy.processor.save_pretrained(folder)
 
-    def get_optim_params(self) -> list[torch.nn.Parameter]:  # type: ignore[override]  # AdamW takes a list, too
+    def get_optim_params(self) -> list[torch.nn.Parameter]:
         """Return the parameters that ``config.method`` trains."""
         self._require_trainable()
         return list(trained_parameters(self.model).values())
@@ -231,7 +231,7 @@ class OpenVLAPolicy(PreTrainedPolicy):
         return rows
 
     @torch.no_grad()
-    def predict_action_chunk(self, batch: Batch, **kwargs: Any) -> Tensor:  # type: ignore[override]  # no noise
+    def predict_action_chunk(self, batch: Batch, **kwargs: Any) -> Tensor:
         """Predict a chunk of actions for each observation, one after the other, exactly as ``openvla.Policy.act``.
 
         Args:
@@ -258,7 +258,7 @@ class OpenVLAPolicy(PreTrainedPolicy):
         return torch.from_numpy(np.stack(chunks))
 
     @torch.no_grad()
-    def select_action(self, batch: Batch, **kwargs: Any) -> Tensor:  # type: ignore[override]  # no noise
+    def select_action(self, batch: Batch, **kwargs: Any) -> Tensor:
         """Return the next action of each environment, exactly as ``openvla.ActionQueue.act``; predict where needed.
 
         Args:
