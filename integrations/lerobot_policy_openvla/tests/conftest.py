@@ -30,6 +30,8 @@ OFT = {
         }
     },
 }
+ACTION_CONFIG = {name: value for name, value in OFT.items() if name not in ("norm_stats", "parallel_decoding")}
+ENVIRONMENT = ["--env.type=reach", "--env.discover_packages_path=reach", "--eval.use_async_envs=false"]
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -11,14 +11,12 @@ import numpy as np
 import pytest
 import reach
 import torch
-from conftest import FRONT, OFT, REPO_ID
+from conftest import ACTION_CONFIG, ENVIRONMENT, FRONT, REPO_ID
 from lerobot.scripts import lerobot_eval, lerobot_rollout, lerobot_train
 from lerobot_policy_openvla.__main__ import main as write_checkpoint
 from openvla import load_policy
 from safetensors.torch import load_file
 
-ACTION_CONFIG = {name: value for name, value in OFT.items() if name not in ("norm_stats", "parallel_decoding")}
-ENVIRONMENT = ["--env.type=reach", "--env.discover_packages_path=reach", "--eval.use_async_envs=false"]
 STEPS, HALF = 20, 10
 METHODS = {
     "full": ["--policy.cameras=[front]", "--policy.constrain_actions=true", "--policy.optimizer_lr=0.002"],

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from conftest import OFT, REPO_ID, frames, observation
+from conftest import ACTION_CONFIG, REPO_ID, frames, observation
 from lerobot.configs import PreTrainedConfig
 from lerobot_policy_openvla.modeling_openvla import OpenVLAPolicy
 from openvla import load_policy
@@ -13,7 +13,6 @@ from openvla.training.collator import ActionCollator, model_inputs
 from reach import TASK
 from safetensors.torch import load_file
 
-ACTION_CONFIG = {name: value for name, value in OFT.items() if name not in ("norm_stats", "parallel_decoding")}
 FRONT_ONLY = {"cameras": ["front"], "augment": False}
 INDICES = [0, 5, 13]  # of the first and the second episode, which have ten steps each
 
