@@ -110,6 +110,18 @@ def test_a_robot_s_convention_is_applied_to_selected_actions_and_chunks(acting, 
     assert abs(expected[-1]) == 1
 
 
+def test_images_are_prepared_as_asked(acting, tokens_folder):
+    policy, preprocess, _ = acting(tokens_folder, image_preset="libero", **ONE_CAMERA)
+    reference = load_policy(tokens_folder, constrain_actions=True)
+    front, wrist, state = frames(0, rows=1)
+    batch = preprocess(observation(front, wrist, state))
+    unprepared = reference.act(front[0], TASK)
+    reference.processor.image_preset = "libero"
+    expected = reference.act(front[0], TASK)
+    np.testing.assert_array_equal(policy.select_action(batch)[0].numpy(), expected)
+    assert (expected != unprepared).any()
+
+
 def test_an_instruction_fills_in_for_a_missing_task(acting, tokens_folder):
     front, wrist, state = frames(0, rows=1)
     policy, preprocess, _ = acting(tokens_folder, instruction="push", **ONE_CAMERA)
@@ -190,6 +202,7 @@ def test_several_or_no_statistics_are_refused_with_a_remedy(write_model, acting)
         ({"n_obs_steps": 2}, "n_obs_steps must be 1"),
         ({"dtype": "int8"}, "dtype must be"),
         ({"robot_convention": "liberro"}, "Did you mean 'libero'"),
+        ({"image_preset": "liberro"}, "image_preset 'liberro'"),
         ({"normalization_mapping": {"ACTION": "MEAN_STD"}}, "must stay at IDENTITY"),
     ],
 )

@@ -11,7 +11,9 @@ from huggingface_hub import snapshot_download
 from lerobot.configs import NormalizationMode, PolicyFeature, PreTrainedConfig
 from lerobot.optim import AdamWConfig
 from lerobot.utils.constants import ACTION, OBS_STATE
+from openvla.configuration_openvla import PLATFORMS, require_known
 from openvla.errors_openvla import OpenVLAValueError
+from openvla.inference.image_presets import IMAGE_PRESETS
 from openvla.inference.robot_conventions import robot_convention
 
 if TYPE_CHECKING:
@@ -47,6 +49,8 @@ class OpenVLAConfig(PreTrainedConfig):
             "libero" for published LIBERO checkpoints. None leaves them as they are in the training data.
         constrain_actions: Predict action tokens only; see ``predict_action``. None is False, but for the demo policy.
         history_padding: For a model of several moments, see ``openvla.Policy``.
+        image_preset: Preparation of images for acting, a key of openvla's ``IMAGE_PRESETS``, such as "libero". None is
+            the processor's own, or after training "libero" with augmentation, else "none".
         method: What is trained, as in ``openvla finetune``: one of ``METHODS``.
         lora_rank: Rank of LoRA.
         lora_alpha: LoRA's updates are scaled by ``lora_alpha / lora_rank``.
@@ -55,8 +59,7 @@ class OpenVLAConfig(PreTrainedConfig):
             ``platform``, a key of openvla's ``PLATFORMS``.
         action_mask: Which action dimensions are normalised, for statistics that are computed. None: all but the
             gripper of seven.
-        augment: Augment images in training as OpenVLA's training does; the saved processor then prepares images as its
-            evaluation does.
+        augment: Augment images in training as OpenVLA's training does.
         trained_batches: Batches whose images were augmented so far; a resumed run continues from there.
         pad_last_chunk: Train on chunks that begin at the last steps of an episode, padded with its last action.
         gradient_checkpointing: Recompute layers in the backward pass: less memory, slower steps.
@@ -77,6 +80,7 @@ class OpenVLAConfig(PreTrainedConfig):
     robot_convention: str | None = None
     constrain_actions: bool | None = None
     history_padding: str = "start"
+    image_preset: str | None = None
     method: str = "full"
     lora_rank: int = 32
     lora_alpha: float = 16
@@ -111,6 +115,8 @@ class OpenVLAConfig(PreTrainedConfig):
             )
         if self.robot_convention is not None:
             robot_convention(self.robot_convention)
+        if self.image_preset is not None:
+            require_known("image_preset", self.image_preset, tuple(IMAGE_PRESETS))
         if self.n_obs_steps != 1:
             raise OpenVLAValueError(
                 f"n_obs_steps must be 1, got {self.n_obs_steps}; a model of several moments keeps its history itself."
@@ -144,7 +150,7 @@ class OpenVLAConfig(PreTrainedConfig):
             OpenVLAValueError: There is no model, or ``action_config`` does not fit it.
         """
         from openvla.adapters.parallel_decoding import set_action_config
-        from openvla.configuration_openvla import PLATFORMS, OpenVLAConfig, require_known
+        from openvla.configuration_openvla import OpenVLAConfig
 
         config = OpenVLAConfig.from_pretrained(self.openvla_folder())
         if self.action_config is not None and not config.parallel_decoding:

@@ -74,6 +74,8 @@ class OpenVLAPolicy(PreTrainedPolicy):
                 constrain_actions=config.constrain_actions,
                 history_padding=config.history_padding,
             )
+            if config.image_preset is not None:
+                self._policy.processor.image_preset = config.image_preset
         else:
             model, processor, key = load_for_training(config, dataset_meta)
             self._policy = Policy(

@@ -52,7 +52,8 @@ def load_for_training(
         set_action_config(model, config.action_config)
     processor = AutoProcessor.from_pretrained(folder)
     processor.num_images_in_input = model.config.num_images_in_input
-    processor.image_preset = EVALUATION_PRESET if config.augment else "none"  # for acting; training has none
+    # For acting; training has none.
+    processor.image_preset = config.image_preset or (EVALUATION_PRESET if config.augment else "none")
     key = config.unnorm_key or meta.repo_id
     if key not in model.norm_stats:
         takes_state = model.config.proprio_dim is not None
