@@ -1,10 +1,13 @@
 """Losses, statistics and checkpoints are those of the openvla package."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
 from conftest import ACTION_CONFIG, REPO_ID, frames, observation
 from lerobot.configs import PreTrainedConfig
+from lerobot_policy_openvla.__main__ import main as write_checkpoint
 from lerobot_policy_openvla.modeling_openvla import OpenVLAPolicy
 from openvla import load_policy
 from openvla.data.lerobot import LeRobotReader
@@ -61,7 +64,7 @@ def test_statistics_are_those_of_all_steps(trainee, oft_folder, dataset_meta, da
     fields = {"cameras": policy.config.cameras, "action": "action", "proprio": "observation.state"}
     reader = LeRobotReader(dataset_root, preset=None, fields=fields, name=REPO_ID, split="all")
     assert policy.model.norm_stats[REPO_ID] == compute_statistics(reader, progress=False)
-    assert policy.config.unnorm_key == policy.model.config.default_unnorm_key == REPO_ID
+    assert policy.model.config.default_unnorm_key == REPO_ID
     assert set(policy.model.norm_stats) == {"robot", REPO_ID}
     # LeRobot's own are means of the episodes' quantiles.
     exact = np.array(policy.model.norm_stats[REPO_ID]["action"]["q01"])
@@ -71,6 +74,18 @@ def test_statistics_are_those_of_all_steps(trainee, oft_folder, dataset_meta, da
 def test_statistics_of_the_model_are_used_where_they_are_named(trainee, tokens_folder):
     policy = trainee(tokens_folder, unnorm_key="untrained", **FRONT_ONLY)
     assert set(policy.model.norm_stats) == {"untrained"}
+
+
+def test_training_on_other_data_takes_that_data_s_statistics(trainee, tokens_folder, dataset_meta, tmp_path):
+    trainee(tokens_folder, **FRONT_ONLY).save_pretrained(tmp_path / "first")
+    write_checkpoint([str(tokens_folder), str(tmp_path / "written"), "--cameras", "front", "--unnorm-key", "untrained"])
+    other = copy.copy(dataset_meta)
+    other.repo_id = "tests/other"
+    for checkpoint, before in (("first", REPO_ID), ("written", "untrained")):
+        assert OpenVLAPolicy.from_pretrained(tmp_path / checkpoint)._policy.unnorm_key == before
+        continued = OpenVLAPolicy.from_pretrained(tmp_path / checkpoint, dataset_meta=other)
+        assert continued._policy.unnorm_key == "tests/other"
+        assert {before, "tests/other"} <= set(continued.model.norm_stats)
 
 
 def test_a_mask_is_that_of_the_configuration(trainee, tokens_folder):

@@ -53,7 +53,9 @@ def write_checkpoint(
         inputs[OBS_STATE] = PolicyFeature(type=FeatureType.STATE, shape=(policy.model.config.proprio_dim,))
     dimension = len(policy.model.action_statistics(policy.unnorm_key).low)
     outputs = {ACTION: PolicyFeature(type=FeatureType.ACTION, shape=(dimension,))}
-    settings = {**settings, "pretrained_openvla": str(model), "unnorm_key": policy.unnorm_key, "cameras": names}
+    # As the model's default, not in the configuration: training on other data then takes that data's statistics.
+    policy.model.config.default_unnorm_key = policy.unnorm_key
+    settings = {**settings, "pretrained_openvla": str(model), "unnorm_key": None, "cameras": names}
     config = OpenVLAConfig(input_features=inputs, output_features=outputs, device="cpu", push_to_hub=False, **settings)
     config.validate_features()
     with atomic_directory(checkpoint) as folder:

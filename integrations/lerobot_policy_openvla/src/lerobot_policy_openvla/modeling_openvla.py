@@ -81,7 +81,6 @@ class OpenVLAPolicy(PreTrainedPolicy):
             self._policy = Policy(
                 model, processor, key, bool(config.constrain_actions), history_padding=config.history_padding
             )
-        config.unnorm_key = self._policy.unnorm_key
         self.model = self._policy.model
         self._require_action_dimension()
         self._is_trainable = dataset_meta is not None
