@@ -115,6 +115,13 @@ def run_shell(code, where, monkeypatch, capsys):
                         assert re.search(rf"^{extra} = \[", (REPOSITORY / "pyproject.toml").read_text(), re.MULTILINE)
                 case ["apt-get", "install", *_]:
                     pass
+                case ["lerobot-train" | "lerobot-eval" | "lerobot-rollout", *_] | [
+                    "python",
+                    "-m",
+                    "lerobot_policy_openvla",
+                    *_,
+                ]:
+                    pass  # integrations/lerobot_policy_openvla/tests/test_page.py runs them
                 case ["python", file]:
                     runpy.run_path(file, run_name="__main__")
                 case ["openvla" | "torchrun" | "python", *_]:
