@@ -42,7 +42,7 @@ check() {  # name: the batches of out/name are those of one process, each once
 
 kill_when() {  # folder rank batches: kill the process of a rank when it has recorded so many batches
   local record=$1/batches-$2.jsonl
-  until [ "$(wc -l <"$record" 2>/dev/null || echo 0)" -ge "$3" ]; do sleep 0.05; done
+  until [ -f "$record" ] && [ "$(wc -l <"$record")" -ge "$3" ]; do sleep 0.05; done
   kill -9 "$(sed -n "${3}s/.*\"process\": \([0-9]*\).*/\1/p" "$record")"
   echo "$1: process of rank $2 killed after $3 of its batches"
 }

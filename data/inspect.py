@@ -28,6 +28,7 @@ from .findings import CheckInput, Finding
 from .hdf5 import hdf5_files
 from .open import open_dataset
 from .presets import AUTO
+from .replay_buffer import replay_buffer
 from .rlds import rlds_folder
 from .statistics import action_column_names, statistics_and_findings
 from .utils import read_json, require
@@ -44,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "data",
         type=Path,
         metavar="DIR",
-        help="LeRobot, RLDS or HDF5 dataset (or one HDF5 file); or a checkpoint or .json file of statistics",
+        help="LeRobot, RLDS, HDF5 or zarr dataset; or a checkpoint or .json file of statistics",
     )
     parser.add_argument(
         "--preset", default=AUTO, metavar="NAME", help="fields of a known dataset (default: by its name), or none"
@@ -81,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
 def _read_statistics(path: Path) -> dict[str, Any] | None:
     """Return the statistics of a checkpoint's folder or of a file by dataset; None for anything else."""
     files = [path] if path.suffix == ".json" else [path / "dataset_statistics.json", path / "config.json"]
-    if (path / "meta" / "info.json").is_file() or rlds_folder(path) or hdf5_files(path):
+    if (path / "meta" / "info.json").is_file() or rlds_folder(path) or hdf5_files(path) or replay_buffer(path):
         return None  # a dataset, even if its folder also has statistics
     for file in files:
         if not file.is_file():
