@@ -7,6 +7,7 @@ functions for columns, images and numbers.
     python tests/make_data.py presets tests/fixtures --reference openvla-oft/   # tensorflow-cpu
     python tests/make_data.py lerobot tests/fixtures            # lerobot-dataset 0.4.4: v3.0
     python tests/make_data.py lerobot tests/fixtures            # lerobot 0.3.2: v2.1
+    python tests/make_data.py lerobot_files tests/fixtures      # lerobot 0.6.1: v3.0 with several chunks and files
     python tests/make_data.py hdf5 tests/fixtures               # h5py
     python tests/make_data.py zarr tests/fixtures               # zarr 2, imagecodecs
     python tests/make_data.py episode tests/fixtures --reference demos/libero_object_no_noops   # pyarrow
@@ -375,6 +376,49 @@ def make_lerobot(out):
         (out / name / "meta" / file).unlink(missing_ok=True)
 
 
+def make_lerobot_files(out):
+    """Merge datasets of one episode with LeRobot's own tool, into one file each and chunks of two files."""
+    import tempfile
+
+    from lerobot.datasets.aggregate import aggregate_datasets
+    from lerobot.datasets.lerobot_dataset import LeRobotDataset
+
+    cameras, name = {"top": (64, 96), "side": (48, 64)}, "lerobot_v3_files"
+    features = {"action": {"dtype": "float32", "shape": (7,), "names": None}}
+    for camera, size in cameras.items():
+        shape = {"shape": (*size, 3), "names": ["height", "width", "channels"]}
+        features[f"observation.images.{camera}"] = {"dtype": "video", **shape}
+    with tempfile.TemporaryDirectory() as folder:
+        roots = [Path(folder, str(e)) for e in range(len(LENGTHS))]
+        for e, root in enumerate(roots):
+            dataset = LeRobotDataset.create(repo_id=f"test/{e}", fps=FPS, features=features, root=root)
+            frames = {camera: images(e, number, size) for number, (camera, size) in enumerate(cameras.items())}
+            for i in range(LENGTHS[e]):
+                row = {f"observation.images.{camera}": frames[camera][i] for camera in cameras}
+                dataset.add_frame({**row, "action": numbers(e, 7)[i], "task": TASKS[e]})
+            dataset.save_episode()
+            dataset.finalize()
+        shutil.rmtree(out / name, ignore_errors=True)
+        aggregate_datasets(
+            [f"test/{e}" for e in range(len(roots))],
+            f"test/{name}",
+            roots,
+            out / name,
+            chunk_size=2,
+            concatenate_videos=False,
+            concatenate_data=False,
+        )
+    dataset = LeRobotDataset(f"test/{name}", root=out / name, video_backend="pyav", return_uint8=True)
+    rows = [dataset[i] for i in range(len(dataset))]
+    read = {"action": np.stack([np.asarray(row["action"]) for row in rows])}
+    for camera in cameras:
+        frames = np.stack([np.asarray(rows[i][f"observation.images.{camera}"]) for i in TOP_FRAMES])
+        read[camera] = frames.transpose(0, 2, 3, 1)
+    read["task"] = np.array([row["task"] for row in rows])
+    np.savez_compressed(out / f"{name}.npz", **read)
+    (out / name / "meta" / "stats.json").unlink(missing_ok=True)
+
+
 def make_hdf5(out):
     import h5py
 
@@ -462,7 +506,7 @@ def make_episode(out, demos):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
-    parser.add_argument("part", choices=("rlds", "presets", "lerobot", "hdf5", "zarr", "episode"))
+    parser.add_argument("part", choices=("rlds", "presets", "lerobot", "lerobot_files", "hdf5", "zarr", "episode"))
     parser.add_argument("out", type=Path)
     parser.add_argument("--reference", type=Path, help="a checkout of openvla-oft; for episode, a LeRobot dataset")
     args = parser.parse_args()
