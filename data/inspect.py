@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
     if norm_stats is not None:
         return _report_statistics(args, norm_stats)
     plt = import_pyplot("--out") if args.out else None
-    fields = _parse_fields(args.fields)
+    fields = parse_fields(args.fields)
     reader = open_dataset(args.data, preset=args.preset, fields=fields, split=args.split)
     report = inspect(reader, skip_bad=args.skip_bad, check_images=args.check_images, progress=not args.json)
     print(json.dumps(report) if args.json else _format_report(report))
@@ -120,7 +120,8 @@ def _report_statistics(args: argparse.Namespace, norm_stats: dict[str, Any]) -> 
     return 0
 
 
-def _parse_fields(text: str | None) -> dict[str, Any] | None:
+def parse_fields(text: str | None) -> dict[str, Any] | None:
+    """Return the fields in the YAML of ``--fields``; None without it."""
     if text is None:
         return None
     fields = require("yaml", "--fields").safe_load(text)
