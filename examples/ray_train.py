@@ -4,8 +4,9 @@
     python examples/toy.py
     python examples/ray_train.py toy/data toy/base out --train-workers 2
 
-Ray Data's actors read, augment and collate, on whichever machine has free cores; each training process asks for its batches by
-number. So the batches are those of one process (examples/stateful_loader.py), whatever the numbers of workers and actors.
+Ray Data's actors read, augment and collate, on whichever machine has free cores; each training process asks for its
+batches by number. So the batches are those of one process (examples/stateful_loader.py), whatever the numbers of
+workers and actors.
 """
 
 from __future__ import annotations

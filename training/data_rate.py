@@ -70,7 +70,7 @@ def _measure(
         elapsed = time.perf_counter() - start
         if elapsed >= seconds:
             break
-    measured = {"augment": collator.augment is not None, "workers": workers, "samples": samples}
+    measured: dict[str, Any] = {"augment": collator.augment is not None, "workers": workers, "samples": samples}
     measured["samples_per_second"] = round(samples / elapsed, 1)
     if workers == 0:
         measured["cpu_ms"] = round((time.process_time() - cpu_start) / samples * 1000, 2)

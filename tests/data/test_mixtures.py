@@ -9,7 +9,7 @@ from openvla.training.config import FinetuneConfig
 from openvla.training.datasets import Demonstrations
 from reference import FIXTURES
 
-# Number of datasets and sum of the weights in openvla's mixtures.py; the first of duplicates counts, as in materialize.py.
+# Number of datasets and sum of the weights in openvla's mixtures.py; of duplicates the first counts (materialize.py).
 REFERENCE = {
     "bridge": (1, 1.0),
     "bridge_rt_1": (2, 2.0),
