@@ -22,6 +22,7 @@ COMMANDS = {
     "serve": ("serving.cli", "serve a policy over HTTP and WebSocket"),
     "verify": ("conversion.verify", "check every file and tensor of a converted folder"),
     "inspect-data": ("data.inspect", "summarise a dataset and check its recorded numbers"),
+    "convert-data": ("data.convert", "write a dataset of any format as LeRobot v3"),
     "bench": ("benchmarking.benchmark", "measure the speed of a model on this machine"),
     "publish": ("conversion.publish", "upload a folder to the Hugging Face Hub"),
 }

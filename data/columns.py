@@ -311,13 +311,13 @@ class ColumnSpec:
 
     def numeric_columns(self) -> set[str]:
         """Return the names of all numeric columns that are read."""
-        return {_parse_part(part).name for part in (*self.action, *self.proprio, self.relabel) if part}
+        return {parse_part(part).name for part in (*self.action, *self.proprio, self.relabel) if part}
 
     def action_width(self, widths: Mapping[str, int]) -> int:
         """Return the number of action dimensions, given the number of dimensions of every column."""
         width = 0
         for entry in self.action:
-            part = _parse_part(entry) if entry else None
+            part = parse_part(entry) if entry else None
             width += len(range(widths[part.name])[part.dimensions]) if part else 1
         return width
 
@@ -367,19 +367,19 @@ class ColumnSpec:
         return np.flatnonzero(~find_noops(action))
 
 
-class _ColumnPart(NamedTuple):
+class ColumnPart(NamedTuple):
     """A column and which of its dimensions to take."""
 
     name: str
     dimensions: slice
 
 
-def _parse_part(text: str) -> _ColumnPart:
-    """Parse ``name`` or ``name[a:b]``."""
+def parse_part(text: str) -> ColumnPart:
+    """Return the column and the dimensions that ``name`` or ``name[a:b]`` takes."""
     match = _COLUMN_PART.match(text)
     if match is None:
         raise OpenVLAValueError(f"{text!r} is not a column's name.")
-    return _ColumnPart(match["name"], slice(*(int(end) if end else None for end in (match["start"], match["stop"]))))
+    return ColumnPart(match["name"], slice(*(int(end) if end else None for end in (match["start"], match["stop"]))))
 
 
 def _validated_range(values: Any) -> tuple[float, float]:
@@ -392,7 +392,7 @@ def _validated_range(values: Any) -> tuple[float, float]:
 
 def _column(columns: Mapping[str, np.ndarray], text: str) -> np.ndarray:
     """Return a column, or some of its dimensions: ``(length, dimensions)``."""
-    part = _parse_part(text)
+    part = parse_part(text)
     values = np.asarray(columns[part.name])
     values = values[:, None] if values.ndim == 1 else values
     if values.ndim != 2 or values.dtype.kind not in "biuf":

@@ -28,6 +28,7 @@ from .findings import CheckInput, Finding
 from .hdf5 import hdf5_files
 from .open import open_dataset
 from .presets import AUTO
+from .replay_buffer import replay_buffer
 from .rlds import rlds_folder
 from .statistics import action_column_names, statistics_and_findings
 from .utils import read_json, require
@@ -44,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "data",
         type=Path,
         metavar="DIR",
-        help="LeRobot, RLDS or HDF5 dataset (or one HDF5 file); or a checkpoint or .json file of statistics",
+        help="LeRobot, RLDS, HDF5 or zarr dataset; or a checkpoint or .json file of statistics",
     )
     parser.add_argument(
         "--preset", default=AUTO, metavar="NAME", help="fields of a known dataset (default: by its name), or none"
@@ -56,6 +57,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--skip-bad", action="store_true", help="skip and count episodes that cannot be used")
     parser.add_argument("--check-images", action="store_true", help="decode every image, to find damaged ones")
     parser.add_argument(
+        "--rate",
+        action="store_true",
+        help="measure instead how many samples a second the loader gives, on this machine",
+    )
+    parser.add_argument("--workers", type=int, nargs="+", metavar="N", help="with --rate: numbers of loader workers")
+    parser.add_argument(
         "--out", type=Path, metavar="PNG", help="save a figure of frames and histograms (extra: openvla[plot])"
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
@@ -66,9 +73,13 @@ def run(args: argparse.Namespace) -> int:
     norm_stats = _read_statistics(args.data)
     if norm_stats is not None:
         return _report_statistics(args, norm_stats)
+    if args.workers and not args.rate or args.rate and (args.out or args.check_images):
+        raise OpenVLAValueError("--workers is for --rate, which takes no --out and no --check-images.")
     plt = import_pyplot("--out") if args.out else None
-    fields = _parse_fields(args.fields)
+    fields = parse_fields(args.fields)
     reader = open_dataset(args.data, preset=args.preset, fields=fields, split=args.split)
+    if args.rate:
+        return _report_rates(args, reader)
     report = inspect(reader, skip_bad=args.skip_bad, check_images=args.check_images, progress=not args.json)
     print(json.dumps(report) if args.json else _format_report(report))
     if plt:
@@ -78,10 +89,28 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _report_rates(args: argparse.Namespace, reader: EpisodeReader) -> int:
+    from ..training.data_rate import data_rates  # which imports this folder
+
+    rates = data_rates(reader, args.workers or (), skip_bad=args.skip_bad)
+    if args.json:
+        print(json.dumps({"name": reader.name, "rates": rates}))
+        return 0
+    print(
+        f"{reader.name} ({reader.format}): samples a second from storage to batch, {len(reader.fields.cameras)} images"
+    )
+    for rate in rates:
+        workers = f"{rate['workers']} workers" if rate["workers"] else "main process"
+        cpu = f", {rate['cpu_ms']} ms of processor time each" if "cpu_ms" in rate else ""
+        augmented = "with augmentation" if rate["augment"] else "without augmentation"
+        print(f"  {rate['samples_per_second']:>8.1f}  {augmented}, {workers}{cpu}")
+    return 0
+
+
 def _read_statistics(path: Path) -> dict[str, Any] | None:
     """Return the statistics of a checkpoint's folder or of a file by dataset; None for anything else."""
     files = [path] if path.suffix == ".json" else [path / "dataset_statistics.json", path / "config.json"]
-    if (path / "meta" / "info.json").is_file() or rlds_folder(path) or hdf5_files(path):
+    if (path / "meta" / "info.json").is_file() or rlds_folder(path) or hdf5_files(path) or replay_buffer(path):
         return None  # a dataset, even if its folder also has statistics
     for file in files:
         if not file.is_file():
@@ -102,7 +131,7 @@ def _read_statistics(path: Path) -> dict[str, Any] | None:
 
 
 def _report_statistics(args: argparse.Namespace, norm_stats: dict[str, Any]) -> int:
-    options = [name for name in ("fields", "out", "skip_bad", "check_images") if getattr(args, name)]
+    options = [name for name in ("fields", "out", "skip_bad", "check_images", "rate", "workers") if getattr(args, name)]
     options += [name for name, default in (("preset", AUTO), ("split", "train")) if getattr(args, name) != default]
     if options:
         raise OpenVLAValueError(f"{args.data} holds statistics, not data: the options {options} do not apply.")
@@ -119,7 +148,8 @@ def _report_statistics(args: argparse.Namespace, norm_stats: dict[str, Any]) -> 
     return 0
 
 
-def _parse_fields(text: str | None) -> dict[str, Any] | None:
+def parse_fields(text: str | None) -> dict[str, Any] | None:
+    """Return the fields in the YAML of ``--fields``; None without it."""
     if text is None:
         return None
     fields = require("yaml", "--fields").safe_load(text)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import math
 import re
 import warnings
 from collections import Counter
@@ -27,6 +28,7 @@ from .episodes import DEPTH, IMAGE, NUMERIC, TEXT, DatasetError, EpisodeReader, 
 from .file_handles import FileHandleCache
 from .gripper_check import ABSOLUTE, SIGNED, detect_gripper_convention, require_unconverted_gripper
 from .lerobot_meta import FILE_INDICES, load_info, read_json_lines, require_numbers, require_path_patterns
+from .modality import Modality
 from .presets import AUTO, HDF5_PRESETS, PRESETS, WITHOUT_PRESET, merge_fields
 from .utils import require
 from .video import Video
@@ -102,8 +104,8 @@ class LeRobotReader(EpisodeReader):
     Args:
         root: The folder with meta/info.json.
         preset: As in ``open_dataset``.
-        fields: Fields of ``ColumnSpec`` to replace. Default: all colour cameras in the order of info.json, ``action``
-            and ``observation.state``.
+        fields: Fields of ``ColumnSpec`` to replace; names of GR00T's meta/modality.json are columns too. Default: all
+            colour cameras in the order of info.json, ``action`` and ``observation.state``.
         name: The dataset's name. Default: the folder's name.
         split: A key of info.json's ``splits``, or "all".
 
@@ -136,6 +138,12 @@ class LeRobotReader(EpisodeReader):
         self.videos = {dotted(feature) for feature in features if features[feature]["dtype"] == "video"}
         column_kinds = {name: _feature_kind(features[feature]) for name, feature in self.stored_names.items()}
         column_kinds["task"] = TEXT
+        widths = {
+            name: math.prod(features[feature].get("shape") or (1,)) for name, feature in self.stored_names.items()
+        }
+        self.modality = Modality(root, widths)
+        column_kinds |= dict.fromkeys(self.modality.annotations, TEXT)
+        fields = self.modality.resolved(fields)
         self.doubtful_cameras = frozenset(
             name
             for name, feature in self.stored_names.items()
@@ -154,12 +162,18 @@ class LeRobotReader(EpisodeReader):
         merged = merge_fields(suggested, self.preset, fields, root)
         super().__init__(root, name or root.name, column_kinds, merged)
         self._require_video_locations()
-        uses_tasks = self.fields.instruction in (None, "task") and not self.fields.instruction_text
+        is_task_number = self.fields.instruction in (None, "task", *self.modality.annotations)
+        uses_tasks = is_task_number and not self.fields.instruction_text
         self.tasks = self._read_tasks() if uses_tasks else {}
         if preset == AUTO:
             self._select_preset_by_gripper(fields, name, root.name)
         else:
             require_unconverted_gripper(self, fields)
+
+    def notes(self) -> list[str]:
+        """Return the base class's notes, and the names that modality.json defines."""
+        names = f"fields may use the names of modality.json: {', '.join(self.modality.columns)}"
+        return [*super().notes(), *([names] if self.modality.columns else [])]
 
     def _require_video_locations(self) -> None:
         """Check that meta/episodes (v3) locates the videos of the cameras."""
@@ -397,14 +411,16 @@ class LeRobotReader(EpisodeReader):
         """Return the instruction of every step: from a text column, if empty from its alternatives, else the task's."""
         if self.fields.instruction_text:
             return ""
-        if column is None:
-            indices = table["task_index"].to_pylist()
+        if column is None or column in self.modality.annotations:
+            name = "task_index" if column is None else self.stored_names[column]
+            indices = table[name].to_pylist()
             if unknown := [
                 index for index in indices if not isinstance(index, (int, float)) or index not in self.tasks
             ]:
-                raise OpenVLAValueError(f"task_index {unknown[0]} is not in meta/tasks; copy the dataset again")
+                raise OpenVLAValueError(f"{name} {unknown[0]} is not in meta/tasks; copy the dataset again")
             instructions = [self.tasks[index] for index in indices]
-            self._warn_of_other_tasks(instructions, meta_tasks)
+            if column is None:
+                self._warn_of_other_tasks(instructions, meta_tasks)
             return instructions
         texts = _to_texts(table[self.stored_names[column]])
         for alternative in alternatives:

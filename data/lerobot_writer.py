@@ -17,7 +17,7 @@ from ..configuration_openvla import write_json
 from ..errors_openvla import OpenVLAValueError
 from .utils import read_json, require
 
-_VERSION = "v3.0"
+VERSION = "v3.0"
 _CHUNK_SIZE = 1000  # files per folder, as in LeRobot
 _DATA_PATH = "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
 _EPISODES = "meta/episodes/chunk-000/file-000.parquet"
@@ -30,10 +30,11 @@ class LeRobotWriter:
     Args:
         root: The dataset's folder; episodes are appended to a dataset with the same features.
         fps: Steps per second.
-        numbers: Names of the dimensions of every float32 column.
+        numbers: Names of the dimensions of every column of numbers.
         cameras: Height and width of every image column.
         texts: Text columns, in addition to the task, which the format stores separately.
         robot_type: LeRobot's name of the robot.
+        number_dtype: dtype of the columns of numbers, "float32" or "float64".
 
     Raises:
         ValueError: The folder holds a dataset with other features.
@@ -49,13 +50,14 @@ class LeRobotWriter:
         cameras: Mapping[str, tuple[int, int]],
         texts: Sequence[str] = (),
         robot_type: str | None = None,
+        number_dtype: str = "float32",
     ) -> None:
-        self.root, self.fps = Path(root), fps
+        self.root, self.fps, self.number_dtype = Path(root), fps, number_dtype
         self.numbers, self.cameras, self.texts = dict(numbers), dict(cameras), tuple(texts)
         self.pyarrow = require("pyarrow", "Writing LeRobot datasets")
         self.parquet = require("pyarrow.parquet", "Writing LeRobot datasets")
         self.info = {
-            "codebase_version": _VERSION,
+            "codebase_version": VERSION,
             "robot_type": robot_type,
             "chunks_size": _CHUNK_SIZE,
             "data_files_size_in_mb": 100,
@@ -73,7 +75,7 @@ class LeRobotWriter:
     def _features(self) -> dict[str, Any]:
         features: dict[str, Any] = {}
         for name, dimensions in self.numbers.items():
-            features[name] = {"dtype": "float32", "shape": [len(dimensions)], "names": list(dimensions)}
+            features[name] = {"dtype": self.number_dtype, "shape": [len(dimensions)], "names": list(dimensions)}
         for name, size in self.cameras.items():
             features[name] = {"dtype": "image", "shape": [*size, 3], "names": ["height", "width", "channels"]}
         for name, dtype in (
@@ -101,7 +103,7 @@ class LeRobotWriter:
 
     def add_episode(
         self,
-        task: str,
+        task: str | Sequence[str],
         numbers: Mapping[str, np.ndarray],
         images: Mapping[str, Sequence[bytes]],
         texts: Mapping[str, str] | None = None,
@@ -109,8 +111,8 @@ class LeRobotWriter:
         """Write one episode.
 
         Args:
-            task: The instruction.
-            numbers: float ``(length, dimensions)`` by column.
+            task: The instruction, or one of every step.
+            numbers: ``(length, dimensions)`` by column.
             images: One encoded image (JPEG or PNG) per step, by column.
             texts: One text for the whole episode, by column.
 
@@ -123,17 +125,19 @@ class LeRobotWriter:
         texts = texts or {}
         length = self._validated_length(numbers, images, texts)
         index, start = len(self.episodes), sum(row["length"] for row in self.episodes)
-        if task not in self.tasks:
-            self.tasks.append(task)
+        tasks = [task] * length if isinstance(task, str) else list(task)
+        if len(tasks) != length:
+            raise OpenVLAValueError(f"task must be one text, or one of each of {length} steps, got {len(tasks)}.")
+        self.tasks = list(dict.fromkeys([*self.tasks, *tasks]))
         table = self._episode_table(
-            index=index, start=start, length=length, task=task, numbers=numbers, images=images, texts=texts
+            index=index, start=start, length=length, tasks=tasks, numbers=numbers, images=images, texts=texts
         )
         location = {"chunk_index": index // _CHUNK_SIZE, "file_index": index % _CHUNK_SIZE}
         self._write(_DATA_PATH.format(**location), table)
         self.episodes.append(
             {
                 "episode_index": index,
-                "tasks": [task],
+                "tasks": list(dict.fromkeys(tasks)),
                 "length": length,
                 **{f"data/{key}": value for key, value in location.items()},
                 "dataset_from_index": start,
@@ -151,7 +155,7 @@ class LeRobotWriter:
         index: int,
         start: int,
         length: int,
-        task: str,
+        tasks: Sequence[str],
         numbers: Mapping[str, np.ndarray],
         images: Mapping[str, Sequence[bytes]],
         texts: Mapping[str, str],
@@ -159,7 +163,7 @@ class LeRobotWriter:
         arrow = self.pyarrow
         columns: dict[str, Any] = {}
         for name, dimensions in self.numbers.items():
-            flat = arrow.array(np.asarray(numbers[name], np.float32).reshape(-1))
+            flat = arrow.array(np.asarray(numbers[name], self.number_dtype).reshape(-1))
             columns[name] = arrow.FixedSizeListArray.from_arrays(flat, len(dimensions))
         cell = arrow.struct([("bytes", arrow.binary()), ("path", arrow.string())])
         for name in self.cameras:
@@ -168,7 +172,7 @@ class LeRobotWriter:
             columns[name] = arrow.array([texts[name]] * length)
         steps = np.arange(length)
         columns["timestamp"] = arrow.array((steps / self.fps).astype(np.float32))
-        values = (steps, np.full(length, index), start + steps, np.full(length, self.tasks.index(task)))
+        values = (steps, np.full(length, index), start + steps, np.array([self.tasks.index(task) for task in tasks]))
         columns |= {name: arrow.array(value.astype(np.int64)) for name, value in zip(_INDICES, values)}
         return arrow.table(columns)
 

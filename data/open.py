@@ -12,6 +12,7 @@ from .episodes import EpisodeReader
 from .hdf5 import HDF5Reader, hdf5_files
 from .lerobot import LeRobotReader
 from .presets import AUTO, NO_PRESET
+from .replay_buffer import ReplayBufferReader, replay_buffer
 from .rlds import RLDSReader, rlds_folder
 
 
@@ -23,12 +24,12 @@ def open_dataset(
     split: str = "train",
     name: str | None = None,
 ) -> EpisodeReader:
-    """Open a LeRobot (v2.0 to v3.0), RLDS or HDF5 dataset; the format is detected from the content.
+    """Open a LeRobot (v2.0 to v3.0), RLDS, HDF5 or zarr dataset; the format is detected from the content.
 
     For a torch ``Dataset`` or a list, see :class:`~openvla.data.torch_dataset.TorchDatasetReader`.
 
     Args:
-        path: The dataset's folder, or one HDF5 file. For RLDS, the folder with features.json or its parent.
+        path: The dataset's folder, or one HDF5 or .zip file. For RLDS, the folder with features.json or its parent.
         preset: A key of ``presets.PRESETS``. "auto" selects by the dataset's name (RLDS), by the columns (HDF5 of
             LIBERO and ALOHA), or by the name where the gripper goes below 0 (LeRobot datasets of LIBERO). "none" or
             None uses no preset.
@@ -42,7 +43,7 @@ def open_dataset(
         FileNotFoundError: The path does not exist.
         ValueError: The format is unknown, or the dataset has no episode.
         KeyError: A field names a column that does not exist.
-        ImportError: The format needs a package of the extra ``train``.
+        ImportError: The format needs a package of the extra ``train`` or ``zarr``.
     """
     path = Path(path).expanduser()
     if not path.exists():
@@ -55,11 +56,14 @@ def open_dataset(
         reader = RLDSReader(folder, preset=preset, fields=fields, name=name, split=split)
     elif files := hdf5_files(path):
         reader = HDF5Reader(path, files, preset=preset, fields=fields, name=name, split=split)
+    elif buffer := replay_buffer(path):
+        reader = ReplayBufferReader(buffer, preset=preset, fields=fields, name=name, split=split)
     else:
         entries = sorted(entry.name for entry in path.iterdir())[:8] if path.is_dir() else path.name
         raise OpenVLAValueError(
-            f"{path} is not a dataset of a known format. Known formats: LeRobot v2.1 and v3 (meta/info.json), RLDS "
-            f"(features.json and .tfrecord files), HDF5 (.hdf5, .h5). The path contains: {entries}."
+            f"{path} is not a dataset of a known format. Known formats: LeRobot v2.0 to v3.0 (meta/info.json), "
+            "RLDS (features.json and .tfrecord files), HDF5 (.hdf5, .h5), zarr (meta/episode_ends). The path contains: "
+            f"{entries}."
         )
     if not len(reader):
         raise OpenVLAValueError(f"{path} has no episode.")

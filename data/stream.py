@@ -86,6 +86,7 @@ class StepStream(IterableDataset):
 
     Attributes:
         readers: The datasets, with their cameras in one order.
+        position: Where the stream begins.
         skipped: Number of different bad episodes and steps skipped so far in this process (every worker has its own).
     """
 
@@ -112,7 +113,7 @@ class StepStream(IterableDataset):
         self.shuffle_buffer, self.seed = shuffle_buffer, seed
         self.repeat, self.rank, self.world_size, self.skip_bad = repeat, rank, world_size, skip_bad
         self._errors: set[str] = set()
-        self._position = StreamPosition(world_size=world_size)
+        self.position = StreamPosition(world_size=world_size)
         self._validate()
         self.readers = align_cameras(self.readers)
         if rank == 0:
@@ -242,19 +243,14 @@ class StepStream(IterableDataset):
         The numbers of ranks and workers may differ from those when the run began. A rank replays the batches of others
         from the same shard without reading images (with ``skip_bad`` they are read).
         """
-        self._position = position
+        self.position = position
 
     def __iter__(self) -> Iterator[Step]:
         info = torch.utils.data.get_worker_info()
         worker, num_workers = (info.id, info.num_workers) if info else (0, 1)
-        position = dataclasses.replace(self._position, workers=self._position.workers or num_workers)
+        position = dataclasses.replace(self.position, workers=self.position.workers or num_workers)
         num_shards = position.world_size * (position.workers or 1)
-        for reader in self.readers if self.repeat else ():
-            if len(reader) < num_shards:
-                raise OpenVLAValueError(
-                    f"{reader.name} has {len(reader)} episodes, too few for {num_shards} readers "
-                    f"({position.world_size} ranks of {position.workers} workers); use fewer workers."
-                )
+        self.require_episodes(num_shards, f"{position.world_size} ranks of {position.workers} workers")
         # DataLoader takes batches from its workers in turn, beginning with the first one.
         first, stride = position.batches + self.rank + self.world_size * worker, self.world_size * num_workers
         if stride != num_shards and not self.repeat:
@@ -269,12 +265,20 @@ class StepStream(IterableDataset):
             shard = position.shard(batch)
             if shard not in samples:
                 is_needed = functools.partial(is_drawn_here, shard=shard)
-                samples[shard] = _MixtureShard(self, shard, num_shards).samples(is_needed)
+                samples[shard] = MixtureShard(self, shard, num_shards).samples(is_needed)
             for _ in range(position.batch_size):
                 sample = next(samples[shard], None)
                 if sample is None:
                     return
                 yield sample
+
+    def require_episodes(self, num_shards: int, reason: str) -> None:
+        """Raise OpenVLAValueError if an endless stream has fewer episodes of a dataset than shards."""
+        for reader in self.readers if self.repeat else ():
+            if len(reader) < num_shards:
+                raise OpenVLAValueError(
+                    f"{reader.name} has {len(reader)} episodes, too few for {num_shards} readers ({reason}); use fewer."
+                )
 
     def record_error(self, error: DatasetError) -> None:
         """Count a skipped episode or step and warn about it, once."""
@@ -353,7 +357,7 @@ class _OpenEpisode:
     num_left: int
 
 
-class _MixtureShard:
+class MixtureShard:
     """One worker's share of a mixture: chooses a dataset, then one of its samples."""
 
     def __init__(self, stream: StepStream, shard: int, num_shards: int) -> None:

@@ -78,8 +78,13 @@ class Handler(BaseHTTPRequestHandler):
         self.query = parse_qs(parts.query)
         self.body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         self.server.requests.append(f"{self.command} {unquote(parts.path)}")
+        path = [unquote(part) for part in parts.path.strip("/").split("/")]
+        if path[:2] == ["api", "datasets"]:  # datasets are stored like models
+            path[1] = "models"
+        elif path[0] == "datasets":
+            del path[0]
         try:
-            method([unquote(part) for part in parts.path.strip("/").split("/")])
+            method(path)
         except Refused as refused:
             headers = {"X-Error-Code": refused.code, "X-Error-Message": str(refused)}
             self.send(json.dumps({"error": str(refused)}).encode(), refused.status, headers)
@@ -184,6 +189,11 @@ class Handler(BaseHTTPRequestHandler):
                 if branch in branches:
                     raise Refused(409, "Conflict", "Reference already exists")
                 branches[branch] = list(branches["main"])
+                self.send_json({})
+            case ["api", "models", owner, name, "tag", revision]:
+                self.server.branches[f"{owner}/{name}"][json.loads(self.body)["tag"]] = [
+                    self.head(f"{owner}/{name}", revision)
+                ]
                 self.send_json({})
             case ["api", "models", owner, name, "preupload", revision]:
                 self.head(f"{owner}/{name}", revision)

@@ -7,7 +7,9 @@ functions for columns, images and numbers.
     python tests/make_data.py presets tests/fixtures --reference openvla-oft/   # tensorflow-cpu
     python tests/make_data.py lerobot tests/fixtures            # lerobot-dataset 0.4.4: v3.0
     python tests/make_data.py lerobot tests/fixtures            # lerobot 0.3.2: v2.1
+    python tests/make_data.py lerobot_files tests/fixtures      # lerobot 0.6.1: v3.0 with several chunks and files
     python tests/make_data.py hdf5 tests/fixtures               # h5py
+    python tests/make_data.py zarr tests/fixtures               # zarr 2, imagecodecs
     python tests/make_data.py episode tests/fixtures --reference demos/libero_object_no_noops   # pyarrow
 """
 
@@ -374,6 +376,49 @@ def make_lerobot(out):
         (out / name / "meta" / file).unlink(missing_ok=True)
 
 
+def make_lerobot_files(out):
+    """Merge datasets of one episode with LeRobot's own tool, into one file each and chunks of two files."""
+    import tempfile
+
+    from lerobot.datasets.aggregate import aggregate_datasets
+    from lerobot.datasets.lerobot_dataset import LeRobotDataset
+
+    cameras, name = {"top": (64, 96), "side": (48, 64)}, "lerobot_v3_files"
+    features = {"action": {"dtype": "float32", "shape": (7,), "names": None}}
+    for camera, size in cameras.items():
+        shape = {"shape": (*size, 3), "names": ["height", "width", "channels"]}
+        features[f"observation.images.{camera}"] = {"dtype": "video", **shape}
+    with tempfile.TemporaryDirectory() as folder:
+        roots = [Path(folder, str(e)) for e in range(len(LENGTHS))]
+        for e, root in enumerate(roots):
+            dataset = LeRobotDataset.create(repo_id=f"test/{e}", fps=FPS, features=features, root=root)
+            frames = {camera: images(e, number, size) for number, (camera, size) in enumerate(cameras.items())}
+            for i in range(LENGTHS[e]):
+                row = {f"observation.images.{camera}": frames[camera][i] for camera in cameras}
+                dataset.add_frame({**row, "action": numbers(e, 7)[i], "task": TASKS[e]})
+            dataset.save_episode()
+            dataset.finalize()
+        shutil.rmtree(out / name, ignore_errors=True)
+        aggregate_datasets(
+            [f"test/{e}" for e in range(len(roots))],
+            f"test/{name}",
+            roots,
+            out / name,
+            chunk_size=2,
+            concatenate_videos=False,
+            concatenate_data=False,
+        )
+    dataset = LeRobotDataset(f"test/{name}", root=out / name, video_backend="pyav", return_uint8=True)
+    rows = [dataset[i] for i in range(len(dataset))]
+    read = {"action": np.stack([np.asarray(row["action"]) for row in rows])}
+    for camera in cameras:
+        frames = np.stack([np.asarray(rows[i][f"observation.images.{camera}"]) for i in TOP_FRAMES])
+        read[camera] = frames.transpose(0, 2, 3, 1)
+    read["task"] = np.array([row["task"] for row in rows])
+    np.savez_compressed(out / f"{name}.npz", **read)
+    (out / name / "meta" / "stats.json").unlink(missing_ok=True)
+
+
 def make_hdf5(out):
     import h5py
 
@@ -400,6 +445,50 @@ def make_hdf5(out):
                 obs.create_dataset("eye_in_hand_rgb", data=images(number, 1), **packed)
 
 
+def make_zarr(out):
+    """Write buffers in the layouts of Diffusion Policy's pusht_cchi_v7_replay.zarr and of UMI's dataset.zarr.zip."""
+    import zarr
+    from imagecodecs.numcodecs import Jpegxl, register_codecs
+    from numcodecs import Blosc
+
+    register_codecs()
+    steps = range(len(LENGTHS))
+    arrays = {
+        "replay_buffer.zarr": {
+            "img": np.concatenate([images(e, 0) for e in steps]).astype(np.float32),
+            "state": np.concatenate([numbers(e, 5, 1) for e in steps]),
+            "action": np.concatenate([numbers(e, 7) for e in steps]),
+        },
+        "umi.zarr.zip": {
+            "camera0_rgb": np.concatenate([images(e, 0) for e in steps]),
+            "robot0_eef_pos": np.concatenate([numbers(e, 3) for e in steps]),
+            "robot0_eef_rot_axis_angle": np.concatenate([numbers(e, 3, 1) for e in steps]),
+            "robot0_gripper_width": np.concatenate([numbers(e, 1, 2) for e in steps]),
+            "robot0_demo_start_pose": np.concatenate([numbers(e, 6, 3) for e in steps]).astype(np.float64),
+            "robot0_demo_end_pose": np.concatenate([numbers(e, 6, 4) for e in steps]).astype(np.float64),
+        },
+    }
+    for name, columns in arrays.items():
+        is_zip = name.endswith(".zip")
+        shutil.rmtree(out / name, ignore_errors=True)
+        (out / name).unlink(missing_ok=True)
+        store = zarr.ZipStore(str(out / name), mode="w") if is_zip else zarr.DirectoryStore(str(out / name))
+        root = zarr.group(store)
+        for key, values in columns.items():
+            if is_zip and key == "camera0_rgb":
+                options = {"chunks": (1, *values.shape[1:]), "compressor": Jpegxl(level=99, numthreads=1)}
+            else:  # as ReplayBuffer.get_optimal_chunks and resolve_compressor do
+                options = {"chunks": (8, *values.shape[1:]), "compressor": Blosc("lz4", 5, Blosc.NOSHUFFLE)}
+            root.require_group("data").create_dataset(key, data=values, **options)
+        ends = np.cumsum(LENGTHS)
+        root.require_group("meta").create_dataset("episode_ends", data=ends, chunks=ends.shape, compressor=None)
+        read = {key: root["data"][key][:] for key in columns}
+        store.close() if is_zip else None
+        frames = next(key for key, values in read.items() if values.ndim == 4)
+        read[frames] = read[frames][list(TOP_FRAMES)].astype(np.uint8)
+        np.savez_compressed(out / f"{name.partition('.')[0]}.npz", **read)
+
+
 def make_episode(out, demos):
     """Store ten steps of a scripted episode whose initial state is not in the training data."""
     import pyarrow.parquet
@@ -417,7 +506,7 @@ def make_episode(out, demos):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
-    parser.add_argument("part", choices=("rlds", "presets", "lerobot", "hdf5", "episode"))
+    parser.add_argument("part", choices=("rlds", "presets", "lerobot", "lerobot_files", "hdf5", "zarr", "episode"))
     parser.add_argument("out", type=Path)
     parser.add_argument("--reference", type=Path, help="a checkout of openvla-oft; for episode, a LeRobot dataset")
     args = parser.parse_args()

@@ -11,6 +11,7 @@ import torch
 
 from ..actions_openvla import NORMALIZATIONS
 from ..data.augmentation import ImageAugmentation
+from ..data.batches import StepBatch
 from ..data.episodes import Step, neutral_past_end
 from ..data.stream import StreamPosition
 from ..errors_openvla import OpenVLAKeyError, OpenVLAValueError
@@ -40,7 +41,8 @@ class ActionCollator:
         augment: Image augmentation, drawn separately for each camera, on frames resized as the reference does. None
             leaves frames unchanged.
         seed: Seed of the augmentation.
-        position: Position in the data of the first batch; a resumed run then draws the same augmentations.
+        position: Position in the data of the first batch; a resumed run then draws the same augmentations. A
+            :class:`~openvla.data.batches.StepBatch` has its own, so that its augmentation depends on its number alone.
         rank: Index of this process.
         world_size: Number of processes.
         pad_to_multiple_of: Sequences are padded to a multiple of this length, so that few lengths occur.
@@ -102,7 +104,8 @@ class ActionCollator:
                 model's, or proprio is missing.
         """
         input_ids, labels, pixel_values, actions, proprio = [], [], [], [], []
-        generator = np.random.default_rng([self.seed, *self.position.source(self._next_batch())])
+        source = steps.source if isinstance(steps, StepBatch) else self.position.source(self._next_batch())
+        generator = np.random.default_rng([self.seed, *source])
         for step in steps:
             inputs = self.processor(instruction=step.instruction, images=self.images(step, generator))
             normalized = self.normalized_actions(step)

@@ -12,6 +12,7 @@ from torch.utils.data import IterableDataset
 from ..actions_openvla import nearest_name
 from ..configuration_openvla import write_json
 from ..data.episodes import EpisodeReader, Step
+from ..data.mixtures import expanded_entries
 from ..data.open import open_dataset
 from ..data.statistics import require_names_differ, statistics_and_findings
 from ..data.stream import StepStream, StreamPosition
@@ -61,7 +62,7 @@ class Demonstrations:
     def __init__(self, config: FinetuneConfig) -> None:
         if not config.data:
             raise OpenVLAValueError("A run needs data: a dataset folder, or a list of mappings with their path.")
-        entries = [{"path": config.data}] if isinstance(config.data, str) else [dict(entry) for entry in config.data]
+        entries = [{"path": config.data}] if isinstance(config.data, str) else expanded_entries(config.data)
         for entry in entries:
             _check_data_entry(entry)
         self.config = config

@@ -414,3 +414,33 @@ def test_goal_images_are_not_cameras(tmp_path, name):
     assert name.replace("/", ".") not in reader.fields.cameras
     with pytest.warns(UserWarning, match="seems to hold depth, masks"):
         open_dataset(tmp_path / "a.hdf5", fields={"cameras": [name]})
+
+
+def test_robomimic_04_is_read(tmp_path):
+    """Robomimic 0.4: action_dict, the language in ep_meta, camera poses beside the frames, filter keys."""
+    action = np.random.RandomState(0).uniform(-1, 1, (STEPS, 7))
+    with h5py.File(tmp_path / "image.hdf5", "w") as file:
+        for number in range(2):
+            group = demo(file, number, UPRIGHT, None)
+            group.move("obs/image", "obs/robot0_agentview_left_image")
+            del group["actions"]
+            group["actions"], group["actions_abs"] = action, action + 1
+            for name, width in (("rel_pos", 3), ("rel_rot_axis_angle", 3), ("rel_rot_6d", 6), ("gripper", 1)):
+                group[f"action_dict/{name}"] = np.zeros((STEPS, width))
+            group["obs/robot0_eef_pos"] = action[:, :3]
+            group["camera_info/robot0_agentview_left/extrinsic"] = np.zeros((STEPS, 4, 4))
+            group["states"], group["rewards"] = np.zeros((STEPS, 45)), np.zeros(STEPS)
+            group.attrs["model_file"], group.attrs["num_samples"] = "<mujoco/>", STEPS
+            group.attrs["ep_meta"] = json.dumps({"lang": f"open drawer {number}", "layout_id": 3})
+        environment = {"env_name": "OpenDrawer", "env_version": "1.5.1", "type": 1, "env_kwargs": {}}
+        file["data"].attrs["env_args"] = json.dumps(environment)
+        file["mask/train"], file["mask/valid"] = np.array([b"demo_0"]), np.array([b"demo_1"])
+    fields = {"proprio": ["obs.robot0_eef_pos"]}
+    reader = open_dataset(tmp_path / "image.hdf5", fields=fields)
+    assert reader.fields.cameras == ("obs.robot0_agentview_left_image",)
+    assert [episode.instructions[0] for episode in reader] == ["open drawer 0"]
+    np.testing.assert_array_equal(reader[0].actions, action)
+    np.testing.assert_array_equal(reader[0].proprio, action[:, :3])
+    np.testing.assert_array_equal(reader[0].images(0)[0], UPRIGHT[0])
+    valid = open_dataset(tmp_path / "image.hdf5", fields=fields, split="valid")
+    assert [episode.instructions[0] for episode in valid] == ["open drawer 1"]

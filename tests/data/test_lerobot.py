@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from encoded_images import jpeg
-from make_data import LENGTHS, TASKS
+from make_data import LENGTHS, TASKS, TOP_FRAMES
 from rlds import episode_columns, write_rlds
 
 pytest.importorskip("av")
@@ -471,3 +471,17 @@ def test_chunks_size_zero_is_refused(copy):
     info(folder, chunks_size=0)
     with pytest.raises(ValueError, match="chunks_size of info.json must be a whole number above 0, got 0"):
         open_dataset(folder)
+
+
+def test_several_chunks_and_files_equal_lerobot():
+    """A dataset of lerobot 0.6.1's aggregate_datasets with one episode a file, two files a chunk."""
+    golden = np.load(FIXTURES / "lerobot_v3_files.npz")
+    reader = open_dataset(FIXTURES / "lerobot_v3_files")
+    assert len({path.parent.name for path in reader.files if "data" in path.parts}) == 2
+    assert reader.fields.cameras == ("observation.images.top", "observation.images.side")
+    np.testing.assert_array_equal(np.concatenate([episode.actions for episode in reader]), golden["action"])
+    assert [text for episode in reader for text in episode.instructions] == golden["task"].tolist()
+    frames = [episode.images(step) for episode in reader for step in range(len(episode))]
+    for camera, name in enumerate(("top", "side")):
+        read = np.stack([frames[index][camera] for index in TOP_FRAMES])
+        np.testing.assert_array_equal(read, golden[name])

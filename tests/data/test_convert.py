@@ -1,0 +1,127 @@
+"""``openvla convert-data``: what is read equals what is read back; LeRobot itself opens it; it arrives on the Hub."""
+
+import shutil
+
+import numpy as np
+import pytest
+from memory_dataset import memory_reader
+from openvla.__main__ import main
+from openvla.data.convert import camera_names, convert_dataset
+from openvla.data.open import open_dataset
+from reference import FIXTURES
+
+for package in ("av", "h5py", "pyarrow"):
+    pytest.importorskip(package)
+
+SOURCES = {
+    "lerobot_v21": {},
+    "lerobot_v3": {},
+    "lerobot_v3_files": {},
+    "bridge_orig": {"fps": 5},
+    "fractal20220817_data": {"fps": 3},
+    "hdf5": {"fps": 20},
+    "replay_buffer.zarr": {"fps": 10, "fields": {"instruction_text": "push"}},
+}
+
+
+def source(name):
+    if name.endswith(".zarr"):
+        pytest.importorskip("zarr")
+    return open_dataset(FIXTURES / name, fields=SOURCES[name].get("fields"))
+
+
+def assert_equal(episode, read_back):
+    np.testing.assert_array_equal(read_back.actions, episode.actions)
+    assert (read_back.proprio is None) == (episode.proprio is None)
+    if episode.proprio is not None:
+        np.testing.assert_array_equal(read_back.proprio, episode.proprio)
+    assert list(read_back.instructions) == [text.strip() for text in episode.instructions]
+    for step in range(len(episode)):
+        for frame, frame_back in zip(episode.images(step), read_back.images(step), strict=True):
+            np.testing.assert_array_equal(frame_back, frame)
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_every_format_is_read_back_equal(tmp_path, name):
+    reader = source(name)
+    counts = convert_dataset(reader, tmp_path / "new", fps=SOURCES[name].get("fps"), progress=False)
+    assert counts == {"episodes": len(reader), "steps": sum(map(len, reader)), "skipped": 0}
+    written = open_dataset(tmp_path / "new")
+    assert written.frame_rate == (SOURCES[name].get("fps") or reader.frame_rate)
+    assert list(written.fields.cameras) == camera_names(reader)
+    for episode, read_back in zip(reader, written, strict=True):
+        assert_equal(episode, read_back)
+
+
+@pytest.mark.parametrize("name", ["lerobot_v3", "bridge_orig", "hdf5"])
+def test_lerobot_opens_what_is_written(tmp_path, name):
+    library = pytest.importorskip(
+        "lerobot.datasets.lerobot_dataset", reason="needs lerobot (ci/integration_lerobot_data.sh)"
+    )
+    reader = source(name)
+    convert_dataset(reader, tmp_path / "new", fps=SOURCES[name].get("fps"), progress=False)
+    dataset = library.LeRobotDataset("test/new", root=tmp_path / "new")
+    index = 0
+    for episode in reader:
+        for step in range(len(episode)):
+            row = dataset[index]
+            np.testing.assert_array_equal(row["action"], episode.actions[step].astype(row["action"].numpy().dtype))
+            assert row["task"] == episode.instructions[step].strip()
+            for camera, frame in zip(camera_names(reader), episode.images(step)):
+                shown = (row[camera].numpy().transpose(1, 2, 0) * 255).round().astype(np.uint8)
+                np.testing.assert_array_equal(shown, frame)
+            index += 1
+    assert index == dataset.num_frames
+
+
+def test_instructions_may_differ_from_step_to_step(tmp_path):
+    reader = memory_reader()
+    for index, row in enumerate(reader.data):
+        row["task"] = f"task {index % 3}"
+    convert_dataset(reader, tmp_path / "new", fps=10, progress=False)
+    for episode, read_back in zip(reader, open_dataset(tmp_path / "new"), strict=True):
+        assert_equal(episode, read_back)
+
+
+def test_numbers_beyond_float32_stay_exact(tmp_path):
+    reader = memory_reader()
+    reader.data[5]["action"] = np.full(7, 0.1)
+    convert_dataset(reader, tmp_path / "new", fps=10, progress=False)
+    assert open_dataset(tmp_path / "new")[0].actions[5, 0] == 0.1
+
+
+def test_bad_episodes_raise_or_are_counted(tmp_path):
+    reader = memory_reader(bad_image=(2, 3), nan=5)
+    with pytest.raises(ValueError, match="mine, episode 2: no image at step 3"):
+        convert_dataset(reader, tmp_path / "new", fps=10, progress=False)
+    assert not list(tmp_path.iterdir())
+    with pytest.warns(UserWarning, match="mine: skipped 2 of 8 episodes"):
+        counts = convert_dataset(reader, tmp_path / "new", fps=10, skip_bad=True, progress=False)
+    assert (counts["episodes"], counts["skipped"], len(open_dataset(tmp_path / "new"))) == (6, 2, 6)
+
+
+def test_a_rate_that_is_not_known_or_contradicts_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="stores no steps per second"):
+        convert_dataset(memory_reader(), tmp_path / "new")
+    with pytest.raises(ValueError, match=r"that of the dataset \(10.0\), got 30"):
+        convert_dataset(source("lerobot_v3"), tmp_path / "new", fps=30)
+    (tmp_path / "new").mkdir()
+    with pytest.raises(FileExistsError, match="exists; give a new folder"):
+        convert_dataset(memory_reader(), tmp_path / "new", fps=10)
+
+
+def test_a_dataset_is_pushed_with_card_and_tag(here, tmp_path, capsys):
+    arguments = ["convert-data", str(FIXTURES / "hdf5"), str(tmp_path / "new"), "--fps", "20"]
+    assert main([*arguments, "--push", "me/demos", "--private"]) == 0
+    assert "4 episodes, 28 steps, 0 skipped" in capsys.readouterr().out
+    files = here.files("me/demos")
+    assert here.files("me/demos", "v3.0") == files
+    assert "me/demos" in here.private
+    local = {file.relative_to(tmp_path / "new").as_posix() for file in (tmp_path / "new").rglob("*") if file.is_file()}
+    assert local <= set(files)
+    card = files["README.md"].decode()
+    assert card.startswith("---\ntask_categories: [robotics]\ntags: [LeRobot, openvla]\nconfigs:")
+    assert "4 episodes, 28 steps at 20 per second" in card
+    shutil.rmtree(tmp_path / "new")
+    assert main([*arguments, "--private"]) == 2
+    assert "--private and --token are for --push" in capsys.readouterr().err
