@@ -245,7 +245,7 @@ def test_the_ratio_is_one_in_bfloat16_under_fsdp(folders):
     cfg = configuration(folders["chunks"], "chunks", add_value_head=False)
     cfg.rollout.model.precision = "bf16"
     cfg.actor.fsdp_config.mixed_precision = {"param_dtype": "bf16", "reduce_dtype": "fp32", "buffer_dtype": "fp32"}
-    cfg.algorithm.update(adv_type="grpo", loss_type="actor", logprob_type="action_level", entropy_bonus=0)
+    cfg.algorithm.update(adv_type="grpo", loss_type="actor", logprob_type="chunk_level", entropy_bonus=0)
     cfg.env.train.update(auto_reset=False, ignore_terminations=False)  # as its recipes for GRPO
     metrics = train(Actor(cfg), collect(Rollout(cfg), cfg))
     assert metrics["actor/ratio"] == 1
