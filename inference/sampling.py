@@ -164,15 +164,51 @@ def action_log_probs(
     """
     prompt = _checked_prompt(model, input_ids, pixel_values, attention_mask, temperature, top_k)
     tokens = _checked_tokens(model, tokens, len(prompt.input_ids))
-    if model.config.parallel_decoding:
-        keys = model.batch_keys(unnorm_key, len(prompt.input_ids))
-        logits, hidden = _chunk_logits(model, prompt, model.normalize_proprio(proprio, keys))
-    else:
-        model.normalize_proprio(proprio, [""] * len(prompt.input_ids))  # refuses any
-        embeds, mask, _, _ = model.embed_inputs(*prompt)
-        logits, hidden = token_logits(model, embeds, mask, tokens)
+    logits, hidden = _logits(model, prompt, unnorm_key, tokens, proprio)
     evaluated = _log_probs_and_entropy(model, logits, tokens, temperature, top_k)
     return evaluated if value_head is None else (*evaluated, value_head(hidden))
+
+
+def action_log_distribution(
+    model: OpenVLAForActionPrediction,
+    input_ids: torch.Tensor | None = None,
+    pixel_values: torch.Tensor | None = None,
+    attention_mask: torch.Tensor | None = None,
+    unnorm_key: str | Sequence[str | None] | None = None,
+    *,
+    tokens: torch.Tensor | None = None,
+    proprio: np.ndarray | torch.Tensor | Sequence[float] | None = None,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+) -> torch.Tensor:
+    """Return the log-probabilities of all action tokens at every position, with gradient.
+
+    Args:
+        model: The model.
+        input_ids: As in ``action_log_probs``, as the next three.
+        pixel_values: Images.
+        attention_mask: Mask of the prompts.
+        unnorm_key: Dataset.
+        tokens: As in ``action_log_probs``: each position is given the tokens before it. None with parallel decoding,
+            where no position depends on another.
+        proprio: As in ``predict_action``.
+        temperature: Logits are divided by it.
+        top_k: Number of likeliest tokens; the others have minus infinity. None for all.
+
+    Returns:
+        float32 ``(batch, action_dim, action tokens)``, parallel decoding ``(batch, chunk, action_dim, action tokens)``,
+        VQ actions ``(batch, rounds, action tokens)``, in nats; index 0 is the token ``model.action_token_ids.start``.
+
+    Raises:
+        ValueError: As ``action_log_probs``; or ``tokens`` are missing, or given with parallel decoding.
+    """
+    prompt = _checked_prompt(model, input_ids, pixel_values, attention_mask, temperature, top_k)
+    if (tokens is None) != model.config.parallel_decoding:
+        raise OpenVLAValueError("tokens are needed of a model without parallel decoding, and of no other.")
+    if tokens is not None:
+        tokens = _checked_tokens(model, tokens, len(prompt.input_ids))
+    logits, _ = _logits(model, prompt, unnorm_key, tokens, proprio)
+    return _log_distribution(model, logits, temperature, top_k)
 
 
 def token_logits(
@@ -271,6 +307,22 @@ def _checked_tokens(model: OpenVLAForActionPrediction, tokens: torch.Tensor, bat
         raise OpenVLAValueError(f"tokens must be action tokens, integers from {ids.start} to {ids.stop - 1}.")
     embeddings: Any = model.get_input_embeddings()
     return tokens.to(embeddings.weight.device)
+
+
+def _logits(
+    model: OpenVLAForActionPrediction,
+    prompt: Prompt,
+    unnorm_key: str | Sequence[str | None] | None,
+    tokens: torch.Tensor | None,
+    proprio: np.ndarray | torch.Tensor | Sequence[float] | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return logits ``(..., vocabulary)`` of the shape of tokens, and the hidden state of the first token."""
+    if tokens is None or model.config.parallel_decoding:
+        keys = model.batch_keys(unnorm_key, len(prompt.input_ids))
+        return _chunk_logits(model, prompt, model.normalize_proprio(proprio, keys))
+    model.normalize_proprio(proprio, [""] * len(prompt.input_ids))  # refuses any
+    embeds, mask, _, _ = model.embed_inputs(*prompt)
+    return token_logits(model, embeds, mask, tokens)
 
 
 def _chunk_logits(

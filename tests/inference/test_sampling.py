@@ -6,6 +6,7 @@ import torch
 from minivla import convert_run, write_vq
 from openvla import AutoModelForVision2Seq, AutoProcessor, ValueHead, observation_batch
 from openvla.benchmarking.sizes import CHUNK_FIELDS
+from openvla.inference.sampling import action_log_distribution
 from openvla.tiny import build_tiny
 from torch.nn import functional
 
@@ -140,6 +141,19 @@ def test_top_k_draws_from_the_likeliest_tokens_alone(policy):
     assert entropy.isfinite().all()
     log_probs.exp().sum().backward()
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize("top_k", [None, 20])
+def test_the_distribution_holds_the_log_probabilities_of_tokens(policy, top_k):
+    model, inputs = policy
+    _, tokens, log_probs = model.sample_actions(**inputs, temperature=1.6, top_k=top_k)
+    before = {} if model.config.parallel_decoding else {"tokens": tokens}
+    everything = action_log_distribution(model, **inputs, **before, temperature=1.6, top_k=top_k)
+    assert torch.equal(everything.gather(-1, (tokens - model.action_token_ids.start)[..., None])[..., 0], log_probs)
+    torch.testing.assert_close(everything.exp().sum(-1), torch.ones(tokens.shape))
+    assert int(everything.isfinite().sum(-1).max()) == (top_k or everything.shape[-1])
+    with pytest.raises(ValueError, match="tokens are needed of a model without parallel decoding, and of no other"):
+        action_log_distribution(model, **inputs, **({} if before else {"tokens": tokens}))
 
 
 def test_values_have_a_gradient_and_the_head_is_saved(policy, tmp_path):
