@@ -81,12 +81,10 @@ def test_a_run_learns_and_evaluates(method, runs):
     assert len(losses) == STEPS // 5
     assert losses[-1] < 0.9 * losses[0]
     assert (output / f"eval/videos_step_{STEPS:06d}").is_dir()
-    settings = json.loads((output / "checkpoints/last/pretrained_model/config.json").read_text())
+    checkpoint = output / "checkpoints/last/pretrained_model"
+    settings, model = (json.loads((checkpoint / name).read_text()) for name in ("config.json", "openvla/config.json"))
     assert settings["unnorm_key"] is None  # the model's default is this data's key
-    assert (
-        json.loads((output / "checkpoints/last/pretrained_model/openvla/config.json").read_text())["default_unnorm_key"]
-        == REPO_ID
-    )
+    assert model["default_unnorm_key"] == REPO_ID
     assert settings["cameras"][0] == FRONT
 
 
