@@ -21,7 +21,7 @@ COMMANDS = {
     "evaluate": ("evaluation.cli", "evaluate a policy in the LIBERO simulator"),
     "serve": ("serving.cli", "serve a policy over HTTP and WebSocket"),
     "verify": ("conversion.verify", "check every file and tensor of a converted folder"),
-    "inspect-data": ("data.inspect", "summarise a dataset and check its recorded numbers"),
+    "inspect-data": ("training.inspect_data", "summarise a dataset and check its recorded numbers"),
     "convert-data": ("data.convert", "write a dataset of any format as LeRobot v3"),
     "bench": ("benchmarking.benchmark", "measure the speed of a model on this machine"),
     "publish": ("conversion.publish", "upload a folder to the Hugging Face Hub"),

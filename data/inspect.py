@@ -1,7 +1,6 @@
-"""``openvla inspect-data``: summarise a dataset as a table, JSON or a figure, and check its numbers.
+"""The report of ``openvla inspect-data``: a dataset as a table, JSON or a figure, and the checks of its numbers.
 
-For a checkpoint or a file of statistics, the statistics are checked. The exit status is 0 whatever the checks find;
-``openvla finetune`` stops at certain findings, and the ``findings`` of the JSON have a ``severity``.
+``training.inspect_data`` is the command.
 """
 
 from __future__ import annotations
@@ -57,12 +56,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--skip-bad", action="store_true", help="skip and count episodes that cannot be used")
     parser.add_argument("--check-images", action="store_true", help="decode every image, to find damaged ones")
     parser.add_argument(
-        "--rate",
-        action="store_true",
-        help="measure instead how many samples a second the loader gives, on this machine",
-    )
-    parser.add_argument("--workers", type=int, nargs="+", metavar="N", help="with --rate: numbers of loader workers")
-    parser.add_argument(
         "--out", type=Path, metavar="PNG", help="save a figure of frames and histograms (extra: openvla[plot])"
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
@@ -73,37 +66,15 @@ def run(args: argparse.Namespace) -> int:
     norm_stats = _read_statistics(args.data)
     if norm_stats is not None:
         return _report_statistics(args, norm_stats)
-    if args.workers and not args.rate or args.rate and (args.out or args.check_images):
-        raise OpenVLAValueError("--workers is for --rate, which takes no --out and no --check-images.")
     plt = import_pyplot("--out") if args.out else None
     fields = parse_fields(args.fields)
     reader = open_dataset(args.data, preset=args.preset, fields=fields, split=args.split)
-    if args.rate:
-        return _report_rates(args, reader)
     report = inspect(reader, skip_bad=args.skip_bad, check_images=args.check_images, progress=not args.json)
     print(json.dumps(report) if args.json else _format_report(report))
     if plt:
         _save_figure(plt, reader, report, args.out)
         if not args.json:
             print(f"figure       {args.out}")
-    return 0
-
-
-def _report_rates(args: argparse.Namespace, reader: EpisodeReader) -> int:
-    from ..training.data_rate import data_rates  # which imports this folder
-
-    rates = data_rates(reader, args.workers or (), skip_bad=args.skip_bad)
-    if args.json:
-        print(json.dumps({"name": reader.name, "rates": rates}))
-        return 0
-    print(
-        f"{reader.name} ({reader.format}): samples a second from storage to batch, {len(reader.fields.cameras)} images"
-    )
-    for rate in rates:
-        workers = f"{rate['workers']} workers" if rate["workers"] else "main process"
-        cpu = f", {rate['cpu_ms']} ms of processor time each" if "cpu_ms" in rate else ""
-        augmented = "with augmentation" if rate["augment"] else "without augmentation"
-        print(f"  {rate['samples_per_second']:>8.1f}  {augmented}, {workers}{cpu}")
     return 0
 
 
@@ -131,7 +102,7 @@ def _read_statistics(path: Path) -> dict[str, Any] | None:
 
 
 def _report_statistics(args: argparse.Namespace, norm_stats: dict[str, Any]) -> int:
-    options = [name for name in ("fields", "out", "skip_bad", "check_images", "rate", "workers") if getattr(args, name)]
+    options = [name for name in ("fields", "out", "skip_bad", "check_images") if getattr(args, name)]
     options += [name for name, default in (("preset", AUTO), ("split", "train")) if getattr(args, name) != default]
     if options:
         raise OpenVLAValueError(f"{args.data} holds statistics, not data: the options {options} do not apply.")
