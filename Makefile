@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test test-slow fuzz test-surface test-browser notebooks convert-full train-tiny lanes lint docs clean
+.PHONY: demo test test-slow fuzz test-surface test-browser notebooks convert-full train-tiny lanes integrations lint docs clean
 
 demo: $(INSTALLED)  ## one action from a real LIBERO frame, as a table and as demo.png; with the simulator an episode too
 	$(VENV)/bin/openvla predict --plot demo.png
@@ -40,6 +40,9 @@ train-tiny: $(INSTALLED)  ## the tiny LIBERO policies from nothing: demonstratio
 
 lanes:  ## parity, remote code and processors on every supported transformers, and the towers against timm
 	PYTHON=$(PYTHON) bash ci/lanes.sh
+
+integrations:  ## adapters to other frameworks against the real packages, each in an environment of its own
+	for script in ci/integration_*.sh; do PYTHON=$(PYTHON) bash $$script || exit 1; done
 
 lint: $(INSTALLED)  ## style and types
 	$(VENV)/bin/pip install --quiet -c ci/constraints.txt mypy ruff
