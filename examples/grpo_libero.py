@@ -119,9 +119,9 @@ def run_episode(
 def set_advantages(group: Sequence[Episode]) -> None:
     """Set the advantages of episodes that began in one state: 0 if all had the same outcome."""
     successes = np.array([episode.success for episode in group], dtype=np.float64)
-    if successes.std() > 0:
-        for episode, advantage in zip(group, (successes - successes.mean()) / successes.std()):
-            episode.advantage = float(advantage)
+    deviation = successes.std() or 1.0
+    for episode, advantage in zip(group, (successes - successes.mean()) / deviation):
+        episode.advantage = float(advantage)
 
 
 def grpo_update(
