@@ -4,8 +4,8 @@
     openvla evaluate --model runs/grpo --tasks milk --first-initial-state 25 --episodes 25 --constrain-actions
 
 Every iteration runs groups of episodes, each from one initial state, with drawn actions. An episode's advantage is its
-success minus its group's mean, over the standard deviation; groups with one outcome teach nothing (GRPO, arXiv 2402.03300,
-without the KL term). Then one pass of updates over the steps, with the clipped ratio of probabilities.
+success minus its group's mean, over the standard deviation; groups with one outcome teach nothing (GRPO, arXiv
+2402.03300, without the KL term). Then one pass of updates over the steps, with the clipped ratio of probabilities.
 """
 
 from __future__ import annotations
@@ -169,7 +169,9 @@ def grpo_update(
         loss = -torch.minimum(ratio * advantage, ratio.clamp(1 - CLIP, 1 + CLIP) * advantage).mean()
         optimizer.zero_grad()
         loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_([p for p in policy.model.parameters() if p.requires_grad], MAX_GRADIENT_NORM)
+        norm = torch.nn.utils.clip_grad_norm_(
+            [p for p in policy.model.parameters() if p.requires_grad], MAX_GRADIENT_NORM
+        )
         optimizer.step()
         rows.append({"loss": loss.item(), "ratio": ratio.mean().item(), "gradient_norm": float(norm)})
     return rows

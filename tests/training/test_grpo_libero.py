@@ -34,7 +34,8 @@ def group_of(policy, size, seed, max_steps=1):
     """Return a group of episodes with advantages."""
     generator = torch.Generator().manual_seed(seed)
     group = [
-        grpo.run_episode(ForwardTask(), policy, INSTRUCTION, 0, max_steps, 1.0, generator=generator) for _ in range(size)
+        grpo.run_episode(ForwardTask(), policy, INSTRUCTION, 0, max_steps, 1.0, generator=generator)
+        for _ in range(size)
     ]
     grpo.set_advantages(group)
     return group
