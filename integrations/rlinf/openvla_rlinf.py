@@ -17,8 +17,8 @@ RLinf then calls ``register()`` in every worker. The model's configuration (``ac
     max_prompt_length: 64       # tokens; every prompt is padded to it
     add_value_head: false       # true for PPO
 
-The name is none of RLinf's own types (``openvla``, ``openvla_oft``): for these RLinf imports timm and ``prismatic`` when
-it wraps the model for FSDP, and its environments convert their gripper once more.
+The name is none of RLinf's own types (``openvla``, ``openvla_oft``): for these RLinf imports timm and ``prismatic``
+when it wraps the model for FSDP, and its environments convert their gripper once more.
 """
 
 from __future__ import annotations
