@@ -395,16 +395,8 @@ def test_demo_policies_behind_openvla_serve_have_the_same_episodes(name, tmp_pat
     arguments = ["--tasks", "0", "--episodes", "1", "--first-initial-state", "1", "--max-steps", "110", "--json"]
 
     def evaluate(folder, *options):
-        command = [
-            sys.executable,
-            "-m",
-            "openvla",
-            "evaluate",
-            *options,
-            *arguments,
-            "--output",
-            str(tmp_path / folder),
-        ]
+        command = [sys.executable, "-m", "openvla", "evaluate", *options, *arguments]
+        command += ["--output", str(tmp_path / folder)]
         return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
     local = evaluate("local", "--model", model, *constrained)
@@ -433,7 +425,5 @@ def test_death_of_the_server_names_it_and_keeps_the_episodes(tmp_path, capsys):
     with serve(lambda request: {"actions": still} if next(count) < 3 else None) as (url, _):
         assert main(["evaluate", "--server", url, *arguments]) == 2  # after the check and two episodes
     assert re.search(r"ServerConnectionError: ws://.* gave no action within 60 s, or died", capsys.readouterr().err)
-    port = int(url.rpartition(":")[2])
-    assert port
     videos = list((tmp_path / "episodes").glob("task*.mp4"))
     assert len([video for video in videos if "error" not in video.name]) == 2
