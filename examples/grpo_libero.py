@@ -169,7 +169,9 @@ def grpo_update(
         loss = -torch.minimum(ratio * advantage, ratio.clamp(1 - CLIP, 1 + CLIP) * advantage).mean()
         optimizer.zero_grad()
         loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_([p for p in policy.model.parameters() if p.requires_grad], MAX_GRADIENT_NORM)
+        norm = torch.nn.utils.clip_grad_norm_(
+            [p for p in policy.model.parameters() if p.requires_grad], MAX_GRADIENT_NORM
+        )
         optimizer.step()
         rows.append({"loss": loss.item(), "ratio": ratio.mean().item(), "gradient_norm": float(norm)})
     return rows
@@ -269,7 +271,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--suite", default="libero_object")
     parser.add_argument("--tasks", nargs="+", default=["milk"], metavar="TASK", help="numbers or names")
     parser.add_argument("--initial-states", type=int, nargs=2, default=(0, 25), metavar=("FROM", "TO"))
-    parser.add_argument("--groups", type=int, default=4, help="groups an iteration")
+    parser.add_argument("--groups", type=int, default=2, help="groups an iteration")
     parser.add_argument("--group-size", type=int, default=4, help="episodes from one initial state")
     parser.add_argument("--max-steps", type=int, default=250, help="an episode that takes longer has failed")
     parser.add_argument("--steps-per-episode", type=int, default=64, help="of them so many, drawn, are trained on")

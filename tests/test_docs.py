@@ -48,7 +48,7 @@ ARGUMENTS_ONLY = {"evaluate", "assemble"}
 NEW_NAMES = tuple(map(int, transformers.__version__.split(".")[:2])) >= (4, 56)
 # What begins so is compiled, not run; how often each page may do that.
 NOT_RUN = "# Not run in CI:"
-MARKED = {"migration.md": 4, "quantising.md": 1, "serving.md": 6, "tracevla.md": 2}
+MARKED = {"migration.md": 4, "quantising.md": 1, "reinforcement-learning.md": 3, "serving.md": 6, "tracevla.md": 2}
 
 
 def blocks(page):

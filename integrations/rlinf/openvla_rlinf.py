@@ -268,7 +268,9 @@ class OpenVLAForRLinf(OpenVLAForActionPrediction, BasePolicy):
         if self.robot_convention != "raw":
             # A drawn gripper may be any bin; training data have 0 (closed) to 1 (open).
             actions[..., -1] = actions[..., -1].clip(0, 1)
-            actions = convert_action(actions.reshape(-1, actions.shape[-1]), self.robot_convention).reshape(actions.shape)
+            actions = convert_action(actions.reshape(-1, actions.shape[-1]), self.robot_convention).reshape(
+                actions.shape
+            )
         return torch.from_numpy(actions)
 
 

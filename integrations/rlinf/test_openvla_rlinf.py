@@ -230,7 +230,9 @@ def test_rlinf_trains_the_model(folders, kind, lora):
     assert metrics["actor/clip_fraction"] == 0
     assert metrics["actor/grad_norm"] > 0
     assert metrics["critic/value_loss"] > 0
-    changed = {name for name, tensor in actor.model.state_dict().items() if not torch.equal(tensor.full_tensor(), before[name])}
+    changed = {
+        name for name, tensor in actor.model.state_dict().items() if not torch.equal(tensor.full_tensor(), before[name])
+    }
     assert any("value_head" in name for name in changed)
     assert any("q_proj" in name for name in changed)
     assert all("lora_" in name or "value_head" in name for name in changed) or not lora
@@ -258,12 +260,16 @@ def test_actions_are_in_the_convention_of_the_environment(folders, kind):
     policies = {}
     for convention in ("raw", "libero"):
         policies[convention] = get_model(configuration(folders[kind], kind, robot_convention=convention).actor.model)
-    results = {name: model.eval().predict_action_batch(observations(0), mode="eval") for name, model in policies.items()}
+    results = {
+        name: model.eval().predict_action_batch(observations(0), mode="eval") for name, model in policies.items()
+    }
     raw, actions = (results[name][0].numpy() for name in ("raw", "libero"))
     assert raw.shape == (ENVIRONMENTS, policies["raw"].config.chunk_length, 7)
     assert np.array_equal(actions[..., :-1], raw[..., :-1])
     assert np.array_equal(actions[..., -1], np.where(raw[..., -1] > 0.5, -1, 1))
-    greedy = policies["raw"].predict_action_batch(observations(0), do_sample=True, temperature=1e-6, calculate_values=False)
+    greedy = policies["raw"].predict_action_batch(
+        observations(0), do_sample=True, temperature=1e-6, calculate_values=False
+    )
     assert np.array_equal(greedy[0], results["raw"][0])
     assert torch.equal(greedy[1]["prev_values"], torch.zeros(ENVIRONMENTS, 1))
 

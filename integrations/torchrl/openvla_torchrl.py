@@ -104,7 +104,9 @@ class OpenVLAWrapper(VLAWrapperBase):
                 "TorchRL's policies of tokens need one token for each action number: no continuous head, no VQ actions."
             )
         if kwargs.get("num_samples") is not None and not model.config.parallel_decoding:
-            raise OpenVLAValueError("num_samples needs a model with parallel decoding; repeat the observations instead.")
+            raise OpenVLAValueError(
+                "num_samples needs a model with parallel decoding; repeat the observations instead."
+            )
         unnorm_key = model.batch_keys(unnorm_key, 1)[0]
         tokenizer = OpenVLAActionTokenizer(model, unnorm_key, robot_convention)
         super().__init__(
