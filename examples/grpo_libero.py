@@ -4,8 +4,8 @@
     openvla evaluate --model runs/grpo --tasks milk --first-initial-state 25 --episodes 25 --constrain-actions
 
 Every iteration runs groups of episodes, each from one initial state, with drawn actions. An episode's advantage is its
-success minus its group's mean, over the standard deviation; groups with one outcome teach nothing (GRPO, arXiv 2402.03300,
-without the KL term). Then one pass of updates over the steps, with the clipped ratio of probabilities.
+success minus its group's mean, over the standard deviation; groups with one outcome teach nothing (GRPO, arXiv
+2402.03300, without the KL term). Then one pass of updates over the steps, with the clipped ratio of probabilities.
 """
 
 from __future__ import annotations
@@ -156,6 +156,7 @@ def grpo_update(
         count = min(len(steps), steps_per_episode or len(steps))
         samples += [(episode, step) for step in order.sample(steps, count)]
     order.shuffle(samples)
+    parameters = [parameter for parameter in policy.model.parameters() if parameter.requires_grad]
     rows = []
     for first in range(0, len(samples), batch_size):
         batch = samples[first : first + batch_size]
@@ -169,9 +170,7 @@ def grpo_update(
         loss = -torch.minimum(ratio * advantage, ratio.clamp(1 - CLIP, 1 + CLIP) * advantage).mean()
         optimizer.zero_grad()
         loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(
-            [p for p in policy.model.parameters() if p.requires_grad], MAX_GRADIENT_NORM
-        )
+        norm = torch.nn.utils.clip_grad_norm_(parameters, MAX_GRADIENT_NORM)
         optimizer.step()
         rows.append({"loss": loss.item(), "ratio": ratio.mean().item(), "gradient_norm": float(norm)})
     return rows
@@ -219,6 +218,8 @@ def collect_groups(
     for futures in runs:
         group = [future.result() for future in futures]
         set_advantages(group)
+        successes, steps = sum(e.success for e in group), sum(len(e.frames) for e in group)
+        print(f"group of {len(group)}: {successes} successes, {steps} steps", flush=True)
         yield group
 
 

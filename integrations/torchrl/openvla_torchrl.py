@@ -7,7 +7,7 @@ Copy this file beside your script, or put its folder on PYTHONPATH:
     loss = ClipPPOLoss(actor_network=policy, critic_network=None, entropy_bonus=False)
     loss.set_keys(action=policy.tensor_keys.action_tokens, sample_log_prob=policy.tensor_keys.log_probs)
 
-``policy.action_tokenizer`` decodes tokens for ``ActionTokenizerTransform``, or, with ``output_mode="both"``, in the policy.
+``policy.action_tokenizer`` decodes tokens for ``ActionTokenizerTransform``; so does a policy with ``output_mode="both"``.
 """
 
 from __future__ import annotations
@@ -68,9 +68,9 @@ class OpenVLAWrapper(VLAWrapperBase):
     """OpenVLA as TorchRL's policy of action tokens ``(..., chunk, action_dim)``, numbered from 0.
 
     It reads TorchRL's canonical keys: the image, uint8 ``(..., 3, height, width)``; a model of two cameras also
-    ``("observation", "wrist_image")``; a model with proprio also the state ``(..., proprio_dim)`` in robot units; and the
-    instruction. The distribution is that of ``openvla``'s ``sample_actions``. ``get_dist`` of a model that predicts token
-    by token needs the tokens in the tensordict: each position is given the ones before it.
+    ``("observation", "wrist_image")``; a model with proprio also the state ``(..., proprio_dim)`` in robot units; and
+    the instruction. The distribution is that of ``openvla``'s ``sample_actions``. ``get_dist`` of a model that predicts
+    token by token needs the tokens in the tensordict: each position is given the ones before it.
 
     Args:
         model: OpenVLA that predicts tokens.
@@ -136,7 +136,7 @@ class OpenVLAWrapper(VLAWrapperBase):
         logits_only: bool = False,
         **kwargs: Any,
     ) -> TensorDictBase:
-        """Sample tokens, or take the likeliest, as the exploration type says; write them and their log-probabilities."""
+        """Write sampled tokens, or the likeliest, as the exploration type says, and their log-probabilities."""
         if self.model.config.parallel_decoding or logits_only or self.logits_only:
             return super().forward(tensordict, tensordict_out=tensordict_out, logits_only=logits_only, **kwargs)
         tokens = self._draw(tensordict)
