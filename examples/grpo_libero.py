@@ -156,6 +156,7 @@ def grpo_update(
         count = min(len(steps), steps_per_episode or len(steps))
         samples += [(episode, step) for step in order.sample(steps, count)]
     order.shuffle(samples)
+    parameters = [parameter for parameter in policy.model.parameters() if parameter.requires_grad]
     rows = []
     for first in range(0, len(samples), batch_size):
         batch = samples[first : first + batch_size]
@@ -169,9 +170,7 @@ def grpo_update(
         loss = -torch.minimum(ratio * advantage, ratio.clamp(1 - CLIP, 1 + CLIP) * advantage).mean()
         optimizer.zero_grad()
         loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(
-            [p for p in policy.model.parameters() if p.requires_grad], MAX_GRADIENT_NORM
-        )
+        norm = torch.nn.utils.clip_grad_norm_(parameters, MAX_GRADIENT_NORM)
         optimizer.step()
         rows.append({"loss": loss.item(), "ratio": ratio.mean().item(), "gradient_norm": float(norm)})
     return rows
@@ -219,6 +218,8 @@ def collect_groups(
     for futures in runs:
         group = [future.result() for future in futures]
         set_advantages(group)
+        successes, steps = sum(e.success for e in group), sum(len(e.frames) for e in group)
+        print(f"group of {len(group)}: {successes} successes, {steps} steps", flush=True)
         yield group
 
 
@@ -271,7 +272,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--suite", default="libero_object")
     parser.add_argument("--tasks", nargs="+", default=["milk"], metavar="TASK", help="numbers or names")
     parser.add_argument("--initial-states", type=int, nargs=2, default=(0, 25), metavar=("FROM", "TO"))
-    parser.add_argument("--groups", type=int, default=4, help="groups an iteration")
+    parser.add_argument("--groups", type=int, default=2, help="groups an iteration")
     parser.add_argument("--group-size", type=int, default=4, help="episodes from one initial state")
     parser.add_argument("--max-steps", type=int, default=250, help="an episode that takes longer has failed")
     parser.add_argument("--steps-per-episode", type=int, default=64, help="of them so many, drawn, are trained on")

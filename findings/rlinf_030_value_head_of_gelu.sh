@@ -9,7 +9,7 @@
 # Seen: ValueError. With activation="relu" it is built.
 #
 # Output seen:
-#   torch 2.13.0+cpu: ValueHead(64) raises ValueError: Unsupported nonlinearity gelu; with activation="relu" it has 98560 parameters
+#   torch 2.13.0+cpu: ValueHead(64) raises ValueError: Unsupported nonlinearity gelu; with activation="relu" it has 99072 parameters
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT

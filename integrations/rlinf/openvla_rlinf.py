@@ -13,12 +13,12 @@ RLinf then calls ``register()`` in every worker. The model's configuration (``ac
     action_dim: 7               # checked: the model's own
     num_action_chunks: 8        # checked: the model's own, 1 for a model without chunks
     unnorm_key: libero_spatial_no_noops
-    robot_convention: libero    # of the environment, see openvla.inference.robot_conventions; raw changes nothing
+    robot_convention: libero    # of the environment (openvla.inference.robot_conventions); raw leaves actions
     max_prompt_length: 64       # tokens; every prompt is padded to it
     add_value_head: false       # true for PPO
 
 The name is none of RLinf's own types (``openvla``, ``openvla_oft``): for these RLinf imports timm and ``prismatic``
-when it wraps the model for FSDP, and its environments convert their gripper once more.
+when it wraps the model for FSDP, and its environments convert the gripper once more.
 """
 
 from __future__ import annotations

@@ -7,8 +7,7 @@ Copy this file beside your script, or put its folder on PYTHONPATH:
     loss = ClipPPOLoss(actor_network=policy, critic_network=None, entropy_bonus=False)
     loss.set_keys(action=policy.tensor_keys.action_tokens, sample_log_prob=policy.tensor_keys.log_probs)
 
-``policy.action_tokenizer`` decodes tokens for ``ActionTokenizerTransform``, or, with ``output_mode="both"``, in the
-policy.
+``policy.action_tokenizer`` decodes tokens for ``ActionTokenizerTransform``; so does a policy with ``output_mode="both"``.
 """
 
 from __future__ import annotations
@@ -137,7 +136,7 @@ class OpenVLAWrapper(VLAWrapperBase):
         logits_only: bool = False,
         **kwargs: Any,
     ) -> TensorDictBase:
-        """Sample tokens, or take the likeliest, by the exploration type; write them and their log-probabilities."""
+        """Write sampled tokens, or the likeliest, as the exploration type says, and their log-probabilities."""
         if self.model.config.parallel_decoding or logits_only or self.logits_only:
             return super().forward(tensordict, tensordict_out=tensordict_out, logits_only=logits_only, **kwargs)
         tokens = self._draw(tensordict)

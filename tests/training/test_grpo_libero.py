@@ -78,11 +78,11 @@ def test_groups_of_one_outcome_change_nothing(policy):
 
 @pytest.mark.slow
 def test_success_becomes_more_frequent(policy):
-    optimizer = torch.optim.AdamW(policy.model.parameters(), lr=3e-4)
+    optimizer = torch.optim.AdamW(policy.model.parameters(), lr=3e-3)
     successes = []
-    for iteration in range(10):
+    for iteration in range(24):
         group = group_of(policy, 12, seed=iteration)
         successes.append(sum(episode.success for episode in group))
         grpo.grpo_update(policy, optimizer, group, temperature=1.0, batch_size=12)
-    assert sum(successes[:2]) < 20
-    assert sum(successes[-2:]) == 24
+    assert sum(successes[:4]) <= 30  # of 48
+    assert sum(successes[-8:]) >= 80  # of 96
