@@ -20,7 +20,7 @@ PAGES = {
     "CONTRIBUTING.md": "contributing.md",
     "CHANGELOG.md": "changelog.md",
 }
-RESULTS = ("chunks", "conversion", "cpu", "libero", "quantization", "rl", "serving", "training")
+RESULTS = ("chunks", "conversion", "cpu", "libero", "loader", "quantization", "serving", "training")
 PAGES |= {f"benchmarks/results/{name}.md": f"results-{name}.md" for name in RESULTS}
 LINK = re.compile(r"(?<=\]\()[\w./-]+(?=[#)])")
 
