@@ -240,18 +240,16 @@ class OpenVLAForRLinf(OpenVLAForActionPrediction, BasePolicy):
         return {
             "logprobs": log_probs.flatten(1) if compute_logprobs else None,
             "entropy": entropy.flatten(1) if compute_entropy else None,
-            "values": values[0] if values else None,
+            "values": values[0].float() if values else None,
         }
 
     def _model_inputs(self, env_obs: dict[str, Any]) -> dict[str, Any]:
         """Return the model's inputs for RLinf's observations, on its device and in its dtype."""
-        views = [np.asarray(env_obs["main_images"])[:, None]]
-        for name in ("wrist_images", "extra_view_images"):
-            if env_obs.get(name) is not None:
-                images = np.asarray(env_obs[name])
-                views.append(images[:, None] if images.ndim == 4 else images)
-        frames = np.concatenate(views, axis=1)[:, : self.processor.num_images_in_input]
-        states = env_obs["states"] if self.config.proprio_dim is not None else None
+        given = [env_obs.get(name) for name in ("main_images", "wrist_images", "extra_view_images")]
+        views = [torch.as_tensor(images).cpu() for images in given if images is not None]
+        views = [images[:, None] if images.ndim == 4 else images for images in views]
+        frames = torch.cat(views, dim=1)[:, : self.processor.num_images_in_input].numpy()
+        states = torch.as_tensor(env_obs["states"]).cpu() if self.config.proprio_dim is not None else None
         batch = observation_batch(
             self.processor,
             [list(images) if len(images) > 1 else images[0] for images in frames],
@@ -268,9 +266,8 @@ class OpenVLAForRLinf(OpenVLAForActionPrediction, BasePolicy):
         if self.robot_convention != "raw":
             # A drawn gripper may be any bin; training data have 0 (closed) to 1 (open).
             actions[..., -1] = actions[..., -1].clip(0, 1)
-            actions = convert_action(actions.reshape(-1, actions.shape[-1]), self.robot_convention).reshape(
-                actions.shape
-            )
+            rows = actions.reshape(-1, actions.shape[-1])
+            actions = convert_action(rows, self.robot_convention).reshape(actions.shape)
         return torch.from_numpy(actions)
 
 

@@ -242,10 +242,12 @@ def test_rlinf_trains_the_model(folders, kind, lora):
     assert train(actor, collect(rollout, cfg))["actor/ratio"] == 1  # the synchronised weights are the actor's
 
 
-def test_the_ratio_is_one_in_bfloat16_under_fsdp(folders):
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_ratio_is_one_in_bfloat16_under_fsdp(folders, checkpointing):
     """The parameters are float32, the passes of the actor bfloat16; those of the rollout worker are bfloat16."""
     cfg = configuration(folders["chunks"], "chunks", add_value_head=False)
     cfg.rollout.model.precision = "bf16"
+    cfg.actor.fsdp_config.gradient_checkpointing = checkpointing
     cfg.actor.fsdp_config.mixed_precision = {"param_dtype": "bf16", "reduce_dtype": "fp32", "buffer_dtype": "fp32"}
     cfg.algorithm.update(adv_type="grpo", loss_type="actor", logprob_type="chunk_level", entropy_bonus=0)
     cfg.env.train.update(auto_reset=False, ignore_terminations=False)  # as its recipes for GRPO

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from openvla import AutoModelForVision2Seq, AutoProcessor, observation_batch
+from openvla.compatibility_openvla import DTYPE_FIELD
 from openvla.errors_openvla import OpenVLAValueError
 from openvla.inference.robot_conventions import convert_action, robot_convention
 from openvla.inference.sampling import action_log_distribution, sample_actions
@@ -125,7 +126,7 @@ class OpenVLAWrapper(VLAWrapperBase):
     @classmethod
     def from_pretrained(cls, folder: str, *, dtype: torch.dtype | str = "auto", **kwargs: Any) -> OpenVLAWrapper:
         """Load a checkpoint of a folder or the Hub in eval mode; ``kwargs`` are the class's."""
-        model = AutoModelForVision2Seq.from_pretrained(folder, torch_dtype=dtype).eval()
+        model = AutoModelForVision2Seq.from_pretrained(folder, **{DTYPE_FIELD: dtype}).eval()
         return cls(model, AutoProcessor.from_pretrained(folder), **kwargs)
 
     def forward(

@@ -137,6 +137,21 @@ def test_rollouts_of_an_environment_are_replayed_with_ratio_one(models):
     assert values["loss_objective"].requires_grad
 
 
+def test_a_saved_checkpoint_is_loaded(models, tmp_path):
+    for part in models["tokens"]:
+        part.save_pretrained(tmp_path)
+    policy = OpenVLAWrapper.from_pretrained(str(tmp_path), robot_convention="raw", output_mode="both")
+    data = observations()
+    with torch.no_grad():
+        policy(data)  # the likeliest tokens: mode="sample" is not given
+    expected = wrapper(models, "tokens", robot_convention="raw", mode="greedy", output_mode="both")
+    with torch.no_grad():
+        other = expected(observations())
+    key = policy.tensor_keys.action_chunk
+    assert data[key].dtype == torch.float32
+    assert torch.equal(data[key], other[key])
+
+
 def test_batches_of_several_dimensions(models, kind):
     torch.manual_seed(0)
     policy = wrapper(models, kind, pad_to=96)
