@@ -7,7 +7,7 @@ Copy this file beside your script, or put its folder on PYTHONPATH:
     loss = ClipPPOLoss(actor_network=policy, critic_network=None, entropy_bonus=False)
     loss.set_keys(action=policy.tensor_keys.action_tokens, sample_log_prob=policy.tensor_keys.log_probs)
 
-``policy.action_tokenizer`` decodes tokens for ``ActionTokenizerTransform``, or in the policy with ``output_mode="both"``.
+``policy.action_tokenizer`` decodes tokens for ``ActionTokenizerTransform``; a policy with ``output_mode="both"`` too.
 """
 
 from __future__ import annotations
