@@ -104,7 +104,7 @@ class _Buffer:
     def damage(self, name: str, start: int, stop: int) -> str | None:
         """Return what is wrong with the first damaged chunk of some steps, which zarr would not report; or None.
 
-        zarr reads a missing chunk as zeros, and numcodecs' Blosc a truncated one as whatever is in memory.
+        zarr reads a missing chunk as zeros, and not every codec reports a truncated one.
         """
         folder, array = f"data/{name.replace('.', '/')}", self.array(name)
         layout = self._chunk_layout(folder)
