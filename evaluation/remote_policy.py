@@ -38,7 +38,7 @@ class ServerConnectionError(OpenVLAError, ConnectionError):
 
 @dataclass(frozen=True)
 class ServerConvention:
-    """What a server takes and answers; the defaults are those of openpi's LIBERO policies.
+    """Observations and actions of a server; the defaults are those of openpi's LIBERO policies.
 
     Attributes:
         image: Key of the third-person camera's frame, uint8 ``(size, size, 3)``, rotated by 180 degrees as in training.

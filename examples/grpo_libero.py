@@ -38,7 +38,7 @@ MAX_GRADIENT_NORM = 1.0
 
 
 class Environment(Protocol):
-    """What an episode needs; the simulator's is ``LiberoEnvironment``."""
+    """An environment of episodes; ``LiberoEnvironment`` is the simulator's."""
 
     def reset(self, initial_state: int) -> np.ndarray:
         """Begin an episode; return the frame, uint8 ``(height, width, 3)``."""
