@@ -2,14 +2,17 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from openvla.training.checkpointing import checkpoints
 from openvla.training.collator import ActionCollator, model_inputs
 from openvla.training.config import FinetuneConfig
+from openvla.training.finetune import finetune
 
 STATISTICS = {
     "action": {"q01": [-0.5] * 7, "q99": [0.5] * 7, "mask": [True] * 6 + [False]},
@@ -87,6 +90,15 @@ def settings(base, output_dir, **changes):
         "use_cpu": True,
     }
     return FinetuneConfig(**{**values, **changes})
+
+
+def run_interrupted_and_whole(base, folder, data, **changes):
+    """Train in folder/whole, and in folder/interrupted, which loses its last checkpoint and continues."""
+    for run in ("whole", "interrupted"):
+        finetune(settings(base, folder / run, **changes), data)
+    shutil.rmtree(checkpoints(folder / "interrupted")[-1])
+    (folder / "interrupted/metrics.jsonl").unlink()
+    finetune(settings(base, folder / "interrupted", **changes), data)
 
 
 def losses(output_dir):

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import shutil
 from dataclasses import replace
 from functools import lru_cache
 
@@ -15,13 +14,12 @@ from openvla.data.augmentation import ImageAugmentation
 from openvla.data.episodes import Episode, Step, neutral_past_end
 from openvla.data.open import open_dataset
 from openvla.inference.robot_conventions import convert_action
-from openvla.training.checkpointing import checkpoints
 from openvla.training.collator import ActionCollator, compute_metrics, model_inputs
 from openvla.training.datasets import Demonstrations
 from openvla.training.finetune import dry_run, finetune, load_model_and_processor
 from PIL import Image
 from reference import GRADIENT_ATOL, LOGIT_ATOL, LOSS_ATOL
-from training_runs import InMemoryData, losses, settings
+from training_runs import InMemoryData, losses, run_interrupted_and_whole, settings
 
 pytest.importorskip("accelerate")
 
@@ -222,11 +220,7 @@ def test_an_interrupted_run_of_codes_resumes_and_keeps_its_autoencoder(name, met
     base, data = trainable(name), in_memory(name, count=7)
     changes = {"method": method, "save_steps": 2, "per_device_train_batch_size": 2, "save_total_limit": 9}
     changes |= {"augment": True, "num_train_eval_samples": 2, "lora_rank": 8} if method == "lora" else {"augment": True}
-    for run in ("whole", "interrupted"):
-        finetune(settings(base, tmp_path / run, **changes), data)
-    shutil.rmtree(checkpoints(tmp_path / "interrupted")[-1])
-    (tmp_path / "interrupted/metrics.jsonl").unlink()
-    finetune(settings(base, tmp_path / "interrupted", **changes), data)
+    run_interrupted_and_whole(base, tmp_path, data, **changes)
     np.testing.assert_allclose(losses(tmp_path / "interrupted"), losses(tmp_path / "whole")[2:], rtol=1e-6)
     before, after = (AutoModelForVision2Seq.from_pretrained(f).state_dict() for f in (base, tmp_path / "whole/model"))
     assert before.keys() == after.keys()

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -14,14 +13,13 @@ from openvla.data.augmentation import ImageAugmentation, augment_frames
 from openvla.data.episodes import Step
 from openvla.default_processor import default_processor
 from openvla.tiny import TINY_TOWERS, build_tiny, build_tokenizer
-from openvla.training.checkpointing import checkpoints
 from openvla.training.collator import ActionCollator, has_trace, model_inputs
 from openvla.training.config import config_from_dict
 from openvla.training.finetune import dry_run, finetune, load_model_and_processor
 from openvla.training.token_loss import action_token_loss
 from reference import GRADIENT_ATOL, LOSS_ATOL
 from tracevla import SOURCE, golden_image, published_tracevla, read
-from training_runs import InMemoryData, losses, settings, with_statistics
+from training_runs import InMemoryData, losses, run_interrupted_and_whole, settings, with_statistics
 
 pytest.importorskip("accelerate")
 
@@ -200,11 +198,7 @@ def test_an_interrupted_run_resumes_and_its_result_takes_frame_and_trace(base, m
     changes |= {"lora_rank": 8} if method == "lora" else {}
     dry_run(settings(base, tmp_path / "dry", **changes), data)
     assert "You are given two images" in capsys.readouterr().out
-    for run in ("whole", "interrupted"):
-        finetune(settings(base, tmp_path / run, **changes), data)
-    shutil.rmtree(checkpoints(tmp_path / "interrupted")[-1])
-    (tmp_path / "interrupted/metrics.jsonl").unlink()
-    finetune(settings(base, tmp_path / "interrupted", **changes), data)
+    run_interrupted_and_whole(base, tmp_path, data, **changes)
     np.testing.assert_allclose(losses(tmp_path / "interrupted"), losses(tmp_path / "whole")[2:], rtol=1e-6)
     policy = load_policy(tmp_path / "whole/model", constrain_actions=True)
     assert policy.processor.image_preset == "none"  # its augmentation has no crop
