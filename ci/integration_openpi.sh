@@ -4,13 +4,10 @@
 #   bash ci/integration_openpi.sh
 set -euo pipefail
 cd "$(dirname "$0")/.."
-root=$PWD/.lanes
 . ci/environment.sh
 
-mkdir -p "$root"
-exec 9>"$root/.environments.lock"  # one installation at a time, as in lane.sh
-flock 9
+lock_environments
 make_environment openpi
 install openpi --reinstall-package openvla openpi-client==0.1.2 pytest -e ".[libero,serve]"
-flock -u 9
+unlock_environments
 "$root/openpi/bin/python" -m pytest -q -m "not slow" tests/evaluation/test_remote_policy.py

@@ -4,26 +4,14 @@
 #   bash ci/integration_ray_data.sh
 set -euo pipefail
 cd "$(dirname "$0")/.."
-root=$PWD/.lanes
-export PIP_DISABLE_PIP_VERSION_CHECK=1 OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-mkdir -p "$root"
+. ci/environment.sh
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 
-make_environment() {  # requirements...
-  local links=() key link
-  for key in :env:.find-links global.find-links user.find-links; do  # uv does not read pip's configuration
-    for link in $("$root/uv/bin/pip" config get "$key" 2>/dev/null || true); do links+=(--find-links "$link"); done
-  done
-  local install=("$root/uv/bin/uv" pip install --quiet --compile-bytecode --python "$root/ray_data/bin/python" "${links[@]}")
-  [ -x "$root/ray_data/bin/python" ] || "$root/uv/bin/uv" venv --quiet --python "${PYTHON:-python3}" "$root/ray_data"
-  "${install[@]}" -c "${CONSTRAINTS:-ci/constraints.txt}" "$@"
-  "${install[@]}" --no-deps --reinstall -e .
-}
-
-exec 9>"$root/.environments.lock"  # as in ci/lane.sh: one installation at a time
-flock 9
-[ -x "$root/uv/bin/uv" ] || { "${PYTHON:-python3}" -m venv "$root/uv" && "$root/uv/bin/pip" install --quiet uv; }
-make_environment torch psutil safetensors transformers pillow accelerate h5py "ray[data,train]" torchdata
-flock -u 9
+lock_environments
+make_environment ray_data
+install ray_data torch psutil safetensors transformers pillow accelerate h5py "ray[data,train]" torchdata
+install ray_data --no-deps --reinstall -e .
+unlock_environments
 
 bin=$root/ray_data/bin
 examples=$PWD/examples

@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
-# examples/ray_serve.py on Ray Serve itself: two replicas on loopback, every action compared, a replica killed.
+# Run examples/ray_serve.py on Ray Serve itself: two replicas on loopback, every action compared, a replica killed.
+#   bash ci/integration_ray_serve.sh
 set -euo pipefail
 cd "$(dirname "$0")/.."
-venv=.lanes/ray_serve
-if [ ! -e "$venv/.installed" ]; then
-  "${PYTHON:-python3}" -m venv "$venv"
-  "$venv/bin/pip" install --quiet -c ci/constraints.txt "ray[serve]==2.60.0" -e .
-  touch "$venv/.installed"
-fi
-export OMP_NUM_THREADS=1
-"$venv/bin/python" examples/ray_serve.py --requests 100
-"$venv/bin/python" examples/ray_serve.py --requests 100 --kill
+. ci/environment.sh
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+
+lock_environments
+make_environment ray_serve
+install ray_serve --reinstall-package openvla "ray[serve]==2.60.0" -e .
+unlock_environments
+"$root/ray_serve/bin/python" examples/ray_serve.py --requests 100
+"$root/ray_serve/bin/python" examples/ray_serve.py --requests 100 --kill

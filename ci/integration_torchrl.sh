@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
-# integrations/torchrl with TorchRL's own environment, replay buffer and losses, in an environment of its own.
+# Run integrations/torchrl with TorchRL's own environment, replay buffer and losses.
+#   bash ci/integration_torchrl.sh
 set -euo pipefail
 cd "$(dirname "$0")/.."
-venv=.lanes/torchrl
-if [ ! -e "$venv/.installed" ]; then
-  "${PYTHON:-python3}" -m venv "$venv"
-  "$venv/bin/pip" install --quiet -c ci/constraints.txt -e . torchrl==0.14.1 pytest
-  touch "$venv/.installed"
-fi
-export OMP_NUM_THREADS=1
+. ci/environment.sh
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+
+lock_environments
+make_environment torchrl
+install torchrl --reinstall-package openvla -e . torchrl==0.14.1 pytest
+unlock_environments
 cd integrations/torchrl
-"../../$venv/bin/python" -m pytest -q -c /dev/null --rootdir . -W ignore test_openvla_torchrl.py
+"$root/torchrl/bin/python" -m pytest -q -c /dev/null --rootdir . -W ignore test_openvla_torchrl.py

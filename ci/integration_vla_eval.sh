@@ -4,17 +4,14 @@
 #   bash ci/integration_vla_eval.sh
 set -euo pipefail
 cd "$(dirname "$0")/.."
-root=$PWD/.lanes
 . ci/environment.sh
 
-mkdir -p "$root"
-exec 9>"$root/.environments.lock"  # one installation at a time, as in lane.sh
-flock 9
+lock_environments
 make_environment vla-eval
 install vla-eval --reinstall-package openvla -e ".[libero]"
 make_environment vla-eval-4.40.1
 install vla-eval-4.40.1 vla-eval torch transformers==4.40.1 tokenizers==0.19.1 "pillow<13" accelerate==0.30.1
-flock -u 9
+unlock_environments
 
 # vla-eval serve builds the server's environment with uv; here with the releases that the other environments have.
 mkdir -p "$root/vla-eval/server"

@@ -9,7 +9,6 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 lane=$1
-root=$PWD/.lanes
 . ci/environment.sh
 
 # Optional packages: the newest peft needs transformers 4.46, bitsandbytes on a CPU 4.53. 4.49 goes without accelerate,
@@ -28,14 +27,11 @@ case $lane in
   5.*) packages=("transformers==$lane" pillow "${optional[@]}" torchao) ;;
   *) packages=("transformers==$lane" pillow "${optional[@]}") ;;
 esac
-# One installation at a time: every environment builds from the same source folder.
-mkdir -p "$root"
-exec 9>"$root/.environments.lock"
-flock 9
+lock_environments
 make_environment "$lane"
 install "$lane" torch psutil pytest safetensors numpy "${packages[@]}"
 install "$lane" --no-deps --reinstall -e .
-flock -u 9
+unlock_environments
 python=$root/$lane/bin/python
 "$python" -c 'import PIL, torch, transformers as t; print(f"transformers {t.__version__}, torch {torch.__version__}, Pillow {PIL.__version__}")'
 if [ "$lane" = prerelease ] && ! "$python" -c 'import sys, packaging.version as v, transformers as t; sys.exit(not v.parse(t.__version__).is_prerelease)'; then
