@@ -14,6 +14,7 @@ A model trained with it is evaluated with ``ImageAugmentation.center_crop`` (the
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,8 +29,20 @@ from ..images_openvla import (
     crop_and_resize,
 )
 
-BLOCK = 8192  # pixels whose colours are computed together: their intermediate results stay in the processor's cache
+BLOCK = 16384
 ZERO, ONE, SIX = np.float32(0), np.float32(1), np.float32(6)
+# Behind the highest channel (red, green, blue): the next one on the circle, the last one, and where the hue begins.
+_NEXT, _LAST, _THIRDS = np.array([1, 2, 0]), np.array([2, 0, 1]), np.array([0.0, 2.0 / 6.0, 4.0 / 6.0])
+# Sixth of the circle, by the five comparisons of adjust_hue as bits.
+_SECTORS = np.array(
+    [
+        (1 if bits & 2 else 3 if bits & 4 else 2) if bits & 1 else (0 if bits & 8 else 4 if bits & 16 else 5)
+        for bits in range(32)
+    ],
+    np.int8,
+)
+# Rank of red, green and blue (0 the highest) in each sixth of the circle, and in the seventh.
+_RANKS = np.array([[0, 1, 2, 2, 1, 0, 2], [1, 0, 0, 1, 2, 2, 2], [2, 2, 1, 0, 0, 1, 2]])
 
 
 @dataclass(frozen=True)
@@ -150,19 +163,20 @@ def augment_frames(frames: np.ndarray, parameters: AugmentationParameters) -> np
     _require_frames(frames)
     if frames.ndim == 4:
         return np.stack([augment_frames(frame, parameters) for frame in frames]) if len(frames) else frames.copy()
-    pixels = as_unit_floats(frames)
+    # Planes (3, height, width): separate channels are several times faster.
+    planes = as_unit_floats(np.ascontiguousarray(frames.transpose(2, 0, 1)))
     if parameters.box is not None:
-        pixels = np.clip(crop_and_resize(pixels, parameters.box, frames.shape[:2]), 0, 1)
-    planes = np.ascontiguousarray(pixels.reshape(-1, 3).T)  # (3, pixels): separate channels are several times faster
+        planes = np.clip(crop_and_resize(planes[..., None], parameters.box, frames.shape[:2]), 0, 1)
+    planes = planes.reshape(3, -1)
     planes = np.clip(planes + np.float32(parameters.brightness), 0, 1)
     planes = np.clip(adjust_contrast(planes, parameters.contrast), 0, 1)
-    augmented = np.empty(planes.T.shape, dtype=np.uint8)
-    for start in range(0, len(augmented), BLOCK):
+    augmented = np.empty(planes.shape, dtype=np.uint8)
+    for start in range(0, planes.shape[1], BLOCK):
         block = planes[:, start : start + BLOCK]
         block = np.clip(adjust_saturation(block, parameters.saturation), 0, 1)
         block = np.clip(adjust_hue(block, parameters.hue), 0, 1)
-        augmented[start : start + BLOCK] = as_rounded_bytes(block).T
-    return augmented.reshape(frames.shape)
+        augmented[:, start : start + BLOCK] = as_rounded_bytes(block)
+    return np.ascontiguousarray(augmented.T).reshape(frames.shape)
 
 
 def adjust_contrast(planes: np.ndarray, factor: float) -> np.ndarray:
@@ -201,21 +215,17 @@ def adjust_saturation(planes: np.ndarray, factor: float) -> np.ndarray:
     red, green, blue = planes
     value = np.maximum(red, np.maximum(green, blue))
     spread = value - np.minimum(red, np.minimum(green, blue))
-    grey = spread <= 0
-    saturation = spread / np.where(value > 0, value, ONE)  # 0 where value is 0
-    norm = ONE / (SIX * np.where(grey, ONE, spread))
+    saturation = spread / (value + (value <= 0))  # 0 where value is 0
+    norm = ONE / (SIX * (spread + (spread <= 0)))
     red_most = red == value
-    green_most = ~red_most & (green == value)
+    highest = 2 - 2 * red_most.view(np.int8) - (~red_most & (green == value)).view(np.int8)
     # One subtraction per pixel; the thirds of the circle are added in float64, as C's 2.0 / 6.0 makes them.
-    first = np.where(red_most, green, np.where(green_most, blue, red))
-    second = np.where(red_most, blue, np.where(green_most, red, green))
-    third = np.where(red_most, 0.0, np.where(green_most, 2.0 / 6.0, 4.0 / 6.0))
-    hue = (norm * (first - second) + third).astype(np.float32)
-    hue[grey] = 0
-    hue = np.where(hue < 0, hue + ONE, hue)
+    first, second = _chosen(planes, _NEXT, highest), _chosen(planes, _LAST, highest)
+    hue = (norm * (first - second) + _THIRDS.take(highest)).astype(np.float32)
+    hue += hue < 0
 
     chroma = np.clip(saturation * np.float32(factor), ZERO, ONE) * value
-    hue = hue * SIX
+    hue *= SIX
     folded = hue - np.float32(2) * np.floor(hue * np.float32(0.5))
     middle = chroma * (ONE - np.abs(folded - ONE))
     return _by_sector(hue.astype(np.int8), chroma, middle, np.zeros_like(chroma)) + (value - chroma)
@@ -235,25 +245,21 @@ def adjust_hue(planes: np.ndarray, turns: float) -> np.ndarray:
     low, high = np.minimum(red, green), np.maximum(red, green)
     middle = np.maximum(low, np.minimum(high, blue))
     low, high = np.minimum(low, blue), np.maximum(high, blue)
-    sector = np.where(
-        red < green,
-        np.where(blue < red, 1, np.where(blue > green, 3, 2)),
-        np.where(blue < green, 0, np.where(blue > red, 4, 5)),
-    ).astype(np.int8)
+    order = [red < green, blue < red, blue > green, blue < green, blue > red]
+    sector = _SECTORS.take(sum(test.view(np.int8) << bit for bit, test in enumerate(order)))
     spread = high - low
-    grey = spread == 0
-    share = (middle - low) / np.where(grey, ONE, spread)
-    hue = sector.astype(np.float32) + np.where(sector & 1, ONE - share, share)
-    hue[grey] = 0
+    is_colour = spread != 0
+    share = (middle - low) / (spread + ~is_colour)
+    hue = (sector + np.abs((sector & 1) - share)) * is_colour  # of every other sixth 1 - share
     hue += np.float32(turns) * SIX
     while (below := hue < 0).any():
-        hue[below] += SIX
+        hue += SIX * below
     while (above := hue >= SIX).any():
-        hue[above] -= SIX
+        hue -= SIX * above
 
     sector = hue.astype(np.int8)
-    share = hue - sector.astype(np.float32)
-    middle = low + np.where(sector & 1, ONE - share, share) * spread
+    share = hue - sector
+    middle = low + np.abs((sector & 1) - share) * spread
     return _by_sector(sector, high, middle, low)
 
 
@@ -262,12 +268,21 @@ def _by_sector(sector: np.ndarray, high: np.ndarray, middle: np.ndarray, low: np
 
     A seventh sixth, of a hue just below 0 that was rounded up to the whole circle, is grey, as in TensorFlow.
     """
-    at = [sector == sixth for sixth in range(6)]
-    planes = np.empty((3, len(sector)), dtype=np.float32)
-    for plane, is_high, is_middle in zip(planes, ((5, 0), (1, 2), (3, 4)), ((1, 4), (0, 3), (2, 5))):
-        others = np.where(at[is_middle[0]] | at[is_middle[1]], middle, low)
-        plane[:] = np.where(at[is_high[0]] | at[is_high[1]], high, others)
-    return planes
+    ordered = np.stack([high, middle, low])
+    return np.stack([_chosen(ordered, ranks, sector) for ranks in _RANKS])
+
+
+def _chosen(planes: np.ndarray, plane_of: np.ndarray, kinds: np.ndarray) -> np.ndarray:
+    """Return, ``(pixels,)``, of each pixel the plane ``plane_of[kind]``: ``np.where``, several times faster."""
+    num_pixels = planes.shape[1]
+    places = (plane_of * num_pixels).take(kinds)
+    places += _counted(num_pixels)
+    return planes.reshape(-1).take(places)
+
+
+@functools.lru_cache(maxsize=4)
+def _counted(length: int) -> np.ndarray:
+    return np.arange(length)
 
 
 def _six_uniform(generator: np.random.Generator | torch.Generator) -> list[float]:

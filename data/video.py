@@ -34,8 +34,10 @@ class Video:
             self.stream.codec_context.thread_count = 1
         except (self.av.error.FFmpegError, OSError, IndexError) as error:
             raise DatasetError(f"{path} cannot be opened as a video: {error}.") from error
+        self.reformatter = self.av.video.reformatter.VideoReformatter()  # one for all frames: it keeps its tables
         self.frames: Iterator[Any] = iter(())
         self.last: Any = None
+        self.must_seek = True
 
     def close(self) -> None:
         """Close the file."""
@@ -57,19 +59,35 @@ class Video:
             raise OpenVLAValueError(f"{self.path} has no frame at {seconds:.4f} s: {detail}")
         if frame.is_corrupt:
             raise OpenVLAValueError(f"{self.path} is damaged: the frame at {seconds:.3f} s is corrupt")
-        return frame.to_ndarray(format="rgb24")
+        return self.reformatter.reformat(frame, format="rgb24").to_ndarray()
 
     def _find(self, seconds: float) -> Any:
-        ahead = None if self.last is None else seconds - self.last.time
-        if ahead is None or ahead < -TIME_TOLERANCE or ahead > _NEAR_SECONDS:
-            self.last = None
-            self.container.seek(round(seconds / self.stream.time_base), stream=self.stream, backward=True)
-            self.frames = self.container.decode(self.stream)
-        elif ahead <= TIME_TOLERANCE:
+        """Return the frame at a time, the first one after it where there is none, or None at the end."""
+        ahead = float("-inf") if self.last is None else seconds - self.last.time
+        if abs(ahead) <= TIME_TOLERANCE:
             return self.last
+        in_order = 0 < ahead <= _NEAR_SECONDS
+        if not in_order or self.must_seek:
+            self.last, self.must_seek = None, not in_order
+            self.container.seek(round(seconds / self.stream.time_base), stream=self.stream, backward=True)
+            self.frames = self.container.decode(self.stream) if in_order else self._decode_until(seconds)
         for frame in self.frames:
             self.last = frame
             if frame.time >= seconds - TIME_TOLERANCE:
                 return frame
         self.last = None
         return None
+
+    def _decode_until(self, seconds: float) -> Iterator[Any]:
+        """Yield the frames up to the one at a time; then the decoder takes nothing before it seeks.
+
+        A decoder gives a frame when the next packets show that no other comes first. Told that the stream ends, it
+        gives it at once; that saves decoding those packets.
+        """
+        for packet in self.container.demux(self.stream):
+            yield from packet.decode()
+            if packet.pts is not None and abs(float(packet.pts * packet.time_base) - seconds) <= TIME_TOLERANCE:
+                for frame in self.stream.codec_context.decode(None):
+                    frame.time_base = self.stream.time_base  # which a frame without a packet lacks
+                    yield frame
+                return

@@ -27,7 +27,8 @@ def data_rates(
 ) -> list[dict[str, Any]]:
     """Return the rates of a dataset's batches, as ``openvla finetune`` makes them, without and with augmentation.
 
-    Images are resized to 224 pixels for an untrained model, and prompts tokenized: the same work as for a 7B model.
+    Prompts are tokenized, actions normalized, and for augmentation images are resized to 224 pixels: the same work as
+    for a 7B model. Pixels are normalized on the training's device, which is not measured.
 
     Args:
         reader: The dataset.
@@ -50,7 +51,7 @@ def data_rates(
     model.config.num_images_in_input = processor.num_images_in_input = len(reader.fields.cameras)
     counts = list(worker_counts) or [0, min(os.cpu_count() or 1, len(reader))]
     return [
-        _measure(reader, ActionCollator(processor, model, augment), workers, seconds, skip_bad)
+        _measure(reader, ActionCollator(processor, model, augment, normalize=False), workers, seconds, skip_bad)
         for augment in (None, ImageAugmentation())
         for workers in dict.fromkeys(counts)
     ]

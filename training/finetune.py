@@ -53,7 +53,7 @@ from ..prismatic_openvla import IGNORE_INDEX
 from ..processing_openvla import OpenVLAProcessor
 from ..vq_openvla import restore_float32
 from .checkpointing import TrainingState, newest_checkpoint, trained_parameters
-from .collator import ActionCollator, compute_metrics, model_inputs
+from .collator import ActionCollator, compute_metrics, model_inputs, with_pixel_values
 from .config import LORA_METHODS, FinetuneConfig, add_arguments, config_from_dict, lr_lambda, read_yaml  # noqa: F401
 from .datasets import Demonstrations, TrainingData, report_data
 from .estimate import Estimate, compiles_layers, device_memory, estimate, product_rate
@@ -389,6 +389,7 @@ def load_batches(
         world_size=world_size,
         pad_to_multiple_of=LENGTH_MULTIPLE,
         trace_dropout=config.trace_dropout if model.config.trace_prompting else 0.0,
+        normalize=False,
     )
     loader = DataLoader(
         stream,
@@ -401,6 +402,7 @@ def load_batches(
     for batch in loader:
         host = {name: batch.pop(name) for name in HOST_TENSORS}
         moved = {name: tensor.to(accelerator.device, non_blocking=True) for name, tensor in batch.items()}
+        moved = with_pixel_values(moved, processor)
         if dtype is not None:
             moved = {name: t.to(dtype) if t.is_floating_point() else t for name, t in moved.items()}
         yield {**host, **moved}
