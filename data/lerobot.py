@@ -250,9 +250,9 @@ class LeRobotReader(EpisodeReader):
             )
         return [row for row in rows if row["episode_index"] in indices[self.split]]
 
-    def digest(self) -> str:
+    def digest(self, times: bool = True) -> str:
         """Return the base class's digest combined with the split."""
-        return hashlib.sha256(f"{super().digest()} {self.split}".encode()).hexdigest()
+        return hashlib.sha256(f"{super().digest(times)} {self.split}".encode()).hexdigest()
 
     def _read_episodes(self) -> list[dict[str, Any]]:
         """Return the rows of meta/episodes, sorted by episode_index."""

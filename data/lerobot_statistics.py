@@ -1,7 +1,7 @@
 """Statistics of the columns of a LeRobot v3 dataset, as meta/stats.json and meta/episodes hold them.
 
-Names, shapes and the sample of the images are LeRobot 0.6.1's (datasets/compute_stats.py). LeRobot estimates quantiles by
-histograms and averages those of the episodes; here they are numpy's over all values.
+Names, shapes and the sample of the images are LeRobot 0.6.1's (datasets/compute_stats.py). LeRobot estimates quantiles
+by histograms and averages those of the episodes; here they are numpy's over all values.
 """
 
 from __future__ import annotations

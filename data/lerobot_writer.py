@@ -1,7 +1,7 @@
 """Write a LeRobot v3 dataset episode by episode, or append to one: tables and images as parquet through pyarrow.
 
-Every episode is one data file, written atomically; the folder is a complete dataset after each episode. LeRobot's training
-also needs statistics, which ``write_statistics`` adds after the last one.
+Every episode is one data file, written atomically; the folder is a complete dataset after each episode. LeRobot's
+training also needs statistics, which ``write_statistics`` adds after the last one.
 """
 
 from __future__ import annotations
@@ -259,7 +259,8 @@ class LeRobotWriter:
                 numbers[name].append(np.stack(table[name].to_numpy()).reshape(len(table), -1))
                 statistics[name] = number_statistics(numbers[name][-1])
             for name in self.cameras:
-                levels = sum(level_counts(cell["bytes"]) for cell in table[name].take(steps).to_pylist())
+                cells = table[name].take(steps).to_pylist()
+                levels = np.sum([level_counts(cell["bytes"]) for cell in cells], axis=0)
                 counts[name] += levels
                 statistics[name] = image_statistics(levels, len(steps))
             num_images += len(steps)
