@@ -1,6 +1,7 @@
 """``openvla inspect-data``: summarise a dataset as a table, JSON or a figure, check its numbers, or measure its loader.
 
-The statistics of a large dataset may be computed in shards, on several machines, and merged.
+The statistics of a large dataset may be computed in shards, on several machines, and merged. For a run's YAML file, a
+plan says what each dataset of its mixture contributes and how many cores the loader needs.
 
 For a checkpoint or a file of statistics, the statistics are checked. The exit status is 0 whatever the checks find;
 ``openvla finetune`` stops at certain findings, and the ``findings`` of the JSON have a ``severity``.
@@ -20,6 +21,7 @@ from ..data.statistics import cache_file
 from ..data.statistics_shards import merge_statistics, write_statistics_shard
 from ..errors_openvla import OpenVLAValueError
 from .data_rate import data_rates
+from .plan import GPU_RATE, describe_plan, mixture_plan, read_plan_config
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -44,14 +46,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NPZ",
         help="compute the dataset's statistics from the files of all parts, for finetune on this machine",
     )
+    parser.add_argument(
+        "--plan",
+        action="store_true",
+        help="DIR is a YAML file of openvla finetune: what its data contributes, and the cores that the loader needs",
+    )
+    parser.add_argument(
+        "--gpu-rate", type=float, metavar="X", help=f"with --plan: samples a second of a GPU (default {GPU_RATE:g})"
+    )
+    parser.add_argument("--gpus", type=int, metavar="N", help="with --plan: number of GPUs (default 1)")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Inspect a dataset or statistics, measure the loader, or compute statistics in parts; return the exit status."""
-    tasks = {"rate": _report_rates, "statistics_shard": _write_shard, "merge_statistics": _merge_shards}
+    """Inspect a dataset or statistics, or do what an option says instead; return the exit status."""
+    tasks = {
+        "rate": _report_rates,
+        "statistics_shard": _write_shard,
+        "merge_statistics": _merge_shards,
+        "plan": _report_plan,
+    }
     chosen = [name for name in tasks if getattr(args, name)]
     if args.workers and not args.rate:
         raise OpenVLAValueError("--workers is for --rate.")
+    if (args.gpu_rate is not None or args.gpus is not None) and not args.plan:
+        raise OpenVLAValueError("--gpu-rate and --gpus are for --plan.")
     if len(chosen) > 1 or chosen and (args.out or args.check_images):
         options = ", ".join(f"--{name.replace('_', '-')}" for name in tasks)
         raise OpenVLAValueError(f"Of {options} give one, without --out and --check-images.")
@@ -88,6 +106,16 @@ def _merge_shards(args: argparse.Namespace) -> int:
             f"{reader.name}: {statistics['num_trajectories']} episodes, {statistics['num_transitions']} steps, "
             f"{statistics['num_skipped']} skipped; cached in {cache_file(reader)}"
         )
+    return 0
+
+
+def _report_plan(args: argparse.Namespace) -> int:
+    given = [name for name in ("fields", "skip_bad") if getattr(args, name)]
+    if given or args.preset != inspect.AUTO or args.split != "train":
+        raise OpenVLAValueError("--plan takes preset, fields, split and skip_bad from the YAML file, not as options.")
+    config = read_plan_config(args.data)
+    plan = mixture_plan(config, gpu_rate=args.gpu_rate or GPU_RATE, num_gpus=1 if args.gpus is None else args.gpus)
+    print(json.dumps(plan) if args.json else describe_plan(plan))
     return 0
 
 
