@@ -399,13 +399,28 @@ class LeRobotReader(EpisodeReader):
 
         def load_image(camera: str, step: int) -> np.ndarray:
             if times is not None and camera in videos:
-                return self.open_videos[videos[camera]].frame(float(starts[camera]) + float(times[step]))
+                try:
+                    return self.open_videos[videos[camera]].frame(float(starts[camera]) + float(times[step]))
+                except OpenVLAValueError as error:
+                    raise OpenVLAValueError(f"{error}{self._video_rate_note(camera)}") from error
             if camera not in cells:
                 stored_name = self.stored_names[camera]
                 cells[camera] = self.tables[source].read_episode(row["episode_index"], [stored_name])[stored_name]
             return self._decode_cell(cells[camera][step if order is None else int(order[step])])
 
         return load_image
+
+    def _video_rate_note(self, camera: str) -> str:
+        """Return, for error messages, that a camera's video has another frame rate than the dataset; else nothing."""
+        feature = self.info["features"][self.stored_names[camera]]
+        rate = {**(feature.get("video_info") or {}), **(feature.get("info") or {})}.get("video.fps")
+        if rate in (None, self.frame_rate):
+            return ""
+        return (
+            f". info.json says that {camera} has {rate} frames a second and the dataset {self.frame_rate} steps; only "
+            "frames at the steps' times are read, as LeRobot does. Leave the camera out of the field cameras, or "
+            "encode its video again at the dataset's rate"
+        )
 
     def _step_texts(self, table: Any, column: str | None, alternatives: list[str], meta_tasks: Any) -> list[Any] | str:
         """Return the instruction of every step: from a text column, if empty from its alternatives, else the task's."""

@@ -5,11 +5,13 @@ import shutil
 
 import numpy as np
 import pytest
+from encoded_images import shown_level, write_video
 from memory_dataset import memory_reader
 from openvla.__main__ import main
 from openvla.data.convert import camera_names, convert_dataset
 from openvla.data.lerobot_statistics import QUANTILES
 from openvla.data.open import open_dataset
+from openvla.data.video import TIME_TOLERANCE, Video
 from PIL import Image
 from reference import FIXTURES
 
@@ -134,6 +136,21 @@ def test_lerobot_trains_on_what_is_written_and_edits_it(lerobot_folder, tmp_path
     actions = np.concatenate([open_dataset(lerobot_folder)[index].actions for index in (1, 2)])
     np.testing.assert_array_equal(shorter.meta.stats["action"]["max"], actions.max(0))
     assert shorter.meta.stats["action"]["count"] == [len(actions)]
+
+
+def test_lerobot_refuses_a_camera_without_frames_at_the_steps_times_too(tmp_path):
+    video_utils = pytest.importorskip(
+        "lerobot.datasets.video_utils", reason="needs lerobot (ci/integration_lerobot_data.sh)"
+    )
+    write_video(tmp_path / "15.mp4", range(0, 250, 5), 15)
+    tolerance = {"tolerance_s": TIME_TOLERANCE, "backend": "pyav", "return_uint8": True}
+    (frame,) = video_utils.decode_video_frames(tmp_path / "15.mp4", [0.2], **tolerance)
+    assert shown_level(frame, 5) == 15  # the fourth frame, as ours
+    assert shown_level(Video(tmp_path / "15.mp4").frame(0.2), 5) == 15
+    with pytest.raises(video_utils.FrameTimestampError, match="violate the tolerance"):
+        video_utils.decode_video_frames(tmp_path / "15.mp4", [0.1], **tolerance)
+    with pytest.raises(ValueError, match="no frame at 0.1000 s"):
+        Video(tmp_path / "15.mp4").frame(0.1)
 
 
 def test_instructions_may_differ_from_step_to_step(tmp_path):
