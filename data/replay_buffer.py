@@ -137,8 +137,8 @@ class _Buffer:
             listed = ", ".join(missing[:_NUM_NAMED_CHUNKS]) + ", ..." * (len(missing) > _NUM_NAMED_CHUNKS)
             self.missing[folder] = f"one of {len(missing)} missing chunks of {len(names)} ({listed})"
         return (
-            f"{self.missing[folder]}, and zarr would read zeros. Copy the buffer again; if the source lacks them too, its "
-            "writer left out chunks of zeros, as zarr 3 does by default: store them as docs/data.md, "
+            f"{self.missing[folder]}, and zarr would read zeros. Copy the buffer again; if the source lacks them too, "
+            "its writer left out chunks of zeros, as zarr 3 does by default: store them as docs/data.md, "
             '"Missing chunks", says'
         )
 
