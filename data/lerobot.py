@@ -402,7 +402,9 @@ class LeRobotReader(EpisodeReader):
                 try:
                     return self.open_videos[videos[camera]].frame(float(starts[camera]) + float(times[step]))
                 except OpenVLAValueError as error:
-                    raise OpenVLAValueError(f"{error}{self._video_rate_note(camera)}") from error
+                    if note := self._video_rate_note(camera):
+                        raise OpenVLAValueError(f"{error}{note}") from error
+                    raise
             if camera not in cells:
                 stored_name = self.stored_names[camera]
                 cells[camera] = self.tables[source].read_episode(row["episode_index"], [stored_name])[stored_name]

@@ -151,24 +151,28 @@ def _copy_digest(reader: EpisodeReader) -> str:
 
 
 def _read_shard(file: Path) -> tuple[dict[str, Any], EpisodeValues]:
+    """Return the header and the values of a file of ``write_statistics_shard``.
+
+    Raises:
+        OpenVLAValueError: The file cannot be read, or is another.
+    """
     try:
         with np.load(file, allow_pickle=False) as stored:
             header = json.loads(str(stored["header"]))
-            arrays = {name: stored[name] for name in stored.files if name != "header"}
-    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
+            if header["version"] != _VERSION:
+                raise OpenVLAValueError(f"its version is {header['version']}, not {_VERSION}; compute the shard again")
+            ends = np.cumsum(stored["episode_lengths"])[:-1]
+            parts = {
+                name: [part.copy() for part in np.split(stored[name], ends)] if name in stored.files else []
+                for name in ("actions", "proprios")
+            }
+        values = EpisodeValues(
+            **parts,
+            tasks=set(header["tasks"]),
+            skipped=header["skipped"],
+            lengths=header["lengths"],
+            noop_tasks=set(header["noop_tasks"]),
+        )
+    except (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
         raise OpenVLAValueError(f"{file} cannot be read as a file of --statistics-shard: {error}.") from error
-    if header["version"] != _VERSION:
-        raise OpenVLAValueError(f"{file} has version {header['version']}, not {_VERSION}; compute the shard again.")
-    ends = np.cumsum(arrays["episode_lengths"])[:-1]
-    parts = {
-        name: [part.copy() for part in np.split(arrays[name], ends)] if name in arrays else []
-        for name in ("actions", "proprios")
-    }
-    values = EpisodeValues(
-        **parts,
-        tasks=set(header["tasks"]),
-        skipped=header["skipped"],
-        lengths=header["lengths"],
-        noop_tasks=set(header["noop_tasks"]),
-    )
     return header, values

@@ -17,6 +17,7 @@ from pathlib import Path
 from ..data import inspect
 from ..data.episodes import EpisodeReader
 from ..data.open import open_dataset
+from ..data.presets import AUTO
 from ..data.statistics import cache_file
 from ..data.statistics_shards import merge_statistics, write_statistics_shard
 from ..errors_openvla import OpenVLAValueError
@@ -111,10 +112,11 @@ def _merge_shards(args: argparse.Namespace) -> int:
 
 def _report_plan(args: argparse.Namespace) -> int:
     given = [name for name in ("fields", "skip_bad") if getattr(args, name)]
-    if given or args.preset != inspect.AUTO or args.split != "train":
+    if given or args.preset != AUTO or args.split != "train":
         raise OpenVLAValueError("--plan takes preset, fields, split and skip_bad from the YAML file, not as options.")
     config = read_plan_config(args.data)
-    plan = mixture_plan(config, gpu_rate=args.gpu_rate or GPU_RATE, num_gpus=1 if args.gpus is None else args.gpus)
+    gpu_rate = GPU_RATE if args.gpu_rate is None else args.gpu_rate
+    plan = mixture_plan(config, gpu_rate=gpu_rate, num_gpus=1 if args.gpus is None else args.gpus)
     print(json.dumps(plan) if args.json else describe_plan(plan))
     return 0
 

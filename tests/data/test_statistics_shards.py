@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import zipfile
 
 import numpy as np
 import pytest
@@ -140,10 +139,14 @@ def test_files_of_other_content_are_refused(dataset, tmp_path):
         file.write_bytes(content)
         with pytest.raises(ValueError, match=r"part.npz cannot be read as a file of --statistics-shard"):
             merge_statistics(reader, [file])
-    with zipfile.ZipFile(file, "w") as archive:
-        archive.writestr("actions.npy", b"")
-    with pytest.raises(ValueError, match="cannot be read as a file"):
-        merge_statistics(reader, [file])
+    for header in (None, "[]", '{"version": 2}', '{"version": 1}'):
+        np.savez(file, **{} if header is None else {"header": header}, actions=np.zeros((3, 7)))
+        with pytest.raises(ValueError, match="cannot be read as a file"):
+            merge_statistics(reader, [file])
+    whole = write_shards(dataset, tmp_path, 1)[0]
+    whole.write_bytes(whole.read_bytes()[:-100])
+    with pytest.raises(ValueError, match="part1.npz cannot be read as a file"):
+        merge_statistics(reader, [whole])
     with pytest.raises(ValueError, match="cannot be read as a file"):
         merge_statistics(reader, [tmp_path / "missing.npz"])
 

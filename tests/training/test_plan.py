@@ -101,6 +101,7 @@ def test_the_command_prints_a_plan(file, capsys):
         (["--plan", "--rate"], "give one"),
         (["--plan", "--gpus", "0"], "must be positive, got 45.0 and 0"),
         (["--plan", "--gpu-rate", "-1"], "must be positive, got -1.0 and 1"),
+        (["--plan", "--gpu-rate", "0"], "must be positive, got 0.0 and 1"),
         (["--gpus", "8"], "--gpu-rate and --gpus are for --plan"),
     ],
 )
@@ -117,3 +118,4 @@ def test_a_file_without_data_is_refused(tmp_path, capsys):
     assert main(["inspect-data", "--plan", str(tmp_path / "run.yaml")]) == 2
     assert "Did you mean max_steps by max_step?" in capsys.readouterr().err
     assert main(["inspect-data", "--plan", str(tmp_path / "missing.yaml")]) == 2
+    assert main(["inspect-data", "--plan", str(tmp_path)]) == 2
