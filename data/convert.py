@@ -170,6 +170,7 @@ def _write_episodes(
         writer.add_episode([text.strip() for text in episode.instructions], numbers, images)
     if writer is None:
         raise OpenVLAValueError(f"{reader.root}: none of its {len(reader)} episodes can be used.")
+    writer.write_statistics(progress=progress)
     return writer
 
 

@@ -11,7 +11,7 @@ import io
 import os
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -413,18 +413,24 @@ class EpisodeReader(ABC):
             raise OpenVLAValueError(f"{self.root}: none of its {len(self)} episodes can be used.")
         return self._dimensions
 
-    def digest(self) -> str | None:
-        """Return a hex digest of names, sizes and times of the files and of the fields; None if it cannot be known."""
+    def digest(self, times: bool = True) -> str | None:
+        """Return a hex digest of names, sizes and times of the files and of the fields; None if it cannot be known.
+
+        Args:
+            times: Include the files' times; without them a copy of the dataset has the same digest.
+        """
         parts = [self.format, self.name, str(self.fields)]
         for file in sorted(self.files):
             info = file.stat()
-            parts.append(f"{os.path.relpath(file, self.root)} {info.st_size} {info.st_mtime_ns}")
+            parts.append(f"{os.path.relpath(file, self.root)} {info.st_size} {info.st_mtime_ns if times else ''}")
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
-def usable_episodes(reader: EpisodeReader, skipped: list[str] | None = None) -> Iterator[Episode]:
-    """Yield the episodes that can be used; the errors of the others are appended to ``skipped``."""
-    for index in range(len(reader)):
+def usable_episodes(
+    reader: EpisodeReader, skipped: list[str] | None = None, indices: Iterable[int] | None = None
+) -> Iterator[Episode]:
+    """Yield the episodes (all, or some) that can be used; the errors of the others are appended to ``skipped``."""
+    for index in range(len(reader)) if indices is None else indices:
         try:
             yield reader[index]
         except DatasetError as error:

@@ -250,9 +250,9 @@ class LeRobotReader(EpisodeReader):
             )
         return [row for row in rows if row["episode_index"] in indices[self.split]]
 
-    def digest(self) -> str:
+    def digest(self, times: bool = True) -> str:
         """Return the base class's digest combined with the split."""
-        return hashlib.sha256(f"{super().digest()} {self.split}".encode()).hexdigest()
+        return hashlib.sha256(f"{super().digest(times)} {self.split}".encode()).hexdigest()
 
     def _read_episodes(self) -> list[dict[str, Any]]:
         """Return the rows of meta/episodes, sorted by episode_index."""
@@ -399,13 +399,30 @@ class LeRobotReader(EpisodeReader):
 
         def load_image(camera: str, step: int) -> np.ndarray:
             if times is not None and camera in videos:
-                return self.open_videos[videos[camera]].frame(float(starts[camera]) + float(times[step]))
+                try:
+                    return self.open_videos[videos[camera]].frame(float(starts[camera]) + float(times[step]))
+                except OpenVLAValueError as error:
+                    if note := self._video_rate_note(camera):
+                        raise OpenVLAValueError(f"{error}{note}") from error
+                    raise
             if camera not in cells:
                 stored_name = self.stored_names[camera]
                 cells[camera] = self.tables[source].read_episode(row["episode_index"], [stored_name])[stored_name]
             return self._decode_cell(cells[camera][step if order is None else int(order[step])])
 
         return load_image
+
+    def _video_rate_note(self, camera: str) -> str:
+        """Return, for error messages, that a camera's video has another frame rate than the dataset; else nothing."""
+        feature = self.info["features"][self.stored_names[camera]]
+        rate = {**(feature.get("video_info") or {}), **(feature.get("info") or {})}.get("video.fps")
+        if rate in (None, self.frame_rate):
+            return ""
+        return (
+            f". info.json says that {camera} has {rate} frames a second and the dataset {self.frame_rate} steps; only "
+            "frames at the steps' times are read, as LeRobot does. Leave the camera out of the field cameras, or "
+            "encode its video again at the dataset's rate"
+        )
 
     def _step_texts(self, table: Any, column: str | None, alternatives: list[str], meta_tasks: Any) -> list[Any] | str:
         """Return the instruction of every step: from a text column, if empty from its alternatives, else the task's."""

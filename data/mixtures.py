@@ -8,6 +8,7 @@ from typing import Any
 
 from ..actions_openvla import nearest_name
 from ..errors_openvla import OpenVLAFileNotFoundError, OpenVLAValueError
+from .presets import PRESETS
 
 _SUFFIX = "_converted_externally_to_rlds"
 
@@ -78,6 +79,9 @@ MIXTURES: dict[str, dict[str, float]] = {
 def mixture_entries(name: str, root: str | Path, leave_out: Sequence[str] = ()) -> list[dict[str, Any]]:
     """Return the datasets of a mixture as entries of ``FinetuneConfig.data``: path, name and weight of each.
 
+    If presets differ in cameras or proprio, ``fields`` selects the main camera and no proprio, as the reference trains
+    OpenVLA on mixtures: a batch needs samples of one layout.
+
     Args:
         name: A key of ``MIXTURES``.
         root: The folder with one folder for each dataset, by its name.
@@ -100,7 +104,13 @@ def mixture_entries(name: str, root: str | Path, leave_out: Sequence[str] = ()) 
             f"{root} lacks {len(missing)} of the {len(weights)} datasets of {name!r}: {missing}. Download them there, "
             "or name them in leave_out."
         )
-    return [{"path": str(root / key), "name": key, "weight": weight} for key, weight in weights.items()]
+    presets = {key: PRESETS[key] for key in weights if key in PRESETS}
+    differ = len({(preset.cameras, preset.proprio) for preset in presets.values()}) > 1
+    common = {key: {"cameras": preset.cameras[:1], "proprio": ()} for key, preset in presets.items() if differ}
+    return [
+        {"path": str(root / key), "name": key, "weight": weight, **({"fields": common[key]} if key in common else {})}
+        for key, weight in weights.items()
+    ]
 
 
 def expanded_entries(entries: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
