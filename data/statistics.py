@@ -20,7 +20,7 @@ from .doctor import Finding, run_checks
 from .episodes import DatasetError, EpisodeReader, usable_episodes, warn_skipped
 from .findings import CheckInput
 from .lerobot import LeRobotReader
-from .utils import read_json
+from .utils import cache_folder, read_json
 
 # Version of the cache's content; increase it when the content changes, so that older caches are ignored.
 _VERSION = 5
@@ -98,8 +98,7 @@ def statistics_and_findings(
 
 def default_cache_dir() -> Path:
     """Return the cache's folder: $OPENVLA_CACHE/statistics, else openvla/statistics in the user's cache folder."""
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("OPENVLA_CACHE") or Path(home) / "openvla") / "statistics"
+    return cache_folder() / "statistics"
 
 
 def _read_cache(file: Path) -> dict[str, Any] | None:
