@@ -92,10 +92,18 @@ class FileCache:
                 be written.
         """
         path = self.folder / name
-        while (file := _open_locked(path, "rb", fcntl.LOCK_SH)) is None:
-            self._add(path, size, download)
-        with file:
+        try:
+            while (file := _open_locked(path, "rb", fcntl.LOCK_SH)) is None:
+                self._add(path, size, download)
             os.utime(path)
+        except OpenVLAError:
+            raise
+        except OSError as error:
+            raise RemoteError(
+                f"{self.folder}, where files of remote datasets are kept, cannot be written: {error}. Set "
+                f"{FOLDER_VARIABLE} to a folder on a disk with room."
+            ) from error
+        with file:
             yield path
 
     def _add(self, path: Path, size: int, download: Callable[[IO[bytes]], None]) -> None:
@@ -121,18 +129,12 @@ class FileCache:
             )
         start, has_warned = time.monotonic(), False
         while True:
-            try:
-                with self._locked_total() as total_file:
-                    if path.exists():
-                        return None
-                    if part.exists() or self._make_room(total_file, size):
-                        part.touch()
-                        return _open_locked(part, "r+b", fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                raise RemoteError(
-                    f"{self.folder} cannot be written, where files of remote datasets are kept: {error}. Set "
-                    f"{FOLDER_VARIABLE} to a folder on a disk with room."
-                ) from error
+            with self._locked_total() as total_file:
+                if path.exists():
+                    return None
+                if part.exists() or self._make_room(total_file, size):
+                    part.touch()
+                    return _open_locked(part, "r+b", fcntl.LOCK_EX | fcntl.LOCK_NB)
             waited = time.monotonic() - start
             if waited > _MAX_WAIT_SECONDS:
                 raise RemoteError(
@@ -198,7 +200,7 @@ def _open_locked(path: Path, mode: str, operation: int) -> IO[bytes] | None:
     """
     try:
         file: IO[bytes] = open(path, mode, buffering=0)  # noqa: SIM115
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     try:
         fcntl.flock(file, operation)

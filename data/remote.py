@@ -112,7 +112,7 @@ class RemoteDataset:
         """
         if not self.can_list:
             raise RemoteError(f"{self.url}: a server of {self.protocol} gives no listing of its files.")
-        return list(self._files)
+        return [name for name, info in self._files.items() if info is not None]
 
     def info(self, name: str) -> FileInfo | None:
         """Return what is known of a file; None if it does not exist."""
@@ -215,7 +215,9 @@ class RemoteDataset:
                         f"{', or '.join(['check the name', *hints])}."
                     ) from error
                 if isinstance(error, FileNotFoundError) and (error.__cause__ is None or status in _NOT_FOUND):
-                    raise OpenVLAFileNotFoundError(f"{url} does not exist ({error}); check the name.") from error
+                    raise OpenVLAFileNotFoundError(
+                        f"{url} does not exist ({_description(error)}); check the name."
+                    ) from error
                 if (delay := next(delays, None)) is None:
                     raise RemoteError(
                         f"{url} cannot be read: {_description(error)}. It was tried {len(RETRY_DELAYS) + 1} times: "
@@ -251,8 +253,9 @@ class RemoteDataset:
         offset = file.seek(0, os.SEEK_END)
         is_streamed = offset == 0 and self.protocol in _STREAMED
         fs, path = self._file_system(name)
+        options = {"size": size} if self.protocol in _WEB else {}  # else fsspec asks for it once more
         try:
-            with fs.open(path, "rb", block_size=0 if is_streamed else _CHUNK, cache_type="none") as source:
+            with fs.open(path, "rb", block_size=0 if is_streamed else _CHUNK, cache_type="none", **options) as source:
                 source.seek(offset)
                 while offset < size and (data := source.read(min(_CHUNK, size - offset))):
                     _write(file, data)
@@ -476,7 +479,8 @@ def _status(error: BaseException | None) -> int | None:
         response: Any = getattr(error, "response", None)
         if isinstance(response, dict):  # botocore
             response = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
-        status = getattr(response, "status_code", response) or getattr(error, "status", getattr(error, "code", None))
+        status = getattr(response, "status_code", response) or getattr(error, "status", None)
+        status = getattr(error, "code", None) if status is None else status  # gcsfs
         if isinstance(status, int):
             return status
         error = error.__cause__
@@ -485,8 +489,8 @@ def _status(error: BaseException | None) -> int | None:
 
 def _description(error: BaseException) -> str:
     """Return the kind and the text of an error, and of the one that caused it: fsspec hides a lost network so."""
-    cause = f", because of {type(error.__cause__).__name__} {error.__cause__}" if error.__cause__ else ""
-    return f"{type(error).__name__} {error}{cause}"
+    cause = f", because of {_description(error.__cause__)}" if error.__cause__ else ""
+    return f"{type(error).__name__} {' '.join(str(error).split()):.300}{cause}"
 
 
 def _write(file: IO[bytes], data: bytes) -> None:
