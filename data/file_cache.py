@@ -45,6 +45,12 @@ class _Entry(NamedTuple):
     size: int
 
 
+def cache_folder() -> Path:
+    """Return the folder of what can be made or downloaded again: $OPENVLA_CACHE, else openvla in the user's cache."""
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get(FOLDER_VARIABLE) or Path(home) / "openvla")
+
+
 def cache_limit() -> int:
     """Return the cache's limit in bytes: $OPENVLA_DATA_CACHE_GB (10**9 bytes each), else 50 GB.
 

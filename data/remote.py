@@ -26,8 +26,7 @@ import fsspec
 from huggingface_hub import HfApi
 
 from ..errors_openvla import OpenVLAError, OpenVLAFileNotFoundError, OpenVLAImportError, OpenVLAValueError
-from .file_cache import FOLDER_VARIABLE, SIZE_VARIABLE, FileCache, RemoteError, cache_limit
-from .utils import cache_folder
+from .file_cache import FOLDER_VARIABLE, SIZE_VARIABLE, FileCache, RemoteError, cache_folder, cache_limit
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +40,9 @@ _CHUNK = 1 << 23
 RETRY_DELAYS: Sequence[float] = (1, 2, 4, 8, 8)
 # Requests at a time for the sizes of files where there is no listing.
 _LOOKUPS = 16
-_NO_ACCESS, _NOT_FOUND = (401, 403), (404, 410)
+# HTTP statuses; and a part of the names of the errors of clouds' libraries without credentials.
+_NO_ACCESS, _NOT_FOUND, _CHANGED = (401, 403), (404, 410), 412
+_CREDENTIALS = "Credentials"
 _CONNECT_SECONDS, _SILENCE_SECONDS = 30, 60
 # Entries of fsspec's ``info`` that change when a file changes.
 _VERSIONS = ("ETag", "etag", "generation", "xet_hash", "Last-Modified", "LastModified", "mtime", "created")
@@ -80,6 +81,8 @@ class RemoteDataset:
         RemoteError: The source cannot be reached or refuses access.
 
     Attributes:
+        location: The URL that is read: of a dataset of the Hub, at that commit.
+        is_at_commit: Whether the files cannot change.
         can_list: Whether the files are known; https servers give no listing.
         refusal: What an https server said instead of giving a file's size; empty if it never refused.
     """
@@ -94,6 +97,7 @@ class RemoteDataset:
         self._files: dict[str, FileInfo | None] = {}
         if self.protocol == "hf":
             self.location = self._location_at_commit()
+        self.is_at_commit = self.url.startswith("hf://datasets/")
         if self.can_list:
             self._files.update(self._listing())
 
@@ -206,7 +210,9 @@ class RemoteDataset:
                 raise
             except Exception as error:  # every file system raises the errors of its own library
                 status = _status(error)
-                if status in _NO_ACCESS or isinstance(error, PermissionError):
+                if status == _CHANGED:
+                    raise RemoteError(f"{url} has changed since the dataset was opened: start again.") from error
+                if status in _NO_ACCESS or isinstance(error, PermissionError) or _CREDENTIALS in type(error).__name__:
                     # Also the answer of the Hub, and of many buckets, for what does not exist.
                     kind = OpenVLAFileNotFoundError if self.protocol in (*_WEB, "hf") else RemoteError
                     hints = [text for start, text in _ACCESS.items() if self.protocol.startswith(start)]
@@ -234,19 +240,19 @@ class RemoteDataset:
         """
         url = f"{self.url}/{name}"
         logger.info("downloading %s (%.3g MB)", url, info.size / 1e6)
-        problem = ""
-        for _ in range(2):  # again if the checksum is wrong: it may be the transfer's fault
+        for is_last in (False, True):  # twice if the checksum is wrong, which may be the transfer's fault
             try:
                 self._request(url, lambda: self._append(name, info.size, file))
             except OpenVLAFileNotFoundError as error:
                 raise RemoteError(f"{url} was there when the dataset was opened, but now: {error}") from error
-            self._require_unchanged(name, info)
+            self._require_unchanged(name, info, file)
             problem = self._checksum_problem(name, info, file)
             if not problem:
                 return
-            logger.warning("%s: %s; downloading it again", url, problem)
             file.truncate(0)
-        raise RemoteError(f"{url} is damaged at its source: {problem}. Upload the file again.")
+            if is_last:
+                raise RemoteError(f"{url} is damaged at its source: {problem}. Upload the file again.")
+            logger.warning("%s: %s; downloading it again", url, problem)
 
     def _append(self, name: str, size: int, file: IO[bytes]) -> None:
         """Append to a file what the source has beyond its end."""
@@ -267,15 +273,16 @@ class RemoteDataset:
         if offset < size:
             raise EOFError(f"the answer ended after {offset} of {size} bytes")
 
-    def _require_unchanged(self, name: str, info: FileInfo) -> None:
-        """Raise RemoteError if a file is not the one that was found when the dataset was opened."""
-        if "@" in self.location and self.protocol == "hf":
+    def _require_unchanged(self, name: str, info: FileInfo, file: IO[bytes]) -> None:
+        """Empty a downloaded file and raise RemoteError if it is not the one that was found at opening."""
+        if self.is_at_commit:
             return
         if self.can_list:
             fs, path = self._file_system(name)
             fs.invalidate_cache(path.rpartition("/")[0])
         now = self._look_up(name)
         if now is None or now.version != info.version:
+            file.truncate(0)
             raise RemoteError(
                 f"{self.url}/{name} has changed since the dataset was opened (before: {info.version}; now: "
                 f"{now.version if now else 'it does not exist'}): start again with the new dataset, or restore the old."
@@ -453,7 +460,7 @@ def _describe(url: str, info: Mapping[str, Any], protocol: str) -> FileInfo:
             f"{url}: the server does not tell the file's size (Content-Length); serve it as a plain file."
         )
     checksum = _checksum(info, protocol)
-    version = checksum or next((info[key] for key in _VERSIONS if info.get(key)), None)
+    version = " ".join(checksum) if checksum else next((info[key] for key in _VERSIONS if info.get(key)), None)
     return FileInfo(size, f"{size} bytes, {version}", checksum)
 
 

@@ -18,9 +18,10 @@ from ..dimension_labels import END_EFFECTOR_DIMENSIONS, dimension_labels
 from ..errors_openvla import OpenVLAValueError
 from .doctor import Finding, run_checks
 from .episodes import DatasetError, EpisodeReader, usable_episodes, warn_skipped
+from .file_cache import cache_folder
 from .findings import CheckInput
 from .lerobot import LeRobotReader
-from .utils import cache_folder, read_json
+from .utils import read_json
 
 # Version of the cache's content; increase it when the content changes, so that older caches are ignored.
 _VERSION = 5

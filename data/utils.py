@@ -4,14 +4,10 @@ from __future__ import annotations
 
 import importlib
 import json
-import os
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..errors_openvla import OpenVLAImportError, OpenVLAValueError
-
-if TYPE_CHECKING:
-    from .remote import DataPath
+from .remote import DataPath
 
 
 def require(package: str, purpose: str, install: str = "'openvla[train]'") -> Any:
@@ -29,12 +25,6 @@ def require(package: str, purpose: str, install: str = "'openvla[train]'") -> An
         return importlib.import_module(package)
     except ImportError as error:
         raise OpenVLAImportError(f"{purpose} needs {package}: pip install {install} ({error})") from error
-
-
-def cache_folder() -> Path:
-    """Return the folder of what can be made or downloaded again: $OPENVLA_CACHE, else openvla in the user's cache."""
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("OPENVLA_CACHE") or Path(home) / "openvla")
 
 
 def read_json(path: DataPath) -> Any:
