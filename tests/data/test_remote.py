@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -99,6 +100,11 @@ def test_a_remote_dataset_equals_the_local_one(root, name, cache):
     require_equal(again, local)
     assert again.digest() == reader.digest()
     assert {file: file.stat().st_ino for file in cache.iterdir()} == files  # nothing is downloaded twice
+
+
+def test_a_reader_can_be_sent_to_a_process(root):
+    reader = pickle.loads(pickle.dumps(open_dataset(f"{root}/{V3}")))
+    require_equal(reader, open_dataset(FIXTURES / V3))
 
 
 def test_rlds_versions_and_splits_of_the_hub(datasets):
@@ -320,6 +326,69 @@ def test_small_files_of_the_hub_have_a_checksum_too(datasets):
 )
 def test_checksums_of_object_storage(info, protocol, expected):
     assert remote._checksum(info, protocol) == expected
+
+
+class NoCredentialsError(Exception):
+    """Named as botocore's."""
+
+
+class PreconditionFailed(Exception):
+    """With a response like botocore's."""
+
+    response = {"ResponseMetadata": {"HTTPStatusCode": 412}}
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (NoCredentialsError("Unable to locate credentials"), "may not be read .*Unable to locate.*aws configure"),
+        (PermissionError("Forbidden"), "may not be read .*Forbidden.*aws configure"),
+        (PreconditionFailed("it did not hold"), "s3://lab/arm has changed since the dataset was opened"),
+        (
+            ConnectionResetError("reset"),
+            "arm cannot be read: ConnectionResetError reset. It was tried 3 times",
+        ),
+    ],
+)
+def test_errors_of_a_cloud(error, message):
+    dataset = remote.RemoteDataset(f"file://{FIXTURES / V3}")
+    dataset.protocol = "s3"
+
+    def fail():
+        raise error
+
+    with pytest.raises(RemoteError, match=message):
+        dataset._request("s3://lab/arm", fail)
+
+
+class Bucket:
+    """What s3fs says about a file that is encrypted in a way."""
+
+    def __init__(self, head):
+        self.head = head
+
+    def split_path(self, path):
+        return (*path.split("/", 1), None)
+
+    def call_s3(self, method, **key):
+        assert (method, key) == ("head_object", {"Bucket": "lab", "Key": "arm/file"})
+        return self.head
+
+
+@pytest.mark.parametrize(
+    ("head", "expected"),
+    [
+        ({}, False),
+        ({"ServerSideEncryption": "AES256"}, False),
+        ({"ServerSideEncryption": "aws:kms"}, True),
+        ({"SSECustomerAlgorithm": "AES256"}, True),
+    ],
+)
+def test_an_encrypted_file_of_s3_has_no_md5(monkeypatch, head, expected):
+    dataset = remote.RemoteDataset(f"file://{FIXTURES / V3}")
+    dataset.protocol = "s3"
+    monkeypatch.setattr(dataset, "_file_system", lambda _: (Bucket(head), "lab/arm/file"))
+    assert dataset._is_encrypted("file") is expected
 
 
 def test_no_network(web):
