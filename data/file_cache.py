@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -29,6 +30,7 @@ SIZE_VARIABLE, FOLDER_VARIABLE = "OPENVLA_DATA_CACHE_GB", "OPENVLA_CACHE"
 # What is kept when files are removed, as a part of the limit: so files are listed once for many downloads.
 _KEPT = 0.9
 _LOCK_FILE = ".lock"
+_UNFINISHED = re.compile(r".*\.(\d+)\.part")
 # How long to wait until other processes have read their files, in seconds: at first, with a warning, and in all.
 _POLL_SECONDS, _PATIENCE_SECONDS, _MAX_WAIT_SECONDS = 0.02, 10.0, 1800.0
 
@@ -189,9 +191,9 @@ class FileCache:
         """Return the cache's files, the least recently used first."""
         entries = []
         for file in os.scandir(self.folder):
-            if file.name != _LOCK_FILE:
-                status = file.stat()
-                size = int(file.name.split(".")[-2]) if file.name.endswith(".part") else status.st_size
+            if file.name != _LOCK_FILE and file.is_file():
+                status, unfinished = file.stat(), _UNFINISHED.fullmatch(file.name)
+                size = int(unfinished[1]) if unfinished else status.st_size
                 entries.append(_Entry(status.st_mtime_ns, Path(file.path), size))
         return sorted(entries)
 

@@ -8,7 +8,7 @@ import math
 import re
 import warnings
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -259,12 +259,14 @@ class LeRobotReader(EpisodeReader):
     def _read_episodes(self) -> list[dict[str, Any]]:
         """Return the rows of meta/episodes, sorted by episode_index."""
         meta = self.root / "meta"
+        self.episode_tables: list[DataPath] = []
         if not self.v3:
             self.episode_tables = [meta / "episodes.jsonl"]
             rows = read_json_lines(meta / "episodes.jsonl")
         else:
-            self.episode_tables, rows = _numbered_tables(meta / "episodes"), []
-            for file in self.episode_tables:
+            rows = []
+            for file in _find_tables(meta / "episodes"):
+                self.episode_tables.append(file)
                 table = _read_parquet(file)
                 # Per-episode statistics are large and not needed.
                 rows += table.select([n for n in table.column_names if not n.startswith("stats/")]).to_pylist()
@@ -549,22 +551,23 @@ def _to_array(column: Any) -> np.ndarray:
     return values.to_numpy(zero_copy_only=False)
 
 
-def _numbered_tables(folder: DataPath) -> list[DataPath]:
-    """Return the tables below meta/episodes (v3), sorted.
+def _find_tables(folder: DataPath) -> Iterator[DataPath]:
+    """Yield the tables below meta/episodes (v3), sorted.
 
-    Where they cannot be listed, LeRobot's names are tried, with growing numbers until there is none.
+    Where they cannot be listed, LeRobot's names are tried, with growing numbers until there is none. A server that
+    answers every name is noticed when the first false table is read.
     """
     if not isinstance(folder, RemotePath) or folder.dataset.can_list:
-        return sorted(folder.rglob("*.parquet"))
-    tables: list[DataPath] = []
+        tables: list[DataPath] = sorted(folder.rglob("*.parquet"))
+        yield from tables
+        return
     chunk = number = 0
     while (file := folder / f"chunk-{chunk:03d}/file-{number:03d}.parquet").is_file() or number:
         if file.is_file():
-            tables.append(file)
+            yield file
             number += 1
         else:
             chunk, number = chunk + 1, 0
-    return tables
 
 
 def _read_parquet(path: DataPath) -> Any:

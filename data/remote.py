@@ -31,7 +31,7 @@ from .file_cache import FOLDER_VARIABLE, SIZE_VARIABLE, FileCache, RemoteError, 
 logger = logging.getLogger(__name__)
 
 _URL = re.compile(r"^([a-z][a-z0-9+.-]*)://.")
-_HUB_URL = re.compile(r"hf://(datasets|buckets)/[^/]+/[^/]+(/.*)?")
+_HUB_URL = re.compile(r"hf://datasets/[^/]+/[^/]+(/.*)?")
 _WEB, _S3 = ("http", "https"), ("s3", "s3a")
 # File systems that give a file in one answer when it is opened with block_size=0; others give it in ranges.
 _STREAMED = (*_WEB, "hf")
@@ -82,7 +82,6 @@ class RemoteDataset:
 
     Attributes:
         location: The URL that is read: of a dataset of the Hub, at that commit.
-        is_at_commit: Whether the files cannot change.
         can_list: Whether the files are known; https servers give no listing.
         refusal: What an https server said instead of giving a file's size; empty if it never refused.
     """
@@ -97,7 +96,6 @@ class RemoteDataset:
         self._files: dict[str, FileInfo | None] = {}
         if self.protocol == "hf":
             self.location = self._location_at_commit()
-        self.is_at_commit = self.url.startswith("hf://datasets/")
         if self.can_list:
             self._files.update(self._listing())
 
@@ -166,8 +164,6 @@ class RemoteDataset:
         fs, path = self._file_system()
         fs.invalidate_cache()  # what this process knows of an earlier commit
         resolved = self._request(self.url, lambda: fs.resolve_path(path))
-        if not hasattr(resolved, "repo_id"):  # a bucket has no commits
-            return self.location
         api = HfApi(endpoint=fs.endpoint, token=fs.token)
         info = self._request(
             self.url, lambda: api.repo_info(resolved.repo_id, repo_type="dataset", revision=resolved.revision)
@@ -245,6 +241,10 @@ class RemoteDataset:
                 self._request(url, lambda: self._append(name, info.size, file))
             except OpenVLAFileNotFoundError as error:
                 raise RemoteError(f"{url} was there when the dataset was opened, but now: {error}") from error
+            except RemoteError as error:
+                if isinstance(error.__cause__, EOFError):
+                    self._require_unchanged(name, info, file)
+                raise
             self._require_unchanged(name, info, file)
             problem = self._checksum_problem(name, info, file)
             if not problem:
@@ -275,7 +275,7 @@ class RemoteDataset:
 
     def _require_unchanged(self, name: str, info: FileInfo, file: IO[bytes]) -> None:
         """Empty a downloaded file and raise RemoteError if it is not the one that was found at opening."""
-        if self.is_at_commit:
+        if self.protocol == "hf":  # a commit
             return
         if self.can_list:
             fs, path = self._file_system(name)

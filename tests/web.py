@@ -19,13 +19,14 @@ class WebServer(ThreadingHTTPServer):
         sums: Whether answers have a Content-MD5.
         ranges: Whether ranges are given; else every answer is the whole file.
         sizes: Whether answers have a length.
+        page: What is answered for names that do not exist; None: status 404.
     """
 
     def __init__(self, folder):
         super().__init__(("127.0.0.1", 0), Handler)
         self.folder, self.requests = folder, []
         self.cut_after, self.stalled, self.status = {}, set(), {}
-        self.sums, self.ranges, self.sizes = False, True, True
+        self.sums, self.ranges, self.sizes, self.page = False, True, True, None
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
     @property
@@ -51,13 +52,13 @@ class Handler(BaseHTTPRequestHandler):
         byte_range = self.headers.get("Range", "")
         server.requests.append((self.command, name, byte_range))
         file = server.folder / name
-        status = server.status.get(name) or (200 if file.is_file() else 404)
+        status = server.status.get(name) or (200 if file.is_file() or server.page else 404)
         if status != 200:
             self.send_response(status)
             self.send_header("Content-Length", "0")
             self.end_headers()
             return
-        content = file.read_bytes()
+        content = file.read_bytes() if file.is_file() else server.page
         etag, start, end = hashlib.sha1(content).hexdigest(), 0, len(content)
         if byte_range and server.ranges:
             first, _, last = byte_range.removeprefix("bytes=").partition("-")

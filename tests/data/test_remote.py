@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -154,10 +155,26 @@ def test_a_file_that_changes_is_refused(web, tmp_path):
         copy = tmp_path / "data" / file.relative_to(FIXTURES / V3)
         copy.parent.mkdir(parents=True, exist_ok=True)
         copy.write_bytes(file.read_bytes()[:-1] + b"?")
-    with pytest.raises(
-        RemoteError, match=r"data/chunk-000/file-000\.parquet has changed since .* \(before: \d+ bytes, .*\)"
-    ):
+    message = r"data/chunk-000/file-000\.parquet has changed since .* \(before: \d+ bytes, .*\)"
+    with pytest.raises(RemoteError, match=message):
         reader[0]
+    table = tmp_path / "data" / "data" / "chunk-000" / "file-000.parquet"
+    table.write_bytes(table.read_bytes()[:-9])
+    with pytest.raises(RemoteError, match=message):
+        reader[0]
+    table.unlink()
+    with pytest.raises(RemoteError, match=r"file-000\.parquet was there when the dataset was opened, but now: .* does not exist"):
+        reader[0]
+
+
+def test_a_server_that_answers_every_name(web, tmp_path):
+    """Some servers give their front page, with status 200, where there is no file."""
+    web.folder, web.page = tmp_path, b"<html>"
+    (tmp_path / "data" / "meta").mkdir(parents=True)
+    shutil.copy(FIXTURES / V3 / "meta" / "info.json", tmp_path / "data" / "meta")
+    (tmp_path / "data" / "meta" / "modality.json").write_text("{}")
+    with pytest.raises(OpenVLAError, match=r"chunk-000_file-000\.parquet cannot be read as parquet"):
+        open_dataset(f"{web.url}/data")
 
 
 class LargestSum:
@@ -174,18 +191,20 @@ class LargestSum:
     def __exit__(self, *_):
         self.is_over = True
         self.thread.join()
+        self.measure()
 
     def watch(self):
         while not self.is_over:
-            sizes = {}
-            for file in self.folder.glob("*-*"):
-                try:
-                    status = file.stat()
-                except FileNotFoundError:
-                    continue
-                sizes[status.st_ino] = status.st_size  # a file that is renamed while they are listed counts once
-            self.bytes = max(self.bytes, sum(sizes.values()))
+            self.measure()
             time.sleep(0.0005)
+
+    def measure(self):
+        sizes = {}
+        for file in self.folder.glob("*-*"):
+            with contextlib.suppress(FileNotFoundError):
+                status = file.stat()
+                sizes[status.st_ino] = status.st_size  # a file that is renamed while they are listed counts once
+        self.bytes = max(self.bytes, sum(sizes.values()))
 
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")
