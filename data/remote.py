@@ -47,11 +47,13 @@ _CONNECT_SECONDS, _SILENCE_SECONDS = 30, 60
 # Entries of fsspec's ``info`` that change when a file changes.
 _VERSIONS = ("ETag", "etag", "generation", "xet_hash", "Last-Modified", "LastModified", "mtime", "created")
 _INSTALL = {"http": "'openvla[remote]'", "https": "'openvla[remote]'", "s3": "s3fs", "gs": "gcsfs", "gcs": "gcsfs"}
-# What to do where access is refused, by the first letters of the protocol.
+_GOOGLE = "log in with `gcloud auth application-default login`, or set FSSPEC_GS_TOKEN=anon for a public bucket"
+# What to do where access is refused, by the beginning of the protocol.
 _ACCESS = {
     "hf": "log in with `hf auth login` or set HF_TOKEN, and accept the dataset's conditions on its page if it has any",
     "s3": "set up credentials with `aws configure`, or set FSSPEC_S3_ANON=true for a public bucket",
-    "g": "log in with `gcloud auth application-default login`, or set FSSPEC_GS_TOKEN=anon for a public bucket",
+    "gs": _GOOGLE,
+    "gcs": _GOOGLE,
     "http": "put the server's user and password into ~/.netrc",
 }
 
