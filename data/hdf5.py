@@ -91,6 +91,7 @@ class HDF5Reader(EpisodeReader):
             stored upside down.
     """
 
+    root: Path
     format = "hdf5"
 
     def __init__(

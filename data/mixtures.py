@@ -9,6 +9,7 @@ from typing import Any
 from ..actions_openvla import nearest_name
 from ..errors_openvla import OpenVLAFileNotFoundError, OpenVLAValueError
 from .presets import PRESETS
+from .remote import is_remote
 
 _SUFFIX = "_converted_externally_to_rlds"
 
@@ -84,12 +85,12 @@ def mixture_entries(name: str, root: str | Path, leave_out: Sequence[str] = ()) 
 
     Args:
         name: A key of ``MIXTURES``.
-        root: The folder with one folder for each dataset, by its name.
+        root: The folder with one folder for each dataset, by its name; or its URL.
         leave_out: Datasets of the mixture that are not used.
 
     Raises:
         OpenVLAValueError: There is no such mixture, or ``leave_out`` names a dataset that is not in it.
-        OpenVLAFileNotFoundError: Datasets are missing below the folder.
+        OpenVLAFileNotFoundError: Datasets are missing below the folder. Remote ones are missed when they are opened.
     """
     if name not in MIXTURES:
         nearest = nearest_name(name, list(MIXTURES))
@@ -98,6 +99,8 @@ def mixture_entries(name: str, root: str | Path, leave_out: Sequence[str] = ()) 
     if unknown := sorted(set(leave_out) - set(MIXTURES[name])):
         raise OpenVLAValueError(f"leave_out names {unknown}, which are not in {name!r}: {list(MIXTURES[name])}.")
     weights = {key: weight for key, weight in MIXTURES[name].items() if key not in leave_out}
+    if is_remote(root):
+        return [{"path": f"{str(root).rstrip('/')}/{key}", "name": key, "weight": weights[key]} for key in weights]
     root = Path(root).expanduser()
     if missing := [key for key in weights if not (root / key).exists()]:
         raise OpenVLAFileNotFoundError(

@@ -202,6 +202,7 @@ class ReplayBufferReader(EpisodeReader):
         ImportError: zarr, or the package of a codec, is not installed.
     """
 
+    root: Path
     format = "zarr"
 
     def __init__(

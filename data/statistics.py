@@ -18,6 +18,7 @@ from ..dimension_labels import END_EFFECTOR_DIMENSIONS, dimension_labels
 from ..errors_openvla import OpenVLAValueError
 from .doctor import Finding, run_checks
 from .episodes import DatasetError, EpisodeReader, usable_episodes, warn_skipped
+from .file_cache import cache_folder
 from .findings import CheckInput
 from .lerobot import LeRobotReader
 from .utils import read_json
@@ -108,8 +109,7 @@ def write_cache(file: Path, content: Mapping[str, Any]) -> None:
 
 def default_cache_dir() -> Path:
     """Return the cache's folder: $OPENVLA_CACHE/statistics, else openvla/statistics in the user's cache folder."""
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("OPENVLA_CACHE") or Path(home) / "openvla") / "statistics"
+    return cache_folder() / "statistics"
 
 
 def _read_cache(file: Path) -> dict[str, Any] | None:

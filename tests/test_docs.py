@@ -68,6 +68,7 @@ def given(hub, tokenizer, overrides, tmp_path_factory):
     upload_folder(hub, "openvla/openvla-7b", plain)
     upload_folder(hub, "someone/openvla-7b-finetuned", plain)
     upload_folder(hub, "moojink/openvla-7b-oft-finetuned-libero-spatial", oft_folder("libero", "l1", models / "oft"))
+    upload_folder(hub, "me/my-demonstrations", FIXTURES / "lerobot_v3_files")
     upload_folder(hub, "furonghuang-lab/tracevla_7b", published_tracevla(models / "tracevla"))
     native_run("fused", folder / "runs" / "my-run")
     minivla.write_run("vq_libero", folder / "runs" / "minivla")
@@ -89,6 +90,7 @@ def given(hub, tokenizer, overrides, tmp_path_factory):
 def place(given, here, tmp_path, monkeypatch):
     """Where a page is worked through."""
     monkeypatch.chdir(shutil.copytree(given, tmp_path / "place"))
+    monkeypatch.setenv("OPENVLA_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("sys.argv", ["example"])
 
 
