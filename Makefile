@@ -42,7 +42,9 @@ lanes:  ## parity, remote code and processors on every supported transformers, a
 	PYTHON=$(PYTHON) bash ci/lanes.sh
 
 integrations:  ## adapters to other frameworks against the real packages, each in an environment of its own
-	for script in ci/integration_*.sh; do echo "== $$script"; PYTHON=$(PYTHON) bash $$script || exit 1; done
+	@failed=; for script in ci/integration_*.sh; do \
+	  echo "== $$script"; PYTHON=$(PYTHON) bash $$script || failed="$$failed $$script"; \
+	done; if [ -n "$$failed" ]; then echo "failed:$$failed"; exit 1; fi
 
 lint: $(INSTALLED)  ## style and types
 	$(VENV)/bin/pip install --quiet -c ci/constraints.txt mypy ruff

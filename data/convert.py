@@ -44,7 +44,7 @@ _STATE = "observation.state"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``openvla convert-data``."""
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("source", metavar="SRC", help="dataset of any format that is read")
+    parser.add_argument("source", metavar="SRC", help="dataset of any format that is read, or its URL")
     parser.add_argument("target", type=Path, metavar="DST", help="folder of the new dataset; must not exist")
     parser.add_argument("--fps", type=int, help="steps per second, where the source does not store them")
     parser.add_argument("--preset", default=AUTO, metavar="NAME", help="fields of a known dataset, or none")
@@ -170,6 +170,7 @@ def _write_episodes(
         writer.add_episode([text.strip() for text in episode.instructions], numbers, images)
     if writer is None:
         raise OpenVLAValueError(f"{reader.root}: none of its {len(reader)} episodes can be used.")
+    writer.write_statistics(progress=progress)
     return writer
 
 

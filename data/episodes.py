@@ -8,11 +8,9 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import io
-import os
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,6 +19,8 @@ from PIL import Image
 from ..actions_openvla import nearest_name
 from ..errors_openvla import OpenVLAIndexError, OpenVLAKeyError, OpenVLAValueError
 from .columns import NOT_RGB, ColumnSpec, as_text, is_empty_instruction, is_non_camera_name
+from .file_cache import RemoteError
+from .remote import DataPath, file_version
 
 # Kinds of columns.
 IMAGE, TEXT, NUMERIC, DEPTH = "image", "text", "numeric", "depth"
@@ -104,10 +104,11 @@ class Episode:
 
         Raises:
             DatasetError: An image is missing or cannot be decoded.
+            RemoteError: A remote file cannot be downloaded.
         """
         try:
             return self.load_images(index)
-        except DatasetError:
+        except (DatasetError, RemoteError):
             raise
         except Exception as error:  # Pillow, h5py, FFmpeg and os raise different errors for damaged files
             raise DatasetError(f"{self.source}, episode {self.id}: no image at step {index}: {error}") from error
@@ -192,7 +193,7 @@ class EpisodeReader(ABC):
     doubtful_cameras: frozenset[str] = frozenset()
     frame_rate: float | None = None
 
-    def __init__(self, root: Path, name: str, column_kinds: Mapping[str, str], fields: ColumnSpec) -> None:
+    def __init__(self, root: DataPath, name: str, column_kinds: Mapping[str, str], fields: ColumnSpec) -> None:
         self.root, self.name, self.fields = root, name, fields
         self.column_kinds = dict(column_kinds)
         self.noop_only_instructions: dict[int, str] = {}
@@ -241,7 +242,7 @@ class EpisodeReader(ABC):
 
     @property
     @abstractmethod
-    def files(self) -> list[Path]:
+    def files(self) -> Sequence[DataPath]:
         """Return every file that the episodes are read from."""
 
     @abstractmethod
@@ -317,6 +318,7 @@ class EpisodeReader(ABC):
 
         Raises:
             IndexError: There is no such episode.
+            RemoteError: A remote file cannot be downloaded.
             DatasetError: The episode is damaged or empty, has a number that is not finite or an empty instruction, or
                 has other dimensions than the dataset's first episode.
         """
@@ -413,18 +415,24 @@ class EpisodeReader(ABC):
             raise OpenVLAValueError(f"{self.root}: none of its {len(self)} episodes can be used.")
         return self._dimensions
 
-    def digest(self) -> str | None:
-        """Return a hex digest of names, sizes and times of the files and of the fields; None if it cannot be known."""
+    def digest(self, times: bool = True) -> str | None:
+        """Return a hex digest of the fields and of the files' names, sizes and times; None if it cannot be known.
+
+        Of remote files: checksums where the source has them, else what it tells files apart by.
+
+        Args:
+            times: Include the times of local files; without them a copy of the dataset has the same digest.
+        """
         parts = [self.format, self.name, str(self.fields)]
-        for file in sorted(self.files):
-            info = file.stat()
-            parts.append(f"{os.path.relpath(file, self.root)} {info.st_size} {info.st_mtime_ns}")
+        parts += [file_version(self.root, file, times) for file in sorted(self.files, key=str)]
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
-def usable_episodes(reader: EpisodeReader, skipped: list[str] | None = None) -> Iterator[Episode]:
-    """Yield the episodes that can be used; the errors of the others are appended to ``skipped``."""
-    for index in range(len(reader)):
+def usable_episodes(
+    reader: EpisodeReader, skipped: list[str] | None = None, indices: Iterable[int] | None = None
+) -> Iterator[Episode]:
+    """Yield the episodes (all, or some) that can be used; the errors of the others are appended to ``skipped``."""
+    for index in range(len(reader)) if indices is None else indices:
         try:
             yield reader[index]
         except DatasetError as error:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import os
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from .remote import DataPath, on_disk
+
 # File handles inherited across fork; never closed in the child, because closing would block on reader threads that do
 # not exist there.
-_INHERITED: list[OrderedDict[Path, Any]] = []
+_INHERITED: list[OrderedDict[Any, Any]] = []
 
 
 class FileHandleCache:
@@ -24,18 +27,29 @@ class FileHandleCache:
     def __init__(self, opener: Callable[[Path], Any], limit: int = 8) -> None:
         self.opener, self.limit = opener, limit
         self._process = os.getpid()
-        self._handles: OrderedDict[Path, Any] = OrderedDict()
+        self._handles: OrderedDict[tuple[DataPath, int | None], Any] = OrderedDict()
 
     def __getitem__(self, path: Path) -> Any:
+        """Return the open file of a path on this disk."""
+        return self._handle(path, (path, None))
+
+    @contextmanager
+    def use(self, path: DataPath) -> Iterator[Any]:
+        """Give the open file of a path, for the ``with`` block: so long a remote file is not removed from its cache."""
+        with on_disk(path) as file:
+            # Its inode differs if it was removed and downloaded again since it was opened.
+            yield self._handle(file, (path, None if file is path else file.stat().st_ino))
+
+    def _handle(self, file: Path, key: tuple[DataPath, int | None]) -> Any:
         if self._process != os.getpid():
             _INHERITED.append(self._handles)
             self._process, self._handles = os.getpid(), OrderedDict()
-        if path not in self._handles:
+        if key not in self._handles:
             if len(self._handles) >= self.limit:
                 self._handles.popitem(last=False)[1].close()
-            self._handles[path] = self.opener(path)
-        self._handles.move_to_end(path)
-        return self._handles[path]
+            self._handles[key] = self.opener(file)
+        self._handles.move_to_end(key)
+        return self._handles[key]
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle without the open files."""

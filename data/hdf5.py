@@ -91,6 +91,7 @@ class HDF5Reader(EpisodeReader):
             stored upside down.
     """
 
+    root: Path
     format = "hdf5"
 
     def __init__(
@@ -168,9 +169,9 @@ class HDF5Reader(EpisodeReader):
         """Return the HDF5 files."""
         return list(self._files)
 
-    def digest(self) -> str:
+    def digest(self, times: bool = True) -> str:
         """Return the base class's digest combined with the split."""
-        return hashlib.sha256(f"{super().digest()} {self.split}".encode()).hexdigest()
+        return hashlib.sha256(f"{super().digest(times)} {self.split}".encode()).hexdigest()
 
     def notes(self) -> list[str]:
         """Return notes for the user on how the dataset is read, where the fields do not show it."""

@@ -27,6 +27,7 @@ from .findings import CheckInput, Finding
 from .hdf5 import hdf5_files
 from .open import open_dataset
 from .presets import AUTO
+from .remote import is_remote
 from .replay_buffer import replay_buffer
 from .rlds import rlds_folder
 from .statistics import action_column_names, statistics_and_findings
@@ -42,9 +43,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``openvla inspect-data``."""
     parser.add_argument(
         "data",
-        type=Path,
         metavar="DIR",
-        help="LeRobot, RLDS, HDF5 or zarr dataset; or a checkpoint or .json file of statistics",
+        help="LeRobot, RLDS, HDF5 or zarr dataset, or the URL of one; or a checkpoint or .json file of statistics",
     )
     parser.add_argument(
         "--preset", default=AUTO, metavar="NAME", help="fields of a known dataset (default: by its name), or none"
@@ -78,8 +78,11 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _read_statistics(path: Path) -> dict[str, Any] | None:
+def _read_statistics(data: str) -> dict[str, Any] | None:
     """Return the statistics of a checkpoint's folder or of a file by dataset; None for anything else."""
+    if is_remote(data):
+        return None
+    path = Path(data)
     files = [path] if path.suffix == ".json" else [path / "dataset_statistics.json", path / "config.json"]
     if (path / "meta" / "info.json").is_file() or rlds_folder(path) or hdf5_files(path) or replay_buffer(path):
         return None  # a dataset, even if its folder also has statistics

@@ -8,7 +8,7 @@ import math
 import re
 import warnings
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,11 +25,13 @@ from .columns import (
     step_order,
 )
 from .episodes import DEPTH, IMAGE, NUMERIC, TEXT, DatasetError, EpisodeReader, RawEpisode, decode_image
+from .file_cache import RemoteError
 from .file_handles import FileHandleCache
 from .gripper_check import ABSOLUTE, SIGNED, detect_gripper_convention, require_unconverted_gripper
 from .lerobot_meta import FILE_INDICES, load_info, read_json_lines, require_numbers, require_path_patterns
 from .modality import Modality
 from .presets import AUTO, HDF5_PRESETS, PRESETS, WITHOUT_PRESET, merge_fields
+from .remote import DataPath, RemotePath, existing_files, on_disk
 from .utils import require
 from .video import Video
 
@@ -95,7 +97,7 @@ def _episode_ranges(metadata: Any) -> list[_EpisodeRange]:
 
 
 class LeRobotReader(EpisodeReader):
-    """Reader of LeRobot datasets on disk.
+    """Reader of LeRobot datasets.
 
     Presets describe RLDS datasets and do not fit LeRobot datasets in general: a dataset with the name of a preset is
     read as it is stored, with a warning. The exception is a LIBERO dataset whose gripper goes below 0, which shows that
@@ -119,7 +121,7 @@ class LeRobotReader(EpisodeReader):
 
     def __init__(
         self,
-        root: Path,
+        root: DataPath,
         *,
         preset: str | None = AUTO,
         fields: Mapping[str, Any] | None = None,
@@ -156,7 +158,7 @@ class LeRobotReader(EpisodeReader):
         self.tables = FileHandleCache(_ParquetFile)
         self.open_videos = FileHandleCache(Video)
         self._has_warned_of_tasks = False
-        self._episode_ranges: dict[Path, list[_EpisodeRange]] = {}
+        self._episode_ranges: dict[DataPath, list[_EpisodeRange]] = {}
         self.preset = None if preset == AUTO else preset
         suggested = _suggest_fields(column_kinds, self.doubtful_cameras)
         merged = merge_fields(suggested, self.preset, fields, root)
@@ -250,18 +252,21 @@ class LeRobotReader(EpisodeReader):
             )
         return [row for row in rows if row["episode_index"] in indices[self.split]]
 
-    def digest(self) -> str:
+    def digest(self, times: bool = True) -> str:
         """Return the base class's digest combined with the split."""
-        return hashlib.sha256(f"{super().digest()} {self.split}".encode()).hexdigest()
+        return hashlib.sha256(f"{super().digest(times)} {self.split}".encode()).hexdigest()
 
     def _read_episodes(self) -> list[dict[str, Any]]:
         """Return the rows of meta/episodes, sorted by episode_index."""
         meta = self.root / "meta"
+        self.episode_tables: list[DataPath] = []
         if not self.v3:
+            self.episode_tables = [meta / "episodes.jsonl"]
             rows = read_json_lines(meta / "episodes.jsonl")
         else:
             rows = []
-            for file in sorted((meta / "episodes").rglob("*.parquet")):
+            for file in _find_tables(meta / "episodes"):
+                self.episode_tables.append(file)
                 table = _read_parquet(file)
                 # Per-episode statistics are large and not needed.
                 rows += table.select([n for n in table.column_names if not n.startswith("stats/")]).to_pylist()
@@ -280,16 +285,15 @@ class LeRobotReader(EpisodeReader):
         return sorted(rows, key=lambda row: row["episode_index"])
 
     @property
-    def files(self) -> list[Path]:
+    def files(self) -> list[DataPath]:
         """Return the tables and videos of the episodes."""
-        meta = self.root / "meta"
-        files = {meta / "info.json", *meta.glob("episodes.jsonl"), *meta.glob("episodes/**/*.parquet")}
+        files = {self.root / "meta" / "info.json", *self.episode_tables}
         for row in self.episodes:
             files.add(self._data_file(row))
             files |= {self._video_file(row, camera) for camera in self.fields.cameras if camera in self.videos}
-        return sorted(file for file in files if file.is_file())
+        return existing_files(files)
 
-    def _data_file(self, row: Mapping[str, Any]) -> Path:
+    def _data_file(self, row: Mapping[str, Any]) -> DataPath:
         if self.v3:
             numbers = {key: row[f"data/{key}"] for key in FILE_INDICES}
         else:
@@ -300,7 +304,7 @@ class LeRobotReader(EpisodeReader):
         index = row["episode_index"]
         return {"episode_index": index, "episode_chunk": index // self.info.get("chunks_size", 1000)}
 
-    def _video_file(self, row: Mapping[str, Any], camera: str) -> Path:
+    def _video_file(self, row: Mapping[str, Any], camera: str) -> DataPath:
         stored_name = self.stored_names[camera]
         if self.v3:
             numbers = {key: row[f"videos/{stored_name}/{key}"] for key in FILE_INDICES}
@@ -314,7 +318,7 @@ class LeRobotReader(EpisodeReader):
     def _stored_length(self, index: int) -> int:
         return self.episodes[index]["length"]
 
-    def _read_rows(self, row: Mapping[str, Any], columns: list[str]) -> tuple[Path, Any]:
+    def _read_rows(self, row: Mapping[str, Any], columns: list[str]) -> tuple[DataPath, Any]:
         """Return the file that holds an episode and its rows; if the named file has none, search the other files.
 
         Raises:
@@ -325,13 +329,13 @@ class LeRobotReader(EpisodeReader):
         if not length:
             raise OpenVLAValueError("it has no step")
         if named_file.is_file():
-            table = self.tables[named_file].read_episode(index, columns)
+            table = self._read_table(named_file, index, columns)
             if len(table) == length:
                 return named_file, table
             num_rows = len(table)
         if num_rows:
             raise OpenVLAValueError(f"the table has {num_rows} rows, but meta/episodes says {length}")
-        tables = {file: self.tables[file].read_episode(index, columns) for file in self._candidate_files(index)}
+        tables = {file: self._read_table(file, index, columns) for file in self._candidate_files(index)}
         complete = [file for file, table in tables.items() if len(table) == length]
         if len(complete) != 1:
             raise OpenVLAValueError(
@@ -340,16 +344,27 @@ class LeRobotReader(EpisodeReader):
             )
         return complete[0], tables[complete[0]]
 
-    def _candidate_files(self, index: int) -> list[Path]:
+    def _read_table(self, file: DataPath, index: int, columns: list[str]) -> Any:
+        with self.tables.use(file) as table:
+            return table.read_episode(index, columns)
+
+    def _candidate_files(self, index: int) -> list[DataPath]:
         """Return the data files that may hold an episode."""
         if not self._episode_ranges:
-            for file in sorted((self.root / "data").rglob("*.parquet")):
-                table = _ParquetFile(file)
-                self._episode_ranges[file] = table.episode_ranges
-                table.close()
+            for path in self._all_data_files():
+                with on_disk(path) as file:
+                    table = _ParquetFile(file)
+                    self._episode_ranges[path] = table.episode_ranges
+                    table.close()
         return [
             file for file, ranges in self._episode_ranges.items() if any(low <= index <= high for low, high in ranges)
         ]
+
+    def _all_data_files(self) -> list[DataPath]:
+        """Return all files below data; where they cannot be listed, those that meta names."""
+        if isinstance(self.root, RemotePath) and not self.root.dataset.can_list:
+            return existing_files({self._data_file(row) for row in self.episodes})
+        return sorted((self.root / "data").rglob("*.parquet"))
 
     def read_raw(self, index: int) -> RawEpisode:
         """Return an episode as it is stored, its steps in the order of their counters."""
@@ -382,13 +397,20 @@ class LeRobotReader(EpisodeReader):
             table = table if order is None else table.take(order)
             columns = {name: _to_array(table[self.stored_names[name]]) for name in numeric}
             instructions = self._step_texts(table, text, alternatives, row.get("tasks"))
+        except RemoteError:
+            raise
         except (ValueError, OSError, KeyError, pyarrow.ArrowException) as error:
             raise DatasetError(f"{where}: {error}.") from error
         load_image = self._stored_image_loader(row, source, videos, table, order)
         return RawEpisode(episode_id, str(source), columns, instructions, load_image)
 
     def _stored_image_loader(
-        self, row: Mapping[str, Any], source: Path, videos: Mapping[str, Path], table: Any, order: np.ndarray | None
+        self,
+        row: Mapping[str, Any],
+        source: DataPath,
+        videos: Mapping[str, DataPath],
+        table: Any,
+        order: np.ndarray | None,
     ) -> Any:
         """Return ``RawEpisode.load_image`` of an episode."""
         times = table["timestamp"].to_numpy() if videos else None
@@ -399,13 +421,31 @@ class LeRobotReader(EpisodeReader):
 
         def load_image(camera: str, step: int) -> np.ndarray:
             if times is not None and camera in videos:
-                return self.open_videos[videos[camera]].frame(float(starts[camera]) + float(times[step]))
+                try:
+                    with self.open_videos.use(videos[camera]) as video:
+                        return video.frame(float(starts[camera]) + float(times[step]))
+                except OpenVLAValueError as error:
+                    if note := self._video_rate_note(camera):
+                        raise OpenVLAValueError(f"{error}{note}") from error
+                    raise
             if camera not in cells:
                 stored_name = self.stored_names[camera]
-                cells[camera] = self.tables[source].read_episode(row["episode_index"], [stored_name])[stored_name]
+                cells[camera] = self._read_table(source, row["episode_index"], [stored_name])[stored_name]
             return self._decode_cell(cells[camera][step if order is None else int(order[step])])
 
         return load_image
+
+    def _video_rate_note(self, camera: str) -> str:
+        """Return, for error messages, that a camera's video has another frame rate than the dataset; else nothing."""
+        feature = self.info["features"][self.stored_names[camera]]
+        rate = {**(feature.get("video_info") or {}), **(feature.get("info") or {})}.get("video.fps")
+        if rate in (None, self.frame_rate):
+            return ""
+        return (
+            f". info.json says that {camera} has {rate} frames a second and the dataset {self.frame_rate} steps; only "
+            "frames at the steps' times are read, as LeRobot does. Leave the camera out of the field cameras, or "
+            "encode its video again at the dataset's rate"
+        )
 
     def _step_texts(self, table: Any, column: str | None, alternatives: list[str], meta_tasks: Any) -> list[Any] | str:
         """Return the instruction of every step: from a text column, if empty from its alternatives, else the task's."""
@@ -494,7 +534,7 @@ def _suggest_fields(column_kinds: Mapping[str, str], single_channel: frozenset[s
     return ColumnSpec(cameras, ("action",), proprio, instruction="task")
 
 
-def _indices_in_range(root: Path, name: str, text: Any, rows: Sequence[Mapping[str, Any]]) -> set[int]:
+def _indices_in_range(root: DataPath, name: str, text: Any, rows: Sequence[Mapping[str, Any]]) -> set[int]:
     """Return the indices of the episodes in a range such as "0:80"."""
     match = _RANGE.match(text) if isinstance(text, str) else None
     if match is None:
@@ -528,11 +568,33 @@ def _to_array(column: Any) -> np.ndarray:
     return values.to_numpy(zero_copy_only=False)
 
 
-def _read_parquet(path: Path) -> Any:
+def _find_tables(folder: DataPath) -> Iterator[DataPath]:
+    """Yield the tables below meta/episodes (v3), sorted.
+
+    Where they cannot be listed, LeRobot's names are tried, with growing numbers until there is none. A server that
+    answers every name is noticed when the first false table is read.
+    """
+    if not isinstance(folder, RemotePath) or folder.dataset.can_list:
+        tables: list[DataPath] = sorted(folder.rglob("*.parquet"))
+        yield from tables
+        return
+    chunk = number = 0
+    while (file := folder / f"chunk-{chunk:03d}/file-{number:03d}.parquet").is_file() or number:
+        if file.is_file():
+            yield file
+            number += 1
+        else:
+            chunk, number = chunk + 1, 0
+
+
+def _read_parquet(path: DataPath) -> Any:
     if not path.is_file():
         raise OpenVLAValueError(f"{path} is missing; the dataset is incomplete.")
     pyarrow = require("pyarrow", "Reading LeRobot datasets")
     try:
-        return _ParquetFile(path).file.read()
+        with on_disk(path) as file:
+            return _ParquetFile(file).file.read()
+    except RemoteError:
+        raise
     except (pyarrow.ArrowException, OSError) as error:
         raise DatasetError(f"{path} cannot be read as parquet: {error}.") from error

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from ..errors_openvla import OpenVLAValueError
+from .remote import DataPath
 from .utils import read_json
 
 _VERSIONS = ("v2.0", "v2.1", "v3.0")
@@ -18,7 +18,7 @@ _ENTRY_TYPES = {"shape": (list,), "names": (list, dict, str), "info": (dict,), "
 FILE_INDICES = ("chunk_index", "file_index")
 
 
-def load_info(root: Path) -> dict[str, Any]:
+def load_info(root: DataPath) -> dict[str, Any]:
     """Return info.json after validating its version and its features.
 
     Raises:
@@ -47,7 +47,7 @@ def load_info(root: Path) -> dict[str, Any]:
     return info
 
 
-def require_path_patterns(root: Path, info: Mapping[str, Any], v3: bool, has_videos: bool) -> None:
+def require_path_patterns(root: DataPath, info: Mapping[str, Any], v3: bool, has_videos: bool) -> None:
     """Check that info.json's path patterns contain only the placeholders of the format's version."""
     placeholders = "|".join(FILE_INDICES if v3 else ("episode_chunk", "episode_index"))
     for key, video_key in (("data_path", ""), *([("video_path", r"|\{video_key\}")] if has_videos else [])):
@@ -65,7 +65,7 @@ def require_path_patterns(root: Path, info: Mapping[str, Any], v3: bool, has_vid
 
 
 def require_numbers(
-    root: Path, rows: Sequence[Mapping[str, Any]], names: Sequence[str], types: tuple[type, ...] = (int,)
+    root: DataPath, rows: Sequence[Mapping[str, Any]], names: Sequence[str], types: tuple[type, ...] = (int,)
 ) -> None:
     """Check that every row of a table below meta has these numeric entries."""
     for row in rows:
@@ -76,7 +76,7 @@ def require_numbers(
             )
 
 
-def read_json_lines(path: Path) -> list[dict[str, Any]]:
+def read_json_lines(path: DataPath) -> list[dict[str, Any]]:
     """Return the objects of a JSON Lines file.
 
     Raises:

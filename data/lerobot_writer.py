@@ -1,6 +1,7 @@
 """Write a LeRobot v3 dataset episode by episode, or append to one: tables and images as parquet through pyarrow.
 
-Every episode is one data file, written atomically; the folder is a complete dataset after each episode.
+Every episode is one data file, written atomically; the folder is a complete dataset after each episode. LeRobot's
+training also needs statistics, which ``write_statistics`` adds after the last one.
 """
 
 from __future__ import annotations
@@ -12,15 +13,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
 from ..configuration_openvla import write_json
 from ..errors_openvla import OpenVLAValueError
+from .lerobot_statistics import image_statistics, level_counts, number_statistics, sampled_steps
 from .utils import read_json, require
 
 VERSION = "v3.0"
 _CHUNK_SIZE = 1000  # files per folder, as in LeRobot
 _DATA_PATH = "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
 _EPISODES = "meta/episodes/chunk-000/file-000.parquet"
+_STATISTICS = "meta/stats.json"
 _INDICES = ("frame_index", "episode_index", "index", "task_index")
 
 
@@ -93,7 +97,8 @@ class LeRobotWriter:
                 raise OpenVLAValueError(
                     f"{self.root} holds a dataset with another {key}; use a new folder, or remove it."
                 )
-        self.episodes = self.parquet.read_table(self.root / _EPISODES).to_pylist()
+        rows = self.parquet.read_table(self.root / _EPISODES).to_pylist()
+        self.episodes = [{key: row[key] for key in row if not key.startswith("stats/")} for row in rows]
         tasks = self.parquet.read_table(self.root / "meta" / "tasks.parquet").to_pylist()
         self.tasks = [row["__index_level_0__"] for row in sorted(tasks, key=lambda row: row["task_index"])]
 
@@ -108,7 +113,7 @@ class LeRobotWriter:
         images: Mapping[str, Sequence[bytes]],
         texts: Mapping[str, str] | None = None,
     ) -> int:
-        """Write one episode.
+        """Write one episode, and remove statistics, which are those of fewer episodes.
 
         Args:
             task: The instruction, or one of every step.
@@ -198,6 +203,7 @@ class LeRobotWriter:
 
     def _write_meta(self) -> None:
         """Write the meta files; info.json, without which the folder is not a dataset, last."""
+        (self.root / _STATISTICS).unlink(missing_ok=True)
         arrow = self.pyarrow
         tasks = arrow.table({"task_index": list(range(len(self.tasks))), "__index_level_0__": self.tasks})
         # LeRobot reads the table as a data frame whose index is the text.
@@ -225,6 +231,45 @@ class LeRobotWriter:
             "splits": {"train": f"0:{len(self.episodes)}"},
         }
         write_json(self.root / "meta" / "info.json", {**self.info, **totals})
+
+    def write_statistics(self, *, progress: bool = False) -> None:
+        """Write meta/stats.json and each episode's statistics, without which LeRobot's training stops.
+
+        Numbers are those of all frames, images those of a sample of frames and pixels (``lerobot_statistics``).
+
+        Args:
+            progress: Show a progress bar.
+
+        Raises:
+            OpenVLAValueError: The dataset has no episode.
+        """
+        if not self.episodes:
+            raise OpenVLAValueError(f"{self.root} has no episode; add one before its statistics are computed.")
+        names = [*self.numbers, "timestamp", *_INDICES]
+        numbers: dict[str, list[np.ndarray]] = {name: [] for name in names}
+        counts = {name: np.zeros((3, 256), np.int64) for name in self.cameras}
+        num_images, rows = 0, []
+        for row in tqdm(self.episodes, desc="statistics", unit="episode", disable=not progress):
+            file = _DATA_PATH.format(chunk_index=row["data/chunk_index"], file_index=row["data/file_index"])
+            only_this = [("episode_index", "=", row["episode_index"])]
+            table = self.parquet.read_table(self.root / file, columns=[*names, *self.cameras], filters=only_this)
+            steps = sampled_steps(len(table))
+            statistics = {}
+            for name in names:
+                numbers[name].append(np.stack(table[name].to_numpy()).reshape(len(table), -1))
+                statistics[name] = number_statistics(numbers[name][-1])
+            for name in self.cameras:
+                cells = table[name].take(steps).to_pylist()
+                levels = np.sum([level_counts(cell["bytes"]) for cell in cells], axis=0)
+                counts[name] += levels
+                statistics[name] = image_statistics(levels, len(steps))
+            num_images += len(steps)
+            by_column = {f"stats/{name}/{key}": entry[key] for name, entry in statistics.items() for key in entry}
+            rows.append({**row, **by_column})
+        total = {name: number_statistics(np.concatenate(values)) for name, values in numbers.items()}
+        total |= {name: image_statistics(levels, num_images) for name, levels in counts.items()}
+        self._write(_EPISODES, self.pyarrow.Table.from_pylist(rows))
+        write_json(self.root / _STATISTICS, total)
 
     def _write(self, name: str, table: Any) -> None:
         path = self.root / name

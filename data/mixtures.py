@@ -8,6 +8,8 @@ from typing import Any
 
 from ..actions_openvla import nearest_name
 from ..errors_openvla import OpenVLAFileNotFoundError, OpenVLAValueError
+from .presets import PRESETS
+from .remote import is_remote
 
 _SUFFIX = "_converted_externally_to_rlds"
 
@@ -78,14 +80,17 @@ MIXTURES: dict[str, dict[str, float]] = {
 def mixture_entries(name: str, root: str | Path, leave_out: Sequence[str] = ()) -> list[dict[str, Any]]:
     """Return the datasets of a mixture as entries of ``FinetuneConfig.data``: path, name and weight of each.
 
+    If presets differ in cameras or proprio, ``fields`` selects the main camera and no proprio, as the reference trains
+    OpenVLA on mixtures: a batch needs samples of one layout.
+
     Args:
         name: A key of ``MIXTURES``.
-        root: The folder with one folder for each dataset, by its name.
+        root: The folder with one folder for each dataset, by its name; or its URL.
         leave_out: Datasets of the mixture that are not used.
 
     Raises:
         OpenVLAValueError: There is no such mixture, or ``leave_out`` names a dataset that is not in it.
-        OpenVLAFileNotFoundError: Datasets are missing below the folder.
+        OpenVLAFileNotFoundError: Datasets are missing below the folder. Remote ones are missed when they are opened.
     """
     if name not in MIXTURES:
         nearest = nearest_name(name, list(MIXTURES))
@@ -94,13 +99,21 @@ def mixture_entries(name: str, root: str | Path, leave_out: Sequence[str] = ()) 
     if unknown := sorted(set(leave_out) - set(MIXTURES[name])):
         raise OpenVLAValueError(f"leave_out names {unknown}, which are not in {name!r}: {list(MIXTURES[name])}.")
     weights = {key: weight for key, weight in MIXTURES[name].items() if key not in leave_out}
+    if is_remote(root):
+        return [{"path": f"{str(root).rstrip('/')}/{key}", "name": key, "weight": weights[key]} for key in weights]
     root = Path(root).expanduser()
     if missing := [key for key in weights if not (root / key).exists()]:
         raise OpenVLAFileNotFoundError(
             f"{root} lacks {len(missing)} of the {len(weights)} datasets of {name!r}: {missing}. Download them there, "
             "or name them in leave_out."
         )
-    return [{"path": str(root / key), "name": key, "weight": weight} for key, weight in weights.items()]
+    presets = {key: PRESETS[key] for key in weights if key in PRESETS}
+    differ = len({(preset.cameras, preset.proprio) for preset in presets.values()}) > 1
+    common = {key: {"cameras": preset.cameras[:1], "proprio": ()} for key, preset in presets.items() if differ}
+    return [
+        {"path": str(root / key), "name": key, "weight": weight, **({"fields": common[key]} if key in common else {})}
+        for key, weight in weights.items()
+    ]
 
 
 def expanded_entries(entries: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -14,6 +14,7 @@ from typing import Any
 from ..actions_openvla import nearest_name
 from ..errors_openvla import OpenVLAKeyError, OpenVLAValueError
 from .columns import dotted, parse_part
+from .remote import DataPath
 from .utils import read_json
 
 _FILE = Path("meta", "modality.json")
@@ -37,7 +38,7 @@ class Modality:
         annotations: Columns of task numbers.
     """
 
-    def __init__(self, root: Path, widths: Mapping[str, int]) -> None:
+    def __init__(self, root: DataPath, widths: Mapping[str, int]) -> None:
         self.file, self.widths = root / _FILE, widths
         self.columns: dict[str, str] = {}
         content = read_json(self.file) if self.file.is_file() else {}
@@ -100,7 +101,7 @@ class Modality:
             raise OpenVLAKeyError(f"{self.file} has no {name!r}.{hint} It names: {list(self.columns)}.")
 
 
-def _entries(file: Path, content: Any, modality: str) -> Mapping[str, Mapping[str, Any]]:
+def _entries(file: DataPath, content: Any, modality: str) -> Mapping[str, Mapping[str, Any]]:
     entries = content.get(modality) or {} if isinstance(content, dict) else None
     if not isinstance(entries, dict) or not all(isinstance(entry, dict) for entry in entries.values()):
         raise OpenVLAValueError(f"{file}: {modality} must map names to objects, got {entries!r:.200}; copy it again.")

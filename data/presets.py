@@ -8,12 +8,12 @@ plain OpenVLA's statistics have an additional zero in some datasets, which its m
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from ..actions_openvla import nearest_name
 from ..errors_openvla import OpenVLAValueError
 from .columns import ColumnSpec
+from .remote import DataPath
 
 AUTO, NO_PRESET = "auto", "none"
 
@@ -281,7 +281,7 @@ def merge_fields(
     suggested: ColumnSpec | None,
     preset: str | None,
     overrides: Mapping[str, Any] | None,
-    root: Path,
+    root: DataPath,
     available: str = "",
 ) -> ColumnSpec:
     """Return the fields to use: the user's overrides over the preset, else over what the format suggests.

@@ -9,7 +9,7 @@ import functools
 import itertools
 import json
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,6 +27,7 @@ _EXTRA = "'openvla[zarr]'"
 _EPISODE_ENDS = "meta/episode_ends"
 _METADATA = (".zarray", "zarr.json")
 _FORMAT_2 = 2
+_NUM_NAMED_CHUNKS = 5
 _BLOSC_HEADER = 16  # bytes; the last four are the size of the compressed chunk
 
 
@@ -64,6 +65,10 @@ class _ChunkLayout(NamedTuple):
     separator: str
     is_blosc: bool
 
+    def chunk_name(self, index: Sequence[int]) -> str:
+        """Return the name of a chunk's file below the array's folder."""
+        return f"{self.prefix}{self.separator.join(map(str, index))}"
+
 
 class _Buffer:
     """An open replay buffer."""
@@ -71,6 +76,7 @@ class _Buffer:
     def __init__(self, path: Path) -> None:
         zarr = require("zarr", "Reading replay buffers", _EXTRA)
         self.path = path
+        self.missing: dict[str, str] = {}  # which chunks are missing, by array
         self.store = zarr.storage.ZipStore(str(path), mode="r") if path.is_file() else None
         try:
             self.group = zarr.open_group(str(path) if self.store is None else self.store, mode="r")
@@ -104,19 +110,17 @@ class _Buffer:
     def damage(self, name: str, start: int, stop: int) -> str | None:
         """Return what is wrong with the first damaged chunk of some steps, which zarr would not report; or None.
 
-        zarr reads a missing chunk as zeros, and not every codec reports a truncated one.
+        zarr reads a missing chunk as zeros, and not every codec reports a truncated one. A chunk that the copy lost and
+        one that the writer left out as zeros look alike in every version of zarr's metadata.
         """
         folder, array = f"data/{name.replace('.', '/')}", self.array(name)
         layout = self._chunk_layout(folder)
         grid = [range(-(-size // chunk)) for size, chunk in zip(array.shape, layout.shape)]
-        grid[0] = range(start // layout.shape[0], -(-stop // layout.shape[0]))
-        for index in itertools.product(*grid):
-            chunk = f"{folder}/{layout.prefix}{layout.separator.join(map(str, index))}"
+        of_steps = range(start // layout.shape[0], -(-stop // layout.shape[0]))
+        for index in itertools.product(of_steps, *grid[1:]):
+            chunk = f"{folder}/{layout.chunk_name(index)}"
             if not self._has_file(chunk):
-                return (
-                    f"{chunk} is not stored, and zarr would read zeros. Copy the buffer again; if its writer left out "
-                    "chunks of zeros (zarr 3 does), write it with write_empty_chunks=True"
-                )
+                return f"{chunk} is not stored, {self._describe_missing(folder, layout, grid)}"
             if layout.is_blosc and self.path.is_dir():  # a .zip file has checksums
                 size = (self.path / chunk).stat().st_size
                 with open(self.path / chunk, "rb") as file:
@@ -124,6 +128,19 @@ class _Buffer:
                 if size != expected:
                     return f"{chunk} has {size} bytes, but its header says {expected}; copy the buffer again"
         return None
+
+    def _describe_missing(self, folder: str, layout: _ChunkLayout, grid: list[range]) -> str:
+        """Return which of an array's chunks are missing, and what to do."""
+        if folder not in self.missing:
+            names = [layout.chunk_name(index) for index in itertools.product(*grid)]
+            missing = [name for name in names if not self._has_file(f"{folder}/{name}")]
+            listed = ", ".join(missing[:_NUM_NAMED_CHUNKS]) + ", ..." * (len(missing) > _NUM_NAMED_CHUNKS)
+            self.missing[folder] = f"one of {len(missing)} missing chunks of {len(names)} ({listed})"
+        return (
+            f"{self.missing[folder]}, and zarr would read zeros. Copy the buffer again; if the source lacks them too, "
+            "its writer left out chunks of zeros, as zarr 3 does by default: store them as docs/data.md, "
+            '"Missing chunks", says'
+        )
 
     def _chunk_layout(self, folder: str) -> _ChunkLayout:
         """Return where an array's chunks are, from its metadata of zarr's format 2 or 3."""
@@ -185,6 +202,7 @@ class ReplayBufferReader(EpisodeReader):
         ImportError: zarr, or the package of a codec, is not installed.
     """
 
+    root: Path
     format = "zarr"
 
     def __init__(

@@ -7,7 +7,6 @@ import math
 import re
 import zlib
 from collections.abc import Collection, Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,6 +23,7 @@ from .columns import (
 from .episodes import IMAGE, NUMERIC, TEXT, DatasetError, EpisodeReader, RawEpisode, decode_image
 from .gripper_check import require_unconverted_gripper
 from .presets import AUTO, PRESETS, WITHOUT_PRESET, merge_fields, select_preset
+from .remote import DataPath, RemotePath, existing_files, on_disk
 from .tfrecord import RecordIndex, index_records, parse_example, read_record
 from .utils import read_json
 
@@ -37,7 +37,7 @@ _FLAGS = ("is_first", "is_last")
 _INSTRUCTIONS = ("language_instruction", "observation.natural_language_instruction", "observation.language_instruction")
 
 
-def rlds_folder(path: Path) -> Path | None:
+def rlds_folder(path: DataPath) -> DataPath | None:
     """Return the folder with features.json: the path itself or the newest version in it; None if there is none.
 
     Raises:
@@ -45,7 +45,7 @@ def rlds_folder(path: Path) -> Path | None:
     """
     if (path / "features.json").is_file():
         return path
-    if not path.is_dir():
+    if not path.is_dir() or (isinstance(path, RemotePath) and not path.dataset.can_list):
         return None
     versions = sorted(entry for entry in path.iterdir() if (entry / "features.json").is_file())
     if len(versions) > 1 and not all(re.fullmatch(r"[\d.]+", entry.name) for entry in versions):
@@ -75,7 +75,7 @@ class Feature:
 class _Shard(NamedTuple):
     """A TFRecord file and the parts of its name."""
 
-    path: Path
+    path: DataPath
     dataset: str
     split: str
     number: int
@@ -102,7 +102,7 @@ class RLDSReader(EpisodeReader):
 
     def __init__(
         self,
-        folder: Path,
+        folder: DataPath,
         *,
         preset: str | None = AUTO,
         fields: Mapping[str, Any] | None = None,
@@ -111,7 +111,7 @@ class RLDSReader(EpisodeReader):
     ) -> None:
         info = _load_info(folder / "dataset_info.json") if (folder / "dataset_info.json").is_file() else {}
         self.features = _parse_features(read_json(folder / "features.json"), folder)
-        shards = _find_shards(folder, split)
+        shards = _find_shards(folder, split, info)
         self.shards = [shard.path for shard in shards]
         stored_name = info.get("name") or shards[0].dataset
         if preset == AUTO:
@@ -124,7 +124,7 @@ class RLDSReader(EpisodeReader):
         self.doubtful_cameras = _single_channel_images(self.features)
         suggested = _suggest_fields(column_kinds, self.doubtful_cameras)
         merged = merge_fields(suggested, self.preset, fields, folder)
-        self._indices: dict[Path, RecordIndex] = {}
+        self._indices: dict[DataPath, RecordIndex] = {}
         self.counts = _stored_record_counts(info, shards) or [self._count_records(shard) for shard in self.shards]
         self.starts = np.cumsum([0, *self.counts])
         super().__init__(folder, name or stored_name, column_kinds, merged)
@@ -145,29 +145,30 @@ class RLDSReader(EpisodeReader):
             )
 
     @property
-    def files(self) -> list[Path]:
+    def files(self) -> list[DataPath]:
         """Return the shards and features.json."""
-        return [*self.shards, self.root / "features.json"]
+        return existing_files([*self.shards, self.root / "features.json"])
 
     def __len__(self) -> int:
         return int(self.starts[-1])
 
-    def _index(self, shard: Path) -> RecordIndex:
+    def _index(self, shard: DataPath) -> RecordIndex:
         if shard not in self._indices:
-            self._indices[shard] = index_records(shard)
+            with on_disk(shard) as file:
+                self._indices[shard] = index_records(file)
         return self._indices[shard]
 
-    def _count_records(self, shard: Path) -> int:
+    def _count_records(self, shard: DataPath) -> int:
         """Return the number of records of a shard; damage counts as one more, so that reading it raises."""
         index = self._index(shard)
         return len(index.records) + (index.damage is not None)
 
-    def _locate(self, index: int) -> tuple[Path, int]:
+    def _locate(self, index: int) -> tuple[DataPath, int]:
         number = int(np.searchsorted(self.starts, index, side="right")) - 1
         return self.shards[number], index - int(self.starts[number])
 
     def _read_example(
-        self, shard: Path, record: int, required: Collection[str], optional: Collection[str] = ()
+        self, shard: DataPath, record: int, required: Collection[str], optional: Collection[str] = ()
     ) -> dict[str, Any]:
         """Return features of a record by their stored names."""
         records, damage = self._index(shard)
@@ -177,7 +178,9 @@ class RLDSReader(EpisodeReader):
         if record >= len(records):
             raise OpenVLAValueError(f"{damage}; copy the file again from its source")
         selected = {*required, *optional}
-        example = parse_example(read_record(shard, records[record]), lambda name: name in selected)
+        with on_disk(shard) as file:
+            data = read_record(file, records[record])
+        example = parse_example(data, lambda name: name in selected)
         columns = [path for path in required if path.startswith(_STEPS)]
         if columns and all(path in example and not len(example[path]) for path in columns):
             raise OpenVLAValueError("the episode has no steps; leave it out with skip_bad=True")
@@ -225,7 +228,7 @@ class RLDSReader(EpisodeReader):
         return RawEpisode(f"{shard.name}:{record}", str(shard), columns, instructions, load_image)
 
     def _read_instructions(
-        self, shard: Path, record: int, example: Mapping[str, Any], paths: Mapping[str, str]
+        self, shard: DataPath, record: int, example: Mapping[str, Any], paths: Mapping[str, str]
     ) -> list[str] | str:
         """Return one instruction per step or one for all; an empty one is taken from ``language_instruction_2`` etc."""
         instruction = self.fields.instruction
@@ -252,7 +255,7 @@ def _column_name(path: str) -> str:
     return dotted(path.removeprefix(_STEPS))
 
 
-def _parse_features(tree: dict[str, Any], folder: Path) -> dict[str, Feature]:
+def _parse_features(tree: dict[str, Any], folder: DataPath) -> dict[str, Feature]:
     """Return the leaves of features.json by their name in the records: ``steps/observation/image``."""
     leaves: dict[str, Feature] = {}
 
@@ -336,7 +339,7 @@ def _to_array(values: list[bytes] | np.ndarray, feature: Feature) -> np.ndarray:
     return values.reshape(-1, *feature.shape).astype(feature.dtype if feature.dtype != "float64" else np.float64)
 
 
-def _load_info(file: Path) -> dict[str, Any]:
+def _load_info(file: DataPath) -> dict[str, Any]:
     """Return dataset_info.json after validating its name and its splits."""
     info = read_json(file)
     splits = info.get("splits") or [] if isinstance(info, dict) else None
@@ -354,7 +357,7 @@ def _load_info(file: Path) -> dict[str, Any]:
     return {**info, "splits": splits}
 
 
-def _find_shards(folder: Path, split: str) -> list[_Shard]:
+def _find_shards(folder: DataPath, split: str, info: Mapping[str, Any]) -> list[_Shard]:
     """Return the shards of a split ("all": of every split), sorted by name.
 
     Raises:
@@ -362,7 +365,7 @@ def _find_shards(folder: Path, split: str) -> list[_Shard]:
     """
     shards = [
         _Shard(file, match["name"], match["split"], int(match["shard"]), int(match["shards"]))
-        for file in sorted(folder.iterdir())
+        for file in _shard_files(folder, info)
         if (match := _SHARD_NAME.match(file.name))
     ]
     splits = sorted({shard.split for shard in shards})
@@ -379,6 +382,22 @@ def _find_shards(folder: Path, split: str) -> list[_Shard]:
     return selected
 
 
+def _shard_files(folder: DataPath, info: Mapping[str, Any]) -> list[DataPath]:
+    """Return a dataset's files, sorted; where they cannot be listed, the shards by the names that TFDS gives them."""
+    if not isinstance(folder, RemotePath) or folder.dataset.can_list:
+        return sorted(folder.iterdir())
+    if not info.get("name") or not info["splits"]:
+        raise OpenVLAValueError(
+            f"{folder}/dataset_info.json must have the dataset's name and its splits, because the server lists no "
+            "files; copy it there, or download the dataset."
+        )
+    return [
+        folder / f"{info['name']}-{split['name']}.tfrecord-{shard:05d}-of-{len(split['shardLengths']):05d}"
+        for split in info["splits"]
+        for shard in range(len(split.get("shardLengths", [])))
+    ]
+
+
 def _stored_record_counts(info: Mapping[str, Any], shards: list[_Shard]) -> list[int] | None:
     """Return the number of records per shard from dataset_info.json; None if it does not have them."""
     by_split = {split["name"]: split.get("shardLengths", []) for split in info.get("splits", [])}
@@ -391,7 +410,7 @@ def _stored_record_counts(info: Mapping[str, Any], shards: list[_Shard]) -> list
     return counts
 
 
-def _require_known_action(folder: Path, fields: Mapping[str, Any] | None, name: str) -> None:
+def _require_known_action(folder: DataPath, fields: Mapping[str, Any] | None, name: str) -> None:
     """Raise ValueError if a dataset of ``WITHOUT_PRESET`` is opened without the field action or standardize."""
     if name not in WITHOUT_PRESET or {"action", "standardize"} & set(fields or {}):
         return

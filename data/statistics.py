@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from ..dimension_labels import END_EFFECTOR_DIMENSIONS, dimension_labels
 from ..errors_openvla import OpenVLAValueError
 from .doctor import Finding, run_checks
 from .episodes import DatasetError, EpisodeReader, usable_episodes, warn_skipped
+from .file_cache import cache_folder
 from .findings import CheckInput
 from .lerobot import LeRobotReader
 from .utils import read_json
@@ -71,14 +72,12 @@ def statistics_and_findings(
     progress: bool = True,
 ) -> tuple[dict[str, Any], list[Finding]]:
     """Return the statistics of ``compute_statistics`` and the findings of ``doctor.run_checks`` from the same pass."""
-    digest = reader.digest()
-    file = (Path(cache_dir) if cache_dir else default_cache_dir()) / f"{digest}.json"
-    cached = _read_cache(file) if digest else None
+    file = cache_file(reader, cache_dir)
+    cached = _read_cache(file) if file else None
     if cached is None:
-        cached = {"version": _VERSION, **_compute(reader, skip_bad, progress)}
-        if digest:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            write_json(file, cached)
+        cached = cache_content(reader, read_values(reader, range(len(reader)), skip_bad, progress))
+        if file:
+            write_cache(file, cached)
     else:
         reader.restore_usable_lengths(cached["lengths"])
     if cached["skipped"] and not skip_bad:
@@ -96,10 +95,21 @@ def statistics_and_findings(
     return cached["statistics"], [Finding(**finding) for finding in cached["findings"]]
 
 
+def cache_file(reader: EpisodeReader, cache_dir: str | os.PathLike | None = None) -> Path | None:
+    """Return the file that caches a dataset's statistics; None if the reader has no digest."""
+    digest = reader.digest()
+    return (Path(cache_dir) if cache_dir else default_cache_dir()) / f"{digest}.json" if digest else None
+
+
+def write_cache(file: Path, content: Mapping[str, Any]) -> None:
+    """Write what ``cache_content`` returns."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_json(file, content)
+
+
 def default_cache_dir() -> Path:
     """Return the cache's folder: $OPENVLA_CACHE/statistics, else openvla/statistics in the user's cache folder."""
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("OPENVLA_CACHE") or Path(home) / "openvla") / "statistics"
+    return cache_folder() / "statistics"
 
 
 def _read_cache(file: Path) -> dict[str, Any] | None:
@@ -112,20 +122,46 @@ def _read_cache(file: Path) -> dict[str, Any] | None:
     return content if content.get("version") == _VERSION else None
 
 
-def _compute(reader: EpisodeReader, skip_bad: bool, progress: bool) -> dict[str, Any]:
-    """Return the cache's content, without its version."""
-    skipped: list[str] = []
-    episodes = usable_episodes(reader, skipped) if skip_bad else iter(reader)
-    actions: list[np.ndarray] = []
-    proprios: list[np.ndarray] = []
-    tasks: set[str] = set()
-    with tqdm(total=len(reader), desc=f"statistics of {reader.name}", unit="episode", disable=not progress) as bar:
+@dataclass
+class EpisodeValues:
+    """What the statistics of episodes are computed from.
+
+    Attributes:
+        actions: float64 ``(length, action_dim)`` of each usable episode.
+        proprios: float64 ``(length, proprio_dim)`` of each usable episode; empty without proprio.
+        tasks: First instructions of the usable episodes.
+        skipped: Errors of the others.
+        lengths: ``EpisodeReader.usable_lengths`` of these episodes.
+        noop_tasks: Instructions of episodes that ``drop_noops`` leaves empty.
+    """
+
+    actions: list[np.ndarray] = field(default_factory=list)
+    proprios: list[np.ndarray] = field(default_factory=list)
+    tasks: set[str] = field(default_factory=set)
+    skipped: list[str] = field(default_factory=list)
+    lengths: dict[str, list[int]] = field(default_factory=dict)
+    noop_tasks: set[str] = field(default_factory=set)
+
+
+def read_values(reader: EpisodeReader, indices: range, skip_bad: bool, progress: bool) -> EpisodeValues:
+    """Read the numbers of episodes; the arguments but ``indices`` are those of ``compute_statistics``."""
+    values = EpisodeValues()
+    episodes = usable_episodes(reader, values.skipped, indices) if skip_bad else (reader[index] for index in indices)
+    with tqdm(total=len(indices), desc=f"statistics of {reader.name}", unit="episode", disable=not progress) as bar:
         for episode in episodes:
-            actions.append(episode.actions)
+            values.actions.append(episode.actions)
             if episode.proprio is not None:
-                proprios.append(episode.proprio)
-            tasks.add(episode.instructions[0].strip())
+                values.proprios.append(episode.proprio)
+            values.tasks.add(episode.instructions[0].strip())
             bar.update()
+    values.lengths = {key: length for key, length in reader.usable_lengths().items() if int(key) in indices}
+    values.noop_tasks = {text for index, text in reader.noop_only_instructions.items() if index in indices}
+    return values
+
+
+def cache_content(reader: EpisodeReader, read: EpisodeValues) -> dict[str, Any]:
+    """Return what the cache holds of a dataset, given the values of all its episodes."""
+    actions, proprios, skipped = read.actions, read.proprios, read.skipped
     if not actions:
         first = f" The first: {skipped[0]}" if skipped else ""
         raise OpenVLAValueError(f"{reader.root}: none of its {len(reader)} episodes can be used.{first}")
@@ -147,10 +183,11 @@ def _compute(reader: EpisodeReader, skip_bad: bool, progress: bool) -> dict[str,
         reader.name, statistics["action"], reader.fields, action_column_names(reader), actions, proprios
     )
     return {
+        "version": _VERSION,
         "statistics": statistics,
         "skipped": skipped,
-        "lengths": reader.usable_lengths(),
-        "lost_tasks": sorted(set(reader.noop_only_instructions.values()) - tasks),
+        "lengths": read.lengths,
+        "lost_tasks": sorted(read.noop_tasks - read.tasks),
         "findings": [asdict(finding) for finding in run_checks(check_input)],
     }
 

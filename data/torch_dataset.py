@@ -75,7 +75,7 @@ class TorchDatasetReader(EpisodeReader):
     def __len__(self) -> int:
         return len(self.data) if self.holds_episodes else len(self.bounds) - 1
 
-    def digest(self) -> str | None:
+    def digest(self, times: bool = True) -> str | None:
         """Return a digest of the given content digest, name and fields; None without a content digest."""
         if self.content_digest is None:
             return None

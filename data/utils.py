@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import importlib
 import json
-from pathlib import Path
 from typing import Any
 
 from ..errors_openvla import OpenVLAImportError, OpenVLAValueError
+from .remote import DataPath
 
 
 def require(package: str, purpose: str, install: str = "'openvla[train]'") -> Any:
@@ -27,7 +27,7 @@ def require(package: str, purpose: str, install: str = "'openvla[train]'") -> An
         raise OpenVLAImportError(f"{purpose} needs {package}: pip install {install} ({error})") from error
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: DataPath) -> Any:
     """Return the content of a JSON file.
 
     Raises:

@@ -65,6 +65,7 @@ def add_traces(reader: EpisodeReader, target: str | Path, visual_trace: VisualTr
         values = {"action": episode.actions, "observation.state": episode.proprio}
         arrays = {name: np.asarray(values[name]) for name in numbers}
         writer.add_episode(episode.instructions[0].strip(), arrays, {FRAME: frames, TRACE: traces})
+    writer.write_statistics()
     return num_traced
 
 

@@ -323,6 +323,7 @@ def collect(args: argparse.Namespace) -> int:
     )
     for task_id in tasks:
         _collect_task(args, suite, task_id, writer, cameras)
+    writer.write_statistics()
     return 0
 
 

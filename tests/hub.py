@@ -12,6 +12,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 TOKEN = "hf_stand_in"
 OWNER = "me"
+LARGE_FILES = (".safetensors", ".pt", ".parquet", ".mp4")  # suffixes of what is stored by LFS
 
 
 class Refused(Exception):
@@ -28,7 +29,8 @@ class Hub(ThreadingHTTPServer):
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
         self.branches, self.private, self.blobs = {}, set(), {}
-        self.cut_after = None  # bytes after which the next download of a weight file breaks
+        self.cut_after = None  # bytes after which the next download of a large file breaks
+        self.damaged = 0  # downloads of large files, from the next one on, whose last byte is wrong
         self.requests, self.resumed = [], []  # all requests, and the files of range requests
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
@@ -148,8 +150,9 @@ class Handler(BaseHTTPRequestHandler):
             raise Refused(404, "EntryNotFound", f"{folder} does not exist")
         entries = []
         for name, content in inside.items():
-            entry = {"type": "file", "path": name, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
-            if name.endswith((".safetensors", ".pt")):
+            blob = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+            entry = {"type": "file", "path": name, "size": len(content), "oid": blob}
+            if name.endswith(LARGE_FILES):
                 entry["lfs"] = {"oid": hashlib.sha256(content).hexdigest(), "size": len(content), "pointerSize": 1}
             entries.append(entry)
         self.send_json(entries)
@@ -157,15 +160,19 @@ class Handler(BaseHTTPRequestHandler):
     def send_file(self, files, name):
         if name not in files:
             raise Refused(404, "EntryNotFound", f"{name} does not exist")
-        content, start = files[name], 0
+        content, start, end = files[name], 0, len(files[name])
         headers = {"ETag": f'"{hashlib.sha256(content).hexdigest()}"', "X-Repo-Commit": commit_id(files)}
         headers["Accept-Ranges"] = "bytes"
         byte_range = self.headers.get("Range", "")
         if byte_range.startswith("bytes="):
             self.server.resumed.append(name)
-            start = int(byte_range.removeprefix("bytes=").split("-")[0])
-            headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
-        if self.command == "GET" and self.server.cut_after and name.endswith((".safetensors", ".pt")):
+            first, _, last = byte_range.removeprefix("bytes=").partition("-")
+            start, end = int(first), min(int(last or end) + 1, end)
+            headers["Content-Range"] = f"bytes {start}-{end - 1}/{len(content)}"
+        if self.command == "GET" and self.server.damaged and name.endswith(LARGE_FILES):
+            self.server.damaged -= 1
+            content = content[:-1] + bytes([content[-1] ^ 1])
+        if self.command == "GET" and self.server.cut_after and name.endswith(LARGE_FILES):
             length, self.server.cut_after = self.server.cut_after, None
             self.send_response(200)
             self.send_header("Content-Length", str(len(content)))
@@ -175,7 +182,7 @@ class Handler(BaseHTTPRequestHandler):
             self.wfile.write(content[:length])
             self.close_connection = True
             return
-        self.send(content[start:], 206 if byte_range else 200, headers, "application/octet-stream")
+        self.send(content[start:end], 206 if byte_range else 200, headers, "application/octet-stream")
 
     def post(self, path):
         self.require_owner()

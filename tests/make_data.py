@@ -4,6 +4,7 @@ Each part runs where its libraries are installed (tests/fixtures/README.md); the
 functions for columns, images and numbers.
 
     python tests/make_data.py rlds tests/fixtures               # tensorflow-cpu, tensorflow-datasets
+    python tests/make_data.py droid tests/fixtures --reference openvla-oft/     # tensorflow-cpu, tensorflow-datasets
     python tests/make_data.py presets tests/fixtures --reference openvla-oft/   # tensorflow-cpu
     python tests/make_data.py lerobot tests/fixtures            # lerobot-dataset 0.4.4: v3.0
     python tests/make_data.py lerobot tests/fixtures            # lerobot 0.3.2: v2.1
@@ -241,10 +242,99 @@ def flat(tree, prefix=""):
     return out
 
 
-def make_presets(out, reference):
-    """Store the result of the reference's standardisation and state encoding of ``preset_columns``."""
-    import tensorflow as tf
+def make_droid(out, reference):
+    """Write episodes with the features of DROID 1.0.1, and store what TFDS reads and what the reference makes of it.
 
+    The features are those that TFDS prints for gs://gresearch/robotics/droid/1.0.1, whose files are named droid_101.
+    """
+    import tensorflow as tf
+    import tensorflow_datasets as tfds
+
+    F, size = tfds.features, (180, 320)
+    cameras = ("exterior_image_1_left", "exterior_image_2_left", "wrist_image_left")
+    state = {"cartesian_position": 6, "gripper_position": 1, "joint_position": 7}
+    command = {**state, "cartesian_velocity": 6, "gripper_velocity": 1, "joint_velocity": 7}
+    texts = ("language_instruction", "language_instruction_2", "language_instruction_3")
+
+    def vectors(widths):
+        return {name: F.Tensor(shape=(width,), dtype=np.float64) for name, width in widths.items()}
+
+    class Droid(tfds.core.GeneratorBasedBuilder):
+        name = "droid_101"
+        VERSION = tfds.core.Version("1.0.1")
+
+        def _info(self):
+            images_of = {name: F.Image(shape=(*size, 3), encoding_format="jpeg") for name in cameras}
+            steps = {
+                "action": F.Tensor(shape=(7,), dtype=np.float64),
+                "action_dict": F.FeaturesDict(vectors(command)),
+                "observation": F.FeaturesDict({**images_of, **vectors(state)}),
+                "discount": F.Scalar(np.float32),
+                "reward": F.Scalar(np.float32),
+                **dict.fromkeys(("is_first", "is_last", "is_terminal"), np.bool_),
+                **{name: F.Text() for name in texts},
+            }
+            metadata = F.FeaturesDict({"file_path": F.Text(), "recording_folderpath": F.Text()})
+            features = F.FeaturesDict({"steps": F.Dataset(steps), "episode_metadata": metadata})
+            return tfds.core.DatasetInfo(builder=self, features=features)
+
+        def _split_generators(self, dl_manager):
+            return {"train": self._generate_examples()}
+
+        def _generate_examples(self):
+            for e, length in enumerate(LENGTHS):
+                random = np.random.RandomState(e)
+                # More digits than float32 has, which TFRecord files store.
+                values = {name: random.uniform(-1, 1, (length, width)) for name, width in command.items()}
+                seen = {name: random.uniform(-1, 1, (length, width)) for name, width in state.items()}
+                values["gripper_position"] = random.uniform(0, 1, (length, 1))  # 0 open, 1 closed
+                frames = {name: images(e, camera, size) for camera, name in enumerate(cameras)}
+                said = ((TASKS[e], "once more", "again"), ("", TASKS[e], ""), ("", "", ""))[e]  # the last is unlabelled
+                steps = [
+                    {
+                        "action": np.append(values["joint_velocity"][i, :6], values["gripper_position"][i]),
+                        "action_dict": {name: column[i] for name, column in values.items()},
+                        "observation": {name: column[i] for name, column in {**seen, **frames}.items()},
+                        "discount": 1.0,
+                        "reward": float(i == length - 1),
+                        "is_first": i == 0,
+                        "is_last": i == length - 1,
+                        "is_terminal": i == length - 1,
+                        **dict(zip(texts, said)),
+                    }
+                    for i in range(length)
+                ]
+                metadata = {"file_path": f"success/{e}/trajectory.h5", "recording_folderpath": f"success/{e}/MP4"}
+                yield e, {"steps": steps, "episode_metadata": metadata}
+
+    transforms, configs = import_reference(reference)
+    shutil.rmtree(out / "droid", ignore_errors=True)
+    builder = Droid(data_dir=str(out))
+    builder.download_and_prepare(download_config=tfds.download.DownloadConfig(num_shards=2))
+    encoded = {"steps": {"observation": dict.fromkeys(cameras, tfds.decode.SkipDecoding())}}
+    read = {}
+    for number, episode in enumerate(builder.as_dataset(split="train", shuffle_files=False, decoders=encoded)):
+        steps = [flat(step) for step in tfds.as_numpy(episode["steps"])]
+        columns = {key: np.stack([step[key] for step in steps]) for key in steps[0]}
+        trajectory = {"observation": {}, "action_dict": {}}
+        for key, values in columns.items():
+            group, _, name = key.rpartition(".")
+            (trajectory[group] if group else trajectory)[name] = tf.constant(values)
+        done = transforms["droid"](trajectory)
+        (proprio,) = configs["droid"]["state_obs_keys"]
+        read[f"{number}.reference.action"] = tf.cast(done["action"], tf.float32).numpy()
+        read[f"{number}.reference.proprio"] = tf.cast(done["observation"][proprio], tf.float32).numpy()
+        for camera in cameras:
+            jpegs = columns.pop(f"observation.{camera}")[[0, -1]]  # of the first and the last step
+            decoded = [tf.io.decode_jpeg(jpeg, dct_method="INTEGER_ACCURATE").numpy() for jpeg in jpegs]
+            columns[f"observation.{camera}"] = np.stack(decoded)
+        read |= {f"{number}.{key}": as_text(values) for key, values in columns.items()}
+    np.savez_compressed(out / "droid.npz", **read)
+    (out / "droid_101").rename(out / "droid")  # as on Google Cloud Storage
+
+
+def import_reference(reference):
+    """Return the transforms and configurations of datasets of a checkout of openvla-oft, without most it imports."""
     stubs = {"dlimp": types.ModuleType("dlimp"), "prismatic": types.ModuleType("prismatic")}
     stubs["dlimp"].DLataset = object
     for name in ("tensorflow_graphics", "tensorflow_graphics.geometry", "tensorflow_graphics.geometry.transformation"):
@@ -261,13 +351,21 @@ def make_presets(out, reference):
     from prismatic.vla.datasets.rlds.oxe.configs import OXE_DATASET_CONFIGS
     from prismatic.vla.datasets.rlds.oxe.transforms import OXE_STANDARDIZATION_TRANSFORMS
 
+    return OXE_STANDARDIZATION_TRANSFORMS, OXE_DATASET_CONFIGS
+
+
+def make_presets(out, reference):
+    """Store the result of the reference's standardisation and state encoding of ``preset_columns``."""
+    import tensorflow as tf
+
+    transforms, configs = import_reference(reference)
     # The package without its __init__, which needs torch.
     sys.modules["openvla"] = types.ModuleType("openvla")
     sys.modules["openvla"].__path__ = [str(Path(__file__).resolve().parents[1])]
     from openvla.data.presets import PRESETS
 
     result = {}
-    for name in sorted(set(PRESETS) & set(OXE_STANDARDIZATION_TRANSFORMS)):
+    for name in sorted(set(PRESETS) & set(transforms)):
         columns = preset_columns(name, PRESETS[name].numeric_columns())
         length = len(next(iter(columns.values())))
         trajectory = {"observation": {}, "action": {}, "language_instruction": tf.fill([length], "x")}
@@ -287,12 +385,12 @@ def make_presets(out, reference):
             trajectory["observation"].setdefault(key, tf.fill([length], "x"))
         for key in ("depth", "depth_additional_view"):
             trajectory["observation"].setdefault(key, tf.zeros([length, 2, 2, 1]))
-        done = OXE_STANDARDIZATION_TRANSFORMS[name](trajectory)
+        done = transforms[name](trajectory)
         result[f"{name}.action"] = tf.cast(done["action"], tf.float32).numpy()
         steps = len(result[f"{name}.action"])
         observation = done["observation"]
         observation.setdefault("EEF_state", observation.get("eef_state"))  # openvla-oft misspells cmu_stretch's
-        keys = OXE_DATASET_CONFIGS[name]["state_obs_keys"]
+        keys = configs[name]["state_obs_keys"]
         parts = [tf.zeros((steps, 1)) if key is None else tf.cast(observation[key], tf.float32) for key in keys]
         result[f"{name}.proprio"] = tf.concat(parts, axis=1).numpy()
     from prismatic.vla.datasets.rlds.traj_transforms import chunk_act_obs
@@ -506,9 +604,11 @@ def make_episode(out, demos):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
-    parser.add_argument("part", choices=("rlds", "presets", "lerobot", "lerobot_files", "hdf5", "zarr", "episode"))
+    parser.add_argument(
+        "part", choices=("rlds", "droid", "presets", "lerobot", "lerobot_files", "hdf5", "zarr", "episode")
+    )
     parser.add_argument("out", type=Path)
     parser.add_argument("--reference", type=Path, help="a checkout of openvla-oft; for episode, a LeRobot dataset")
     args = parser.parse_args()
-    extra = (args.reference,) if args.part in ("presets", "episode") else ()
+    extra = (args.reference,) if args.part in ("droid", "presets", "episode") else ()
     globals()[f"make_{args.part}"](args.out, *extra)

@@ -49,7 +49,7 @@ ARGUMENTS_ONLY = {"evaluate", "assemble"}
 NEW_NAMES = tuple(map(int, transformers.__version__.split(".")[:2])) >= (4, 56)
 # What begins so is compiled, not run; how often each page may do that.
 NOT_RUN = "# Not run in CI:"
-MARKED = {"data.md": 2, "integrations.md": 2, "migration.md": 4, "quantising.md": 1}
+MARKED = {"data.md": 4, "integrations.md": 2, "migration.md": 4, "quantising.md": 1}
 MARKED |= {"reinforcement-learning.md": 3, "serving.md": 7, "tracevla.md": 2}
 
 
@@ -68,6 +68,7 @@ def given(hub, tokenizer, overrides, tmp_path_factory):
     upload_folder(hub, "openvla/openvla-7b", plain)
     upload_folder(hub, "someone/openvla-7b-finetuned", plain)
     upload_folder(hub, "moojink/openvla-7b-oft-finetuned-libero-spatial", oft_folder("libero", "l1", models / "oft"))
+    upload_folder(hub, "me/my-demonstrations", FIXTURES / "lerobot_v3_files")
     upload_folder(hub, "furonghuang-lab/tracevla_7b", published_tracevla(models / "tracevla"))
     native_run("fused", folder / "runs" / "my-run")
     minivla.write_run("vq_libero", folder / "runs" / "minivla")
@@ -89,6 +90,7 @@ def given(hub, tokenizer, overrides, tmp_path_factory):
 def place(given, here, tmp_path, monkeypatch):
     """Where a page is worked through."""
     monkeypatch.chdir(shutil.copytree(given, tmp_path / "place"))
+    monkeypatch.setenv("OPENVLA_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("sys.argv", ["example"])
 
 

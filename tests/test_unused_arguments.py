@@ -20,6 +20,7 @@ from reference import MODULES, module_name
 NOT_READ = {"serving.app.PolicyApp.lifespan": {"app"}, "serving.app.build_app.handle_http_error": {"request"}}
 NOT_READ |= {"serving.middleware.DrainingServer.handle_exit": {"frame"}}
 NOT_READ |= {"benchmarking.reference.preprocessing_stages.preprocess": {"_"}}  # a stage takes an index of an input
+NOT_READ |= {"data.torch_dataset.TorchDatasetReader.digest": {"times"}}  # data in memory has no files
 
 
 def functions(node, owner):

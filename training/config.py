@@ -47,7 +47,7 @@ class FinetuneConfig:
         model: Folder or Hub id of the model to fine-tune.
         output_dir: Folder to write. If it holds checkpoints of the same run, training continues from the newest one;
             ``run_fingerprint.FREE_FIELDS`` lists the fields that may differ.
-        data: Dataset folder, or a list of mappings with ``path`` and optionally ``weight`` and arguments of
+        data: Dataset folder or its URL, or a list of mappings with ``path`` and optionally ``weight`` and arguments of
             ``open_dataset`` (``preset``, ``fields``, ``split``, ``name``).
         preset: Dataset preset, an argument of ``open_dataset``, for entries of ``data`` without their own;
             "none" disables presets.

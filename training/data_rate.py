@@ -23,9 +23,14 @@ _WARM_UP_BATCHES = 2
 
 
 def data_rates(
-    reader: EpisodeReader, worker_counts: Sequence[int] = (), *, seconds: float = 5.0, skip_bad: bool = False
+    reader: EpisodeReader,
+    worker_counts: Sequence[int] = (),
+    *,
+    seconds: float = 5.0,
+    skip_bad: bool = False,
+    augment: Sequence[bool] = (False, True),
 ) -> list[dict[str, Any]]:
-    """Return the rates of a dataset's batches, as ``openvla finetune`` makes them, without and with augmentation.
+    """Return the rates of a dataset's batches, as ``openvla finetune`` makes them.
 
     Prompts are tokenized, actions normalized, and for augmentation images are resized to 224 pixels: the same work as
     for a 7B model. Pixels are normalized on the training's device, which is not measured.
@@ -35,6 +40,7 @@ def data_rates(
         worker_counts: Numbers of DataLoader workers; 0 is the main process. Default: 0, and one for each core.
         seconds: Duration of each measurement.
         skip_bad: Skip episodes and images that cannot be used.
+        augment: Whether images are augmented, for each measurement.
 
     Returns:
         For each measurement ``augment``, ``workers``, ``samples``, ``samples_per_second`` and, without workers,
@@ -51,8 +57,8 @@ def data_rates(
     model.config.num_images_in_input = processor.num_images_in_input = len(reader.fields.cameras)
     counts = list(worker_counts) or [0, min(os.cpu_count() or 1, len(reader))]
     return [
-        _measure(reader, ActionCollator(processor, model, augment, normalize=False), workers, seconds, skip_bad)
-        for augment in (None, ImageAugmentation())
+        _measure(reader, ActionCollator(processor, model, augmentation, normalize=False), workers, seconds, skip_bad)
+        for augmentation in (ImageAugmentation() if augmented else None for augmented in augment)
         for workers in dict.fromkeys(counts)
     ]
 

@@ -1,18 +1,27 @@
 """``openvla convert-data``: what is read equals what is read back; LeRobot itself opens it; it arrives on the Hub."""
 
+import itertools
 import shutil
 
 import numpy as np
 import pytest
+from encoded_images import shown_level, write_video
 from memory_dataset import memory_reader
 from openvla.__main__ import main
 from openvla.data.convert import camera_names, convert_dataset
+from openvla.data.lerobot_statistics import QUANTILES
 from openvla.data.open import open_dataset
+from openvla.data.video import TIME_TOLERANCE, Video
+from PIL import Image
 from reference import FIXTURES
 
 for package in ("av", "h5py", "pyarrow"):
     pytest.importorskip(package)
+pyarrow = pytest.importorskip("pyarrow")
+pytest.importorskip("pyarrow.parquet")
 
+# LeRobot's variance is the mean of squares less the squared mean: the root of float64's rounding may remain.
+LEROBOT_ROUNDING = 1e-7
 SOURCES = {
     "lerobot_v21": {},
     "lerobot_v3": {},
@@ -72,6 +81,76 @@ def test_lerobot_opens_what_is_written(tmp_path, name):
                 np.testing.assert_array_equal(shown, frame)
             index += 1
     assert index == dataset.num_frames
+
+
+@pytest.fixture
+def lerobot_folder(tmp_path):
+    """The folder of a dataset of three episodes with two cameras that convert-data wrote."""
+    pytest.importorskip("lerobot.datasets", reason="needs lerobot (ci/integration_lerobot_data.sh)")
+    convert_dataset(source("lerobot_v3"), tmp_path / "new", progress=False)
+    return tmp_path / "new"
+
+
+def test_statistics_are_those_that_lerobot_computes(lerobot_folder, tmp_path, monkeypatch):
+    from lerobot.datasets import LeRobotDatasetMetadata, compute_stats
+
+    sample_images = compute_stats.sample_images  # in float32, its sums over pixels differ by 3e-5
+    monkeypatch.setattr(compute_stats, "sample_images", lambda files: sample_images(files).astype(np.float64))
+    meta = LeRobotDatasetMetadata("test/new", root=lerobot_folder)
+    reader, episodes = open_dataset(lerobot_folder), []
+    for episode in reader:
+        data = {"action": episode.actions, "observation.state": episode.proprio}
+        for number, camera in enumerate(reader.fields.cameras):
+            data[camera] = [str(tmp_path / f"{camera}-{episode.id}-{step}.png") for step in range(len(episode))]
+            for step, file in enumerate(data[camera]):
+                Image.fromarray(episode.images(step)[number]).save(file)
+        episodes.append(compute_stats.compute_episode_stats(data, meta.features))
+    assert set(meta.stats) == {name for name, feature in meta.features.items() if feature["dtype"] != "string"}
+    for name, expected in compute_stats.aggregate_stats(episodes).items():
+        assert set(meta.stats[name]) == set(expected)
+        for key, value in expected.items():
+            assert meta.stats[name][key].shape == value.shape
+            if not key.startswith("q"):
+                np.testing.assert_allclose(meta.stats[name][key], value, rtol=LEROBOT_ROUNDING, atol=LEROBOT_ROUNDING)
+    row = pyarrow.parquet.read_table(lerobot_folder / "meta/episodes/chunk-000/file-000.parquet").to_pylist()[-1]
+    last = episodes[-1]  # LeRobot's quantiles are those of histograms: near with as many values as an image has
+    for camera, key in itertools.product(reader.fields.cameras, QUANTILES):
+        np.testing.assert_allclose(row[f"stats/{camera}/{key}"], last[camera][key], atol=1 / 255)
+
+
+def test_lerobot_trains_on_what_is_written_and_edits_it(lerobot_folder, tmp_path):
+    from lerobot.configs.default import DatasetConfig
+    from lerobot.configs.train import TrainPipelineConfig
+    from lerobot.datasets import LeRobotDataset
+    from lerobot.datasets.dataset_tools import delete_episodes
+    from lerobot.datasets.factory import make_dataset
+    from lerobot.policies.act.configuration_act import ACTConfig
+
+    config = TrainPipelineConfig(DatasetConfig("test/new", root=str(lerobot_folder)), policy=ACTConfig(device="cpu"))
+    assert config.dataset.use_imagenet_stats
+    dataset = make_dataset(config)  # as lerobot-train does
+    assert {camera: dataset.meta.stats[camera]["mean"].shape for camera in dataset.meta.camera_keys} == dict.fromkeys(
+        open_dataset(lerobot_folder).fields.cameras, (3, 1, 1)
+    )
+    shorter = delete_episodes(LeRobotDataset("test/new", root=lerobot_folder), [0], tmp_path / "less", "test/less")
+    actions = np.concatenate([open_dataset(lerobot_folder)[index].actions for index in (1, 2)])
+    np.testing.assert_array_equal(shorter.meta.stats["action"]["max"], actions.max(0))
+    assert shorter.meta.stats["action"]["count"] == [len(actions)]
+
+
+def test_lerobot_refuses_a_camera_without_frames_at_the_steps_times_too(tmp_path):
+    video_utils = pytest.importorskip(
+        "lerobot.datasets.video_utils", reason="needs lerobot (ci/integration_lerobot_data.sh)"
+    )
+    write_video(tmp_path / "15.mp4", range(0, 250, 5), 15)
+    tolerance = {"tolerance_s": TIME_TOLERANCE, "backend": "pyav", "return_uint8": True}
+    (frame,) = video_utils.decode_video_frames(tmp_path / "15.mp4", [0.2], **tolerance)
+    assert shown_level(frame, 5) == 15  # the fourth frame, as ours
+    assert shown_level(Video(tmp_path / "15.mp4").frame(0.2), 5) == 15
+    with pytest.raises(video_utils.FrameTimestampError, match="violate the tolerance"):
+        video_utils.decode_video_frames(tmp_path / "15.mp4", [0.1], **tolerance)
+    with pytest.raises(ValueError, match="no frame at 0.1000 s"):
+        Video(tmp_path / "15.mp4").frame(0.1)
 
 
 def test_instructions_may_differ_from_step_to_step(tmp_path):

@@ -79,6 +79,51 @@ def test_rlds_reader_equals_tfds(name):
         assert np.abs(episode.images(0)[0] - tfds[f"fast.{number}"].astype(int)).mean() < FAST_JPEG_LOSS
 
 
+def test_droid_equals_tfds_and_the_reference():
+    tfds = np.load(FIXTURES / "droid.npz")
+    reader = open_dataset(FIXTURES / "droid")  # TFDS calls the published files droid_101
+    assert (reader.name, reader.preset, reader.preset_reason) == ("droid_101", "droid", "by its columns")
+    assert reader.fields.cameras == ("observation.exterior_image_1_left", "observation.wrist_image_left")
+    texts = [f"language_instruction{suffix}" for suffix in ("", "_2", "_3")]
+    labels = []
+    for number in range(3):
+        stored = {key[2:]: tfds[key] for key in tfds if key.startswith(f"{number}.")}
+        given = {text.item() for text in (stored[name][0] for name in texts) if text}
+        labels.append(len(given))
+        if not given:
+            with pytest.raises(DatasetError, match="instruction at step 0 is empty"):
+                reader[number]
+            continue
+        episode = reader[number]
+        velocity, gripper = stored["action_dict.cartesian_velocity"], stored["action_dict.gripper_position"]
+        np.testing.assert_array_equal(episode.actions, np.concatenate([velocity, 1 - gripper], axis=1))
+        np.testing.assert_array_equal(episode.actions.astype(np.float32), stored["reference.action"])
+        np.testing.assert_array_equal(episode.proprio.astype(np.float32), stored["reference.proprio"])
+        assert episode.instructions[0] in TASKS  # the first that is not empty
+        for step, index in ((0, 0), (len(episode) - 1, 1)):
+            for camera, image in zip(reader.fields.cameras, episode.images(step), strict=True):
+                np.testing.assert_array_equal(image, stored[camera][index])
+    assert sorted(labels) == [0, 1, 3]
+
+
+def test_every_column_of_droid_is_read_as_tfds_reads_it():
+    tfds = np.load(FIXTURES / "droid.npz")
+    received = {}
+
+    def standardize(columns):
+        received.update(columns)
+        return columns["action"], None
+
+    fields = {"standardize": standardize, "instruction_text": "go", "action_mask": None, "gripper": "as_is"}
+    reader = open_dataset(FIXTURES / "droid", fields=fields)
+    for number in range(3):
+        received.clear()
+        assert len(reader[number]) == len(received["action"])
+        assert len(received) == 15
+        for name, values in received.items():
+            np.testing.assert_array_equal(values, tfds[f"{number}.{name}"])
+
+
 def test_rlds_integers_of_all_sizes_and_shapes():
     tfds = np.load(FIXTURES / "fractal20220817_data.npz")
     received = {}

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from encoded_images import jpeg
+from encoded_images import jpeg, shown_level, write_video
 from make_data import LENGTHS, TASKS, TOP_FRAMES
 from rlds import episode_columns, write_rlds
 
@@ -485,3 +485,26 @@ def test_several_chunks_and_files_equal_lerobot():
     for camera, name in enumerate(("top", "side")):
         read = np.stack([frames[index][camera] for index in TOP_FRAMES])
         np.testing.assert_array_equal(read, golden[name])
+
+
+def with_rate(folder, rate):
+    """Replace the camera's video of a LeRobot dataset by one with frames of 10, 20, ... at another rate."""
+    features = json.loads((folder / "meta/info.json").read_text())["features"]
+    features["observation.images.top"]["info"]["video.fps"] = rate
+    info(folder, features=features)
+    write_video(next(folder.rglob("*.mp4")), range(0, 250, 5), rate)
+    return folder
+
+
+def test_a_camera_of_a_multiple_of_the_datasets_rate_is_read_at_the_steps_times(copy):
+    reader = open_dataset(with_rate(copy("lerobot_v3"), 20), fields={"cameras": ["observation.images.top"]})
+    levels = [shown_level(episode.images(step)[0], 5) for episode in reader for step in range(len(episode))]
+    assert levels == list(range(0, 10 * sum(LENGTHS), 10))  # every second frame
+
+
+def test_a_camera_without_frames_at_the_steps_times_is_refused(copy):
+    episode = open_dataset(with_rate(copy("lerobot_v3"), 15), fields={"cameras": ["observation.images.top"]})[0]
+    assert shown_level(episode.images(0)[0], 5) == 0
+    message = r"no frame at 0.1000 s: the nearest is at 0.1333 s. info.json says .* has 15 frames a second and the data"
+    with pytest.raises(DatasetError, match=message):
+        episode.images(1)

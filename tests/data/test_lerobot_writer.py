@@ -1,12 +1,16 @@
 """Datasets of the LeRobot writer are read by our reader, and by LeRobot if it is installed."""
 
+import json
+
 import numpy as np
 import pytest
 from encoded_images import png
 from openvla.data.open import open_dataset
 
-pytest.importorskip("pyarrow")
-from openvla.data.lerobot_writer import LeRobotWriter  # noqa: E402
+pyarrow = pytest.importorskip("pyarrow")
+pytest.importorskip("pyarrow.parquet")
+from openvla.data.lerobot_statistics import QUANTILES, level_counts, sampled_steps  # noqa: E402
+from openvla.data.lerobot_writer import _EPISODES, _INDICES, LeRobotWriter  # noqa: E402
 
 LAYOUT = {
     "fps": 20,
@@ -15,6 +19,8 @@ LAYOUT = {
     "texts": ("language_instruction",),
     "robot_type": "panda",
 }
+# Statistics of images are summed level by level, numpy's pixel by pixel.
+ROUNDING = 1e-12
 TASKS = ["pick up the milk", "pick up the butter", "pick up the milk"]
 
 
@@ -110,3 +116,55 @@ def test_mismatching_episodes_are_refused(folder):
     with pytest.raises(ValueError, match=r"action must be finite, of shape \(length, 7\)"):
         writer.add_episode("go", {**numbers, "action": np.full((3, 7), np.nan)}, images, texts)
     assert len(open_dataset(folder)) == 3
+
+
+def read_json(file):
+    return json.loads(file.read_text())
+
+
+def test_statistics_are_numpys_over_all_frames_and_pixels(folder):
+    LeRobotWriter(folder, **LAYOUT).write_statistics()
+    written = read_json(folder / "meta/stats.json")
+    assert list(written) == [*LAYOUT["numbers"], "timestamp", *_INDICES, *LAYOUT["cameras"]]
+    numbers, frames = zip(*(episode(seed, 3 + seed) for seed in range(3)))
+    columns = {name: np.concatenate([columns[name] for columns in numbers]) for name in LAYOUT["numbers"]}
+    columns["index"] = np.arange(12)[:, None]
+    for name, values in columns.items():
+        values = values.astype(np.float32).astype(np.float64)
+        expected = {"min": values.min(0), "max": values.max(0), "mean": values.mean(0), "std": values.std(0)}
+        expected |= {key: np.quantile(values, q, axis=0) for key, q in QUANTILES.items()}
+        assert written[name] == {**{key: value.tolist() for key, value in expected.items()}, "count": [12]}
+    for name in LAYOUT["cameras"]:
+        pixels = np.concatenate([shown[name] for shown in frames]).reshape(-1, 3) / 255
+        expected = {"min": pixels.min(0), "max": pixels.max(0), "mean": pixels.mean(0), "std": pixels.std(0)}
+        expected |= {key: np.quantile(pixels, q, axis=0) for key, q in QUANTILES.items()}
+        assert written[name].pop("count") == [12]
+        assert list(written[name]) == list(expected)
+        for key, value in expected.items():
+            np.testing.assert_allclose(written[name][key], value[:, None, None], rtol=ROUNDING)
+    assert open_dataset(folder)[2].actions.shape == (5, 7)
+
+
+def test_a_new_episode_removes_the_statistics(folder):
+    writer = LeRobotWriter(folder, **LAYOUT)
+    writer.write_statistics()
+    columns = pyarrow.parquet.read_schema(folder / _EPISODES).names
+    assert {"stats/action/q01", "stats/observation.image/std", "stats/task_index/count"} <= set(columns)
+    add(LeRobotWriter(folder, **LAYOUT), 0)
+    assert not (folder / "meta/stats.json").exists()
+    columns = pyarrow.parquet.read_schema(folder / _EPISODES).names
+    assert not [name for name in columns if name.startswith("stats/")]
+    with pytest.raises(ValueError, match="has no episode; add one"):
+        LeRobotWriter(folder / "new", **LAYOUT).write_statistics()
+
+
+def test_long_episodes_and_large_images_are_sampled_as_lerobot_does():
+    lengths = {1: 1, 99: 99, 500: 105, 1000: 177, 20_000: 1681, 10**6: 10_000}
+    assert {length: len(sampled_steps(length)) for length in lengths} == lengths
+    assert sampled_steps(401)[:3] == [0, 4, 8]
+    assert sampled_steps(401)[-1] == 400
+    image = np.random.default_rng(0).integers(0, 256, (240, 640, 3), np.uint8)
+    np.testing.assert_array_equal(
+        level_counts(png(image)), [np.bincount(image[::4, ::4, c].ravel(), minlength=256) for c in range(3)]
+    )
+    assert level_counts(png(image[:, :299])).sum() == 3 * 240 * 299

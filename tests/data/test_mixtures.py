@@ -34,13 +34,37 @@ def test_a_mixture_is_trained_on_by_name(tmp_path, monkeypatch):
     for name in ("bridge_orig", "fractal20220817_data"):
         shutil.copytree(FIXTURES / name, tmp_path / name)
     entry = {"mixture": "bridge_rt_1", "path": str(tmp_path)}
+    fields = {"cameras": ("observation.image",), "proprio": ()}
     assert expanded_entries([entry, {"path": "x"}])[1:] == [
-        {"path": str(tmp_path / "fractal20220817_data"), "name": "fractal20220817_data", "weight": 1.0},
+        {
+            "path": str(tmp_path / "fractal20220817_data"),
+            "name": "fractal20220817_data",
+            "weight": 1.0,
+            "fields": fields,
+        },
         {"path": "x"},
     ]
+    both = Demonstrations(FinetuneConfig(model="m", data=[entry], output_dir="o"))
+    steps = [step for step, _ in zip(both.stream(chunk_length=1), range(40))]
+    assert {(step.dataset, len(step.images), step.proprio) for step in steps} == {
+        ("bridge_orig", 1, None),
+        ("fractal20220817_data", 1, None),
+    }
     config = FinetuneConfig(model="m", data=[{**entry, "leave_out": ["fractal20220817_data"]}], output_dir="o")
     data = Demonstrations(config)
     assert ([reader.name for reader in data.readers], data.weights) == (["bridge_orig"], [1.0])
+    assert data.readers[0].proprio_dim == 7
+
+
+def test_datasets_of_one_layout_keep_all_cameras_and_proprio(tmp_path):
+    for name in MIXTURES["libero_mix"]:
+        (tmp_path / name).mkdir()
+    assert all(set(entry) == {"path", "name", "weight"} for entry in mixture_entries("libero_mix", tmp_path))
+    for name in MIXTURES["oxe_magic_soup_plus"]:
+        (tmp_path / name).mkdir()
+    entries = mixture_entries("oxe_magic_soup_plus", tmp_path)
+    assert all((entry["name"] in PRESETS) == ("fields" in entry) for entry in entries)
+    assert {len(entry["fields"]["cameras"]) for entry in entries if "fields" in entry} == {1}
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from make_data import LENGTHS, TOP_FRAMES, images
 from openvla.data.open import open_dataset
 from openvla.data.statistics import compute_statistics
 from openvla.data.stream import StepStream
-from reference import FIXTURES
+from reference import FIXTURES, REPOSITORY
 
 zarr = pytest.importorskip("zarr")
 
@@ -105,5 +105,34 @@ def test_format_3_is_read(tmp_path):
     reader = open_dataset(tmp_path / "replay_buffer.zarr", fields=TASK)
     np.testing.assert_array_equal(np.concatenate([episode.actions for episode in reader]), golden["action"])
     np.testing.assert_array_equal(reader[2].images(8)[0], frames[-1])
-    with pytest.raises(ValueError, match="data/action/c/0/0 is not stored, and zarr would read zeros"):
+    message = (
+        r"data/action/c/0/0 is not stored, one of 3 missing chunks of 3 \(c/0/0, c/1/0, c/2/0\), and zarr would read"
+    )
+    with pytest.raises(ValueError, match=message):
         open_dataset(tmp_path / "zeros.zarr", fields=TASK)[0]
+
+
+def test_chunks_of_zeros_are_stored_as_the_page_says(tmp_path, monkeypatch):
+    if not hasattr(zarr, "create_array"):
+        pytest.skip("zarr 2 stores chunks of zeros")
+    lengths = (7, 12, 37)
+    random = np.random.default_rng(0)
+    action, frames = random.uniform(-1, 1, (56, 7)), random.integers(0, 256, (56, 16, 16, 3), np.uint8)
+    action[8:16] = 0
+    frames[10:] = 0
+    group = zarr.open_group(str(tmp_path / "replay_buffer.zarr"), mode="w", zarr_format=3)
+    group.create_array("meta/episode_ends", data=np.cumsum(lengths))
+    group.create_array("data/action", data=action, chunks=(8, 7))
+    group.create_array("data/img", data=frames, chunks=(2, 16, 16, 3), shards=(4, 16, 16, 3))
+    reader = open_dataset(tmp_path / "replay_buffer.zarr", fields=TASK)
+    with pytest.raises(ValueError, match=r"action/c/1/0 is not stored, one of 1 missing chunks of 7 \(c/1/0\)"):
+        reader[1]
+    with pytest.raises(ValueError, match=r"one of 11 missing chunks of 14 \(c/3/0/0/0, .*, c/7/0/0/0, \.\.\.\)"):
+        reader[2]
+    page = (REPOSITORY / "docs/data.md").read_text().partition("### Missing chunks")[2]
+    monkeypatch.chdir(tmp_path)
+    exec(page.partition("```python\n")[2].partition("```")[0])  # noqa: S102
+    reader = open_dataset(tmp_path / "replay_buffer.zarr", fields=TASK)
+    np.testing.assert_array_equal(np.concatenate([episode.actions for episode in reader]), action)
+    shown = [episode.images(step)[0] for episode in reader for step in range(len(episode))]
+    np.testing.assert_array_equal(shown, frames)

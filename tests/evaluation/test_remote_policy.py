@@ -413,7 +413,7 @@ def test_demo_policies_behind_openvla_serve_have_the_same_episodes(name, tmp_pat
             server.terminate()
     runs = [[(run["success"], run["steps"]) for run in report["results"][0]["runs"]] for report in (local, remote)]
     assert runs[0] == runs[1]
-    own = {"model", "weights_digest", "server", "results", "constrain_actions"}
+    own = {"model", "weights_digest", "server", "results", "constrain_actions", "actions"}  # a server has its own
     assert {name: local[name] for name in local.keys() - own} == {name: remote[name] for name in remote.keys() - own}
 
 

@@ -21,7 +21,7 @@ def test_rates_are_measured_with_and_without_augmentation():
 
 
 def test_the_command_prints_the_rates(capsys, monkeypatch):
-    monkeypatch.setattr("openvla.training.data_rate.data_rates.__kwdefaults__", {"seconds": 0.01, "skip_bad": False})
+    monkeypatch.setitem(data_rates.__kwdefaults__, "seconds", 0.01)
     assert main(["inspect-data", str(FIXTURES / "hdf5"), "--rate", "--workers", "0", "--json"]) == 0
     assert [rate["workers"] for rate in json.loads(capsys.readouterr().out)["rates"]] == [0, 0]
     assert main(["inspect-data", str(FIXTURES / "hdf5"), "--workers", "2"]) == 2

@@ -68,7 +68,8 @@ def test_every_command_runs(tokens_folder, oft_folder, dataset_root, tmp_path, m
 def test_every_option_of_the_page_exists():
     from lerobot_policy_openvla import OpenVLAConfig
 
-    rows = re.findall(r"^\| (`.*?) \|", PAGE.read_text(encoding="utf-8"), re.MULTILINE)
+    section = re.search(r"^## LeRobot\n(.*?)^## ", PAGE.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)[1]
+    rows = re.findall(r"^\| (`.*?) \|", section, re.MULTILINE)
     named = {name for row in rows for name in re.findall(r"`(\w+)`", row)}
     assert named
     assert named <= set(OpenVLAConfig.__dataclass_fields__)
