@@ -432,6 +432,14 @@ def file_version(root: DataPath, file: DataPath, times: bool = True) -> str:
     return f"{file.relative} {info.version if info else None}"
 
 
+def file_size(file: DataPath) -> int:
+    """Return the bytes of a dataset's file; 0 for a remote one that is missing."""
+    if isinstance(file, Path):
+        return file.stat().st_size
+    info = file.dataset.info(file.relative)
+    return info.size if info else 0
+
+
 def _require_folder_url(url: str, protocol: str) -> None:
     """Raise OpenVLAValueError for a URL that cannot be the one of a dataset's folder."""
     if protocol == "hf" and not _HUB_URL.fullmatch(url):

@@ -136,8 +136,11 @@ class ActionCollator:
             "input_ids": _padded(input_ids, width, self.pad_id),
             "attention_mask": (torch.arange(width) < lengths[:, None] - self.num_hidden).long(),
             "labels": _padded(labels, width, IGNORE_INDEX),
-            **({"pixel_values": torch.cat(pixel_values)} if normalize else {"frames": torch.from_numpy(np.stack(frames))}),
         }
+        if normalize:
+            batch["pixel_values"] = torch.cat(pixel_values)
+        else:
+            batch["frames"] = torch.from_numpy(np.stack(frames))
         if self.has_head:
             batch["actions"] = torch.stack(actions)
         if proprio:

@@ -114,7 +114,7 @@ def _report_plan(args: argparse.Namespace) -> int:
     given = [name for name in ("fields", "skip_bad") if getattr(args, name)]
     if given or args.preset != AUTO or args.split != "train":
         raise OpenVLAValueError("--plan takes preset, fields, split and skip_bad from the YAML file, not as options.")
-    config = read_plan_config(args.data)
+    config = read_plan_config(Path(args.data))
     gpu_rate = GPU_RATE if args.gpu_rate is None else args.gpu_rate
     plan = mixture_plan(config, gpu_rate=gpu_rate, num_gpus=1 if args.gpus is None else args.gpus)
     print(json.dumps(plan) if args.json else describe_plan(plan))

@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from ..data.episodes import EpisodeReader
+from ..data.remote import file_size
 from ..errors_openvla import OpenVLAValueError
 from .config import FinetuneConfig, config_from_dict, read_yaml
 from .data_rate import data_rates
@@ -66,7 +66,7 @@ def mixture_plan(
                 "share": share,
                 "episodes": statistics["num_trajectories"],
                 "frames": statistics["num_transitions"],
-                "bytes": _size(reader),
+                "bytes": sum(map(file_size, reader.files)),
                 "epochs": samples * share / statistics["num_transitions"],
                 "samples_per_second": rate["samples_per_second"],
                 "cpu_ms": rate["cpu_ms"],
@@ -81,11 +81,6 @@ def mixture_plan(
         "dataloader_num_workers": config.dataloader_num_workers,
         "datasets": datasets,
     }
-
-
-def _size(reader: EpisodeReader) -> int:
-    """Return the bytes of the files that a dataset is read from."""
-    return sum(file.stat().st_size for file in reader.files)
 
 
 def describe_plan(plan: dict[str, Any]) -> str:

@@ -103,6 +103,11 @@ def test_a_remote_dataset_equals_the_local_one(root, name, cache):
     assert {file: file.stat().st_ino for file in cache.iterdir()} == files  # nothing is downloaded twice
 
 
+def test_sizes_are_those_of_the_files(root):
+    sizes = [sum(map(remote.file_size, open_dataset(place).files)) for place in (FIXTURES / V3, f"{root}/{V3}")]
+    assert sizes[0] == sizes[1] > 0
+
+
 def test_a_reader_can_be_sent_to_a_process(root):
     reader = pickle.loads(pickle.dumps(open_dataset(f"{root}/{V3}")))
     require_equal(reader, open_dataset(FIXTURES / V3))

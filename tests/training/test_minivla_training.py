@@ -14,7 +14,7 @@ from openvla.data.augmentation import ImageAugmentation
 from openvla.data.episodes import Episode, Step, neutral_past_end
 from openvla.data.open import open_dataset
 from openvla.inference.robot_conventions import convert_action
-from openvla.training.collator import ActionCollator, compute_metrics, model_inputs
+from openvla.training.collator import ActionCollator, compute_metrics, model_inputs, with_pixel_values
 from openvla.training.datasets import Demonstrations
 from openvla.training.finetune import dry_run, finetune, load_model_and_processor
 from PIL import Image
@@ -96,6 +96,8 @@ def test_batches_have_the_reference_s_ids_labels_and_masks(name, loaded):
     for field, padding in (("input_ids", model.pad_token_id), ("labels", -100), ("attention_mask", 0)):
         assert torch.equal(padded[field][:, :width], batch[field])
         assert (padded[field][:, width:] == padding).all()
+    raw = ActionCollator(processor, model, normalize=False)(steps)
+    assert torch.equal(with_pixel_values(raw, processor)["pixel_values"], batch["pixel_values"])
     for example, step in zip(golden["examples"], steps):
         single = ActionCollator(processor, model)([step])
         assert single["input_ids"].tolist() == [example["input_ids"]]
