@@ -70,7 +70,9 @@ class Video:
         if not in_order or self.must_seek:
             self.last, self.must_seek = None, not in_order
             self.container.seek(round(seconds / self.stream.time_base), stream=self.stream, backward=True)
-            self.frames = self.container.decode(self.stream) if in_order else self._decode_until(seconds)
+            self.frames = (
+                self.container.decode(self.stream) if in_order else _decode_until(self.container, self.stream, seconds)
+            )
         for frame in self.frames:
             self.last = frame
             if frame.time >= seconds - TIME_TOLERANCE:
@@ -78,16 +80,17 @@ class Video:
         self.last = None
         return None
 
-    def _decode_until(self, seconds: float) -> Iterator[Any]:
-        """Yield the frames up to the one at a time; then the decoder takes nothing before it seeks.
 
-        A decoder gives a frame when the next packets show that no other comes first. Told that the stream ends, it
-        gives it at once; that saves decoding those packets.
-        """
-        for packet in self.container.demux(self.stream):
-            yield from packet.decode()
-            if packet.pts is not None and abs(float(packet.pts * packet.time_base) - seconds) <= TIME_TOLERANCE:
-                for frame in self.stream.codec_context.decode(None):
-                    frame.time_base = self.stream.time_base  # which a frame without a packet lacks
-                    yield frame
-                return
+def _decode_until(container: Any, stream: Any, seconds: float) -> Iterator[Any]:
+    """Yield the frames up to the one at a time; then the decoder takes nothing before it seeks.
+
+    A decoder gives a frame when the next packets show that no other comes first. Told that the stream ends, it gives it
+    at once; that saves decoding those packets.
+    """
+    for packet in container.demux(stream):
+        yield from packet.decode()
+        if packet.pts is not None and abs(float(packet.pts * packet.time_base) - seconds) <= TIME_TOLERANCE:
+            for frame in stream.codec_context.decode(None):
+                frame.time_base = stream.time_base  # which a frame without a packet lacks
+                yield frame
+            return

@@ -1,6 +1,8 @@
 """Frames of a video in any order: those of decoding it from its beginning to its end."""
 
+import gc
 import random
+import weakref
 
 import numpy as np
 import pytest
@@ -56,3 +58,18 @@ def test_frames_in_any_order_are_those_of_the_stored_order(video_file, decoded, 
         video.frame(NUM_FRAMES / RATE)
     np.testing.assert_array_equal(video.frame(0.3), decoded[3])
     video.close()
+
+
+@pytest.mark.parametrize("order", ["drawn", "stored"])
+def test_a_video_goes_without_the_garbage_collector(video_file, order):
+    """In a loader's worker, a fork, collecting a video of the parent process would wait for the decoder's threads."""
+    video = Video(video_file)
+    for number in ORDERS[order][:5]:
+        video.frame(number / RATE)
+    gone = weakref.ref(video)
+    gc.disable()
+    try:
+        del video
+        assert gone() is None
+    finally:
+        gc.enable()
