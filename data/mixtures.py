@@ -100,18 +100,21 @@ def mixture_entries(name: str, root: str | Path, leave_out: Sequence[str] = ()) 
         raise OpenVLAValueError(f"leave_out names {unknown}, which are not in {name!r}: {list(MIXTURES[name])}.")
     weights = {key: weight for key, weight in MIXTURES[name].items() if key not in leave_out}
     if is_remote(root):
-        return [{"path": f"{str(root).rstrip('/')}/{key}", "name": key, "weight": weights[key]} for key in weights]
-    root = Path(root).expanduser()
-    if missing := [key for key in weights if not (root / key).exists()]:
-        raise OpenVLAFileNotFoundError(
-            f"{root} lacks {len(missing)} of the {len(weights)} datasets of {name!r}: {missing}. Download them there, "
-            "or name them in leave_out."
-        )
+        root = str(root).rstrip("/")
+        paths = {key: f"{root}/{key}" for key in weights}
+    else:
+        root = Path(root).expanduser()
+        paths = {key: str(root / key) for key in weights}
+        if missing := [key for key in weights if not (root / key).exists()]:
+            raise OpenVLAFileNotFoundError(
+                f"{root} lacks {len(missing)} of the {len(weights)} datasets of {name!r}: {missing}. Download them "
+                "there, or name them in leave_out."
+            )
     presets = {key: PRESETS[key] for key in weights if key in PRESETS}
     differ = len({(preset.cameras, preset.proprio) for preset in presets.values()}) > 1
     common = {key: {"cameras": preset.cameras[:1], "proprio": ()} for key, preset in presets.items() if differ}
     return [
-        {"path": str(root / key), "name": key, "weight": weight, **({"fields": common[key]} if key in common else {})}
+        {"path": paths[key], "name": key, "weight": weight, **({"fields": common[key]} if key in common else {})}
         for key, weight in weights.items()
     ]
 

@@ -561,9 +561,13 @@ def test_data_of_a_run_may_be_remote(datasets, tmp_path):
     assert data.stream(2).summary()[0]["path"] == f"hf://datasets/lab/{V3}"
 
 
-def test_mixtures_may_be_remote():
-    entries = mixture_entries("bridge", "gs://bucket/data/")
-    assert [entry["path"] for entry in entries] == [f"gs://bucket/data/{name}" for name in MIXTURES["bridge"]]
+@pytest.mark.parametrize("name", ["bridge", "bridge_rt_1", "libero_mix"])
+def test_a_remote_mixture_has_the_entries_of_a_local_one(name, tmp_path):
+    for dataset in MIXTURES[name]:
+        (tmp_path / dataset).mkdir()
+    local = mixture_entries(name, tmp_path)
+    expected = [{**entry, "path": f"gs://bucket/data/{entry['name']}"} for entry in local]
+    assert mixture_entries(name, "gs://bucket/data/") == expected
 
 
 def test_other_file_systems_of_fsspec(tmp_path):
