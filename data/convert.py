@@ -34,6 +34,7 @@ from .inspect import parse_fields
 from .lerobot_writer import VERSION, LeRobotWriter
 from .open import open_dataset
 from .presets import AUTO
+from .remote import local_path
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``openvla convert-data``."""
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("source", metavar="SRC", help="dataset of any format that is read, or its URL")
-    parser.add_argument("target", type=Path, metavar="DST", help="folder of the new dataset; must not exist")
+    parser.add_argument("target", metavar="DST", help="folder of the new dataset; must not exist")
     parser.add_argument("--fps", type=int, help="steps per second, where the source does not store them")
     parser.add_argument("--preset", default=AUTO, metavar="NAME", help="fields of a known dataset, or none")
     parser.add_argument("--fields", metavar="YAML", help="fields to replace, as for inspect-data")
@@ -61,11 +62,12 @@ def run(args: argparse.Namespace) -> int:
     """Convert, push and return the exit status."""
     if args.push is None and (args.private or args.token):
         raise OpenVLAValueError("--private and --token are for --push REPO_ID.")
+    target = local_path(args.target)
     reader = open_dataset(args.source, preset=args.preset, fields=parse_fields(args.fields), split=args.split)
-    counts = convert_dataset(reader, args.target, fps=args.fps, robot_type=args.robot_type, skip_bad=args.skip_bad)
-    print(f"{args.target}: {counts['episodes']} episodes, {counts['steps']} steps, {counts['skipped']} skipped")
+    counts = convert_dataset(reader, target, fps=args.fps, robot_type=args.robot_type, skip_bad=args.skip_bad)
+    print(f"{target}: {counts['episodes']} episodes, {counts['steps']} steps, {counts['skipped']} skipped")
     if args.push is not None:
-        print(push_dataset(args.target, args.push, private=args.private, token=args.token))
+        print(push_dataset(target, args.push, private=args.private, token=args.token))
     return 0
 
 

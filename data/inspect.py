@@ -31,7 +31,7 @@ from .remote import is_remote
 from .replay_buffer import replay_buffer
 from .rlds import rlds_folder
 from .statistics import action_column_names, statistics_and_findings
-from .utils import read_json, require
+from .utils import parse_yaml, read_json
 
 _NUM_SHOWN_FRAMES = 4
 _NUM_SHOWN_INSTRUCTIONS = 5
@@ -126,10 +126,7 @@ def parse_fields(text: str | None) -> dict[str, Any] | None:
     """Return the fields in the YAML of ``--fields``; None without it."""
     if text is None:
         return None
-    fields = require("yaml", "--fields").safe_load(text)
-    if not isinstance(fields, dict):
-        raise OpenVLAValueError(f"--fields must be a mapping such as '{{gripper: inverted}}', got {text!r}.")
-    return fields
+    return parse_yaml(text, f"--fields {text!r}")
 
 
 def inspect(

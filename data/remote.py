@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
+from datetime import datetime
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import IO, Any, NamedTuple, TypeAlias, TypeVar
@@ -141,7 +142,9 @@ class RemoteDataset:
         info = self.info(name)
         if info is None:
             raise OpenVLAFileNotFoundError(f"{self.url}/{name} does not exist.")
-        digest = hashlib.sha256(f"{self.url}/{name}\n{info.version}".encode()).hexdigest()[:32]
+        # Without the Hub's revision: a file that commits share is kept once.
+        folder = re.sub("@[0-9a-f]{40}", "", self.location) if self.protocol == "hf" else self.location
+        digest = hashlib.sha256(f"{folder}/{name}\n{info.version}".encode()).hexdigest()[:32]
         short = re.sub(r"[^\w.-]", "_", name)[-120:]
         return self.cache.use(f"{digest}-{short}", info.size, lambda file: self._download(name, info, file))
 
@@ -151,15 +154,19 @@ class RemoteDataset:
         fsspec keeps the file systems, one of each kind a process, because most do not survive a fork.
         """
         url = f"{self.location}/{name}" if name else self.location
-        try:
-            return fsspec.core.url_to_fs(url, **_options(self.protocol))
-        except ImportError as error:
-            package = _INSTALL.get(self.protocol, "the package of its file system")
-            raise OpenVLAImportError(
-                f"{self.url}: {self.protocol}:// needs pip install {package} ({error})."
-            ) from error
-        except ValueError as error:  # an unknown protocol
-            raise OpenVLAValueError(f"{self.url}: {error}.") from error
+
+        def connect() -> tuple[Any, str]:
+            try:
+                return fsspec.core.url_to_fs(url, **_options(self.protocol))
+            except ImportError as error:
+                package = _INSTALL.get(self.protocol, "the package of its file system")
+                raise OpenVLAImportError(
+                    f"{self.url}: {self.protocol}:// needs pip install {package} ({error})."
+                ) from error
+            except ValueError as error:  # an unknown protocol
+                raise OpenVLAValueError(f"{self.url}: {error}.") from error
+
+        return self._request(self.url, connect)  # some file systems, such as that of ftp, connect at once
 
     def _location_at_commit(self) -> str:
         """Return the URL of a dataset of the Hub at the commit that its revision has now."""
@@ -185,7 +192,9 @@ class RemoteDataset:
             name = path_of_file[start:]
             files[name] = _describe(f"{self.url}/{name}", info, self.protocol)
         if not files:
-            raise OpenVLAFileNotFoundError(f"No dataset at {self.url}: there are no files.")
+            raise OpenVLAFileNotFoundError(f"No dataset at {self.url}: there are no files; check the name.")
+        if "" in files:
+            raise OpenVLAValueError(f"{self.url} is a file: give the URL of the dataset's folder.")
         return files
 
     def _look_up(self, name: str) -> FileInfo | None:
@@ -380,6 +389,17 @@ class RemotePath:
 DataPath: TypeAlias = Path | RemotePath
 
 
+def local_path(path: str | os.PathLike) -> Path:
+    """Return the path of what is to be written on this disk.
+
+    Raises:
+        OpenVLAValueError: It is a URL.
+    """
+    if is_remote(path):
+        raise OpenVLAValueError(f"{path} is a URL: give a path on this disk, and upload it afterwards.")
+    return Path(path)
+
+
 def is_remote(path: str | os.PathLike | RemotePath) -> bool:
     """Return whether a path is a URL."""
     return isinstance(path, RemotePath) or _URL.match(str(path)) is not None
@@ -471,6 +491,8 @@ def _describe(url: str, info: Mapping[str, Any], protocol: str) -> FileInfo:
         )
     checksum = _checksum(info, protocol)
     version = " ".join(checksum) if checksum else next((info[key] for key in _VERSIONS if info.get(key)), None)
+    if isinstance(version, datetime):  # memory:// lists the same time as a number
+        version = version.timestamp()
     return FileInfo(size, f"{size} bytes, {version}", checksum)
 
 

@@ -16,6 +16,7 @@ import numpy as np
 
 from ..errors_openvla import OpenVLAValueError
 from .episodes import EpisodeReader
+from .remote import local_path
 from .statistics import EpisodeValues, cache_content, cache_file, compute_statistics, read_values, write_cache
 
 # Version of the files' content; files of another version are refused.
@@ -46,13 +47,15 @@ def write_statistics_shard(
 
     Raises:
         DatasetError: An episode cannot be used, and ``skip_bad`` is not set.
-        OpenVLAValueError: There is no such shard or no episode in it, or a copy of the dataset cannot be recognised.
+        OpenVLAValueError: There is no such shard or no episode in it, a copy of the dataset cannot be recognised, or
+            the file is a URL.
     """
     if not 1 <= shard <= num_shards <= len(reader):
         raise OpenVLAValueError(
             f"A shard is K/N, with K from 1 to N and N at most the number of episodes ({len(reader)}); got "
             f"{shard}/{num_shards}."
         )
+    file = local_path(file)
     digest = _copy_digest(reader)
     _ = reader.action_dim  # those of the first usable episode, with which the others are compared
     indices = range(len(reader) * (shard - 1) // num_shards, len(reader) * shard // num_shards)
@@ -74,8 +77,8 @@ def write_statistics_shard(
     for name, columns in (("actions", values.actions), ("proprios", values.proprios)):
         if columns:
             arrays[name] = np.concatenate(columns)
-    Path(file).parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(file).with_name(f".{Path(file).name}.{os.getpid()}.tmp")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
     with open(temporary, "wb") as stream:
         np.savez(stream, **arrays)
     os.replace(temporary, file)

@@ -1,4 +1,4 @@
-"""Helpers for reading datasets: optional packages and JSON files."""
+"""Helpers for reading datasets: optional packages, YAML and JSON."""
 
 from __future__ import annotations
 
@@ -25,6 +25,26 @@ def require(package: str, purpose: str, install: str = "'openvla[train]'") -> An
         return importlib.import_module(package)
     except ImportError as error:
         raise OpenVLAImportError(f"{purpose} needs {package}: pip install {install} ({error})") from error
+
+
+def parse_yaml(text: str | bytes, source: str) -> dict[str, Any]:
+    """Return the mapping in a YAML text.
+
+    Args:
+        text: The text, or its bytes in UTF-8.
+        source: Start of the error message: the file or the option that the text is from.
+
+    Raises:
+        OpenVLAValueError: The text is not valid YAML, or holds something else.
+    """
+    yaml = require("yaml", source)
+    try:
+        content = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise OpenVLAValueError(f"{source} is not valid YAML: {' '.join(str(error).split())}.") from error
+    if not isinstance(content, dict):
+        raise OpenVLAValueError(f"{source} must hold a mapping such as {{name: value}}, got {type(content).__name__}.")
+    return content
 
 
 def read_json(path: DataPath) -> Any:

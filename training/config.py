@@ -17,7 +17,7 @@ import numpy as np
 from ..actions_openvla import nearest_name
 from ..data.doctor import validate_check_names
 from ..data.presets import AUTO
-from ..data.utils import require
+from ..data.utils import parse_yaml
 from ..errors_openvla import OpenVLAValueError
 
 # The fine-tuning strategies of the OpenVLA paper (https://arxiv.org/abs/2406.09246, table 1), and QLoRA.
@@ -256,12 +256,11 @@ def read_yaml(file: Path) -> dict[str, Any]:
     """Read a YAML file that holds a mapping.
 
     Raises:
-        OpenVLAValueError: The file holds something else.
+        OpenVLAValueError: The file is a folder or not valid YAML, or holds something else.
     """
-    content = require("yaml", "A configuration file").safe_load(file.read_text(encoding="utf-8"))
-    if not isinstance(content, dict):
-        raise OpenVLAValueError(f"{file} must hold a mapping of fields, got {type(content).__name__}.")
-    return content
+    if file.is_dir():
+        raise OpenVLAValueError(f"{file} is a folder, where it must be a YAML file of openvla finetune.")
+    return parse_yaml(file.read_bytes(), str(file))
 
 
 def config_from_dict(values: Mapping[str, Any], source: Any = None) -> FinetuneConfig:

@@ -27,7 +27,7 @@ from openvla.data.mixtures import MIXTURES, mixture_entries  # noqa: E402
 from openvla.data.open import open_dataset  # noqa: E402
 from openvla.data.statistics import compute_statistics  # noqa: E402
 from openvla.data.stream import StepStream  # noqa: E402
-from openvla.errors_openvla import OpenVLAError, OpenVLAFileNotFoundError, OpenVLAImportError  # noqa: E402
+from openvla.errors_openvla import OpenVLAError, OpenVLAFileNotFoundError, OpenVLAImportError, OpenVLAValueError  # noqa: E402
 from reference import FIXTURES  # noqa: E402
 from torch.utils.data import DataLoader  # noqa: E402
 from web import WebServer  # noqa: E402
@@ -570,8 +570,38 @@ def test_a_remote_mixture_has_the_entries_of_a_local_one(name, tmp_path):
     assert mixture_entries(name, "gs://bucket/data/") == expected
 
 
-def test_other_file_systems_of_fsspec(tmp_path):
-    """Those that fsspec itself has, here its view of the local disk."""
-    reader = open_dataset(f"file://{FIXTURES / V3}")
+@pytest.mark.parametrize("protocol", ["file", "memory"])
+def test_other_file_systems_of_fsspec(protocol, tmp_path):
+    """Those that fsspec itself has: its view of the local disk, and files in memory."""
+    fsspec.filesystem(protocol).put(f"{FIXTURES / V3}/", f"{tmp_path / 'copy'}/", recursive=True)
+    reader = open_dataset(f"{protocol}://{tmp_path / 'copy'}")
     require_equal(reader, open_dataset(FIXTURES / V3))
     assert os.listdir(tmp_path / "cache" / "data")
+
+
+def test_a_file_system_that_connects_at_once():
+    with pytest.raises(RemoteError, match=r"ftp://127\.0\.0\.1:1/x cannot be read: .*refused.* tried 3 times"):
+        open_dataset("ftp://127.0.0.1:1/x")
+
+
+def test_the_url_of_a_file_is_refused(datasets):
+    with pytest.raises(OpenVLAValueError, match="info.json is a file: give the URL of the dataset's folder"):
+        open_dataset(f"hf://datasets/lab/{V3}/meta/info.json")
+
+
+@pytest.mark.parametrize(
+    "arguments", [["convert-data", "{data}", "{url}"], ["inspect-data", "{data}", "--statistics-shard", "1/1", "{url}"]]
+)
+def test_nothing_is_written_to_a_url(arguments, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    values = {"data": FIXTURES / V21, "url": "hf://datasets/me/new"}
+    assert main([argument.format(**values) for argument in arguments]) == 2
+    assert "hf://datasets/me/new is a URL: give a path on this disk" in capsys.readouterr().err
+    assert not (tmp_path / "hf:").exists()
+
+
+def test_a_revision_with_the_same_files_downloads_nothing(datasets, cache):
+    require_equal(open_dataset(f"hf://datasets/lab/{V3}"), open_dataset(FIXTURES / V3))
+    files = set(cache.iterdir())
+    require_equal(open_dataset(f"hf://datasets/lab/{V3}@main"), open_dataset(FIXTURES / V3))
+    assert set(cache.iterdir()) == files
