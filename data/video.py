@@ -16,6 +16,8 @@ from .utils import require
 TIME_TOLERANCE = 1e-4
 # Up to this distance ahead, decoding on is cheaper than seeking to a key frame.
 _NEAR_SECONDS = 1.0
+# How far before a frame to seek at first, if the GOP of the key frame before it does not give it.
+_BACK_SECONDS = 0.25
 
 
 class Video:
@@ -67,18 +69,33 @@ class Video:
         if abs(ahead) <= TIME_TOLERANCE:
             return self.last
         in_order = 0 < ahead <= _NEAR_SECONDS
-        if not in_order or self.must_seek:
-            self.last, self.must_seek = None, not in_order
-            self.container.seek(round(seconds / self.stream.time_base), stream=self.stream, backward=True)
+        if in_order and not self.must_seek:
+            frame, _ = self._next_frame(seconds)
+            return frame
+        self.must_seek, back = not in_order, 0.0
+        start = float((self.stream.start_time or 0) * self.stream.time_base)
+        while True:
+            target = max(start, seconds - back)
+            self.container.seek(round(target / self.stream.time_base), stream=self.stream, backward=True)
             self.frames = (
                 self.container.decode(self.stream) if in_order else _decode_until(self.container, self.stream, seconds)
             )
-        for frame in self.frames:
-            self.last = frame
-            if frame.time >= seconds - TIME_TOLERANCE:
+            frame, is_first = self._next_frame(seconds)
+            # Frames that are shown before a key frame but stored after it (an open GOP, usual for HEVC) need the GOP
+            # before it, and FFmpeg leaves them out.
+            if not is_first or target == start or frame.time <= seconds + TIME_TOLERANCE:
                 return frame
-        self.last = None
-        return None
+            back = 4 * back or _BACK_SECONDS
+
+    def _next_frame(self, seconds: float) -> tuple[Any, bool]:
+        """Return the next decoded frame at a time or after it, None at the end; and whether it was decoded first."""
+        self.last, is_first = None, True
+        for frame in self.frames:
+            if frame.time >= seconds - TIME_TOLERANCE:
+                self.last = frame
+                return frame, is_first
+            is_first = False
+        return None, False
 
 
 def _decode_until(container: Any, stream: Any, seconds: float) -> Iterator[Any]:

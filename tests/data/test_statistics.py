@@ -154,6 +154,7 @@ def test_inspect_data_with_fields(capsys):
     report = json.loads(capsys.readouterr().out)
     assert (report["cameras"], report["proprio_dim"]) == ({"observation.images.wrist": [32, 48]}, 3)
     assert main(["inspect-data", str(FIXTURES / "lerobot_v3"), "--fields", "gripper"]) == 2
+    assert main(["inspect-data", str(FIXTURES / "lerobot_v3"), "--fields", "{gripper: [}"]) == 2
     assert main(["inspect-data", str(FIXTURES / "no")]) == 2
     assert "FileNotFoundError: No dataset at" in capsys.readouterr().err
 

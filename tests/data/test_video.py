@@ -14,14 +14,23 @@ from openvla.data.video import Video  # noqa: E402
 NUM_FRAMES, RATE = 40, 10
 
 
-@pytest.fixture(scope="module", params=["2 frames apart", "12 frames apart, with B-frames"])
+# Encoder and its options, by the distance of the key frames.
+ENCODINGS = {
+    "2 frames apart": ("libx264", {"g": "2", "bf": "0"}),
+    "12 frames apart, with B-frames": ("libx264", {"g": "12", "bf": "3", "b_strategy": "0"}),
+    "2 frames apart, open GOPs": ("libx265", {"g": "2", "x265-params": "log-level=none"}),  # LeRobot's hevc
+    "12 frames apart, open GOPs": ("mpeg4", {"g": "12", "bf": "2"}),
+}
+
+
+@pytest.fixture(scope="module", params=ENCODINGS)
 def video_file(request, tmp_path_factory):
     """A video of noise that moves, with key frames at these distances."""
     path = tmp_path_factory.mktemp("video") / "video.mp4"
-    options = {"g": "2", "bf": "0"} if request.param.startswith("2 ") else {"g": "12", "bf": "3", "b_strategy": "0"}
+    encoder, options = ENCODINGS[request.param]
     picture = np.random.default_rng(0).integers(0, 256, (64, 64 + NUM_FRAMES, 3), np.uint8)
     with av.open(str(path), "w") as container:
-        stream = container.add_stream("libx264", rate=RATE, options=options)
+        stream = container.add_stream(encoder, rate=RATE, options=options)
         stream.width = stream.height = 64
         stream.pix_fmt = "yuv420p"
         for number in range(NUM_FRAMES):

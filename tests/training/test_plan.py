@@ -119,3 +119,11 @@ def test_a_file_without_data_is_refused(tmp_path, capsys):
     assert "Did you mean max_steps by max_step?" in capsys.readouterr().err
     assert main(["inspect-data", "--plan", str(tmp_path / "missing.yaml")]) == 2
     assert main(["inspect-data", "--plan", str(tmp_path)]) == 2
+    assert "is a folder, where it must be a YAML file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", [b"data: [unclosed", b"data: \xff", b"\x00\x01"])
+def test_a_file_that_is_not_yaml_is_refused(tmp_path, capsys, content):
+    (tmp_path / "run.yaml").write_bytes(content)
+    assert main(["inspect-data", "--plan", str(tmp_path / "run.yaml")]) == 2
+    assert "run.yaml is not valid YAML: " in capsys.readouterr().err
