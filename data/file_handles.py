@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -26,8 +27,8 @@ class FileHandleCache:
 
     def __init__(self, opener: Callable[[Path], Any], limit: int = 8) -> None:
         self.opener, self.limit = opener, limit
-        self._process = os.getpid()
         self._handles: OrderedDict[tuple[DataPath, int | None], Any] = OrderedDict()
+        _CACHES.add(self)
 
     def __getitem__(self, path: Path) -> Any:
         """Return the open file of a path on this disk."""
@@ -41,9 +42,6 @@ class FileHandleCache:
             yield self._handle(file, (path, None if file is path else file.stat().st_ino))
 
     def _handle(self, file: Path, key: tuple[DataPath, int | None]) -> Any:
-        if self._process != os.getpid():
-            _INHERITED.append(self._handles)
-            self._process, self._handles = os.getpid(), OrderedDict()
         if key not in self._handles:
             if len(self._handles) >= self.limit:
                 self._handles.popitem(last=False)[1].close()
@@ -54,3 +52,17 @@ class FileHandleCache:
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle without the open files."""
         return type(self), (self.opener, self.limit)
+
+
+_CACHES: weakref.WeakSet[FileHandleCache] = weakref.WeakSet()
+
+
+def _keep_inherited() -> None:
+    """Keep the handles of a forked process's parent, also those of caches that the garbage collector frees."""
+    for cache in _CACHES:
+        _INHERITED.append(cache._handles)
+        cache._handles = OrderedDict()
+
+
+if hasattr(os, "register_at_fork"):  # Windows has no fork
+    os.register_at_fork(after_in_child=_keep_inherited)
