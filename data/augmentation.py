@@ -29,7 +29,7 @@ from ..images_openvla import (
     crop_and_resize,
 )
 
-BLOCK = 16384
+BLOCK = 16384  # pixels whose colours are computed together: their intermediate results stay in the processor's cache
 ZERO, ONE, SIX = np.float32(0), np.float32(1), np.float32(6)
 # Behind the highest channel (red, green, blue): the next one on the circle, the last one, and where the hue begins.
 _NEXT, _LAST, _THIRDS = np.array([1, 2, 0]), np.array([2, 0, 1]), np.array([0.0, 2.0 / 6.0, 4.0 / 6.0])

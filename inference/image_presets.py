@@ -20,8 +20,8 @@ from PIL import Image
 
 from ..images_openvla import CENTER_CROP_AREA, SHIPPED_IMAGE_PRESETS, ImagePreset, center_cropped
 
+BLOCK = 64  # rows that are resized together: their sums stay in the processor's cache
 # glibc's polynomials of sinf, close to the Taylor series.
-BLOCK = 100000  # rows that are resized together: their sums stay in the cache of the processor
 _SINE = [float.fromhex(c) for c in ("-0x1.555545995a603p-3", "0x1.1107605230bc4p-7", "-0x1.994eb3774cf24p-13")]
 _COSINE = [
     float.fromhex(c)
