@@ -1,11 +1,12 @@
 """Train a policy of LeRobot on our LIBERO demonstrations and put it behind openpi's protocol, to compare it with ours.
 
-    python benchmarks/lerobot_libero.py shrink demos/libero_object_no_noops milk --task milk     # openvla's environment
-    lerobot-train --policy.type=act --dataset.repo_id=local/milk --dataset.root=milk ...         # lerobot's environment
-    python benchmarks/lerobot_libero.py serve act/checkpoints/last/pretrained_model --port 8765  # lerobot's environment
+    python benchmarks/lerobot_libero.py shrink demos/libero_object_no_noops milk --task milk
+    lerobot-train --policy.type=act --dataset.repo_id=local/milk --dataset.root=milk ...
+    python benchmarks/lerobot_libero.py serve act/checkpoints/last/pretrained_model --port 8765
     openvla evaluate --server ws://127.0.0.1:8765 --server-image-size 256 --tasks milk --first-initial-state 25
 
-The whole commands and the results are in benchmarks/results/libero.md. Serving needs msgpack and websockets.
+The whole commands and the results are in benchmarks/results/libero.md. Training and serving need lerobot beside openvla
+(the environment of ci/integration_lerobot.sh), serving also msgpack and websockets.
 """
 
 from __future__ import annotations
@@ -54,23 +55,15 @@ def shrink(source: Path, destination: Path, task: str) -> None:
 
 def serve(checkpoint: Path, port: int) -> None:
     """Answer openpi's observations with the policy's chunks of actions."""
-    import msgpack
     import torch
     from lerobot.configs.policies import PreTrainedConfig
     from lerobot.policies.factory import get_policy_class, make_pre_post_processors
+    from openvla.inference.openpi_messages import pack_msgpack, unpack_msgpack
     from websockets.sync.server import serve as serve_websocket
 
     config = PreTrainedConfig.from_pretrained(checkpoint)
     policy = get_policy_class(config.type).from_pretrained(checkpoint).eval()
     before, after = make_pre_post_processors(config, pretrained_path=str(checkpoint))
-
-    def unpack(value: dict[Any, Any]) -> Any:
-        if b"__ndarray__" in value:
-            return np.ndarray(value[b"shape"], np.dtype(value[b"dtype"]), value[b"data"])
-        return value
-
-    def pack(array: Any) -> dict[bytes, Any]:
-        return {b"__ndarray__": True, b"data": array.tobytes(), b"dtype": array.dtype.str, b"shape": array.shape}
 
     @torch.inference_mode()
     def act(observation: dict[str, Any]) -> np.ndarray:
@@ -83,10 +76,9 @@ def serve(checkpoint: Path, port: int) -> None:
         return after(policy.predict_action_chunk(before(batch)))[0].numpy()
 
     def answer(connection: Any) -> None:
-        connection.send(msgpack.packb({"policy": config.type}))
+        connection.send(pack_msgpack({"policy": config.type}))
         for message in connection:
-            actions = act(msgpack.unpackb(message, object_hook=unpack))
-            connection.send(msgpack.packb({"actions": actions}, default=pack))
+            connection.send(pack_msgpack({"actions": act(unpack_msgpack(message))}))
 
     with serve_websocket(answer, "127.0.0.1", port, compression=None, max_size=None) as server:
         print(f"ws://127.0.0.1:{port}", flush=True)
