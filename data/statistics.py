@@ -124,7 +124,7 @@ def _read_cache(file: Path) -> dict[str, Any] | None:
 
 @dataclass
 class EpisodeValues:
-    """What the statistics of episodes are computed from.
+    """The numbers of episodes from which their statistics are computed.
 
     Attributes:
         actions: float64 ``(length, action_dim)`` of each usable episode.

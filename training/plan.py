@@ -1,4 +1,4 @@
-"""What a run takes from each dataset of its mixture, and the cores that its loader needs: ``inspect-data --plan``."""
+"""Plan a run: its samples from each dataset of the mixture, and the cores of its loader (``inspect-data --plan``)."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def read_plan_config(file: Path) -> FinetuneConfig:
 def mixture_plan(
     config: FinetuneConfig, *, gpu_rate: float = GPU_RATE, num_gpus: int = 1, seconds: float = 5.0
 ) -> dict[str, Any]:
-    """Return what a run takes from each of its datasets.
+    """Return the share of each dataset in a run, and the cores that its loader needs.
 
     The statistics of each dataset are computed, or read from their cache. A sample is a frame: a model with action
     chunks has, with ``pad_last_chunk: false``, fewer samples at the end of each episode.

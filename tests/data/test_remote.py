@@ -386,7 +386,7 @@ def test_errors_of_a_cloud(error, message):
 
 
 class Bucket:
-    """What s3fs says about a file that is encrypted in a way."""
+    """File system of S3 with one object, whose encryption ``head`` names."""
 
     def __init__(self, head):
         self.head = head
