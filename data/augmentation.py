@@ -14,8 +14,8 @@ A model trained with it is evaluated with ``ImageAugmentation.center_crop`` (the
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,20 +29,9 @@ from ..images_openvla import (
     crop_and_resize,
 )
 
-BLOCK = 16384  # pixels whose colours are computed together: their intermediate results stay in the processor's cache
-ZERO, ONE, SIX = np.float32(0), np.float32(1), np.float32(6)
-# Behind the highest channel (red, green, blue): the next one on the circle, the last one, and where the hue begins.
-_NEXT, _LAST, _THIRDS = np.array([1, 2, 0]), np.array([2, 0, 1]), np.array([0.0, 2.0 / 6.0, 4.0 / 6.0])
-# Sixth of the circle, by the five comparisons of adjust_hue as bits.
-_SECTORS = np.array(
-    [
-        (1 if bits & 2 else 3 if bits & 4 else 2) if bits & 1 else (0 if bits & 8 else 4 if bits & 16 else 5)
-        for bits in range(32)
-    ],
-    np.int8,
-)
-# Rank of red, green and blue (0 the highest) in each sixth of the circle, and in the seventh.
-_RANKS = np.array([[0, 1, 2, 2, 1, 0, 2], [1, 0, 0, 1, 2, 2, 2], [2, 2, 1, 0, 0, 1, 2]])
+TINY = 2.0**-126  # added to divisors, so that 0 / 0 is 0; divisors above 2**-102 stay the same
+THIRD = 1.0 / 3.0  # of the colour circle
+Planes = Any  # float32 channels, red, green, blue: a numpy array or a torch tensor
 
 
 @dataclass(frozen=True)
@@ -170,119 +159,125 @@ def augment_frames(frames: np.ndarray, parameters: AugmentationParameters) -> np
     planes = planes.reshape(3, -1)
     planes = np.clip(planes + np.float32(parameters.brightness), 0, 1)
     planes = np.clip(adjust_contrast(planes, parameters.contrast), 0, 1)
-    augmented = np.empty(planes.shape, dtype=np.uint8)
-    for start in range(0, planes.shape[1], BLOCK):
-        block = planes[:, start : start + BLOCK]
-        block = np.clip(adjust_saturation(block, parameters.saturation), 0, 1)
-        block = np.clip(adjust_hue(block, parameters.hue), 0, 1)
-        augmented[:, start : start + BLOCK] = as_rounded_bytes(block)
-    return np.ascontiguousarray(augmented.T).reshape(frames.shape)
+    planes = np.clip(adjust_saturation(planes, parameters.saturation), 0, 1)
+    planes = np.clip(adjust_hue(planes, parameters.hue), 0, 1)
+    return np.ascontiguousarray(as_rounded_bytes(planes).T).reshape(frames.shape)
 
 
-def adjust_contrast(planes: np.ndarray, factor: float) -> np.ndarray:
+def adjust_contrast(planes: Planes, factor: Planes | float) -> Planes:
     """Adjust contrast as ``tf.image.adjust_contrast``: scale the distance from each channel's mean.
 
     Args:
-        planes: float32 ``(3, pixels)``, red, green, blue.
-        factor: 1 changes nothing.
+        planes: float32 ``(3, pixels)`` or ``(3, frames, pixels)``, red, green, blue.
+        factor: 1 changes nothing; of several frames float32 ``(frames, 1)``.
 
     Returns:
-        float32 ``(3, pixels)``.
+        float32, the same shape.
     """
-    sums, num_left = planes, planes.shape[1]
+    sums, num_left = planes, planes.shape[-1]
     while True:  # in TensorFlow's order: add the second half to the first until one pixel is left
         num_right = num_left // 2
         num_left -= num_right
-        sums = np.concatenate(
-            [sums[:, :num_right] + sums[:, num_left : num_left + num_right], sums[:, num_right:num_left]], axis=1
-        )
+        halves = [sums[..., :num_right] + sums[..., num_left : num_left + num_right], sums[..., num_right:num_left]]
+        sums = _library(planes).concatenate(halves, axis=-1)
         if num_left == 1:
             break
-    mean = sums * (ONE / np.float32(planes.shape[1]))
-    return mean + np.float32(factor) * (planes - mean)
+    mean = sums * (np.float32(1) / np.float32(planes.shape[-1]))
+    return mean + (planes - mean) * factor
 
 
-def adjust_saturation(planes: np.ndarray, factor: float) -> np.ndarray:
+def adjust_saturation(planes: Planes, factor: Planes | float) -> Planes:
     """Adjust saturation as ``tf.image.adjust_saturation``, through hue, saturation and value.
 
     Args:
-        planes: float32 ``(3, pixels)`` in [0, 1], red, green, blue.
-        factor: 1 changes nothing up to rounding.
+        planes: float32 ``(3, pixels)`` or ``(3, frames, pixels)`` in [0, 1], red, green, blue.
+        factor: 1 changes nothing up to rounding; of several frames float32 ``(frames, 1)``.
 
     Returns:
-        float32 ``(3, pixels)``.
+        float32, the same shape.
     """
-    red, green, blue = planes
-    value = np.maximum(red, np.maximum(green, blue))
-    spread = value - np.minimum(red, np.minimum(green, blue))
-    saturation = spread / (value + (value <= 0))  # 0 where value is 0
-    norm = ONE / (SIX * (spread + (spread <= 0)))
-    red_most = red == value
-    highest = 2 - 2 * red_most.view(np.int8) - (~red_most & (green == value)).view(np.int8)
-    # One subtraction per pixel; the thirds of the circle are added in float64, as C's 2.0 / 6.0 makes them.
-    first, second = _chosen(planes, _NEXT, highest), _chosen(planes, _LAST, highest)
-    hue = (norm * (first - second) + _THIRDS.take(highest)).astype(np.float32)
+    library = _library(planes)
+    low, middle, value, sector = _ordered(planes)
+    spread = value - low
+    chroma = library.clip(spread / (value + TINY) * factor, 0, 1) * value
+    # Even sixths follow a primary colour and odd ones lead to the next; the thirds are added in float64, as in C.
+    distance = 1 / (6 * (spread + TINY)) * ((middle - low) * (1 - 2 * (sector & 1)))
+    hue = _as_float32(distance + THIRD * _as_float64(((sector + 1) >> 1) * (sector != 5)))
     hue += hue < 0
+    hue *= 6
+    lowest = value - chroma
+    chroma *= hue < 6  # a hue just below 0 that was rounded up to the whole circle is grey, as in TensorFlow
+    hue = 1 - (1 - hue)  # TensorFlow's rounding between red and yellow; changes nothing elsewhere
+    adjusted = library.empty_like(planes)
+    for channel, share in enumerate(_shares(hue)):
+        library.add(library.clip(share, 0, 1) * chroma, lowest, out=adjusted[channel])
+    return adjusted
 
-    chroma = np.clip(saturation * np.float32(factor), ZERO, ONE) * value
-    hue *= SIX
-    folded = hue - np.float32(2) * np.floor(hue * np.float32(0.5))
-    middle = chroma * (ONE - np.abs(folded - ONE))
-    return _by_sector(hue.astype(np.int8), chroma, middle, np.zeros_like(chroma)) + (value - chroma)
 
-
-def adjust_hue(planes: np.ndarray, turns: float) -> np.ndarray:
+def adjust_hue(planes: Planes, turns: Planes | float) -> Planes:
     """Adjust hue as ``tf.image.adjust_hue``: rotate the colour circle, keeping the highest and the lowest channel.
 
     Args:
-        planes: float32 ``(3, pixels)`` in [0, 1], red, green, blue.
-        turns: 0 changes nothing up to rounding.
+        planes: float32 ``(3, pixels)`` or ``(3, frames, pixels)`` in [0, 1], red, green, blue.
+        turns: -1 to 1; 0 changes nothing up to rounding. Of several frames float32 ``(frames, 1)``.
 
     Returns:
-        float32 ``(3, pixels)``.
+        float32, the same shape.
     """
-    red, green, blue = planes
-    low, high = np.minimum(red, green), np.maximum(red, green)
-    middle = np.maximum(low, np.minimum(high, blue))
-    low, high = np.minimum(low, blue), np.maximum(high, blue)
-    order = [red < green, blue < red, blue > green, blue < green, blue > red]
-    sector = _SECTORS.take(sum(test.view(np.int8) << bit for bit, test in enumerate(order)))
+    library = _library(planes)
+    low, middle, high, sector = _ordered(planes)
     spread = high - low
-    is_colour = spread != 0
-    share = (middle - low) / (spread + ~is_colour)
-    hue = (sector + np.abs((sector & 1) - share)) * is_colour  # of every other sixth 1 - share
-    hue += np.float32(turns) * SIX
-    while (below := hue < 0).any():
-        hue += SIX * below
-    while (above := hue >= SIX).any():
-        hue -= SIX * above
-
-    sector = hue.astype(np.int8)
-    share = hue - sector
-    middle = low + np.abs((sector & 1) - share) * spread
-    return _by_sector(sector, high, middle, low)
+    hue = sector + library.abs((sector & 1) - (middle - low) / (spread + TINY))
+    hue += library.asarray(turns, dtype=library.float32) * library.asarray(6, dtype=library.float32)
+    hue -= library.floor(hue * (1 / 6)) * 6
+    below_1, below_3, below_5 = hue < 1, hue < 3, hue < 5
+    is_highest = (below_1 | ~below_5, below_3 & ~below_1, below_5 & ~below_3)
+    rest = high - (low + spread)  # rounding error of the sum, for the highest channel
+    rotated = library.empty_like(planes)
+    for channel, share in enumerate(_shares(hue)):
+        channel_values = low + library.clip(share, 0, 1) * spread
+        library.add(channel_values, rest * is_highest[channel], out=rotated[channel])
+    return rotated
 
 
-def _by_sector(sector: np.ndarray, high: np.ndarray, middle: np.ndarray, low: np.ndarray) -> np.ndarray:
-    """Return red, green and blue, ``(3, pixels)``, from the highest, middle and lowest channel and the hue's sixth.
+def _ordered(planes: Planes) -> tuple[Planes, ...]:
+    """Return the lowest, middle and highest channel of each pixel, and its sixth of the colour circle, int8 0 to 5."""
+    library = _library(planes)
+    red, green, blue = planes
+    low, high = library.minimum(red, green), library.maximum(red, green)
+    middle = library.maximum(low, library.minimum(high, blue))
+    low, high = library.minimum(low, blue), library.maximum(high, blue)
+    is_green, below_red, above_green, below_green, above_red = (
+        test.view(library.int8) for test in (red < green, blue < red, blue > green, blue < green, blue > red)
+    )
+    sector = is_green * (2 - below_red + above_green) + (1 - is_green) * (5 - 5 * below_green - above_red)
+    return low, middle, high, sector
 
-    A seventh sixth, of a hue just below 0 that was rounded up to the whole circle, is grey, as in TensorFlow.
+
+def _shares(hue: Planes) -> tuple[Planes, ...]:
+    """Return how far red, green and blue are from the lowest (0 or less) to the highest channel (1 or more).
+
+    ``hue`` is in sixths of the colour circle, 0 to 6.
     """
-    ordered = np.stack([high, middle, low])
-    return np.stack([_chosen(ordered, ranks, sector) for ranks in _RANKS])
+    library = _library(hue)
+    return (
+        library.maximum(2 - hue, hue - 4),
+        library.minimum(hue, 4 - hue),
+        library.minimum(hue - 2, 6 - hue),
+    )
 
 
-def _chosen(planes: np.ndarray, plane_of: np.ndarray, kinds: np.ndarray) -> np.ndarray:
-    """Return, ``(pixels,)``, of each pixel the plane ``plane_of[kind]``: ``np.where``, several times faster."""
-    num_pixels = planes.shape[1]
-    places = (plane_of * num_pixels).take(kinds)
-    places += _counted(num_pixels)
-    return planes.reshape(-1).take(places)
+def _library(planes: Planes) -> Any:
+    """Return the library of an array: numpy or torch, whose functions used here have the same names."""
+    return torch if torch.is_tensor(planes) else np
 
 
-@functools.lru_cache(maxsize=4)
-def _counted(length: int) -> np.ndarray:
-    return np.arange(length)
+def _as_float32(values: Planes) -> Planes:
+    return values.float() if torch.is_tensor(values) else values.astype(np.float32)
+
+
+def _as_float64(values: Planes) -> Planes:
+    return values.double() if torch.is_tensor(values) else values.astype(np.float64)
 
 
 def _six_uniform(generator: np.random.Generator | torch.Generator) -> list[float]:
