@@ -130,9 +130,9 @@ def lanczos3_resized(pixels: np.ndarray, size: Sequence[int]) -> np.ndarray:
 
 def lanczos3(pixels: np.ndarray, size: Sequence[int]) -> np.ndarray:
     """Resize as ``lanczos3_resized``, unrounded: float32 ``(*size, channels)``, which may leave 0 to 255."""
-    resized = _weighted_sums(pixels, *_lanczos3_spans(pixels.shape[0], size[0]))
+    resized = _weighted_sums(pixels, *lanczos3_spans(pixels.shape[0], size[0]))
     columns = np.ascontiguousarray(resized.swapaxes(0, 1))
-    return _weighted_sums(columns, *_lanczos3_spans(pixels.shape[1], size[1])).swapaxes(0, 1)
+    return _weighted_sums(columns, *lanczos3_spans(pixels.shape[1], size[1])).swapaxes(0, 1)
 
 
 def _as_rounded_uint8(values: np.ndarray) -> np.ndarray:
@@ -140,7 +140,7 @@ def _as_rounded_uint8(values: np.ndarray) -> np.ndarray:
 
 
 @functools.lru_cache(maxsize=32)
-def _lanczos3_spans(length: int, target: int) -> tuple[np.ndarray, np.ndarray]:
+def lanczos3_spans(length: int, target: int) -> tuple[np.ndarray, np.ndarray]:
     """Return the first input of each output, int64 ``(target,)``, and float32 weights ``(taps, target)``.
 
     All arithmetic is float32, in TensorFlow's order.

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from ..actions_openvla import NORMALIZATIONS
-from ..data.augmentation import ImageAugmentation
+from ..data.augmentation import AugmentationParameters, ImageAugmentation, augment_frames
 from ..data.batches import StepBatch
 from ..data.episodes import Step, neutral_past_end
 from ..data.stream import StreamPosition
@@ -19,6 +19,7 @@ from ..inference.image_presets import lanczos3_resized
 from ..modeling_openvla import OpenVLAForActionPrediction
 from ..prismatic_openvla import IGNORE_INDEX
 from ..processing_openvla import OpenVLAProcessor, require_bos
+from .device_augmentation import as_rows, augmented_on_device
 from .token_loss import action_labels, to_device
 
 # Special token that ends a turn of the chat, between actions and EOS, by prompt.
@@ -49,6 +50,8 @@ class ActionCollator:
         trace_dropout: TraceVLA: probability that a frame with a trace is shown without it.
         normalize: Make ``pixel_values``. False leaves resizing and normalization to :func:`with_pixel_values`, which
             does it on the model's device, with the same bits: less work and a quarter to an eighth of the memory here.
+        augment_on_device: Leave the augmentation to :func:`with_pixel_values` too, with the same parameters and bits;
+            for ``normalize=False``. Frames of several sizes, and a TraceVLA's, are augmented here nevertheless.
     """
 
     def __init__(
@@ -64,6 +67,7 @@ class ActionCollator:
         pad_to_multiple_of: int = 1,
         trace_dropout: float = 0.0,
         normalize: bool = True,
+        augment_on_device: bool = False,
     ) -> None:
         config, self.pad_to_multiple_of = model.config, pad_to_multiple_of
         self.processor, self.augment, self.seed = processor, augment, seed
@@ -85,6 +89,7 @@ class ActionCollator:
         self.trace_prompting, self.trace_dropout = config.trace_prompting, trace_dropout
         # A preset, or a number of images that changes the prompt, needs the processor.
         self.normalize = normalize or config.trace_prompting or processor.image_preset not in (None, "none")
+        self.augment_on_device = augment_on_device and augment is not None
         self.rests_past_end = config.action_vq is not None
         self.has_head, self.chunk_length = config.action_head is not None, config.chunk_length
 
@@ -112,9 +117,14 @@ class ActionCollator:
         input_ids, labels, pixel_values, actions, proprio = [], [], [], [], []
         source = steps.source if isinstance(steps, StepBatch) else self.position.source(self._next_batch())
         generator = np.random.default_rng([self.seed, *source])
-        images = [self.images(step, generator) for step in steps]
-        frames = [frame for of_step in images for frame in of_step]
-        normalize = self.normalize or len({frame.shape for frame in frames}) > 1
+        images, parameters = [], []
+        for step in steps:
+            images.append(self._shown_images(step, generator))
+            parameters.append(self._draw(len(images[-1]), generator))
+        on_device = self.augment_on_device and not self.normalize and _have_one_shape(images)
+        if self.augment is not None and not on_device:
+            images = [self._augmented(*drawn) for drawn in zip(images, parameters)]
+        normalize = self.normalize or not _have_one_shape(images)
         for step, of_step in zip(steps, images):
             if normalize:
                 inputs = self.processor(instruction=step.instruction, images=of_step)
@@ -140,7 +150,9 @@ class ActionCollator:
         if normalize:
             batch["pixel_values"] = torch.cat(pixel_values)
         else:
-            batch["frames"] = torch.from_numpy(np.stack(frames))
+            batch["frames"] = torch.from_numpy(np.stack([frame for of_step in images for frame in of_step]))
+        if on_device:
+            batch["augmentation"] = as_rows([drawn for of_step in parameters for drawn in of_step])
         if self.has_head:
             batch["actions"] = torch.stack(actions)
         if proprio:
@@ -170,6 +182,13 @@ class ActionCollator:
             step: The sample.
             generator: Draws the augmentation and which traces are not shown; None: neither happens.
         """
+        shown = self._shown_images(step, generator)
+        if self.augment is None or generator is None:
+            return shown
+        return self._augmented(shown, self._draw(len(shown), generator))
+
+    def _shown_images(self, step: Step, generator: np.random.Generator | None) -> list[np.ndarray]:
+        """Return the images of a step, not augmented: of a TraceVLA one, where no trace is shown."""
         if len(step.images) != self.num_images:
             moments = self.num_images // self.images_per_moment
             kind = ", the frame and with its trace" if self.trace_prompting else ""
@@ -184,16 +203,19 @@ class ActionCollator:
             if is_traced and generator is not None and self.trace_dropout:
                 is_traced = generator.random() >= self.trace_dropout
             frames = frames if is_traced else frames[:1]
-        if self.augment is None or generator is None:
-            return frames
+        return frames
+
+    def _draw(self, num_images: int, generator: np.random.Generator) -> list[AugmentationParameters]:
+        """Draw the augmentation of a step's images; all moments of a camera get the same."""
+        if self.augment is None:
+            return []
+        per_moment = min(num_images, self.images_per_moment)
+        return [self.augment.draw(generator) for _ in range(per_moment)] * (num_images // per_moment)
+
+    def _augmented(self, images: list[np.ndarray], parameters: list[AugmentationParameters]) -> list[np.ndarray]:
         size = (self.image_size, self.image_size)
-        frames = [image if image.shape[:2] == size else lanczos3_resized(image, size) for image in frames]
-        # All moments of a camera get the same augmentation.
-        state, augmented = generator.bit_generator.state, []
-        for start in range(0, len(frames), self.images_per_moment):
-            generator.bit_generator.state = state
-            augmented += [self.augment(frame, generator) for frame in frames[start : start + self.images_per_moment]]
-        return augmented
+        images = [image if image.shape[:2] == size else lanczos3_resized(image, size) for image in images]
+        return [augment_frames(image, drawn) for image, drawn in zip(images, parameters)]
 
     def normalized_actions(self, step: Step) -> np.ndarray:
         """Return the actions of a step as training targets: float64 ``(chunk, action_dim)`` in [-1, 1].
@@ -222,14 +244,17 @@ def with_pixel_values(batch: dict[str, torch.Tensor], processor: OpenVLAProcesso
     """Return a batch of :class:`ActionCollator` with ``pixel_values`` made of its ``frames``, on their device.
 
     Args:
-        batch: The batch; without ``frames`` it is returned as it is.
+        batch: The batch; without ``frames`` it is returned as it is. With ``augmentation`` frames are augmented.
         processor: Processor of the checkpoint.
     """
     if "frames" not in batch:
         return batch
     batch = dict(batch)
-    frames = batch.pop("frames")
-    pixels = processor.image_processor(frames, device=frames.device)["pixel_values"]
+    frames, rows = batch.pop("frames"), batch.pop("augmentation", None)
+    image_processor = processor.image_processor
+    if rows is not None:
+        frames = augmented_on_device(frames, rows, image_processor.input_sizes[0][1])
+    pixels = image_processor(frames, device=frames.device)["pixel_values"]
     return {**batch, "pixel_values": pixels.view(len(batch["input_ids"]), -1, *pixels.shape[2:])}
 
 
@@ -246,6 +271,10 @@ def has_trace(frame: np.ndarray, traced: np.ndarray) -> bool:
             "size, or in most of its pixels. Name the camera and its traced frames in the data's fields (cameras)."
         )
     return not np.array_equal(frame, traced)
+
+
+def _have_one_shape(images: Sequence[Sequence[np.ndarray]]) -> bool:
+    return len({image.shape for of_step in images for image in of_step}) == 1
 
 
 def _padded(sequences: Sequence[torch.Tensor], width: int, value: int) -> torch.Tensor:

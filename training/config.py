@@ -79,6 +79,8 @@ class FinetuneConfig:
         augment: Apply the reference's image augmentation (random crop and colour jitter; for a TraceVLA no crop), alike
             to all moments of a history. The saved processor then
             prepares images as the reference's evaluation does (``image_preset``).
+        augment_on_device: Augment on the training's device, with the same parameters and bits, in place of the loader's
+            processes: for many samples a second on few cores. A TraceVLA is augmented by the loader nevertheless.
         token_loss: Loss of a model that predicts tokens one by one: "full" (cross entropy of action and end tokens over
             the vocabulary), "action_token_only" (of action tokens, over the action tokens), or "auto": as the authors
             train, "action_token_only" for a TraceVLA and "full" for all others.
@@ -129,6 +131,7 @@ class FinetuneConfig:
     shuffle_buffer: int = 10_000
     pad_last_chunk: bool = False
     augment: bool = True
+    augment_on_device: bool = False
     token_loss: str = "auto"
     trace_dropout: float = 0.2
     distributed: str = "ddp"
@@ -192,6 +195,7 @@ class FinetuneConfig:
             "num_steps_before_decay": ("lr_scheduler_type", ("step",)),
             "warmup_steps": ("lr_scheduler_type", SCHEDULER_TYPES[1:]),
             "gradient_checkpointing_policy": ("gradient_checkpointing", (True,)),
+            "augment_on_device": ("augment", (True,)),
             "adapter_dtype": ("method", LORA_METHODS),
         }
         used_by |= {field.name: ("method", LORA_METHODS) for field in fields(self) if field.name.startswith("lora_")}

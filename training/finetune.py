@@ -390,6 +390,7 @@ def load_batches(
         pad_to_multiple_of=LENGTH_MULTIPLE,
         trace_dropout=config.trace_dropout if model.config.trace_prompting else 0.0,
         normalize=False,
+        augment_on_device=config.augment_on_device,
     )
     loader = DataLoader(
         stream,

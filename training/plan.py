@@ -34,8 +34,8 @@ def mixture_plan(
     chunks has, with ``pad_last_chunk: false``, fewer samples at the end of each episode.
 
     Args:
-        config: The run; ``data``, ``preset``, ``skip_bad``, ``augment``, ``max_steps``, ``dataloader_num_workers`` and
-            the two batch sizes are used.
+        config: The run; ``data``, ``preset``, ``skip_bad``, ``augment``, ``augment_on_device``, ``max_steps``,
+            ``dataloader_num_workers`` and the two batch sizes are used.
         gpu_rate: Samples per second that one GPU trains on.
         num_gpus: Number of GPUs.
         seconds: How long each dataset's loader is measured.
@@ -53,12 +53,13 @@ def mixture_plan(
         raise OpenVLAValueError(f"The rate and number of GPUs must be positive, got {gpu_rate} and {num_gpus}.")
     data = Demonstrations(config)
     stream = data.stream(chunk_length=1)
+    augment = config.augment and not config.augment_on_device
     samples = config.max_steps * config.per_device_train_batch_size * config.gradient_accumulation_steps * num_gpus
     datasets = []
     for reader, weight, stream_weight in zip(stream.readers, data.weights, stream.weights):
         share = stream_weight / sum(stream.weights)
         statistics = data.statistics[reader.name]
-        (rate,) = data_rates(reader, (0,), seconds=seconds, skip_bad=config.skip_bad, augment=(config.augment,))
+        (rate,) = data_rates(reader, (0,), seconds=seconds, skip_bad=config.skip_bad, augment=(augment,))
         datasets.append(
             {
                 "name": reader.name,

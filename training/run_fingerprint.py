@@ -44,6 +44,7 @@ FREE_FIELDS = (
     "gradient_checkpointing",
     "gradient_checkpointing_policy",
     "dataloader_num_workers",
+    "augment_on_device",
     "use_cpu",
     "save_steps",
     "save_total_limit",

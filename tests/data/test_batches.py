@@ -5,10 +5,10 @@ import itertools
 import json
 from collections import Counter
 
-import numpy as np
 import pytest
 import torch
 from memory_dataset import EPISODE_LENGTHS, FIELDS, memory_reader
+from openvla.data.augmentation import ImageAugmentation
 from openvla.data.batches import BatchStream
 from openvla.data.statistics import as_norm_stats
 from openvla.data.stream import StepStream
@@ -137,13 +137,6 @@ def test_resuming_decodes_only_images_of_its_batches():
     assert reader.loaded == BATCH_SIZE
 
 
-class Noise:
-    """An augmentation that adds a random number."""
-
-    def __call__(self, image, generator):
-        return image + generator.integers(0, 99, dtype=np.uint8)
-
-
 @pytest.mark.filterwarnings("ignore:.*(absolute-pose|degrees|millimetres)")
 def test_augmentation_depends_on_the_number_alone():
     model, processor = build_tiny()
@@ -155,7 +148,10 @@ def test_augmentation_depends_on_the_number_alone():
         stream = batches(rank, world_size)
         stream.continue_at(start)
         return DataLoader(
-            stream, batch_size=None, num_workers=workers, collate_fn=ActionCollator(processor, model, Noise(), seed=1)
+            stream,
+            batch_size=None,
+            num_workers=workers,
+            collate_fn=ActionCollator(processor, model, ImageAugmentation(), seed=1),
         )
 
     whole = [batch["pixel_values"] for batch in first(load(0, 1, 0, 0), 6)]
