@@ -26,6 +26,7 @@ from .token_loss import action_labels, to_device
 TURN_ENDS = {"openvla-mini": "<|im_end|>"}
 # Grey levels; what an image loses in a video is less. A trace covers a few percent of a frame.
 CODEC_LEVELS = 16
+KEPT_PROMPTS = 10_000  # most tokenized instructions that are kept, since the steps of an episode have the same
 
 
 class ActionCollator:
@@ -90,6 +91,7 @@ class ActionCollator:
         # A preset, or a number of images that changes the prompt, needs the processor.
         self.normalize = normalize or config.trace_prompting or processor.image_preset not in (None, "none")
         self.augment_on_device = augment_on_device and augment is not None
+        self._prompts: dict[tuple[str, str], torch.Tensor] = {}
         self.rests_past_end = config.action_vq is not None
         self.has_head, self.chunk_length = config.action_head is not None, config.chunk_length
 
@@ -163,9 +165,14 @@ class ActionCollator:
         """Return the ids of a prompt as the processor gives them with an image: int64 ``(length,)``."""
         processor = self.processor
         style = processor._known_prompt_style()
-        inputs = processor._tokenize_instructions([instruction], [style], None, None)
-        require_bos(processor.tokenizer, style, inputs["input_ids"], inputs["attention_mask"])
-        return torch.tensor(inputs["input_ids"][0])
+        prompt = style, instruction
+        if prompt not in self._prompts:
+            inputs = processor._tokenize_instructions([instruction], [style], None, None)
+            require_bos(processor.tokenizer, style, inputs["input_ids"], inputs["attention_mask"])
+            if len(self._prompts) >= KEPT_PROMPTS:
+                self._prompts.clear()
+            self._prompts[prompt] = torch.tensor(inputs["input_ids"][0])
+        return self._prompts[prompt]
 
     def _next_batch(self) -> int:
         """Return the number of this batch among those of all processes; DataLoader asks its workers in turn."""

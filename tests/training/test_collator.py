@@ -54,3 +54,18 @@ def test_an_image_preset_is_applied():
     assert torch.equal(batch["pixel_values"], expected)
     processor.image_preset = None
     assert not torch.equal(expected, ActionCollator(processor, model)(steps)["pixel_values"])
+
+
+def test_kept_prompts_are_those_of_the_processor(monkeypatch):
+    monkeypatch.setattr("openvla.training.collator.KEPT_PROMPTS", 2)
+    model, processor = build_tiny()
+    model, steps = with_statistics(model), samples([(64, 64)] * 3)
+    steps = [
+        dataclasses.replace(step, instruction=text) for step, text in zip(steps, ("go", "pick up the cup", "stop"))
+    ]
+    expected, collator = ActionCollator(processor, model)(steps), ActionCollator(processor, model, normalize=False)
+    for _ in range(2):
+        batch = collator(steps)
+        assert torch.equal(batch["input_ids"], expected["input_ids"])
+        assert torch.equal(batch["attention_mask"], expected["attention_mask"])
+    assert len(collator._prompts) <= 2
