@@ -15,7 +15,7 @@ import numpy as np
 
 from ..actions_openvla import nearest_name
 from ..errors_openvla import OpenVLAValueError
-from ..inference.robot_conventions import GRIPPER_TOLERANCE
+from ..inference.robot_conventions import GRIPPER_OVERSHOOT
 from .alignment import (
     MIN_STEPS,
     WRAP_SHARE_OF_TURN,
@@ -35,8 +35,8 @@ from .conventions import (
 )
 from .findings import RATES, CheckInput, Finding
 
-# Measured grippers go beyond 0 to 1 by their calibration: Bridge's state reaches 1.12.
-GRIPPER_OVERSHOOT = 0.25
+# How far a commanded gripper may be from the ends of its range.
+GRIPPER_TOLERANCE = 0.05
 # Grippers open to 0.14 m at most (Robotiq 2F-140); an open gripper of 0 to 1 is far above.
 GRIPPER_METRES = 0.2
 # Larger values count as open (inference/robot_conventions.py).

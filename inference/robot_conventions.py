@@ -23,8 +23,9 @@ from .action_queue import ActingPolicy
 
 logger = logging.getLogger(__name__)
 
-# A continuous head is not clipped: its gripper may leave [0, 1] by this much. The outermost bin centre is 0.996.
-GRIPPER_TOLERANCE = 0.05
+# Grippers leave [0, 1] by less than this: Bridge's measured ones reach 1.12, those of an L1 head 1.07 (LIBERO-PRO), and
+# the reference sends them on. One of another convention, such as -1 to 1, goes further.
+GRIPPER_OVERSHOOT = 0.25
 ACTION_DIM = len(END_EFFECTOR_DIMENSIONS)
 STICKY_CHANGE = 0.5  # a larger change of a sticky gripper is repeated
 
@@ -167,7 +168,7 @@ def convert_action(action: np.ndarray | Sequence[Any], convention: str) -> np.nd
 
     Raises:
         ValueError: The convention is unknown or needs ``ActionConverter``, the action has another shape or is not
-            finite, or its gripper is outside [0, 1] by more than ``GRIPPER_TOLERANCE``.
+            finite, or its gripper is outside [0, 1] by more than ``GRIPPER_OVERSHOOT``.
     """
     if robot_convention(convention).sticky_steps:
         raise OpenVLAValueError(
@@ -429,7 +430,7 @@ def _validate_action(action: Any) -> np.ndarray:
 def _require_gripper_range(gripper: np.ndarray) -> None:
     """Raise if a gripper is not in OpenVLA's convention, 0 closed to 1 open."""
     low, high = float(gripper.min()), float(gripper.max())
-    if low < -GRIPPER_TOLERANCE or high > 1 + GRIPPER_TOLERANCE:
+    if low < -GRIPPER_OVERSHOOT or high > 1 + GRIPPER_OVERSHOOT:
         raise OpenVLAValueError(
             f"The gripper must be in [0, 1], 0 closed and 1 open, got {low if low < 0 else high:g}: stop the robot. "
             "The policy was trained with another convention; openvla inspect-data on its checkpoint says which field "

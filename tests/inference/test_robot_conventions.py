@@ -54,11 +54,17 @@ def test_libero_gripper_equals_the_reference():
     """normalize_gripper_action and invert_gripper_action of the reference, on every bin centre that is a gripper's."""
     edges = np.linspace(-1, 1, 256)
     centres = (edges[:-1] + edges[1:]) / 2
-    for gripper in centres[centres >= -0.05]:
+    for gripper in centres[centres >= -0.25]:
         assert convert_action([*MOVE, gripper], "libero")[-1] == -np.sign(2 * gripper - 1)
-    for gripper in centres[centres < -0.05]:  # the reference takes these for closed
+    for gripper in centres[centres < -0.25]:  # the reference takes these for closed
         with pytest.raises(ValueError, match="stop the robot"):
             convert_action([*MOVE, gripper], "libero")
+
+
+@pytest.mark.parametrize("gripper", [1.053, 1.066, -0.04])  # the first two of an L1 head in LIBERO-PRO
+def test_the_overshoot_of_a_continuous_head_is_sent_on_as_in_the_reference(gripper):
+    assert convert_action([*MOVE, gripper], "libero")[-1] == -np.sign(2 * gripper - 1)
+    assert convert_action([*MOVE, gripper], "bridge")[-1] == np.clip(gripper, 0, 1)
 
 
 # Roll, pitch, yaw and their rotation vectors, of transforms3d's euler2axangle (axis times angle): what SimplerEnv does.
@@ -153,8 +159,8 @@ def test_convert_action_rejects_a_sticky_gripper():
         ([0.0] * 14, "bridge", r"must have shape \(7,\)"),
         ([*MOVE, -1.0], "libero", r"The gripper must be in \[0, 1\], 0 closed and 1 open, got -1: stop the robot"),
         ([[*MOVE, 0.0], [*MOVE, 850.0]], "bridge", r"got 850: stop the robot"),
-        ([*MOVE, -0.06], "raw", r"got -0.06: .*gripper or gripper_range"),
-        ([*MOVE, 1.06], "libero", r"got 1.06: stop"),
+        ([*MOVE, -0.26], "raw", r"got -0.26: .*gripper or gripper_range"),
+        ([*MOVE, 1.26], "libero", r"got 1.26: stop"),
         ([*MOVE, 1.0], "libro", "Unknown robot convention 'libro'. Did you mean 'libero'"),
     ],
 )
