@@ -1,4 +1,4 @@
-"""Read TFRecord files and the tf.train.Example messages in them with numpy alone, without TensorFlow.
+"""Read TFRecord files and the tf.train.Example messages in them without TensorFlow.
 
 A record consists of its length (uint64), a masked CRC-32C of the length, the data and a masked CRC-32C of the data. An
 Example maps names to lists of bytes, float32 or int64 (protocol buffers' wire format).
@@ -8,86 +8,29 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Iterator
-from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from ..errors_openvla import OpenVLAValueError
+from .utils import require
 
-_POLYNOMIAL = 0x82F63B78  # Castagnoli's, reflected
 _MASK_DELTA = 0xA282EAD8
 _HEADER, _FOOTER = 12, 4
-_MAX_LANES = 1 << 14
-_SHORT = 64  # bytes; below this a plain loop is faster
 # Wire types of protocol buffers.
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 # Kinds of a tf.train.Feature: the field numbers of bytes_list and float_list; the third is int64_list.
 _BYTES_LIST, _FLOAT_LIST = 1, 2
 
 
-@lru_cache(maxsize=1)
-def _crc_table() -> np.ndarray:
-    table = np.arange(256, dtype=np.uint32)
-    for _ in range(8):
-        table = np.where(table & 1, (table >> 1) ^ np.uint32(_POLYNOMIAL), table >> 1)
-    return table
-
-
-@lru_cache(maxsize=1)
-def _crc_table_list() -> list[int]:
-    return _crc_table().tolist()
-
-
-def _bit_matrix_product(matrix: np.ndarray, vectors: np.ndarray) -> np.ndarray:
-    """Multiply a 32 x 32 bit matrix (its columns as uint32) with each bit vector (uint32)."""
-    bits = (vectors[..., None] >> np.arange(32, dtype=np.uint32)) & 1
-    return np.bitwise_xor.reduce(np.where(bits == 1, matrix, np.uint32(0)), axis=-1)
-
-
-@lru_cache(maxsize=4096)
-def _zeros_operator(length: int) -> np.ndarray:
-    """Return the 32 x 32 bit matrix that advances a CRC register by ``length`` zero bytes."""
-    if length == 0:
-        return np.uint32(1) << np.arange(32, dtype=np.uint32)
-    if length == 1:
-        units = np.uint32(1) << np.arange(32, dtype=np.uint32)
-        return _crc_table()[units & 0xFF] ^ (units >> 8)
-    half = _zeros_operator(length // 2)
-    even = _bit_matrix_product(half, half)
-    return _bit_matrix_product(_zeros_operator(1), even) if length % 2 else even
-
-
-def crc32c(data: bytes) -> int:
-    """Return the CRC-32C of data.
-
-    Long data is cut into lanes whose CRCs are computed in parallel and combined afterwards, since CRCs are linear.
-    """
-    table = _crc_table()
-    if len(data) < _SHORT:
-        value, entries = 0xFFFFFFFF, _crc_table_list()
-        for byte in data:
-            value = entries[(value ^ byte) & 0xFF] ^ (value >> 8)
-        return value ^ 0xFFFFFFFF
-    lanes = min(1 << (len(data).bit_length() + 1) // 2, _MAX_LANES)
-    values = np.frombuffer(data, np.uint8)
-    # Leading zeros do not change a register that starts at zero.
-    padded = np.concatenate([np.zeros(-len(values) % lanes, np.uint8), values]).reshape(lanes, -1)
-    register = np.zeros(lanes, np.uint32)
-    for column in np.ascontiguousarray(padded.T):
-        register = table[(register ^ column) & 0xFF] ^ (register >> np.uint32(8))
-    length = padded.shape[1]
-    while len(register) > 1:
-        register = _bit_matrix_product(_zeros_operator(length), register[0::2]) ^ register[1::2]
-        length *= 2
-    start = _bit_matrix_product(_zeros_operator(len(data)), np.array([0xFFFFFFFF], np.uint32))
-    return int(register[0] ^ start[0]) ^ 0xFFFFFFFF
-
-
 def masked_crc32c(data: bytes) -> int:
-    """Return the masked CRC-32C that TFRecord stores."""
-    crc = crc32c(data)
+    """Return the masked CRC-32C that TFRecord stores.
+
+    Raises:
+        ImportError: The library google-crc32c is not installed.
+    """
+    crc = require("google_crc32c", "Reading RLDS datasets").value(data)
     return (((crc >> 15) | (crc << 17)) + _MASK_DELTA) & 0xFFFFFFFF
 
 

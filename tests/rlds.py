@@ -4,8 +4,11 @@ import json
 import struct
 
 import numpy as np
+import pytest
 from encoded_images import jpeg
 from openvla.data.tfrecord import masked_crc32c
+
+pytest.importorskip("google_crc32c")
 
 
 def write_rlds(root, name, episodes):

@@ -62,6 +62,7 @@ def blocks(page):
 @pytest.fixture(scope="session")
 def given(hub, tokenizer, overrides, tmp_path_factory):
     """A folder that holds what the texts take for granted; their models are on the Hub."""
+    pytest.importorskip("google_crc32c")
     pytest.importorskip("h5py")
     folder, models = tmp_path_factory.mktemp("given"), tmp_path_factory.mktemp("models")
     plain = published_folder("fused", models / "plain", pad_token_id=build_tokenizer().pad_token_id)

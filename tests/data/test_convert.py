@@ -15,7 +15,7 @@ from openvla.data.video import TIME_TOLERANCE, Video
 from PIL import Image
 from reference import FIXTURES
 
-for package in ("av", "h5py", "pyarrow"):
+for package in ("av", "google_crc32c", "h5py", "pyarrow"):
     pytest.importorskip(package)
 pyarrow = pytest.importorskip("pyarrow")
 pytest.importorskip("pyarrow.parquet")

@@ -187,7 +187,7 @@ def test_inspect_data_shows_findings(tmp_path, capsys, monkeypatch):
 
 @pytest.mark.parametrize("name", ["lerobot_v3", "lerobot_v21", "bridge_orig", "fractal20220817_data", "hdf5"])
 def test_fixtures_have_no_certain_finding(name):
-    for package in ("av", "h5py", "pyarrow"):
+    for package in ("av", "google_crc32c", "h5py", "pyarrow"):
         pytest.importorskip(package)
     _, findings = statistics_and_findings(open_dataset(FIXTURES / name), progress=False)
     assert not any(finding.certain for finding in findings)

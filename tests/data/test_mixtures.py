@@ -30,6 +30,7 @@ def test_numbers_and_weights_are_the_references(name):
 
 
 def test_a_mixture_is_trained_on_by_name(tmp_path, monkeypatch):
+    pytest.importorskip("google_crc32c")
     monkeypatch.setenv("OPENVLA_CACHE", str(tmp_path / "cache"))
     for name in ("bridge_orig", "fractal20220817_data"):
         shutil.copytree(FIXTURES / name, tmp_path / name)

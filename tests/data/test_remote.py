@@ -17,6 +17,7 @@ import pytest
 from hub import TOKEN, upload_folder
 
 pytest.importorskip("av")
+pytest.importorskip("google_crc32c")
 pytest.importorskip("pyarrow")
 
 import openvla.data.remote as remote  # noqa: E402

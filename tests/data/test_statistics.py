@@ -13,7 +13,7 @@ from openvla.data.statistics import as_norm_stats, compute_statistics, require_m
 from openvla.data.torch_dataset import TorchDatasetReader
 from reference import FIXTURES
 
-for package in ("av", "h5py", "pyarrow", "yaml"):
+for package in ("av", "google_crc32c", "h5py", "pyarrow", "yaml"):
     pytest.importorskip(package)
 
 

@@ -172,7 +172,7 @@ def test_invalid_streams_are_refused():
 
 @pytest.mark.parametrize("name", ["lerobot_v3", "lerobot_v21", "bridge_orig", "hdf5"])
 def test_workers_read_every_format(name):
-    for package in ("av", "h5py", "pyarrow"):
+    for package in ("av", "google_crc32c", "h5py", "pyarrow"):
         pytest.importorskip(package)
     from openvla.data.open import open_dataset
 

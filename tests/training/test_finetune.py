@@ -654,7 +654,7 @@ def test_example_files_are_valid_configurations(name):
 
 @pytest.mark.parametrize("name", ["lerobot_v3", "bridge_orig", "hdf5"])
 def test_command_trains_on_stored_demonstrations(base, name, tmp_path, capsys, monkeypatch):
-    for package in ("av", "h5py", "pyarrow", "yaml"):
+    for package in ("av", "google_crc32c", "h5py", "pyarrow", "yaml"):
         pytest.importorskip(package)
     from openvla.__main__ import main
     from openvla.data.open import open_dataset

@@ -9,6 +9,7 @@ from openvla.training.data_rate import data_rates
 from openvla.training.plan import describe_plan, mixture_plan, read_plan_config
 from reference import FIXTURES
 
+pytest.importorskip("google_crc32c")
 pytest.importorskip("yaml")
 
 # Frames of the fixtures: bridge_rt_1, and Bridge's validation split. Bridge leaves out two steps of each episode.
