@@ -45,6 +45,20 @@ _LOOKUPS = 16
 _NO_ACCESS, _NOT_FOUND, _CHANGED = (401, 403), (404, 410), 412
 _CREDENTIALS = "Credentials"
 _CONNECT_SECONDS, _SILENCE_SECONDS = 30, 60
+# Errors of a program, not of a network or a server. ValueError and RuntimeError may be of both: an answer that is not
+# JSON, a server without ranges, a client that was closed.
+_BUGS = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    ImportError,
+    LookupError,
+    MemoryError,
+    NameError,
+    NotImplementedError,
+    RecursionError,
+    TypeError,
+)
 # Entries of fsspec's ``info`` that change when a file changes.
 _VERSIONS = ("ETag", "etag", "generation", "xet_hash", "Last-Modified", "LastModified", "mtime", "created")
 _INSTALL = {"http": "'openvla[remote]'", "https": "'openvla[remote]'", "s3": "s3fs", "gs": "gcsfs", "gcs": "gcsfs"}
@@ -208,12 +222,15 @@ class RemoteDataset:
             return None
 
     def _request(self, url: str, action: Callable[[], T]) -> T:
-        """Call a function that asks the file system for something, again after failures that may pass."""
+        """Call a function that asks the file system for something, again after failures that may pass.
+
+        Errors of a program (``_BUGS``) are raised as they are.
+        """
         delays = iter(RETRY_DELAYS)
         while True:
             try:
                 return action()
-            except OpenVLAError:
+            except (OpenVLAError, *_BUGS):
                 raise
             except Exception as error:  # every file system raises the errors of its own library
                 status = _status(error)

@@ -386,6 +386,78 @@ def test_errors_of_a_cloud(error, message):
         dataset._request("s3://lab/arm", fail)
 
 
+def tried(error):
+    """Return the error that a request of S3 ends with which always raises, and how often it was tried."""
+    dataset, calls = remote.RemoteDataset(f"file://{FIXTURES / V3}"), []
+    dataset.protocol = "s3"
+
+    def fail():
+        calls.append(None)
+        raise error
+
+    with pytest.raises(Exception) as raised:  # noqa: B017
+        dataset._request("s3://lab/arm", fail)
+    return raised.value, len(calls)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        TypeError("got an unexpected keyword argument"),
+        AttributeError("no attribute"),
+        NameError("not defined"),
+        KeyError("size"),
+        IndexError("out of range"),
+        AssertionError(),
+        ImportError("libssl.so.3"),
+        MemoryError(),
+        NotImplementedError(),
+        ZeroDivisionError(),
+        RecursionError(),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_a_bug_is_not_taken_for_the_network(error):
+    assert tried(error) == (error, 1)
+
+
+def library_error(name):
+    """Return an error of a library's class, ``package.Class``, with a text as its only argument."""
+    package, _, kind = name.rpartition(".")
+    return getattr(pytest.importorskip(package), kind)("the connection was lost")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "builtins.TimeoutError",
+        "asyncio.TimeoutError",
+        "concurrent.futures.TimeoutError",
+        "builtins.EOFError",
+        "builtins.RuntimeError",  # aiohttp: the session is closed
+        "http.client.HTTPException",
+        "ftplib.error_temp",
+        "fsspec.exceptions.FSTimeoutError",
+        "aiohttp.ClientPayloadError",
+        "aiohttp.ServerDisconnectedError",
+        "requests.ConnectionError",
+        "urllib3.exceptions.ProtocolError",
+    ],
+)
+def test_errors_of_the_network_are_tried_again(name):
+    error = library_error(name)
+    raised, count = tried(error)
+    assert (type(raised), count) == (RemoteError, 3)
+    assert raised.__cause__ is error
+    assert "It was tried 3 times: check the network" in str(raised)
+
+
+def test_an_answer_that_is_not_json_is_asked_for_again():
+    with pytest.raises(ValueError) as page:
+        json.loads("<html>")
+    assert tried(page.value)[1] == 3
+
+
 class Bucket:
     """File system of S3 with one object, whose encryption ``head`` names."""
 
