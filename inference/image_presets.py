@@ -182,7 +182,7 @@ def _sine(x: np.ndarray) -> np.ndarray:
 def _weighted_sums(pixels: np.ndarray, starts: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """Return weighted sums along the first axis, added tap by tap: float32 ``(target, ...)``."""
     result = np.zeros((len(starts), *pixels.shape[1:]), np.float32)
-    pixels = pixels.astype(np.float32)
+    pixels = pixels.astype(np.float32, copy=False)
     for first in range(0, len(starts), BLOCK):
         block = slice(first, first + BLOCK)
         term = np.empty_like(result[block])
