@@ -104,9 +104,10 @@ def _decode_until(container: Any, stream: Any, seconds: float) -> Iterator[Any]:
     A decoder gives a frame when the next packets show that no other comes first. Told that the stream ends, it gives it
     at once; that saves decoding those packets.
     """
+    unit = float(stream.time_base)
     for packet in container.demux(stream):
         yield from packet.decode()
-        if packet.pts is not None and abs(float(packet.pts * packet.time_base) - seconds) <= TIME_TOLERANCE:
+        if packet.pts is not None and abs(packet.pts * unit - seconds) <= TIME_TOLERANCE:
             for frame in stream.codec_context.decode(None):
                 frame.time_base = stream.time_base  # which a frame without a packet lacks
                 yield frame
