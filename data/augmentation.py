@@ -210,7 +210,7 @@ def adjust_saturation(planes: Planes, factor: Planes | float) -> Planes:
     hue = 1 - (1 - hue)  # TensorFlow's rounding between red and yellow; changes nothing elsewhere
     adjusted = library.empty_like(planes)
     for channel, share in enumerate(_shares(hue)):
-        library.add(library.clip(share, 0, 1) * chroma, lowest, out=adjusted[channel])
+        library.add(share * chroma, lowest, out=adjusted[channel])
     return adjusted
 
 
@@ -235,8 +235,7 @@ def adjust_hue(planes: Planes, turns: Planes | float) -> Planes:
     rest = high - (low + spread)  # rounding error of the sum, for the highest channel
     rotated = library.empty_like(planes)
     for channel, share in enumerate(_shares(hue)):
-        channel_values = low + library.clip(share, 0, 1) * spread
-        library.add(channel_values, rest * is_highest[channel], out=rotated[channel])
+        library.add(low + share * spread, rest * is_highest[channel], out=rotated[channel])
     return rotated
 
 
@@ -247,24 +246,22 @@ def _ordered(planes: Planes) -> tuple[Planes, ...]:
     low, high = library.minimum(red, green), library.maximum(red, green)
     middle = library.maximum(low, library.minimum(high, blue))
     low, high = library.minimum(low, blue), library.maximum(high, blue)
-    is_green, below_red, above_green, below_green, above_red = (
-        test.view(library.int8) for test in (red < green, blue < red, blue > green, blue < green, blue > red)
+    green_over_red, blue_under_red, blue_over_green, blue_under_green, blue_over_red = (
+        test.view(library.int8) for test in (green > red, blue < red, blue > green, blue < green, blue > red)
     )
-    sector = is_green * (2 - below_red + above_green) + (1 - is_green) * (5 - 5 * below_green - above_red)
+    sector = green_over_red * (2 - blue_under_red + blue_over_green)
+    sector += (1 - green_over_red) * (5 - 5 * blue_under_green - blue_over_red)
     return low, middle, high, sector
 
 
 def _shares(hue: Planes) -> tuple[Planes, ...]:
-    """Return how far red, green and blue are from the lowest (0 or less) to the highest channel (1 or more).
+    """Return how far red, green and blue are from the lowest to the highest channel, 0 to 1.
 
     ``hue`` is in sixths of the colour circle, 0 to 6.
     """
     library = _library(hue)
-    return (
-        library.maximum(2 - hue, hue - 4),
-        library.minimum(hue, 4 - hue),
-        library.minimum(hue - 2, 6 - hue),
-    )
+    distances = library.maximum(2 - hue, hue - 4), library.minimum(hue, 4 - hue), library.minimum(hue - 2, 6 - hue)
+    return tuple(library.clip(distance, 0, 1) for distance in distances)
 
 
 def _library(planes: Planes) -> Any:
