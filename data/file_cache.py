@@ -1,8 +1,9 @@
 """A bounded folder of downloaded files that several processes share.
 
 A process that reads a file holds a shared lock on it, one that downloads or removes it an exclusive one. The system
-releases the locks of a process that ends. A file that is being downloaded has the suffix ``.part`` and its final size
-in its name; it gets its own name when it is complete, and what an interrupted download has left is continued.
+releases the locks of a process that ends; a forked process has no part in those of its parent. A file that is being
+downloaded has the suffix ``.part`` and its final size in its name; it gets its own name when it is complete, and what
+an interrupted download has left is continued.
 """
 
 from __future__ import annotations
@@ -111,7 +112,7 @@ class FileCache:
                 f"{self.folder}, where files of remote datasets are kept, cannot be written: {error}. Set "
                 f"{FOLDER_VARIABLE} to a folder on a disk with room."
             ) from error
-        with file:
+        with _unlock_after(file):
             yield path
 
     def _add(self, path: Path, size: int, download: Callable[[IO[bytes]], None]) -> None:
@@ -120,9 +121,9 @@ class FileCache:
         file = self._reserve(path, part, size)
         if file is None:
             if waited := _open_locked(part, "rb", fcntl.LOCK_SH):
-                waited.close()
+                _unlock(waited)
             return
-        with file:
+        with _unlock_after(file):
             download(file)
             os.fsync(file.fileno())
             with self._locked_total():
@@ -161,7 +162,7 @@ class FileCache:
     def _locked_total(self) -> Iterator[IO[bytes]]:
         """Lock the cache against other processes that add or remove; give the file with the sum of the sizes."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        with open(self.folder / _LOCK_FILE, "a+b") as file:
+        with _unlock_after(open(self.folder / _LOCK_FILE, "a+b")) as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield file
 
@@ -216,8 +217,27 @@ def _open_locked(path: Path, mode: str, operation: int) -> IO[bytes] | None:
             return file
     except (BlockingIOError, FileNotFoundError):  # locked by others; renamed or removed before the lock was given
         pass
-    file.close()
+    _unlock(file)
     return None
+
+
+def _unlock(file: IO[bytes]) -> None:
+    """Unlock a file and close it. Closing alone leaves the lock to a process that was forked meanwhile."""
+    fcntl.flock(file, fcntl.LOCK_UN)
+    file.close()
+
+
+@contextmanager
+def _unlock_after(file: IO[bytes]) -> Iterator[IO[bytes]]:
+    """Unlock a file and close it at the end of the ``with`` block; a process forked in the block only closes it."""
+    process = os.getpid()
+    try:
+        yield file
+    finally:
+        if os.getpid() == process:
+            _unlock(file)
+        else:
+            file.close()
 
 
 def _remove(path: Path) -> bool:
@@ -228,7 +248,7 @@ def _remove(path: Path) -> bool:
     file = _open_locked(path, "r+b", fcntl.LOCK_EX | fcntl.LOCK_NB)
     if file is None:
         return False
-    with file:
+    with _unlock_after(file):
         path.unlink()
         file.truncate(0)
     return True

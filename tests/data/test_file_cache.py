@@ -3,6 +3,7 @@
 import contextlib
 import multiprocessing
 import os
+import select
 import time
 
 import openvla.data.file_cache as file_cache
@@ -147,3 +148,68 @@ def test_processes_share_a_cache(tmp_path):
             results.append(queue.get())
     assert len(results) == 2
     assert all(isinstance(result, int) and 0 < result < 60 for result in results), results
+
+
+@pytest.fixture
+def fork():
+    """Return a function that forks a process, which waits for the end of the test, 10 s at most, and returns its id."""
+    read_end, write_end = os.pipe()
+    children = []
+
+    def fork():
+        child = os.fork()
+        if child == 0:
+            try:
+                os.close(write_end)
+                select.select([read_end], [], [], 10)
+            finally:
+                os._exit(0)
+        children.append(child)
+        return child
+
+    yield fork
+    os.close(write_end)
+    for child in children:
+        with contextlib.suppress(ChildProcessError):
+            os.waitpid(child, 0)
+    os.close(read_end)
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")
+@pytest.mark.parametrize("place", ["use", "download", "total"])
+def test_a_process_that_was_forked_inside_does_not_keep_the_lock(cache, fork, place):
+    """A loader worker may be forked while another thread reads or downloads a file."""
+    children = []
+
+    def download(file):
+        content(60)(file)
+        if place == "download":
+            children.append(fork())
+
+    with cache.use("a", 60, download):
+        if place == "use":
+            children.append(fork())
+    if place == "total":
+        with cache._locked_total():
+            children.append(fork())
+    use(cache, "a", 60)
+    use(cache, "b", 60)
+    assert names(cache) == ["b"]
+    assert [os.waitpid(child, os.WNOHANG) for child in children] == [(0, 0)]  # it still runs
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")
+def test_a_forked_process_that_leaves_the_block_does_not_unlock_the_file(cache, monkeypatch):
+    monkeypatch.setattr(file_cache, "_MAX_WAIT_SECONDS", 0.05)
+    with contextlib.ExitStack() as block:
+        block.enter_context(cache.use("a", 60, content(60)))
+        child = os.fork()
+        if child == 0:
+            try:
+                block.close()
+            finally:
+                os._exit(0)
+        os.waitpid(child, 0)
+        with pytest.raises(RemoteError, match="has found no room"):
+            use(cache, "b", 60)
+    use(cache, "b", 60)
