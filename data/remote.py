@@ -31,7 +31,9 @@ from .file_cache import FOLDER_VARIABLE, SIZE_VARIABLE, FileCache, RemoteError, 
 
 logger = logging.getLogger(__name__)
 
-_URL = re.compile(r"^([a-z][a-z0-9+.-]*)://.")
+# Two letters or more before the colon, else it is a drive of Windows; pathlib leaves one slash of a URL's two.
+_URL = re.compile(r"[a-z][a-z0-9+.-]+://.", re.IGNORECASE)
+_PATH_OF_URL = re.compile(r"[a-z][a-z0-9+.-]+:/[^/]", re.IGNORECASE)
 _HUB_URL = re.compile(r"hf://datasets/[^/]+/[^/]+(/.*)?")
 _WEB, _S3 = ("http", "https"), ("s3", "s3a")
 # File systems that give a file in one answer when it is opened with block_size=0; others give it in ranges.
@@ -104,8 +106,9 @@ class RemoteDataset:
     """
 
     def __init__(self, url: str) -> None:
-        self.url = self.location = url.rstrip("/")
-        self.protocol = url.partition("://")[0]
+        protocol, _, rest = url.partition("://")
+        self.protocol = protocol.lower()
+        self.url = self.location = f"{self.protocol}://{rest}".rstrip("/")
         self.can_list = self.protocol not in _WEB
         self.refusal = ""
         _require_folder_url(self.url, self.protocol)
@@ -418,8 +421,20 @@ def local_path(path: str | os.PathLike) -> Path:
 
 
 def is_remote(path: str | os.PathLike | RemotePath) -> bool:
-    """Return whether a path is a URL."""
-    return isinstance(path, RemotePath) or _URL.match(str(path)) is not None
+    """Return whether a path is a URL.
+
+    Raises:
+        OpenVLAFileNotFoundError: It is what ``pathlib.Path`` makes of a URL.
+    """
+    if isinstance(path, RemotePath) or _URL.match(str(path)):
+        return True
+    if _PATH_OF_URL.match(str(path)) and not Path(path).exists():
+        scheme = str(path).partition(":")[0]
+        raise OpenVLAFileNotFoundError(
+            f"No dataset at {path}. If it is a URL, pathlib.Path took one of its slashes: give it as a string that "
+            f"begins with {scheme}://."
+        )
+    return False
 
 
 def dataset_path(path: str | os.PathLike) -> DataPath:

@@ -4,12 +4,14 @@ import contextlib
 import json
 import os
 import pickle
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import fsspec
 import numpy as np
@@ -102,6 +104,32 @@ def test_a_remote_dataset_equals_the_local_one(root, name, cache):
     require_equal(again, local)
     assert again.digest() == reader.digest()
     assert {file: file.stat().st_ino for file in cache.iterdir()} == files  # nothing is downloaded twice
+
+
+def test_a_scheme_may_be_in_capitals(root, cache):
+    scheme, _, rest = root.partition("://")
+    reader = open_dataset(f"{scheme.upper()}://{rest}/{V3}")
+    assert str(reader.root) == f"{root}/{V3}"
+    require_equal(reader, open_dataset(FIXTURES / V3))
+    files = set(cache.iterdir())
+    require_equal(open_dataset(f"{root}/{V3}"), reader)
+    assert set(cache.iterdir()) == files
+
+
+@pytest.mark.parametrize("url", ["hf://datasets/lab/arm", "S3://bucket/arm", "https://host/arm", "gs://bucket/arm/"])
+def test_a_path_that_was_a_url_is_refused(url):
+    start = re.escape(url.partition("://")[0])
+    message = rf"No dataset at {start}:/\w.*give it as a string that begins with {start}://"
+    with pytest.raises(OpenVLAFileNotFoundError, match=message):
+        open_dataset(Path(url))
+    with pytest.raises(OpenVLAFileNotFoundError, match=message):
+        mixture_entries("bridge", Path(url))
+
+
+def test_a_local_folder_may_have_a_colon(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(FIXTURES / BRIDGE, "ab:/arm")
+    require_equal(open_dataset("ab:/arm"), open_dataset(FIXTURES / BRIDGE))
 
 
 def test_sizes_are_those_of_the_files(root):
@@ -563,6 +591,7 @@ def test_urls_that_cannot_be_read(datasets, url, kind, message):
     ("module", "url", "package"),
     [
         ("s3fs", "s3://bucket/arm", "pip install s3fs"),
+        ("s3fs", "S3://bucket/arm", "pip install s3fs"),
         ("gcsfs", "gs://bucket/arm", "pip install gcsfs"),
         ("aiohttp", "https://127.0.0.1/arm", r"pip install 'openvla\[remote\]'"),
     ],
