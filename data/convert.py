@@ -40,6 +40,7 @@ logger = logging.getLogger(__name__)
 
 _CAMERA_PREFIX = "observation.images."
 _STATE = "observation.state"
+_UPLOAD = "upload it with --push OWNER/NAME (in Python: push_dataset)"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -62,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
     """Convert, push and return the exit status."""
     if args.push is None and (args.private or args.token):
         raise OpenVLAValueError("--private and --token are for --push REPO_ID.")
-    target = local_path(args.target)
+    target = local_path(args.target, _UPLOAD)
     reader = open_dataset(args.source, preset=args.preset, fields=parse_fields(args.fields), split=args.split)
     counts = convert_dataset(reader, target, fps=args.fps, robot_type=args.robot_type, skip_bad=args.skip_bad)
     print(f"{target}: {counts['episodes']} episodes, {counts['steps']} steps, {counts['skipped']} skipped")
@@ -73,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
 
 def convert_dataset(
     reader: EpisodeReader,
-    target: Path,
+    target: str | os.PathLike,
     *,
     fps: int | None = None,
     robot_type: str | None = None,
@@ -95,10 +96,11 @@ def convert_dataset(
 
     Raises:
         OpenVLAFileExistsError: The folder exists.
-        OpenVLAValueError: The rate is not known, is not a whole number, or contradicts the dataset's; or no episode can
-            be used.
+        OpenVLAValueError: The rate is not known, is not a whole number, or contradicts the dataset's; no episode can be
+            used; or the target is a URL.
         DatasetError: An episode cannot be used, and ``skip_bad`` is not set.
     """
+    target = local_path(target, _UPLOAD)
     if target.exists():
         raise OpenVLAFileExistsError(f"{target} exists; give a new folder, or remove it.")
     rate = _frame_rate(reader, fps)

@@ -27,7 +27,7 @@ from .findings import CheckInput, Finding
 from .hdf5 import hdf5_files
 from .open import open_dataset
 from .presets import AUTO
-from .remote import is_remote
+from .remote import is_remote, local_path
 from .replay_buffer import replay_buffer
 from .rlds import rlds_folder
 from .statistics import action_column_names, statistics_and_findings
@@ -55,9 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--split", default="train", help="train, val, ... or all")
     parser.add_argument("--skip-bad", action="store_true", help="skip and count episodes that cannot be used")
     parser.add_argument("--check-images", action="store_true", help="decode every image, to find damaged ones")
-    parser.add_argument(
-        "--out", type=Path, metavar="PNG", help="save a figure of frames and histograms (extra: openvla[plot])"
-    )
+    parser.add_argument("--out", metavar="PNG", help="save a figure of frames and histograms (extra: openvla[plot])")
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
 
 
@@ -66,15 +64,16 @@ def run(args: argparse.Namespace) -> int:
     norm_stats = _read_statistics(args.data)
     if norm_stats is not None:
         return _report_statistics(args, norm_stats)
-    plt = import_pyplot("--out") if args.out else None
+    out = local_path(args.out) if args.out else None
+    plt = import_pyplot("--out") if out else None
     fields = parse_fields(args.fields)
     reader = open_dataset(args.data, preset=args.preset, fields=fields, split=args.split)
     report = inspect(reader, skip_bad=args.skip_bad, check_images=args.check_images, progress=not args.json)
     print(json.dumps(report) if args.json else _format_report(report))
-    if plt:
-        _save_figure(plt, reader, report, args.out)
+    if out:
+        _save_figure(plt, reader, report, out)
         if not args.json:
-            print(f"figure       {args.out}")
+            print(f"figure       {out}")
     return 0
 
 

@@ -409,14 +409,18 @@ class RemotePath:
 DataPath: TypeAlias = Path | RemotePath
 
 
-def local_path(path: str | os.PathLike) -> Path:
+def local_path(path: str | os.PathLike, upload: str = "upload it afterwards") -> Path:
     """Return the path of what is to be written on this disk.
 
+    Args:
+        path: The path.
+        upload: How to bring it to the URL, for the error.
+
     Raises:
-        OpenVLAValueError: It is a URL.
+        OpenVLAValueError: It is a URL, or what ``pathlib.Path`` makes of one.
     """
-    if is_remote(path):
-        raise OpenVLAValueError(f"{path} is a URL: give a path on this disk, and upload it afterwards.")
+    if _URL.match(str(path)) or _PATH_OF_URL.match(str(path)):
+        raise OpenVLAValueError(f"{path} is a URL: give a path on this disk, and {upload}.")
     return Path(path)
 
 

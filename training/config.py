@@ -17,6 +17,7 @@ import numpy as np
 from ..actions_openvla import nearest_name
 from ..data.doctor import validate_check_names
 from ..data.presets import AUTO
+from ..data.remote import local_path
 from ..data.utils import parse_yaml
 from ..errors_openvla import OpenVLAValueError
 
@@ -154,6 +155,7 @@ class FinetuneConfig:
         self._check_choices()
         self._check_combinations()
         self._check_ranges()
+        local_path(self.output_dir, "upload its model with openvla publish")
 
     def _check_types(self) -> None:
         """Check booleans, and convert numbers that YAML 1.1 reads as text, such as ``5e-4``."""

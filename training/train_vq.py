@@ -37,6 +37,7 @@ from ..conversion.vq_format import LEARNING_RATE, VQ_FILE, WEIGHT_DECAY, native_
 from ..data.doctor import check_statistics, raise_for_findings
 from ..data.episodes import EpisodeReader, usable_episodes
 from ..data.presets import AUTO
+from ..data.remote import local_path
 from ..data.utils import read_json
 from ..dimension_labels import dimension_labels
 from ..errors_openvla import OpenVLAValueError
@@ -98,7 +99,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``openvla train-vq``."""
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("data", help="dataset folder, or a YAML file of openvla finetune, whose datasets are used")
-    parser.add_argument("out", type=Path, help="folder to write; a run that it holds is continued")
+    parser.add_argument("out", help="folder to write; a run that it holds is continued")
     parser.add_argument("--preset", metavar="NAME", help="fields of a known dataset (default: by its name), or none")
     parser.add_argument("--skip-bad", action="store_true", help="leave out and count episodes that cannot be used")
     parser.add_argument(
@@ -120,7 +121,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Train, print the reconstruction error, and return the exit status."""
     config = VQTrainingConfig(**{field.name: getattr(args, field.name) for field in fields(VQTrainingConfig)})
-    report = train_vq(open_data(args), args.out, config, args.device or default_device())
+    out = local_path(args.out)
+    report = train_vq(open_data(args), out, config, args.device or default_device())
     print(format_report(report))
     return 0
 

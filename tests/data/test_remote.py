@@ -25,6 +25,7 @@ pytest.importorskip("pyarrow")
 import openvla.data.remote as remote  # noqa: E402
 from openvla.__main__ import main  # noqa: E402
 from openvla.data.batches import BatchStream  # noqa: E402
+from openvla.data.convert import convert_dataset  # noqa: E402
 from openvla.data.file_cache import RemoteError  # noqa: E402
 from openvla.data.mixtures import MIXTURES, mixture_entries  # noqa: E402
 from openvla.data.open import open_dataset  # noqa: E402
@@ -691,15 +692,29 @@ def test_the_url_of_a_file_is_refused(datasets):
         open_dataset(f"hf://datasets/lab/{V3}/meta/info.json")
 
 
+@pytest.mark.parametrize("url", ["hf://datasets/me/new", "S3://bucket/new"])
 @pytest.mark.parametrize(
-    "arguments", [["convert-data", "{data}", "{url}"], ["inspect-data", "{data}", "--statistics-shard", "1/1", "{url}"]]
+    ("arguments", "upload"),
+    [
+        (["convert-data", "{data}", "{url}"], "upload it with --push OWNER/NAME"),
+        (["inspect-data", "{data}", "--statistics-shard", "1/1", "{url}"], "upload it afterwards"),
+        (["inspect-data", "{data}", "--out", "{url}"], "upload it afterwards"),
+        (["train-vq", "{data}", "{url}"], "upload it afterwards"),
+        (["finetune", "--model", "m", "--data", "{data}", "--output-dir", "{url}"], "with openvla publish"),
+    ],
 )
-def test_nothing_is_written_to_a_url(arguments, tmp_path, monkeypatch, capsys):
+def test_nothing_is_written_to_a_url(arguments, upload, url, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    values = {"data": FIXTURES / V21, "url": "hf://datasets/me/new"}
-    assert main([argument.format(**values) for argument in arguments]) == 2
-    assert "hf://datasets/me/new is a URL: give a path on this disk" in capsys.readouterr().err
-    assert not (tmp_path / "hf:").exists()
+    assert main([argument.format(data=FIXTURES / V21, url=url) for argument in arguments]) == 2
+    assert re.search(rf"{url} is a URL: give a path on this disk, and .*{upload}", capsys.readouterr().err)
+    assert not os.listdir()
+
+
+def test_a_dataset_is_not_converted_to_the_path_of_a_url(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(OpenVLAValueError, match="hf:/datasets/me/new is a URL: give a path on this disk"):
+        convert_dataset(open_dataset(FIXTURES / V3), Path("hf://datasets/me/new"))
+    assert not os.listdir()
 
 
 def test_a_revision_with_the_same_files_downloads_nothing(datasets, cache):
