@@ -324,11 +324,11 @@ class RemoteDataset:
         if info.checksum is None:
             return ""
         algorithm, expected = info.checksum
-        digest = hashlib.sha1(f"blob {info.size}\0".encode()) if algorithm == "git" else hashlib.new(algorithm)
+        digest = _digest(algorithm, info.size)
         file.seek(0)
         while data := file.read(_CHUNK):
             digest.update(data)
-        actual = digest.hexdigest()
+        actual = digest.digest().hex()
         if actual == expected or self._is_encrypted(name):
             return ""
         return f"its {algorithm} checksum is {actual}, but must be {expected}"
@@ -532,11 +532,20 @@ def _describe(url: str, info: Mapping[str, Any], protocol: str) -> FileInfo:
     return FileInfo(size, f"{size} bytes, {version}", checksum)
 
 
+def _digest(algorithm: str, size: int) -> Any:
+    """Return an object with ``update`` and ``digest`` for the checksum of a file of ``size`` bytes."""
+    if algorithm == "crc32c":
+        import google_crc32c  # gcsfs, whose files have this checksum, needs it too
+
+        return google_crc32c.Checksum()
+    return hashlib.sha1(f"blob {size}\0".encode()) if algorithm == "git" else hashlib.new(algorithm)
+
+
 def _checksum(info: Mapping[str, Any], protocol: str) -> tuple[str, str] | None:
     """Return the algorithm and the hex digest of a file's content, from fsspec's ``info``; None if it has none.
 
     The Hub has the SHA-256 of large files and git's SHA-1 of others, S3 the MD5 of what was uploaded in one part,
-    Google Cloud Storage the MD5, and a web server may send one.
+    Google Cloud Storage the MD5, of composite objects the CRC-32C alone, and a web server may send an MD5.
     """
     if lfs := info.get("lfs"):
         return "sha256", lfs["sha256"]
@@ -544,6 +553,8 @@ def _checksum(info: Mapping[str, Any], protocol: str) -> tuple[str, str] | None:
         return "git", blob
     if md5 := info.get("md5Hash") or info.get("Content-MD5"):
         return "md5", base64.b64decode(md5).hex()
+    if crc := info.get("crc32c"):
+        return "crc32c", base64.b64decode(crc).hex()
     etag = str(info.get("ETag") or "").strip('"')
     return ("md5", etag) if protocol in _S3 and re.fullmatch("[0-9a-f]{32}", etag) else None
 

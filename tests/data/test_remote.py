@@ -1,6 +1,8 @@
 """Remote datasets are those on the disk in every bit, from the Hub's own file system and from a web server."""
 
+import base64
 import contextlib
+import io
 import json
 import os
 import pickle
@@ -14,12 +16,13 @@ import time
 from pathlib import Path
 
 import fsspec
+import fsspec.implementations.memory
 import numpy as np
 import pytest
 from hub import TOKEN, upload_folder
 
 pytest.importorskip("av")
-pytest.importorskip("google_crc32c")
+google_crc32c = pytest.importorskip("google_crc32c")
 pytest.importorskip("pyarrow")
 
 import openvla.data.remote as remote  # noqa: E402
@@ -374,12 +377,84 @@ def test_small_files_of_the_hub_have_a_checksum_too(datasets):
         ({"ETag": '"9e107d9d372bb6826bd81d3542a419d6"'}, "s3", ("md5", "9e107d9d372bb6826bd81d3542a419d6")),
         ({"ETag": '"9e107d9d372bb6826bd81d3542a419d6-12"'}, "s3", None),  # several parts
         ({"ETag": '"9e107d9d372bb6826bd81d3542a419d6"'}, "https", None),
-        ({"md5Hash": "nhB9nTcrtoJr2B01QqQZ1g=="}, "gs", ("md5", "9e107d9d372bb6826bd81d3542a419d6")),
+        ({"md5Hash": "nhB9nTcrtoJr2B01QqQZ1g==", "crc32c": "="}, "gs", ("md5", "9e107d9d372bb6826bd81d3542a419d6")),
+        ({"crc32c": "4waSgw=="}, "gs", ("crc32c", "e3069283")),  # a composite object
         ({"Content-MD5": "nhB9nTcrtoJr2B01QqQZ1g=="}, "https", ("md5", "9e107d9d372bb6826bd81d3542a419d6")),
     ],
 )
 def test_checksums_of_object_storage(info, protocol, expected):
     assert remote._checksum(info, protocol) == expected
+
+
+class CompositeObjects(fsspec.implementations.memory.MemoryFileSystem):
+    """File system whose files have a CRC-32C and no MD5, as composite objects of Google Cloud Storage have.
+
+    Attributes:
+        damaged: How many of the next files are opened with a wrong last byte, if they are opened to be read.
+        cut: How many of them end after half of their bytes.
+    """
+
+    protocol, store, pseudo_dirs = "composite", {}, [""]
+    damaged = cut = 0
+
+    @classmethod
+    def _strip_protocol(cls, path):
+        return super()._strip_protocol(path.replace("composite://", "memory://", 1))
+
+    def info(self, path, **options):
+        info = super().info(path, **options)
+        return info if info["type"] == "directory" else {**info, "crc32c": self.crc32c(path)}
+
+    def find(self, path, detail=False, **options):
+        return {file: self.info(file) for file in super().find(path, **options)}
+
+    def crc32c(self, path):
+        """Return the checksum as base64 of its four bytes, the most significant one first."""
+        value = google_crc32c.value(self.store[self._strip_protocol(path)].getvalue())
+        return base64.b64encode(value.to_bytes(4, "big")).decode()
+
+    def open(self, path, mode="rb", **options):
+        if mode != "rb":
+            return super().open(path, mode, **options)
+        data = self.store[self._strip_protocol(path)].getvalue()
+        if CompositeObjects.damaged:
+            CompositeObjects.damaged -= 1
+            data = data[:-1] + bytes([data[-1] ^ 1])
+        if CompositeObjects.cut:
+            CompositeObjects.cut -= 1
+            data = data[: len(data) // 2]
+        return io.BytesIO(data)
+
+
+@pytest.fixture
+def composite(monkeypatch):
+    """Return a dataset of composite objects."""
+    fsspec.register_implementation("composite", CompositeObjects, clobber=True)
+    monkeypatch.setattr(CompositeObjects, "store", {})
+    monkeypatch.setattr(CompositeObjects, "damaged", 0)
+    monkeypatch.setattr(CompositeObjects, "cut", 0)
+    fsspec.filesystem("composite").put(f"{FIXTURES / V3}/", "/bucket/arm/", recursive=True)
+    return open_dataset("composite://bucket/arm")
+
+
+def test_intact_composite_objects_are_downloaded_once(composite, caplog):
+    require_equal(composite, open_dataset(FIXTURES / V3))
+    assert "checksum" not in caplog.text
+
+
+@pytest.mark.parametrize("cut", [0, 1])
+def test_a_damaged_composite_object_is_downloaded_again(composite, cut, caplog):
+    CompositeObjects.damaged, CompositeObjects.cut = 1 + cut, cut
+    assert read_table(composite) == (FIXTURES / TABLE).read_bytes()
+    assert caplog.text.count("its crc32c checksum is") == 1
+
+
+def test_a_damaged_composite_object_is_refused(composite):
+    CompositeObjects.damaged = 10**6
+    with pytest.raises(
+        RemoteError, match=r"file-000\.parquet is damaged at its source: its crc32c checksum is \w{8}, "
+    ):
+        read_table(composite)
 
 
 class NoCredentialsError(Exception):
