@@ -161,7 +161,7 @@ def augment_frames(frames: np.ndarray, parameters: AugmentationParameters) -> np
     planes = np.clip(adjust_contrast(planes, parameters.contrast), 0, 1)
     planes = np.clip(adjust_saturation(planes, parameters.saturation), 0, 1)
     planes = np.clip(adjust_hue(planes, parameters.hue), 0, 1)
-    return np.stack(as_rounded_bytes(planes), axis=-1).reshape(frames.shape)
+    return np.stack(list(as_rounded_bytes(planes)), axis=-1).reshape(frames.shape)
 
 
 def adjust_contrast(planes: Planes, factor: Planes | float) -> Planes:
