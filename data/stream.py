@@ -7,6 +7,7 @@ resumes exactly where it stopped.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import functools
@@ -383,6 +384,7 @@ class MixtureShard:
                 if not self.stream.skip_bad:
                     raise
                 self.stream.record_error(error)
+                dataset.require_usable_images(error)
                 continue
             num_drawn += 1
             if needed and sample is not None:
@@ -396,6 +398,7 @@ class _DatasetShard:
         self.stream, self.reader, self.shard, self.num_shards = stream, reader, shard, num_shards
         self.random = random.Random(f"{stream.seed} {reader.name} {shard}")
         self.open_episodes: dict[tuple[int, int], _OpenEpisode] = {}
+        self.has_usable_images = False
 
     def positions(self) -> Iterator[_Position]:
         """Yield positions in the order of drawing: each new one replaces a random one of the shuffle buffer."""
@@ -452,10 +455,34 @@ class _DatasetShard:
                 return None
             if opened.episode is None:
                 opened.episode = self.reader[position.episode]
-            return opened.episode.step(position.step, self.stream.chunk_length, self.stream.history_length)
+            sample = opened.episode.step(position.step, self.stream.chunk_length, self.stream.history_length)
+            self.has_usable_images = True
+            return sample
         finally:
             if not opened.num_left:
                 del self.open_episodes[key]
+
+    def require_usable_images(self, error: DatasetError) -> None:
+        """Raise OpenVLAValueError if no image can be read, where a stream that skips bad samples would never end.
+
+        Of every episode the first, middle and last sample are tried, until one can be read.
+        """
+        if self.has_usable_images:
+            return
+        for index in range(len(self.reader)):
+            num_samples = self.stream.num_samples_of(self.reader, index)
+            if not num_samples:
+                continue
+            episode = self.reader[index]
+            for step in (0, num_samples // 2, num_samples - 1):
+                with contextlib.suppress(DatasetError):
+                    episode.step(step, self.stream.chunk_length, self.stream.history_length)
+                    self.has_usable_images = True
+                    return
+        raise OpenVLAValueError(
+            f"{self.reader.name}: no image can be read at the first, middle and last step of any episode, so skip_bad "
+            f"would leave out the whole dataset. The first: {error}"
+        )
 
 
 def _error_of(reader: EpisodeReader, index: int) -> DatasetError:

@@ -151,6 +151,22 @@ def test_bad_data_raises_or_is_skipped():
     assert len(samples) == sum(EPISODE_LENGTHS) - EPISODE_LENGTHS[5] - 1
 
 
+@pytest.mark.parametrize("others", [[], [memory_reader("other")]], ids=["alone", "mixture"])
+def test_a_dataset_without_a_usable_image_is_an_error_even_if_bad_samples_are_skipped(others):
+    bad = memory_reader(lengths=(1, 1))
+    for step in bad.data:
+        step["image"] = "no image"
+    samples = iter(StepStream([bad, *others], skip_bad=True, balance=False))
+    with (
+        pytest.warns(UserWarning, match="Skipped, 1 so far"),
+        pytest.raises(
+            ValueError, match="mine: no image can be read at .* The first: mine, episode .: no image at step 0"
+        ),
+    ):
+        for _ in range(sum(EPISODE_LENGTHS)):
+            next(samples)
+
+
 def test_invalid_streams_are_refused():
     with pytest.raises(ValueError, match=r"8 episodes, too few for 9 readers"):
         next(iter(StepStream(memory_reader(), world_size=9)))
