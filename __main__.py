@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import re
 import sys
 
 from . import __version__
@@ -52,8 +53,17 @@ def describe(error: Exception) -> str | None:
     if type(error).__module__.split(".")[0] in HTTP_CLIENTS:
         return f"The connection to the Hub failed, run it again and it goes on where it stopped: {error}"
     if isinstance(error, (OpenVLAError, OSError)) or type(error).__module__ == f"{__package__}.serving.client":
-        return str(error)
+        return _without_worker_traceback(error)
     return None
+
+
+def _without_worker_traceback(error: Exception) -> str:
+    """Return an error's message; of one from a DataLoader worker, whose message is a traceback, the original one."""
+    message = str(error)
+    if not re.match(r"Caught \w+ in DataLoader worker process", message):
+        return message
+    name = re.escape(type(error).__name__)
+    return re.split(rf"^(?:[\w.]+\.)?{name}: ", message, flags=re.MULTILINE)[-1].strip()
 
 
 def main(argv: list[str] | None = None) -> int:

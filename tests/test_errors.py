@@ -4,6 +4,7 @@ import importlib
 
 import openvla
 import pytest
+import torch
 from openvla import errors_openvla
 from openvla.__main__ import COMMANDS, main
 
@@ -26,6 +27,22 @@ def test_a_users_mistake_is_one_line_and_exit_status_2(kind, monkeypatch, capsys
     assert capsys.readouterr().err == f"openvla verify: {kind.__name__}: give a folder\n"
     with pytest.raises(kind):
         main(["verify", "folder", "--traceback"])
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
+def test_a_users_mistake_in_a_loader_worker_is_one_line(kind, monkeypatch, capsys):
+    class Failing(torch.utils.data.Dataset):
+        def __len__(self):
+            return 1
+
+        def __getitem__(self, index):
+            raise kind("item 0: give another")
+
+    module = importlib.import_module(f"openvla.{COMMANDS['verify'][0]}")
+    loader = torch.utils.data.DataLoader(Failing(), num_workers=1)
+    monkeypatch.setattr(module, "verify", lambda folder: list(loader))
+    assert main(["verify", "folder"]) == 2
+    assert capsys.readouterr().err == f"openvla verify: {kind.__name__}: item 0: give another\n"
 
 
 @pytest.mark.parametrize("kind", [TypeError, ValueError, KeyError, AttributeError, RuntimeError])
