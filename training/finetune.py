@@ -445,7 +445,7 @@ def train(
     policy = config.gradient_checkpointing_policy if config.gradient_checkpointing else None
     metrics: list[dict[str, torch.Tensor]] = []
     rates = Rates(config.per_device_train_batch_size * accelerator.num_processes, compiler)
-    with prepared_layers(model, compiler, policy):
+    with progress, prepared_layers(model, compiler, policy):
         while state.step < config.max_steps:
             with rates.waiting():
                 batch = next(batches)
@@ -471,7 +471,6 @@ def train(
             if state.step % config.save_steps == 0 or is_last:
                 state.save(output_dir, config.save_total_limit, accelerator)
                 rates.restart()
-    progress.close()
 
 
 class Rates:

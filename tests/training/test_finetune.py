@@ -494,6 +494,16 @@ def test_data_must_match_the_statistics_that_the_model_holds(tmp_path):
         load_model_and_processor(settings(tmp_path, tmp_path), data, torch.device("cpu"))
 
 
+def test_progress_bar_ends_before_the_message_of_an_error(base, tmp_path, capsys, monkeypatch):
+    def fail(collator, samples):
+        raise ValueError("a damaged frame")
+
+    monkeypatch.setattr(ActionCollator, "__call__", fail)
+    with pytest.raises(ValueError, match="a damaged frame") as caught:
+        finetune(settings(base, tmp_path), InMemoryData())
+    assert capsys.readouterr().err.endswith("it/s]\n"), caught  # whose traceback keeps the bar alive
+
+
 def test_bad_episodes_stop_a_run_or_are_counted_with_skip_bad(base, tmp_path, capsys, monkeypatch):
     h5py = pytest.importorskip("h5py")
     from openvla.__main__ import main
