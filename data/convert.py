@@ -132,16 +132,43 @@ def _frame_rate(reader: EpisodeReader, fps: int | None) -> int:
 
 def _usable(reader: EpisodeReader, skipped: list[str] | None) -> Iterator[tuple[Episode, list[tuple[bytes, ...]]]]:
     """Yield every usable episode with its encoded frames; without ``skipped``, one that is not usable raises."""
+    sizes = None
     for index in range(len(reader)):
         try:
             episode = reader[index]
-            frames = [tuple(map(_png, episode.images(step))) for step in range(len(episode))]
+            frames, sizes = _encoded_frames(episode, sizes)
         except DatasetError as error:
             if skipped is None:
                 raise
             skipped.append(str(error))
         else:
             yield episode, frames
+
+
+def _encoded_frames(
+    episode: Episode, sizes: list[tuple[int, int]] | None
+) -> tuple[list[tuple[bytes, ...]], list[tuple[int, int]]]:
+    """Return the encoded frames of every step, and the height and width of each camera's.
+
+    Args:
+        episode: The episode.
+        sizes: Height and width of each camera's frames in earlier episodes; None if there are none.
+
+    Raises:
+        DatasetError: A frame cannot be read or has another size.
+    """
+    frames = []
+    for step in range(len(episode)):
+        images = episode.images(step)
+        shapes = [(image.shape[0], image.shape[1]) for image in images]
+        if sizes is not None and shapes != sizes:
+            raise DatasetError(
+                f"{episode.source}, episode {episode.id}: the frames of step {step} are {shapes} high and wide, those "
+                f"before {sizes}; the frames of a LeRobot camera have one size."
+            )
+        sizes = shapes
+        frames.append(tuple(map(_png, images)))
+    return frames, sizes or []
 
 
 def _write_episodes(

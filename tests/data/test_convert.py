@@ -9,6 +9,7 @@ from encoded_images import shown_level, write_video
 from memory_dataset import memory_reader
 from openvla.__main__ import main
 from openvla.data.convert import camera_names, convert_dataset
+from openvla.data.episodes import DatasetError
 from openvla.data.lerobot_statistics import QUANTILES
 from openvla.data.open import open_dataset
 from openvla.data.video import TIME_TOLERANCE, Video
@@ -48,6 +49,18 @@ def assert_equal(episode, read_back):
     for step in range(len(episode)):
         for frame, frame_back in zip(episode.images(step), read_back.images(step), strict=True):
             np.testing.assert_array_equal(frame_back, frame)
+
+
+def test_an_episode_with_frames_of_another_size_is_an_error_or_left_out(tmp_path):
+    reader = memory_reader(lengths=(3, 2, 4))
+    reader.data[4]["image"] = np.zeros((5, 6, 3), np.uint8)
+    message = r"mine, episode 1: the frames of step 1 are \[\(5, 6\)\] high and wide, those before \[\(4, 6\)\]"
+    with pytest.raises(DatasetError, match=message):
+        convert_dataset(reader, tmp_path / "new", fps=5, progress=False)
+    assert not any(tmp_path.iterdir())
+    with pytest.warns(UserWarning, match=f"skipped 1 of 3 episodes. The first: {message}"):
+        counts = convert_dataset(reader, tmp_path / "new", fps=5, skip_bad=True, progress=False)
+    assert counts == {"episodes": 2, "steps": 7, "skipped": 1}
 
 
 @pytest.mark.parametrize("name", SOURCES)

@@ -1,5 +1,6 @@
 """Order, sharding, chunks, mixtures and resumption of streams."""
 
+import itertools
 from collections import Counter
 
 import numpy as np
@@ -156,15 +157,14 @@ def test_a_dataset_without_a_usable_image_is_an_error_even_if_bad_samples_are_sk
     bad = memory_reader(lengths=(1, 1))
     for step in bad.data:
         step["image"] = "no image"
-    samples = iter(StepStream([bad, *others], skip_bad=True, balance=False))
+    stream = StepStream([bad, *others], skip_bad=True, balance=False)
     with (
         pytest.warns(UserWarning, match="Skipped, 1 so far"),
         pytest.raises(
             ValueError, match="mine: no image can be read at .* The first: mine, episode .: no image at step 0"
         ),
     ):
-        for _ in range(sum(EPISODE_LENGTHS)):
-            next(samples)
+        list(itertools.islice(stream, sum(EPISODE_LENGTHS)))
 
 
 def test_invalid_streams_are_refused():
