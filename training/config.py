@@ -36,6 +36,8 @@ POSITIVE_INTEGERS = (
     "save_total_limit",
     "logging_steps",
 )
+NON_NEGATIVE_INTEGERS = ("warmup_steps", "shuffle_buffer", "dataloader_num_workers", "num_train_eval_samples", "seed")
+MAX_SEED = 2**32 - 1  # numpy's
 
 
 @dataclass
@@ -100,7 +102,7 @@ class FinetuneConfig:
         save_total_limit: Number of newest checkpoints to keep.
         logging_steps: Optimizer steps between two lines of metrics.
         report_to: Experiment tracker in addition to metrics.jsonl, one of ``TRACKERS``, or "none".
-        num_train_eval_samples: Training samples to predict after training as a memorization check.
+        num_train_eval_samples: Training samples to predict after training as a memorization check; 0 for none.
         seed: Random seed for data order, augmentation, new weights and dropout.
         use_cpu: Train on the CPU even if a GPU is available.
 
@@ -212,9 +214,14 @@ class FinetuneConfig:
                 )
 
     def _check_ranges(self) -> None:
-        for name in POSITIVE_INTEGERS:
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
-                raise OpenVLAValueError(f"{name} must be an integer of at least 1, got {getattr(self, name)!r}.")
+        minima = {**dict.fromkeys(POSITIVE_INTEGERS, 1), **dict.fromkeys(NON_NEGATIVE_INTEGERS, 0)}
+        for name, minimum in minima.items():
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < minimum:
+                raise OpenVLAValueError(
+                    f"{name} must be an integer of at least {minimum}, got {getattr(self, name)!r}."
+                )
+        if self.seed > MAX_SEED:
+            raise OpenVLAValueError(f"seed must be at most {MAX_SEED}, got {self.seed}.")
         if not self.learning_rate > 0 or not self.max_grad_norm > 0:
             raise OpenVLAValueError("learning_rate and max_grad_norm must be positive.")
         if not 0 <= self.trace_dropout <= 1:

@@ -134,7 +134,8 @@ def finetune(config: FinetuneConfig, data: TrainingData | None = None) -> Path:
             model.norm_stats = record["norm_stats"]
         crops = config.augment and not model.config.trace_prompting
         processor.image_preset = EVALUATION_PRESET if crops else "none"
-        evaluate_on_train(config, model, processor, data, output_dir)
+        if config.num_train_eval_samples:
+            evaluate_on_train(config, model, processor, data, output_dir)
         export(model, processor, output_dir)
     return output_dir / "model"
 

@@ -433,6 +433,10 @@ def test_learning_rate_schedules(base, tmp_path, changes, factors):
         ({"pad_last_chunk": "repeat"}, "pad_last_chunk must be true or false, got 'repeat'"),
         ({"report_to": "mlflow"}, "Unknown report_to 'mlflow'; allowed"),
         ({"per_device_train_batch_size": 0}, "per_device_train_batch_size must be an integer of at least 1"),
+        ({"dataloader_num_workers": -1}, "dataloader_num_workers must be an integer of at least 0, got -1"),
+        ({"seed": -1}, "seed must be an integer of at least 0, got -1"),
+        ({"seed": 2**32}, "seed must be at most 4294967295, got 4294967296"),
+        ({"shuffle_buffer": "all"}, "shuffle_buffer must be an integer of at least 0, got 'all'"),
         ({"learning_rate": 0.0}, "learning_rate and max_grad_norm must be positive"),
         ({"modle": "x"}, r"Unknown fields in here: \['modle'\].* Did you mean model by modle\?"),
         ({"logging_step": 5}, "Did you mean logging_steps by logging_step"),
@@ -492,6 +496,12 @@ def test_data_must_match_the_statistics_that_the_model_holds(tmp_path):
     data.readers = [TorchDatasetReader([episode], name="lab", fields=fields)]
     with pytest.raises(ValueError, match="lab: action has 7 dimensions, but 6 in the statistics"):
         load_model_and_processor(settings(tmp_path, tmp_path), data, torch.device("cpu"))
+
+
+def test_run_without_evaluation_writes_the_model(base, tmp_path):
+    model = finetune(settings(base, tmp_path, max_steps=1, num_train_eval_samples=0), InMemoryData())
+    assert OpenVLAForActionPrediction.from_pretrained(model).norm_stats["lab"]["action"] == STATISTICS["action"]
+    assert not (tmp_path / "feed_back.json").exists()
 
 
 def test_progress_bar_ends_before_the_message_of_an_error(base, tmp_path, capsys, monkeypatch):
