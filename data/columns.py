@@ -399,6 +399,9 @@ def _column(columns: Mapping[str, np.ndarray], text: str) -> np.ndarray:
         raise OpenVLAValueError(
             f"{part.name!r} must hold one vector of numbers per step, got shape {values.shape}, {values.dtype}"
         )
+    width, ends = values.shape[1], (part.dimensions.start, part.dimensions.stop)
+    if any(end is not None and abs(end) > width for end in ends) or width and not range(width)[part.dimensions]:
+        raise OpenVLAValueError(f"{text!r} must take dimensions of {part.name!r}, which has {width}")
     return values[:, part.dimensions]
 
 

@@ -334,6 +334,20 @@ def test_readers_can_be_pickled(name):
     np.testing.assert_array_equal(before.images[0], after.images[0])
 
 
+@pytest.mark.parametrize("part", ["a[0:9]", "a[-8:]", "a[7:]", "a[3:3]", "a[5:2]"])
+def test_dimensions_that_a_column_does_not_have_are_refused(part):
+    columns = {"a": np.arange(14.0).reshape(2, 7)}
+    fields = ColumnSpec(("image",), (part,))
+    with pytest.raises(ValueError, match=r"'a\[.*\]' must take dimensions of 'a', which has 7"):
+        fields.actions_and_proprio(columns)
+
+
+@pytest.mark.parametrize(("part", "expected"), [("a[-2:]", [5, 6]), ("a[0:7]", [*range(7)]), ("a[:-5]", [0, 1])])
+def test_dimensions_of_a_column_are_taken(part, expected):
+    action, _ = ColumnSpec(("image",), (part,)).actions_and_proprio({"a": np.arange(7.0)[None]})
+    assert action.tolist() == [expected]
+
+
 def test_chunks_repeat_the_last_action():
     episode = open_dataset(FIXTURES / "lerobot_v3")[1]
     step = episode.step(3, chunk_length=4)
