@@ -142,10 +142,16 @@ class StepStream(IterableDataset):
         for attribute in ("action_dim", "proprio_dim"):
             sizes = {reader.name: getattr(reader, attribute) for reader in self.readers}
             if len(set(sizes.values())) > 1:
-                raise OpenVLAValueError(f"Datasets of a mixture must have the same {attribute}, got {sizes}.")
+                field = attribute.removesuffix("_dim")
+                raise OpenVLAValueError(
+                    f"Datasets of a mixture must have the same {attribute}, got {sizes}. Set their field {field}"
+                    f"{' (proprio: [] for none)' if field == 'proprio' else ''}."
+                )
         cameras = {reader.name: len(reader.fields.cameras) for reader in self.readers}
         if len(set(cameras.values())) > 1:
-            raise OpenVLAValueError(f"Datasets of a mixture must have the same number of cameras, got {cameras}.")
+            raise OpenVLAValueError(
+                f"Datasets of a mixture must have the same number of cameras, got {cameras}. Set their field cameras."
+            )
 
     def _warn_of_frame_rates(self) -> None:
         rates = {reader.name: reader.frame_rate for reader in self.readers if reader.frame_rate}

@@ -202,7 +202,7 @@ class ActionCollator:
             kind = f" ({self.images_per_moment} of each of {moments} moments)" if moments > 1 else kind
             raise OpenVLAValueError(
                 f"The model takes {self.num_images} images{kind}, {step.dataset!r} gives {len(step.images)}: name the "
-                "cameras that it should see, in order, in the data's fields ({path: ..., fields: {cameras: []}})."
+                "cameras that it should see, in order, in the data's fields ({path: ..., fields: {cameras: [NAME]}})."
             )
         frames = list(step.images)
         if self.trace_prompting:

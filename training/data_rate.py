@@ -47,11 +47,13 @@ def data_rates(
         ``cpu_ms``: processor time of a sample in milliseconds, which other processes on the machine change little.
 
     Raises:
-        OpenVLAValueError: ``seconds`` is not positive, or a worker would have no episode.
+        OpenVLAValueError: ``seconds`` is not positive, a number of workers is negative, or one would have no episode.
         DatasetError: An episode or image cannot be used, and ``skip_bad`` is not set.
     """
     if not seconds > 0:
         raise OpenVLAValueError(f"seconds must be above 0, got {seconds}.")
+    if any(count < 0 for count in worker_counts):
+        raise OpenVLAValueError(f"Numbers of workers must be at least 0, got {[*worker_counts]}.")
     model, processor = build_tiny()
     model.add_norm_stats(reader.name, compute_statistics(reader, skip_bad=skip_bad, progress=False))
     model.config.num_images_in_input = processor.num_images_in_input = len(reader.fields.cameras)

@@ -176,8 +176,13 @@ def test_invalid_streams_are_refused():
             pytest.warns(UserWarning, match="8 of 8 episodes are shorter than a chunk of 13"),
         ):
             next(iter(StepStream(memory_reader(), chunk_length=13, repeat=repeat)))
-    with pytest.raises(ValueError, match="the same action_dim"):
+    with pytest.raises(ValueError, match="the same action_dim, got .*7.*6.*. Set their field action."):
         StepStream([memory_reader(), memory_reader("other", width=6)])
+    with_state = TorchDatasetReader(
+        memory_reader().data, "other", {**FIELDS, "proprio": "action"}, episode_lengths=EPISODE_LENGTHS
+    )
+    with pytest.raises(ValueError, match=r"same proprio_dim, .*'other': 7.*Set their field proprio \(proprio: \[\]"):
+        StepStream([memory_reader(), with_state])
     with pytest.raises(ValueError, match="different names"):
         StepStream([memory_reader(), memory_reader()])
     with pytest.raises(ValueError, match="Weights must be positive"):

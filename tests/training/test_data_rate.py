@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from memory_dataset import memory_reader
 from openvla.__main__ import main
 from openvla.data.open import open_dataset
 from openvla.training.data_rate import data_rates
@@ -26,3 +27,8 @@ def test_the_command_prints_the_rates(capsys, monkeypatch):
     assert [rate["workers"] for rate in json.loads(capsys.readouterr().out)["rates"]] == [0, 0]
     assert main(["inspect-data", str(FIXTURES / "hdf5"), "--workers", "2"]) == 2
     assert "--workers is for --rate" in capsys.readouterr().err
+
+
+def test_negative_numbers_of_workers_are_refused():
+    with pytest.raises(ValueError, match=r"Numbers of workers must be at least 0, got \[2, -1\]"):
+        data_rates(memory_reader(), (2, -1))
