@@ -77,7 +77,9 @@ MIXTURES: dict[str, dict[str, float]] = {
 }
 
 
-def mixture_entries(name: str, root: str | Path, leave_out: Sequence[str] = ()) -> list[dict[str, Any]]:
+def mixture_entries(
+    name: str, root: str | Path, leave_out: Sequence[str] = (), fields: Mapping[str, Any] | None = None
+) -> list[dict[str, Any]]:
     """Return the datasets of a mixture as entries of ``FinetuneConfig.data``: path, name and weight of each.
 
     If presets differ in cameras or proprio, ``fields`` selects the main camera and no proprio, as the reference trains
@@ -87,6 +89,7 @@ def mixture_entries(name: str, root: str | Path, leave_out: Sequence[str] = ()) 
         name: A key of ``MIXTURES``.
         root: The folder with one folder for each dataset, by its name; or its URL.
         leave_out: Datasets of the mixture that are not used.
+        fields: Fields of every dataset, in place of its preset's, such as ``{"cameras": ["observation.image"]}``.
 
     Raises:
         OpenVLAValueError: There is no such mixture, or ``leave_out`` names a dataset that is not in it.
@@ -113,14 +116,17 @@ def mixture_entries(name: str, root: str | Path, leave_out: Sequence[str] = ()) 
     presets = {key: PRESETS[key] for key in weights if key in PRESETS}
     differ = len({(preset.cameras, preset.proprio) for preset in presets.values()}) > 1
     common = {key: {"cameras": preset.cameras[:1], "proprio": ()} for key, preset in presets.items() if differ}
-    return [
-        {"path": paths[key], "name": key, "weight": weight, **({"fields": common[key]} if key in common else {})}
-        for key, weight in weights.items()
-    ]
+    entries = []
+    for key, weight in weights.items():
+        chosen = {**common.get(key, {}), **(fields or {})}
+        entries.append({"path": paths[key], "name": key, "weight": weight, **({"fields": chosen} if chosen else {})})
+    return entries
 
 
 def expanded_entries(entries: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Return entries of ``FinetuneConfig.data`` with ``{mixture: NAME, path: ROOT, leave_out: [...]}`` replaced.
+    """Return entries of ``FinetuneConfig.data`` with ``{mixture: NAME, path: ROOT, ...}`` replaced.
+
+    The entry of a mixture may have ``leave_out`` and ``fields``, as ``mixture_entries`` takes them.
 
     Raises:
         OpenVLAValueError: As ``mixture_entries``; or the entry of a mixture has other keys.
@@ -130,9 +136,9 @@ def expanded_entries(entries: Sequence[Mapping[str, Any]]) -> list[dict[str, Any
         if "mixture" not in entry:
             expanded.append(dict(entry))
             continue
-        if other := sorted(set(entry) - {"mixture", "path", "leave_out"}) or ["path"] * ("path" not in entry):
+        if other := sorted(set(entry) - {"mixture", "path", "leave_out", "fields"}) or ["path"] * ("path" not in entry):
             raise OpenVLAValueError(
-                f"The entry of a mixture takes mixture, path and leave_out; got {dict(entry)}: check {other}."
+                f"The entry of a mixture takes mixture, path, leave_out and fields; got {dict(entry)}: check {other}."
             )
-        expanded += mixture_entries(entry["mixture"], entry["path"], entry.get("leave_out") or ())
+        expanded += mixture_entries(entry["mixture"], entry["path"], entry.get("leave_out") or (), entry.get("fields"))
     return expanded

@@ -68,6 +68,23 @@ def test_datasets_of_one_layout_keep_all_cameras_and_proprio(tmp_path):
     assert {len(entry["fields"]["cameras"]) for entry in entries if "fields" in entry} == {1}
 
 
+def test_fields_hold_for_every_dataset(tmp_path, monkeypatch):
+    monkeypatch.setenv("OPENVLA_CACHE", str(tmp_path / "cache"))
+    for name in ("bridge_orig", "fractal20220817_data"):
+        shutil.copytree(FIXTURES / name, tmp_path / name)
+    entry = {"mixture": "bridge_rt_1", "path": str(tmp_path), "fields": {"instruction_text": "go"}}
+    bridge, fractal = (expanded["fields"] for expanded in expanded_entries([entry]))
+    assert bridge == {"cameras": ("observation.image_0",), "proprio": (), "instruction_text": "go"}
+    assert fractal == {"cameras": ("observation.image",), "proprio": (), "instruction_text": "go"}
+    pytest.importorskip("google_crc32c")
+    data = Demonstrations(FinetuneConfig(model="m", data=[entry], output_dir="o"))
+    assert {step.instruction for step, _ in zip(data.stream(chunk_length=1), range(20))} == {"go"}
+    for name in MIXTURES["libero_mix"]:
+        (tmp_path / name).mkdir()
+    fields = {"cameras": ["observation.image"]}
+    assert all(entry["fields"] == fields for entry in mixture_entries("libero_mix", tmp_path, fields=fields))
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
