@@ -6,6 +6,7 @@ training also needs statistics, which ``write_statistics`` adds after the last o
 
 from __future__ import annotations
 
+import io
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 from tqdm import tqdm
 
 from ..configuration_openvla import write_json
@@ -125,7 +127,8 @@ class LeRobotWriter:
             The episode's index.
 
         Raises:
-            ValueError: A column is missing or unknown, or lengths or dimensions differ from the dataset's.
+            ValueError: A column is missing or unknown, or lengths, dimensions or sizes of images differ from the
+                dataset's.
         """
         texts = texts or {}
         length = self._validated_length(numbers, images, texts)
@@ -199,6 +202,14 @@ class LeRobotWriter:
         lengths |= {name: len(values) for name, values in images.items()}
         if len(set(lengths.values())) != 1 or not next(iter(lengths.values())):
             raise OpenVLAValueError(f"All columns of an episode must have the same length, 1 or more, got {lengths}.")
+        for name, size in self.cameras.items():
+            for step, data in enumerate(images[name]):
+                with Image.open(io.BytesIO(data)) as image:
+                    if (image.height, image.width) != tuple(size):
+                        raise OpenVLAValueError(
+                            f"{name} must have images of {size[0]} x {size[1]} (height x width), got {image.height} x "
+                            f"{image.width} at step {step}."
+                        )
         return next(iter(lengths.values()))
 
     def _write_meta(self) -> None:

@@ -115,6 +115,11 @@ def test_mismatching_episodes_are_refused(folder):
         writer.add_episode("go", {**numbers, "action": numbers["action"][:2]}, images, texts)
     with pytest.raises(ValueError, match=r"action must be finite, of shape \(length, 7\)"):
         writer.add_episode("go", {**numbers, "action": np.full((3, 7), np.nan)}, images, texts)
+    name, shown = next(iter(frames.items()))
+    height, width = shown[1].shape[:2]
+    encoded = [png(shown[0]), png(np.ascontiguousarray(shown[1][:, :2])), png(shown[2])]
+    with pytest.raises(ValueError, match=rf"{name} must have .* {height} x {width} .*, got {height} x 2 at step 1"):
+        writer.add_episode("go", numbers, {**images, name: encoded}, texts)
     assert len(open_dataset(folder)) == 3
 
 
