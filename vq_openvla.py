@@ -80,7 +80,8 @@ class ActionVQ(nn.Module):
     def _layers(self, part: str, x: torch.Tensor) -> torch.Tensor:
         with torch.autocast(x.device.type, enabled=False):
             for layer in range(3):
-                weights = (getattr(self, f"{part}_{kind}_{layer}") for kind in ("weight", "bias"))
+                # Aligned copies: the last bits of a product may depend on the address that a file gives a weight.
+                weights = (getattr(self, f"{part}_{kind}_{layer}").clone() for kind in ("weight", "bias"))
                 x = F.linear(x if layer == 0 else F.relu(x), *weights)
         return x
 
